@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything happens in .venv; stamps make a second run start at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+NATIVE := kvmpy/uapi/_native.abi3.so
+NATIVE_SOURCES := kvmpy/uapi/build.py $(wildcard kvmpy/uapi/cdef/* kvmpy/uapi/native/*)
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format wheel docs clean check-host
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "ARGS='...' is passed on by run (kvmpy run) and test (pytest); PYTHON=python3.12 picks the interpreter."
+
+run: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests on this host's KVM, with a verdict table
+	@$(BIN)/kvmpy run $(ARGS)
+
+test: $(VENV)/.kvmpy-dev $(NATIVE) ## kvmpy's own tests, then the selftests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.kvmpy-dev $(NATIVE) ## ruff, mypy --strict, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.kvmpy-dev ## reformat the sources with ruff
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+wheel: $(VENV)/.kvmpy-dev ## the installable package, in dist/
+	@$(BIN)/python -m build --wheel --outdir dist .
+
+docs: $(VENV)/.kvmpy-docs $(NATIVE) ## the API reference from the docstrings, in build/api/
+	@$(BIN)/python -m pdoc --output-directory build/api kvmpy '!kvmpy.selftests' '!kvmpy.uapi.hatch_build'
+	@echo "build/api/index.html"
+
+clean: ## remove everything that was built, the virtual environment included
+	rm -rf $(VENV) $(NATIVE) build dist .mypy_cache .ruff_cache .pytest_cache
+
+check-host:
+	@PYTHON='$(PYTHON)' sh ci/prerequisites.sh
+
+$(BIN)/python:
+	@PYTHON='$(PYTHON)' sh ci/prerequisites.sh
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.kvmpy-run: pyproject.toml kvmpy/uapi/hatch_build.py | $(BIN)/python
+	@PYTHON='$(PYTHON)' sh ci/prerequisites.sh
+	@echo "installing kvmpy and what it needs into $(VENV)"
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.kvmpy-dev: pyproject.toml kvmpy/uapi/hatch_build.py | $(BIN)/python
+	@PYTHON='$(PYTHON)' sh ci/prerequisites.sh
+	@echo "installing kvmpy and its development tools into $(VENV)"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@ $(VENV)/.kvmpy-run
+
+$(VENV)/.kvmpy-docs: $(VENV)/.kvmpy-dev
+	@$(PIP) install --editable '.[docs]'
+	@touch $@
+
+# The editable install has built it; this rule rebuilds when a declaration or a C file changes.
+$(NATIVE): $(NATIVE_SOURCES) | $(BIN)/python
+	@$(PIP) install 'cffi>=1.16' 'setuptools>=65'
+	@echo "building $@"
+	@$(BIN)/python kvmpy/uapi/build.py
