@@ -25,7 +25,6 @@ test: $(VENV)/.kvmpy-dev $(NATIVE) ## kvmpy's own tests, then the selftests
 
 lint: $(VENV)/.kvmpy-dev $(NATIVE) ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
@@ -71,4 +70,4 @@ $(VENV)/.kvmpy-docs: $(VENV)/.kvmpy-dev
 $(NATIVE): $(NATIVE_SOURCES) | $(BIN)/python
 	@$(PIP) install 'cffi>=1.16' 'setuptools>=65'
 	@echo "building $@"
-	@$(BIN)/python kvmpy/uapi/build.py
+	@$(BIN)/python -I kvmpy/uapi/build.py

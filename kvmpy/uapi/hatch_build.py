@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hatchling build hook: compiles the cffi extension and places selftests and guest runtime inside the wheel."""
+"""Hatchling build hook: compiles the cffi extension, places selftests and guest runtime inside the wheel."""
 
 from __future__ import annotations
 

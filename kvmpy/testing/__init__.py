@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pytest plugin ``kvmpy``: fixtures, requirements, errata, leak checks and reports for KVM tests."""
+
+from __future__ import annotations

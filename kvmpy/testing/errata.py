@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Known bugs of given KVMs: which selftest fails on which host, why, and where that is written.
+
+An entry is strict both ways: its test must fail where the entry applies, and a pass is reported as stale.
+The format is described in docs/errata.md. Pure: no KVM, no pytest.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BUILTIN = Path(__file__).with_name("errata.toml")
+CONDITIONS = frozenset({"kernel", "module", "cpu", "platform", "protection"})
+
+
+class ErrataError(ValueError):
+    """An errata file that cannot be used; the message names file and entry."""
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What an entry's condition can ask about: kernel release, vendor module, CPU model and platform."""
+
+    kernel: str
+    module: str
+    cpu: str
+    platform: str = "host"
+
+
+@dataclass(frozen=True)
+class Erratum:
+    """One known bug. ``test`` and the text conditions are patterns with ``*`` and ``?``."""
+
+    test: str
+    reason: str
+    origin: str
+    when: Mapping[str, str]
+    message: str = ""
+    source: str = ""
+
+    def covers(self, identifier: str) -> bool:
+        """Whether the test with this suite id is meant."""
+        return glob_match(self.test, identifier)
+
+    def applies(self, facts: HostFacts, protection: str | None) -> bool:
+        """Whether the condition holds on this host and under *protection*."""
+        for key, wanted in self.when.items():
+            if key == "kernel":
+                if not kernel_in_range(facts.kernel, wanted):
+                    return False
+            elif key == "protection":
+                if not glob_match(wanted, protection or ""):
+                    return False
+            elif not glob_match(wanted, getattr(facts, key)):
+                return False
+        return True
+
+    def explains(self, failure: str) -> bool:
+        """Whether a failure with this text is the known one: any, or the one that holds ``message``."""
+        return self.message in failure
+
+
+def glob_match(pattern: str, text: str) -> bool:
+    """Match a pattern where ``*`` and ``?`` are wild and brackets stand for themselves."""
+    expression = "".join({"*": ".*", "?": "."}.get(char) or re.escape(char) for char in pattern)
+    return re.fullmatch(expression, text, re.DOTALL) is not None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    if not found:
+        raise ErrataError(f"not a kernel version: {text!r}")
+    return tuple(int(part) for part in found[0].split("."))
+
+
+def kernel_in_range(release: str, wanted: str) -> bool:
+    """Whether *release* (``6.18.44-foo``) fulfils every comparison of *wanted* (``>=6.18,<6.19``).
+
+    A comparison looks at as many numbers as it gives: ``==6.18`` holds for every 6.18.y.
+    """
+    here = _version(release)
+    for part in wanted.split(","):
+        found = re.fullmatch(r"\s*(<=|>=|==|<|>)\s*([\d.]+)\s*", part)
+        if not found:
+            raise ErrataError(f"kernel condition {wanted!r}: write comparisons such as '>=6.18,<6.19'")
+        bound = _version(found[2])
+        have = (here + (0,) * len(bound))[: len(bound)]
+        holds = {
+            "<": have < bound,
+            "<=": have <= bound,
+            ">": have > bound,
+            ">=": have >= bound,
+            "==": have == bound,
+        }[found[1]]
+        if not holds:
+            return False
+    return True
+
+
+def _entry(raw: Mapping[str, Any], where: str) -> Erratum:
+    unknown = set(raw) - {"test", "reason", "origin", "when", "message"}
+    if unknown:
+        raise ErrataError(f"{where}: unknown keys {', '.join(sorted(unknown))}")
+    for key in ("test", "reason", "origin"):
+        if not isinstance(raw.get(key), str) or not raw[key].strip():
+            raise ErrataError(f"{where}: '{key}' is needed, as text")
+    when = raw.get("when", {})
+    if not isinstance(when, dict) or not when:
+        raise ErrataError(f"{where}: 'when' is needed, a condition on {', '.join(sorted(CONDITIONS))}")
+    if set(when) - CONDITIONS:
+        odd = ", ".join(sorted(set(when) - CONDITIONS))
+        raise ErrataError(f"{where}: unknown conditions {odd}; known are {', '.join(sorted(CONDITIONS))}")
+    if not all(isinstance(value, str) for value in when.values()):
+        raise ErrataError(f"{where}: conditions are text")
+    if "kernel" in when:
+        kernel_in_range("0", when["kernel"])
+    return Erratum(raw["test"], raw["reason"], raw["origin"], when, str(raw.get("message", "")), where)
+
+
+def load(paths: Iterable[Path]) -> list[Erratum]:
+    """Read errata files; ErrataError for one that is not TOML or has an entry that says too little."""
+    entries = []
+    for path in paths:
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ErrataError(f"{path}: {error}") from error
+        if set(data) - {"erratum"}:
+            raise ErrataError(f"{path}: only [[erratum]] entries belong here")
+        for number, raw in enumerate(data.get("erratum", []), 1):
+            entries.append(_entry(raw, f"{path.name} entry {number}"))
+    return entries
+
+
+def find(
+    entries: Iterable[Erratum], identifier: str, facts: HostFacts, protection: str | None
+) -> Erratum | None:
+    """Return the first entry that covers this test on this host."""
+    return next((e for e in entries if e.covers(identifier) and e.applies(facts, protection)), None)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host is: kernel, CPU, vendor module and parameters, whether KVM can be used, and the platform's name."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvmpy import __version__
+from kvmpy.testing.errata import HostFacts
+from kvmpy.testing.verdicts import Missing
+
+PLATFORM_VARIABLE = "KVMPY_PLATFORM"
+SYS_MODULE = Path("/sys/module")
+# Modules named kvm_* that are no vendor modules would mislead; a vendor module is what offers KVM_CREATE_VM.
+_VENDOR_SYMBOL = re.compile(r" [tT] (pvm|svm|vmx)_(?:init|hardware_enable|hardware_setup|vcpu_run)(?:\s|$)")
+_VENDORS = {"pvm": "kvm_pvm", "svm": "kvm_amd", "vmx": "kvm_intel"}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def platform_name() -> str:
+    """Return where this runs: ``host``, or the name that an emulated platform gives itself."""
+    return os.environ.get(PLATFORM_VARIABLE) or "host"
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_info() -> Mapping[str, str]:
+    """Return the first CPU's entry of /proc/cpuinfo."""
+    first = _read(Path("/proc/cpuinfo")).partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_model() -> str:
+    """Return the CPU's name, such as ``AMD EPYC 9454``."""
+    return cpu_info().get("model name", platform.machine())
+
+
+def cpu_flag(name: str) -> bool:
+    """Whether /proc/cpuinfo lists the CPU flag *name*."""
+    return name in cpu_info().get("flags", "").split()
+
+
+@functools.lru_cache(maxsize=1)
+def vendor_modules() -> tuple[str, ...]:
+    """Return the vendor modules that are loaded or built in (kvm_amd, kvm_intel, kvm_pvm, ...)."""
+    # A module that is built in and has no parameter has no folder in sysfs: its symbols still tell.
+    try:
+        found = sorted(path.name for path in SYS_MODULE.iterdir() if path.name.startswith("kvm_"))
+    except OSError:
+        found = []
+    if found:
+        return tuple(found)
+    try:
+        with open("/proc/kallsyms", encoding="ascii", errors="replace") as symbols:  # noqa: PTH123
+            names = {match[1] for line in symbols if (match := _VENDOR_SYMBOL.search(line))}
+    except OSError:
+        return ()
+    return tuple(sorted(_VENDORS[name] for name in names))
+
+
+def module_parameters(module: str) -> dict[str, str]:
+    """Return a module's parameters as sysfs shows them; empty when it has none or is absent."""
+    try:
+        files = sorted((SYS_MODULE / module / "parameters").iterdir())
+    except OSError:
+        return {}
+    return {file.name: _read(file) for file in files}
+
+
+@functools.lru_cache(maxsize=1)
+def _kernel_config() -> Mapping[str, str]:
+    text = ""
+    try:
+        text = gzip.decompress(Path("/proc/config.gz").read_bytes()).decode("utf-8", "replace")
+    except (OSError, EOFError):
+        text = _read(Path(f"/boot/config-{os.uname().release}"))
+    values = {}
+    for line in text.splitlines():
+        if line.startswith("CONFIG_"):
+            key, _, value = line.partition("=")
+            values[key] = value.strip('"')
+        elif line.startswith("# CONFIG_") and line.endswith(" is not set"):
+            values[line.split()[1]] = "n"
+    return values
+
+
+def kernel_config(option: str) -> str | None:
+    """Return the running kernel's value of ``CONFIG_option`` (``y``, ``m``, ``n``, text); None when unknown."""
+    config = _kernel_config()
+    if not config:
+        return None
+    return config.get(f"CONFIG_{option.removeprefix('CONFIG_')}", "n")
+
+
+def kernel() -> str:
+    """Return the kernel's release and machine, such as ``6.18.44 x86_64``."""
+    names = os.uname()
+    return f"{names.release} {names.machine}"
+
+
+def facts() -> HostFacts:
+    """Return what errata conditions look at."""
+    return HostFacts(os.uname().release, " ".join(vendor_modules()), cpu_model(), platform_name())
+
+
+def kvm_missing() -> Missing | None:
+    """Return why KVM cannot be used here, or None when it can."""
+    from kvmpy.core.errors import MissingError
+    from kvmpy.core.kvm import Kvm
+
+    try:
+        Kvm().close()
+    except MissingError as error:
+        return Missing(error.missing, error.how, ("kvm",))
+    except OSError as error:
+        return Missing("a usable /dev/kvm", f"opening it failed: {error}", ("kvm",))
+    return None
+
+
+@dataclass(frozen=True)
+class HostSummary:
+    """What every report says about the host."""
+
+    kernel: str
+    cpu: str
+    vendor_modules: tuple[str, ...]
+    platform: str
+    kvm: bool
+    kvm_missing: str = ""
+    vm_types: tuple[str, ...] = ()
+    protections: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON-ready values; a protection's text is empty when it is available."""
+        return {
+            "kvmpy": __version__,
+            "kernel": self.kernel,
+            "cpu": self.cpu,
+            "vendor_modules": list(self.vendor_modules),
+            "platform": self.platform,
+            "kvm": self.kvm,
+            "kvm_missing": self.kvm_missing,
+            "vm_types": list(self.vm_types),
+            "protections": {
+                name: {"available": not missing, "missing": missing}
+                for name, missing in self.protections.items()
+            },
+        }
+
+    def lines(self) -> list[str]:
+        """Return the summary as a few lines of text."""
+        modules = ", ".join(self.vendor_modules) or "no vendor module"
+        first = f"kernel {self.kernel}, {modules}, {self.cpu}"
+        if self.platform != "host":
+            first += f", platform {self.platform} (emulated)"
+        if not self.kvm:
+            return [first, f"KVM cannot be used: {self.kvm_missing}"]
+        offered = [name for name, missing in self.protections.items() if not missing]
+        absent = [name for name, missing in self.protections.items() if missing]
+        types = ", ".join(name.removeprefix("KVM_X86_").removesuffix("_VM").lower() for name in self.vm_types)
+        second = f"VM types: {types}; protections: {', '.join(offered) or 'none offered'}"
+        if absent:
+            second += f" (not here: {', '.join(absent)}; see kvmpy doctor)"
+        return [first, second]
+
+
+def vm_type_name(number: int) -> str:
+    """Return the kernel's name of a VM type, or its number as text."""
+    from kvmpy.uapi.constants import VmType
+
+    try:
+        return VmType(number).name
+    except ValueError:
+        return str(number)
+
+
+def summarize() -> HostSummary:
+    """Look at this host; opens /dev/kvm once."""
+    missing = kvm_missing()
+    common = (kernel(), cpu_model(), vendor_modules(), platform_name())
+    if missing is not None:
+        return HostSummary(*common, kvm=False, kvm_missing=str(missing))
+    from kvmpy.coco import ladder
+    from kvmpy.core.kvm import Kvm
+
+    with Kvm() as kvm:
+        types = tuple(vm_type_name(number) for number in sorted(kvm.vm_types()))
+        offered = ladder.availability(kvm)
+    protections = {
+        name: "" if offered[name].available else "; ".join(entry.what for entry in offered[name].missing)
+        for name in ladder.protections()
+    }
+    return HostSummary(*common, kvm=True, vm_types=types, protections=protections)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of each test: the one record that the table, KTAP and JSON are all written from.
+
+Pure: no KVM, no pytest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import PurePosixPath
+from typing import Any
+
+SUITE_FOLDER = "selftests"
+
+
+class Verdict(str, Enum):
+    """The five things that can become of a test that was started."""
+
+    PASS = "pass"  # noqa: S105
+    FAIL = "fail"
+    SKIP = "skip"
+    XFAIL = "xfail"
+    LOST = "lost"
+
+    @property
+    def bad(self) -> bool:
+        """Whether a run with this verdict in it has failed."""
+        return self in (Verdict.FAIL, Verdict.LOST)
+
+
+@dataclass(frozen=True)
+class TestVerdict:
+    """One test's verdict.
+
+    ``id`` is the test's name inside its suite, the same for a checkout and an installed kvmpy; ``promise`` is
+    the first line of its docstring; ``protection`` is None for a test that creates no VM through ``make_vm``;
+    ``platform`` is ``host`` or the name of the emulated platform; ``duration`` is in seconds.
+    """
+
+    __test__ = False
+
+    nodeid: str
+    id: str
+    area: str
+    verdict: Verdict
+    platform: str
+    promise: str = ""
+    protection: str | None = None
+    reason: str = ""
+    missing: tuple[str, ...] = ()
+    how: tuple[str, ...] = ()
+    duration: float = 0.0
+    postmortem: str | None = None
+    details: str = field(default="", repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        values = asdict(self)
+        values["verdict"] = self.verdict.value
+        values["missing"] = list(self.missing)
+        values["how"] = list(self.how)
+        values["duration"] = round(self.duration, 6)
+        return values
+
+    @property
+    def file(self) -> str:
+        """The test file's path inside its suite."""
+        return self.id.partition("::")[0]
+
+    @property
+    def name(self) -> str:
+        """The test's name inside its file, parameters included."""
+        return self.id.partition("::")[2] or self.id
+
+
+def suite_id(nodeid: str) -> str:
+    """Return the test's name inside its suite: the node id without what leads to ``selftests/``."""
+    path, separator, rest = nodeid.partition("::")
+    parts = PurePosixPath(path).parts
+    if SUITE_FOLDER in parts:
+        parts = parts[parts.index(SUITE_FOLDER) + 1 :]
+    return "/".join(parts) + separator + rest
+
+
+def area_of(identifier: str) -> str:
+    """Return the area of a suite id: its folder, or the file's own topic when it lies at the top."""
+    path = PurePosixPath(identifier.partition("::")[0])
+    folder = path.parent.as_posix()
+    return folder if folder != "." else path.stem.removeprefix("test_")
+
+
+def tally(verdicts: Iterable[TestVerdict]) -> dict[str, int]:
+    """Count the verdicts; every kind is present, also with 0."""
+    counts = Counter(entry.verdict.value for entry in verdicts)
+    return {kind.value: counts[kind.value] for kind in Verdict}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What this host lacks for a test, how to get it, and the names that KVMPY_REQUIRE knows it by."""
+
+    what: str
+    how: str
+    keys: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.how}" if self.how else self.what
+
+
+def skips_by_reason(verdicts: Iterable[TestVerdict]) -> list[tuple[str, str, list[str]]]:
+    """Group the skipped tests by what is missing: ``(what, how, ids)``, the most frequent first."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry in verdicts:
+        if entry.verdict is Verdict.SKIP:
+            pairs = list(zip(entry.missing, entry.how, strict=True)) or [(entry.reason, "")]
+            for pair in pairs:
+                groups.setdefault(pair, []).append(entry.id)
+    ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+    return [(what, how, ids) for (what, how), ids in ordered]
