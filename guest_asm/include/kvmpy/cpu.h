@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The per-CPU area behind GS. */
+#ifndef KVMPY_CPU_H
+#define KVMPY_CPU_H
+
+#include <kvmpy/layout.h>
+#include <kvmpy/types.h>
+
+/* How one instruction ended; see GUEST_TRY(). Without a fault, only the last two mean anything. */
+struct guest_fault {
+	u64 error_code;
+	u64 rip;
+	u64 cr2;
+	u8 vector;		/* NO_VECTOR without a fault */
+	bool faulted;
+};
+
+_Static_assert(offsetof(struct guest_fault, faulted) == offsetof(struct guest_fault, vector) + 1,
+	       "GUEST_TRY() resets both with one store");
+
+/* Written by the host before the first run. */
+struct guest_cpu {
+	struct guest_cpu *self;
+	u32 index;
+	u32 apic_id;
+	u64 ucall_slot;		/* the next free slot */
+	u64 stack_top;
+	u64 entry;
+	u64 args[KVMPY_CPU_NR_ARGS];
+	struct guest_fault fault;
+	u64 user_rsp;		/* where guest_user_run() left its stack, or 0 */
+	u64 user_exit;		/* its struct guest_user_exit */
+	u32 x2apic;
+	u32 reserved;
+	u64 ghcb;
+	u64 unused[13];
+};
+
+#define KVMPY_CHECK_OFFSET(type, member, offset) \
+	_Static_assert(offsetof(type, member) == (offset), #type "." #member)
+
+KVMPY_CHECK_OFFSET(struct guest_cpu, index, KVMPY_CPU_INDEX);
+KVMPY_CHECK_OFFSET(struct guest_cpu, apic_id, KVMPY_CPU_APIC_ID);
+KVMPY_CHECK_OFFSET(struct guest_cpu, ucall_slot, KVMPY_CPU_UCALL_SLOT);
+KVMPY_CHECK_OFFSET(struct guest_cpu, stack_top, KVMPY_CPU_STACK_TOP);
+KVMPY_CHECK_OFFSET(struct guest_cpu, entry, KVMPY_CPU_ENTRY);
+KVMPY_CHECK_OFFSET(struct guest_cpu, args, KVMPY_CPU_ARGS);
+KVMPY_CHECK_OFFSET(struct guest_cpu, fault, KVMPY_CPU_FAULT);
+KVMPY_CHECK_OFFSET(struct guest_cpu, user_rsp, KVMPY_CPU_USER_RSP);
+KVMPY_CHECK_OFFSET(struct guest_cpu, user_exit, KVMPY_CPU_USER_EXIT);
+KVMPY_CHECK_OFFSET(struct guest_cpu, x2apic, KVMPY_CPU_X2APIC);
+KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb, KVMPY_CPU_GHCB);
+_Static_assert(sizeof(struct guest_cpu) == KVMPY_CPU_SIZE, "struct guest_cpu");
+
+static __always_inline struct guest_cpu *guest_cpu(void)
+{
+	struct guest_cpu *cpu;
+
+	asm volatile("movq %%gs:%c1, %0" : "=r"(cpu) : "i"(KVMPY_CPU_SELF));
+	return cpu;
+}
+
+/* The index of this vCPU in the host's vm.vcpus. */
+static __always_inline u32 guest_cpu_index(void)
+{
+	u32 index;
+
+	asm volatile("movl %%gs:%c1, %0" : "=r"(index) : "i"(KVMPY_CPU_INDEX));
+	return index;
+}
+
+#endif /* KVMPY_CPU_H */

@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Everything that guest code may use.  Each vCPU runs guest_main(), or the
+ * function that the host names, with up to six arguments that the host gives.
+ */
+#ifndef KVMPY_GUEST_H
+#define KVMPY_GUEST_H
+
+#include <kvmpy/apic.h>
+#include <kvmpy/assert.h>
+#include <kvmpy/atomic.h>
+#include <kvmpy/cpu.h>
+#include <kvmpy/exception.h>
+#include <kvmpy/io.h>
+#include <kvmpy/layout.h>
+#include <kvmpy/printf.h>
+#include <kvmpy/processor.h>
+#include <kvmpy/spinlock.h>
+#include <kvmpy/string.h>
+#include <kvmpy/types.h>
+#include <kvmpy/ucall.h>
+#include <kvmpy/user.h>
+
+#endif /* KVMPY_GUEST_H */

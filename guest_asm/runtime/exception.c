@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <kvmpy/exception.h>
+#include <kvmpy/processor.h>
+#include <kvmpy/ucall.h>
+
+#include "runtime.h"
+
+struct fixup {
+	u32 start;
+	u32 end;
+};
+
+extern const struct fixup __guest_fixup_start[], __guest_fixup_end[];
+
+static guest_handler handlers[256];
+
+void guest_exception_install(u8 vector, guest_handler handler)
+{
+	WRITE_ONCE(handlers[vector], handler);
+}
+
+/* Faults leave RIP at their instruction, traps behind it, and #DB does either. */
+static bool covers(const struct fixup *fixup, const struct exception_frame *frame)
+{
+	switch (frame->vector) {
+	case BP_VECTOR:
+	case OF_VECTOR:
+		return frame->rip > fixup->start && frame->rip <= fixup->end;
+	case DB_VECTOR:
+		return frame->rip >= fixup->start && frame->rip <= fixup->end;
+	default:
+		return frame->rip >= fixup->start && frame->rip < fixup->end;
+	}
+}
+
+static bool fix_up(struct exception_frame *frame)
+{
+	const struct fixup *fixup;
+	struct guest_fault *fault;
+
+	if (frame->vector >= 32 || frame->vector == NMI_VECTOR || frame->vector == MC_VECTOR)
+		return false;
+	/* Single steps come by everywhere. */
+	if (frame->vector == DB_VECTOR && handlers[DB_VECTOR])
+		return false;
+
+	for (fixup = __guest_fixup_start; fixup < __guest_fixup_end; fixup++) {
+		if (!covers(fixup, frame))
+			continue;
+
+		fault = &guest_cpu()->fault;
+		fault->error_code = frame->error_code;
+		fault->rip = frame->rip;
+		fault->cr2 = frame->vector == PF_VECTOR ? read_cr2() : 0;
+		fault->vector = frame->vector;
+		fault->faulted = true;
+		frame->rip = fixup->end;
+		return true;
+	}
+	return false;
+}
+
+__noreturn void guest_exception_unexpected(struct exception_frame *frame)
+{
+	for (;;)
+		GUEST_UCALL(KVMPY_UCALL_CMD_EXCEPTION, frame->vector, frame->error_code, frame->rip,
+			    frame->rsp, read_cr2(), frame->rflags, frame, frame->rbp);
+}
+
+/* Called by the vector stubs. */
+void guest_exception(struct exception_frame *frame)
+{
+	guest_handler handler = READ_ONCE(handlers[frame->vector]);
+	struct guest_cpu *cpu;
+	struct guest_fault fault;
+
+	if (fix_up(frame))
+		return;
+
+	if (handler) {
+		/* A GUEST_TRY() of the handler must not be taken for that of the code it interrupts. */
+		cpu = guest_cpu();
+		fault = cpu->fault;
+		handler(frame);
+		cpu->fault = fault;
+		return;
+	}
+
+	if (exception_from_user(frame) && guest_cpu()->user_rsp)
+		guest_user_leave(frame);
+
+	guest_exception_unexpected(frame);
+}

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <kvmpy/processor.h>
+#include <kvmpy/user.h>
+
+#include "runtime.h"
+
+extern const char guest_user_return[];
+
+void guest_user_enter(u64 (*function)(u64 arg), u64 arg, void *stack);
+__noreturn void guest_user_resume(void);
+
+struct guest_user_exit guest_user_run(u64 (*function)(u64 arg), u64 arg, void *stack_top)
+{
+	u64 *stack = (u64 *)((uintptr_t)stack_top & ~15ul) - 1;
+	struct guest_user_exit exit = { 0 };
+	struct guest_cpu *cpu = guest_cpu();
+	u64 outer = cpu->user_exit;
+
+	*stack = (uintptr_t)guest_user_return;
+	cpu->user_exit = (uintptr_t)&exit;
+	guest_user_enter(function, arg, stack);
+	cpu->user_exit = outer;
+	return exit;
+}
+
+__noreturn void guest_user_leave(struct exception_frame *frame)
+{
+	struct guest_user_exit *exit = (void *)(uintptr_t)guest_cpu()->user_exit;
+
+	exit->value = frame->rax;
+	exit->returned = frame->rip == (uintptr_t)guest_user_return && frame->vector == UD_VECTOR;
+	exit->fault.faulted = !exit->returned;
+	exit->fault.vector = exit->returned ? NO_VECTOR : frame->vector;
+	exit->fault.error_code = frame->error_code;
+	exit->fault.rip = frame->rip;
+	exit->fault.cr2 = frame->vector == PF_VECTOR ? read_cr2() : 0;
+	guest_user_resume();
+}

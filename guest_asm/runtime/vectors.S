@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The 256 interrupt stubs, and the way into C and back. */
+#include <kvmpy/layout.h>
+
+#define FRAME_CS		(18 * 8)
+#define MSR_GS_BASE		0xc0000101
+
+	.macro	save_registers
+	pushq	%rax
+	pushq	%rcx
+	pushq	%rdx
+	pushq	%rbx
+	pushq	%rbp
+	pushq	%rsi
+	pushq	%rdi
+	pushq	%r8
+	pushq	%r9
+	pushq	%r10
+	pushq	%r11
+	pushq	%r12
+	pushq	%r13
+	pushq	%r14
+	pushq	%r15
+	.endm
+
+	.macro	restore_registers
+	popq	%r15
+	popq	%r14
+	popq	%r13
+	popq	%r12
+	popq	%r11
+	popq	%r10
+	popq	%r9
+	popq	%r8
+	popq	%rdi
+	popq	%rsi
+	popq	%rbp
+	popq	%rbx
+	popq	%rdx
+	popq	%rcx
+	popq	%rax
+	/* The vector and the error code. */
+	addq	$16, %rsp
+	.endm
+
+	.text
+	.balign	KVMPY_IDT_STRIDE
+	.globl	guest_idt_stubs
+	.type	guest_idt_stubs, @function
+guest_idt_stubs:
+	.set	vector, 0
+	.rept	256
+	.balign	KVMPY_IDT_STRIDE, 0xcc
+	/* Vectors 8, 10 to 14, 17, 21, 29 and 30 come with an error code. */
+	.if	vector >= 32 || !((0x60227d00 >> (vector & 31)) & 1)
+	pushq	$0
+	.endif
+	pushq	$vector
+	/* Debug exceptions, NMIs and machine checks may arrive between an entry from ring 3 and its swapgs. */
+	.if	vector == 1 || vector == 2 || vector == 8 || vector == 18
+	jmp	entry_paranoid
+	.else
+	jmp	entry_common
+	.endif
+	.set	vector, vector + 1
+	.endr
+	.size	guest_idt_stubs, . - guest_idt_stubs
+
+	.type	entry_common, @function
+entry_common:
+	save_registers
+	testb	$3, FRAME_CS(%rsp)
+	jz	1f
+	swapgs
+1:	cld
+	movq	%rsp, %rdi
+	call	guest_exception
+	testb	$3, FRAME_CS(%rsp)
+	jz	2f
+	swapgs
+2:	restore_registers
+	iretq
+	.size	entry_common, . - entry_common
+
+	.type	entry_paranoid, @function
+entry_paranoid:
+	save_registers
+	/* Is GS the per-CPU area already? */
+	movl	$MSR_GS_BASE, %ecx
+	rdmsr
+	xorl	%ebx, %ebx
+	testl	%edx, %edx
+	jnz	1f
+	subl	$KVMPY_PERCPU_BASE, %eax
+	cmpl	$KVMPY_MAX_VCPUS * KVMPY_PERCPU_STRIDE, %eax
+	jb	2f
+1:	swapgs
+	incl	%ebx
+2:	cld
+	movq	%rsp, %rdi
+	call	guest_exception
+	testl	%ebx, %ebx
+	jz	3f
+	swapgs
+3:	restore_registers
+	iretq
+	.size	entry_paranoid, . - entry_paranoid
+
+	.section .note.GNU-stack, "", @progbits

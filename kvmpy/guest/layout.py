@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where everything lives in the guest's address space, and the formats shared with the guest.
+
+``guest_asm/include/kvmpy/layout.h`` says the same to the guest, with each name prefixed by ``KVMPY_``. Addresses
+are guest-virtual; sizes and offsets are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IMAGE_BASE = 0x0040_0000
+GDT_BASE = 0x07FF_0000
+IDT_BASE = 0x07FF_1000
+XAPIC_BASE = 0x07FF_2000
+PERCPU_BASE = 0x0800_0000
+UCALL_BASE = 0x0C00_0000
+STACK_BASE = 0x1000_0000
+HEAP_BASE = 0x4000_0000
+
+MAX_VCPUS = 1024
+PERCPU_STRIDE = 0x4000
+UCALL_STRIDE = 0x1000
+STACK_STRIDE = 0x1_0000
+STACK_GUARD = 0x1000
+
+PERCPU_TSS = 0x1000
+PERCPU_IST1_TOP = 0x3000
+PERCPU_IST2_TOP = 0x4000
+TSS_RSP0 = 0x1004
+
+PF_SHARED = 0x0010_0000
+PF_USER = 0x0020_0000
+
+KERNEL_CS = 0x08
+KERNEL_DS = 0x10
+USER_DS = 0x23
+USER_CS = 0x2B
+
+IDT_STRIDE = 16
+
+CPU_SELF = 0
+CPU_INDEX = 8
+CPU_APIC_ID = 12
+CPU_UCALL_SLOT = 16
+CPU_STACK_TOP = 24
+CPU_ENTRY = 32
+CPU_ARGS = 40
+CPU_FAULT = 88
+CPU_USER_RSP = 120
+CPU_USER_EXIT = 128
+CPU_X2APIC = 136
+CPU_GHCB = 144
+CPU_SIZE = 256
+CPU_NR_ARGS = 6
+
+UCALL_PORT = 0xE6
+UCALL_SLOT_SIZE = 512
+UCALL_SLOTS = 8
+UCALL_GPA = 0
+UCALL_ID = 8
+UCALL_CMD = 12
+UCALL_ARGS = 16
+UCALL_NEXT = 80
+UCALL_TEXT = 96
+UCALL_TEXT_SIZE = 416
+UCALL_NR_ARGS = 8
+UCALL_NO_SLOT = 0xFFFF_FFFF
+
+UCALL_NARGS_SHIFT = 16
+UCALL_HAS_TEXT = 0x0100_0000
+
+ASSERT_KIND_MASK = 0xFF
+ASSERT_GOT_SIGNED = 0x100
+ASSERT_EXPECTED_SIGNED = 0x200
+
+_CPU = struct.Struct("<QIIQQQ6Q")
+_SLOT_HEAD = struct.Struct("<QI")
+
+
+class UcallCmd(enum.IntEnum):
+    """What a ucall asks of the host; a test's own commands are ``USER`` and above."""
+
+    NONE = 0
+    SYNC = 1
+    DONE = 2
+    ABORT = 3
+    PRINTF = 4
+    EXCEPTION = 5
+    USER = 0x100
+
+
+class AssertKind(enum.IntEnum):
+    """What an assertion compared: the low 8 bits of the fourth argument of an ABORT."""
+
+    FAIL = 0
+    TRUE = 1
+    EQ = 2
+    NE = 3
+    LT = 4
+    LE = 5
+    GT = 6
+    GE = 7
+
+
+def _check_index(index: int) -> None:
+    if not 0 <= index < MAX_VCPUS:
+        raise ValueError(f"vCPU index {index} is outside 0..{MAX_VCPUS - 1}")
+
+
+def percpu_gva(index: int) -> int:
+    """Return where the ``struct guest_cpu`` (and GS base) of vCPU *index* is."""
+    _check_index(index)
+    return PERCPU_BASE + index * PERCPU_STRIDE
+
+
+def ucall_gva(index: int) -> int:
+    """Return where the page of ucall slots of vCPU *index* is."""
+    _check_index(index)
+    return UCALL_BASE + index * UCALL_STRIDE
+
+
+def stack_gva(index: int) -> int:
+    """Return the lowest mapped address of the stack of vCPU *index*; the guard page lies below it."""
+    _check_index(index)
+    return STACK_BASE + index * STACK_STRIDE + STACK_GUARD
+
+
+def stack_top(index: int) -> int:
+    """Return the end of the stack of vCPU *index*: its first RSP."""
+    _check_index(index)
+    return STACK_BASE + (index + 1) * STACK_STRIDE
+
+
+def ucall_id(index: int, slot: int = 0) -> int:
+    """Return the value that the guest writes to the port for slot *slot* of vCPU *index*.
+
+    The last slot of a page takes the calls for which no slot is left; its id is ``UCALL_NO_SLOT``.
+    """
+    return UCALL_NO_SLOT if slot == UCALL_SLOTS - 1 else index * UCALL_SLOTS + slot
+
+
+def guest_cpu_bytes(index: int, entry: int, args: Sequence[int] = (), *, apic_id: int | None = None) -> bytes:
+    """Return the initial ``struct guest_cpu`` of vCPU *index*, which starts at *entry* with up to six arguments."""
+    if len(args) > CPU_NR_ARGS:
+        raise ValueError(f"a vCPU takes at most {CPU_NR_ARGS} arguments, not {len(args)}")
+    values = [int(a) & 0xFFFF_FFFF_FFFF_FFFF for a in args] + [0] * (CPU_NR_ARGS - len(args))
+    return _CPU.pack(
+        percpu_gva(index),
+        index,
+        index if apic_id is None else apic_id,
+        ucall_gva(index),
+        stack_top(index),
+        entry,
+        *values,
+    ).ljust(CPU_SIZE, b"\0")
+
+
+def ucall_page_bytes(index: int, gpa: int) -> bytes:
+    """Return the initial page of ucall slots of vCPU *index*, which lies at guest-physical *gpa*."""
+    page = bytearray(UCALL_STRIDE)
+    gva = ucall_gva(index)
+    for slot in range(UCALL_SLOTS):
+        at = slot * UCALL_SLOT_SIZE
+        following = min(slot + 1, UCALL_SLOTS - 1) * UCALL_SLOT_SIZE
+        _SLOT_HEAD.pack_into(page, at, gpa + at, ucall_id(index, slot))
+        struct.pack_into("<Q", page, at + UCALL_NEXT, gva + following)
+    return bytes(page)
