@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host is: kernel, CPU, vendor module and parameters, whether KVM can be used, and the platform's name."""
+"""What this host is: kernel, CPU, vendor module and parameters, whether KVM can be used, and the platform."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from kvmpy.testing.verdicts import Missing
 
 PLATFORM_VARIABLE = "KVMPY_PLATFORM"
 SYS_MODULE = Path("/sys/module")
-# Modules named kvm_* that are no vendor modules would mislead; a vendor module is what offers KVM_CREATE_VM.
 _VENDOR_SYMBOL = re.compile(r" [tT] (pvm|svm|vmx)_(?:init|hardware_enable|hardware_setup|vcpu_run)(?:\s|$)")
 _VENDORS = {"pvm": "kvm_pvm", "svm": "kvm_amd", "vmx": "kvm_intel"}
 
@@ -65,7 +64,7 @@ def vendor_modules() -> tuple[str, ...]:
     if found:
         return tuple(found)
     try:
-        with open("/proc/kallsyms", encoding="ascii", errors="replace") as symbols:  # noqa: PTH123
+        with open("/proc/kallsyms", encoding="ascii", errors="replace") as symbols:
             names = {match[1] for line in symbols if (match := _VENDOR_SYMBOL.search(line))}
     except OSError:
         return ()
@@ -99,7 +98,7 @@ def _kernel_config() -> Mapping[str, str]:
 
 
 def kernel_config(option: str) -> str | None:
-    """Return the running kernel's value of ``CONFIG_option`` (``y``, ``m``, ``n``, text); None when unknown."""
+    """Return the running kernel's value of ``CONFIG_option`` (``y``, ``m``, ``n``); None when unknown."""
     config = _kernel_config()
     if not config:
         return None
@@ -143,6 +142,7 @@ class HostSummary:
     kvm_missing: str = ""
     vm_types: tuple[str, ...] = ()
     protections: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as JSON-ready values; a protection's text is empty when it is available."""
@@ -156,7 +156,7 @@ class HostSummary:
             "kvm_missing": self.kvm_missing,
             "vm_types": list(self.vm_types),
             "protections": {
-                name: {"available": not missing, "missing": missing}
+                name: {"available": not missing, "missing": missing, "label": self.labels.get(name, "")}
                 for name, missing in self.protections.items()
             },
         }
@@ -201,7 +201,8 @@ def summarize() -> HostSummary:
         types = tuple(vm_type_name(number) for number in sorted(kvm.vm_types()))
         offered = ladder.availability(kvm)
     protections = {
-        name: "" if offered[name].available else "; ".join(entry.what for entry in offered[name].missing)
+        name: "" if offered[name].available else "; ".join(entry.missing for entry in offered[name].missing)
         for name in ladder.protections()
     }
-    return HostSummary(*common, kvm=True, vm_types=types, protections=protections)
+    labels = {name: ladder.get(name).label for name in protections}
+    return HostSummary(*common, kvm=True, vm_types=types, protections=protections, labels=labels)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fixtures: ``kvm``, ``vm``, ``make_vm``, ``protection``, ``deadline``, ``seed`` and ``rng``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpy.testing.gate import refuse
+from kvmpy.testing.options import SETTINGS
+from kvmpy.testing.protections import FIXTURE
+from kvmpy.testing.requirements import Requirements
+from kvmpy.testing.verdicts import suite_id
+
+if TYPE_CHECKING:
+    from kvmpy.coco.kvm import Kvm
+    from kvmpy.core.backing import Backing
+    from kvmpy.core.vm import Vm
+    from kvmpy.guest.program import GuestProgram
+    from kvmpy.guest.vm import GuestVm
+    from kvmpy.uapi.structs import kvm_cpuid2
+
+REQUIREMENTS = pytest.StashKey[Requirements]()
+VMS = pytest.StashKey["list[GuestVm]"]()
+
+
+class MakeVm:
+    """What the fixture ``make_vm`` gives: call it with a guest program to get a VM."""
+
+    def __init__(self, node: pytest.Item, kvm: Kvm, protection: str, deadline: float, strict: bool) -> None:
+        self.kvm = kvm
+        self.protection = protection
+        self._deadline = deadline
+        self._strict = strict
+        self.made: list[GuestVm] = []
+        node.stash[VMS] = self.made
+
+    def __call__(
+        self,
+        program: GuestProgram | str,
+        *,
+        vcpus: int = 1,
+        memory: int | None = None,
+        protection: str | None = None,
+        backing: Backing | None = None,
+        levels: int = 4,
+        irqchip: str | None = "full",
+        deadline: float | None = None,
+        strict_private: bool | None = None,
+        cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
+        vcpu_ids: Sequence[int] | None = None,
+        before_vcpus: Callable[[GuestVm], None] | None = None,
+    ) -> GuestVm:
+        """Create a VM with *program* (or C source) in it; closed when the test ends.
+
+        Keywords are those of ``Kvm.create_vm``; protection, deadline (seconds) and strict_private default to
+        the test's own.
+        """
+        from kvmpy.guest.program import GuestProgram
+        from kvmpy.guest.vm import DEFAULT_MEMORY
+
+        guest = GuestProgram.from_c(program) if isinstance(program, str) else program
+        vm = self.kvm.create_vm(
+            guest,
+            vcpus=vcpus,
+            memory=DEFAULT_MEMORY if memory is None else memory,
+            protection=self.protection if protection is None else protection,
+            backing=backing,
+            levels=levels,
+            irqchip=irqchip,
+            deadline=self._deadline if deadline is None else deadline,
+            strict_private=self._strict if strict_private is None else strict_private,
+            cpuid=cpuid,
+            vcpu_ids=vcpu_ids,
+            before_vcpus=before_vcpus,
+        )
+        self.made.append(vm)
+        return vm
+
+    def close(self) -> None:
+        """Close every VM, the youngest first."""
+        while self.made:
+            self.made.pop().close()
+
+
+@pytest.fixture
+def kvm(request: pytest.FixtureRequest) -> Iterator[Kvm]:
+    """An open ``kvmpy.Kvm``; without a usable KVM the test is skipped with the reason."""
+    missing = request.config.stash[REQUIREMENTS].missing(["kvm"])
+    if missing:
+        refuse(request.node, missing)
+    from kvmpy.coco.kvm import Kvm
+
+    with Kvm() as device:
+        yield device
+
+
+@pytest.fixture
+def vm(kvm: Kvm) -> Iterator[Vm]:
+    """A bare VM of the default type, with no memory and no vCPU."""
+    with kvm.create_vm() as bare:
+        yield bare
+
+
+@pytest.fixture(name=FIXTURE)
+def _protection(request: pytest.FixtureRequest) -> str:
+    """The name of the protection that the test runs under: ``none`` without a protections marker."""
+    name = str(getattr(request, "param", "none"))
+    missing = request.config.stash[REQUIREMENTS].missing([f"protection:{name}"])
+    if missing:
+        refuse(request.node, missing)
+    return name
+
+
+@pytest.fixture
+def deadline(request: pytest.FixtureRequest) -> float:
+    """How long a guest of this test may run without a wanted exit, in seconds."""
+    marker = request.node.get_closest_marker("deadline")
+    if marker is not None:
+        return float(marker.args[0])
+    return request.config.stash[SETTINGS].deadline
+
+
+@pytest.fixture
+def make_vm(request: pytest.FixtureRequest, kvm: Kvm, protection: str, deadline: float) -> Iterator[MakeVm]:
+    """Make VMs with guest programs, under the test's protection; all are closed when the test ends."""
+    strict = request.config.stash[SETTINGS].strict_private
+    factory = MakeVm(request.node, kvm, protection, deadline, strict)
+    try:
+        yield factory
+    finally:
+        factory.close()
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """This test's own seed, from the session's seed and the test's name: one test alone can be repeated."""
+    session = request.config.stash[SETTINGS].seed
+    return random.Random(f"{session}:{suite_id(request.node.nodeid)}").getrandbits(64)
+
+
+@pytest.fixture
+def rng(seed: int) -> random.Random:
+    """A random generator that starts from this test's seed."""
+    return random.Random(seed)

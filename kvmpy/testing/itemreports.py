@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Around every test, in the process that runs it: requirements, errata, post-mortem and leak check.
+
+What a report says beyond pytest's own fields travels in its attribute ``kvmpy``, through xdist and journal.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import pytest
+
+from kvmpy.testing import gate, leaks, protections
+from kvmpy.testing.errata import Erratum, HostFacts, find
+from kvmpy.testing.fixtures import REQUIREMENTS, VMS
+from kvmpy.testing.options import Settings
+from kvmpy.testing.verdicts import Missing, suite_id
+
+_FIXTURES = frozenset({"kvm", "vm", "make_vm", protections.FIXTURE})
+_MARKERS = ("requires", protections.MARKER, "dangerous", "deadline")
+_BEFORE = pytest.StashKey[leaks.Snapshot]()
+_FAILED = pytest.StashKey[bool]()
+_RSS = pytest.StashKey[int]()
+
+
+def uses_kvmpy(item: pytest.Item) -> bool:
+    """Whether *item* uses a fixture or marker of this plugin."""
+    return bool(_FIXTURES.intersection(getattr(item, "fixturenames", ()))) or any(
+        item.get_closest_marker(name) for name in _MARKERS
+    )
+
+
+def named_on_command_line(item: pytest.Item) -> bool:
+    """Whether the user asked for exactly this test: a ``file::test`` argument that it belongs to."""
+    path = str(item.path)
+    for arg in item.config.args:
+        file, separator, name = str(arg).partition("::")
+        tail = item.nodeid.partition("::")[2]
+        if separator and path.endswith(file.lstrip("./")) and (tail == name or tail.startswith(f"{name}[")):
+            return True
+    return False
+
+
+def missing_of(error: BaseException) -> Missing | None:
+    """Return what a MissingError says is missing, None for any other exception."""
+    # Only looked up: whoever raised one has imported it.
+    module = sys.modules.get("kvmpy.core.errors")
+    if module is None or not isinstance(error, module.MissingError):
+        return None
+    return Missing(error.missing, error.how)
+
+
+def postmortem_of(error: BaseException | None) -> str:
+    """Return the post-mortem that an exception, or what caused it, carries."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        text = getattr(error, "postmortem", "")
+        if isinstance(text, str) and text:
+            return text
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _state_of_vms(item: pytest.Item, cause: str) -> str:
+    texts = []
+    for vm in item.stash.get(VMS, []):
+        if vm.closed or not vm.launched or not vm.guests:
+            continue
+        try:
+            texts.append(vm.postmortem(vm.guests[0], cause))
+        except Exception as error:  # noqa: BLE001 - a post-mortem may not hide the failure it is about
+            texts.append(f"{vm.name}: no post-mortem: {error!r}")
+    return "\n\n".join(texts)
+
+
+def promise_of(item: pytest.Item) -> str:
+    """Return the first line of the test's docstring: what the test promises."""
+    text = inspect.getdoc(getattr(item, "obj", None)) or ""
+    return text.partition("\n")[0].strip()
+
+
+class ItemReports:
+    """Plugin object of every process that runs tests."""
+
+    def __init__(self, settings: Settings, errata: Sequence[Erratum], facts: HostFacts) -> None:
+        self._settings = settings
+        self._errata = errata
+        self._facts = facts
+        self._allowed = leaks.Allowed()
+
+    def _checks_leaks(self, item: pytest.Item) -> bool:
+        return self._settings.leaks == "all" or (self._settings.leaks == "kvm" and uses_kvmpy(item))
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Take the leak check's first look, then check what the test needs."""
+        if self._checks_leaks(item):
+            item.stash[_BEFORE] = leaks.snapshot()
+        if (
+            item.get_closest_marker("dangerous")
+            and not self._settings.run_dangerous
+            and not named_on_command_line(item)
+        ):
+            reason = "dangerous: can crash an unfixed host; run it in the lab or with --run-dangerous"
+            raise pytest.skip.Exception(reason, _use_item_location=True)
+        wanted = [need for mark in item.iter_markers("requires") for need in mark.args]
+        if wanted:
+            try:
+                missing = item.config.stash[REQUIREMENTS].missing(wanted)
+            except ValueError as error:
+                pytest.fail(f"marker requires: {error}", pytrace=False)
+            if missing:
+                gate.refuse(item, missing)
+        return (yield from self._or_missing(item))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Turn a MissingError that leaves the test into a skip with its reason."""
+        return (yield from self._or_missing(item))
+
+    def _or_missing(self, item: pytest.Item) -> Generator[None, object, object]:
+        try:
+            return (yield)
+        except RuntimeError as error:
+            missing = missing_of(error)
+            if missing is None:
+                raise
+            gate.refuse(item, [missing])
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
+        """What a fixture of wider scope opens is no leak of the test that happens to set it up."""
+        if fixturedef.scope == "function" or self._settings.leaks == "off":
+            return (yield)
+        before = leaks.snapshot()
+        result = yield
+        self._allowed.add(before, leaks.snapshot())
+        return result
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Fail a test that leaves something behind; one that has failed already only says so."""
+        result = yield
+        before = item.stash.get(_BEFORE, None)
+        if before is None:
+            return result
+        del item.stash[_BEFORE]
+        found, now = leaks.leaks_since(before, self._allowed)
+        item.stash[_RSS] = now.rss
+        if found:
+            text = "left behind by the test:\n" + "\n".join(f"  {entry}" for entry in found)
+            if not item.stash.get(_FAILED, False):
+                pytest.fail(text, pytrace=False)
+            # The frames of a failed test's traceback still hold its objects.
+            item.add_report_section("teardown", "left behind", text)
+        return result
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Attach promise, protection, missing things and post-mortem to the report; apply the errata."""
+        report = yield
+        data: dict[str, Any] = {"promise": promise_of(item), "protection": protections.of_item(item)}
+        if report.failed:
+            item.stash[_FAILED] = True
+            self._postmortem(item, call, report, data)
+        if report.skipped:
+            data["missing"] = [[entry.what, entry.how] for entry in item.stash.get(gate.MISSING_KEY, [])]
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._insist(item, report)
+        if call.when != "teardown":
+            self._apply_errata(item, report)
+        elif _RSS in item.stash:
+            data["rss"] = item.stash[_RSS]
+        report.__dict__["kvmpy"] = data
+        return report
+
+    def _postmortem(
+        self,
+        item: pytest.Item,
+        call: pytest.CallInfo[None],
+        report: pytest.TestReport,
+        data: dict[str, Any],
+    ) -> None:
+        error = call.excinfo.value if call.excinfo is not None else None
+        text = postmortem_of(error)
+        if not text and call.when == "call":
+            text = _state_of_vms(item, "the test failed on the host's side")
+        if text:
+            data["postmortem"] = text
+            if text not in str(error):
+                report.sections.append(("post-mortem", text))
+
+    def _insist(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        # Skips that come from pytest.skip() in a test have no name; only "all" forbids them.
+        dangerous = item.get_closest_marker("dangerous") is not None and "dangerous:" in str(report.longrepr)
+        if "all" in gate.required_names() and not dangerous:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            report.outcome = "failed"
+            report.longrepr = f"{reason} ({gate.VARIABLE}=all insists on it)"
+
+    def _apply_errata(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        entry = find(self._errata, suite_id(item.nodeid), self._facts, protections.of_item(item))
+        if entry is None or report.skipped or (report.passed and report.when != "call"):
+            return
+        if report.passed:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"errata entry is stale: {entry.source} says that this test fails here "
+                f"({entry.reason}; {entry.origin}), but it passed"
+            )
+        elif entry.explains(report.longreprtext):
+            report.outcome = "skipped"
+            report.wasxfail = f"errata: {entry.reason} ({entry.origin})"
+        else:
+            text = f"{entry.source} expects another failure here, one that says {entry.message!r}"
+            report.sections.append(("errata", text))

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that keeps every report as it comes, so that a test process that dies loses one test and no result.
+
+Whoever supervises the process marks the test that was running as lost and starts pytest again with the same
+journal: what it holds is replayed, not run, and the session goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class History:
+    """What a journal holds: reports by test, and the tests that were lost with the reason."""
+
+    reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    running: str | None = None
+    limit: float = 0.0
+    finished: bool = False
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return  # the process died while it wrote its last line
+
+
+def read(path: Path) -> History:
+    """Return what the journal at *path* holds; a missing file holds nothing."""
+    history = History()
+    for event in _events(path):
+        kind = event["event"]
+        if kind == "start":
+            history.running = event["nodeid"]
+            history.limit = event["limit"]
+        elif kind == "report":
+            history.reports.setdefault(event["nodeid"], []).append(event["data"])
+        elif kind == "finish":
+            history.running = None
+        elif kind == "lost":
+            history.lost[event["nodeid"]] = event["reason"]
+            history.running = None
+        elif kind == "end":
+            history.finished = True
+    return history
+
+
+def _append(stream: TextIO, event: dict[str, Any]) -> None:
+    stream.write(json.dumps(event) + "\n")
+    stream.flush()
+
+
+def mark_lost(path: Path, nodeid: str, reason: str) -> None:
+    """Write into the journal that the process died in the test *nodeid*."""
+    with path.open("a", encoding="utf-8") as stream:
+        # A line of its own even if the dying process left half a line.
+        stream.write("\n")
+        _append(stream, {"event": "lost", "nodeid": nodeid, "reason": reason})
+
+
+def _die_with_parent() -> None:
+    # Since Linux 2.1.57; without it a killed supervisor would leave VMs running.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+class Journal:
+    """Plugin object: writes the journal and replays what an earlier process of the same run left in it."""
+
+    def __init__(self, config: pytest.Config, path: Path) -> None:
+        self._config = config
+        self._history = read(path)
+        self._stream = path.open("a", encoding="utf-8")
+        self._replaying = False
+        if os.environ.get("KVMPY_SUPERVISED") == str(os.getppid()):
+            _die_with_parent()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def _limit(self, item: pytest.Item) -> float:
+        marker = item.get_closest_marker("timeout")
+        if marker is not None and marker.args:
+            return float(marker.args[0])
+        return float(self._config.getini("timeout") or 0)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Replay the test's reports when an earlier process has them, otherwise note that it starts."""
+        nodeid = item.nodeid
+        if nodeid in self._history.lost:
+            self._replay(item, [self._lost_report(item, self._history.lost[nodeid])])
+            return True
+        kept = self._history.reports.get(nodeid)
+        if kept is not None:
+            hook = self._config.hook
+            reports = [
+                hook.pytest_report_from_serializable(config=self._config, data=_from_json(data))
+                for data in kept
+            ]
+            self._replay(item, reports)
+            return True
+        _append(self._stream, {"event": "start", "nodeid": nodeid, "limit": self._limit(item)})
+        return None
+
+    def _replay(self, item: pytest.Item, reports: list[pytest.TestReport]) -> None:
+        self._replaying = True
+        try:
+            item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+            for report in reports:
+                item.ihook.pytest_runtest_logreport(report=report)
+            item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        finally:
+            self._replaying = False
+
+    def _lost_report(self, item: pytest.Item, reason: str) -> pytest.TestReport:
+        # The phase that xdist uses for a test whose worker died.
+        when: Any = "???"
+        return pytest.TestReport(item.nodeid, item.location, {}, "failed", reason, when)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write a report down."""
+        if not self._replaying:
+            data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+            _append(self._stream, {"event": "report", "nodeid": report.nodeid, "data": data})
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Write down that a test has ended."""
+        if not self._replaying:
+            _append(self._stream, {"event": "finish", "nodeid": nodeid})
+
+    def pytest_sessionfinish(self) -> None:
+        """Write down that the session came to its end."""
+        _append(self._stream, {"event": "end"})
+
+
+def _from_json(data: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no tuples; pytest tells a skip by one.
+    values = dict(data)
+    if isinstance(values.get("longrepr"), list):
+        values["longrepr"] = tuple(values["longrepr"])
+    values["user_properties"] = [tuple(pair) for pair in values.get("user_properties", [])]
+    return values

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON report; its fields are described in docs/reports.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvmpy import __version__
+from kvmpy.testing.host import HostSummary
+from kvmpy.testing.verdicts import TestVerdict, skips_by_reason, tally
+
+SCHEMA = "kvmpy-report/1"
+
+
+def document(
+    verdicts: Sequence[TestVerdict],
+    host: HostSummary,
+    *,
+    seed: int,
+    duration: float,
+    exit_status: int,
+    not_run: Sequence[str] = (),
+    growth: float = 0.0,
+) -> dict[str, Any]:
+    """Return the report as JSON-ready values; *duration* is in seconds, *growth* in bytes with every test."""
+    return {
+        "schema": SCHEMA,
+        "kvmpy": __version__,
+        "platform": host.platform,
+        "host": host.as_dict(),
+        "seed": seed,
+        "duration": round(duration, 3),
+        "exit_status": exit_status,
+        "summary": tally(verdicts),
+        "memory_growth_per_test": round(growth),
+        "tests": [entry.as_dict() for entry in verdicts],
+        "not_run": list(not_run),
+        "skips": [
+            {"missing": what, "how": how, "tests": tests} for what, how, tests in skips_by_reason(verdicts)
+        ],
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a report file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Write the report to *path*."""
+    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a test left behind: descriptors, VMs, threads, mappings, children; and memory growth over a run."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GRACE = 1.0
+_SELF = Path("/proc/self")
+# Mappings whose name tells that a test made them; anonymous ones come and go with the allocators.
+_NAMED = re.compile(r"anon_inode:|/memfd:|/anon_hugepage|/dev/hugepages|/dev/kvm|guest_memfd")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What this process holds at one moment. ``mappings`` counts the named ones, ``mapped`` all of them."""
+
+    fds: dict[int, str]
+    threads: dict[int, str]
+    children: dict[int, str]
+    mappings: Counter[str]
+    mapped: int
+    rss: int
+
+
+def _fds() -> dict[int, str]:
+    found = {}
+    for name in os.listdir(_SELF / "fd"):
+        try:
+            found[int(name)] = os.readlink(_SELF / "fd" / name)
+        except OSError:
+            continue  # the directory's own descriptor
+    return found
+
+
+def _comm(path: Path) -> str:
+    try:
+        return (path / "comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return "?"
+
+
+def _threads() -> dict[int, str]:
+    return {int(name): _comm(_SELF / "task" / name) for name in os.listdir(_SELF / "task")}
+
+
+def _children(threads: Sequence[int]) -> dict[int, str]:
+    found = {}
+    for tid in threads:
+        try:
+            pids = (_SELF / "task" / str(tid) / "children").read_text(encoding="ascii").split()
+        except OSError:
+            continue
+        found.update({int(pid): _comm(Path("/proc") / pid) for pid in pids})
+    return found
+
+
+def snapshot() -> Snapshot:
+    """Look at this process."""
+    threads = _threads()
+    lines = (_SELF / "maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    named = Counter(line.split(None, 5)[5] for line in lines if _NAMED.search(line))
+    rss = int((_SELF / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return Snapshot(_fds(), threads, _children(tuple(threads)), named, len(lines), rss)
+
+
+@dataclass
+class Allowed:
+    """What fixtures of a wider scope opened and will close later."""
+
+    fds: set[tuple[int, str]] = field(default_factory=set)
+    threads: set[int] = field(default_factory=set)
+    children: set[int] = field(default_factory=set)
+    mappings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, before: Snapshot, after: Snapshot) -> None:
+        """Allow what appeared between two snapshots."""
+        self.fds |= set(after.fds.items()) - set(before.fds.items())
+        self.threads |= set(after.threads) - set(before.threads)
+        self.children |= set(after.children) - set(before.children)
+        self.mappings += after.mappings - before.mappings
+
+
+def _vm_word(target: str) -> str:
+    return " (a VM)" if target == "anon_inode:kvm-vm" else ""
+
+
+def differences(before: Snapshot, after: Snapshot, allowed: Allowed) -> list[str]:
+    """Name everything in *after* that *before* did not have and nobody allowed."""
+    found = [
+        f"file descriptor {fd}: {target}{_vm_word(target)}"
+        for fd, target in sorted(after.fds.items())
+        if before.fds.get(fd) != target and (fd, target) not in allowed.fds
+    ]
+    found += [
+        f"thread {tid}: {name}"
+        for tid, name in sorted(after.threads.items())
+        if tid not in before.threads and tid not in allowed.threads
+    ]
+    found += [
+        f"child process {pid}: {name}"
+        for pid, name in sorted(after.children.items())
+        if pid not in before.children and pid not in allowed.children
+    ]
+    extra = after.mappings - before.mappings - allowed.mappings
+    found += [f"mapping of {name} ({count} more)" for name, count in sorted(extra.items())]
+    return found
+
+
+def leaks_since(before: Snapshot, allowed: Allowed, grace: float = GRACE) -> tuple[list[str], Snapshot]:
+    """Return what was left behind since *before*, and the state now.
+
+    A thread or child that is just ending gets *grace* seconds; garbage is collected first.
+    """
+    now = snapshot()
+    found = differences(before, now, allowed)
+    if not found:
+        return found, now
+    gc.collect()
+    deadline = time.monotonic() + grace
+    while True:
+        now = snapshot()
+        found = differences(before, now, allowed)
+        waiting = any(entry.startswith(("thread", "child")) for entry in found)
+        if not waiting or time.monotonic() > deadline:
+            return found, now
+        time.sleep(0.005)
+
+
+def steady_growth(samples: Sequence[int]) -> float:
+    """Return by how much *samples* grow with every test when they never stop growing, else 0.
+
+    The first quarter is warm-up. The rest is cut into four parts; growth counts only when the median of every
+    part is above the one before, so that a single jump or a cache that fills is no growth. Needs 40 samples.
+    """
+    if len(samples) < 40:
+        return 0.0
+    rest = samples[len(samples) // 4 :]
+    size = len(rest) // 4
+    medians = [statistics.median(rest[part * size : (part + 1) * size]) for part in range(4)]
+    steps = [(later - earlier) / size for earlier, later in itertools.pairwise(medians)]
+    return min(steps) if min(steps) > 0 else 0.0

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command-line options, ini settings and markers of the plugin, and their values in one object."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvmpy.testing.host import platform_name
+
+DEFAULT_DEADLINE = 20.0
+LEAK_MODES = ("all", "kvm", "off")
+SEED_BITS = 32
+
+MARKERS = (
+    "requires(*needs): what the test needs: 'KVM_CAP_X', 'ioctl:KVM_X', 'param:kvm.name=Y', a callable, ...",
+    "protections(*names): run the test once under each named protection, or under 'all' of them",
+    "dangerous: could crash an unfixed host; runs with --run-dangerous, when named, or in the lab",
+    "deadline(seconds): how long this test's guests may run without an exit the test waits for",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of one session. ``deadline`` is in seconds; ``protections`` None means all."""
+
+    seed: int
+    deadline: float
+    protections: tuple[str, ...] | None
+    run_dangerous: bool
+    strict_private: bool
+    suite: bool
+    table: bool
+    leaks: str
+    json: Path | None
+    ktap: Path | None
+    journal: Path | None
+    errata: tuple[Path, ...]
+
+
+SETTINGS = pytest.StashKey[Settings]()
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise ValueError("a deadline is a positive number of seconds")
+    return value
+
+
+def _number(text: str) -> int:
+    value = int(text, 0)
+    if not 0 <= value < 1 << SEED_BITS:
+        raise ValueError(f"a seed is a number from 0 to 2**{SEED_BITS} - 1")
+    return value
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare options and ini settings."""
+    group = parser.getgroup("kvmpy", "KVM tests")
+    group.addoption("--protection", metavar="P[,P]", help="run only the items under these protections")
+    group.addoption(
+        "--deadline",
+        type=_positive,
+        default=DEFAULT_DEADLINE,
+        metavar="SECONDS",
+        help=f"how long a guest may run without a wanted exit (default {DEFAULT_DEADLINE:g})",
+    )
+    group.addoption(
+        "--kvmpy-seed",
+        type=_number,
+        metavar="N",
+        help="repeat a session's random choices (default: a new seed)",
+    )
+    group.addoption("--kvmpy-json", metavar="FILE", help="write the verdicts as JSON")
+    group.addoption("--ktap", metavar="FILE", help="write the verdicts as KTAP version 1")
+    group.addoption("--kvmpy-table", action="store_true", help="print the verdict table at the end")
+    group.addoption(
+        "--run-dangerous", action="store_true", help="also run tests that can crash an unfixed host"
+    )
+    group.addoption(
+        "--strict-private",
+        action="store_true",
+        help="refuse the host's reads and writes of private pages even where a protection allows them",
+    )
+    group.addoption(
+        "--kvmpy-errata", action="append", default=[], metavar="FILE", help="read one more errata file"
+    )
+    group.addoption(
+        "--kvmpy-journal", metavar="FILE", help="keep every report here, and go on from what it holds"
+    )
+    parser.addini("kvmpy_suite", "this is a suite of KVM tests: host header and verdict table", "bool", False)
+    parser.addini(
+        "kvmpy_leaks",
+        "which tests are checked for leaks: all, kvm (those that use kvmpy's fixtures or markers), off",
+        default="kvm",
+    )
+
+
+def _path(value: str | None) -> Path | None:
+    return Path(value).absolute() if value else None
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    """Return the session's settings; picks the seed when none was given."""
+    seed = config.getoption("--kvmpy-seed")
+    if seed is None:
+        # Stored as the option's value, which is what xdist hands to its workers.
+        seed = config.option.kvmpy_seed = secrets.randbits(SEED_BITS)
+    leaks = str(config.getini("kvmpy_leaks"))
+    if leaks not in LEAK_MODES:
+        raise pytest.UsageError(f"kvmpy_leaks = {leaks}: choose from {', '.join(LEAK_MODES)}")
+    wanted = config.getoption("--protection")
+    suite = bool(config.getini("kvmpy_suite"))
+    protections: tuple[str, ...] | None = None
+    if wanted is not None:
+        from kvmpy.coco import ladder
+        from kvmpy.testing.protections import parse_option
+
+        protections = tuple(parse_option(wanted, ladder.protections()))
+    return Settings(
+        seed=seed,
+        deadline=config.getoption("--deadline"),
+        protections=protections,
+        run_dangerous=config.getoption("--run-dangerous") or platform_name() != "host",
+        strict_private=config.getoption("--strict-private"),
+        suite=suite,
+        table=suite or config.getoption("--kvmpy-table"),
+        leaks=leaks,
+        json=_path(config.getoption("--kvmpy-json")),
+        ktap=_path(config.getoption("--ktap")),
+        journal=_path(config.getoption("--kvmpy-journal")),
+        errata=tuple(Path(name).absolute() for name in config.getoption("--kvmpy-errata")),
+    )

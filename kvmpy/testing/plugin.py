@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin's entry point: wires options, fixtures, item reports, results and report files together.
+
+In a session that has nothing to do with KVM it stays silent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+
+import pytest
+
+from kvmpy import __version__
+from kvmpy.testing import host, options, protections
+from kvmpy.testing.errata import BUILTIN, ErrataError, load
+from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
+from kvmpy.testing.fixtures import _protection as protection
+from kvmpy.testing.itemreports import ItemReports, uses_kvmpy
+from kvmpy.testing.options import SETTINGS
+from kvmpy.testing.requirements import Requirements
+from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results
+
+__all__ = ["deadline", "kvm", "make_vm", "protection", "rng", "seed", "vm"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare options and ini settings."""
+    options.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the settings and register the session's plugin objects."""
+    for marker in options.MARKERS:
+        config.addinivalue_line("markers", marker)
+    settings = options.read_settings(config)
+    config.stash[SETTINGS] = settings
+    config.stash[REQUIREMENTS] = Requirements()
+    try:
+        errata = load([BUILTIN, *settings.errata])
+    except ErrataError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.pluginmanager.register(ItemReports(settings, errata, host.facts()), "kvmpy-items")
+    if hasattr(config, "workerinput"):
+        return
+    config.pluginmanager.register(Session(config, settings), "kvmpy-session")
+    if settings.journal is not None:
+        from kvmpy.testing.journal import Journal
+
+        journal = Journal(config, settings.journal)
+        config.pluginmanager.register(journal, "kvmpy-journal")
+        config.add_cleanup(journal.close)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one item for each protection."""
+    protections.parametrize(metafunc)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Apply ``--protection``."""
+    wanted = config.stash[SETTINGS].protections
+    if wanted is not None:
+        protections.deselect_others(config, items, wanted)
+
+
+class Session:
+    """Plugin object of the controlling process: header, results, report files, table."""
+
+    def __init__(self, config: pytest.Config, settings: options.Settings) -> None:
+        self._config = config
+        self._settings = settings
+        self._started = time.monotonic()
+        self._summary: host.HostSummary | None = None
+        self._concerned = settings.suite or settings.table or bool(settings.json or settings.ktap)
+        self.results = Results(host.platform_name())
+        config.pluginmanager.register(self.results, "kvmpy-results")
+
+    @property
+    def summary(self) -> host.HostSummary:
+        """The host's summary, looked up once."""
+        if self._summary is None:
+            self._summary = host.summarize()
+        return self._summary
+
+    def header(self) -> list[str]:
+        """Return what header and KTAP say about host and session."""
+        settings = self._settings
+        about = f"kvmpy {__version__}: seed {settings.seed}, deadline {settings.deadline:g} s"
+        if settings.protections is not None:
+            about += f", only protection {', '.join(settings.protections)}"
+        return [about, *self.summary.lines()]
+
+    def pytest_report_header(self) -> list[str]:
+        """Describe the host."""
+        return self.header() if self._concerned else []
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> list[str]:
+        """Print the seed where there is no header but tests that use it."""
+        if self._concerned or not any(uses_kvmpy(item) for item in items):
+            return []
+        return [f"kvmpy: seed {self._settings.seed} (repeat with --kvmpy-seed {self._settings.seed})"]
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Judge memory growth and write the report files."""
+        result = yield
+        if self.results.growth() >= GROWTH_FAILS and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self._settings.json is not None:
+            self._write_json(int(session.exitstatus))
+        if self._settings.ktap is not None:
+            from kvmpy.testing import json_report, ktap
+
+            text = ktap.render(self.results.verdicts(), self.header(), len(self.results.not_run()))
+            json_report.write_text(self._settings.ktap, text)
+        return result
+
+    def _write_json(self, exit_status: int) -> None:
+        from kvmpy.testing import json_report
+
+        values = json_report.document(
+            self.results.verdicts(),
+            self.summary,
+            seed=self._settings.seed,
+            duration=time.monotonic() - self._started,
+            exit_status=exit_status,
+            not_run=self.results.not_run(),
+            growth=self.results.growth(),
+        )
+        if self._settings.json is not None:
+            json_report.write(self._settings.json, values)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the verdict table and what else there is to know."""
+        verdicts = self.results.verdicts()
+        if self._settings.table and verdicts:
+            from kvmpy.testing.table import print_report
+
+            writer = terminalreporter._tw
+            platform = (
+                "" if self.summary.platform == "host" else f", platform {self.summary.platform} (emulated)"
+            )
+            print_report(
+                writer._file,
+                verdicts,
+                title=f"verdicts{platform}, seed {self._settings.seed}",
+                labels=self.summary.labels,
+                width=writer.fullwidth,
+                color=writer.hasmarkup,
+                not_run=len(self.results.not_run()),
+            )
+        growth = self.results.growth()
+        if growth >= GROWTH_NOTED:
+            text = f"kvmpy: the test process grew by {growth / 1024:.0f} KiB with every test: something leaks"
+            terminalreporter.write_line(text, red=True)

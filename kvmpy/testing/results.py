@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collects the reports of a session, from every xdist worker, into one verdict for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from kvmpy.testing.leaks import steady_growth
+from kvmpy.testing.verdicts import TestVerdict, Verdict, area_of, suite_id
+
+# Growth of the resident set with every test, in bytes: what is worth saying, and what fails the session.
+GROWTH_NOTED = 128 << 10
+GROWTH_FAILS = 1 << 20
+FIRST_LINE = 300
+
+
+def attached(report: pytest.TestReport) -> Mapping[str, Any]:
+    """Return what the plugin's report hook attached in the process that ran the test."""
+    data: Mapping[str, Any] = getattr(report, "kvmpy", {})
+    return data
+
+
+def _message(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else report.longreprtext
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[0].strip()[:FIRST_LINE] if lines else f"failed in {report.when}"
+
+
+def _skip_reason(report: pytest.TestReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+    return str(text).removeprefix("Skipped: ")
+
+
+def is_lost(report: pytest.TestReport) -> bool:
+    """Whether *report* stands for a process that died in the test: xdist marks it by an unknown phase."""
+    return report.when not in ("setup", "call", "teardown")
+
+
+def judge(nodeid: str, reports: Sequence[pytest.TestReport], platform: str) -> TestVerdict:
+    """Return the verdict of one test from its phases' reports; without one of the teardown it was lost."""
+    data: dict[str, Any] = {}
+    for report in reports:
+        data.update(attached(report))
+    lost = next((report for report in reports if is_lost(report)), None)
+    failed = [report for report in reports if report.failed]
+    skipped = next((report for report in reports if report.skipped), None)
+    missing: list[tuple[str, str]] = [(what, how) for what, how in data.get("missing", [])]
+    details = ""
+    if lost is not None:
+        verdict, reason = Verdict.LOST, _message(lost)
+    elif not reports or reports[-1].when != "teardown":
+        verdict, reason = Verdict.LOST, "the session ended in the middle of it"
+    elif failed:
+        verdict, reason = Verdict.FAIL, _message(failed[0])
+        details = "\n\n".join(report.longreprtext for report in failed)
+    elif skipped is not None and hasattr(skipped, "wasxfail"):
+        verdict, reason = Verdict.XFAIL, str(skipped.wasxfail).removeprefix("reason: ") or "expected to fail"
+    elif skipped is not None:
+        verdict, reason = Verdict.SKIP, _skip_reason(skipped)
+    else:
+        verdict, reason = Verdict.PASS, ""
+    identifier = suite_id(nodeid)
+    shown = missing if verdict is Verdict.SKIP else []
+    return TestVerdict(
+        nodeid=nodeid,
+        id=identifier,
+        area=area_of(identifier),
+        verdict=verdict,
+        platform=platform,
+        promise=str(data.get("promise", "")),
+        protection=data.get("protection"),
+        reason=reason,
+        missing=tuple(what for what, _ in shown),
+        how=tuple(how for _, how in shown),
+        duration=sum(report.duration for report in reports),
+        postmortem=data.get("postmortem"),
+        details=details,
+    )
+
+
+class Results:
+    """Plugin object of the controlling process: sees every report, in whatever order workers send them."""
+
+    def __init__(self, platform: str) -> None:
+        self.platform = platform
+        self._selected: list[str] = []
+        self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._rss: dict[str, list[int]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Remember which tests were selected, in order."""
+        self._selected = [item.nodeid for item in session.items]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: object, ids: Sequence[str]) -> None:
+        """Remember the selection of the first xdist worker; all collect the same."""
+        del node
+        if not self._selected:
+            self._selected = list(ids)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """A test was started: from here on it has a verdict."""
+        self._reports.setdefault(nodeid, [])
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep a phase's report."""
+        self._reports.setdefault(report.nodeid, []).append(report)
+        rss = attached(report).get("rss")
+        if rss is not None:
+            worker = getattr(getattr(report, "node", None), "gateway", None)
+            self._rss.setdefault(getattr(worker, "id", "main"), []).append(int(rss))
+
+    def verdicts(self) -> list[TestVerdict]:
+        """Return the verdicts in the order of collection."""
+        order = {nodeid: number for number, nodeid in enumerate(self._selected)}
+        known = sorted(self._reports, key=lambda nodeid: order.get(nodeid, len(order)))
+        return [judge(nodeid, self._reports[nodeid], self.platform) for nodeid in known]
+
+    def not_run(self) -> list[str]:
+        """Return the selected tests that were never started."""
+        return [nodeid for nodeid in self._selected if nodeid not in self._reports]
+
+    def growth(self) -> float:
+        """Return by how many bytes a test process grew with every test, 0 without steady growth."""
+        return max((steady_growth(samples) for samples in self._rss.values()), default=0.0)
