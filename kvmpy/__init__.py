@@ -3,4 +3,31 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmpy.coco.kvm import Kvm
+    from kvmpy.core.address import EncryptionBit, Gpa, Gva, RawGpa
+    from kvmpy.core.errors import KvmError, MissingError
+
 __version__ = "0.1.0"
+
+__all__ = ["EncryptionBit", "Gpa", "Gva", "Kvm", "KvmError", "MissingError", "RawGpa", "__version__"]
+
+# Imported at first use: the pytest plugin and `kvmpy --help` come without the native part.
+_HOMES = {
+    "EncryptionBit": "kvmpy.core.address",
+    "Gpa": "kvmpy.core.address",
+    "Gva": "kvmpy.core.address",
+    "Kvm": "kvmpy.coco.kvm",
+    "KvmError": "kvmpy.core.errors",
+    "MissingError": "kvmpy.core.errors",
+    "RawGpa": "kvmpy.core.address",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvmpy' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
