@@ -29,6 +29,7 @@ class History:
     lost: dict[str, str] = field(default_factory=dict)
     running: str | None = None
     limit: float = 0.0
+    seed: int = 0
     finished: bool = False
 
 
@@ -47,7 +48,9 @@ def read(path: Path) -> History:
     history = History()
     for event in _events(path):
         kind = event["event"]
-        if kind == "start":
+        if kind == "session":
+            history.seed = event["seed"]
+        elif kind == "start":
             history.running = event["nodeid"]
             history.limit = event["limit"]
         elif kind == "report":
@@ -83,11 +86,12 @@ def _die_with_parent() -> None:
 class Journal:
     """Plugin object: writes the journal and replays what an earlier process of the same run left in it."""
 
-    def __init__(self, config: pytest.Config, path: Path) -> None:
+    def __init__(self, config: pytest.Config, path: Path, seed: int) -> None:
         self._config = config
         self._history = read(path)
         self._stream = path.open("a", encoding="utf-8")
         self._replaying = False
+        _append(self._stream, {"event": "session", "seed": seed})
         if os.environ.get("KVMPY_SUPERVISED") == str(os.getppid()):
             _die_with_parent()
 

@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.journal is not None:
         from kvmpy.testing.journal import Journal
 
-        journal = Journal(config, settings.journal)
+        journal = Journal(config, settings.journal, settings.seed)
         config.pluginmanager.register(journal, "kvmpy-journal")
         config.add_cleanup(journal.close)
 

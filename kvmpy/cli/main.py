@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command group; every command's module holds a click command of the same name."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+import kvmpy
+
+# Command and its line in --help, so that help imports none of them.
+COMMANDS = {
+    "abi": "the KVM ABI as kvmpy knows it, and its check against kernel headers",
+    "doctor": "what this host offers, protection by protection, and what is missing",
+    "run": "the selftests on this host's KVM, with a verdict table",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        del ctx
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"kvmpy.cli.{cmd_name}"), cmd_name)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"kvmpy.cli.{cmd_name}.{cmd_name} is no click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(kvmpy.__version__, prog_name="kvmpy", message="%(prog)s %(version)s")
+def main() -> None:
+    """Real KVM virtual machines, made and tested from Python."""

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy run``: the selftests on this host."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+import kvmpy
+
+_EXTRA = "kvmpy.pytest_args"
+NOTHING_SELECTED = 5
+
+
+class _SplitCommand(click.Command):
+    """Keeps what follows ``--`` apart: it goes to pytest as it is."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Split the arguments at the first ``--``."""
+        if "--" in args:
+            at = args.index("--")
+            args, ctx.meta[_EXTRA] = args[:at], args[at + 1 :]
+        return super().parse_args(ctx, args)
+
+
+def suite_folder() -> Path:
+    """Return the folder of the selftests: inside the installed package, or the checkout's."""
+    package = Path(kvmpy.__file__).parent
+    for folder in (package / "selftests", package.parent / "selftests"):
+        if folder.is_dir():
+            return folder
+    raise click.ClickException("this kvmpy has no selftests: neither in the package nor beside it")
+
+
+def _targets(paths: tuple[str, ...], suite: Path) -> tuple[list[str], Path]:
+    """Return pytest's arguments for *paths* (of the suite, or files of the user's own) and its root folder."""
+    if not paths:
+        return [str(suite)], suite
+    chosen = []
+    own = False
+    for text in paths:
+        file, separator, test = text.partition("::")
+        if (suite / file).exists():
+            chosen.append(f"{suite / file}{separator}{test}")
+        elif Path(file).exists():
+            own = True
+            chosen.append(f"{Path(file).absolute()}{separator}{test}")
+        else:
+            raise click.BadParameter(
+                f"{file} is neither in the suite ({suite}) nor a file here", param_hint="PATHS"
+            )
+    return chosen, Path.cwd() if own else suite
+
+
+def _pytest_args(suite: Path, options: dict[str, object], paths: tuple[str, ...]) -> list[str]:
+    targets, root = _targets(paths, suite)
+    settings = Path(kvmpy.__file__).parent / "testing" / "suite.ini"
+    args = ["-c", str(settings), "--rootdir", str(root), *targets]
+    for option, flag in (
+        ("expression", "-k"),
+        ("workers", "-n"),
+        ("json", "--kvmpy-json"),
+        ("ktap", "--ktap"),
+        ("junit", "--junitxml"),
+        ("protection", "--protection"),
+        ("seed", "--kvmpy-seed"),
+        ("deadline", "--deadline"),
+    ):
+        if options[option] is not None:
+            args += [flag, str(options[option])]
+    if options["dangerous"]:
+        args.append("--run-dangerous")
+    if options["listing"]:
+        args += ["--collect-only", "-q"]
+    return args
+
+
+@click.command(cls=_SplitCommand, epilog="What follows -- goes to pytest as it is.")
+@click.argument("paths", nargs=-1)
+@click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as in pytest -k.")
+@click.option("-n", "workers", metavar="N", help="Run in N processes at once (a number or auto).")
+@click.option("--json", metavar="FILE", help="Write the verdicts as JSON.")
+@click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
+@click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
+@click.option("--list", "listing", is_flag=True, help="List the tests, run none.")
+@click.option("--protection", metavar="P[,P]", help="Only under these protections.")
+@click.option("--seed", metavar="N", help="Repeat a run's random choices.")
+@click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
+@click.option("--dangerous", is_flag=True, help="Also run what can crash an unfixed host.")
+@click.pass_context
+def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> None:
+    """Run the selftests, or the tests in PATHS (of the suite, or files of your own)."""
+    from kvmpy.testing.supervisor import run_unsupervised, supervise
+
+    suite = suite_folder()
+    args = [*_pytest_args(suite, options, paths), *ctx.meta.get(_EXTRA, [])]
+    # Compiled tests are kept out of the installed package.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache / "kvmpy" / "pycache"))
+    if options["workers"] is not None or options["listing"]:
+        # xdist watches its workers itself.
+        code = run_unsupervised(args)
+    else:
+        code = supervise(args, lambda text: click.echo(text, err=True))
+    if code == NOTHING_SELECTED:
+        click.echo("kvmpy run: no test matches", err=True)
+    sys.exit(code)
