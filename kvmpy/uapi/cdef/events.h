@@ -1,20 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Events, interrupt injection, MP state, debugging, signal mask and TPR reports of a vCPU. */
 struct kvm_vcpu_events {
-	struct {
+	struct kvm_vcpu_events__exception {
 		uint8_t injected;
 		uint8_t nr;
 		uint8_t has_error_code;
 		uint8_t pending;
 		uint32_t error_code;
 	} exception;
-	struct {
+	struct kvm_vcpu_events__interrupt {
 		uint8_t injected;
 		uint8_t nr;
 		uint8_t soft;
 		uint8_t shadow;
 	} interrupt;
-	struct {
+	struct kvm_vcpu_events__nmi {
 		uint8_t injected;
 		uint8_t pending;
 		uint8_t masked;
@@ -22,13 +22,13 @@ struct kvm_vcpu_events {
 	} nmi;
 	uint32_t sipi_vector;
 	uint32_t flags;
-	struct {
+	struct kvm_vcpu_events__smi {
 		uint8_t smm;
 		uint8_t pending;
 		uint8_t smm_inside_nmi;
 		uint8_t latched_init;
 	} smi;
-	struct {
+	struct kvm_vcpu_events__triple_fault {
 		uint8_t pending;
 	} triple_fault;
 	uint8_t reserved[26];

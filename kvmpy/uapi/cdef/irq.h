@@ -33,9 +33,9 @@ struct kvm_ioapic_state {
 	uint32_t id;
 	uint32_t irr;
 	uint32_t pad;
-	union {
+	union kvm_ioapic_state__redirtbl {
 		uint64_t bits;
-		struct {
+		struct kvm_ioapic_state__redirtbl__fields {
 			uint8_t vector;
 			uint8_t delivery_mode:3;
 			uint8_t dest_mode:1;
@@ -54,7 +54,7 @@ struct kvm_ioapic_state {
 struct kvm_irqchip {
 	uint32_t chip_id;
 	uint32_t pad;
-	union {
+	union kvm_irqchip__chip {
 		uint8_t dummy[512];
 		struct kvm_pic_state pic;
 		struct kvm_ioapic_state ioapic;
@@ -140,7 +140,7 @@ struct kvm_irq_routing_entry {
 	uint32_t type;
 	uint32_t flags;
 	uint32_t pad;
-	union {
+	union kvm_irq_routing_entry__u {
 		struct kvm_irq_routing_irqchip irqchip;
 		struct kvm_irq_routing_msi msi;
 		struct kvm_irq_routing_s390_adapter adapter;

@@ -11,7 +11,7 @@ struct kvm_vmx_nested_state_data {
 struct kvm_vmx_nested_state_hdr {
 	uint64_t vmxon_pa;
 	uint64_t vmcs12_pa;
-	struct {
+	struct kvm_vmx_nested_state_hdr__smm {
 		uint16_t flags;
 	} smm;
 	uint16_t pad;
@@ -32,7 +32,7 @@ struct kvm_nested_state {
 	uint16_t flags;
 	uint16_t format;
 	uint32_t size;
-	union {
+	union kvm_nested_state__hdr {
 		struct kvm_vmx_nested_state_hdr vmx;
 		struct kvm_svm_nested_state_hdr svm;
 		uint8_t pad[120];

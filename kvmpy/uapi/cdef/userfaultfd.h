@@ -61,27 +61,27 @@ struct uffd_msg {
 	uint8_t reserved1;
 	uint16_t reserved2;
 	uint32_t reserved3;
-	union {
-		struct {
+	union uffd_msg__arg {
+		struct uffd_msg__arg__pagefault {
 			uint64_t flags;
 			uint64_t address;
-			union {
+			union uffd_msg__arg__pagefault__feat {
 				uint32_t ptid;
 			} feat;
 		} pagefault;
-		struct {
+		struct uffd_msg__arg__fork {
 			uint32_t ufd;
 		} fork;
-		struct {
+		struct uffd_msg__arg__remap {
 			uint64_t from;
 			uint64_t to;
 			uint64_t len;
 		} remap;
-		struct {
+		struct uffd_msg__arg__remove {
 			uint64_t start;
 			uint64_t end;
 		} remove;
-		struct {
+		struct uffd_msg__arg__reserved {
 			uint64_t reserved1;
 			uint64_t reserved2;
 			uint64_t reserved3;

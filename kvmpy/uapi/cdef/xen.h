@@ -3,20 +3,20 @@
 struct kvm_hyperv_exit {
 	uint32_t type;
 	uint32_t pad1;
-	union {
-		struct {
+	union kvm_hyperv_exit__u {
+		struct kvm_hyperv_exit__u__synic {
 			uint32_t msr;
 			uint32_t pad2;
 			uint64_t control;
 			uint64_t evt_page;
 			uint64_t msg_page;
 		} synic;
-		struct {
+		struct kvm_hyperv_exit__u__hcall {
 			uint64_t input;
 			uint64_t result;
 			uint64_t params[2];
 		} hcall;
-		struct {
+		struct kvm_hyperv_exit__u__syndbg {
 			uint32_t msr;
 			uint32_t pad2;
 			uint64_t control;
@@ -37,8 +37,8 @@ struct kvm_hyperv_eventfd {
 
 struct kvm_xen_exit {
 	uint32_t type;
-	union {
-		struct {
+	union kvm_xen_exit__u {
+		struct kvm_xen_exit__u__hcall {
 			uint32_t longmode;
 			uint32_t cpl;
 			uint64_t input;
@@ -61,25 +61,25 @@ struct kvm_xen_hvm_config {
 struct kvm_xen_hvm_attr {
 	uint16_t type;
 	uint16_t pad[3];
-	union {
+	union kvm_xen_hvm_attr__u {
 		uint8_t long_mode;
 		uint8_t vector;
 		uint8_t runstate_update_flag;
-		union {
+		union kvm_xen_hvm_attr__u__shared_info {
 			uint64_t gfn;
 			uint64_t hva;
 		} shared_info;
-		struct {
+		struct kvm_xen_hvm_attr__u__evtchn {
 			uint32_t send_port;
 			uint32_t type;
 			uint32_t flags;
-			union {
-				struct {
+			union kvm_xen_hvm_attr__u__evtchn__deliver {
+				struct kvm_xen_hvm_attr__u__evtchn__deliver__port {
 					uint32_t port;
 					uint32_t vcpu;
 					uint32_t priority;
 				} port;
-				struct {
+				struct kvm_xen_hvm_attr__u__evtchn__deliver__eventfd {
 					uint32_t port;
 					int32_t fd;
 				} eventfd;
@@ -94,11 +94,11 @@ struct kvm_xen_hvm_attr {
 struct kvm_xen_vcpu_attr {
 	uint16_t type;
 	uint16_t pad[3];
-	union {
+	union kvm_xen_vcpu_attr__u {
 		uint64_t gpa;
 		uint64_t hva;
 		uint64_t pad[8];
-		struct {
+		struct kvm_xen_vcpu_attr__u__runstate {
 			uint64_t state;
 			uint64_t state_entry_time;
 			uint64_t time_running;
@@ -107,7 +107,7 @@ struct kvm_xen_vcpu_attr {
 			uint64_t time_offline;
 		} runstate;
 		uint32_t vcpu_id;
-		struct {
+		struct kvm_xen_vcpu_attr__u__timer {
 			uint32_t port;
 			uint32_t priority;
 			uint64_t expires_ns;
