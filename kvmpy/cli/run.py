@@ -36,7 +36,7 @@ def suite_folder() -> Path:
 
 
 def _targets(paths: tuple[str, ...], suite: Path) -> tuple[list[str], Path]:
-    """Return pytest's arguments for *paths* (of the suite, or files of the user's own) and its root folder."""
+    """Return pytest's arguments for *paths* (of the suite, or the user's own files) and its root folder."""
     if not paths:
         return [str(suite)], suite
     chosen = []
