@@ -44,13 +44,13 @@
 	.endm
 
 	.text
-	.balign	KVMPY_IDT_STRIDE
-	.globl	guest_idt_stubs
-	.type	guest_idt_stubs, @function
-guest_idt_stubs:
+	.balign	KVMPY_VECTOR_STRIDE
+	.globl	guest_vectors
+	.type	guest_vectors, @function
+guest_vectors:
 	.set	vector, 0
 	.rept	256
-	.balign	KVMPY_IDT_STRIDE, 0xcc
+	.balign	KVMPY_VECTOR_STRIDE, 0xcc
 	/* Vectors 8, 10 to 14, 17, 21, 29 and 30 come with an error code. */
 	.if	vector >= 32 || !((0x60227d00 >> (vector & 31)) & 1)
 	pushq	$0
@@ -64,7 +64,7 @@ guest_idt_stubs:
 	.endif
 	.set	vector, vector + 1
 	.endr
-	.size	guest_idt_stubs, . - guest_idt_stubs
+	.size	guest_vectors, . - guest_vectors
 
 	.type	entry_common, @function
 entry_common:
@@ -92,7 +92,7 @@ entry_paranoid:
 	testl	%edx, %edx
 	jnz	1f
 	subl	$KVMPY_PERCPU_BASE, %eax
-	cmpl	$KVMPY_MAX_VCPUS * KVMPY_PERCPU_STRIDE, %eax
+	cmpl	$KVMPY_MAX_VCPUS * KVMPY_PERCPU_SIZE, %eax
 	jb	2f
 1:	swapgs
 	incl	%ebx

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong between a guest's source and its image."""
+"""What can go wrong with a guest: its source, its image, its launch and its run."""
 
 from __future__ import annotations
 
@@ -7,24 +7,58 @@ from kvmpy.core.errors import MissingError
 
 
 class GuestError(RuntimeError):
-    """A guest program that cannot be used."""
+    """A guest that cannot be used or did not do what was asked; ``.postmortem`` is its state as text, or empty."""
+
+    def __init__(self, message: str, postmortem: str = "") -> None:
+        self.message = message
+        self.postmortem = postmortem
+        super().__init__(f"{message}\n{postmortem}" if postmortem else message)
+
+
+class LaunchError(GuestError):
+    """A step that is not possible before, or after, launch."""
+
+
+class GuestAssertionError(GuestError, AssertionError):
+    """An assertion in guest code failed."""
+
+
+class GuestExceptionError(GuestError):
+    """The guest raised an exception that it did not expect: ``.vector``, ``.error_code``."""
+
+    def __init__(self, message: str, postmortem: str = "", vector: int = 0, error_code: int = 0) -> None:
+        self.vector = vector
+        self.error_code = error_code
+        super().__init__(message, postmortem)
+
+
+class GuestTimeoutError(GuestError, TimeoutError):
+    """A vCPU was still running at its deadline."""
+
+
+class UnexpectedExitError(GuestError):
+    """A vCPU ended its run in another way than the test waited for; ``.got`` is the exit or ucall."""
+
+    def __init__(self, message: str, postmortem: str = "", got: object = None) -> None:
+        self.got = got
+        super().__init__(message, postmortem)
 
 
 class GuestBuildError(GuestError):
     """The compiler or the linker refused the source; ``.stderr`` is what it said, ``.command`` what was run."""
 
-    def __init__(self, name: str, stderr: str, command: str) -> None:
-        self.program = name
+    def __init__(self, program: str, stderr: str, command: str) -> None:
+        self.program = program
         self.stderr = stderr
         self.command = command
-        super().__init__(f"the guest program {name} does not build:\n{stderr.rstrip()}\n  command: {command}")
+        super().__init__(f"the guest program {program} does not build:\n{stderr.rstrip()}\n  command: {command}")
 
 
 class GuestImageError(GuestError):
     """Not an ELF that a guest of kvmpy can run; the message says why."""
 
 
-class GuestSymbolError(GuestError, KeyError):
+class GuestSymbolError(GuestError, LookupError):
     """The program has no such symbol; ``.closest`` are the names most like it."""
 
     def __init__(self, symbol: str, program: str, closest: list[str]) -> None:
@@ -32,9 +66,6 @@ class GuestSymbolError(GuestError, KeyError):
         self.closest = closest
         hint = f"; closest: {', '.join(closest)}" if closest else ""
         super().__init__(f"the guest program {program} has no symbol {symbol!r}{hint}")
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class GuestBuildWarning(UserWarning):

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 IMAGE_BASE = 0x0040_0000
-GDT_BASE = 0x07FF_0000
-IDT_BASE = 0x07FF_1000
-XAPIC_BASE = 0x07FF_2000
+GDT_GVA = 0x07FF_0000
+IDT_GVA = 0x07FF_1000
+XAPIC_GVA = 0x07FF_2000
 PERCPU_BASE = 0x0800_0000
 UCALL_BASE = 0x0C00_0000
 STACK_BASE = 0x1000_0000
 HEAP_BASE = 0x4000_0000
 
 MAX_VCPUS = 1024
-PERCPU_STRIDE = 0x4000
-UCALL_STRIDE = 0x1000
-STACK_STRIDE = 0x1_0000
+PERCPU_SIZE = 0x4000
+UCALL_PAGE_SIZE = 0x1000
+STACK_SIZE = 0x1_0000
 STACK_GUARD = 0x1000
 
 PERCPU_TSS = 0x1000
@@ -42,7 +42,8 @@ KERNEL_DS = 0x10
 USER_DS = 0x23
 USER_CS = 0x2B
 
-IDT_STRIDE = 16
+VECTOR_STRIDE = 16
+VECTORS_SYMBOL = "guest_vectors"
 
 CPU_SELF = 0
 CPU_INDEX = 8
@@ -81,6 +82,7 @@ ASSERT_EXPECTED_SIGNED = 0x200
 
 _CPU = struct.Struct("<QIIQQQ6Q")
 _SLOT_HEAD = struct.Struct("<QI")
+_SLOT_NEXT = struct.Struct("<Q")
 
 
 class UcallCmd(enum.IntEnum):
@@ -108,33 +110,21 @@ class AssertKind(enum.IntEnum):
     GE = 7
 
 
-def _check_index(index: int) -> None:
-    if not 0 <= index < MAX_VCPUS:
-        raise ValueError(f"vCPU index {index} is outside 0..{MAX_VCPUS - 1}")
-
-
-def percpu_gva(index: int) -> int:
-    """Return where the ``struct guest_cpu`` (and GS base) of vCPU *index* is."""
-    _check_index(index)
-    return PERCPU_BASE + index * PERCPU_STRIDE
-
-
-def ucall_gva(index: int) -> int:
-    """Return where the page of ucall slots of vCPU *index* is."""
-    _check_index(index)
-    return UCALL_BASE + index * UCALL_STRIDE
-
-
-def stack_gva(index: int) -> int:
-    """Return the lowest mapped address of the stack of vCPU *index*; the guard page lies below it."""
-    _check_index(index)
-    return STACK_BASE + index * STACK_STRIDE + STACK_GUARD
-
-
-def stack_top(index: int) -> int:
-    """Return the end of the stack of vCPU *index*: its first RSP."""
-    _check_index(index)
-    return STACK_BASE + (index + 1) * STACK_STRIDE
+def pack_guest_cpu(
+    *,
+    index: int,
+    apic_id: int,
+    percpu: int,
+    ucall_slot: int,
+    stack_top: int,
+    entry: int,
+    args: Sequence[int] = (),
+) -> bytes:
+    """Return the initial ``struct guest_cpu`` of vCPU *index*; addresses are guest-virtual, *args* at most six."""
+    if len(args) > CPU_NR_ARGS:
+        raise ValueError(f"a vCPU takes at most {CPU_NR_ARGS} arguments, not {len(args)}")
+    values = [int(a) & 0xFFFF_FFFF_FFFF_FFFF for a in args] + [0] * (CPU_NR_ARGS - len(args))
+    return _CPU.pack(percpu, index, apic_id, ucall_slot, stack_top, entry, *values).ljust(CPU_SIZE, b"\0")
 
 
 def ucall_id(index: int, slot: int = 0) -> int:
@@ -145,29 +135,13 @@ def ucall_id(index: int, slot: int = 0) -> int:
     return UCALL_NO_SLOT if slot == UCALL_SLOTS - 1 else index * UCALL_SLOTS + slot
 
 
-def guest_cpu_bytes(index: int, entry: int, args: Sequence[int] = (), *, apic_id: int | None = None) -> bytes:
-    """Return the initial ``struct guest_cpu`` of vCPU *index*, which starts at *entry* with up to six arguments."""
-    if len(args) > CPU_NR_ARGS:
-        raise ValueError(f"a vCPU takes at most {CPU_NR_ARGS} arguments, not {len(args)}")
-    values = [int(a) & 0xFFFF_FFFF_FFFF_FFFF for a in args] + [0] * (CPU_NR_ARGS - len(args))
-    return _CPU.pack(
-        percpu_gva(index),
-        index,
-        index if apic_id is None else apic_id,
-        ucall_gva(index),
-        stack_top(index),
-        entry,
-        *values,
-    ).ljust(CPU_SIZE, b"\0")
+def fill_ucall_page(page: bytearray | memoryview, index: int, gpa: int, gva: int) -> None:
+    """Chain the ucall slots of vCPU *index* in the zeroed *page*, which the guest has at *gpa* and *gva*.
 
-
-def ucall_page_bytes(index: int, gpa: int) -> bytes:
-    """Return the initial page of ucall slots of vCPU *index*, which lies at guest-physical *gpa*."""
-    page = bytearray(UCALL_STRIDE)
-    gva = ucall_gva(index)
+    The last slot is its own successor, so that the guest needs no check for the end of the chain.
+    """
     for slot in range(UCALL_SLOTS):
         at = slot * UCALL_SLOT_SIZE
         following = min(slot + 1, UCALL_SLOTS - 1) * UCALL_SLOT_SIZE
-        _SLOT_HEAD.pack_into(page, at, gpa + at, ucall_id(index, slot))
-        struct.pack_into("<Q", page, at + UCALL_NEXT, gva + following)
-    return bytes(page)
+        _SLOT_HEAD.pack_into(page, at + UCALL_GPA, int(gpa) + at, ucall_id(index, slot))
+        _SLOT_NEXT.pack_into(page, at + UCALL_NEXT, int(gva) + following)

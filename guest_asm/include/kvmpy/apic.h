@@ -63,12 +63,12 @@
 
 static __always_inline u32 xapic_read(u32 reg)
 {
-	return mmio_read32((void *)(uintptr_t)(KVMPY_XAPIC_BASE + reg));
+	return mmio_read32((void *)(uintptr_t)(KVMPY_XAPIC_GVA + reg));
 }
 
 static __always_inline void xapic_write(u32 reg, u32 value)
 {
-	mmio_write32((void *)(uintptr_t)(KVMPY_XAPIC_BASE + reg), value);
+	mmio_write32((void *)(uintptr_t)(KVMPY_XAPIC_GVA + reg), value);
 }
 
 static __always_inline u64 x2apic_read(u32 reg)

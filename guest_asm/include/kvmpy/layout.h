@@ -10,18 +10,18 @@
 
 /* Guest virtual addresses. */
 #define KVMPY_IMAGE_BASE		0x00400000
-#define KVMPY_GDT_BASE			0x07ff0000
-#define KVMPY_IDT_BASE			0x07ff1000
-#define KVMPY_XAPIC_BASE		0x07ff2000
+#define KVMPY_GDT_GVA			0x07ff0000
+#define KVMPY_IDT_GVA			0x07ff1000
+#define KVMPY_XAPIC_GVA		0x07ff2000
 #define KVMPY_PERCPU_BASE		0x08000000
 #define KVMPY_UCALL_BASE		0x0c000000
 #define KVMPY_STACK_BASE		0x10000000
 #define KVMPY_HEAP_BASE			0x40000000
 
 #define KVMPY_MAX_VCPUS			1024
-#define KVMPY_PERCPU_STRIDE		0x4000
-#define KVMPY_UCALL_STRIDE		0x1000
-#define KVMPY_STACK_STRIDE		0x10000
+#define KVMPY_PERCPU_SIZE		0x4000
+#define KVMPY_UCALL_PAGE_SIZE		0x1000
+#define KVMPY_STACK_SIZE		0x10000
 #define KVMPY_STACK_GUARD		0x1000
 
 /* Within a vCPU's four per-CPU pages; the IST stacks grow down from their tops. */
@@ -40,8 +40,8 @@
 #define KVMPY_USER_DS			0x23
 #define KVMPY_USER_CS			0x2b
 
-/* Interrupt stubs: 256 of them under the symbol guest_idt_stubs. */
-#define KVMPY_IDT_STRIDE		16
+/* Interrupt stubs: 256 of them under the symbol guest_vectors. */
+#define KVMPY_VECTOR_STRIDE		16
 
 /* struct guest_cpu: the GS base of every vCPU points to one. */
 #define KVMPY_CPU_SELF			0

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest program: compiled from C or assembly, or taken as an ELF, and kept with its symbols and source lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import FrameType, MappingProxyType
+from typing import Any
+
+from kvmpy.core.address import Gva
+from kvmpy.guest import cache, origin, toolchain
+from kvmpy.guest.errors import GuestBuildError, GuestBuildWarning, GuestImageError
+from kvmpy.guest.symbols import Image, LineTable, Segment, Symbol, SymbolTable, read_image
+
+# Part of every key: raise it when the format of cache entries changes.
+_FORMAT = 1
+_IMAGE = "program.elf"
+_INDEX = "index.json"
+_ARCHIVE = "libguest.a"
+
+_lock = threading.RLock()
+# What was asked for -> program; the headers it includes are looked at again each time.
+_known: dict[tuple[object, ...], GuestProgram] = {}
+
+StrPath = str | os.PathLike[str]
+
+
+class GuestProgram:
+    """An image that a guest can run, with its symbols and line table; it does not change."""
+
+    def __init__(self, name: str, elf: bytes, image: Image, *, warning: str = "") -> None:
+        self.name = name
+        self.elf = elf
+        self.warning = warning
+        self.entry = Gva(image.entry)
+        self._image = image
+        self._inputs: tuple[tuple[str, tuple[int, int] | None], ...] = ()
+
+    @classmethod
+    def from_c(
+        cls,
+        source: str,
+        *,
+        name: str | None = None,
+        cflags: Sequence[str] = (),
+        sources: Sequence[StrPath] = (),
+    ) -> GuestProgram:
+        """Compile C *source*, and the files *sources*, link them with the runtime, and return the program.
+
+        *cflags* are added for these sources.  Errors, assertions and line numbers point at the string literal in the file
+        of the caller.  GuestBuildError with gcc's words, ToolchainError when gcc is missing.  Cached by content.
+        """
+        return _inline(source, ".c", name, cflags, sources, origin.caller())
+
+    @classmethod
+    def from_asm(
+        cls,
+        source: str,
+        *,
+        name: str | None = None,
+        cflags: Sequence[str] = (),
+        sources: Sequence[StrPath] = (),
+    ) -> GuestProgram:
+        """Assemble *source* (with the C preprocessor) as :meth:`from_c` compiles C.
+
+        It defines ``guest_main``, or ``_start`` when it does without the runtime's entry.
+        """
+        return _inline(source, ".S", name, cflags, sources, origin.caller())
+
+    @classmethod
+    def from_file(cls, *paths: StrPath, name: str | None = None, cflags: Sequence[str] = ()) -> GuestProgram:
+        """Compile and link the files *paths* (.c, .S or .s), which define ``guest_main``."""
+        if not paths:
+            raise ValueError("from_file() needs at least one file")
+        files = _files(paths)
+        label = name or files[0].name
+        return _program((label, tuple(files), tuple(cflags)), label, None, files, tuple(cflags))
+
+    @classmethod
+    def from_elf(cls, elf: StrPath | bytes, *, name: str | None = None) -> GuestProgram:
+        """Take a static 64-bit x86 executable, by its path or as bytes; GuestImageError says why another is refused."""
+        if isinstance(elf, bytes):
+            data, label = elf, name or "ELF image"
+        else:
+            data, label = Path(elf).read_bytes(), name or Path(elf).name
+        return cls(label, data, read_image(data, label))
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """What to load, in the order of addresses."""
+        data = memoryview(self.elf)
+        return tuple(
+            Segment(Gva(gva), data[offset : offset + size], memsize, flags)
+            for gva, offset, size, memsize, flags in self._image.segments
+        )
+
+    @cached_property
+    def _symbols(self) -> SymbolTable:
+        return SymbolTable(self.name, self._image.symbols)
+
+    @cached_property
+    def _lines(self) -> LineTable:
+        return LineTable.of(self.elf)
+
+    @property
+    def symbols(self) -> Mapping[str, Symbol]:
+        """All symbols by name."""
+        return MappingProxyType(self._symbols.by_name)
+
+    def symbol(self, name: str) -> Symbol:
+        """Return the symbol *name*; GuestSymbolError with the closest names when there is none."""
+        return self._symbols.find(name)
+
+    def address_of(self, name: str) -> Gva:
+        """Return the address of the symbol *name*; GuestSymbolError when there is none."""
+        return self._symbols.find(name).gva
+
+    def function(self, gva: int) -> tuple[str, int] | None:
+        """Return the function that *gva* lies in and the offset in it, or None."""
+        return self._symbols.function(gva)
+
+    def line(self, gva: int) -> tuple[str, int] | None:
+        """Return (file, line) of the code at *gva*, or None where the program does not say."""
+        return self._lines.find(gva)
+
+    def __repr__(self) -> str:
+        size = sum(memsize for _, _, _, memsize, _ in self._image.segments)
+        return f"<GuestProgram {self.name}, {size} bytes, entry {self.entry}>"
+
+
+class _Source:
+    """An inline source, with the line that tells the compiler where it comes from."""
+
+    def __init__(self, text: str, suffix: str, where: origin.Origin) -> None:
+        self.text = text
+        self.suffix = suffix
+        self.where = where
+
+    def complete(self) -> str:
+        return self.where.directive + self.text + ("" if self.text.endswith("\n") else "\n")
+
+    def explain(self, stderr: str) -> str:
+        """Add the lines that the compiler's first message is about, where it could not show them itself."""
+        if self.where.exact:
+            return stderr
+        found = re.search(rf"^{re.escape(self.where.file)}:(\d+)", stderr, re.MULTILINE)
+        if found is None:
+            return stderr
+        lines, at = self.text.splitlines(), int(found.group(1))
+        shown = [
+            f"{'>' if number == at else ' '} {number:4d} | {lines[number - 1]}"
+            for number in range(max(1, at - 2), min(len(lines), at + 2) + 1)
+        ]
+        return stderr.rstrip() + "\n  in the source:\n" + "\n".join(shown)
+
+
+def _files(paths: Sequence[StrPath]) -> list[Path]:
+    files = []
+    for given in paths:
+        path = Path(given).absolute()
+        if path.suffix not in toolchain.SUFFIXES:
+            raise ValueError(f"{path} is not a source file: {', '.join(toolchain.SUFFIXES)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"guest source {path} does not exist")
+        files.append(path)
+    return files
+
+
+def _inline(
+    source: str,
+    suffix: str,
+    name: str | None,
+    cflags: Sequence[str],
+    sources: Sequence[StrPath],
+    frame: FrameType | None,
+) -> GuestProgram:
+    where = origin.find(source, frame)
+    asked = (source, suffix, where, name, tuple(cflags), tuple(str(path) for path in sources))
+    program = _known.get(asked)
+    if program is not None and _unchanged(program):
+        return program
+    return _program(asked, name or where.label, _Source(source, suffix, where), _files(sources), tuple(cflags))
+
+
+def _program(
+    asked: tuple[object, ...], name: str, inline: _Source | None, files: list[Path], cflags: tuple[str, ...]
+) -> GuestProgram:
+    with _lock:
+        program = _known.get(asked)
+        if program is None or not _unchanged(program):
+            program = _load_or_build(name, inline, files, cflags)
+            _known[asked] = program
+    if program.warning:
+        warnings.warn(f"guest program {name}:\n{program.warning}", GuestBuildWarning, stacklevel=4)
+    return program
+
+
+def _stamp(path: StrPath) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def _unchanged(program: GuestProgram) -> bool:
+    return all(_stamp(path) == stamp for path, stamp in program._inputs)
+
+
+def _digest(path: StrPath) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _load_or_build(name: str, inline: _Source | None, files: list[Path], cflags: tuple[str, ...]) -> GuestProgram:
+    tools = toolchain.find()
+    digest = hashlib.sha256()
+    parts = [str(_FORMAT), toolchain.runtime_hash(), tools.identity, name, *cflags]
+    if inline is not None:
+        parts += [inline.suffix, inline.complete()]
+    for path in files:
+        parts += [str(path), _digest(path)]
+    for part in parts:
+        digest.update(str(len(part)).encode() + b":" + part.encode("utf-8", "surrogateescape"))
+    key = digest.hexdigest()[:40]
+    program = _load(key, name)
+    if program is None:
+        cache.drop(key)
+        cache.create(key, lambda workdir: _build(workdir, tools, name, inline, files, cflags))
+        program = _load(key, name)
+        if program is None:
+            raise GuestImageError(f"the cache entry {cache.entry(key)} of guest program {name} cannot be read back")
+    program._inputs += tuple((str(path), _stamp(path)) for path in files)
+    return program
+
+
+def _load(key: str, name: str) -> GuestProgram | None:
+    """Return the cached program, or None when there is none, it is damaged, or a header it includes has changed."""
+    entry = cache.entry(key)
+    try:
+        index: dict[str, Any] = json.loads((entry / _INDEX).read_bytes())
+        elf = (entry / _IMAGE).read_bytes()
+        image = Image(
+            index["entry"],
+            tuple((gva, offset, size, memsize, flags) for gva, offset, size, memsize, flags in index["segments"]),
+            tuple((symbol, gva, size, kind) for symbol, gva, size, kind in index["symbols"]),
+        )
+        sound = index["sha256"] == hashlib.sha256(elf).hexdigest()
+        headers = [(str(path), _stamp(path), str(wanted)) for path, wanted in index["headers"]]
+        warning = str(index["warning"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not sound or any(_digest(path) != wanted for path, _, wanted in headers):
+        return None
+    program = GuestProgram(name, elf, image, warning=warning)
+    program._inputs = tuple((path, stamp) for path, stamp, _ in headers)
+    return program
+
+
+def _build(
+    workdir: Path,
+    tools: toolchain.Toolchain,
+    name: str,
+    inline: _Source | None,
+    files: list[Path],
+    cflags: tuple[str, ...],
+) -> None:
+    runtime = _runtime(tools)
+    sources = list(files)
+    include: list[str] = []
+    if inline is not None:
+        path = workdir / f"source{inline.suffix}"
+        path.write_text(inline.complete(), encoding="utf-8", errors="surrogateescape")
+        sources.insert(0, path)
+        if inline.where.folder:
+            include = ["-iquote", inline.where.folder]
+    target = workdir / _IMAGE
+    try:
+        objects, headers, said = toolchain.compile_objects(tools, sources, workdir, cflags=[*include, *cflags], name=name)
+        said += toolchain.link(tools, objects, runtime, target, name=name)
+    except GuestBuildError as error:
+        if inline is None:
+            raise
+        raise GuestBuildError(name, inline.explain(error.stderr), error.command) from None
+    elf = target.read_bytes()
+    image = read_image(elf, name)
+    index = {
+        "entry": image.entry,
+        "segments": image.segments,
+        "symbols": image.symbols,
+        "headers": [(str(path), _digest(path)) for path in headers],
+        "warning": said.strip(),
+        "sha256": hashlib.sha256(elf).hexdigest(),
+    }
+    for leftover in workdir.glob("*.[od]"):
+        leftover.unlink()
+    (workdir / _INDEX).write_text(json.dumps(index))
+
+
+def _runtime(tools: toolchain.Toolchain) -> Path:
+    """Return the archive of the runtime, which is compiled when these tools have not done so before."""
+    toolchain.check_target(tools)
+    text = f"{_FORMAT} {toolchain.runtime_hash()} {tools.identity}"
+    key = "runtime-" + hashlib.sha256(text.encode()).hexdigest()[:40]
+    archive = cache.entry(key) / _ARCHIVE
+    if not archive.is_file():
+
+        def build(workdir: Path) -> None:
+            name = "the guest runtime"
+            objects, _, _ = toolchain.compile_objects(tools, toolchain.runtime_sources(), workdir, name=name)
+            toolchain.archive(tools, objects, workdir / _ARCHIVE)
+            for leftover in workdir.glob("*.[od]"):
+                leftover.unlink()
+
+        cache.create(key, build)
+    return archive

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an ELF image says about itself: segments, symbols, and which source line an address belongs to."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvmpy.core.address import PAGE_SIZE, Gva
+from kvmpy.guest import layout
+from kvmpy.guest.errors import GuestImageError, GuestSymbolError
+
+if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
+
+PF_X, PF_W, PF_R = 1, 2, 4
+FUNCTION, OBJECT, OTHER = "function", "object", "other"
+
+_KINDS = {"STT_FUNC": FUNCTION, "STT_OBJECT": OBJECT, "STT_NOTYPE": OTHER, "STT_COMMON": OBJECT}
+_TYPES = {
+    "ET_REL": "an object file that was never linked",
+    "ET_DYN": "position independent or a shared library: link it with -static -no-pie",
+    "ET_CORE": "a core dump",
+}
+_RESERVED = (
+    ("descriptor tables and APIC", layout.GDT_GVA, layout.XAPIC_GVA + PAGE_SIZE),
+    ("per-CPU areas", layout.PERCPU_BASE, layout.PERCPU_BASE + layout.MAX_VCPUS * layout.PERCPU_SIZE),
+    ("ucall slots", layout.UCALL_BASE, layout.UCALL_BASE + layout.MAX_VCPUS * layout.UCALL_PAGE_SIZE),
+    ("stacks", layout.STACK_BASE, layout.STACK_BASE + layout.MAX_VCPUS * layout.STACK_SIZE),
+)
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A name of the program: *gva*, *size* in bytes (0 when the program does not say), *type*: function, object or other."""
+
+    name: str
+    gva: Gva
+    size: int
+    type: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the image: *memsize* bytes at *gva* that begin with *data*; the rest is zero.
+
+    *shared*: the host may see it under every protection.  *user*: ring 3 may reach it.
+    """
+
+    gva: Gva
+    data: memoryview
+    memsize: int
+    flags: int
+
+    @property
+    def readable(self) -> bool:
+        """Whether the segment may be read."""
+        return bool(self.flags & PF_R)
+
+    @property
+    def writable(self) -> bool:
+        """Whether the segment may be written."""
+        return bool(self.flags & PF_W)
+
+    @property
+    def executable(self) -> bool:
+        """Whether the segment holds code."""
+        return bool(self.flags & PF_X)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the segment is mapped shared with the host."""
+        return bool(self.flags & layout.PF_SHARED)
+
+    @property
+    def user(self) -> bool:
+        """Whether ring 3 may reach the segment."""
+        return bool(self.flags & layout.PF_USER)
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a loader needs to know of an ELF, in plain numbers: segments are (gva, offset, size, memory size, flags)."""
+
+    entry: int
+    segments: tuple[tuple[int, int, int, int, int], ...]
+    symbols: tuple[tuple[str, int, int, str], ...]
+
+
+def _open(data: bytes, name: str) -> ELFFile:
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
+    if data[:4] != b"\x7fELF":
+        raise GuestImageError(f"{name} is not an ELF file: it begins with {data[:4].hex(' ') or 'nothing'}")
+    try:
+        return ELFFile(io.BytesIO(data))
+    except (ELFError, ValueError, KeyError, AttributeError) as error:
+        raise GuestImageError(f"{name} is a damaged ELF file: {error}") from error
+
+
+def read_image(data: bytes, name: str) -> Image:
+    """Return the image in the ELF file *data*; GuestImageError when a guest of kvmpy cannot run it."""
+    elf = _open(data, name)
+    try:
+        _check(elf, name)
+        segments = _segments(elf, data, name)
+        symbols = tuple(_symbols(elf))
+    except GuestImageError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a parser's own errors on damaged files are of every kind
+        raise GuestImageError(f"{name} is a damaged ELF file: {error}") from error
+    entry = int(elf.header["e_entry"])
+    if not any(at <= entry < at + memsize and flags & PF_X for at, _, _, memsize, flags in segments):
+        raise GuestImageError(f"{name}: its entry {entry:#x} lies in no executable segment")
+    return Image(entry, segments, symbols)
+
+
+def _check(elf: ELFFile, name: str) -> None:
+    machine = elf.header["e_machine"]
+    if elf.elfclass != 64 or machine != "EM_X86_64":
+        shown = str(machine).removeprefix("EM_")
+        raise GuestImageError(f"{name} is an ELF for {elf.elfclass}-bit {shown}, guests need 64-bit X86_64")
+    if not elf.little_endian:
+        raise GuestImageError(f"{name} is a big-endian ELF")
+    kind = elf.header["e_type"]
+    if kind != "ET_EXEC":
+        raise GuestImageError(f"{name} is not a static executable: it is {_TYPES.get(kind, kind)}")
+    if any(segment["p_type"] in ("PT_INTERP", "PT_DYNAMIC") for segment in elf.iter_segments()):
+        raise GuestImageError(f"{name} is dynamically linked: link it with -static -nostdlib")
+
+
+def _segments(elf: ELFFile, data: bytes, name: str) -> tuple[tuple[int, int, int, int, int], ...]:
+    found = []
+    for segment in elf.iter_segments():
+        if segment["p_type"] != "PT_LOAD" or not segment["p_memsz"]:
+            continue
+        gva, offset = int(segment["p_vaddr"]), int(segment["p_offset"])
+        size, memsize = int(segment["p_filesz"]), int(segment["p_memsz"])
+        if offset + size > len(data) or size > memsize:
+            raise GuestImageError(f"{name} is cut short: segment {gva:#x} ends after the file")
+        if gva + memsize > 1 << 47:
+            raise GuestImageError(f"{name}: segment {gva:#x} lies outside the lower half of the address space")
+        for what, start, end in _RESERVED:
+            if gva < end and start < gva + memsize:
+                raise GuestImageError(f"{name}: segment {gva:#x}, {memsize:#x} bytes, overlaps the {what} at {start:#x}")
+        found.append((gva, offset, size, memsize, int(segment["p_flags"])))
+    if not found:
+        raise GuestImageError(f"{name} has nothing to load")
+    found.sort()
+    for (gva, _, _, memsize, _), (following, *_) in zip(found, found[1:]):
+        if (gva + memsize - 1) // PAGE_SIZE >= following // PAGE_SIZE:
+            raise GuestImageError(f"{name}: segments {gva:#x} and {following:#x} share a page: link with -z separate-code")
+    return tuple(found)
+
+
+def _symbols(elf: ELFFile) -> Iterable[tuple[str, int, int, str]]:
+    table = elf.get_section_by_name(".symtab")
+    if table is None:
+        return
+    # Of local names that occur more than once, and of those that are also global, the global or first one counts.
+    known: dict[str, tuple[str, int, int, str]] = {}
+    for symbol in table.iter_symbols():
+        kind = _KINDS.get(symbol["st_info"]["type"])
+        if kind is None or not symbol.name or symbol["st_shndx"] == "SHN_UNDEF":
+            continue
+        entry = (symbol.name, int(symbol["st_value"]), int(symbol["st_size"]), kind)
+        if symbol["st_info"]["bind"] == "STB_LOCAL":
+            known.setdefault(symbol.name, entry)
+        else:
+            known[symbol.name] = entry
+    yield from known.values()
+
+
+class SymbolTable:
+    """Symbols by name and by address."""
+
+    def __init__(self, program: str, symbols: Iterable[tuple[str, int, int, str]]) -> None:
+        self._program = program
+        self.by_name = {name: Symbol(name, Gva(gva), size, kind) for name, gva, size, kind in symbols}
+        code = sorted((int(s.gva), s.size, s.name) for s in self.by_name.values() if s.type == FUNCTION)
+        self._starts = [start for start, _, _ in code]
+        self._code = code
+
+    def find(self, name: str) -> Symbol:
+        """Return the symbol *name*; GuestSymbolError with the closest names when there is none."""
+        try:
+            return self.by_name[name]
+        except KeyError:
+            closest = difflib.get_close_matches(name, self.by_name, n=3, cutoff=0.5)
+            raise GuestSymbolError(name, self._program, closest) from None
+
+    def function(self, gva: int) -> tuple[str, int] | None:
+        """Return the function that *gva* lies in and the offset in it, or None."""
+        number = bisect_right(self._starts, int(gva)) - 1
+        if number < 0:
+            return None
+        start, size, name = self._code[number]
+        offset = int(gva) - start
+        return (name, offset) if offset < size or (size == 0 and offset == 0) else None
+
+
+class LineTable:
+    """Source lines by address, from the DWARF line programs of the image."""
+
+    def __init__(self, rows: Sequence[tuple[int, tuple[str, int] | None]]) -> None:
+        ordered = sorted(rows, key=lambda row: (row[0], row[1] is not None))
+        self._addresses = [address for address, _ in ordered]
+        self._places = [place for _, place in ordered]
+
+    @classmethod
+    def of(cls, data: bytes) -> LineTable:
+        """Decode all line programs of the ELF file *data*; damaged debug information counts as none."""
+        rows: list[tuple[int, tuple[str, int] | None]] = []
+        try:
+            elf = _open(data, "image")
+            if elf.has_dwarf_info():
+                dwarf = elf.get_dwarf_info()
+                for unit in dwarf.iter_CUs():
+                    program = dwarf.line_program_for_CU(unit)
+                    if program is not None:
+                        rows.extend(_rows(program))
+        except Exception:  # noqa: BLE001 - line numbers are a courtesy: a post-mortem must not fail for them
+            rows = []
+        return cls(rows)
+
+    def find(self, gva: int) -> tuple[str, int] | None:
+        """Return (file, line) of the code at *gva*, or None."""
+        number = bisect_right(self._addresses, int(gva)) - 1
+        return self._places[number] if number >= 0 else None
+
+
+def _rows(program: Any) -> Iterable[tuple[int, tuple[str, int] | None]]:
+    names = _file_names(program.header)
+    for entry in program.get_entries():
+        state = entry.state
+        if state is None:
+            continue
+        if state.end_sequence:
+            yield int(state.address), None
+        elif state.line:
+            yield int(state.address), (names.get(state.file, "?"), int(state.line))
+
+
+def _file_names(header: Any) -> dict[int, str]:
+    # Files count from 0 since DWARF 5, where entry 0 is the unit itself, and from 1 before.
+    modern = header["version"] >= 5
+    folders = [_text(folder) for folder in header["include_directory"]]
+    names = {}
+    for number, entry in enumerate(header["file_entry"], start=0 if modern else 1):
+        name, folder = _text(entry.name), int(entry.dir_index)
+        index = folder if modern else folder - 1
+        if not name.startswith("/") and 0 <= index < len(folders):
+            parent = folders[index]
+            # The folder of the compilation itself is a temporary one.
+            if index or not modern:
+                name = f"{parent}/{name}"
+        names[number] = name
+    return names
+
+
+def _text(value: Any) -> str:
+    raw = value if isinstance(value, bytes) else getattr(value, "DW_LNCT_path", value)
+    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)

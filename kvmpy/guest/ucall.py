@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the guest says: the slot of shared memory that it filled before it wrote to the ucall port.
+
+A call is copied out of its slot when it is read, so it stays what it was while the guest goes on.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from kvmpy.core.address import Gva
+from kvmpy.guest import layout
+from kvmpy.guest.layout import AssertKind, UcallCmd
+from kvmpy.x86 import exceptions
+
+if TYPE_CHECKING:
+    from kvmpy.guest.program import GuestProgram
+
+NONE = int(UcallCmd.NONE)
+SYNC = int(UcallCmd.SYNC)
+DONE = int(UcallCmd.DONE)
+ABORT = int(UcallCmd.ABORT)
+PRINTF = int(UcallCmd.PRINTF)
+EXCEPTION = int(UcallCmd.EXCEPTION)
+USER = int(UcallCmd.USER)
+
+_SLOT_SIZE = layout.UCALL_SLOT_SIZE
+_WORDS_AT = layout.UCALL_CMD
+_TEXT_AT = layout.UCALL_TEXT
+_HAS_TEXT = layout.UCALL_HAS_TEXT
+_unpack_words = struct.Struct("<I8Q").unpack_from
+_WORD = struct.Struct("<Q")
+_U64 = (1 << 64) - 1
+
+_OPERATORS = {
+    AssertKind.EQ: "==",
+    AssertKind.NE: "!=",
+    AssertKind.LT: "<",
+    AssertKind.LE: "<=",
+    AssertKind.GT: ">",
+    AssertKind.GE: ">=",
+}
+
+
+class Ucall:
+    """One call of the guest: ``.cmd``, ``.args`` (up to eight unsigned 64-bit numbers), ``.vcpu`` (index), ``.slot``.
+
+    ``.text`` is what PRINTF printed or which expression of an ABORT failed; ``.file`` is the file of that assertion.
+    """
+
+    __slots__ = ("_page", "args", "cmd", "file", "slot", "text", "vcpu")
+
+    def __init__(
+        self,
+        cmd: int,
+        args: tuple[int, ...] = (),
+        vcpu: int = 0,
+        slot: int = 0,
+        page: memoryview | bytearray | None = None,
+    ) -> None:
+        self.cmd = cmd
+        self.args = args
+        self.vcpu = vcpu
+        self.slot = slot
+        self.text = ""
+        self.file = ""
+        self._page = page
+
+    def reply(self, value: int) -> None:
+        """Give the guest *value* (64 bits) as the result of its GUEST_ASK(); before the vCPU runs again."""
+        if self._page is None:
+            raise ValueError(f"{self!r} did not come from a guest")
+        _WORD.pack_into(self._page, self.slot * _SLOT_SIZE + layout.UCALL_ARGS, value & _U64)
+
+    @property
+    def name(self) -> str:
+        """The command's name, such as ``SYNC`` or ``USER+3``."""
+        return command_name(self.cmd)
+
+    @property
+    def rip(self) -> int | None:
+        """Where the guest was, when the call says so: an ABORT's return address, an EXCEPTION's faulting address."""
+        if self.cmd == ABORT and len(self.args) > 4:
+            return self.args[4]
+        if self.cmd == EXCEPTION and len(self.args) > 2:
+            return self.args[2]
+        return None
+
+    def __repr__(self) -> str:
+        args = [hex(arg) for arg in self.args]
+        if self.text:
+            args.append(repr(self.text))
+        return f"<{self.name}({', '.join(args)}) of vcpu{self.vcpu}>"
+
+
+def read(page: memoryview | bytearray, slot: int, index: int) -> Ucall:
+    """Return the call in slot *slot* of the ucall page *page* of vCPU *index*."""
+    at = slot * _SLOT_SIZE
+    words = _unpack_words(page, at + _WORDS_AT)
+    word = words[0]
+    call = Ucall(word & 0xFFFF, words[1 : 1 + (word >> 16 & 0xFF)], index, slot, page)
+    if word & _HAS_TEXT:
+        parts = bytes(page[at + _TEXT_AT : at + _SLOT_SIZE]).split(b"\0", 2)
+        call.text = parts[0].decode("utf-8", "replace")
+        if call.cmd == ABORT and len(parts) > 1:
+            call.file = parts[1].decode("utf-8", "replace")
+    return call
+
+
+def command_name(command: int) -> str:
+    """Return the name of a ucall command, such as ``SYNC`` or ``USER+3``."""
+    if command >= USER:
+        return f"USER+{command - USER}" if command > USER else "USER"
+    try:
+        return UcallCmd(command).name
+    except ValueError:
+        return f"ucall {command:#x}"
+
+
+def _number(value: int, signed: bool) -> str:
+    shown = value - (1 << 64) if signed and value >> 63 else value
+    return f"{shown} ({value:#x})"
+
+
+def _where(program: GuestProgram, rip: int) -> str:
+    function = program.function(Gva(rip))
+    return f"{function[0]}+{function[1]:#x}" if function else f"{rip:#x}"
+
+
+def assertion_text(call: Ucall, program: GuestProgram) -> str:
+    """Return what the ABORT *call* says: the expression, both values, file and line, vCPU and function."""
+    got, expected, line, flags, rip = (*call.args, 0, 0, 0, 0, 0)[:5]
+    # The address is that of the next instruction, which may belong to another function.
+    place = f"{call.file}:{line}: vcpu{call.vcpu} in {_where(program, rip - 1)}"
+    kind = flags & layout.ASSERT_KIND_MASK
+    if kind == AssertKind.FAIL:
+        return f"guest failed: {call.text}\n  at {place}"
+    lines = [f"guest assertion failed: {call.text}"]
+    operator = next((sign for known, sign in _OPERATORS.items() if known == kind), None)
+    if operator is not None:
+        lines.append(f"       got {_number(got, bool(flags & layout.ASSERT_GOT_SIGNED))}")
+        wanted = _number(expected, bool(flags & layout.ASSERT_EXPECTED_SIGNED))
+        lines.append(f"  expected {'' if operator == '==' else operator + ' '}{wanted}")
+    lines.append(f"  at {place}")
+    return "\n".join(lines)
+
+
+def exception_text(call: Ucall, program: GuestProgram) -> str:
+    """Return what the EXCEPTION *call* says: which one, its error code, where, and the address of a page fault."""
+    vector, error_code, rip, rsp, cr2, rflags = (*call.args, 0, 0, 0, 0, 0, 0)[:6]
+    text = f"unexpected {exceptions.name(vector)} on vcpu{call.vcpu}"
+    if exceptions.has_error_code(vector):
+        text += f", error code {error_code:#x}"
+    if vector == exceptions.PF:
+        text += f", address {cr2:#x}"
+    line = program.line(Gva(rip))
+    place = f" at {line[0]}:{line[1]}" if line else ""
+    return f"{text}\n  in {_where(program, rip)}{place}\n  rip {rip:#x} rsp {rsp:#x} rflags {rflags:#x}"
