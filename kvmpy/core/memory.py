@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest-physical memory as the host sees it: which mapping holds a page, and whether the page is private.
+
+Needs no KVM: it knows host mappings and guest-physical addresses only.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pyroaring import BitMap
+
+from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, Gpa
+from kvmpy.core.backing import Mapping
+from kvmpy.core.errors import PrivateMemoryError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of guest memory: *shared* holds what the guest sees as shared, *private* what it sees as private.
+
+    Without encryption both are the same mapping.  *private* is None where the host has no view of it (guest_memfd that
+    cannot be mapped).  The offsets are bytes into the mappings.
+    """
+
+    gpa: Gpa
+    size: int
+    shared: Mapping
+    private: Mapping | None
+    shared_offset: int = 0
+    private_offset: int = 0
+
+    @property
+    def shared_hva(self) -> int:
+        """Host address of the shared view."""
+        return self.shared.hva + self.shared_offset
+
+    @property
+    def private_hva(self) -> int:
+        """Host address of the private view, 0 where the host has none."""
+        return 0 if self.private is None else self.private.hva + self.private_offset
+
+
+@dataclass
+class GuestMemory:
+    """All of a VM's guest memory.
+
+    *private* holds the frame numbers of private pages.  *seal* is the reason for which the host may no longer touch private
+    pages (None while it may).
+    """
+
+    private: BitMap = field(default_factory=BitMap)
+    seal: str | None = None
+    _segments: list[Segment] = field(default_factory=list)
+    _starts: list[int] = field(default_factory=list)
+
+    def add(self, segment: Segment) -> None:
+        """Add a range; ValueError when it is unaligned or overlaps another."""
+        start, end = int(segment.gpa), int(segment.gpa) + segment.size
+        if start % PAGE_SIZE or segment.size % PAGE_SIZE or segment.size <= 0:
+            raise ValueError(f"guest memory at {start:#x}, size {segment.size:#x} is not made of whole 4 KiB pages")
+        at = bisect_right(self._starts, start)
+        before = self._segments[at - 1] if at else None
+        after = self._segments[at] if at < len(self._segments) else None
+        for other in (before, after):
+            if other is not None and int(other.gpa) < end and start < int(other.gpa) + other.size:
+                raise ValueError(
+                    f"guest memory {start:#x}..{end:#x} overlaps {int(other.gpa):#x}..{int(other.gpa) + other.size:#x}"
+                )
+        self._starts.insert(at, start)
+        self._segments.insert(at, segment)
+
+    def remove(self, segment: Segment) -> None:
+        """Take a range out; its pages are no longer private."""
+        at = self._segments.index(segment)
+        del self._segments[at], self._starts[at]
+        self.private.remove_range(segment.gpa.gfn, segment.gpa.gfn + (segment.size >> PAGE_SHIFT))
+
+    def segments(self) -> list[Segment]:
+        """Return the ranges in the order of their addresses."""
+        return list(self._segments)
+
+    def find(self, gpa: Gpa, size: int = 1) -> Segment:
+        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside guest memory."""
+        address = int(gpa)
+        at = bisect_right(self._starts, address) - 1
+        if at >= 0:
+            segment = self._segments[at]
+            if address + size <= self._starts[at] + segment.size:
+                return segment
+        ranges = ", ".join(f"{int(s.gpa):#x}..{int(s.gpa) + s.size - 1:#x}" for s in self._segments)
+        raise ValueError(f"gpa {address:#x}, {size:#x} bytes, is outside guest memory ({ranges or 'none'})")
+
+    # Which pages are private.
+
+    def is_private(self, gpa: Gpa) -> bool:
+        """Tell whether the page at *gpa* is private."""
+        return int(gpa) >> PAGE_SHIFT in self.private
+
+    def set_private(self, gpa: Gpa, size: int) -> None:
+        """Note that *size* bytes (whole pages) at *gpa* are private."""
+        first, last = self._pages(gpa, size)
+        self.private.add_range(first, last)
+
+    def set_shared(self, gpa: Gpa, size: int) -> None:
+        """Note that *size* bytes (whole pages) at *gpa* are shared."""
+        first, last = self._pages(gpa, size)
+        self.private.remove_range(first, last)
+
+    def _pages(self, gpa: Gpa, size: int) -> tuple[int, int]:
+        if int(gpa) % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
+            raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
+        self.find(gpa)
+        return int(gpa) >> PAGE_SHIFT, (int(gpa) + size) >> PAGE_SHIFT
+
+    def runs(self, gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int, bool]]:
+        """Split *size* bytes at *gpa* into runs ``(gpa, size, private)`` of pages that agree."""
+        end = int(gpa) + size
+        position = int(gpa)
+        last = (end - 1) >> PAGE_SHIFT
+        while position < end:
+            gfn = position >> PAGE_SHIFT
+            private = gfn in self.private
+            if self.private.range_cardinality(gfn, last + 1) == (last + 1 - gfn if private else 0):
+                stop = end
+            elif private:
+                stop = min(end, self._first_hole(gfn, last) << PAGE_SHIFT)
+            else:
+                stop = min(end, self.private.next_set_bit(gfn) << PAGE_SHIFT)
+            yield Gpa(position), stop - position, private
+            position = stop
+
+    def _first_hole(self, gfn: int, last: int) -> int:
+        low, high = gfn, last
+        while low < high:
+            middle = (low + high) // 2
+            if self.private.range_cardinality(gfn, middle + 1) == middle + 1 - gfn:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    # Views: the memory itself, not copies.
+
+    def view(self, gpa: Gpa, size: int) -> memoryview:
+        """Return *size* bytes at *gpa* as the guest sees them, as a writable view.
+
+        PrivateMemoryError where the host may not see them; ValueError where the range mixes private and shared pages of
+        different mappings (go page by page then, or use :meth:`read` and :meth:`write`).
+        """
+        segment = self.find(gpa, size)
+        offset = int(gpa) - int(segment.gpa)
+        first, last = int(gpa) >> PAGE_SHIFT, (int(gpa) + max(size, 1) - 1) >> PAGE_SHIFT
+        count = self.private.range_cardinality(first, last + 1)
+        if count == 0:
+            return segment.shared.view(segment.shared_offset + offset, size)
+        if segment.private is not segment.shared and count != last + 1 - first:
+            raise ValueError(
+                f"gpa {int(gpa):#x}, {size:#x} bytes: {count} of {last + 1 - first} pages are private, the others shared"
+            )
+        return self._private(segment, gpa, offset, size)
+
+    def _private(self, segment: Segment, gpa: Gpa, offset: int, size: int) -> memoryview:
+        if self.seal is not None:
+            raise PrivateMemoryError(f"gpa {int(gpa):#x}, {size:#x} bytes is private: {self.seal}")
+        if segment.private is None:
+            raise PrivateMemoryError(f"gpa {int(gpa):#x}, {size:#x} bytes is private, and the host has no mapping of it")
+        return segment.private.view(segment.private_offset + offset, size)
+
+    def shared_view(self, gpa: Gpa, size: int) -> memoryview:
+        """Return what the guest sees through the shared alias of *gpa*, whatever the page is now."""
+        segment = self.find(gpa, size)
+        return segment.shared.view(segment.shared_offset + int(gpa) - int(segment.gpa), size)
+
+    def private_view(self, gpa: Gpa, size: int) -> memoryview:
+        """Return what the guest sees through the private alias of *gpa*; PrivateMemoryError where the host may not."""
+        segment = self.find(gpa, size)
+        return self._private(segment, gpa, int(gpa) - int(segment.gpa), size)
+
+    def hva(self, gpa: Gpa, private: bool | None = None) -> int:
+        """Return the host address of *gpa*: of the given alias, or of the one the page has now."""
+        segment = self.find(gpa)
+        offset = int(gpa) - int(segment.gpa)
+        if private if private is not None else self.is_private(gpa):
+            if self.seal is not None or segment.private is None:
+                self._private(segment, gpa, offset, 1)
+            return segment.private_hva + offset
+        return segment.shared_hva + offset
+
+    def read(self, gpa: Gpa, size: int) -> bytes:
+        """Return a copy of *size* bytes at *gpa* as the guest sees them; the range may cross page kinds and ranges."""
+        return b"".join(bytes(self.view(at, part)) for at, part in self._parts(gpa, size))
+
+    def write(self, gpa: Gpa, data: bytes | bytearray | memoryview) -> None:
+        """Write *data* at *gpa* so that the guest sees it; the range may cross page kinds and ranges."""
+        source = memoryview(data).cast("B")
+        done = 0
+        for at, part in self._parts(gpa, len(source)):
+            self.view(at, part)[:] = source[done : done + part]
+            done += part
+
+    def _parts(self, gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:
+        position, end = gpa, int(gpa) + size
+        while int(position) < end:
+            segment = self.find(position)
+            stop = min(end, int(segment.gpa) + segment.size)
+            for at, part, _private in self.runs(position, stop - int(position)):
+                yield at, part
+            position = Gpa(stop)
+
+    def close(self) -> None:
+        """Forget all ranges (their mappings belong to the memory slots)."""
+        self._segments.clear()
+        self._starts.clear()
+
+
+class OutOfGuestMemory(MemoryError):
+    """The guest's physical memory has no room for an allocation."""
+
+
+class PageAllocator:
+    """Hands out guest-physical pages, zeroed, each marked private or shared in the memory's bitmap."""
+
+    def __init__(self, memory: GuestMemory, *, private: bool = False, start: int = PAGE_SIZE) -> None:
+        self.memory = memory
+        self.private = private
+        self.used = BitMap()
+        self._recycled = BitMap()
+        self._next = start >> PAGE_SHIFT
+        if start > 0:
+            self.used.add_range(0, start >> PAGE_SHIFT)
+
+    def reserve(self, gpa: Gpa, size: int) -> None:
+        """Keep *size* bytes at *gpa* from being handed out; ValueError when a page of them is taken."""
+        first, last = gpa.gfn, (int(gpa) + size + PAGE_SIZE - 1) >> PAGE_SHIFT
+        if self.used.range_cardinality(first, last):
+            raise ValueError(f"gpa {int(gpa):#x}, {size:#x} bytes: a page of it is in use")
+        self.used.add_range(first, last)
+
+    def alloc(self, pages: int = 1, *, private: bool | None = None, align: int = PAGE_SIZE) -> Gpa:
+        """Return *pages* contiguous zeroed pages, aligned to *align* bytes (a power of two); OutOfGuestMemory when full."""
+        if pages <= 0 or align < PAGE_SIZE or align & (align - 1):
+            raise ValueError(f"alloc({pages} pages, align {align:#x}): at least one page, aligned to a power of two >= 4 KiB")
+        step = align >> PAGE_SHIFT
+        first = self._fit(self._next, pages, step)
+        if first is None:
+            first = self._fit(0, pages, step)
+            if first is None:
+                raise OutOfGuestMemory(
+                    f"no {pages} contiguous free pages (align {align:#x}) in guest memory: create the VM with a larger memory="
+                )
+        else:
+            self._next = first + pages
+        self.used.add_range(first, first + pages)
+        gpa = Gpa(first << PAGE_SHIFT)
+        if self.private if private is None else private:
+            self.memory.private.add_range(first, first + pages)
+        else:
+            self.memory.private.remove_range(first, first + pages)
+        if self._recycled and self._recycled.range_cardinality(first, first + pages):
+            self._recycled.remove_range(first, first + pages)
+            view = self.memory.view(gpa, pages << PAGE_SHIFT)
+            view[:] = bytes(len(view))
+        return gpa
+
+    def _fit(self, start: int, pages: int, step: int) -> int | None:
+        for segment in self.memory.segments():
+            first = max(start, segment.gpa.gfn)
+            limit = segment.gpa.gfn + (segment.size >> PAGE_SHIFT)
+            first += -first % step
+            while first + pages <= limit:
+                if not self.used.range_cardinality(first, first + pages):
+                    return first
+                # Skip past the last used page of the window: nothing that starts before it can fit.
+                count = self.used.rank(first + pages - 1)
+                first = self.used[count - 1] + 1 if count else first + 1
+                first += -first % step
+        return None
+
+    def free(self, gpa: Gpa, pages: int = 1) -> None:
+        """Take *pages* pages back; ValueError when one of them was not handed out."""
+        first = gpa.gfn
+        if self.used.range_cardinality(first, first + pages) != pages:
+            raise ValueError(f"gpa {int(gpa):#x}, {pages} pages: not all of them are in use")
+        self.used.remove_range(first, first + pages)
+        self._recycled.add_range(first, first + pages)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory slots: the mapping of guest-physical ranges onto host memory and guest_memfd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvmpy.core.address import Gpa
+from kvmpy.core.backing import Anonymous, Backing, Mapping
+from kvmpy.core.fd import KvmFd
+from kvmpy.core.gmem import GuestMemfd
+from kvmpy.core.memory import GuestMemory, Segment
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD
+from kvmpy.uapi.structs import (
+    kvm_create_guest_memfd,
+    kvm_memory_attributes,
+    kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
+)
+
+
+@dataclass
+class MemorySlot:
+    """One memory slot; changes go to KVM at once.
+
+    *gpa* is the address that KVM was given: for an alias of private memory it carries the encryption bit.  *aliases* are further
+    slots that show the same guest range (its private view); changes apply to them too.
+    """
+
+    vm: VmSlots
+    slot: int
+    gpa: int
+    size: int
+    mapping: Mapping
+    flags: int = 0
+    hva: int = 0
+    gmem: GuestMemfd | None = None
+    gmem_offset: int = 0
+    segment: Segment | None = None
+    aliases: list[MemorySlot] = field(default_factory=list)
+
+    def _set(self, gpa: int, size: int, flags: int) -> None:
+        if self.gmem is None:
+            self.vm.set_user_memory_region(self.slot, gpa, size, self.hva, flags)
+        else:
+            self.vm.set_user_memory_region2(
+                self.slot, gpa, size, self.hva, flags, gmem=self.gmem, gmem_offset=self.gmem_offset
+            )
+
+    def set_flags(self, flags: int) -> None:
+        """Change the flags (KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY); KvmError where KVM refuses the change."""
+        self._set(self.gpa, self.size, flags)
+        self.flags = flags
+        for alias in self.aliases:
+            alias.set_flags(flags)
+
+    def move(self, gpa: Gpa) -> None:
+        """Move the slot to another guest-physical address."""
+        self._set(int(gpa), self.size, self.flags)
+        for alias in self.aliases:
+            # The alias keeps its distance: that is the encryption bit.
+            alias.move(Gpa(int(gpa) + alias.gpa - self.gpa))
+        if self.segment is not None:
+            old = self.segment
+            self.vm.memory.remove(old)
+            self.segment = Segment(gpa, old.size, old.shared, old.private, old.shared_offset, old.private_offset)
+            self.vm.memory.add(self.segment)
+        self.gpa = int(gpa)
+
+    def delete(self) -> None:
+        """Remove the slot from the VM; its host memory stays until the VM is closed."""
+        self.vm.set_user_memory_region(self.slot, self.gpa, 0, self.hva, 0)
+        if self.segment is not None:
+            self.vm.memory.remove(self.segment)
+            self.segment = None
+        del self.vm.slots[self.slot]
+        for alias in self.aliases:
+            alias.delete()
+        self.aliases.clear()
+
+
+class VmSlots(KvmFd):
+    """The part of a VM that is about its memory slots."""
+
+    kind = "vm"
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd, name)
+        self.memory = GuestMemory()
+        self.slots: dict[int, MemorySlot] = {}
+        self._mappings: list[Mapping] = []
+        self._gmems: list[GuestMemfd] = []
+
+    def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
+        """Set, move, change or (size 0) delete a slot, exactly as given (KVM_SET_USER_MEMORY_REGION).
+
+        The caller keeps the memory at *hva* alive as long as the slot uses it.
+        """
+        arg = kvm_userspace_memory_region(
+            slot=slot, flags=flags, guest_phys_addr=int(gpa), memory_size=size, userspace_addr=hva
+        )
+        self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, arg)
+
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        hva: int,
+        flags: int = 0,
+        *,
+        gmem: GuestMemfd | int | None = None,
+        gmem_offset: int = 0,
+    ) -> None:
+        """The same with a guest_memfd behind the slot's private pages (KVM_SET_USER_MEMORY_REGION2).
+
+        KVM_MEM_GUEST_MEMFD is not added to *flags* by itself: a negative test may leave it out.
+        """
+        arg = kvm_userspace_memory_region2(
+            slot=slot,
+            flags=flags,
+            guest_phys_addr=int(gpa),
+            memory_size=size,
+            userspace_addr=hva,
+            guest_memfd_offset=gmem_offset,
+            guest_memfd=0 if gmem is None else (gmem if isinstance(gmem, int) else gmem.fd),
+        )
+        self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION2, arg)
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
+        """Create a guest_memfd of *size* bytes (KVM_CREATE_GUEST_MEMFD); it is closed with the VM."""
+        fd = self.ioctl(ioctls.KVM_CREATE_GUEST_MEMFD, kvm_create_guest_memfd(size=size, flags=flags))
+        gmem = GuestMemfd(self, fd, size, flags)
+        self._gmems.append(gmem)
+        return gmem
+
+    def set_memory_attributes(self, gpa: int, size: int, attributes: int, flags: int = 0) -> None:
+        """Set the attributes of a range, such as KVM_MEMORY_ATTRIBUTE_PRIVATE (KVM_SET_MEMORY_ATTRIBUTES)."""
+        arg = kvm_memory_attributes(address=int(gpa), size=size, attributes=attributes, flags=flags)
+        self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
+
+    def own(self, mapping: Mapping) -> Mapping:
+        """Let the VM keep *mapping* alive until it is closed, and return it."""
+        self._mappings.append(mapping)
+        return mapping
+
+    def next_slot(self) -> int:
+        """Return the lowest slot number that is free."""
+        slot = 0
+        while slot in self.slots:
+            slot += 1
+        return slot
+
+    def add_slot(
+        self,
+        gpa: Gpa,
+        size: int,
+        *,
+        backing: Backing | Mapping | None = None,
+        slot: int | None = None,
+        flags: int = 0,
+        gmem: GuestMemfd | None = None,
+        gmem_offset: int = 0,
+    ) -> MemorySlot:
+        """Map *size* bytes of host memory at *gpa* and return the slot.
+
+        *backing* is how the host memory is made (default :class:`~kvmpy.core.backing.Anonymous`) or a mapping that exists.
+        With *gmem* the slot is bound to the guest_memfd at *gmem_offset*.  On failure nothing stays behind.
+        """
+        number = self.next_slot() if slot is None else slot
+        made = not isinstance(backing, Mapping)
+        mapping = backing if isinstance(backing, Mapping) else (backing or Anonymous()).map(size)
+        segment = Segment(gpa, size, mapping, mapping)
+        try:
+            self.memory.add(segment)
+        except ValueError:
+            if made:
+                mapping.close()
+            raise
+        entry = MemorySlot(
+            self, number, int(gpa), size, mapping, flags, mapping.hva, gmem, gmem_offset, segment
+        )
+        if gmem is not None:
+            entry.flags |= KVM_MEM_GUEST_MEMFD
+        try:
+            entry._set(int(gpa), size, entry.flags)
+        except OSError:
+            self.memory.remove(segment)
+            if made:
+                mapping.close()
+            raise
+        if made:
+            self.own(mapping)
+        self.slots[number] = entry
+        return entry
+
+    def add_alias(
+        self, gpa: int, size: int, mapping: Mapping, *, offset: int = 0, slot: int | None = None, flags: int = 0
+    ) -> MemorySlot:
+        """Map *size* bytes of *mapping* at *gpa* without entering the range into :attr:`memory`.
+
+        For second views of memory, such as the alias that carries an emulated encryption bit.
+        """
+        number = self.next_slot() if slot is None else slot
+        entry = MemorySlot(self, number, gpa, size, mapping, flags, mapping.hva + offset)
+        entry._set(gpa, size, flags)
+        self.slots[number] = entry
+        return entry
+
+    def close(self) -> None:
+        """Close the VM, then give its memory back."""
+        if not self.closed:
+            super().close()
+            for gmem in self._gmems:
+                gmem.close()
+            self.memory.close()
+            self.slots.clear()
+            for mapping in self._mappings:
+                mapping.close()
+            self._mappings.clear()

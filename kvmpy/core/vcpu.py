@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vCPU: running it, with a deadline and kicks; its state is in :mod:`kvmpy.core.vcpu_state`."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+from kvmpy.core import observe
+from kvmpy.core.errors import ClosedError, VcpuBusyError
+from kvmpy.core.exits import Exit, read_exit
+from kvmpy.core.stats import HasStats
+from kvmpy.core.vcpu_state import VcpuState
+from kvmpy.uapi import ffi, ioctls, lib
+from kvmpy.uapi.structs import kvm_run
+
+if TYPE_CHECKING:
+    from kvmpy.core.vm import Vm
+
+RUN_EXIT = 0
+RUN_UCALL = 1
+RUN_KICKED = 2
+RUN_DEADLINE = 3
+RUN_EINTR = 4
+RUN_BUSY = 5
+RUN_ERROR = -1
+
+
+class VcpuKicked(RuntimeError):
+    """KVM_RUN was left because another thread called :meth:`Vcpu.kick`."""
+
+
+class VcpuTimeout(TimeoutError):
+    """The deadline of a run passed while the guest was still running."""
+
+
+class Vcpu(VcpuState, HasStats):
+    """A virtual CPU; one thread at a time may run it, a second one gets VcpuBusyError."""
+
+    kind = "vcpu"
+
+    def __init__(self, vm: Vm, fd: int, vcpu_id: int) -> None:
+        self._native = None
+        self._area = None
+        super().__init__(fd, f"{vm.name}/vcpu{vcpu_id}")
+        self.vm = vm
+        self.vcpu_id = vcpu_id
+        try:
+            self._area = self.mmap(vm.kvm.vcpu_mmap_size)
+        except OSError:
+            self.close()
+            raise
+        # lifetime: _area outlives every use of _run; close() drops _run first.
+        self._run = ffi.cast("struct kvm_run *", ffi.from_buffer(self._area))
+        self._native = lib.kvmpy_vcpu_new(fd, self._run)
+        if self._native == ffi.NULL:
+            self.close()
+            raise OSError(errno.ENOMEM, "no memory for the vCPU's run state")
+
+    @property
+    def run_area(self) -> kvm_run:
+        """The shared ``struct kvm_run``; it dies with the vCPU."""
+        if self._area is None:
+            raise ClosedError(f"{self.name} is closed")
+        return kvm_run.wrap(self._run, self)
+
+    @property
+    def area(self) -> mmap.mmap:
+        """The whole mapping of the vCPU: kvm_run, the PIO data page, the coalesced ring, the dirty ring behind."""
+        if self._area is None:
+            raise ClosedError(f"{self.name} is closed")
+        return self._area
+
+    def set_deadline(self, timeout: float | None) -> None:
+        """Let runs from now on end with VcpuTimeout once *timeout* seconds have passed; None lifts the deadline."""
+        if self._native is None:
+            raise ClosedError(f"{self.name} is closed")
+        if timeout is not None and timeout <= 0:
+            raise ValueError(f"timeout {timeout} is not positive")
+        lib.kvmpy_vcpu_deadline(self._native, 0 if timeout is None else max(1, int(timeout * 1e9)))
+
+    def run_once(self) -> int:
+        """Issue one KVM_RUN and return how it ended, one of the ``RUN_*`` numbers (the ``RUN_ERROR`` errno is in ``run_errno``).
+
+        The lowest way to run a vCPU; a signal shows as RUN_EINTR.
+        """
+        native = self._native
+        if native is None:
+            raise ClosedError(f"{self.name} is closed")
+        if not observe.active:
+            return int(lib.kvmpy_vcpu_run(native))
+        for observer in observe.active:
+            observer.ioctl_enter(self, ioctls.KVM_RUN, None)
+        how = int(lib.kvmpy_vcpu_run(native))
+        failed = how not in (RUN_EXIT, RUN_UCALL)
+        for observer in observe.active:
+            observer.ioctl_exit(self, ioctls.KVM_RUN, None, -1 if failed else 0, native.err)
+        return how
+
+    @property
+    def run_errno(self) -> int:
+        """The errno of the last KVM_RUN, 0 when it succeeded."""
+        return 0 if self._native is None else int(self._native.err)
+
+    def run(self, timeout: float | None = None) -> Exit:
+        """Run until the next exit to user space and return it (KVM_RUN).
+
+        Signals are handled in between.  VcpuTimeout after *timeout* seconds (or the deadline set before), VcpuKicked after
+        :meth:`kick`, VcpuBusyError while another thread runs the vCPU.  Memory-fault exits are returned, with their errno; any
+        other failure of KVM_RUN is a KvmError.
+        """
+        if timeout is not None:
+            self.set_deadline(timeout)
+        while True:
+            how = self.run_once()
+            if how in (RUN_EXIT, RUN_UCALL):
+                return read_exit(self._run, 0)
+            if how != RUN_EINTR:
+                return self._ended(how)
+
+    def _ended(self, how: int) -> Exit:
+        if how == RUN_KICKED:
+            raise VcpuKicked(f"{self.name} was kicked")
+        if how == RUN_DEADLINE:
+            raise VcpuTimeout(f"{self.name} was still running in the guest at its deadline")
+        if how == RUN_BUSY:
+            raise VcpuBusyError(f"{self.name} is running in another thread: a vCPU belongs to one thread at a time")
+        number = self.run_errno
+        # 39 is KVM_EXIT_MEMORY_FAULT: KVM fills the exit in and fails with EFAULT or EHWPOISON.
+        if number in (errno.EFAULT, errno.EHWPOISON) and self._run.exit_reason == 39:
+            return read_exit(self._run, number)
+        raise self.error(ioctls.KVM_RUN, number)
+
+    def kick(self) -> None:
+        """Make the running or the next KVM_RUN return at once, from any thread; it is never lost."""
+        if self._native is None:
+            raise ClosedError(f"{self.name} is closed")
+        if lib.kvmpy_vcpu_kick(self._native):
+            number = ffi.errno
+            raise OSError(number, f"kick of {self.name}: {os.strerror(number)}")
+
+    def complete_io(self) -> None:
+        """Finish the instruction that ended in an exit (PIO, MMIO, MSR...) without running guest code.
+
+        KVM completes it at the next KVM_RUN; do this before saving or changing registers
+        (Documentation/virt/kvm/api.rst, KVM_EXIT_IO).
+        """
+        run = self._run
+        run.immediate_exit = 1
+        try:
+            how = self.run_once()
+        finally:
+            run.immediate_exit = 0
+        if how not in (RUN_EINTR, RUN_KICKED):
+            self._ended(how)
+
+    @property
+    def running(self) -> bool:
+        """Whether a thread is inside KVM_RUN with this vCPU now."""
+        return self._native is not None and bool(self._native.busy)
+
+    @property
+    def thread_id(self) -> int:
+        """The kernel's id of the thread that ran this vCPU last, 0 before the first run."""
+        return 0 if self._native is None else int(self._native.tid)
+
+    @property
+    def exits(self) -> int:
+        """How many times this vCPU came back from KVM_RUN with an exit."""
+        return 0 if self._native is None else int(self._native.exits)
+
+    def close(self) -> None:
+        """Unmap and close; VcpuBusyError while another thread runs the vCPU (kick it and join the thread first)."""
+        if self.running:
+            raise VcpuBusyError(f"{self.name} cannot be closed while it runs: kick it and join its thread first")
+        native = getattr(self, "_native", None)
+        self._native = None
+        if native is not None and native != ffi.NULL:
+            lib.kvmpy_vcpu_free(native)
+        area, self._area = getattr(self, "_area", None), None
+        self._run = None
+        if area is not None:
+            try:
+                area.close()
+            except BufferError:
+                pass  # a run_area view is still held: the mapping goes with it
+        super().close()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM: the VM ioctls, gathered from their topics."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from kvmpy.core.coalesced import VmCoalesced
+from kvmpy.core.device import VmDevices
+from kvmpy.core.dirty import VmDirty
+from kvmpy.core.irq import VmIrq
+from kvmpy.core.msr_filter import VmMsrFilter
+from kvmpy.core.slots import VmSlots
+from kvmpy.core.stats import HasStats
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.structs import kvm_clock_data
+
+if TYPE_CHECKING:
+    from kvmpy.core.kvm import Kvm
+
+_numbers = itertools.count()
+
+
+class Vm(VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, VmSlots):
+    """A virtual machine; closing it closes its vCPUs, guest_memfds and memory."""
+
+    def __init__(self, kvm: Kvm, fd: int, vm_type: int = 0) -> None:
+        super().__init__(fd, f"vm{next(_numbers)}")
+        self.kvm = kvm
+        self.vm_type = int(vm_type)
+        self.vcpus: list[Vcpu] = []
+
+    def create_vcpu(self, vcpu_id: int | None = None) -> Vcpu:
+        """Create a vCPU with *vcpu_id*, by default the number of vCPUs so far (KVM_CREATE_VCPU)."""
+        number = len(self.vcpus) if vcpu_id is None else vcpu_id
+        vcpu = self.make_vcpu(self.ioctl(ioctls.KVM_CREATE_VCPU, number), number)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
+        """Wrap the file descriptor of a new vCPU; subclasses return their own kind."""
+        return Vcpu(self, fd, vcpu_id)
+
+    def get_clock(self) -> kvm_clock_data:
+        """Return kvmclock's time in ns with its flags (KVM_GET_CLOCK)."""
+        arg = kvm_clock_data()
+        self.ioctl(ioctls.KVM_GET_CLOCK, arg)
+        return arg
+
+    def set_clock(self, data: kvm_clock_data) -> None:
+        """Set kvmclock's time (KVM_SET_CLOCK)."""
+        self.ioctl(ioctls.KVM_SET_CLOCK, data)
+
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """Limit the pages of the shadow MMU (KVM_SET_NR_MMU_PAGES)."""
+        self.ioctl(ioctls.KVM_SET_NR_MMU_PAGES, pages)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set the TSC frequency of vCPUs created from now on (KVM_SET_TSC_KHZ on the VM)."""
+        self.ioctl(ioctls.KVM_SET_TSC_KHZ, khz)
+
+    def get_tsc_khz(self) -> int:
+        """Return the default TSC frequency in kHz (KVM_GET_TSC_KHZ on the VM)."""
+        return self.ioctl(ioctls.KVM_GET_TSC_KHZ)
+
+    def close(self) -> None:
+        """Close the vCPUs, the VM and all that belongs to it."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        super().close()
+

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a VM as text, taken when a test fails: what a kernel developer would ask for first.
+
+What a protection keeps from the host is said to be hidden, and a section that cannot be made says why: the failure that
+brought us here must never be lost behind another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from kvmpy.core.address import PAGE_SIZE, Gva
+from kvmpy.core.errors import PrivateMemoryError
+from kvmpy.guest import ucall
+from kvmpy.guest.disasm import disassemble
+from kvmpy.uapi.constants import ExitReason
+from kvmpy.x86 import registers
+
+if TYPE_CHECKING:
+    from kvmpy.guest.ucall import Ucall
+    from kvmpy.guest.vcpu import GuestVcpu
+    from kvmpy.guest.vm import GuestVm
+    from kvmpy.uapi.structs import kvm_regs, kvm_sregs
+
+MAX_FRAMES = 32
+CODE_BYTES_BEFORE = 24
+CODE_BYTES_AFTER = 32
+TRAIL_OF_OTHERS = 64
+
+# Where a GuestExceptionError's ucall keeps what the handler saved: see ucall EXCEPTION.
+_EXCEPTION_RIP, _EXCEPTION_RSP, _EXCEPTION_CR2, _EXCEPTION_RBP = 2, 3, 4, 7
+
+
+class _Place:
+    """Where the guest stood: at the fault when there was one, else at the registers."""
+
+    def __init__(self, rip: int, rsp: int, rbp: int, cr2: int) -> None:
+        self.rip, self.rsp, self.rbp, self.cr2 = rip, rsp, rbp, cr2
+
+
+def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = None) -> str:
+    """Return the post-mortem of *vcpu*, whose run ended with *cause* (and with the ucall *call*, where it was one)."""
+    lines: list[str] = []
+
+    def section(title: str, make: Callable[[], Iterator[str] | list[str]]) -> None:
+        lines.append(f"--- {title}")
+        try:
+            body = list(make())
+        except PrivateMemoryError as error:
+            body = [f"hidden: {error}"]
+        except Exception as error:  # the failure that brought us here must not be lost behind this one
+            body = [f"not available: {type(error).__name__}: {error}"]
+        lines.extend("  " + line for line in body)
+
+    lines.append(f"=== post-mortem of {vcpu.name}: {cause.splitlines()[0]}")
+    section("vm", lambda: _about(vm))
+    state: list[tuple[kvm_regs, kvm_sregs]] = []
+    section("registers", lambda: _registers(vm, vcpu, state))
+    place = _place(state, call)
+    if place is not None:
+        section("code", lambda: _code(vm, place.rip))
+        section("backtrace", lambda: _backtrace(vm, place))
+        for name, address in (("RIP", place.rip), ("RSP", place.rsp), ("CR2", place.cr2)):
+            if name != "CR2" or address:
+                section(f"page-table walk of {name} {address:#x}", lambda address=address: _walk(vm, address))  # type: ignore[misc]
+    for other in [vcpu, *(peer for peer in vm.guests if peer is not vcpu)][:TRAIL_OF_OTHERS]:
+        section(f"last exits of {other.name} ({other.exits} in all)", lambda other=other: _trail(other))  # type: ignore[misc]
+    if vm.console:
+        section("console", lambda: vm.console.splitlines()[-20:])
+    section("KVM statistics (not zero)", lambda: _stats(vcpu))
+    return "\n".join(lines)
+
+
+def _about(vm: GuestVm) -> Iterator[str]:
+    label = vm.protection.label
+    yield f"{vm.name}: type {vm.vm_type}, protection {vm.protection.name}{f' ({label})' if label else ''}, {len(vm.vcpus)} vCPU(s)"
+    bit = vm.encryption
+    yield f"encryption bit: {f'{bit.name} {bit.bit}' if bit is not None else 'none'}; CR3 {vm.pages.cr3}"
+    for segment in vm.memory.segments():
+        first, last = segment.gpa.gfn, segment.gpa.gfn + segment.size // PAGE_SIZE
+        private = vm.memory.private.range_cardinality(first, last)
+        yield f"memory {segment.gpa}..{int(segment.gpa) + segment.size - 1:#x}: {private} of {last - first} pages private"
+
+
+def _registers(vm: GuestVm, vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sregs]]) -> Iterator[str]:
+    if vm.launched and not vm.protection.traits.can_read_registers:
+        yield f"hidden: protection {vm.protection.name} keeps registers from the host after launch"
+        return
+    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    state.append((regs, sregs))
+    yield from registers.format_regs(regs).splitlines()
+    yield from registers.format_sregs(sregs).splitlines()
+
+
+def _place(state: list[tuple[kvm_regs, kvm_sregs]], call: Ucall | None) -> _Place | None:
+    if call is not None and call.cmd == ucall.EXCEPTION:
+        args = call.args
+        return _Place(args[_EXCEPTION_RIP], args[_EXCEPTION_RSP], args[_EXCEPTION_RBP], args[_EXCEPTION_CR2])
+    if state:
+        regs, sregs = state[0]
+        return _Place(regs.rip, regs.rsp, regs.rbp, sregs.cr2)
+    return None
+
+
+def describe(vm: GuestVm, address: int) -> str:
+    """Return ``function+offset at file:line`` for a guest code address, as far as it is known."""
+    gva = Gva(address)
+    function, line = vm.program.function(gva), vm.program.line(gva)
+    name = f"{function[0]}+{function[1]:#x}" if function else "?"
+    return f"{name} at {line[0]}:{line[1]}" if line else name
+
+
+def _code_bytes(vm: GuestVm, start: int, end: int) -> bytes:
+    # The image is the program's own: it needs no look into guest memory, which may be hidden.
+    for segment in vm.program.segments:
+        base = int(segment.gva)
+        if segment.executable and base <= start and end <= base + len(segment.data):
+            return bytes(segment.data[start - base : end - base])
+    return vm.read(Gva(start), end - start)
+
+
+def _code(vm: GuestVm, rip: int) -> Iterator[str]:
+    yield f"{rip:#x}  {describe(vm, rip)}"
+    function = vm.program.function(Gva(rip))
+    start = max(rip - CODE_BYTES_BEFORE, rip - function[1]) if function else rip
+    if function and start != rip - function[1]:
+        # Start at the function's head, or decoding could begin inside an instruction.
+        start = rip - function[1]
+    raw: bytes | None = None
+    for end in (rip + CODE_BYTES_AFTER, (rip | PAGE_SIZE - 1) + 1, rip + 1):
+        try:
+            raw = _code_bytes(vm, start, end)
+            break
+        except ValueError:
+            continue
+    if raw is None:
+        yield "no code is mapped here"
+        return
+    at = rip - start
+    yield "bytes: " + " ".join(f"{byte:02x}" for byte in raw[max(0, at - 16) : at]) + " <" + raw[at : at + 1].hex() + "> " + " ".join(
+        f"{byte:02x}" for byte in raw[at + 1 : at + 16]
+    )
+    shown = [
+        f"{'=>' if address == rip else '  '} {address:#x}: {text}" for address, text in disassemble(raw, start)
+    ]
+    here = next((number for number, line in enumerate(shown) if line.startswith("=>")), 0)
+    yield from shown[max(0, here - 5) : here + 6]
+
+
+def _backtrace(vm: GuestVm, place: _Place) -> Iterator[str]:
+    yield f"#0  {place.rip:#x} {describe(vm, place.rip)}"
+    frame, last = place.rbp, place.rsp
+    for number in range(1, MAX_FRAMES):
+        # A frame pointer that does not move up the stack, or leaves it, ends the chain.
+        if frame < last or frame % 8 or frame - last > 1 << 20:
+            return
+        try:
+            raw = vm.read(Gva(frame), 16)
+        except ValueError:
+            return
+        back = int.from_bytes(raw[8:16], "little")
+        if not vm.program.function(Gva(back)):
+            return
+        # The return address may already belong to the next line: the call is just before it.
+        yield f"#{number}  {back:#x} {describe(vm, back - 1)}"
+        last, frame = frame + 16, int.from_bytes(raw[0:8], "little")
+
+
+def _walk(vm: GuestVm, address: int) -> Iterator[str]:
+    yield from str(vm.pages.walk(Gva(address))).splitlines()
+
+
+def _trail(vcpu: GuestVcpu) -> Iterator[str]:
+    trail = vcpu.trail()
+    if not trail:
+        yield "none"
+    for reason, command, data in trail:
+        try:
+            name = ExitReason(reason).name.removeprefix("KVM_EXIT_")
+        except ValueError:
+            name = f"exit {reason}"
+        if command >= 0:
+            yield f"ucall {ucall.command_name(command)} {' '.join(f'{word:#x}' for word in data[:4])}"
+        elif reason == ExitReason.KVM_EXIT_IO:
+            way = "out" if data[1] & 1 else "in"
+            yield f"{name} {way} port {data[0]:#x} size {data[1] >> 8} count {data[2]} data {data[3]:#x}"
+        else:
+            yield f"{name} {' '.join(f'{word:#x}' for word in data[:4])}"
+
+
+def _stats(vcpu: GuestVcpu) -> Iterator[str]:
+    words = []
+    for name, value in vcpu.read_stats().items():
+        if not value.is_histogram and value.value:
+            words.append(f"{name}={value.value}")
+    for start in range(0, len(words), 6):
+        yield "  ".join(words[start : start + 6])

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VM with a guest program in it: memory map, page tables, per-CPU areas, ucall slots, launch."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, cast
+
+from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, EncryptionBit, Gpa, Gva, RawGpa
+from kvmpy.core.backing import Backing
+from kvmpy.core.errors import PrivateMemoryError
+from kvmpy.core.exits import Exit
+from kvmpy.core.memory import PageAllocator
+from kvmpy.core.slots import MemorySlot
+from kvmpy.core.vcpu import Vcpu, VcpuKicked
+from kvmpy.core.vm import Vm
+from kvmpy.guest import layout
+from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
+from kvmpy.guest.errors import LaunchError
+from kvmpy.guest.postmortem import postmortem
+from kvmpy.guest.program import GuestProgram
+from kvmpy.guest.protection import Protection
+from kvmpy.guest.ucall import Ucall
+from kvmpy.guest.variable import GuestVariable
+from kvmpy.guest.vcpu import GuestVcpu
+from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP
+from kvmpy.uapi.structs import kvm_cpuid2
+from kvmpy.x86.paging import PageTables
+
+if TYPE_CHECKING:
+    from kvmpy.core.kvm import Kvm
+
+DEFAULT_MEMORY = 64 << 20
+DEFAULT_DEADLINE = 20.0
+# Below 1 MiB nothing is placed: tests that want real mode find it free.
+ALLOCATION_START = 1 << 20
+# Guest memory leaves the gigabyte below 4 GiB to the APICs and to what KVM keeps there.
+LOW_MEMORY_END = 3 * SIZE_1G
+HIGH_MEMORY_START = 4 * SIZE_1G
+APIC_DEFAULT_GPA = Gpa(0xFEE0_0000)
+
+
+class GuestVm(Vm):
+    """A VM that runs a :class:`~kvmpy.guest.program.GuestProgram` under a protection.
+
+    Life: created (memory, tables and vCPUs exist, the host prepares) -> :meth:`launch` -> vCPUs run -> :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        program: GuestProgram,
+        *,
+        protection: Protection,
+        vcpus: int = 1,
+        memory: int = DEFAULT_MEMORY,
+        backing: Backing | None = None,
+        levels: int = 4,
+        irqchip: str | None = "full",
+        deadline: float = DEFAULT_DEADLINE,
+        strict_private: bool = False,
+        cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
+        vcpu_ids: Sequence[int] | None = None,
+        before_vcpus: Callable[[GuestVm], None] | None = None,
+    ) -> None:
+        super().__init__(kvm, kvm.create_vm_fd(protection.vm_type), protection.vm_type)
+        self.program = program
+        self.protection = protection
+        self.deadline = deadline
+        self.strict_private = strict_private
+        self.launched = False
+        self.encryption: EncryptionBit | None = protection.encryption_bit(kvm)
+        self._console: list[str] = []
+        self._known: list[tuple[int, int, int]] = []
+        self._heap = layout.HEAP_BASE
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._irqchip(irqchip)
+            protection.created(self)
+            self._add_ram(memory, backing)
+            self.allocator = PageAllocator(
+                self.memory, private=protection.traits.has_private_memory, start=ALLOCATION_START
+            )
+            self.pages = PageTables(self.memory, self.allocator, levels=levels, encryption=self.encryption)
+            self._load_program()
+            if before_vcpus is not None:
+                before_vcpus(self)
+            self._add_vcpus(list(vcpu_ids) if vcpu_ids is not None else list(range(vcpus)), cpuid)
+            undo.pop_all()
+
+    # Building.
+
+    def _irqchip(self, kind: str | None) -> None:
+        if kind == "full":
+            self.create_irqchip()
+        elif kind == "split":
+            self.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
+        elif kind is not None:
+            raise ValueError(f"irqchip={kind!r}: expected 'full', 'split' or None")
+
+    def _add_ram(self, size: int, backing: Backing | None) -> None:
+        if size % PAGE_SIZE or size < 4 << 20:
+            raise ValueError(f"memory={size:#x}: whole pages, and at least 4 MiB")
+        low = min(size, LOW_MEMORY_END)
+        self.add_memory(Gpa(0), low, backing=backing)
+        if size > low:
+            self.add_memory(Gpa(HIGH_MEMORY_START), size - low, backing=backing)
+
+    def add_memory(
+        self,
+        gpa: Gpa,
+        size: int,
+        *,
+        backing: Backing | None = None,
+        slot: int | None = None,
+        flags: int = 0,
+    ) -> MemorySlot:
+        """Give the VM *size* more bytes of memory at *gpa*, in the way of its protection; map it with :meth:`map`."""
+        return self.protection.add_memory(self, gpa, size, backing=backing, slot=slot, flags=flags)
+
+    def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
+        """Wrap a new vCPU as one that runs the guest program."""
+        return GuestVcpu(self, fd, vcpu_id, len(self.vcpus))
+
+    @property
+    def guests(self) -> list[GuestVcpu]:
+        """The vCPUs, typed as what they are here."""
+        return cast("list[GuestVcpu]", self.vcpus)
+
+    def _place(
+        self, gva: Gva, gpa: Gpa, size: int, *, writable: bool = True, nx: bool = True, user: bool = False
+    ) -> None:
+        self.pages.map(gva, gpa, size, page_size=PAGE_SIZE, writable=writable, nx=nx, user=user)
+        self._remember(gva, gpa, size)
+
+    def _remember(self, gva: Gva, gpa: Gpa, size: int) -> None:
+        # Host's own record of mappings: under some protections the page tables cannot be read back.
+        entry = (int(gva), int(gpa), size)
+        at = bisect_right(self._known, entry)
+        self._known.insert(at, entry)
+
+    def _load_program(self) -> None:
+        for segment in self.program.segments:
+            first = segment.gva.align_down(PAGE_SIZE)
+            skip = segment.gva - first
+            pages = (skip + segment.memsize + PAGE_SIZE - 1) >> PAGE_SHIFT
+            gpa = self.allocator.alloc(pages, private=False if segment.shared else None)
+            if segment.data:
+                self.memory.write(gpa + skip, segment.data)
+            self._place(first, gpa, pages << PAGE_SHIFT, writable=segment.writable, nx=not segment.executable, user=segment.user)
+        gpa = self.allocator.alloc(2)
+        gdt, idt = system_tables(self.program)
+        self.memory.write(gpa, gdt)
+        self.memory.write(gpa + PAGE_SIZE, idt)
+        self._place(Gva(layout.GDT_GVA), gpa, 2 * PAGE_SIZE)
+        self.pages.map(Gva(layout.XAPIC_GVA), APIC_DEFAULT_GPA, PAGE_SIZE, page_size=PAGE_SIZE, nx=True, private=False)
+
+    def _add_vcpus(self, ids: list[int], cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None) -> None:
+        count = len(ids)
+        if not 0 <= count <= layout.MAX_VCPUS:
+            raise ValueError(f"{count} vCPUs: 0 to {layout.MAX_VCPUS}")
+        if count == 0:
+            return
+        # Many vCPUs share the default memory only with small stacks.
+        stack = layout.STACK_SIZE - layout.STACK_GUARD if count <= 64 else 4 * PAGE_SIZE
+        percpu = layout.PERCPU_SIZE
+        areas = self.allocator.alloc(count * (percpu + stack) >> PAGE_SHIFT)
+        ucalls = self.allocator.alloc(count, private=False)
+        self._place(Gva(layout.PERCPU_BASE), areas, count * percpu)
+        self._place(Gva(layout.UCALL_BASE), ucalls, count * PAGE_SIZE)
+        stacks = areas + count * percpu
+        for index, vcpu_id in enumerate(ids):
+            vcpu = cast(GuestVcpu, self.create_vcpu(vcpu_id))
+            vcpu.stack_top = Gva(layout.STACK_BASE + (index + 1) * layout.STACK_SIZE)
+            self._place(vcpu.stack_top - stack, stacks + index * stack, stack)
+            vcpu.percpu = Gva(layout.PERCPU_BASE + index * percpu)
+            vcpu.percpu_gpa = areas + index * percpu
+            ucall_gpa = ucalls + index * PAGE_SIZE
+            page = self.memory.shared_view(ucall_gpa, PAGE_SIZE)
+            layout.fill_ucall_page(page, index, int(ucall_gpa), layout.UCALL_BASE + index * layout.UCALL_PAGE_SIZE)
+            vcpu.attach_ucalls(ucall_gpa, page)
+            table = guest_cpuid(self.kvm, vcpu_id)
+            vcpu.set_cpuid2(cpuid(table.copy()) if cpuid is not None else table)
+            self.memory.write(vcpu.percpu_gpa + layout.PERCPU_TSS, tss_page(vcpu.percpu))
+
+    # Launch.
+
+    def launch(self) -> None:
+        """Freeze the initial state, let the protection bring it in, and make the vCPUs ready to run; once only."""
+        if self.launched:
+            raise LaunchError(f"{self.name} was launched before")
+        main = self.program.symbols.get("guest_main")
+        for vcpu in self.guests:
+            entry = vcpu.entry if vcpu.entry is not None else (main.gva if main is not None else None)
+            if entry is None:
+                raise LaunchError(f"{vcpu.name} has no entry: the program has no guest_main and set_entry() was not called")
+            self.memory.write(
+                vcpu.percpu_gpa,
+                layout.pack_guest_cpu(
+                    index=vcpu.index,
+                    apic_id=vcpu.vcpu_id,
+                    percpu=int(vcpu.percpu),
+                    ucall_slot=layout.UCALL_BASE + vcpu.index * layout.UCALL_PAGE_SIZE,
+                    stack_top=int(vcpu.stack_top),
+                    entry=int(entry),
+                    args=vcpu.args,
+                ),
+            )
+            initial_sregs(vcpu, self.pages)
+            initial_regs(vcpu, self.program)
+        self.protection.launch(self)
+        self.launched = True
+        if self.strict_private:
+            self.memory.seal = f"--strict-private keeps it from the host, as sev-snp would (protection {self.protection.name})"
+        elif not self.protection.traits.host_sees_private:
+            self.memory.seal = f"protection {self.protection.name} keeps it from the host after launch"
+
+    # Addresses.
+
+    def to_raw(self, gpa: Gpa, private: bool | None = None) -> RawGpa:
+        """Return *gpa* as a page-table entry holds it, private or shared as the page is now unless *private* says."""
+        if self.encryption is None:
+            return RawGpa(int(gpa))
+        return self.encryption.to_raw(gpa, self.memory.is_private(gpa) if private is None else private)
+
+    def from_raw(self, raw: RawGpa) -> tuple[Gpa, bool]:
+        """Split what a page-table entry holds into the address and whether it names the private page."""
+        if self.encryption is None:
+            return Gpa(int(raw)), False
+        return self.encryption.from_raw(raw)
+
+    def gpa_to_hva(self, gpa: Gpa) -> int:
+        """Return the host address of *gpa*; ValueError when it carries the encryption bit or is outside guest memory."""
+        if not isinstance(gpa, Gpa):
+            raise TypeError(f"gpa_to_hva() takes a Gpa, not a {type(gpa).__name__}; from_raw() splits a RawGpa")
+        if self.encryption is not None:
+            self.encryption.check(gpa)
+        return self.memory.hva(gpa)
+
+    def gva_to_gpa(self, gva: Gva) -> Gpa:
+        """Return the guest-physical address behind *gva*, by the page tables; ValueError when it is not mapped."""
+        if self.memory.seal is None or not self.memory.is_private(Gpa(self.from_raw(self.pages.cr3)[0])):
+            return self.pages.translate(gva)
+        at = bisect_right(self._known, (int(gva), 1 << 64, 0)) - 1
+        if at >= 0:
+            start, gpa, size = self._known[at]
+            if int(gva) < start + size:
+                return Gpa(gpa + int(gva) - start)
+        raise PrivateMemoryError(f"gva {gva} is in none of the mappings made before launch, and {self.memory.seal}")
+
+    # Memory by guest-virtual address.
+
+    def _stretches(self, gva: Gva, size: int) -> list[tuple[Gpa, int]]:
+        found: list[tuple[Gpa, int]] = []
+        position, end = int(gva), int(gva) + size
+        while position < end:
+            part = min(end - position, PAGE_SIZE - position % PAGE_SIZE)
+            gpa = self.gva_to_gpa(Gva(position))
+            if found and int(found[-1][0]) + found[-1][1] == int(gpa):
+                found[-1] = (found[-1][0], found[-1][1] + part)
+            else:
+                found.append((gpa, part))
+            position += part
+        return found
+
+    def read(self, gva: Gva, size: int) -> bytes:
+        """Return a copy of *size* bytes at *gva* as the guest sees them."""
+        return b"".join(self.memory.read(gpa, part) for gpa, part in self._stretches(gva, size))
+
+    def write(self, gva: Gva, data: bytes | bytearray | memoryview) -> None:
+        """Write *data* at *gva* so that the guest sees it."""
+        source = memoryview(data).cast("B")
+        done = 0
+        for gpa, part in self._stretches(gva, len(source)):
+            self.memory.write(gpa, source[done : done + part])
+            done += part
+
+    def view(self, gva: Gva, size: int) -> memoryview:
+        """Return *size* bytes at *gva* as a view of the memory itself; ValueError where it is not contiguous in guest-physical space."""
+        stretches = self._stretches(gva, size)
+        if len(stretches) != 1:
+            raise ValueError(f"gva {gva}, {size:#x} bytes, is not contiguous in guest-physical memory")
+        return self.memory.view(stretches[0][0], size)
+
+    def symbol(self, name: str) -> GuestVariable:
+        """Return the guest global *name*, to read and write; GuestSymbolError with the closest names when there is none."""
+        found = self.program.symbol(name)
+        return GuestVariable(self, name, found.gva, found.size)
+
+    def variable(self, gva: Gva, size: int) -> GuestVariable:
+        """Return *size* bytes at *gva* as a variable without a name."""
+        return GuestVariable(self, f"*{gva}", gva, size)
+
+    def alloc(
+        self,
+        size: int,
+        *,
+        gva: Gva | None = None,
+        private: bool | None = None,
+        page_size: int = PAGE_SIZE,
+        writable: bool = True,
+        user: bool = False,
+        nx: bool = True,
+    ) -> Gva:
+        """Allocate *size* bytes (rounded up to pages) of zeroed guest memory, map it, and return its address.
+
+        *private* defaults to the protection's default; an unmapped page lies between two allocations.
+        """
+        size = -(-size // page_size) * page_size
+        where = Gva(-(-self._heap // page_size) * page_size) if gva is None else gva
+        gpa = self.allocator.alloc(size >> PAGE_SHIFT, private=private, align=page_size)
+        self.pages.map(where, gpa, size, page_size=page_size, writable=writable, user=user, nx=nx)
+        self._remember(where, gpa, size)
+        if gva is None:
+            self._heap = int(where) + size + PAGE_SIZE
+        return where
+
+    def map(self, gva: Gva, gpa: Gpa, size: int, **how: bool | int | None) -> None:
+        """Map guest-physical memory; keywords as :meth:`kvmpy.x86.paging.PageTables.map`."""
+        self.pages.map(gva, gpa, size, **how)  # type: ignore[arg-type]
+        self._remember(gva, gpa, size)
+
+    def set_private(self, gpa: Gpa, size: int) -> None:
+        """Make pages private, in the way of the protection; their content is undefined afterwards."""
+        self.protection.set_private(self, gpa, size)
+
+    def set_shared(self, gpa: Gpa, size: int) -> None:
+        """Make pages shared; their content is undefined afterwards."""
+        self.protection.set_shared(self, gpa, size)
+
+    # Console and post-mortem.
+
+    @property
+    def console(self) -> str:
+        """All that the guest printed so far."""
+        return "".join(self._console)
+
+    def console_write(self, index: int, text: str) -> None:
+        """Take what vCPU *index* printed."""
+        self._console.append(text)
+
+    def postmortem(self, vcpu: GuestVcpu, cause: str, call: Ucall | None = None) -> str:
+        """Return the state of the VM as text, seen from *vcpu*."""
+        return postmortem(self, vcpu, cause, call)
+
+    # All vCPUs at once.
+
+    def run_all(
+        self,
+        timeout: float | None = None,
+        *,
+        on_exit: Callable[[GuestVcpu, Exit], bool] | None = None,
+        on_sync: Callable[[GuestVcpu, Ucall], None] | None = None,
+    ) -> None:
+        """Run every vCPU in a thread of its own until DONE; the first failure kicks the others and is raised."""
+        failures: list[BaseException] = []
+        lock = threading.Lock()
+
+        def body(vcpu: GuestVcpu) -> None:
+            try:
+                vcpu.run_to_done(
+                    timeout,
+                    on_exit=None if on_exit is None else lambda got: on_exit(vcpu, got),
+                    on_sync=None if on_sync is None else lambda got: on_sync(vcpu, got),
+                )
+            except VcpuKicked:
+                with lock:
+                    if not failures:
+                        failures.append(LaunchError(f"{vcpu.name} was kicked while run_all() was waiting for DONE"))
+            except BaseException as error:
+                with lock:
+                    failures.append(error)
+                for other in self.guests:
+                    if other is not vcpu and not other.done:
+                        other.kick()
+
+        threads = [
+            threading.Thread(target=body, args=(vcpu,), name=vcpu.name, daemon=True) for vcpu in self.guests
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            for vcpu in self.guests:
+                vcpu.kick()
+            for thread in threads:
+                thread.join()
+            raise
+        if failures:
+            raise failures[0]
+

@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The vCPU run path: one KVM_RUN, classified, with a deadline and kicks that cannot get lost.
+ *
+ * A kick sets run->immediate_exit and then signals the thread, so it is seen whether it comes before, during or
+ * after the ioctl. A deadline is a POSIX timer aimed at the running thread. Arming one costs a system call, so a
+ * timer that would fire too early is left armed, and its handler moves it on.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define RUN_KVM_RUN 0xae80UL
+#define RUN_EXIT_IO 2
+#define RUN_EXIT_MMIO 6
+#define RUN_IO_OUT 1
+#define RUN_UCALL_PORT 0xe6
+
+#define KICK_ASKED 1u
+#define KICK_DEADLINE 2u
+
+/* A deadline that found its thread outside KVM_RUN fires again after this time. */
+#define RUN_REFIRE_NS 20000000ULL
+
+struct run_node {
+	struct kvmpy_vcpu v;
+	timer_t timer;
+	struct run_node *next;
+};
+
+static pthread_mutex_t run_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct run_node *run_free;
+static __thread struct kvmpy_vcpu *volatile run_current;
+static int run_signal;
+
+uint64_t kvmpy_monotonic_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * 1000000000ULL + (uint64_t)ts.tv_nsec;
+}
+
+int kvmpy_fallocate(int fd, int mode, int64_t offset, int64_t length)
+{
+	return fallocate(fd, mode, offset, length);
+}
+
+int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg)
+{
+	return ioctl(fd, request, arg);
+}
+
+int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg)
+{
+	return ioctl(fd, request, arg);
+}
+
+static void run_timer_at(struct run_node *n, uint64_t ns)
+{
+	struct itimerspec its = {
+		.it_value = { .tv_sec = ns / 1000000000ULL, .tv_nsec = ns % 1000000000ULL },
+		.it_interval = { .tv_nsec = RUN_REFIRE_NS },
+	};
+
+	timer_settime(n->timer, TIMER_ABSTIME, &its, NULL);
+	n->v.armed_ns = ns;
+}
+
+static void run_timer_off(struct run_node *n)
+{
+	struct itimerspec its = { 0 };
+
+	timer_settime(n->timer, 0, &its, NULL);
+	n->v.armed_ns = 0;
+}
+
+static void run_handler(int sig, siginfo_t *info, void *context)
+{
+	struct kvmpy_vcpu *v = run_current;
+	int saved = errno;
+
+	(void)sig;
+	(void)context;
+	if (v) {
+		if (info->si_code == SI_TIMER && info->si_value.sival_ptr == v) {
+			uint64_t deadline = v->deadline_ns;
+
+			if (deadline && kvmpy_monotonic_ns() >= deadline) {
+				__atomic_fetch_or(&v->kick, KICK_DEADLINE, __ATOMIC_SEQ_CST);
+				v->run->immediate_exit = 1;
+			} else if (deadline) {
+				run_timer_at((struct run_node *)v, deadline);
+			} else {
+				run_timer_off((struct run_node *)v);
+			}
+		} else if (info->si_code != SI_TIMER && v->kick) {
+			v->run->immediate_exit = 1;
+		}
+	}
+	errno = saved;
+}
+
+int kvmpy_run_init(void)
+{
+	struct sigaction sa = { .sa_sigaction = run_handler, .sa_flags = SA_SIGINFO | SA_RESTART };
+	int ret = 0;
+
+	pthread_mutex_lock(&run_lock);
+	if (!run_signal) {
+		run_signal = SIGRTMIN + 6;
+		sigfillset(&sa.sa_mask);
+		ret = sigaction(run_signal, &sa, NULL);
+	}
+	pthread_mutex_unlock(&run_lock);
+	return ret;
+}
+
+int kvmpy_kick_signal(void)
+{
+	return run_signal;
+}
+
+/* Nodes are never given back to the heap: a late signal may still name one. */
+struct kvmpy_vcpu *kvmpy_vcpu_new(int fd, void *run)
+{
+	struct run_node *n;
+
+	if (kvmpy_run_init())
+		return NULL;
+	pthread_mutex_lock(&run_lock);
+	n = run_free;
+	if (n)
+		run_free = n->next;
+	pthread_mutex_unlock(&run_lock);
+	if (!n)
+		n = malloc(sizeof(*n));
+	if (!n)
+		return NULL;
+	memset(n, 0, sizeof(*n));
+	n->v.fd = fd;
+	n->v.run = run;
+	return &n->v;
+}
+
+static void run_timer_drop(struct run_node *n)
+{
+	if (n->v.timer_tid)
+		timer_delete(n->timer);
+	n->v.timer_tid = 0;
+	n->v.armed_ns = 0;
+}
+
+void kvmpy_vcpu_free(struct kvmpy_vcpu *v)
+{
+	struct run_node *n = (struct run_node *)v;
+
+	run_timer_drop(n);
+	v->run = NULL;
+	v->deadline_ns = 0;
+	pthread_mutex_lock(&run_lock);
+	n->next = run_free;
+	run_free = n;
+	pthread_mutex_unlock(&run_lock);
+}
+
+void kvmpy_vcpu_deadline(struct kvmpy_vcpu *v, uint64_t timeout_ns)
+{
+	v->deadline_ns = timeout_ns ? kvmpy_monotonic_ns() + timeout_ns : 0;
+}
+
+int kvmpy_vcpu_kick(struct kvmpy_vcpu *v)
+{
+	__atomic_fetch_or(&v->kick, KICK_ASKED, __ATOMIC_SEQ_CST);
+	v->run->immediate_exit = 1;
+	if (__atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) && v->tid)
+		return (int)syscall(SYS_tgkill, getpid(), v->tid, run_signal);
+	return 0;
+}
+
+static int run_arm(struct run_node *n, int32_t tid)
+{
+	struct sigevent ev = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = run_signal };
+
+	if (n->v.timer_tid != tid) {
+		run_timer_drop(n);
+		ev.sigev_value.sival_ptr = &n->v;
+#ifdef sigev_notify_thread_id
+		ev.sigev_notify_thread_id = tid;
+#else
+		ev._sigev_un._tid = tid;
+#endif
+		if (timer_create(CLOCK_MONOTONIC, &ev, &n->timer))
+			return -1;
+		n->v.timer_tid = tid;
+	}
+	run_timer_at(n, n->v.deadline_ns);
+	return 0;
+}
+
+static int run_classify(struct kvmpy_vcpu *v)
+{
+	struct kvm_run *run = v->run;
+	struct kvmpy_trail *t = &v->trail[v->trail_next++ % 16];
+
+	v->exits++;
+	t->exit_reason = run->exit_reason;
+	t->what = 0;
+	if (run->exit_reason != RUN_EXIT_IO) {
+		memcpy(t->data, (char *)run + offsetof(struct kvm_run, io), sizeof(t->data));
+		return KVMPY_RUN_EXIT;
+	}
+	t->data[0] = run->io.port;
+	t->data[1] = run->io.direction | run->io.size << 8;
+	t->data[2] = run->io.count;
+	if (run->io.port == RUN_UCALL_PORT && run->io.direction == RUN_IO_OUT && run->io.size == 4 &&
+	    run->io.count == 1 && v->ucall_hva) {
+		uint32_t id = *(uint32_t *)((char *)run + run->io.data_offset);
+		uint32_t slot = id - v->ucall_first;
+
+		if (slot < v->ucall_count) {
+			char *p = (char *)v->ucall_hva + slot * 512;
+
+			v->ucall_slot = slot;
+			v->ucalls++;
+			t->what = *(uint32_t *)(p + 12) | 1u << 31;
+			memcpy(t->data, p + 16, sizeof(t->data));
+			return KVMPY_RUN_UCALL;
+		}
+	}
+	memcpy(&t->data[3], (char *)run + run->io.data_offset, 8);
+	return KVMPY_RUN_EXIT;
+}
+
+int kvmpy_vcpu_run(struct kvmpy_vcpu *v)
+{
+	static __thread int32_t tid;
+	struct kvmpy_vcpu *outer = run_current;
+	uint32_t kick;
+	int ret, result;
+
+	if (__atomic_exchange_n(&v->busy, 1, __ATOMIC_SEQ_CST))
+		return KVMPY_RUN_BUSY;
+	if (!tid || (v->tid != tid))
+		tid = (int32_t)syscall(SYS_gettid);
+	v->tid = tid;
+	run_current = v;
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	if (v->deadline_ns &&
+	    (v->timer_tid != tid || !v->armed_ns || v->armed_ns > v->deadline_ns) &&
+	    run_arm((struct run_node *)v, tid)) {
+		v->err = errno;
+		result = KVMPY_RUN_ERROR;
+		goto out;
+	}
+	ret = ioctl(v->fd, RUN_KVM_RUN, 0);
+	v->err = ret < 0 ? errno : 0;
+	kick = __atomic_load_n(&v->kick, __ATOMIC_SEQ_CST);
+	if (ret == 0) {
+		result = run_classify(v);
+	} else if (v->err == EINTR) {
+		if (kick) {
+			kick = __atomic_exchange_n(&v->kick, 0, __ATOMIC_SEQ_CST);
+			v->run->immediate_exit = 0;
+			result = kick & KICK_ASKED ? KVMPY_RUN_KICKED : KVMPY_RUN_DEADLINE;
+		} else {
+			result = KVMPY_RUN_EINTR;
+		}
+	} else {
+		run_classify(v);
+		result = KVMPY_RUN_ERROR;
+	}
+out:
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	run_current = outer;
+	__atomic_store_n(&v->busy, 0, __ATOMIC_SEQ_CST);
+	return result;
+}

@@ -1,0 +1,45 @@
+struct kvmpy_trail {
+	uint32_t exit_reason;
+	uint32_t what;
+	uint64_t data[6];
+};
+
+struct kvmpy_vcpu {
+	int32_t fd;
+	int32_t err;
+	struct kvm_run *run;
+	uint64_t ucall_hva;
+	uint32_t ucall_first;
+	uint32_t ucall_count;
+	uint32_t ucall_slot;
+	uint32_t kick;
+	uint32_t busy;
+	int32_t tid;
+	uint64_t deadline_ns;
+	uint64_t armed_ns;
+	uint64_t exits;
+	uint64_t ucalls;
+	int32_t timer_tid;
+	uint32_t trail_next;
+	struct kvmpy_trail trail[16];
+};
+
+#define KVMPY_RUN_EXIT 0
+#define KVMPY_RUN_UCALL 1
+#define KVMPY_RUN_KICKED 2
+#define KVMPY_RUN_DEADLINE 3
+#define KVMPY_RUN_EINTR 4
+#define KVMPY_RUN_BUSY 5
+#define KVMPY_RUN_ERROR -1
+
+int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg);
+int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg);
+struct kvmpy_vcpu *kvmpy_vcpu_new(int fd, void *run);
+void kvmpy_vcpu_free(struct kvmpy_vcpu *v);
+int kvmpy_vcpu_run(struct kvmpy_vcpu *v);
+void kvmpy_vcpu_deadline(struct kvmpy_vcpu *v, uint64_t timeout_ns);
+int kvmpy_vcpu_kick(struct kvmpy_vcpu *v);
+int kvmpy_run_init(void);
+int kvmpy_kick_signal(void);
+uint64_t kvmpy_monotonic_ns(void);
+int kvmpy_fallocate(int fd, int mode, int64_t offset, int64_t length);
