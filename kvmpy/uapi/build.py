@@ -39,7 +39,7 @@ def ffibuilder() -> cffi.FFI:
     """Return the cffi builder that holds every declaration and the C source."""
     ffi = cffi.FFI()
     plain, packed = _declaration_files()
-    source = ["#define _GNU_SOURCE", "#include <stddef.h>", "#include <stdint.h>"]
+    source = ["#ifndef _GNU_SOURCE", "#define _GNU_SOURCE", "#endif", "#include <stddef.h>", "#include <stdint.h>"]
     for path in plain:
         ffi.cdef(path.read_text())
         source.append(f'#include "{path.relative_to(HERE)}"')
