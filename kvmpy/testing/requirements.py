@@ -131,7 +131,7 @@ def _msr(kvm: Kvm, text: str) -> Missing | None:
     return Missing(f"MSR {index:#x}", "a KVM and CPU that list it (KVM_GET_MSR_INDEX_LIST)", (f"msr:{text}",))
 
 
-def _parameter(_kvm: Kvm, text: str) -> Missing | None:
+def _parameter(text: str) -> Missing | None:
     name, _, wanted = text.partition("=")
     module, _, parameter = name.partition(".")
     if not parameter:
@@ -146,13 +146,13 @@ def _parameter(_kvm: Kvm, text: str) -> Missing | None:
     return None
 
 
-def _cpu(_kvm: Kvm, flag: str) -> Missing | None:
+def _cpu(flag: str) -> Missing | None:
     if host.cpu_flag(flag):
         return None
     return Missing(f"CPU flag {flag}", "a CPU (or an outer hypervisor) that offers it", (f"cpu:{flag}",))
 
 
-def _tool(_kvm: Kvm, name: str) -> Missing | None:
+def _tool(name: str) -> Missing | None:
     if shutil.which(name):
         return None
     debian, fedora = _TOOL_PACKAGES.get(name, (name, name))
@@ -160,22 +160,29 @@ def _tool(_kvm: Kvm, name: str) -> Missing | None:
     return Missing(f"the command {name}", how, (f"tool:{name}",))
 
 
-def _path(_kvm: Kvm, name: str) -> Missing | None:
+def _path(name: str) -> Missing | None:
     if os.access(name, os.R_OK | os.W_OK):
         return None
     state = "no permission on" if os.path.exists(name) else "no file"
     return Missing(f"{name} ({state} it)", "root, or the kernel option that provides it", (f"path:{name}",))
 
 
-_KINDS: dict[str, Callable[[Kvm, str], Missing | None]] = {
+def _root(_text: str) -> Missing | None:
+    return None if os.geteuid() == 0 else Missing("root", "run as root (sudo)", ("root",))
+
+
+_ASK_KVM: dict[str, Callable[[Kvm, str], Missing | None]] = {
     "ioctl": _ioctl,
     "vm-type": _vm_type,
     "protection": _protection,
     "msr": _msr,
+}
+_ASK_HOST: dict[str, Callable[[str], Missing | None]] = {
     "param": _parameter,
     "cpu": _cpu,
     "tool": _tool,
     "path": _path,
+    "root": _root,
 }
 
 
@@ -211,21 +218,19 @@ class Requirements:
         return self._answers[requirement]
 
     def _find(self, requirement: Requirement) -> Missing | None:
-        if requirement == "root":
-            return None if os.geteuid() == 0 else Missing("root", "run as root (sudo)", ("root",))
-        if self.kvm_missing is not None:
+        kind, rest = "", ""
+        if isinstance(requirement, str):
+            kind, _, rest = requirement.partition(":")
+            if kind in _ASK_HOST:
+                return _ASK_HOST[kind](rest)
+            if kind != "kvm" and not kind.startswith("KVM_CAP_") and kind not in _ASK_KVM:
+                known = ", ".join(["kvm", "KVM_CAP_...", *_ASK_KVM, *_ASK_HOST])
+                raise ValueError(f"unknown requirement {requirement!r}; known are {known}, and callables")
+        if self.kvm_missing is not None or requirement == "kvm":
             return self.kvm_missing
-        if requirement == "kvm":
-            return None
         from kvmpy.core.kvm import Kvm
 
         with Kvm() as kvm:
             if callable(requirement):
                 return _called(requirement, kvm)
-            kind, colon, rest = requirement.partition(":")
-            if requirement.startswith("KVM_CAP_"):
-                return _capability(kvm, requirement)
-            if not colon or kind not in _KINDS:
-                known = ", ".join(["kvm", "root", "KVM_CAP_...", *(f"{name}:..." for name in _KINDS)])
-                raise ValueError(f"unknown requirement {requirement!r}; known are {known}, and callables")
-            return _KINDS[kind](kvm, rest)
+            return _ASK_KVM[kind](kvm, rest) if kind in _ASK_KVM else _capability(kvm, requirement)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel, installed in a new virtual environment, works in an empty directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import kvmpy
+from kvmpy.testing.host import kvm_missing
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(600)
+
+
+def run(
+    command: Sequence[str | Path], folder: Path, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    # Neither the checkout nor this environment may be on the path of what is tested.
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PYTHONPATH", "VIRTUAL_ENV", "KVMPY_REQUIRE")
+    }
+    environment["PYTHONPYCACHEPREFIX"] = str(folder.parent / "pycache")
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    result = run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT], folder
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@dataclass
+class Installed:
+    """A virtual environment with the wheel in it."""
+
+    folder: Path
+
+    @property
+    def command(self) -> Path:
+        return self.folder / "bin" / "kvmpy"
+
+    @property
+    def packages(self) -> Path:
+        (found,) = self.folder.glob("lib/python*/site-packages")
+        return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    made = Installed(tmp_path_factory.mktemp("installed") / "venv")
+    venv.create(made.folder, with_pip=True, symlinks=True)
+    work = tmp_path_factory.mktemp("pip")
+    result = run([made.folder / "bin" / "python", "-m", "pip", "install", "--quiet", wheel], work)
+    if result.returncode != 0 and "No matching distribution found" in result.stderr:
+        pytest.skip(f"needs a package index that pip can reach: {result.stderr.strip().splitlines()[-1]}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return made
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+def test_name_and_content(wheel: Path) -> None:
+    assert wheel.name == f"kvmpy-{kvmpy.__version__}-cp310-abi3-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert "kvmpy/uapi/_native.abi3.so" in names
+    assert "kvmpy/py.typed" in names
+    assert "kvmpy/testing/suite.ini" in names
+    assert "kvmpy/testing/errata.toml" in names
+    assert "kvmpy/guest_asm/include/kvmpy/guest.h" in names
+    shipped = {name.removeprefix("kvmpy/") for name in names if name.startswith("kvmpy/selftests/")}
+    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "selftests").rglob("*.py")}
+    assert here
+    assert {name for name in shipped if name.endswith(".py")} == here
+    assert not any(name.startswith(("tests/", "ci/", "kvmpy/tests/")) for name in names)
+    assert not any(name.endswith(".pyc") for name in names)
+
+
+def test_a_selftest_runs_in_an_empty_directory(installed: Installed, empty: Path) -> None:
+    listed = run([installed.command, "run", "--list"], empty)
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    names = [line for line in listed.stdout.splitlines() if "::" in line]
+    quick = next(name for name in names if name.endswith("[none]"))
+    report = empty.parent / "report.json"
+    result = run([installed.command, "run", "--json", report, quick], empty)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (test,) = json.loads(report.read_text())["tests"]
+    assert test["id"] == quick
+    assert test["verdict"] == ("pass" if kvm_missing() is None else "skip")
+    assert list(empty.iterdir()) == []
+    assert not list((installed.packages / "kvmpy" / "selftests").rglob("*.pyc"))
+
+
+def test_selection_by_expression(installed: Installed, empty: Path) -> None:
+    result = run([installed.command, "run", "-k", "no_test_has_this_name"], empty)
+    assert result.returncode == 5
+    assert "no test matches" in result.stderr
+
+
+def test_the_abi_comes_out_as_json(installed: Installed, empty: Path) -> None:
+    result = run([installed.command, "abi", "--json"], empty)
+    assert result.returncode == 0, result.stderr
+    abi = json.loads(result.stdout)
+    assert abi["ioctls"]["KVM_RUN"]["nr"] == 0xAE80
+    assert abi["structs"]["kvm_regs"]["size"] == 144
+    assert abi["constants"]["KVM_CAP_GUEST_MEMFD"] == 234
+
+
+def test_the_doctor_looks_at_this_host(installed: Installed, empty: Path) -> None:
+    result = run([installed.command, "doctor", "--json"], empty)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["kernel"]["release"] == os.uname().release
+    assert answer["kvm"]["usable"] is (kvm_missing() is None)

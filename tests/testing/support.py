@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs small suites in a child pytest and reads back what all the reports say."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvmpy
+
+SUITE_INI = Path(kvmpy.__file__).parent / "testing" / "suite.ini"
+NO_KVM = "/nonexistent/kvm"
+
+
+@dataclass
+class Outcome:
+    """What one run printed and wrote."""
+
+    status: int
+    text: str
+    report: dict[str, Any]
+    ktap: str
+    junit: ElementTree.Element
+
+    def verdicts(self) -> dict[str, str]:
+        """Verdict by test name, from the JSON report."""
+        return {test["id"].partition("::")[2]: test["verdict"] for test in self.report["tests"]}
+
+    def test(self, name: str) -> dict[str, Any]:
+        """The JSON entry of one test."""
+        found: dict[str, Any] = next(t for t in self.report["tests"] if t["id"].partition("::")[2] == name)
+        return found
+
+    def reason(self, name: str) -> str:
+        """Why a test did not pass."""
+        return str(self.test(name)["reason"])
+
+
+class Suite:
+    """A folder with tests; every run writes JSON, KTAP and JUnit."""
+
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+        self.folder = pytester.path
+
+    def add(self, name: str, source: str) -> Path:
+        """Write a test file."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+        return path
+
+    def arguments(self) -> list[str]:
+        """Return the pytest arguments that every run has."""
+        return [
+            "-c",
+            str(SUITE_INI),
+            f"--rootdir={self.folder}",
+            "--kvmpy-json=out.json",
+            "--ktap=out.ktap",
+            "--junitxml=out.xml",
+            str(self.folder),
+        ]
+
+    def run(self, *args: str) -> Outcome:
+        """Run the suite in a child process."""
+        result = self.pytester.runpytest_subprocess(*self.arguments(), *args, timeout=100)
+        return self.outcome(int(result.ret), "\n".join([*result.outlines, *result.errlines]))
+
+    def outcome(self, status: int, text: str) -> Outcome:
+        """Read the reports of the last run."""
+        return Outcome(
+            status,
+            text,
+            json.loads((self.folder / "out.json").read_text()),
+            (self.folder / "out.ktap").read_text(),
+            ElementTree.parse(self.folder / "out.xml").getroot(),
+        )
+
+
+KTAP_RESULT = re.compile(
+    r"(?P<indent> *)(?P<ok>ok|not ok) (?P<number>\d+) (?P<name>[^#]*?)"
+    r"(?: # (?P<directive>SKIP|XFAIL|TIMEOUT|ERROR)?(?P<data>.*))?"
+)
+
+
+@dataclass
+class KtapNode:
+    """One level of a KTAP document: its plan and its results with the level inside each."""
+
+    plan: int
+    results: list[tuple[bool, str, str, KtapNode | None]]
+
+
+def parse_ktap(text: str) -> KtapNode:
+    """Parse KTAP version 1 by the kernel's rules; AssertionError for a line that breaks one."""
+    lines = text.splitlines()
+
+    def level(at: int, indent: str) -> tuple[KtapNode, int]:
+        assert lines[at] == f"{indent}KTAP version 1"
+        at += 1
+        while lines[at].startswith(f"{indent}#"):
+            at += 1
+        plan = re.fullmatch(rf"{indent}1\.\.(\d+)", lines[at])
+        assert plan, lines[at]
+        node = KtapNode(int(plan[1]), [])
+        at += 1
+        inner: KtapNode | None = None
+        while at < len(lines) and lines[at].startswith(indent):
+            line = lines[at]
+            if line.startswith(f"{indent}#"):
+                at += 1
+            elif line == f"{indent}  KTAP version 1":
+                inner, at = level(at, indent + "  ")
+            else:
+                found = KTAP_RESULT.fullmatch(line)
+                assert found, line
+                if found["indent"] != indent:
+                    break
+                assert int(found["number"]) == len(node.results) + 1
+                node.results.append((found["ok"] == "ok", found["name"], found["directive"] or "", inner))
+                inner = None
+                at += 1
+        assert node.plan == len(node.results)
+        return node, at
+
+    root, end = level(0, "")
+    assert end == len(lines)
+    return root

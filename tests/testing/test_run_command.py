@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy run`` and the command group."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import kvmpy
+from kvmpy.cli.main import COMMANDS, main
+from tests.testing.support import NO_KVM
+
+
+def kvmpy_command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvmpy", *args],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
+    monkeypatch.delenv("KVMPY_REQUIRE", raising=False)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    (tmp_path / "test_own.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n"
+        "@pytest.mark.requires('kvm')\ndef test_kvm(): pass\n"
+    )
+    return tmp_path
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert result.output == f"kvmpy {kvmpy.__version__}\n"
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom kvmpy.cli.main import main\n"
+        "print(CliRunner().invoke(main, ['--help']).output)\n"
+        "print([name for name in sys.modules if name.startswith('kvmpy.')])\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    text, modules = output.stdout.rstrip().rsplit("\n", 1)
+    assert modules == "['kvmpy.cli', 'kvmpy.cli.main']"
+    for name, line in COMMANDS.items():
+        assert name in text
+        assert line.split()[-1] in text
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help(name: str) -> None:
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0
+    assert result.output.startswith("Usage:")
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    assert CliRunner().invoke(main, ["rnu"]).exit_code == 2
+
+
+def test_own_files_with_reports(own: Path) -> None:
+    result = kvmpy_command(
+        own, "run", "test_own.py", "--json", "r/o.json", "--ktap", "o.ktap", "--junit", "o.xml"
+    )
+    assert result.returncode == 1
+    report = json.loads((own / "r" / "o.json").read_text())
+    assert report["summary"] == {"pass": 1, "fail": 1, "skip": 1, "xfail": 0, "lost": 0}
+    assert "not ok 2 test_bad" in (own / "o.ktap").read_text()
+    assert "<testsuite" in (own / "o.xml").read_text()
+    assert "skipped, by what is missing:" in result.stdout
+    assert not (own / ".pytest_cache").exists()
+
+
+def test_selection_and_arguments_for_pytest(own: Path) -> None:
+    result = kvmpy_command(
+        own, "run", "-k", "good or bad", "test_own.py", "--", "--deselect", "test_own.py::test_bad"
+    )
+    assert result.returncode == 0
+    assert "1 passed" in result.stdout
+
+
+def test_in_several_processes(own: Path) -> None:
+    result = kvmpy_command(own, "run", "-n", "2", "--json", "o.json", "test_own.py")
+    assert result.returncode == 1
+    assert json.loads((own / "o.json").read_text())["summary"]["pass"] == 1
+
+
+def test_list_runs_nothing(own: Path) -> None:
+    result = kvmpy_command(own, "run", "--list", "test_own.py")
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[:3] == [
+        "test_own.py::test_good",
+        "test_own.py::test_bad",
+        "test_own.py::test_kvm",
+    ]
+
+
+def test_nothing_selected_says_so(own: Path) -> None:
+    result = kvmpy_command(own, "run", "-k", "zzz", "test_own.py")
+    assert result.returncode == 5
+    assert "no test matches" in result.stderr
+
+
+def test_a_path_that_is_nowhere(own: Path) -> None:
+    result = kvmpy_command(own, "run", "test_missing.py")
+    assert result.returncode == 2
+    assert "test_missing.py is neither in the suite" in result.stderr
+
+
+def test_the_seed_option_reaches_the_session(own: Path) -> None:
+    result = kvmpy_command(own, "run", "-k", "good", "--seed", "77", "test_own.py")
+    assert "seed 77" in result.stdout
