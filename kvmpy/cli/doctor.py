@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy doctor``: what this host offers, and what is missing for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import kvmpy
+from kvmpy.testing import host
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvmpy.coco.kvm import Kvm
+
+_CPU_FLAGS = ("svm", "vmx", "npt", "ept", "sev", "sev_es", "sev_snp", "la57", "hypervisor")
+_CONFIG = (
+    "KVM",
+    "KVM_AMD",
+    "KVM_INTEL",
+    "KVM_AMD_SEV",
+    "KVM_INTEL_TDX",
+    "KVM_SW_PROTECTED_VM",
+    "KVM_SMM",
+    "KVM_HYPERV",
+    "KVM_XEN",
+)
+
+
+def _capabilities(kvm: Kvm) -> dict[str, int]:
+    from kvmpy.uapi.constants import Cap
+
+    return {name: kvm.check_extension(number) for name, number in sorted(Cap.__members__.items())}
+
+
+def _gmem_flags(value: int) -> dict[str, bool]:
+    from kvmpy.uapi.constants import GmemFlag
+
+    return {name: bool(value & flag) for name, flag in GmemFlag.__members__.items()}
+
+
+def _protections(kvm: Kvm) -> dict[str, dict[str, Any]]:
+    from kvmpy.coco import ladder
+
+    return {
+        name: {
+            "available": state.available,
+            "label": ladder.get(name).label,
+            "note": state.note,
+            "missing": [{"what": entry.missing, "how": entry.how} for entry in state.missing],
+        }
+        for name, state in kvm.protections().items()
+    }
+
+
+def _measured(kvm: Kvm) -> dict[str, Any]:
+    from kvmpy.testing.measure import measure
+
+    try:
+        costs = measure(kvm)
+    except (OSError, RuntimeError) as error:
+        return {"error": str(error)}
+    return {
+        "ring0_native": costs.ring0_native,
+        "instruction_ns": round(costs.instruction_ns, 3),
+        "exit_us": round(costs.exit_us, 2),
+    }
+
+
+def examine() -> dict[str, Any]:
+    """Return everything that the doctor finds, as JSON-ready values."""
+    names = os.uname()
+    missing = host.kvm_missing()
+    found: dict[str, Any] = {
+        "kvmpy": kvmpy.__version__,
+        "platform": host.platform_name(),
+        "cpu": {
+            "model": host.cpu_model(),
+            "count": os.cpu_count(),
+            "flags": {flag: host.cpu_flag(flag) for flag in _CPU_FLAGS},
+        },
+        "kernel": {
+            "release": names.release,
+            "machine": names.machine,
+            "config": {option: host.kernel_config(option) for option in _CONFIG},
+        },
+        "modules": {module: host.module_parameters(module) for module in ("kvm", *host.vendor_modules())},
+        "kvm": {
+            "usable": missing is None,
+            "missing": missing.what if missing else "",
+            "how": missing.how if missing else "",
+        },
+    }
+    if missing is None:
+        from kvmpy.coco.kvm import Kvm
+
+        with Kvm() as kvm:
+            found["capabilities"] = _capabilities(kvm)
+            found["vm_types"] = [host.vm_type_name(number) for number in sorted(kvm.vm_types())]
+            found["guest_memfd_flags"] = _gmem_flags(found["capabilities"]["KVM_CAP_GUEST_MEMFD_FLAGS"])
+            found["protections"] = _protections(kvm)
+            found["measured"] = _measured(kvm)
+    return found
+
+
+def _words(flags: Mapping[str, bool]) -> str:
+    return " ".join(name for name, there in flags.items() if there) or "none of those that matter"
+
+
+def _print_modules(console: Console, modules: Mapping[str, Mapping[str, str]]) -> None:
+    for module, parameters in modules.items():
+        console.print(f"  {module}")
+        for name, value in parameters.items():
+            console.print(f"    {name} = {value}", style="dim")
+    if len(modules) == 1:
+        console.print("  no vendor module (kvm_amd, kvm_intel, ...)", style="bold red")
+
+
+def _print_protections(console: Console, protections: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, state in protections.items():
+        about = ", ".join(text for text in (state["label"], state["note"]) if text)
+        mark, style = ("yes", "green") if state["available"] else ("no ", "yellow")
+        console.print(f"  {mark} {name}{f' ({about})' if about else ''}", style=style)
+        for entry in state["missing"]:
+            console.print(f"        missing: {entry['what']}")
+            if entry["how"]:
+                console.print(f"        get it:  {entry['how']}", style="dim")
+
+
+def _print_measured(console: Console, measured: Mapping[str, Any]) -> None:
+    if "error" in measured:
+        console.print(f"  not measured: {measured['error']}", style="red")
+        return
+    how = "natively" if measured["ring0_native"] else "in KVM's instruction emulator"
+    console.print(f"  ring 0 runs {how}: {measured['instruction_ns']:.2f} ns an instruction")
+    console.print(f"  a port exit and the way back: {measured['exit_us']:.1f} us")
+
+
+def show(console: Console, found: Mapping[str, Any]) -> None:
+    """Print what :func:`examine` found, for people."""
+    cpu, kernel, kvm = found["cpu"], found["kernel"], found["kvm"]
+    emulated = "" if found["platform"] == "host" else " (emulated: its results are no hardware results)"
+    console.print(f"kvmpy {found['kvmpy']}, platform {found['platform']}{emulated}")
+    console.print(f"CPU: {cpu['count']} x {cpu['model']}, flags: {_words(cpu['flags'])}")
+    console.print(f"kernel: {kernel['release']} {kernel['machine']}")
+    known = {name: value for name, value in kernel["config"].items() if value is not None}
+    console.print(
+        "  " + (" ".join(f"{name}={value}" for name, value in known.items()) or "its .config is unknown")
+    )
+    console.print("modules and parameters:")
+    _print_modules(console, found["modules"])
+    if not kvm["usable"]:
+        console.print(f"KVM cannot be used: {kvm['missing']}", style="bold red")
+        console.print(f"  get it: {kvm['how']}")
+        return
+    console.print("VM types: " + ", ".join(found["vm_types"]))
+    console.print("guest_memfd flags: " + _words(found["guest_memfd_flags"]))
+    console.print("protections, strongest first:")
+    _print_protections(console, found["protections"])
+    console.print("measured:")
+    _print_measured(console, found["measured"])
+    offered = {name: value for name, value in found["capabilities"].items() if value}
+    console.print(f"capabilities: {len(offered)} of {len(found['capabilities'])} known ones")
+    for name, value in offered.items():
+        console.print(f"  {name} = {value:#x}" if value > 9 else f"  {name} = {value}", style="dim")
+    absent = [name.removeprefix("KVM_CAP_") for name, value in found["capabilities"].items() if not value]
+    console.print("not offered: " + " ".join(absent), style="dim")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def doctor(as_json: bool) -> None:
+    """Look at CPU, kernel, modules, capabilities and protections, and measure what an exit costs."""
+    found = examine()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    show(Console(highlight=False, emoji=False, markup=False, soft_wrap=True), found)

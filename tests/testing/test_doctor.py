@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy doctor``: everything the host offers, and each missing piece."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from kvmpy.cli.doctor import examine, show
+from kvmpy.cli.main import main
+from kvmpy.testing import host
+from tests.testing.support import NO_KVM
+
+if TYPE_CHECKING:
+    from kvmpy.coco.kvm import Kvm
+
+
+def shown() -> str:
+    stream = io.StringIO()
+    show(Console(file=stream, highlight=False, markup=False, soft_wrap=True), examine())
+    return stream.getvalue()
+
+
+def test_without_kvm_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    assert result.exit_code == 0
+    found = json.loads(result.output)
+    assert found["kvm"]["usable"] is False
+    assert found["kvm"]["missing"] == f"{NO_KVM} does not exist"
+    assert found["kernel"]["release"] == os.uname().release
+    assert "protections" not in found
+    assert f"KVM cannot be used: {NO_KVM} does not exist\n  get it: " in shown()
+
+
+def test_an_emulated_platform_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
+    monkeypatch.setenv("KVMPY_PLATFORM", "lab")
+    assert "platform lab (emulated: its results are no hardware results)" in shown()
+
+
+@pytest.mark.requires("kvm")
+def test_capabilities_types_and_protections_are_kvms_own(kvm: Kvm) -> None:
+    from kvmpy.uapi.constants import KVM_CAP_NR_MEMSLOTS, Cap
+
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    assert result.exit_code == 0
+    found = json.loads(result.output)
+    assert set(found["capabilities"]) == set(Cap.__members__)
+    assert found["capabilities"]["KVM_CAP_NR_MEMSLOTS"] == kvm.check_extension(KVM_CAP_NR_MEMSLOTS)
+    assert found["vm_types"] == [host.vm_type_name(number) for number in sorted(kvm.vm_types())]
+    offered = kvm.protections()
+    assert list(found["protections"]) == list(offered)
+    for name, entry in found["protections"].items():
+        assert entry["available"] is offered[name].available
+        assert entry["available"] or all(piece["what"] for piece in entry["missing"])
+
+
+@pytest.mark.requires("kvm")
+def test_costs_are_measured() -> None:
+    measured = examine()["measured"]
+    assert 0 < measured["exit_us"] < 100_000
+    assert measured["ring0_native"] is (measured["instruction_ns"] < 50)
+    # An exit holds at least one instruction.
+    assert measured["instruction_ns"] < measured["exit_us"] * 1000
+
+
+@pytest.mark.requires("kvm")
+def test_the_text_names_every_module_parameter_and_capability() -> None:
+    text = shown()
+    found = examine()
+    for module, parameters in found["modules"].items():
+        assert f"\n  {module}\n" in text
+        for name in parameters:
+            assert f"\n    {name} = " in text
+    for name, value in found["capabilities"].items():
+        assert (f"  {name} = " in text) is bool(value)
+    assert "ring 0 runs " in text
+
+
+def test_the_kernel_config_of_an_unknown_option_is_no() -> None:
+    if host.kernel_config("KVM") is None:
+        assert host.kernel_config("NO_SUCH_OPTION") is None
+    else:
+        assert host.kernel_config("CONFIG_NO_SUCH_OPTION") == "n"
