@@ -158,7 +158,7 @@ Route = Union[IrqchipRoute, MsiRoute, HvSintRoute, XenEvtchnRoute]
 
 
 def default_routes() -> list[IrqchipRoute]:
-    """Return the routing of KVM_CREATE_IRQCHIP: GSI 0 to 15 to a PIC and the IOAPIC, 16 to 23 to the latter."""
+    """Return the routing of KVM_CREATE_IRQCHIP: GSI 0 to 15 to a PIC and the IOAPIC, the rest to that."""
     routes = []
     for gsi in range(IOAPIC_PINS):
         routes.append(IrqchipRoute(gsi, KVM_IRQCHIP_IOAPIC, gsi))

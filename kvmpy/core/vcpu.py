@@ -27,6 +27,8 @@ RUN_EINTR = 4
 RUN_BUSY = 5
 RUN_ERROR = -1
 
+EHWPOISON = 133  # not in the errno module before Python 3.14
+
 
 class VcpuKicked(RuntimeError):
     """KVM_RUN was left because another thread called :meth:`Vcpu.kick`."""
@@ -129,7 +131,7 @@ class Vcpu(VcpuState, HasStats):
             raise VcpuBusyError(f"{self.name} is running in another thread: a vCPU belongs to one thread at a time")
         number = self.run_errno
         # 39 is KVM_EXIT_MEMORY_FAULT: KVM fills the exit in and fails with EFAULT or EHWPOISON.
-        if number in (errno.EFAULT, errno.EHWPOISON) and self._run.exit_reason == 39:
+        if number in (errno.EFAULT, EHWPOISON) and self._run.exit_reason == 39:
             return read_exit(self._run, number)
         raise self.error(ioctls.KVM_RUN, number)
 
@@ -153,7 +155,14 @@ class Vcpu(VcpuState, HasStats):
             how = self.run_once()
         finally:
             run.immediate_exit = 0
-        if how not in (RUN_EINTR, RUN_KICKED):
+            if self._native is not None and self._native.kick:
+                run.immediate_exit = 1  # a kick came meanwhile: the next run has to see it
+        if how in (RUN_EXIT, RUN_UCALL):
+            # A REP string instruction, or an access in several parts, came to its next exit.
+            raise RuntimeError(f"{self.name}: the instruction goes on with {read_exit(run, 0)}: answer that first")
+        if how == RUN_KICKED:
+            self.kick()  # it was meant for the next run
+        elif how != RUN_EINTR:
             self._ended(how)
 
     @property
