@@ -8,7 +8,7 @@ ARGS ?=
 
 NATIVE := kvmpy/uapi/_native.abi3.so
 NATIVE_SOURCES := kvmpy/uapi/build.py $(wildcard kvmpy/uapi/cdef/* kvmpy/uapi/native/*)
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format wheel docs clean check-host
