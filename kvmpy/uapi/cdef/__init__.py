@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The declaration files in the order in which cffi and the C compiler read them (plain data: build.py runs this file).
+"""The declaration files in the order in which cffi and the C compiler read them (plain data for build.py).
 
-Types that are nameless in the kernel's headers carry a tag here, the path to the member with ``__`` between its
-parts (``struct kvm_run__io``): cffi cannot ask the compiler about the layout of a nameless type.
+Types that are nameless in the kernel's headers carry a tag here, the path to the member with ``__`` between
+its parts (``struct kvm_run__io``): cffi cannot ask the compiler about the layout of a nameless type.
 """
 
 FILES = (
