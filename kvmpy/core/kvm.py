@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable
 from typing import TypeVar
 
+from kvmpy.core.device import HasDeviceAttrs
 from kvmpy.core.errors import KvmError, MissingError
 from kvmpy.core.fd import KvmFd
 from kvmpy.core.vm import Vm
@@ -54,7 +55,7 @@ def explain_open_failure(path: str, error: OSError) -> MissingError:
     return MissingError(f"{path} cannot be opened: {error.strerror}", "see dmesg for why KVM refused")
 
 
-class Kvm(KvmFd):
+class Kvm(HasDeviceAttrs):
     """The KVM device; MissingError when it is absent or may not be opened."""
 
     kind = "system"
