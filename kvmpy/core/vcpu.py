@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from kvmpy.core import observe
 from kvmpy.core.errors import ClosedError, VcpuBusyError
 from kvmpy.core.exits import Exit, read_exit
-from kvmpy.core.stats import HasStats
 from kvmpy.core.vcpu_state import VcpuState
 from kvmpy.uapi import ffi, ioctls, lib
 from kvmpy.uapi.structs import kvm_run
@@ -38,7 +37,7 @@ class VcpuTimeout(TimeoutError):
     """The deadline of a run passed while the guest was still running."""
 
 
-class Vcpu(VcpuState, HasStats):
+class Vcpu(VcpuState):
     """A virtual CPU; one thread at a time may run it, a second one gets VcpuBusyError."""
 
     kind = "vcpu"
