@@ -8,6 +8,7 @@ brought us here must never be lost behind another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmpy.core.address import PAGE_SIZE, Gva
@@ -24,19 +25,32 @@ if TYPE_CHECKING:
     from kvmpy.uapi.structs import kvm_regs, kvm_sregs
 
 MAX_FRAMES = 32
-CODE_BYTES_BEFORE = 24
 CODE_BYTES_AFTER = 32
 TRAIL_OF_OTHERS = 64
+MAX_STACK = 1 << 20
 
 # Where a GuestExceptionError's ucall keeps what the handler saved: see ucall EXCEPTION.
 _EXCEPTION_RIP, _EXCEPTION_RSP, _EXCEPTION_CR2, _EXCEPTION_RBP = 2, 3, 4, 7
 
 
+@dataclass(frozen=True)
 class _Place:
-    """Where the guest stood: at the fault when there was one, else at the registers."""
+    """Where the guest stood: at the fault or assertion when there was one, else at the registers.
 
-    def __init__(self, rip: int, rsp: int, rbp: int, cr2: int) -> None:
-        self.rip, self.rsp, self.rbp, self.cr2 = rip, rsp, rbp, cr2
+    *called* says that *rip* is a return address: what matters is the call before it, and the frames of the
+    runtime up to it are left out.
+    """
+
+    rip: int
+    rsp: int
+    rbp: int
+    cr2: int
+    called: bool = False
+
+    @property
+    def instruction(self) -> int:
+        """An address inside the instruction that matters."""
+        return self.rip - 1 if self.called else self.rip
 
 
 def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = None) -> str:
@@ -59,7 +73,7 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
     section("registers", lambda: _registers(vm, vcpu, state))
     place = _place(state, call)
     if place is not None:
-        section("code", lambda: _code(vm, place.rip))
+        section("code", lambda: _code(vm, place))
         section("backtrace", lambda: _backtrace(vm, place))
         for name, address in (("RIP", place.rip), ("RSP", place.rsp), ("CR2", place.cr2)):
             if name != "CR2" or address:
@@ -99,6 +113,8 @@ def _place(state: list[tuple[kvm_regs, kvm_sregs]], call: Ucall | None) -> _Plac
         return _Place(args[_EXCEPTION_RIP], args[_EXCEPTION_RSP], args[_EXCEPTION_RBP], args[_EXCEPTION_CR2])
     if state:
         regs, sregs = state[0]
+        if call is not None and call.rip is not None:
+            return _Place(call.rip, regs.rsp, regs.rbp, sregs.cr2, called=True)
         return _Place(regs.rip, regs.rsp, regs.rbp, sregs.cr2)
     return None
 
@@ -120,13 +136,12 @@ def _code_bytes(vm: GuestVm, start: int, end: int) -> bytes:
     return vm.read(Gva(start), end - start)
 
 
-def _code(vm: GuestVm, rip: int) -> Iterator[str]:
-    yield f"{rip:#x}  {describe(vm, rip)}"
+def _code(vm: GuestVm, place: _Place) -> Iterator[str]:
+    rip = place.instruction
+    yield f"{place.rip:#x}  {describe(vm, rip)}"
     function = vm.program.function(Gva(rip))
-    start = max(rip - CODE_BYTES_BEFORE, rip - function[1]) if function else rip
-    if function and start != rip - function[1]:
-        # Start at the function's head, or decoding could begin inside an instruction.
-        start = rip - function[1]
+    # From the function's head, or decoding could begin inside an instruction.
+    start = rip - function[1] if function else rip
     raw: bytes | None = None
     for end in (rip + CODE_BYTES_AFTER, (rip | PAGE_SIZE - 1) + 1, rip + 1):
         try:
@@ -137,34 +152,41 @@ def _code(vm: GuestVm, rip: int) -> Iterator[str]:
     if raw is None:
         yield "no code is mapped here"
         return
-    at = rip - start
-    yield "bytes: " + " ".join(f"{byte:02x}" for byte in raw[max(0, at - 16) : at]) + " <" + raw[at : at + 1].hex() + "> " + " ".join(
-        f"{byte:02x}" for byte in raw[at + 1 : at + 16]
-    )
-    shown = [
-        f"{'=>' if address == rip else '  '} {address:#x}: {text}" for address, text in disassemble(raw, start)
-    ]
-    here = next((number for number, line in enumerate(shown) if line.startswith("=>")), 0)
-    yield from shown[max(0, here - 5) : here + 6]
+    listing = list(disassemble(raw, start))
+    here = max((number for number, (address, _) in enumerate(listing) if address <= rip), default=0)
+    at = listing[here][0] - start if listing else 0
+    before, after = (" ".join(f"{byte:02x}" for byte in part) for part in (raw[max(0, at - 16) : at], raw[at + 1 : at + 16]))
+    yield f"bytes: {before} <{raw[at]:02x}> {after}"
+    for number in range(max(0, here - 5), min(len(listing), here + 6)):
+        address, text = listing[number]
+        yield f"{'=>' if number == here else '  '} {address:#x}: {text}"
 
 
-def _backtrace(vm: GuestVm, place: _Place) -> Iterator[str]:
-    yield f"#0  {place.rip:#x} {describe(vm, place.rip)}"
+def _frames(vm: GuestVm, place: _Place) -> Iterator[int]:
     frame, last = place.rbp, place.rsp
-    for number in range(1, MAX_FRAMES):
+    for _ in range(MAX_FRAMES):
         # A frame pointer that does not move up the stack, or leaves it, ends the chain.
-        if frame < last or frame % 8 or frame - last > 1 << 20:
+        if frame < last or frame % 8 or frame - last > MAX_STACK:
             return
         try:
             raw = vm.read(Gva(frame), 16)
         except ValueError:
             return
         back = int.from_bytes(raw[8:16], "little")
-        if not vm.program.function(Gva(back)):
+        # The call is before the return address, which may already belong to the next function.
+        if not vm.program.function(Gva(back - 1)):
             return
-        # The return address may already belong to the next line: the call is just before it.
-        yield f"#{number}  {back:#x} {describe(vm, back - 1)}"
+        yield back
         last, frame = frame + 16, int.from_bytes(raw[0:8], "little")
+
+
+def _backtrace(vm: GuestVm, place: _Place) -> Iterator[str]:
+    frames = list(_frames(vm, place))
+    if place.called and place.rip in frames:
+        frames = frames[frames.index(place.rip) + 1 :]
+    yield f"#0  {place.rip:#x} {describe(vm, place.instruction)}"
+    for number, back in enumerate(frames, 1):
+        yield f"#{number}  {back:#x} {describe(vm, back - 1)}"
 
 
 def _walk(vm: GuestVm, address: int) -> Iterator[str]:
@@ -191,7 +213,7 @@ def _trail(vcpu: GuestVcpu) -> Iterator[str]:
 
 def _stats(vcpu: GuestVcpu) -> Iterator[str]:
     words = []
-    for name, value in vcpu.read_stats().items():
+    for name, value in vcpu.get_stats().items():
         if not value.is_histogram and value.value:
             words.append(f"{name}={value.value}")
     for start in range(0, len(words), 6):
