@@ -31,7 +31,7 @@ class Kvm(core_kvm.Kvm):
         memory: int = DEFAULT_MEMORY,
         backing: Backing | None = None,
         levels: int = 4,
-        irqchip: str | None = "full",
+        irqchip: str | None = "split",
         deadline: float = DEFAULT_DEADLINE,
         strict_private: bool = False,
         cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
@@ -47,7 +47,7 @@ class Kvm(core_kvm.Kvm):
         memory: int = DEFAULT_MEMORY,
         backing: Backing | None = None,
         levels: int = 4,
-        irqchip: str | None = "full",
+        irqchip: str | None = "split",
         deadline: float = DEFAULT_DEADLINE,
         strict_private: bool = False,
         cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
@@ -57,7 +57,7 @@ class Kvm(core_kvm.Kvm):
         """Create a bare VM of a type (a number, KVM_CREATE_VM), or a complete one with a guest program in it.
 
         With a program: *vcpus* vCPUs (ids 0, 1, ... unless *vcpu_ids* lists them), *memory* bytes of guest memory made by *backing*,
-        page tables of *levels* levels, an in-kernel *irqchip* ("full", "split" or None), *protection* by name ("auto" takes the strongest on
+        page tables of *levels* levels, an in-kernel *irqchip* ("split": local APICs only, "full": with PIC, IOAPIC and their I/O bus, or None), *protection* by name ("auto" takes the strongest on
         this host).  *deadline* (seconds) ends every run that does not say otherwise.  *cpuid* may change the vCPUs' CPUID; *before_vcpus* is
         called between memory and vCPUs, for capabilities that must be enabled then.  *strict_private* keeps private pages from the host after
         launch even where the protection could show them.

@@ -47,7 +47,7 @@ class MakeVm:
         protection: str | None = None,
         backing: Backing | None = None,
         levels: int = 4,
-        irqchip: str | None = "full",
+        irqchip: str | None = "split",
         deadline: float | None = None,
         strict_private: bool | None = None,
         cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
