@@ -9,25 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 from kvmpy.uapi import ffi, lib
 
-
-class _Lib(Protocol):
-    def kvmpy_pt_survey(self, pt: Any, chunks: Any, count: int, op: int, out: Any) -> int: ...
-    def kvmpy_pt_fill(self, pt: Any, chunks: Any, count: int) -> int: ...
-    def kvmpy_pt_edit(self, pt: Any, chunks: Any, count: int, op: int) -> int: ...
-    def kvmpy_pt_collect(self, pt: Any, gva: int, size: int, ignore: int, out: Any, limit: int) -> int: ...
-    def kvmpy_pt_walk(self, pt: Any, gva: int, steps: Any) -> int: ...
-
-
-class _Ffi(Protocol):
-    def new(self, declaration: str, value: Any = None) -> Any: ...
-
-
-_lib = cast(_Lib, lib)
-_ffi = cast(_Ffi, ffi)
 _COLLECT = 4096
 
 
@@ -102,7 +87,7 @@ class NativeTables:
     def __init__(
         self, root: int, levels: int, mask: int, set_means_private: bool, tables_private: bool
     ) -> None:
-        self._pt = _ffi.new("struct kvmpy_pt *")
+        self._pt = ffi.new("struct kvmpy_pt *")
         self._pt.root = root
         self._pt.levels = levels
         self._pt.enc_mask = mask
@@ -115,7 +100,7 @@ class NativeTables:
     def set_segments(self, segments: Sequence[tuple[int, int, int, int]]) -> None:
         """Say where guest memory is: ``(gpa, size, shared hva, private hva)`` by gpa, hva 0: no view."""
         # lifetime: pt.segments points into self._segments; the mappings belong to the guest memory.
-        self._segments = _ffi.new("struct kvmpy_pt_segment[]", [tuple(s) for s in segments])
+        self._segments = ffi.new("struct kvmpy_pt_segment[]", [tuple(s) for s in segments])
         self._pt.segments = self._segments
         self._pt.nsegments = len(segments)
         self._pt.hint = 0
@@ -139,7 +124,7 @@ class NativeTables:
             return
         size = 2 * (used + extra)
         # lifetime: pt.pool points into self._pool
-        pool = _ffi.new("struct kvmpy_pt_run[]", size)
+        pool = ffi.new("struct kvmpy_pt_run[]", size)
         if used:
             pool[0:used] = self._pool[0:used]
         self._pool = pool
@@ -148,8 +133,8 @@ class NativeTables:
 
     def survey(self, chunks: Sequence[Chunk], op: Op) -> Survey:
         """Look at the ranges of *chunks* (by rising gva) without changing anything; TableReachError."""
-        out = _ffi.new("struct kvmpy_pt_survey *")
-        self._check(_lib.kvmpy_pt_survey(self._pt, self._array(chunks), len(chunks), op, out))
+        out = ffi.new("struct kvmpy_pt_survey *")
+        self._check(lib.kvmpy_pt_survey(self._pt, self._array(chunks), len(chunks), op, out))
         return Survey(
             out.mapped,
             out.tables,
@@ -168,17 +153,17 @@ class NativeTables:
         self._room(survey.tables + survey.missing)
         array = self._array(chunks)
         if op is Op.FILL:
-            self._check(_lib.kvmpy_pt_fill(self._pt, array, len(chunks)))
+            self._check(lib.kvmpy_pt_fill(self._pt, array, len(chunks)))
         else:
-            self._check(_lib.kvmpy_pt_edit(self._pt, array, len(chunks), op))
+            self._check(lib.kvmpy_pt_edit(self._pt, array, len(chunks), op))
 
     def collect(self, gva: int, size: int, ignore: int) -> list[Leaves]:
         """Return what [gva, gva + size) maps, merged where only *ignore* bits differ; TableReachError."""
-        out = _ffi.new("struct kvmpy_pt_mapping[]", _COLLECT)
+        out = ffi.new("struct kvmpy_pt_mapping[]", _COLLECT)
         found: list[Leaves] = []
         end = gva + size
         while True:
-            count = self._check(_lib.kvmpy_pt_collect(self._pt, gva, end - gva, ignore, out, _COLLECT))
+            count = self._check(lib.kvmpy_pt_collect(self._pt, gva, end - gva, ignore, out, _COLLECT))
             found += [Leaves(out[i].gva, out[i].size, out[i].entry, out[i].level) for i in range(count)]
             gva = int(self._pt.cursor)
             if not gva:
@@ -186,13 +171,13 @@ class NativeTables:
 
     def walk(self, gva: int) -> list[Step]:
         """Return the entries from the root on; the last is a leaf, not present, or leads out of reach."""
-        steps = _ffi.new("struct kvmpy_pt_step[5]")
-        count = self._check(_lib.kvmpy_pt_walk(self._pt, gva, steps))
+        steps = ffi.new("struct kvmpy_pt_step[5]")
+        count = self._check(lib.kvmpy_pt_walk(self._pt, gva, steps))
         return [Step(s.table, s.index, s.entry, s.level) for s in (steps[i] for i in range(count))]
 
     @staticmethod
     def _array(chunks: Sequence[Chunk]) -> Any:
-        return _ffi.new("struct kvmpy_pt_chunk[]", list(chunks))
+        return ffi.new("struct kvmpy_pt_chunk[]", list(chunks))
 
     def _check(self, result: int) -> int:
         if result >= 0:

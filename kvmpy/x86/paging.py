@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pyroaring import BitMap
 
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
-from kvmpy.core.memory import GuestMemory, OutOfGuestMemory, PageAllocator
+from kvmpy.core.memory import GuestMemory, OutOfGuestMemoryError, PageAllocator
 from kvmpy.uapi.paging import Chunk, Leaves, NativeTables, Op, Survey, TableReachError
 from kvmpy.x86.entry import (
     ACCESSED,
@@ -127,7 +127,7 @@ class PageTables:
         allow; *private* None asks the memory's bitmap, page by page. *pat* is an entry of the PAT (0 to 7),
         *protection_key* 0 to 15. *overwrite* replaces what is mapped there (larger pages are split as
         needed). Raises UnalignedError, NonCanonicalError, PhysicalRangeError, EncryptionBitError,
-        OverlapError, MixedPrivacyError, OutOfGuestMemory.
+        OverlapError, MixedPrivacyError, OutOfGuestMemoryError.
         """
         unit = PAGE_SIZE if page_size is None else page_size
         if unit not in _LEVELS:
@@ -367,6 +367,11 @@ class PageTables:
         """How many pages of guest memory the tables take, the spare ones included."""
         return sum(pages for _gpa, pages in self._owned)
 
+    @property
+    def spare_pages(self) -> int:
+        """How many of :attr:`table_pages` are not in use: they become the next tables."""
+        return self._native.pool_pages
+
     # Inner parts.
 
     @property
@@ -392,9 +397,10 @@ class PageTables:
 
     def _physical(self, gpa: Gpa, size: int, unit: int) -> int:
         start = int(Gpa(gpa))
-        if self.encryption is not None and (start | (start + size - 1)) & self.encryption.mask:
+        bit, last = self.encryption, start + size - 1
+        if bit is not None and ((start | last) & bit.mask or start >> bit.bit != last >> bit.bit):
             raise EncryptionBitError(
-                f"gpa {start:#x}, {size:#x} bytes has bit {self.encryption.bit}, the {self.encryption.name}: "
+                f"gpa {start:#x}, {size:#x} bytes has bit {bit.bit}, the {bit.name}: "
                 "a Gpa never carries it; use from_raw() and private="
             )
         if start + size > 1 << self.physical_bits:
@@ -423,8 +429,11 @@ class PageTables:
             if gfn << PAGE_SHIFT > position:
                 yield position, gfn << PAGE_SHIFT, hidden if index % 2 else shared
                 position = gfn << PAGE_SHIFT
-        if position < start + size:
-            yield position, start + size, hidden if len(edges) % 2 else shared
+        limit = last << PAGE_SHIFT
+        if position < limit:
+            yield position, limit, hidden if len(edges) % 2 else shared
+        if limit < start + size:
+            yield max(position, limit), start + size, shared
 
     def _mapped(self, item: Leaves) -> Mapped:
         gpa, private = split_raw(raw_address(item.entry, item.level), self.encryption)
@@ -478,7 +487,7 @@ class PageTables:
         why = (
             (self.memory.seal or "the host has no mapping of it")
             if fault.hidden
-            else "that is outside guest memory"
+            else "it is outside guest memory"
         )
         kind = "private" if fault.private else "shared"
         return TableAccessError(f"the page table at gpa {fault.gpa:#x} ({kind}) is out of reach: {why}")
@@ -493,7 +502,7 @@ class PageTables:
         while pages:
             try:
                 gpa = self._alloc(min(step, pages))
-            except OutOfGuestMemory:
+            except OutOfGuestMemoryError:
                 if step == 1:
                     raise
                 step = (min(step, pages) + 1) // 2

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     Sregs = Union[kvm_sregs, kvm_sregs2]
 
 GENERAL = (
-    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
@@ -68,7 +69,7 @@ def xcr0_words(value: int) -> str:
 
 
 def dr6_words(value: int) -> str:
-    """Return DR6 as words; bits whose event shows as zero (BLD, RTM) are told when they are clear."""
+    """Return DR6 as words; BLD and RTM, which events clear, are told when clear."""
     inverted = int(DR6.BLD | DR6.RTM)
     return " ".join(bit_words(DR6, ((value ^ inverted) & ~(_DR6_FIXED & ~inverted)) & 0xFFFF_FFFF))
 
