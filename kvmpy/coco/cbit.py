@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Protection ``cbit``: a plain VM whose encryption bit is emulated by a second view of guest memory.
 
-Every range of guest memory has two memory slots: at GPA for shared pages and at GPA | bit for private ones, with different host
-memory behind them.  The bit is the top physical address bit, so page-table entries, table pointers and CR3 carry it as they carry
-the C-bit on AMD hardware, and whatever lacks it reaches the other memory.  Nothing is encrypted: results say "emulated encryption bit".
+Every range of guest memory has two memory slots: at GPA for shared pages and at GPA | bit for private ones,
+with different host memory behind them.  The bit is the top physical address bit, so page-table entries,
+table pointers and CR3 carry it as they carry the C-bit on AMD hardware, and whatever lacks it reaches the
+other memory.  Nothing is encrypted: results say "emulated encryption bit".
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from kvmpy.guest.vm import GuestVm
 MIN_MAXPHYADDR = 36
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _max_physical_bits(path: str) -> int:
     with Kvm(path) as kvm:
         return max_physical_bits(kvm)
 
 
 def max_physical_bits(kvm: Kvm) -> int:
-    """Return the guest's MAXPHYADDR as KVM_GET_SUPPORTED_CPUID has it (CPUID 0x80000008 EAX bits 7:0; 36 without the leaf)."""
+    """Return the guest's MAXPHYADDR as KVM_GET_SUPPORTED_CPUID has it (CPUID 0x80000008 EAX bits 7:0; 36
+    without the leaf).
+    """
     for entry in kvm.supported_cpuid.entries_list():
         if entry.function == 0x80000008:
             return int(entry.eax & 0xFF)
@@ -49,7 +52,9 @@ class EmulatedEncryptionBit(Protection):
         bits = _max_physical_bits(kvm.path)
         if bits >= MIN_MAXPHYADDR:
             return Availability(True, note=f"bit {bits - 1}, nothing is encrypted")
-        missing = MissingError(f"MAXPHYADDR >= {MIN_MAXPHYADDR} (is {bits})", "no spare address bit on this host's KVM")
+        missing = MissingError(
+            f"MAXPHYADDR >= {MIN_MAXPHYADDR} (is {bits})", "no spare address bit on this host's KVM"
+        )
         return Availability(False, (missing,))
 
     def encryption_bit(self, kvm: Kvm) -> EncryptionBit:

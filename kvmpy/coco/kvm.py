@@ -56,10 +56,12 @@ class Kvm(core_kvm.Kvm):
     ) -> Vm:
         """Create a bare VM of a type (a number, KVM_CREATE_VM), or a complete one with a guest program in it.
 
-        With a program: *vcpus* vCPUs (ids 0, 1, ... unless *vcpu_ids* lists them), *memory* bytes of guest memory made by *backing*,
-        page tables of *levels* levels, an in-kernel *irqchip* ("split": local APICs only, "full": with PIC, IOAPIC and their I/O bus, or None), *protection* by name ("auto" takes the strongest on
-        this host).  *deadline* (seconds) ends every run that does not say otherwise.  *cpuid* may change the vCPUs' CPUID; *before_vcpus* is
-        called between memory and vCPUs, for capabilities that must be enabled then.  *strict_private* keeps private pages from the host after
+        With a program: *vcpus* vCPUs (ids 0, 1, ... unless *vcpu_ids* lists them), *memory* bytes of guest
+        memory made by *backing*, page tables of *levels* levels, an in-kernel *irqchip* ("split": local
+        APICs only, "full": with PIC, IOAPIC and their I/O bus, or None), *protection* by name ("auto" takes
+        the strongest on this host).  *deadline* (seconds) ends every run that does not say otherwise.
+        *cpuid* may change the vCPUs' CPUID; *before_vcpus* is called between memory and vCPUs, for
+        capabilities that must be enabled then.  *strict_private* keeps private pages from the host after
         launch even where the protection could show them.
         """
         if not isinstance(vm_type, GuestProgram):

@@ -18,7 +18,7 @@ class NoProtection(Protection):
     traits = Traits()
 
     @classmethod
-    def availability(cls, kvm: Kvm) -> Availability:
+    def availability(cls, kvm: Kvm) -> Availability:  # noqa: ARG003 - the interface
         """Every KVM makes plain VMs."""
         return Availability(True)
 

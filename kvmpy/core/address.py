@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest addresses that say what they are, and the encryption bit that tells two of them apart.
 
-A :class:`Gpa` never carries the encryption bit; a :class:`RawGpa` is what a page-table entry or CR3 holds. Only
-:meth:`EncryptionBit.to_raw` and :meth:`EncryptionBit.from_raw` convert.
+A :class:`Gpa` never carries the encryption bit; a :class:`RawGpa` is what a page-table entry or CR3 holds.
+Only :meth:`EncryptionBit.to_raw` and :meth:`EncryptionBit.from_raw` convert.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host mappings that back guest memory: anonymous, transparent or explicit huge pages, memfd, mmapped guest_memfd."""
+"""Host mappings that back guest memory: anonymous, transparent or explicit huge pages, memfd, mmapped
+guest_memfd.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -20,12 +23,15 @@ _HUGE_KIB = {SIZE_2M: 2048, SIZE_1G: 1048576}
 
 
 class Mapping:
-    """A mapping of host memory that this object owns: ``.hva``, ``.size``, and ``.fd`` (or -1) with ``.offset``.
+    """A mapping of host memory that this object owns: ``.hva``, ``.size``, and ``.fd`` (or -1) with
+    ``.offset``.
 
     Views made by :meth:`view` keep the mapping alive after :meth:`close`: it goes with the last of them.
     """
 
-    def __init__(self, area: mmap.mmap, size: int, *, align: int = PAGE_SIZE, fd: int = -1, offset: int = 0) -> None:
+    def __init__(
+        self, area: mmap.mmap, size: int, *, align: int = PAGE_SIZE, fd: int = -1, offset: int = 0
+    ) -> None:
         base = int(ffi.cast("uintptr_t", ffi.from_buffer(area)))
         skip = -base % align
         self.hva = base + skip
@@ -59,10 +65,9 @@ class Mapping:
         if view is not None:
             view.release()
         if area is not None:
-            try:
+            # Where somebody holds a view, the mmap object goes with it.
+            with contextlib.suppress(BufferError):
                 area.close()
-            except BufferError:
-                pass  # somebody holds a view: the mmap object goes with it
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -70,7 +75,9 @@ class Mapping:
 
 @dataclass(frozen=True)
 class Anonymous:
-    """Private anonymous memory; *huge* asks for transparent huge pages (``"thp"``) or forbids them (``"never"``)."""
+    """Private anonymous memory; *huge* asks for transparent huge pages (``"thp"``) or forbids them
+    (``"never"``).
+    """
 
     huge: str | None = None
 
@@ -90,14 +97,18 @@ class Anonymous:
 
 @dataclass(frozen=True)
 class HugeTlb:
-    """Explicit huge pages of *page_size* (2 MiB or 1 GiB) from the host's hugetlb pool; MissingError when it is empty."""
+    """Explicit huge pages of *page_size* (2 MiB or 1 GiB) from the host's hugetlb pool; MissingError when
+    it is empty.
+    """
 
     page_size: int = SIZE_2M
 
     def map(self, size: int) -> Mapping:
         """Map *size* bytes, a multiple of the page size."""
         if self.page_size not in _HUGE_KIB or size % self.page_size:
-            raise ValueError(f"size {size:#x} is no multiple of a 2 MiB or 1 GiB huge page ({self.page_size:#x})")
+            raise ValueError(
+                f"size {size:#x} is no multiple of a 2 MiB or 1 GiB huge page ({self.page_size:#x})"
+            )
         shift = self.page_size.bit_length() - 1
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB | shift << _MAP_HUGE_SHIFT
         try:
@@ -119,7 +130,9 @@ def _no_huge_pages(page_size: int, size: int, error: OSError) -> Exception:
 
 @dataclass(frozen=True)
 class MemFd:
-    """Shared memory behind a memfd, that other processes and mappings can see; *huge_page_size* puts it on hugetlb."""
+    """Shared memory behind a memfd, that other processes and mappings can see; *huge_page_size* puts it on
+    hugetlb.
+    """
 
     huge_page_size: int | None = None
 

@@ -12,22 +12,49 @@ if TYPE_CHECKING:
     from kvmpy.uapi.structs import Struct
 
 _HINTS: dict[tuple[str | None, int], str] = {
-    (None, _errno.ENOTTY): "this KVM does not know the ioctl; check its capability with kvm.check_extension()",
+    (
+        None,
+        _errno.ENOTTY,
+    ): "this KVM does not know the ioctl; check its capability with kvm.check_extension()",
     (None, _errno.EMFILE): "too many open files in this process: raise RLIMIT_NOFILE (ulimit -n)",
     (None, _errno.ENFILE): "too many open files on this host: raise fs.file-max",
     (None, _errno.ENOMEM): "the host refused memory: check RLIMIT_AS, cgroup limits and free memory",
-    (None, _errno.EIO): "the VM is dead or belongs to another process (KVM objects work in their creator only)",
+    (
+        None,
+        _errno.EIO,
+    ): "the VM is dead or belongs to another process (KVM objects work in their creator only)",
     ("KVM_CREATE_VM", _errno.EINVAL): "this VM type is not offered: see KVM_CAP_VM_TYPES in `kvmpy doctor`",
     ("KVM_CREATE_VM", _errno.EBUSY): "another hypervisor owns the virtualisation extensions",
     ("KVM_CREATE_VCPU", _errno.EEXIST): "a vCPU with this id exists in the VM",
-    ("KVM_CREATE_VCPU", _errno.EINVAL): "ids must be below KVM_CAP_MAX_VCPU_ID, and the count within KVM_CAP_MAX_VCPUS",
+    (
+        "KVM_CREATE_VCPU",
+        _errno.EINVAL,
+    ): "ids must be below KVM_CAP_MAX_VCPU_ID, and the count within KVM_CAP_MAX_VCPUS",
     ("KVM_SET_USER_MEMORY_REGION", _errno.EEXIST): "the range overlaps another memory slot",
-    ("KVM_SET_USER_MEMORY_REGION2", _errno.EEXIST): "the range overlaps another memory slot or guest_memfd binding",
-    ("KVM_SET_USER_MEMORY_REGION", _errno.EINVAL): "size, gpa and hva must be page aligned, flags known, the slot in range",
-    ("KVM_SET_USER_MEMORY_REGION2", _errno.EINVAL): "size, gpa and hva must be page aligned, flags known, the slot in range",
-    ("KVM_SET_SREGS", _errno.EINVAL): "the state is not a legal one: check CR0/CR4/EFER combinations and reserved bits",
-    ("KVM_SET_SREGS2", _errno.EINVAL): "the state is not a legal one: check CR0/CR4/EFER combinations and reserved bits",
-    ("KVM_RUN", _errno.EFAULT): "KVM could not reach guest memory: see the exit reason (KVM_EXIT_MEMORY_FAULT carries the gpa)",
+    (
+        "KVM_SET_USER_MEMORY_REGION2",
+        _errno.EEXIST,
+    ): "the range overlaps another memory slot or guest_memfd binding",
+    (
+        "KVM_SET_USER_MEMORY_REGION",
+        _errno.EINVAL,
+    ): "size, gpa and hva must be page aligned, flags known, the slot in range",
+    (
+        "KVM_SET_USER_MEMORY_REGION2",
+        _errno.EINVAL,
+    ): "size, gpa and hva must be page aligned, flags known, the slot in range",
+    (
+        "KVM_SET_SREGS",
+        _errno.EINVAL,
+    ): "the state is not a legal one: check CR0/CR4/EFER combinations and reserved bits",
+    (
+        "KVM_SET_SREGS2",
+        _errno.EINVAL,
+    ): "the state is not a legal one: check CR0/CR4/EFER combinations and reserved bits",
+    (
+        "KVM_RUN",
+        _errno.EFAULT,
+    ): "KVM could not reach guest memory: see the exit reason (KVM_EXIT_MEMORY_FAULT carries the gpa)",
 }
 
 

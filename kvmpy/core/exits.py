@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What KVM_RUN came back with: one frozen class for every exit reason, unknown reasons included.
 
-The fields are the kernel's (Documentation/virt/kvm/api.rst, "The kvm_run structure").  Exits that expect an answer have a
-``respond`` method; it writes into kvm_run and must be called before the vCPU runs again.
+The fields are the kernel's (Documentation/virt/kvm/api.rst, "The kvm_run structure").  Exits that expect an
+answer have a ``respond`` method; it writes into kvm_run and must be called before the vCPU runs again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ CData = Any  # a cffi pointer to struct kvm_run; cdata has no static type
 
 @dataclass(frozen=True)
 class Exit:
-    """An exit to user space; ``errno`` is that of KVM_RUN (0 where it succeeded, EFAULT for memory faults)."""
+    """An exit to user space; ``errno`` is that of KVM_RUN (0 where it succeeded, EFAULT for memory faults).
+    """
 
     reason: ClassVar[ExitReason]
     run: CData = field(repr=False, compare=False, kw_only=True, default=None)
@@ -87,8 +88,8 @@ class ExceptionExit(Exit):
 class IoExit(Exit):
     """KVM_EXIT_IO: port I/O, *count* elements of *size* bytes (1, 2, 4).
 
-    For ``out`` *data* holds them; for ``in`` answer with :meth:`respond`.  *string* elements arrive in bundles, so a REP
-    instruction may take several exits.
+    For ``out`` *data* holds them; for ``in`` answer with :meth:`respond`.  *string* elements arrive in
+    bundles, so a REP instruction may take several exits.
     """
 
     reason = ExitReason.KVM_EXIT_IO
@@ -170,7 +171,9 @@ class DebugExit(Exit):
 
 @dataclass(frozen=True)
 class HypercallExit(Exit):
-    """KVM_EXIT_HYPERCALL: a hypercall given to user space by KVM_CAP_EXIT_HYPERCALL; answer with :meth:`respond`."""
+    """KVM_EXIT_HYPERCALL: a hypercall given to user space by KVM_CAP_EXIT_HYPERCALL; answer with
+    :meth:`respond`.
+    """
 
     reason = ExitReason.KVM_EXIT_HYPERCALL
     nr: int
@@ -232,7 +235,9 @@ class SystemEventExit(Exit):
     @classmethod
     def read(cls, run: CData, errno: int) -> Exit:
         event = run.system_event
-        return cls(event.type, tuple(event.data[i] for i in range(min(event.ndata, 16))), run=run, errno=errno)
+        return cls(
+            event.type, tuple(event.data[i] for i in range(min(event.ndata, 16))), run=run, errno=errno
+        )
 
 
 @dataclass(frozen=True)
@@ -320,7 +325,8 @@ class NotifyExit(Exit):
 
 @dataclass(frozen=True)
 class MemoryFaultExit(Exit):
-    """KVM_EXIT_MEMORY_FAULT: an access that KVM could not resolve; KVM_RUN failed with EFAULT or EHWPOISON."""
+    """KVM_EXIT_MEMORY_FAULT: an access that KVM could not resolve; KVM_RUN failed with EFAULT or EHWPOISON.
+    """
 
     reason = ExitReason.KVM_EXIT_MEMORY_FAULT
     flags: int
@@ -355,8 +361,6 @@ class SnpReqCertsExit(Exit):
         self.run.snp_req_certs.ret = result
         if npages is not None:
             self.run.snp_req_certs.npages = npages
-
-
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ class KvmFd:
     def ioctl_raw(self, op: Ioctl, arg: Struct | int | None = None) -> tuple[int, int]:
         """Issue *op* and return ``(result, errno)``; errno is 0 unless the result is negative.
 
-        *arg* is passed by value when it is an int (None means 0) and by address when it is a struct, whatever the
-        ioctl table says: negative tests need the wrong ones too.
+        *arg* is passed by value when it is an int (None means 0) and by address when it is a struct,
+        whatever the ioctl table says: negative tests need the wrong ones too.
         """
         fd = self.fd
         if observe.active:

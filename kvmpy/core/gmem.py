@@ -13,7 +13,7 @@ from kvmpy.core.fd import KvmFd
 from kvmpy.uapi import ffi, lib
 
 if TYPE_CHECKING:
-    from kvmpy.core.vm import Vm
+    from kvmpy.core.slots import VmSlots
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
@@ -24,7 +24,7 @@ class GuestMemfd(KvmFd):
 
     kind = "gmem"
 
-    def __init__(self, vm: Vm, fd: int, size: int, flags: int) -> None:
+    def __init__(self, vm: VmSlots, fd: int, size: int, flags: int) -> None:
         super().__init__(fd, f"{vm.name}/gmem{fd}")
         self.size = size
         self.flags = flags
@@ -39,7 +39,9 @@ class GuestMemfd(KvmFd):
         """Call fallocate(2) with *mode* as it is; OSError with its errno."""
         if lib.kvmpy_fallocate(self.fd, mode, offset, size):
             number = ffi.errno
-            raise OSError(number, f"fallocate({mode:#x}, {offset:#x}, {size:#x}) on {self.name}: {os.strerror(number)}")
+            raise OSError(
+                number, f"fallocate({mode:#x}, {offset:#x}, {size:#x}) on {self.name}: {os.strerror(number)}"
+            )
 
     def allocate(self, offset: int = 0, size: int | None = None) -> None:
         """Allocate the pages of a range in advance."""

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from kvmpy.core.device import HasDeviceAttrs
 from kvmpy.core.errors import KvmError, MissingError
-from kvmpy.core.fd import KvmFd
 from kvmpy.core.vm import Vm
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_CAP_VM_TYPES, VmType
@@ -34,8 +33,8 @@ def explain_open_failure(path: str, error: OSError) -> MissingError:
     if error.errno == errno.ENOENT:
         return MissingError(
             f"{path} does not exist",
-            "load the vendor module (modprobe kvm_amd or kvm_intel; enable SVM/VT-x in the firmware, or nested "
-            "virtualisation on the host of this machine)",
+            "load the vendor module (modprobe kvm_amd or kvm_intel); enable SVM or VT-x in the firmware, or "
+            "nested virtualisation on the host of this machine",
         )
     if error.errno in (errno.EACCES, errno.EPERM):
         try:

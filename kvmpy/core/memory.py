@@ -19,10 +19,11 @@ from kvmpy.core.errors import PrivateMemoryError
 
 @dataclass(frozen=True)
 class Segment:
-    """A range of guest memory: *shared* holds what the guest sees as shared, *private* what it sees as private.
+    """A range of guest memory: *shared* holds what the guest sees as shared, *private* what it sees as
+    private.
 
-    Without encryption both are the same mapping.  *private* is None where the host has no view of it (guest_memfd that
-    cannot be mapped).  The offsets are bytes into the mappings.
+    Without encryption both are the same mapping.  *private* is None where the host has no view of it
+    (guest_memfd that cannot be mapped).  The offsets are bytes into the mappings.
     """
 
     gpa: Gpa
@@ -47,8 +48,8 @@ class Segment:
 class GuestMemory:
     """All of a VM's guest memory.
 
-    *private* holds the frame numbers of private pages.  *seal* is the reason for which the host may no longer touch private
-    pages (None while it may).
+    *private* holds the frame numbers of private pages.  *seal* is the reason for which the host may no
+    longer touch private pages (None while it may).
     """
 
     private: BitMap = field(default_factory=BitMap)
@@ -60,14 +61,17 @@ class GuestMemory:
         """Add a range; ValueError when it is unaligned or overlaps another."""
         start, end = int(segment.gpa), int(segment.gpa) + segment.size
         if start % PAGE_SIZE or segment.size % PAGE_SIZE or segment.size <= 0:
-            raise ValueError(f"guest memory at {start:#x}, size {segment.size:#x} is not made of whole 4 KiB pages")
+            raise ValueError(
+                f"guest memory at {start:#x}, size {segment.size:#x} is not made of whole 4 KiB pages"
+            )
         at = bisect_right(self._starts, start)
         before = self._segments[at - 1] if at else None
         after = self._segments[at] if at < len(self._segments) else None
         for other in (before, after):
             if other is not None and int(other.gpa) < end and start < int(other.gpa) + other.size:
                 raise ValueError(
-                    f"guest memory {start:#x}..{end:#x} overlaps {int(other.gpa):#x}..{int(other.gpa) + other.size:#x}"
+                    f"guest memory {start:#x}..{end:#x} overlaps "
+                    f"{int(other.gpa):#x}..{int(other.gpa) + other.size:#x}"
                 )
         self._starts.insert(at, start)
         self._segments.insert(at, segment)
@@ -83,7 +87,8 @@ class GuestMemory:
         return list(self._segments)
 
     def find(self, gpa: Gpa, size: int = 1) -> Segment:
-        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside guest memory."""
+        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside guest memory.
+        """
         address = int(gpa)
         at = bisect_right(self._starts, address) - 1
         if at >= 0:
@@ -111,7 +116,9 @@ class GuestMemory:
 
     def _pages(self, gpa: Gpa, size: int) -> tuple[int, int]:
         if int(gpa) % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
-            raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
+            raise ValueError(
+                f"gpa {int(gpa):#x}, size {size:#x}: private memory is made of whole 4 KiB pages"
+            )
         self.find(gpa)
         return int(gpa) >> PAGE_SHIFT, (int(gpa) + size) >> PAGE_SHIFT
 
@@ -147,8 +154,8 @@ class GuestMemory:
     def view(self, gpa: Gpa, size: int) -> memoryview:
         """Return *size* bytes at *gpa* as the guest sees them, as a writable view.
 
-        PrivateMemoryError where the host may not see them; ValueError where the range mixes private and shared pages of
-        different mappings (go page by page then, or use :meth:`read` and :meth:`write`).
+        PrivateMemoryError where the host may not see them; ValueError where the range mixes private and
+        shared pages of different mappings (go page by page then, or use :meth:`read` and :meth:`write`).
         """
         segment = self.find(gpa, size)
         offset = int(gpa) - int(segment.gpa)
@@ -158,7 +165,8 @@ class GuestMemory:
             return segment.shared.view(segment.shared_offset + offset, size)
         if segment.private is not segment.shared and count != last + 1 - first:
             raise ValueError(
-                f"gpa {int(gpa):#x}, {size:#x} bytes: {count} of {last + 1 - first} pages are private, the others shared"
+                f"gpa {int(gpa):#x}, {size:#x} bytes: {count} of {last + 1 - first} pages are private, "
+                "the others shared"
             )
         return self._private(segment, gpa, offset, size)
 
@@ -166,7 +174,9 @@ class GuestMemory:
         if self.seal is not None:
             raise PrivateMemoryError(f"gpa {int(gpa):#x}, {size:#x} bytes is private: {self.seal}")
         if segment.private is None:
-            raise PrivateMemoryError(f"gpa {int(gpa):#x}, {size:#x} bytes is private, and the host has no mapping of it")
+            raise PrivateMemoryError(
+                f"gpa {int(gpa):#x}, {size:#x} bytes is private, and the host has no mapping of it"
+            )
         return segment.private.view(segment.private_offset + offset, size)
 
     def shared_view(self, gpa: Gpa, size: int) -> memoryview:
@@ -175,7 +185,9 @@ class GuestMemory:
         return segment.shared.view(segment.shared_offset + int(gpa) - int(segment.gpa), size)
 
     def private_view(self, gpa: Gpa, size: int) -> memoryview:
-        """Return what the guest sees through the private alias of *gpa*; PrivateMemoryError where the host may not."""
+        """Return what the guest sees through the private alias of *gpa*; PrivateMemoryError where the host
+        may not.
+        """
         segment = self.find(gpa, size)
         return self._private(segment, gpa, int(gpa) - int(segment.gpa), size)
 
@@ -190,7 +202,9 @@ class GuestMemory:
         return segment.shared_hva + offset
 
     def read(self, gpa: Gpa, size: int) -> bytes:
-        """Return a copy of *size* bytes at *gpa* as the guest sees them; the range may cross page kinds and ranges."""
+        """Return a copy of *size* bytes at *gpa* as the guest sees them; the range may cross page kinds and
+        ranges.
+        """
         return b"".join(bytes(self.view(at, part)) for at, part in self._parts(gpa, size))
 
     def write(self, gpa: Gpa, data: bytes | bytearray | memoryview) -> None:
@@ -216,7 +230,7 @@ class GuestMemory:
         self._starts.clear()
 
 
-class OutOfGuestMemory(MemoryError):
+class OutOfGuestMemoryError(MemoryError):
     """The guest's physical memory has no room for an allocation."""
 
 
@@ -240,16 +254,22 @@ class PageAllocator:
         self.used.add_range(first, last)
 
     def alloc(self, pages: int = 1, *, private: bool | None = None, align: int = PAGE_SIZE) -> Gpa:
-        """Return *pages* contiguous zeroed pages, aligned to *align* bytes (a power of two); OutOfGuestMemory when full."""
+        """Return *pages* contiguous zeroed pages, aligned to *align* bytes (a power of two);
+        OutOfGuestMemoryError when full.
+        """
         if pages <= 0 or align < PAGE_SIZE or align & (align - 1):
-            raise ValueError(f"alloc({pages} pages, align {align:#x}): at least one page, aligned to a power of two >= 4 KiB")
+            raise ValueError(
+                f"alloc({pages} pages, align {align:#x}): at least one page, "
+                "aligned to a power of two >= 4 KiB"
+            )
         step = align >> PAGE_SHIFT
         first = self._fit(self._next, pages, step)
         if first is None:
             first = self._fit(0, pages, step)
             if first is None:
-                raise OutOfGuestMemory(
-                    f"no {pages} contiguous free pages (align {align:#x}) in guest memory: create the VM with a larger memory="
+                raise OutOfGuestMemoryError(
+                    f"no {pages} contiguous free pages (align {align:#x}) in guest memory: "
+                    "create the VM with a larger memory="
                 )
         else:
             self._next = first + pages

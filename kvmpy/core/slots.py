@@ -24,8 +24,9 @@ from kvmpy.uapi.structs import (
 class MemorySlot:
     """One memory slot; changes go to KVM at once.
 
-    *gpa* is the address that KVM was given: for an alias of private memory it carries the encryption bit.  *aliases* are further
-    slots that show the same guest range (its private view); changes apply to them too.
+    *gpa* is the address that KVM was given: for an alias of private memory it carries the encryption bit.
+    *aliases* are further slots that show the same guest range (its private view); changes apply to them
+    too.
     """
 
     vm: VmSlots
@@ -49,7 +50,9 @@ class MemorySlot:
             )
 
     def set_flags(self, flags: int) -> None:
-        """Change the flags (KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY); KvmError where KVM refuses the change."""
+        """Change the flags (KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY); KvmError where KVM refuses the
+        change.
+        """
         self._set(self.gpa, self.size, flags)
         self.flags = flags
         for alias in self.aliases:
@@ -64,7 +67,9 @@ class MemorySlot:
         if self.segment is not None:
             old = self.segment
             self.vm.memory.remove(old)
-            self.segment = Segment(gpa, old.size, old.shared, old.private, old.shared_offset, old.private_offset)
+            self.segment = Segment(
+                gpa, old.size, old.shared, old.private, old.shared_offset, old.private_offset
+            )
             self.vm.memory.add(self.segment)
         self.gpa = int(gpa)
 
@@ -165,8 +170,9 @@ class VmSlots(KvmFd):
     ) -> MemorySlot:
         """Map *size* bytes of host memory at *gpa* and return the slot.
 
-        *backing* is how the host memory is made (default :class:`~kvmpy.core.backing.Anonymous`) or a mapping that exists.
-        With *gmem* the slot is bound to the guest_memfd at *gmem_offset*.  On failure nothing stays behind.
+        *backing* is how the host memory is made (default :class:`~kvmpy.core.backing.Anonymous`) or a
+        mapping that exists. With *gmem* the slot is bound to the guest_memfd at *gmem_offset*.  On failure
+        nothing stays behind.
         """
         number = self.next_slot() if slot is None else slot
         made = not isinstance(backing, Mapping)
@@ -196,7 +202,14 @@ class VmSlots(KvmFd):
         return entry
 
     def add_alias(
-        self, gpa: int, size: int, mapping: Mapping, *, offset: int = 0, slot: int | None = None, flags: int = 0
+        self,
+        gpa: int,
+        size: int,
+        mapping: Mapping,
+        *,
+        offset: int = 0,
+        slot: int | None = None,
+        flags: int = 0,
     ) -> MemorySlot:
         """Map *size* bytes of *mapping* at *gpa* without entering the range into :attr:`memory`.
 

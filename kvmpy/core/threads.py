@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 import psutil
 
-from kvmpy.core.vcpu import VcpuKicked
+from kvmpy.core.vcpu import VcpuKickedError
 
 T = TypeVar("T")
 
@@ -49,9 +49,9 @@ def _check_cpus(cpus: Iterable[int]) -> set[int]:
 class VcpuThread(Generic[T]):
     """Runs *target* in a thread, by convention the loop of one vCPU.
 
-    *vcpu* is kicked by :meth:`stop`; a target that catches VcpuKicked itself looks at :attr:`stopping` and
-    returns. *cpus* pins the thread to host CPUs; ValueError for those that this process may not use. The
-    thread starts with :meth:`start` or with the ``with`` block, whose end stops it.
+    *vcpu* is kicked by :meth:`stop`; a target that catches VcpuKickedError itself looks at :attr:`stopping`
+    and returns. *cpus* pins the thread to host CPUs; ValueError for those that this process may not use.
+    The thread starts with :meth:`start` or with the ``with`` block, whose end stops it.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class VcpuThread(Generic[T]):
             if self._cpus is not None:
                 os.sched_setaffinity(0, self._cpus)
             result: T | None = self._target()
-        except VcpuKicked as error:
+        except VcpuKickedError as error:
             if self.stopping:
                 self._future.set_result(None)
             else:
@@ -157,7 +157,8 @@ class VcpuThread(Generic[T]):
         while self.alive and time.monotonic() < deadline:
             if self.vcpu is not None:
                 self.vcpu.kick()
-            # One kick is enough for a target that lets VcpuKicked pass; one that catches it may need another.
+            # One kick is enough for a target that lets VcpuKickedError pass; one that catches it may need
+            # another.
             self._thread.join(min(0.1, max(0.0, deadline - time.monotonic())))
         return self.join(max(0.001, deadline - time.monotonic()))
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmpy.core import observe
 from kvmpy.core.errors import ClosedError, VcpuBusyError
@@ -29,11 +30,11 @@ RUN_ERROR = -1
 EHWPOISON = 133  # not in the errno module before Python 3.14
 
 
-class VcpuKicked(RuntimeError):
+class VcpuKickedError(RuntimeError):
     """KVM_RUN was left because another thread called :meth:`Vcpu.kick`."""
 
 
-class VcpuTimeout(TimeoutError):
+class VcpuTimeoutError(TimeoutError):
     """The deadline of a run passed while the guest was still running."""
 
 
@@ -43,8 +44,8 @@ class Vcpu(VcpuState):
     kind = "vcpu"
 
     def __init__(self, vm: Vm, fd: int, vcpu_id: int) -> None:
-        self._native = None
-        self._area = None
+        self._native: Any = None
+        self._area: mmap.mmap | None = None
         super().__init__(fd, f"{vm.name}/vcpu{vcpu_id}")
         self.vm = vm
         self.vcpu_id = vcpu_id
@@ -69,13 +70,17 @@ class Vcpu(VcpuState):
 
     @property
     def area(self) -> mmap.mmap:
-        """The whole mapping of the vCPU: kvm_run, the PIO data page, the coalesced ring, the dirty ring behind."""
+        """The whole mapping of the vCPU: kvm_run, the PIO data page, the coalesced ring, the dirty ring
+        behind.
+        """
         if self._area is None:
             raise ClosedError(f"{self.name} is closed")
         return self._area
 
     def set_deadline(self, timeout: float | None) -> None:
-        """Let runs from now on end with VcpuTimeout once *timeout* seconds have passed; None lifts the deadline."""
+        """Let runs from now on end with VcpuTimeoutError once *timeout* seconds have passed; None lifts the
+        deadline.
+        """
         if self._native is None:
             raise ClosedError(f"{self.name} is closed")
         if timeout is not None and timeout <= 0:
@@ -83,7 +88,8 @@ class Vcpu(VcpuState):
         lib.kvmpy_vcpu_deadline(self._native, 0 if timeout is None else max(1, int(timeout * 1e9)))
 
     def run_once(self) -> int:
-        """Issue one KVM_RUN and return how it ended, one of the ``RUN_*`` numbers (the ``RUN_ERROR`` errno is in ``run_errno``).
+        """Issue one KVM_RUN and return how it ended, one of the ``RUN_*`` numbers (the ``RUN_ERROR`` errno
+        is in ``run_errno``).
 
         The lowest way to run a vCPU; a signal shows as RUN_EINTR.
         """
@@ -108,9 +114,9 @@ class Vcpu(VcpuState):
     def run(self, timeout: float | None = None) -> Exit:
         """Run until the next exit to user space and return it (KVM_RUN).
 
-        Signals are handled in between.  VcpuTimeout after *timeout* seconds (or the deadline set before), VcpuKicked after
-        :meth:`kick`, VcpuBusyError while another thread runs the vCPU.  Memory-fault exits are returned, with their errno; any
-        other failure of KVM_RUN is a KvmError.
+        Signals are handled in between.  VcpuTimeoutError after *timeout* seconds (or the deadline set
+        before), VcpuKickedError after :meth:`kick`, VcpuBusyError while another thread runs the vCPU.
+        Memory-fault exits are returned, with their errno; any other failure of KVM_RUN is a KvmError.
         """
         if timeout is not None:
             self.set_deadline(timeout)
@@ -123,11 +129,13 @@ class Vcpu(VcpuState):
 
     def _ended(self, how: int) -> Exit:
         if how == RUN_KICKED:
-            raise VcpuKicked(f"{self.name} was kicked")
+            raise VcpuKickedError(f"{self.name} was kicked")
         if how == RUN_DEADLINE:
-            raise VcpuTimeout(f"{self.name} was still running in the guest at its deadline")
+            raise VcpuTimeoutError(f"{self.name} was still running in the guest at its deadline")
         if how == RUN_BUSY:
-            raise VcpuBusyError(f"{self.name} is running in another thread: a vCPU belongs to one thread at a time")
+            raise VcpuBusyError(
+                f"{self.name} is running in another thread: a vCPU belongs to one thread at a time"
+            )
         number = self.run_errno
         # 39 is KVM_EXIT_MEMORY_FAULT: KVM fills the exit in and fails with EFAULT or EHWPOISON.
         if number in (errno.EFAULT, EHWPOISON) and self._run.exit_reason == 39:
@@ -158,7 +166,9 @@ class Vcpu(VcpuState):
                 run.immediate_exit = 1  # a kick came meanwhile: the next run has to see it
         if how in (RUN_EXIT, RUN_UCALL):
             # A REP string instruction, or an access in several parts, came to its next exit.
-            raise RuntimeError(f"{self.name}: the instruction goes on with {read_exit(run, 0)}: answer that first")
+            raise RuntimeError(
+                f"{self.name}: the instruction goes on with {read_exit(run, 0)}: answer that first"
+            )
         if how == RUN_KICKED:
             self.kick()  # it was meant for the next run
         elif how != RUN_EINTR:
@@ -180,9 +190,13 @@ class Vcpu(VcpuState):
         return 0 if self._native is None else int(self._native.exits)
 
     def close(self) -> None:
-        """Unmap and close; VcpuBusyError while another thread runs the vCPU (kick it and join the thread first)."""
+        """Unmap and close; VcpuBusyError while another thread runs the vCPU (kick it and join the thread
+        first).
+        """
         if self.running:
-            raise VcpuBusyError(f"{self.name} cannot be closed while it runs: kick it and join its thread first")
+            raise VcpuBusyError(
+                f"{self.name} cannot be closed while it runs: kick it and join its thread first"
+            )
         native = getattr(self, "_native", None)
         self._native = None
         if native is not None and native != ffi.NULL:
@@ -190,8 +204,7 @@ class Vcpu(VcpuState):
         area, self._area = getattr(self, "_area", None), None
         self._run = None
         if area is not None:
-            try:
+            # Where a view of it is still held, the mapping goes with that.
+            with contextlib.suppress(BufferError):
                 area.close()
-            except BufferError:
-                pass  # a run_area view is still held: the mapping goes with it
         super().close()

@@ -70,4 +70,3 @@ class Vm(VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, VmSlots)
         for vcpu in self.vcpus:
             vcpu.close()
         super().close()
-

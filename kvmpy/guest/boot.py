@@ -78,7 +78,9 @@ def guest_cpuid(kvm: Kvm, apic_id: int) -> kvm_cpuid2:
 
 
 def initial_sregs(vcpu: GuestVcpu, pages: PageTables) -> None:
-    """Put *vcpu* into 64-bit mode with the page tables, descriptor tables, TSS and GS base of the guest program."""
+    """Put *vcpu* into 64-bit mode with the page tables, descriptor tables, TSS and GS base of the guest
+    program.
+    """
     sregs = vcpu.get_sregs()
     segments.long_mode_sregs(
         sregs,
@@ -93,7 +95,9 @@ def initial_sregs(vcpu: GuestVcpu, pages: PageTables) -> None:
 
 
 def initial_regs(vcpu: GuestVcpu, program: GuestProgram) -> None:
-    """Point *vcpu* at the program's entry, with its stack and, in RDI, its per-CPU area; application processors become runnable."""
+    """Point *vcpu* at the program's entry, with its stack and, in RDI, its per-CPU area; application
+    processors become runnable.
+    """
     regs = kvm_regs(
         rip=int(program.entry), rsp=int(vcpu.stack_top), rdi=int(vcpu.percpu), rflags=RFLAGS_RESERVED
     )

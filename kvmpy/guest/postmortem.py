@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of a VM as text, taken when a test fails: what a kernel developer would ask for first.
 
-What a protection keeps from the host is said to be hidden, and a section that cannot be made says why: the failure that
-brought us here must never be lost behind another.
+What a protection keeps from the host is said to be hidden, and a section that cannot be made says why: the
+failure that brought us here must never be lost behind another.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class _Place:
 
 
 def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = None) -> str:
-    """Return the post-mortem of *vcpu*, whose run ended with *cause* (and with the ucall *call*, where it was one)."""
+    """Return the post-mortem of *vcpu*, whose run ended with *cause* (and with the ucall *call*, where it
+    was one).
+    """
     lines: list[str] = []
 
     def section(title: str, make: Callable[[], Iterator[str] | list[str]]) -> None:
@@ -63,7 +65,7 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
             body = list(make())
         except PrivateMemoryError as error:
             body = [f"hidden: {error}"]
-        except Exception as error:  # the failure that brought us here must not be lost behind this one
+        except Exception as error:  # noqa: BLE001 - the failure that brought us here must not be lost behind this one
             body = [f"not available: {type(error).__name__}: {error}"]
         lines.extend("  " + line for line in body)
 
@@ -88,13 +90,15 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
 
 def _about(vm: GuestVm) -> Iterator[str]:
     label = vm.protection.label
-    yield f"{vm.name}: type {vm.vm_type}, protection {vm.protection.name}{f' ({label})' if label else ''}, {len(vm.vcpus)} vCPU(s)"
+    protection = f"{vm.protection.name} ({label})" if label else vm.protection.name
+    yield f"{vm.name}: type {vm.vm_type}, protection {protection}, {len(vm.vcpus)} vCPU(s)"
     bit = vm.encryption
     yield f"encryption bit: {f'{bit.name} {bit.bit}' if bit is not None else 'none'}; CR3 {vm.pages.cr3}"
     for segment in vm.memory.segments():
         first, last = segment.gpa.gfn, segment.gpa.gfn + segment.size // PAGE_SIZE
         private = vm.memory.private.range_cardinality(first, last)
-        yield f"memory {segment.gpa}..{int(segment.gpa) + segment.size - 1:#x}: {private} of {last - first} pages private"
+        end = int(segment.gpa) + segment.size - 1
+        yield f"memory {segment.gpa}..{end:#x}: {private} of {last - first} pages private"
 
 
 def _registers(vm: GuestVm, vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sregs]]) -> Iterator[str]:
@@ -155,7 +159,10 @@ def _code(vm: GuestVm, place: _Place) -> Iterator[str]:
     listing = list(disassemble(raw, start))
     here = max((number for number, (address, _) in enumerate(listing) if address <= rip), default=0)
     at = listing[here][0] - start if listing else 0
-    before, after = (" ".join(f"{byte:02x}" for byte in part) for part in (raw[max(0, at - 16) : at], raw[at + 1 : at + 16]))
+    before, after = (
+        " ".join(f"{byte:02x}" for byte in part)
+        for part in (raw[max(0, at - 16) : at], raw[at + 1 : at + 16])
+    )
     yield f"bytes: {before} <{raw[at]:02x}> {after}"
     for number in range(max(0, here - 5), min(len(listing), here + 6)):
         address, text = listing[number]

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class Traits:
     """What a protection can and cannot do; tests ask for these, never for a protection's name.
 
-    *has_encryption_bit*: page-table entries tell private from shared.  *has_private_memory*: pages can be private at all.
-    *can_read_registers*: the host may get and set vCPU registers after launch.  *host_sees_private*: the host may read and
-    write private pages after launch.  *private_is_fd_backed*: private pages live in a guest_memfd.  *really_encrypts*: host
-    and guest see different bytes of a private page because of encryption.  *emulated*: a stand-in, said so wherever a result
-    of it is shown.
+    *has_encryption_bit*: page-table entries tell private from shared.  *has_private_memory*: pages can be
+    private at all. *can_read_registers*: the host may get and set vCPU registers after launch.
+    *host_sees_private*: the host may read and write private pages after launch.  *private_is_fd_backed*:
+    private pages live in a guest_memfd.  *really_encrypts*: host and guest see different bytes of a private
+    page because of encryption.  *emulated*: a stand-in, said so wherever a result of it is shown.
     """
 
     has_encryption_bit: bool = False
@@ -59,11 +59,11 @@ class Protection(ABC):
     def availability(cls, kvm: Kvm) -> Availability:
         """Tell whether this host's KVM offers it."""
 
-    def encryption_bit(self, kvm: Kvm) -> EncryptionBit | None:
+    def encryption_bit(self, kvm: Kvm) -> EncryptionBit | None:  # noqa: ARG002 - for subclasses
         """Return the encryption bit that page tables must carry, or None."""
         return None
 
-    def created(self, vm: GuestVm) -> None:
+    def created(self, vm: GuestVm) -> None:  # noqa: B027 - most have nothing to do here
         """Act right after KVM_CREATE_VM, before memory and vCPUs."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Protection(ABC):
     ) -> MemorySlot:
         """Give the VM *size* bytes of memory at *gpa*, with whatever private side it needs."""
 
-    def launch(self, vm: GuestVm) -> None:
+    def launch(self, vm: GuestVm) -> None:  # noqa: B027 - nothing to bring in without private memory
         """Bring the initial image in and seal it."""
 
     def set_private(self, vm: GuestVm, gpa: Gpa, size: int) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvmpy.core.address import Gpa, Gva
 
@@ -25,14 +25,17 @@ def _number(code: str) -> property:
         self._store(form.pack(value))
 
     kind = "unsigned" if code.isupper() else "signed"
-    return property(get, put, doc=f"The first {form.size * 8} bits as an {kind} number; the width must fit the variable.")
+    return property(
+        get, put, doc=f"The first {form.size * 8} bits as an {kind} number; the width must fit the variable."
+    )
 
 
 class GuestVariable:
-    """A global of the guest: read and write it as ``.u8`` to ``.u64``, ``.i8`` to ``.i64``, ``.bytes``, ``.text`` or an array.
+    """A global of the guest: read and write it as ``.u8`` to ``.u64``, ``.i8`` to ``.i64``, ``.bytes``,
+    ``.text`` or an array.
 
-    Every access goes to guest memory.  PrivateMemoryError where the page is private and the protection keeps it from the host:
-    declare the variable GUEST_SHARED to look at it under every protection.
+    Every access goes to guest memory.  PrivateMemoryError where the page is private and the protection
+    keeps it from the host: declare the variable GUEST_SHARED to look at it under every protection.
     """
 
     __slots__ = ("_vm", "gva", "name", "size")
@@ -74,7 +77,7 @@ class GuestVariable:
         """The whole variable."""
         return self._load(self.size)
 
-    @bytes.setter
+    @bytes.setter  # noqa: A003 - the property above
     def bytes(self, data: _bytes) -> None:
         self._store(data)
 
@@ -83,7 +86,7 @@ class GuestVariable:
         """The variable as a C string, up to its NUL."""
         return self.bytes.split(b"\0", 1)[0].decode("utf-8", "replace")
 
-    def view(self, code: str = "B") -> memoryview:
+    def view(self, code: Literal["B", "b", "H", "h", "I", "i", "Q", "q"] = "B") -> memoryview:
         """Return the memory itself as an array of struct-module *code* (``"Q"`` for u64); not a copy.
 
         ValueError when the variable crosses into a page that is elsewhere in physical memory.

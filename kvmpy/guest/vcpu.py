@@ -15,7 +15,7 @@ from kvmpy.core.vcpu import (
     RUN_EXIT,
     RUN_UCALL,
     Vcpu,
-    VcpuKicked,
+    VcpuKickedError,
 )
 from kvmpy.guest import layout, ucall
 from kvmpy.guest.errors import (
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _E = TypeVar("_E", bound=Exit)
 
 
-
 class GuestVcpu(Vcpu):
     """A vCPU of a :class:`~kvmpy.guest.vm.GuestVm`."""
 
@@ -49,12 +48,14 @@ class GuestVcpu(Vcpu):
         self.percpu = Gva(0)
         self.percpu_gpa = Gpa(0)
         self.done = False
-        self._slots: memoryview | None = None
+        self._slots = memoryview(b"")
 
     # Before launch.
 
     def set_entry(self, where: str | Gva, *args: int) -> None:
-        """Let this vCPU start in function *where* with up to six arguments, instead of ``guest_main``; before launch() only."""
+        """Let this vCPU start in function *where* with up to six arguments, instead of ``guest_main``;
+        before launch() only.
+        """
         if self.vm.launched:
             raise LaunchError(f"{self.name}: set_entry() after launch(): the initial state is frozen")
         if len(args) > 6:
@@ -75,8 +76,8 @@ class GuestVcpu(Vcpu):
     def next(self, timeout: float | None = None) -> Ucall | Exit:
         """Run until the guest has something to say: a ucall (SYNC, DONE, user-defined) or an exit.
 
-        PRINTF ucalls go to ``vm.console``.  A failed assertion, an unexpected exception and a passed deadline raise a GuestError with
-        a post-mortem.  *timeout* in seconds, by default the VM's deadline.
+        PRINTF ucalls go to ``vm.console``.  A failed assertion, an unexpected exception and a passed
+        deadline raise a GuestError with a post-mortem.  *timeout* in seconds, by default the VM's deadline.
         """
         if not self.vm.launched:
             raise LaunchError(f"{self.name}: call vm.launch() before the vCPU runs")
@@ -93,7 +94,7 @@ class GuestVcpu(Vcpu):
                 if cmd == ucall.SYNC or cmd >= ucall.USER:
                     return call
                 if cmd == ucall.PRINTF:
-                    self.vm.console_write(self.index, call.text)
+                    self.vm.console_write(call.text)
                     continue
                 if cmd == ucall.DONE:
                     self.done = True
@@ -108,7 +109,8 @@ class GuestVcpu(Vcpu):
                 continue
             if how == RUN_DEADLINE:
                 raise GuestTimeoutError(
-                    f"{self.name} was still running at its deadline", self.vm.postmortem(self, "deadline passed")
+                    f"{self.name} was still running at its deadline",
+                    self.vm.postmortem(self, "deadline passed"),
                 )
             try:
                 return self._ended(how)
@@ -133,7 +135,8 @@ class GuestVcpu(Vcpu):
             message = f"{self.name}: ucalls nested deeper than {layout.UCALL_SLOTS - 1}"
         else:
             message = (
-                f"{self.name}: port {layout.UCALL_PORT:#x} is the ucall port, but {exit_.value:#x} (size {exit_.size}) names no "
+                f"{self.name}: port {layout.UCALL_PORT:#x} is the ucall port, "
+                f"but {exit_.value:#x} (size {exit_.size}) names no "
                 f"slot of this vCPU"
             )
         return UnexpectedExitError(message, self.vm.postmortem(self, message), exit_)
@@ -164,14 +167,18 @@ class GuestVcpu(Vcpu):
             yield got
 
     def sync(self, timeout: float | None = None) -> Ucall:
-        """Run to the next SYNC or user-defined ucall and return it; anything else is an UnexpectedExitError."""
+        """Run to the next SYNC or user-defined ucall and return it; anything else is an
+        UnexpectedExitError.
+        """
         got = self.next(timeout)
         if isinstance(got, Ucall) and got.cmd != ucall.DONE:
             return got
         raise self.unexpected(got, "a SYNC")
 
     def expect(self, kind: type[_E], timeout: float | None = None) -> _E:
-        """Run to the next exit and return it, which must be of class *kind*; anything else is an UnexpectedExitError."""
+        """Run to the next exit and return it, which must be of class *kind*; anything else is an
+        UnexpectedExitError.
+        """
         got = self.next(timeout)
         if isinstance(got, kind):
             return got
@@ -186,7 +193,8 @@ class GuestVcpu(Vcpu):
     ) -> None:
         """Run until DONE.
 
-        SYNCs go to *on_sync* (else they are passed over); exits to *on_exit*, which returns True for those it dealt with.
+        SYNCs go to *on_sync* (else they are passed over); exits to *on_exit*, which returns True for those
+        it dealt with.
         """
         if not self.vm.launched:
             raise LaunchError(f"{self.name}: call vm.launch() before the vCPU runs")
@@ -205,7 +213,7 @@ class GuestVcpu(Vcpu):
         """Run until another thread kicks this vCPU; a ucall or exit before that is an UnexpectedExitError."""
         try:
             got = self.next(timeout)
-        except VcpuKicked:
+        except VcpuKickedError:
             return
         raise self.unexpected(got, "a kick")
 
@@ -224,8 +232,4 @@ class GuestVcpu(Vcpu):
     def close(self) -> None:
         """Let the ucall page go and close."""
         super().close()
-        if self._slots is not None:
-            self._slots.release()
-            self._slots = None
-
-
+        self._slots.release()

@@ -15,7 +15,7 @@ from kvmpy.core.errors import PrivateMemoryError
 from kvmpy.core.exits import Exit
 from kvmpy.core.memory import PageAllocator
 from kvmpy.core.slots import MemorySlot
-from kvmpy.core.vcpu import Vcpu, VcpuKicked
+from kvmpy.core.vcpu import Vcpu, VcpuKickedError
 from kvmpy.core.vm import Vm
 from kvmpy.guest import layout
 from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
@@ -46,7 +46,8 @@ APIC_DEFAULT_GPA = Gpa(0xFEE0_0000)
 class GuestVm(Vm):
     """A VM that runs a :class:`~kvmpy.guest.program.GuestProgram` under a protection.
 
-    Life: created (memory, tables and vCPUs exist, the host prepares) -> :meth:`launch` -> vCPUs run -> :meth:`close`.
+    Life: created (memory, tables and vCPUs exist, the host prepares) -> :meth:`launch` -> vCPUs run ->
+    :meth:`close`.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class GuestVm(Vm):
     # Building.
 
     def _irqchip(self, kind: str | None) -> None:
-        # The devices of a full irqchip cost a grace period of the VM's SRCU: 7 ms on an idle host, twenty times the
-        # rest of a VM's life.  So the local APICs alone are the default.
+        # The devices of a full irqchip cost a grace period of the VM's SRCU: 7 ms on an idle host, twenty
+        # times the rest of a VM's life.  So the local APICs alone are the default.
         if kind == "full":
             self.create_irqchip()
         elif kind == "split":
@@ -120,7 +121,9 @@ class GuestVm(Vm):
         slot: int | None = None,
         flags: int = 0,
     ) -> MemorySlot:
-        """Give the VM *size* more bytes of memory at *gpa*, in the way of its protection; map it with :meth:`map`."""
+        """Give the VM *size* more bytes of memory at *gpa*, in the way of its protection; map it with
+        :meth:`map`.
+        """
         return self.protection.add_memory(self, gpa, size, backing=backing, slot=slot, flags=flags)
 
     def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
@@ -152,13 +155,22 @@ class GuestVm(Vm):
             gpa = self.allocator.alloc(pages, private=False if segment.shared else None)
             if segment.data:
                 self.memory.write(gpa + skip, segment.data)
-            self._place(first, gpa, pages << PAGE_SHIFT, writable=segment.writable, nx=not segment.executable, user=segment.user)
+            self._place(
+                first,
+                gpa,
+                pages << PAGE_SHIFT,
+                writable=segment.writable,
+                nx=not segment.executable,
+                user=segment.user,
+            )
         gpa = self.allocator.alloc(2)
         gdt, idt = system_tables(self.program)
         self.memory.write(gpa, gdt)
         self.memory.write(gpa + PAGE_SIZE, idt)
         self._place(Gva(layout.GDT_GVA), gpa, 2 * PAGE_SIZE)
-        self.pages.map(Gva(layout.XAPIC_GVA), APIC_DEFAULT_GPA, PAGE_SIZE, page_size=PAGE_SIZE, nx=True, private=False)
+        self.pages.map(
+            Gva(layout.XAPIC_GVA), APIC_DEFAULT_GPA, PAGE_SIZE, page_size=PAGE_SIZE, nx=True, private=False
+        )
 
     def _add_vcpus(self, ids: list[int], cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None) -> None:
         count = len(ids)
@@ -182,7 +194,9 @@ class GuestVm(Vm):
             vcpu.percpu_gpa = areas + index * percpu
             ucall_gpa = ucalls + index * PAGE_SIZE
             page = self.memory.shared_view(ucall_gpa, PAGE_SIZE)
-            layout.fill_ucall_page(page, index, int(ucall_gpa), layout.UCALL_BASE + index * layout.UCALL_PAGE_SIZE)
+            layout.fill_ucall_page(
+                page, index, int(ucall_gpa), layout.UCALL_BASE + index * layout.UCALL_PAGE_SIZE
+            )
             vcpu.attach_ucalls(ucall_gpa, page)
             table = guest_cpuid(self.kvm, vcpu_id)
             vcpu.set_cpuid2(cpuid(table.copy()) if cpuid is not None else table)
@@ -191,14 +205,18 @@ class GuestVm(Vm):
     # Launch.
 
     def launch(self) -> None:
-        """Freeze the initial state, let the protection bring it in, and make the vCPUs ready to run; once only."""
+        """Freeze the initial state, let the protection bring it in, and make the vCPUs ready to run; once
+        only.
+        """
         if self.launched:
             raise LaunchError(f"{self.name} was launched before")
         main = self.program.symbols.get("guest_main")
         for vcpu in self.guests:
             entry = vcpu.entry if vcpu.entry is not None else (main.gva if main is not None else None)
             if entry is None:
-                raise LaunchError(f"{vcpu.name} has no entry: the program has no guest_main and set_entry() was not called")
+                raise LaunchError(
+                    f"{vcpu.name} has no entry: the program has no guest_main and set_entry() was not called"
+                )
             self.memory.write(
                 vcpu.percpu_gpa,
                 layout.pack_guest_cpu(
@@ -216,14 +234,16 @@ class GuestVm(Vm):
         self.protection.launch(self)
         self.launched = True
         if self.strict_private:
-            self.memory.seal = f"--strict-private keeps it from the host, as sev-snp would (protection {self.protection.name})"
+            self.memory.seal = "strict_private keeps it from the host, as SEV-SNP would"
         elif not self.protection.traits.host_sees_private:
             self.memory.seal = f"protection {self.protection.name} keeps it from the host after launch"
 
     # Addresses.
 
     def to_raw(self, gpa: Gpa, private: bool | None = None) -> RawGpa:
-        """Return *gpa* as a page-table entry holds it, private or shared as the page is now unless *private* says."""
+        """Return *gpa* as a page-table entry holds it, private or shared as the page is now unless
+        *private* says.
+        """
         if self.encryption is None:
             return RawGpa(int(gpa))
         return self.encryption.to_raw(gpa, self.memory.is_private(gpa) if private is None else private)
@@ -235,15 +255,21 @@ class GuestVm(Vm):
         return self.encryption.from_raw(raw)
 
     def gpa_to_hva(self, gpa: Gpa) -> int:
-        """Return the host address of *gpa*; ValueError when it carries the encryption bit or is outside guest memory."""
+        """Return the host address of *gpa*; ValueError when it carries the encryption bit or is outside
+        guest memory.
+        """
         if not isinstance(gpa, Gpa):
-            raise TypeError(f"gpa_to_hva() takes a Gpa, not a {type(gpa).__name__}; from_raw() splits a RawGpa")
+            raise TypeError(
+                f"gpa_to_hva() takes a Gpa, not a {type(gpa).__name__}; from_raw() splits a RawGpa"
+            )
         if self.encryption is not None:
             self.encryption.check(gpa)
         return self.memory.hva(gpa)
 
     def gva_to_gpa(self, gva: Gva) -> Gpa:
-        """Return the guest-physical address behind *gva*, by the page tables; ValueError when it is not mapped."""
+        """Return the guest-physical address behind *gva*, by the page tables; ValueError when it is not
+        mapped.
+        """
         if self.memory.seal is None or not self.memory.is_private(Gpa(self.from_raw(self.pages.cr3)[0])):
             return self.pages.translate(gva)
         at = bisect_right(self._known, (int(gva), 1 << 64, 0)) - 1
@@ -251,7 +277,9 @@ class GuestVm(Vm):
             start, gpa, size = self._known[at]
             if int(gva) < start + size:
                 return Gpa(gpa + int(gva) - start)
-        raise PrivateMemoryError(f"gva {gva} is in none of the mappings made before launch, and {self.memory.seal}")
+        raise PrivateMemoryError(
+            f"gva {gva} is in none of the mappings made before launch, and {self.memory.seal}"
+        )
 
     # Memory by guest-virtual address.
 
@@ -281,14 +309,18 @@ class GuestVm(Vm):
             done += part
 
     def view(self, gva: Gva, size: int) -> memoryview:
-        """Return *size* bytes at *gva* as a view of the memory itself; ValueError where it is not contiguous in guest-physical space."""
+        """Return *size* bytes at *gva* as a view of the memory itself; ValueError where it is not
+        contiguous in guest-physical space.
+        """
         stretches = self._stretches(gva, size)
         if len(stretches) != 1:
             raise ValueError(f"gva {gva}, {size:#x} bytes, is not contiguous in guest-physical memory")
         return self.memory.view(stretches[0][0], size)
 
     def symbol(self, name: str) -> GuestVariable:
-        """Return the guest global *name*, to read and write; GuestSymbolError with the closest names when there is none."""
+        """Return the guest global *name*, to read and write; GuestSymbolError with the closest names when
+        there is none.
+        """
         found = self.program.symbol(name)
         return GuestVariable(self, name, found.gva, found.size)
 
@@ -340,8 +372,8 @@ class GuestVm(Vm):
         """All that the guest printed so far."""
         return "".join(self._console)
 
-    def console_write(self, index: int, text: str) -> None:
-        """Take what vCPU *index* printed."""
+    def console_write(self, text: str) -> None:
+        """Take what a vCPU printed."""
         self._console.append(text)
 
     def postmortem(self, vcpu: GuestVcpu, cause: str, call: Ucall | None = None) -> str:
@@ -357,7 +389,9 @@ class GuestVm(Vm):
         on_exit: Callable[[GuestVcpu, Exit], bool] | None = None,
         on_sync: Callable[[GuestVcpu, Ucall], None] | None = None,
     ) -> None:
-        """Run every vCPU in a thread of its own until DONE; the first failure kicks the others and is raised."""
+        """Run every vCPU in a thread of its own until DONE; the first failure kicks the others and is
+        raised.
+        """
         failures: list[BaseException] = []
         lock = threading.Lock()
 
@@ -368,11 +402,13 @@ class GuestVm(Vm):
                     on_exit=None if on_exit is None else lambda got: on_exit(vcpu, got),
                     on_sync=None if on_sync is None else lambda got: on_sync(vcpu, got),
                 )
-            except VcpuKicked:
+            except VcpuKickedError:
                 with lock:
                     if not failures:
-                        failures.append(LaunchError(f"{vcpu.name} was kicked while run_all() was waiting for DONE"))
-            except BaseException as error:
+                        failures.append(
+                            LaunchError(f"{vcpu.name} was kicked while run_all() was waiting for DONE")
+                        )
+            except BaseException as error:  # noqa: BLE001 - handed to the caller below
                 with lock:
                     failures.append(error)
                 for other in self.guests:
@@ -395,4 +431,3 @@ class GuestVm(Vm):
             raise
         if failures:
             raise failures[0]
-

@@ -2,7 +2,8 @@
 """Build the cffi extension ``kvmpy.uapi._native`` (API mode, limited API).
 
 The declarations in ``cdef/*.h`` are parsed by cffi *and* included by the C compiler, so both see the same
-layouts and no header of the host's kernel takes part. The C files of ``native/`` join the same translation unit.
+layouts and no header of the host's kernel takes part. The C files of ``native/`` join the same translation
+unit.
 
 Run ``python -m kvmpy.uapi.build`` to build in place; the wheel build calls :func:`build`.
 """
@@ -24,7 +25,8 @@ TARGET = "_native.abi3.so"
 
 
 def _declaration_files() -> tuple[list[Path], list[Path]]:
-    # cdef/__init__.py is plain data; importing it as a package would import the extension that is being built.
+    # cdef/__init__.py is plain data; importing it as a package would import the extension that is being
+    # built.
     table = runpy.run_path(str(HERE / "cdef" / "__init__.py"))
     plain = [HERE / "cdef" / name for name in table["FILES"]]
     packed = [HERE / "cdef" / name for name in table["PACKED_FILES"]]
@@ -39,7 +41,13 @@ def ffibuilder() -> cffi.FFI:
     """Return the cffi builder that holds every declaration and the C source."""
     ffi = cffi.FFI()
     plain, packed = _declaration_files()
-    source = ["#ifndef _GNU_SOURCE", "#define _GNU_SOURCE", "#endif", "#include <stddef.h>", "#include <stdint.h>"]
+    source = [
+        "#ifndef _GNU_SOURCE",
+        "#define _GNU_SOURCE",
+        "#endif",
+        "#include <stddef.h>",
+        "#include <stdint.h>",
+    ]
     for path in plain:
         ffi.cdef(path.read_text())
         source.append(f'#include "{path.relative_to(HERE)}"')

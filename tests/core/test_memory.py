@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa
 from kvmpy.core.backing import Anonymous, HugeTlb, Mapping, MemFd
 from kvmpy.core.errors import PrivateMemoryError
-from kvmpy.core.memory import GuestMemory, OutOfGuestMemory, PageAllocator, Segment
+from kvmpy.core.memory import GuestMemory, OutOfGuestMemoryError, PageAllocator, Segment
 
 SIZE = 64 * PAGE_SIZE
 
@@ -138,7 +138,7 @@ class TestAllocator:
     def test_full_memory_says_so(self, memory: GuestMemory) -> None:
         allocator = PageAllocator(memory, start=0)
         allocator.alloc(SIZE // PAGE_SIZE)
-        with pytest.raises(OutOfGuestMemory, match="memory="):
+        with pytest.raises(OutOfGuestMemoryError, match="memory="):
             allocator.alloc(1)
 
     def test_reserved_pages_are_left_out(self, memory: GuestMemory) -> None:
@@ -171,7 +171,7 @@ class TestAllocator:
                 continue
             try:
                 gpa = allocator.alloc(pages, align=align * PAGE_SIZE)
-            except OutOfGuestMemory:
+            except OutOfGuestMemoryError:
                 continue
             assert gpa.is_aligned(align * PAGE_SIZE)
             for first, count in held.items():

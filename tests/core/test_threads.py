@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from kvmpy.core.threads import ThreadTimeoutError, VcpuThread, allowed_cpus, run_threads
-from kvmpy.core.vcpu import VcpuKicked, VcpuTimeout
+from kvmpy.core.vcpu import VcpuKickedError, VcpuTimeoutError
 
 
 class FakeVcpu:
@@ -26,7 +26,7 @@ class FakeVcpu:
         if not self._kicked.wait(20):
             raise RuntimeError("nobody kicked")
         self._kicked.clear()
-        raise VcpuKicked(self.name)
+        raise VcpuKickedError(self.name)
 
 
 def fail() -> int:
@@ -47,9 +47,9 @@ def test_join_raises_what_the_target_raised() -> None:
 
 def test_a_time_out_of_the_target_is_not_one_of_the_join() -> None:
     def target() -> None:
-        raise VcpuTimeout("guest")
+        raise VcpuTimeoutError("guest")
 
-    with pytest.raises(VcpuTimeout, match="guest"):
+    with pytest.raises(VcpuTimeoutError, match="guest"):
         VcpuThread(target).start().join(10)
 
 
@@ -74,7 +74,7 @@ def test_a_kick_without_stop_is_an_error_of_the_target() -> None:
     vcpu = FakeVcpu()
     thread = VcpuThread(vcpu.run, vcpu=vcpu).start()
     vcpu.kick()
-    with pytest.raises(VcpuKicked):
+    with pytest.raises(VcpuKickedError):
         thread.join(10)
 
 
@@ -85,7 +85,7 @@ def test_a_target_that_catches_kicks_can_look_at_stopping() -> None:
         while not thread.stopping:
             try:
                 vcpu.run()
-            except VcpuKicked:
+            except VcpuKickedError:
                 continue
         return "stopped"
 
