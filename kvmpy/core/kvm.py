@@ -16,11 +16,11 @@ from kvmpy.core.errors import KvmError, MissingError
 from kvmpy.core.vm import Vm
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_CAP_VM_TYPES, VmType
-from kvmpy.uapi.structs import Struct, kvm_cpuid2, kvm_msr_entry, kvm_msr_list, kvm_msrs
+from kvmpy.uapi.structs import FlexStruct, kvm_cpuid2, kvm_msr_entry, kvm_msr_list, kvm_msrs
 
 API_VERSION = 12
 
-_S = TypeVar("_S", bound=Struct)
+_S = TypeVar("_S", bound=FlexStruct)
 
 
 def device_path() -> str:
