@@ -20,9 +20,10 @@ static void put_file(struct guest_ucall_slot *slot, size_t at, const char *file)
 	memcpy(slot->text + at, file, len + 1);
 }
 
-__noreturn void guest_abort(u32 kind, u64 got, u64 expected, const char *text, const char *file, u32 line)
+static __noreturn void abort_from(void *caller, u32 kind, u64 got, u64 expected,
+				  const char *text, const char *file, u32 line)
 {
-	struct guest_ucall_slot *slot = guest_ucall_take();
+	struct guest_ucall_slot *slot = guest_ucall_current();
 	size_t len = strnlen(text, TEXT_MAX - 1);
 
 	memcpy(slot->text, text, len);
@@ -32,10 +33,15 @@ __noreturn void guest_abort(u32 kind, u64 got, u64 expected, const char *text, c
 	slot->args[1] = expected;
 	slot->args[2] = line;
 	slot->args[3] = kind;
-	slot->args[4] = (u64)__builtin_return_address(0);
+	slot->args[4] = (u64)caller;
 	slot->cmd = KVMPY_UCALL_CMD_ABORT | 5 << KVMPY_UCALL_NARGS_SHIFT | KVMPY_UCALL_HAS_TEXT;
 	for (;;)
 		guest_ucall_send(slot);
+}
+
+__noreturn void guest_abort(u32 kind, u64 got, u64 expected, const char *text, const char *file, u32 line)
+{
+	abort_from(__builtin_return_address(0), kind, got, expected, text, file, line);
 }
 
 __noreturn void guest_fail(const char *file, u32 line, const char *fmt, ...)
@@ -46,5 +52,5 @@ __noreturn void guest_fail(const char *file, u32 line, const char *fmt, ...)
 	va_start(args, fmt);
 	vsnprintf(text, sizeof(text), fmt, args);
 	va_end(args);
-	guest_abort(KVMPY_ASSERT_FAIL, 0, 0, text, file, line);
+	abort_from(__builtin_return_address(0), KVMPY_ASSERT_FAIL, 0, 0, text, file, line);
 }

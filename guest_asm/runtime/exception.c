@@ -67,27 +67,31 @@ __noreturn void guest_exception_unexpected(struct exception_frame *frame)
 			    frame->rsp, read_cr2(), frame->rflags, frame, frame->rbp);
 }
 
+/* A handler has ucalls and GUEST_TRY() of its own, apart from those of the code that it interrupts. */
+static void run_handler(guest_handler handler, struct exception_frame *frame)
+{
+	struct guest_cpu *cpu = guest_cpu();
+	struct guest_ucall_slot *slot = cpu->ucall_slot;
+	struct guest_fault fault = cpu->fault;
+
+	cpu->ucall_slot = slot->next;
+	handler(frame);
+	cpu->ucall_slot = slot;
+	cpu->fault = fault;
+}
+
 /* Called by the vector stubs. */
 void guest_exception(struct exception_frame *frame)
 {
 	guest_handler handler = READ_ONCE(handlers[frame->vector]);
-	struct guest_cpu *cpu;
-	struct guest_fault fault;
 
 	if (fix_up(frame))
 		return;
 
-	if (handler) {
-		/* A GUEST_TRY() of the handler must not be taken for that of the code it interrupts. */
-		cpu = guest_cpu();
-		fault = cpu->fault;
-		handler(frame);
-		cpu->fault = fault;
-		return;
-	}
-
-	if (exception_from_user(frame) && guest_cpu()->user_rsp)
+	if (handler)
+		run_handler(handler, frame);
+	else if (exception_from_user(frame) && guest_cpu()->user_rsp)
 		guest_user_leave(frame);
-
-	guest_exception_unexpected(frame);
+	else
+		guest_exception_unexpected(frame);
 }

@@ -280,16 +280,14 @@ static void put_line(void *to, char c)
 {
 	struct line *line = to;
 
-	if (line->len == sizeof(line->slot->text) - 1) {
+	if (line->len == sizeof(line->slot->text) - 1)
 		send_line(line);
-		line->slot = guest_ucall_take();
-	}
 	line->slot->text[line->len++] = c;
 }
 
 void guest_printf(const char *fmt, ...)
 {
-	struct line line = { .slot = guest_ucall_take() };
+	struct line line = { .slot = guest_ucall_current() };
 	va_list args;
 
 	va_start(args, fmt);

@@ -19,7 +19,7 @@ _ABANDONED_AFTER = 3600.0
 
 
 def folder() -> Path:
-    """Return where guest programs are cached: ``$XDG_CACHE_HOME/kvmpy/guest``, or a temporary folder where that cannot be."""
+    """Return the folder of all entries: ``$XDG_CACHE_HOME/kvmpy/guest``, else a temporary one."""
     return _folder(os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", ""))
 
 
@@ -43,7 +43,7 @@ def entry(key: str) -> Path:
 
 
 def create(key: str, build: Callable[[Path], None]) -> Path:
-    """Let *build* fill a new folder and make it the entry *key*; another process's same entry counts as well as ours."""
+    """Let *build* fill a new folder and make it the entry *key*, unless another process was faster."""
     target = entry(key)
     workdir = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder()))
     try:

@@ -26,9 +26,10 @@ def _decoder(bits: int) -> Any:
 def disassemble(
     code: bytes, address: int, *, bits: int = 64, name: Callable[[int], str | None] | None = None
 ) -> list[tuple[int, str]]:
-    """Return (address, text) of each instruction in *code*, which lies at *address*; bytes that are none show as ``.byte``.
+    """Return (address, text) of each instruction in *code*, which lies at *address*.
 
-    *bits* is the mode of the code: 16, 32 or 64.  *name* tells what lies at an address, for the operands.
+    Bytes that are none show as ``.byte``.  *bits* is the mode of the code: 16, 32 or 64.  *name* tells what
+    lies at an address, for the operands.
     """
     lines = []
     for where, _, mnemonic, operands in _decoder(bits).disasm_lite(code, int(address)):
@@ -44,12 +45,19 @@ def disassemble(
 
 
 def around(
-    code: bytes, address: int, rip: int, *, start: int | None = None, before: int = 5, after: int = 5, bits: int = 64
+    code: bytes,
+    address: int,
+    rip: int,
+    *,
+    start: int | None = None,
+    before: int = 5,
+    after: int = 5,
+    bits: int = 64,
 ) -> list[tuple[int, str]]:
     """Return the instruction at *rip* with up to *before* and *after* neighbours.
 
-    Decoding begins at *start*, a known instruction boundary such as a function's head.  Without one it begins at the
-    earliest byte of *code* from which the instructions meet *rip*.
+    Decoding begins at *start*, a known instruction boundary such as a function's head.  Without one it
+    begins at the earliest byte of *code* from which the instructions meet *rip*.
     """
     offset = int(rip) - int(address)
     if not 0 <= offset < len(code):

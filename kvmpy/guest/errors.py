@@ -7,7 +7,7 @@ from kvmpy.core.errors import MissingError
 
 
 class GuestError(RuntimeError):
-    """A guest that cannot be used or did not do what was asked; ``.postmortem`` is its state as text, or empty."""
+    """A guest that cannot be used, or did not do what was asked; ``.postmortem`` is its state, or empty."""
 
     def __init__(self, message: str, postmortem: str = "") -> None:
         self.message = message
@@ -45,13 +45,13 @@ class UnexpectedExitError(GuestError):
 
 
 class GuestBuildError(GuestError):
-    """The compiler or the linker refused the source; ``.stderr`` is what it said, ``.command`` what was run."""
+    """The compiler or the linker refused the source; ``.stderr`` is what ``.command`` said."""
 
     def __init__(self, program: str, stderr: str, command: str) -> None:
         self.program = program
         self.stderr = stderr
         self.command = command
-        super().__init__(f"the guest program {program} does not build:\n{stderr.rstrip()}\n  command: {command}")
+        super().__init__(f"guest program {program} does not build:\n{stderr.rstrip()}\n  command: {command}")
 
 
 class GuestImageError(GuestError):
@@ -65,7 +65,7 @@ class GuestSymbolError(GuestError, LookupError):
         self.symbol = symbol
         self.closest = closest
         hint = f"; closest: {', '.join(closest)}" if closest else ""
-        super().__init__(f"the guest program {program} has no symbol {symbol!r}{hint}")
+        super().__init__(f"guest program {program} has no symbol {symbol!r}{hint}")
 
 
 class GuestBuildWarning(UserWarning):

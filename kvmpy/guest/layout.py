@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where everything lives in the guest's address space, and the formats shared with the guest.
 
-``guest_asm/include/kvmpy/layout.h`` says the same to the guest, with each name prefixed by ``KVMPY_``. Addresses
-are guest-virtual; sizes and offsets are bytes.
+``guest_asm/include/kvmpy/layout.h`` says the same to the guest, with each name prefixed by ``KVMPY_``.
+Addresses are guest-virtual; sizes and offsets are bytes.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def pack_guest_cpu(
     entry: int,
     args: Sequence[int] = (),
 ) -> bytes:
-    """Return the initial ``struct guest_cpu`` of vCPU *index*; addresses are guest-virtual, *args* at most six."""
+    """Return the initial ``struct guest_cpu`` of vCPU *index*; addresses are GVAs, *args* at most six."""
     if len(args) > CPU_NR_ARGS:
         raise ValueError(f"a vCPU takes at most {CPU_NR_ARGS} arguments, not {len(args)}")
     values = [int(a) & 0xFFFF_FFFF_FFFF_FFFF for a in args] + [0] * (CPU_NR_ARGS - len(args))

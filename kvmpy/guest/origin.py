@@ -23,8 +23,8 @@ _SELFTESTS = f"{_PACKAGE}.selftests"
 class Origin:
     """*file* and *line* of the first line of a guest source.
 
-    *exact*: they are those of the string literal.  Otherwise *file* is ``FILE:LINE`` of the call, and lines are counted
-    from 1 within the source.
+    *exact*: they are those of the string literal.  Otherwise *file* is ``FILE:LINE`` of the call, and lines
+    are counted from 1 within the source.
     """
 
     file: str
@@ -63,7 +63,7 @@ def caller() -> FrameType | None:
 
 
 def find(source: str, frame: FrameType | None) -> Origin:
-    """Return where *source* stands in the file of *frame*: its string literal, or the call when it is in none."""
+    """Return where *source* stands in the file of *frame*: its string literal, else the call."""
     if frame is None:
         return Origin("<guest>", 1, exact=False)
     filename = frame.f_code.co_filename

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest program: compiled from C or assembly, or taken as an ELF, and kept with its symbols and source lines."""
+"""A guest program: compiled from C or assembly, or taken as an ELF, with its symbols and source lines."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ class GuestProgram:
     ) -> GuestProgram:
         """Compile C *source*, and the files *sources*, link them with the runtime, and return the program.
 
-        *cflags* are added for these sources.  Errors, assertions and line numbers point at the string literal in the file
-        of the caller.  GuestBuildError with gcc's words, ToolchainError when gcc is missing.  Cached by content.
+        *cflags* are added for these sources.  Errors, assertions and line numbers point at the string literal
+        in the file of the caller.  GuestBuildError with gcc's words, ToolchainError when gcc is missing.
+        Cached by content.
         """
         return _inline(source, ".c", name, cflags, sources, origin.caller())
 
@@ -86,7 +87,7 @@ class GuestProgram:
 
     @classmethod
     def from_elf(cls, elf: StrPath | bytes, *, name: str | None = None) -> GuestProgram:
-        """Take a static 64-bit x86 executable, by its path or as bytes; GuestImageError says why another is refused."""
+        """Take a static x86-64 executable, by its path or as bytes; GuestImageError says what is wrong."""
         if isinstance(elf, bytes):
             data, label = elf, name or "ELF image"
         else:
@@ -187,7 +188,9 @@ def _inline(
     program = _known.get(asked)
     if program is not None and _unchanged(program):
         return program
-    return _program(asked, name or where.label, _Source(source, suffix, where), _files(sources), tuple(cflags))
+    return _program(
+        asked, name or where.label, _Source(source, suffix, where), _files(sources), tuple(cflags)
+    )
 
 
 def _program(
@@ -222,7 +225,9 @@ def _digest(path: StrPath) -> str:
         return ""
 
 
-def _load_or_build(name: str, inline: _Source | None, files: list[Path], cflags: tuple[str, ...]) -> GuestProgram:
+def _load_or_build(
+    name: str, inline: _Source | None, files: list[Path], cflags: tuple[str, ...]
+) -> GuestProgram:
     tools = toolchain.find()
     digest = hashlib.sha256()
     parts = [str(_FORMAT), toolchain.runtime_hash(), tools.identity, name, *cflags]
@@ -239,20 +244,22 @@ def _load_or_build(name: str, inline: _Source | None, files: list[Path], cflags:
         cache.create(key, lambda workdir: _build(workdir, tools, name, inline, files, cflags))
         program = _load(key, name)
         if program is None:
-            raise GuestImageError(f"the cache entry {cache.entry(key)} of guest program {name} cannot be read back")
+            raise GuestImageError(f"guest program {name} cannot be read back from {cache.entry(key)}")
     program._inputs += tuple((str(path), _stamp(path)) for path in files)
     return program
 
 
 def _load(key: str, name: str) -> GuestProgram | None:
-    """Return the cached program, or None when there is none, it is damaged, or a header it includes has changed."""
+    """Return the cached program, or None: not there, damaged, or a header that it includes has changed."""
     entry = cache.entry(key)
     try:
         index: dict[str, Any] = json.loads((entry / _INDEX).read_bytes())
         elf = (entry / _IMAGE).read_bytes()
         image = Image(
             index["entry"],
-            tuple((gva, offset, size, memsize, flags) for gva, offset, size, memsize, flags in index["segments"]),
+            tuple(
+                (gva, offset, size, memsize, flags) for gva, offset, size, memsize, flags in index["segments"]
+            ),
             tuple((symbol, gva, size, kind) for symbol, gva, size, kind in index["symbols"]),
         )
         sound = index["sha256"] == hashlib.sha256(elf).hexdigest()
@@ -286,7 +293,9 @@ def _build(
             include = ["-iquote", inline.where.folder]
     target = workdir / _IMAGE
     try:
-        objects, headers, said = toolchain.compile_objects(tools, sources, workdir, cflags=[*include, *cflags], name=name)
+        objects, headers, said = toolchain.compile_objects(
+            tools, sources, workdir, cflags=[*include, *cflags], name=name
+        )
         said += toolchain.link(tools, objects, runtime, target, name=name)
     except GuestBuildError as error:
         if inline is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ _RESERVED = (
 
 @dataclass(frozen=True)
 class Symbol:
-    """A name of the program: *gva*, *size* in bytes (0 when the program does not say), *type*: function, object or other."""
+    """A name of the program: *gva*, *size* in bytes (0: not known), *type*: function, object or other."""
 
     name: str
     gva: Gva
@@ -84,7 +85,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Image:
-    """What a loader needs to know of an ELF, in plain numbers: segments are (gva, offset, size, memory size, flags)."""
+    """What a loader needs of an ELF, in plain numbers; segments are (gva, offset, size, memsize, flags)."""
 
     entry: int
     segments: tuple[tuple[int, int, int, int, int], ...]
@@ -112,7 +113,7 @@ def read_image(data: bytes, name: str) -> Image:
         symbols = tuple(_symbols(elf))
     except GuestImageError:
         raise
-    except Exception as error:  # noqa: BLE001 - a parser's own errors on damaged files are of every kind
+    except Exception as error:  # the parser fails in every way on damaged files
         raise GuestImageError(f"{name} is a damaged ELF file: {error}") from error
     entry = int(elf.header["e_entry"])
     if not any(at <= entry < at + memsize and flags & PF_X for at, _, _, memsize, flags in segments):
@@ -142,27 +143,29 @@ def _segments(elf: ELFFile, data: bytes, name: str) -> tuple[tuple[int, int, int
         gva, offset = int(segment["p_vaddr"]), int(segment["p_offset"])
         size, memsize = int(segment["p_filesz"]), int(segment["p_memsz"])
         if offset + size > len(data) or size > memsize:
-            raise GuestImageError(f"{name} is cut short: segment {gva:#x} ends after the file")
+            raise GuestImageError(f"{name} is cut short: segment {gva:#x} goes on after its end")
         if gva + memsize > 1 << 47:
-            raise GuestImageError(f"{name}: segment {gva:#x} lies outside the lower half of the address space")
+            raise GuestImageError(f"{name}: segment {gva:#x} is not in the lower half of the address space")
         for what, start, end in _RESERVED:
             if gva < end and start < gva + memsize:
-                raise GuestImageError(f"{name}: segment {gva:#x}, {memsize:#x} bytes, overlaps the {what} at {start:#x}")
+                raise GuestImageError(
+                    f"{name}: segment {gva:#x}, {memsize:#x} bytes, overlaps the {what} at {start:#x}"
+                )
         found.append((gva, offset, size, memsize, int(segment["p_flags"])))
     if not found:
         raise GuestImageError(f"{name} has nothing to load")
     found.sort()
-    for (gva, _, _, memsize, _), (following, *_) in zip(found, found[1:]):
+    for (gva, _, _, memsize, _), (following, *_) in itertools.pairwise(found):
         if (gva + memsize - 1) // PAGE_SIZE >= following // PAGE_SIZE:
-            raise GuestImageError(f"{name}: segments {gva:#x} and {following:#x} share a page: link with -z separate-code")
+            raise GuestImageError(f"{name}: segments {gva:#x} and {following:#x} share a page")
     return tuple(found)
 
 
-def _symbols(elf: ELFFile) -> Iterable[tuple[str, int, int, str]]:
+def _symbols(elf: Any) -> Iterable[tuple[str, int, int, str]]:
     table = elf.get_section_by_name(".symtab")
     if table is None:
         return
-    # Of local names that occur more than once, and of those that are also global, the global or first one counts.
+    # Of a name that occurs more than once, the global one counts, else the first.
     known: dict[str, tuple[str, int, int, str]] = {}
     for symbol in table.iter_symbols():
         kind = _KINDS.get(symbol["st_info"]["type"])

@@ -19,8 +19,8 @@ INSTALL = "apt install gcc binutils (dnf install gcc binutils, pacman -S gcc bin
 # A compiler that takes longer than this is stuck.
 TIMEOUT = 120.0
 
-# What the guest may count on: no stack below RSP, no vector registers, no code that only a loaded process can run.
-# Alignment of jump targets would put NOPs on paths that some hosts emulate one instruction at a time.
+# What the guest may count on: no stack below RSP, no vector registers, no code that needs a loader. Aligned
+# jump targets would put NOPs on paths that some hosts emulate one instruction at a time.
 FLAGS = (
     "-std=gnu11",
     "-O2",
@@ -65,13 +65,13 @@ class Toolchain:
     identity: str
 
 
-def _find(variable: str, default: str, package: str) -> str:
-    wanted = os.environ.get(variable) or default
-    path = shutil.which(wanted)
-    if path is None:
-        where = f"{wanted} (from {variable})" if wanted != default else wanted
-        raise ToolchainError(f"{where} is not installed, guest programs cannot be built", f"apt install {package}")
-    return path
+def _find(name: str, path: str | None, variable: str, package: str) -> str:
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise ToolchainError(
+            f"{name} not found: guest programs cannot be built", f"apt install {package}, or set {variable}"
+        )
+    return found
 
 
 def _identity(path: str) -> str:
@@ -85,13 +85,15 @@ def find() -> Toolchain:
 
     ToolchainError names what is missing and the command that installs it.
     """
-    return _find_in(os.environ.get("PATH", ""), os.environ.get("KVMPY_CC", ""), os.environ.get("KVMPY_AR", ""))
+    return _find_in(
+        os.environ.get("PATH"), os.environ.get("KVMPY_CC") or "gcc", os.environ.get("KVMPY_AR") or "ar"
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _find_in(path: str, cc_name: str, ar_name: str) -> Toolchain:
-    cc = _find("KVMPY_CC", "gcc", "gcc")
-    ar = _find("KVMPY_AR", "ar", "binutils")
+def _find_in(path: str | None, cc_name: str, ar_name: str) -> Toolchain:
+    cc = _find(cc_name, path, "KVMPY_CC", "gcc")
+    ar = _find(ar_name, path, "KVMPY_AR", "binutils")
     return Toolchain(cc, ar, f"{_identity(cc)} {_identity(ar)}")
 
 
@@ -110,7 +112,9 @@ def runtime_files() -> tuple[Path, ...]:
     """Return every file of the guest runtime, in a fixed order."""
     root = runtime_dir()
     return tuple(
-        sorted(path for path in root.rglob("*") if path.suffix in {".c", ".h", ".S", ".lds"} and path.is_file())
+        sorted(
+            path for path in root.rglob("*") if path.suffix in {".c", ".h", ".S", ".lds"} and path.is_file()
+        )
     )
 
 
@@ -124,7 +128,7 @@ def runtime_hash() -> str:
 
 
 def run(command: Sequence[str], *, cwd: Path, name: str) -> str:
-    """Run one tool and return what it said on stderr; GuestBuildError when it fails, ToolchainError when it is broken."""
+    """Run one tool and return its stderr; GuestBuildError when it fails, ToolchainError when it is broken."""
     try:
         done = subprocess.run(
             list(command),
@@ -138,7 +142,8 @@ def run(command: Sequence[str], *, cwd: Path, name: str) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise GuestBuildError(name, f"{command[0]} did not finish in {TIMEOUT:.0f} s", shlex.join(command)) from error
+        said = f"{command[0]} did not finish in {TIMEOUT:.0f} s"
+        raise GuestBuildError(name, said, shlex.join(command)) from error
     except OSError as error:
         raise ToolchainError(f"{command[0]} cannot be run: {error.strerror}", INSTALL) from error
     if done.returncode == 0:
@@ -164,7 +169,7 @@ def check_target(tools: Toolchain) -> None:
     if not machine.startswith("x86_64"):
         raise ToolchainError(
             f"{tools.cc} makes code for {machine}, guests need x86_64",
-            "apt install gcc-x86-64-linux-gnu and set KVMPY_CC=x86_64-linux-gnu-gcc, KVMPY_AR=x86_64-linux-gnu-ar",
+            "apt install gcc-x86-64-linux-gnu, then set KVMPY_CC=x86_64-linux-gnu-gcc KVMPY_AR=x86_64-linux-gnu-ar",
         )
 
 
@@ -184,7 +189,7 @@ def _target(tools: Toolchain) -> str:
 def compile_objects(
     tools: Toolchain, sources: Sequence[Path], workdir: Path, *, cflags: Sequence[str] = (), name: str
 ) -> tuple[list[Path], list[Path], str]:
-    """Compile *sources* into *workdir*; return the objects, the headers they include and the compiler's warnings.
+    """Compile *sources* into *workdir*; return the objects, the headers they include and the warnings.
 
     Headers of the runtime and of the compiler itself are not among them.
     """
@@ -220,9 +225,15 @@ def archive(tools: Toolchain, objects: Sequence[Path], target: Path) -> None:
 
 
 def link(
-    tools: Toolchain, objects: Sequence[Path], runtime: Path, target: Path, *, name: str, flags: Sequence[str] = ()
+    tools: Toolchain,
+    objects: Sequence[Path],
+    runtime: Path,
+    target: Path,
+    *,
+    name: str,
+    flags: Sequence[str] = (),
 ) -> str:
-    """Link *objects* with the runtime archive into the static image *target*; return the linker's warnings."""
+    """Link *objects* with the runtime archive into the static image *target*; return the warnings."""
     script = runtime_dir() / "guest.lds"
     command = [tools.cc, *LINK_FLAGS, f"-Wl,-T,{script}", *flags, "-o", str(target)]
     command += [*map(str, objects), str(runtime)]

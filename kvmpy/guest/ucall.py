@@ -44,9 +44,9 @@ _OPERATORS = {
 
 
 class Ucall:
-    """One call of the guest: ``.cmd``, ``.args`` (up to eight unsigned 64-bit numbers), ``.vcpu`` (index), ``.slot``.
+    """One call of the guest: ``.cmd``, ``.args`` (up to eight u64), ``.vcpu`` (its index), ``.slot``.
 
-    ``.text`` is what PRINTF printed or which expression of an ABORT failed; ``.file`` is the file of that assertion.
+    ``.text`` is what PRINTF printed, or the expression of an ABORT, whose file is ``.file``.
     """
 
     __slots__ = ("_page", "args", "cmd", "file", "slot", "text", "vcpu")
@@ -80,7 +80,7 @@ class Ucall:
 
     @property
     def rip(self) -> int | None:
-        """Where the guest was, when the call says so: an ABORT's return address, an EXCEPTION's faulting address."""
+        """Where the guest was, if the call says so: ABORT (return address) and EXCEPTION do."""
         if self.cmd == ABORT and len(self.args) > 4:
             return self.args[4]
         if self.cmd == EXCEPTION and len(self.args) > 2:
@@ -147,7 +147,7 @@ def assertion_text(call: Ucall, program: GuestProgram) -> str:
 
 
 def exception_text(call: Ucall, program: GuestProgram) -> str:
-    """Return what the EXCEPTION *call* says: which one, its error code, where, and the address of a page fault."""
+    """Return what the EXCEPTION *call* says: which one, error code, where, the address of a page fault."""
     vector, error_code, rip, rsp, cr2, rflags = (*call.args, 0, 0, 0, 0, 0, 0)[:6]
     text = f"unexpected {exceptions.name(vector)} on vcpu{call.vcpu}"
     if exceptions.has_error_code(vector):

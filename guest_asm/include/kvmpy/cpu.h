@@ -18,12 +18,14 @@ struct guest_fault {
 _Static_assert(offsetof(struct guest_fault, faulted) == offsetof(struct guest_fault, vector) + 1,
 	       "GUEST_TRY() resets both with one store");
 
+struct guest_ucall_slot;
+
 /* Written by the host before the first run. */
 struct guest_cpu {
 	struct guest_cpu *self;
 	u32 index;
 	u32 apic_id;
-	u64 ucall_slot;		/* the next free slot */
+	struct guest_ucall_slot *ucall_slot;	/* the current one */
 	u64 stack_top;
 	u64 entry;
 	u64 args[KVMPY_CPU_NR_ARGS];

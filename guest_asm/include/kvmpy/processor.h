@@ -151,15 +151,21 @@ static __always_inline void sti_hlt(void)
 	asm volatile("sti; hlt" : : : "memory");
 }
 
-/* One instruction with interrupts on, for what is pending. */
-static __always_inline void sti_nop_cli(void)
-{
-	asm volatile("sti; nop; cli" : : : "memory");
-}
-
 static __always_inline void cpu_relax(void)
 {
 	asm volatile("pause" : : : "memory");
+}
+
+/*
+ * Let in what is pending, then switch interrupts off. One instruction would do,
+ * but hosts that emulate ring 0 look for interrupts every 1024 of them.
+ */
+static inline void irq_window(void)
+{
+	sti();
+	for (int i = 0; i < 600; i++)
+		cpu_relax();
+	cli();
 }
 
 #endif /* KVMPY_PROCESSOR_H */

@@ -2,12 +2,12 @@
 /*
  * Calls to the host.
  *
- * Each vCPU owns a chain of slots in memory shared with the host.  A call takes
- * the first free slot, fills it and writes the slot's id to a port; the host
- * reads the slot through its own mapping.  A call made by an exception handler
- * in the middle of another one takes the next slot of the chain, so nested
- * calls need neither a lock nor a check.  The last slot of the chain is its own
- * successor and has the id KVMPY_UCALL_NO_SLOT, which the host reports.
+ * Each vCPU owns a chain of slots in memory shared with the host.  A call fills
+ * the current slot and writes the slot's id to a port; the host reads the slot
+ * through its own mapping.  An exception handler runs with the next slot of the
+ * chain as the current one, so a call that it makes in the middle of another
+ * call does no harm.  The last slot of the chain is its own successor and has
+ * the id KVMPY_UCALL_NO_SLOT, which the host reports.
  *
  * Keep this path short: some hosts emulate ring 0 one instruction at a time.
  */
@@ -33,71 +33,68 @@ KVMPY_CHECK_OFFSET(struct guest_ucall_slot, next, KVMPY_UCALL_NEXT);
 KVMPY_CHECK_OFFSET(struct guest_ucall_slot, text, KVMPY_UCALL_TEXT);
 _Static_assert(sizeof(struct guest_ucall_slot) == KVMPY_UCALL_SLOT_SIZE, "slot");
 
-/* Take a slot for oneself: until it is sent, nested calls use the next one. */
-static __always_inline struct guest_ucall_slot *guest_ucall_take(void)
+static __always_inline struct guest_ucall_slot *guest_ucall_current(void)
 {
 	struct guest_ucall_slot *slot;
 
 	asm volatile("movq %%gs:%c1, %0" : "=r"(slot) : "i"(KVMPY_CPU_UCALL_SLOT));
-	asm volatile("movq %0, %%gs:%c1" : : "r"(slot->next), "i"(KVMPY_CPU_UCALL_SLOT) : "memory");
 	return slot;
 }
 
-/* Hand the slot to the host, wait for it to go on, free the slot and return the reply. */
+/* Hand the slot to the host, wait for it to go on, and return its reply. */
 static __always_inline u64 guest_ucall_send(struct guest_ucall_slot *slot)
 {
-	u64 reply;
-
 	asm volatile("outl %0, %1" : : "a"(slot->id), "N"(KVMPY_UCALL_PORT) : "memory");
-	reply = slot->args[0];
-	asm volatile("movq %0, %%gs:%c1" : : "r"(slot), "i"(KVMPY_CPU_UCALL_SLOT) : "memory");
-	return reply;
+	return slot->args[0];
 }
 
-static __always_inline u64
-__guest_ucall(u32 cmd, u32 nr, u64 a0, u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 a6, u64 a7)
+/* @nr is a constant, so that only the stores remain of this. */
+static __always_inline u64 __guest_ucall(u32 cmd, u32 nr, const u64 *args)
 {
-	struct guest_ucall_slot *slot = guest_ucall_take();
+	struct guest_ucall_slot *slot = guest_ucall_current();
 
 	slot->cmd = cmd | nr << KVMPY_UCALL_NARGS_SHIFT;
 	if (nr > 0)
-		slot->args[0] = a0;
+		slot->args[0] = args[0];
 	if (nr > 1)
-		slot->args[1] = a1;
+		slot->args[1] = args[1];
 	if (nr > 2)
-		slot->args[2] = a2;
+		slot->args[2] = args[2];
 	if (nr > 3)
-		slot->args[3] = a3;
+		slot->args[3] = args[3];
 	if (nr > 4)
-		slot->args[4] = a4;
+		slot->args[4] = args[4];
 	if (nr > 5)
-		slot->args[5] = a5;
+		slot->args[5] = args[5];
 	if (nr > 6)
-		slot->args[6] = a6;
+		slot->args[6] = args[6];
 	if (nr > 7)
-		slot->args[7] = a7;
+		slot->args[7] = args[7];
 	return guest_ucall_send(slot);
 }
 
-/* Counts zero to eight arguments, and pads them to eight u64. */
+/* Zero to eight values of any integer or pointer type, from left to right. */
 #define __UCALL_NR(...)			__UCALL_NR_(0, ##__VA_ARGS__, 8, 7, 6, 5, 4, 3, 2, 1, 0)
 #define __UCALL_NR_(z, a, b, c, d, e, f, g, h, n, ...)	n
 #define __UCALL_PASTE(a, b)		__UCALL_PASTE_(a, b)
 #define __UCALL_PASTE_(a, b)		a##b
-#define __UCALL_0()			0, 0, 0, 0, 0, 0, 0, 0
-#define __UCALL_1(a)			(u64)(a), 0, 0, 0, 0, 0, 0, 0
-#define __UCALL_2(a, b)			(u64)(a), (u64)(b), 0, 0, 0, 0, 0, 0
-#define __UCALL_3(a, b, c)		(u64)(a), (u64)(b), (u64)(c), 0, 0, 0, 0, 0
-#define __UCALL_4(a, b, c, d)		(u64)(a), (u64)(b), (u64)(c), (u64)(d), 0, 0, 0, 0
-#define __UCALL_5(a, b, c, d, e)	(u64)(a), (u64)(b), (u64)(c), (u64)(d), (u64)(e), 0, 0, 0
-#define __UCALL_6(a, b, c, d, e, f)	(u64)(a), (u64)(b), (u64)(c), (u64)(d), (u64)(e), (u64)(f), 0, 0
-#define __UCALL_7(a, b, c, d, e, f, g) \
-	(u64)(a), (u64)(b), (u64)(c), (u64)(d), (u64)(e), (u64)(f), (u64)(g), 0
-#define __UCALL_8(a, b, c, d, e, f, g, h) \
-	(u64)(a), (u64)(b), (u64)(c), (u64)(d), (u64)(e), (u64)(f), (u64)(g), (u64)(h)
-#define __GUEST_UCALL(cmd, ...) \
-	__guest_ucall(cmd, __UCALL_NR(__VA_ARGS__), \
-		      __UCALL_PASTE(__UCALL_, __UCALL_NR(__VA_ARGS__))(__VA_ARGS__))
+#define __UCALL_0()			0
+#define __UCALL_1(a)			(u64)(a)
+#define __UCALL_2(a, ...)		(u64)(a), __UCALL_1(__VA_ARGS__)
+#define __UCALL_3(a, ...)		(u64)(a), __UCALL_2(__VA_ARGS__)
+#define __UCALL_4(a, ...)		(u64)(a), __UCALL_3(__VA_ARGS__)
+#define __UCALL_5(a, ...)		(u64)(a), __UCALL_4(__VA_ARGS__)
+#define __UCALL_6(a, ...)		(u64)(a), __UCALL_5(__VA_ARGS__)
+#define __UCALL_7(a, ...)		(u64)(a), __UCALL_6(__VA_ARGS__)
+#define __UCALL_8(a, ...)		(u64)(a), __UCALL_7(__VA_ARGS__)
+
+#define __GUEST_UCALL(cmd, ...)							\
+({										\
+	const u64 __args[] = {							\
+		__UCALL_PASTE(__UCALL_, __UCALL_NR(__VA_ARGS__))(__VA_ARGS__)	\
+	};									\
+	__guest_ucall(cmd, __UCALL_NR(__VA_ARGS__), __args);			\
+})
 
 /* Call the host with a command of the test's own (KVMPY_UCALL_CMD_USER and up) and up to eight values. */
 #define GUEST_UCALL(cmd, ...)	((void)__GUEST_UCALL(cmd, ##__VA_ARGS__))
