@@ -12,6 +12,7 @@ import kvmpy
 # Command and its line in --help, so that help imports none of them.
 COMMANDS = {
     "abi": "the KVM ABI as kvmpy knows it, and its check against kernel headers",
+    "bench": "what kvmpy costs beside bare C loops, in one run",
     "doctor": "what this host offers, protection by protection, and what is missing",
     "run": "the selftests on this host's KVM, with a verdict table",
 }
