@@ -348,9 +348,9 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
 
         ENOTTY or EINVAL where KVM has none (KVM_GET_NESTED_STATE).
         """
-        size = max(self.vm.check_extension(KVM_CAP_NESTED_STATE), kvm_nested_state().size)
+        size = max(self.vm.check_extension(KVM_CAP_NESTED_STATE), kvm_nested_state.SIZE)
         arg = kvm_nested_state.with_bytes(size)
-        arg.size_ = size
+        arg.size = size
         self.ioctl(ioctls.KVM_GET_NESTED_STATE, arg)
         return arg
 
