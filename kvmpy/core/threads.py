@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
 
@@ -176,7 +176,7 @@ class VcpuThread(Generic[T]):
                 raise
 
 
-def run_threads(threads: Sequence[VcpuThread[T]], timeout: float) -> list[T | None]:
+def run_threads(threads: Sequence[VcpuThread[Any]], timeout: float) -> list[Any]:
     """Start all threads that were not started, wait for all, and return their results in order.
 
     At the first exception, or after *timeout* seconds (ThreadTimeoutError), the others are stopped and it is

@@ -82,7 +82,7 @@ class VcpuSnapshot:
         names = {item.name for item in dataclasses.fields(cls)}
         if set(data) != names:
             raise ValueError(f"not a vCPU snapshot: {sorted(names ^ set(data))} missing or unknown")
-        values = {
+        values: dict[str, Any] = {
             name: bytes.fromhex(value) if isinstance(value, str) else value for name, value in data.items()
         }
         values["msrs"] = tuple((int(index), int(value)) for index, value in data["msrs"])
