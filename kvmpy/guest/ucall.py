@@ -152,7 +152,7 @@ def exception_text(call: Ucall, program: GuestProgram) -> str:
     text = f"unexpected {exceptions.name(vector)} on vcpu{call.vcpu}"
     if exceptions.has_error_code(vector):
         text += f", error code {error_code:#x}"
-    if vector == exceptions.PF:
+    if vector == exceptions.Vector.PF:
         text += f", address {cr2:#x}"
     line = program.line(Gva(rip))
     place = f" at {line[0]}:{line[1]}" if line else ""
