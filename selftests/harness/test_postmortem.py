@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a failing guest leaves behind: each kind of failure is told with where, what and why."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvmpy.core.address import Gva
+from kvmpy.core.exits import InternalErrorExit, ShutdownExit
+from kvmpy.guest.errors import (
+    GuestAssertionError,
+    GuestError,
+    GuestExceptionError,
+    GuestTimeoutError,
+    UnexpectedExitError,
+)
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+
+ASSERTION = """
+#include <kvmpy/guest.h>
+
+static __attribute__((noinline)) int inner(int x)
+{
+	GUEST_ASSERT_EQ(x, 4);
+	return x + 1;
+}
+
+void guest_main(void)
+{
+	GUEST_SYNC(0x11, 0x22);
+	GUEST_PRINTF("the last words\\n");
+	inner(3);
+}
+"""
+
+WILD_WRITE = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	*(volatile u64 *)0x123456789000 = 5;
+}
+"""
+
+FOREVER = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	for (;;)
+		cpu_relax();
+}
+"""
+
+# Without an IDT every exception, and the double fault after it, fails.
+TRIPLE_FAULT = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	struct {
+		u16 limit;
+		u64 base;
+	} __attribute__((packed)) none = { 0, 0 };
+
+	asm volatile("lidt %0; ud2" : : "m"(none));
+}
+"""
+
+
+def failure(vm: GuestVm, timeout: float | None = None) -> GuestError:
+    vm.launch()
+    with pytest.raises(GuestError) as caught:
+        vm.guests[0].run_to_done(timeout)
+    return caught.value
+
+
+def line_of(text: str) -> int:
+    """The first line of this file that has *text*: that of the guest source."""
+    lines = Path(__file__).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if text in line)
+
+
+@pytest.mark.protections("all")
+def test_assertion(make_vm: MakeVm) -> None:
+    """A failed guest assertion names both values, the test's own source line, and the call chain."""
+    vm = make_vm(ASSERTION)
+    error = failure(vm)
+    assert isinstance(error, GuestAssertionError)
+    assert "x == 4" in error.message
+    assert "got 3" in error.message
+    assert "expected 4" in error.message
+    where = f"{__file__}:{line_of('GUEST_ASSERT_EQ(x, 4);')}"
+    assert where in error.message
+    trace = re.search(r"--- backtrace\n(.*?)---", error.postmortem, re.S)
+    if vm.protection.traits.can_read_registers and vm.protection.traits.host_sees_private:
+        assert trace is not None
+        frames = [line.split()[2].split("+")[0].split(".")[0] for line in trace.group(1).splitlines()]
+        assert frames == ["inner", "guest_main", "_start"]
+    assert "ucall SYNC 0x11 0x22" in error.postmortem
+    assert "ucall ABORT 0x3 0x4" in error.postmortem
+    assert "the last words" in error.postmortem
+
+
+@pytest.mark.protections("all")
+def test_unexpected_exception(make_vm: MakeVm) -> None:
+    """An exception without a handler ends the test with vector, error code, address, line, and the walk of CR2."""
+    error = failure(make_vm(WILD_WRITE))
+    assert isinstance(error, GuestExceptionError)
+    assert (error.vector, error.error_code) == (14, 2)
+    assert "#PF" in error.message
+    assert f"{__file__}:{line_of('0x123456789000 = 5')}" in error.message
+    assert "page-table walk of CR2 0x123456789000" in error.postmortem
+    assert re.search(r"=> 0x[0-9a-f]+: mov qword ptr", error.postmortem)
+
+
+@pytest.mark.protections("all")
+def test_walks_show_the_encryption_bit(make_vm: MakeVm) -> None:
+    """The post-mortem's page-table walk of RIP shows each raw entry, private where the protection has private memory."""
+    vm = make_vm(WILD_WRITE)
+    error = failure(vm)
+    walk = re.search(r"page-table walk of RIP .*?\n(.*?)---", error.postmortem, re.S)
+    assert walk is not None
+    if not vm.protection.traits.host_sees_private:
+        assert "hidden" in walk.group(1)
+        return
+    entries = [int(value, 16) for value in re.findall(r"= (0x[0-9a-f]{16})", walk.group(1))]
+    assert len(entries) == 4
+    mask = vm.encryption.mask if vm.encryption is not None else 0
+    assert [entry & mask for entry in entries] == [mask] * 4
+    assert walk.group(1).count("private") == (5 if mask else 0)
+
+
+@pytest.mark.protections("all")
+def test_guest_that_loops_for_ever(make_vm: MakeVm) -> None:
+    """A guest that never exits is stopped at its deadline, and the post-mortem says where it was."""
+    error = failure(make_vm(FOREVER), timeout=0.3)
+    assert isinstance(error, GuestTimeoutError)
+    assert "deadline" in error.message
+    assert "guest_main" in error.postmortem
+
+
+@pytest.mark.protections("all")
+def test_triple_fault(make_vm: MakeVm) -> None:
+    """A triple fault is told as such: KVM_EXIT_SHUTDOWN where DONE was waited for."""
+    error = failure(make_vm(TRIPLE_FAULT))
+    assert isinstance(error, UnexpectedExitError)
+    assert isinstance(error.got, ShutdownExit)
+    assert "triple fault" in error.message
+
+
+def test_internal_error(make_vm: MakeVm) -> None:
+    """A KVM_EXIT_INTERNAL_ERROR is told with its suberror (api.rst, KVM_EXIT_INTERNAL_ERROR)."""
+    # The code page lies where no memory slot is: an instruction fetch from MMIO cannot be emulated.
+    vm = make_vm(WILD_WRITE)
+    vm.map(Gva(0x7000_0000), vm.memory.segments()[-1].gpa + vm.memory.segments()[-1].size, 0x1000, nx=False)
+    vm.guests[0].set_entry(Gva(0x7000_0000))
+    error = failure(vm)
+    assert isinstance(error, UnexpectedExitError)
+    assert isinstance(error.got, InternalErrorExit)
+    assert error.got.suberror == 1
+    assert "no code is mapped here" in error.postmortem
+
+
+def test_hidden_is_said_to_be_hidden(make_vm: MakeVm) -> None:
+    """Private memory that the host may not see appears in a post-mortem as hidden, and the failure itself is kept."""
+    error = failure(make_vm(WILD_WRITE, protection="cbit", strict_private=True))
+    assert isinstance(error, GuestExceptionError)
+    assert "hidden: gpa" in error.postmortem
+    assert "=== post-mortem" in error.postmortem
