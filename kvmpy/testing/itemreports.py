@@ -83,6 +83,36 @@ def promise_of(item: pytest.Item) -> str:
     return text.partition("\n")[0].strip()
 
 
+class Needs:
+    """Plugin object that checks what a test needs before its fixtures are set up.
+
+    No wrapper: pytest's own wrappers must have started, as their teardown runs after a skip too.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Skip what is dangerous and what this host lacks."""
+        if (
+            item.get_closest_marker("dangerous")
+            and not self._settings.run_dangerous
+            and not named_on_command_line(item)
+        ):
+            reason = "dangerous: can crash an unfixed host; run it in the lab or with --run-dangerous"
+            raise pytest.skip.Exception(reason, _use_item_location=True)
+        wanted = [need for mark in item.iter_markers("requires") for need in mark.args]
+        if not wanted:
+            return
+        try:
+            missing = item.config.stash[REQUIREMENTS].missing(wanted)
+        except ValueError as error:
+            pytest.fail(f"marker requires: {error}", pytrace=False)
+        if missing:
+            gate.refuse(item, missing)
+
+
 class ItemReports:
     """Plugin object of every process that runs tests."""
 
@@ -97,24 +127,9 @@ class ItemReports:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Take the leak check's first look, then check what the test needs."""
+        """Take the leak check's first look, and turn a fixture's MissingError into a skip."""
         if self._checks_leaks(item):
             item.stash[_BEFORE] = leaks.snapshot()
-        if (
-            item.get_closest_marker("dangerous")
-            and not self._settings.run_dangerous
-            and not named_on_command_line(item)
-        ):
-            reason = "dangerous: can crash an unfixed host; run it in the lab or with --run-dangerous"
-            raise pytest.skip.Exception(reason, _use_item_location=True)
-        wanted = [need for mark in item.iter_markers("requires") for need in mark.args]
-        if wanted:
-            try:
-                missing = item.config.stash[REQUIREMENTS].missing(wanted)
-            except ValueError as error:
-                pytest.fail(f"marker requires: {error}", pytrace=False)
-            if missing:
-                gate.refuse(item, missing)
         return (yield from self._or_missing(item))
 
     @pytest.hookimpl(wrapper=True)
