@@ -17,6 +17,7 @@ from kvmpy.guest import ucall
 from kvmpy.guest.disasm import disassemble
 from kvmpy.uapi.constants import ExitReason
 from kvmpy.x86 import registers
+from kvmpy.x86.paging_errors import TableAccessError
 
 if TYPE_CHECKING:
     from kvmpy.guest.ucall import Ucall
@@ -63,8 +64,8 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
         lines.append(f"--- {title}")
         try:
             body = list(make())
-        except PrivateMemoryError as error:
-            body = [f"hidden: {error}"]
+        except (PrivateMemoryError, TableAccessError) as error:
+            body = [f"hidden: {error}" if vm.memory.seal is not None else f"not available: {error}"]
         except Exception as error:  # noqa: BLE001 - the failure that brought us here must not be lost behind this one
             body = [f"not available: {type(error).__name__}: {error}"]
         lines.extend("  " + line for line in body)

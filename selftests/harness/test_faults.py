@@ -91,7 +91,7 @@ def test_sigkill_leaves_nothing_behind() -> None:
 
 
 def test_too_many_open_files(kvm: Kvm) -> None:
-    """Running out of file descriptors (EMFILE) is a KvmError that names RLIMIT_NOFILE, and leaks none of the others."""
+    """Running out of file descriptors (EMFILE) is a KvmError that names RLIMIT_NOFILE, and leaks no other."""
     program = GuestProgram.from_c(NOTHING)
     before = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -161,7 +161,8 @@ def test_hundreds_of_vms_without_growth(make_vm: MakeVm) -> None:
 
     lives(20)
     gc.collect()
-    fds, threads, maps, rss = me.num_fds(), me.num_threads(), len(me.memory_maps(False)), me.memory_info().rss
+    fds, threads, maps = me.num_fds(), me.num_threads(), len(me.memory_maps(False))
+    rss = me.memory_info().rss
     lives(300)
     gc.collect()
     assert me.num_fds() == fds
@@ -173,9 +174,9 @@ def test_hundreds_of_vms_without_growth(make_vm: MakeVm) -> None:
 
 @pytest.mark.protections("all")
 def test_order_of_a_vms_life(make_vm: MakeVm) -> None:
-    """Running before launch, launching twice, and changing the initial state after launch are refused by name."""
+    """Running before launch, launching twice, and changes of the initial state after it are refused by name."""
     vm = make_vm(NOTHING)
-    with pytest.raises(LaunchError, match="call vm.launch"):
+    with pytest.raises(LaunchError, match=r"call vm\.launch"):
         vm.guests[0].run_to_done()
     vm.launch()
     with pytest.raises(LaunchError, match="launched before"):

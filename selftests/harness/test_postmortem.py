@@ -96,7 +96,7 @@ def test_assertion(make_vm: MakeVm) -> None:
     assert "expected 4" in error.message
     where = f"{__file__}:{line_of('GUEST_ASSERT_EQ(x, 4);')}"
     assert where in error.message
-    trace = re.search(r"--- backtrace\n(.*?)---", error.postmortem, re.S)
+    trace = re.search(r"--- backtrace\n(.*?)---", error.postmortem, re.DOTALL)
     if vm.protection.traits.can_read_registers and vm.protection.traits.host_sees_private:
         assert trace is not None
         frames = [line.split()[2].split("+")[0].split(".")[0] for line in trace.group(1).splitlines()]
@@ -108,7 +108,7 @@ def test_assertion(make_vm: MakeVm) -> None:
 
 @pytest.mark.protections("all")
 def test_unexpected_exception(make_vm: MakeVm) -> None:
-    """An exception without a handler ends the test with vector, error code, address, line, and the walk of CR2."""
+    """An exception nobody handles ends the test with vector, error code, address, line, and the walk of CR2."""
     error = failure(make_vm(WILD_WRITE))
     assert isinstance(error, GuestExceptionError)
     assert (error.vector, error.error_code) == (14, 2)
@@ -120,10 +120,10 @@ def test_unexpected_exception(make_vm: MakeVm) -> None:
 
 @pytest.mark.protections("all")
 def test_walks_show_the_encryption_bit(make_vm: MakeVm) -> None:
-    """The post-mortem's page-table walk of RIP shows each raw entry, private where the protection has private memory."""
+    """The post-mortem's walk of RIP shows each raw entry, with the encryption bit where the protection has one."""
     vm = make_vm(WILD_WRITE)
     error = failure(vm)
-    walk = re.search(r"page-table walk of RIP .*?\n(.*?)---", error.postmortem, re.S)
+    walk = re.search(r"page-table walk of RIP .*?\n(.*?)---", error.postmortem, re.DOTALL)
     assert walk is not None
     if not vm.protection.traits.host_sees_private:
         assert "hidden" in walk.group(1)
@@ -167,8 +167,8 @@ def test_internal_error(make_vm: MakeVm) -> None:
 
 
 def test_hidden_is_said_to_be_hidden(make_vm: MakeVm) -> None:
-    """Private memory that the host may not see appears in a post-mortem as hidden, and the failure itself is kept."""
+    """What the host may not see appears in a post-mortem as hidden, and the failure itself is kept."""
     error = failure(make_vm(WILD_WRITE, protection="cbit", strict_private=True))
     assert isinstance(error, GuestExceptionError)
-    assert "hidden: gpa" in error.postmortem
+    assert "hidden: the page table at gpa" in error.postmortem
     assert "=== post-mortem" in error.postmortem
