@@ -123,7 +123,10 @@ def _entry(raw: Mapping[str, Any], where: str) -> Erratum:
     if not all(isinstance(value, str) for value in when.values()):
         raise ErrataError(f"{where}: conditions are text")
     if "kernel" in when:
-        kernel_in_range("0", when["kernel"])
+        try:
+            kernel_in_range("0", when["kernel"])
+        except ErrataError as error:
+            raise ErrataError(f"{where}: {error}") from None
     return Erratum(raw["test"], raw["reason"], raw["origin"], when, str(raw.get("message", "")), where)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Around every test, in the process that runs it: requirements, errata, post-mortem and leak check.
+"""Around every test, in the process that runs it: requirements, errata and post-mortem.
 
 What a report says beyond pytest's own fields travels in its attribute ``kvmpy``, through xdist and journal.
 """
@@ -13,24 +13,12 @@ from typing import Any
 
 import pytest
 
-from kvmpy.testing import gate, leaks, protections
+from kvmpy.testing import gate, protections
 from kvmpy.testing.errata import Erratum, HostFacts, find
 from kvmpy.testing.fixtures import REQUIREMENTS, VMS
+from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
 from kvmpy.testing.verdicts import Missing, suite_id
-
-_FIXTURES = frozenset({"kvm", "vm", "make_vm", protections.FIXTURE})
-_MARKERS = ("requires", protections.MARKER, "dangerous", "deadline")
-_BEFORE = pytest.StashKey[leaks.Snapshot]()
-_FAILED = pytest.StashKey[bool]()
-_RSS = pytest.StashKey[int]()
-
-
-def uses_kvmpy(item: pytest.Item) -> bool:
-    """Whether *item* uses a fixture or marker of this plugin."""
-    return bool(_FIXTURES.intersection(getattr(item, "fixturenames", ()))) or any(
-        item.get_closest_marker(name) for name in _MARKERS
-    )
 
 
 def named_on_command_line(item: pytest.Item) -> bool:
@@ -120,16 +108,10 @@ class ItemReports:
         self._settings = settings
         self._errata = errata
         self._facts = facts
-        self._allowed = leaks.Allowed()
 
-    def _checks_leaks(self, item: pytest.Item) -> bool:
-        return self._settings.leaks == "all" or (self._settings.leaks == "kvm" and uses_kvmpy(item))
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Take the leak check's first look, and turn a fixture's MissingError into a skip."""
-        if self._checks_leaks(item):
-            item.stash[_BEFORE] = leaks.snapshot()
+        """Turn a MissingError that leaves a fixture into a skip with its reason."""
         return (yield from self._or_missing(item))
 
     @pytest.hookimpl(wrapper=True)
@@ -147,34 +129,6 @@ class ItemReports:
             gate.refuse(item, [missing])
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
-        """What a fixture of wider scope opens is no leak of the test that happens to set it up."""
-        if fixturedef.scope == "function" or self._settings.leaks == "off":
-            return (yield)
-        before = leaks.snapshot()
-        result = yield
-        self._allowed.add(before, leaks.snapshot())
-        return result
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Fail a test that leaves something behind; one that has failed already only says so."""
-        result = yield
-        before = item.stash.get(_BEFORE, None)
-        if before is None:
-            return result
-        del item.stash[_BEFORE]
-        found, now = leaks.leaks_since(before, self._allowed)
-        item.stash[_RSS] = now.rss
-        if found:
-            text = "left behind by the test:\n" + "\n".join(f"  {entry}" for entry in found)
-            if not item.stash.get(_FAILED, False):
-                pytest.fail(text, pytrace=False)
-            # The frames of a failed test's traceback still hold its objects.
-            item.add_report_section("teardown", "left behind", text)
-        return result
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -182,7 +136,7 @@ class ItemReports:
         report = yield
         data: dict[str, Any] = {"promise": promise_of(item), "protection": protections.of_item(item)}
         if report.failed:
-            item.stash[_FAILED] = True
+            item.stash[FAILED] = True
             self._postmortem(item, call, report, data)
         if report.skipped:
             data["missing"] = [[entry.what, entry.how] for entry in item.stash.get(gate.MISSING_KEY, [])]
@@ -190,8 +144,8 @@ class ItemReports:
             self._insist(item, report)
         if call.when != "teardown":
             self._apply_errata(item, report)
-        elif _RSS in item.stash:
-            data["rss"] = item.stash[_RSS]
+        elif RSS in item.stash:
+            data["rss"] = item.stash[RSS]
         report.__dict__["kvmpy"] = data
         return report
 

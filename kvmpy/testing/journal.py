@@ -40,7 +40,7 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError:
-            return  # the process died while it wrote its last line
+            continue  # half a line: the process died while it wrote
 
 
 def read(path: Path) -> History:

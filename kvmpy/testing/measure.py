@@ -21,7 +21,7 @@ from kvmpy.uapi.structs import kvm_regs
 from kvmpy.x86 import segments
 from kvmpy.x86.paging import PageTables
 
-# An instruction emulator takes hundreds of nanoseconds, a CPU less than one, a CPU that QEMU translates a few.
+# An instruction emulator takes hundreds of nanoseconds, a CPU less than one, QEMU's translation a few.
 NATIVE_BELOW_NS = 50.0
 _DEADLINE = 10.0
 _MEMORY = 2 << 20

@@ -16,7 +16,8 @@ from kvmpy.testing import host, options, protections
 from kvmpy.testing.errata import BUILTIN, ErrataError, load
 from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
 from kvmpy.testing.fixtures import _protection as protection
-from kvmpy.testing.itemreports import ItemReports, Needs, uses_kvmpy
+from kvmpy.testing.itemreports import ItemReports, Needs
+from kvmpy.testing.leakcheck import LeakCheck, uses_kvmpy
 from kvmpy.testing.options import SETTINGS
 from kvmpy.testing.requirements import Requirements
 from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results
@@ -40,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         errata = load([BUILTIN, *settings.errata])
     except ErrataError as error:
         raise pytest.UsageError(str(error)) from error
+    config.pluginmanager.register(LeakCheck(settings.leaks), "kvmpy-leaks")
     config.pluginmanager.register(Needs(settings), "kvmpy-needs")
     config.pluginmanager.register(ItemReports(settings, errata, host.facts()), "kvmpy-items")
     if hasattr(config, "workerinput"):

@@ -44,8 +44,10 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 def of_item(item: pytest.Item) -> str | None:
     """Return the protection that *item* runs under; None for a test that makes no VM through the fixtures."""
     callspec = getattr(item, "callspec", None)
-    if callspec is not None and FIXTURE in callspec.params:
-        return str(callspec.params[FIXTURE])
+    chosen = callspec.params.get(FIXTURE) if callspec is not None else None
+    if chosen is not None:
+        # A test may parametrize an argument of this name for a purpose of its own.
+        return str(chosen) if item.get_closest_marker(MARKER) else None
     return "none" if FIXTURE in getattr(item, "fixturenames", ()) else None
 
 

@@ -58,7 +58,7 @@ def test_brackets_of_a_test_id_stand_for_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("when", "protection", "expected"),
+    ("when", "under", "expected"),
     [
         ({"module": "kvm_pvm"}, None, True),
         ({"module": "kvm_amd"}, None, False),
@@ -69,9 +69,9 @@ def test_brackets_of_a_test_id_stand_for_themselves() -> None:
         ({"platform": "lab*"}, None, False),
     ],
 )
-def test_every_condition_must_hold(when: dict[str, str], protection: str | None, expected: bool) -> None:
+def test_every_condition_must_hold(when: dict[str, str], under: str | None, expected: bool) -> None:
     erratum = Erratum("a.py::*", "r", "o", when)
-    assert (find([erratum], "a.py::t", HERE, protection) is erratum) is expected
+    assert (find([erratum], "a.py::t", HERE, under) is erratum) is expected
 
 
 def test_kvmpys_own_file_is_valid() -> None:

@@ -11,10 +11,25 @@ from kvmpy.testing.verdicts import TestVerdict, Verdict
 from tests.testing.support import parse_ktap
 
 
-def entry(identifier: str, verdict: Verdict, reason: str = "", **more: str) -> TestVerdict:
+def entry(
+    identifier: str,
+    verdict: Verdict,
+    reason: str = "",
+    *,
+    details: str = "",
+    platform: str = "host",
+    protection: str | None = None,
+) -> TestVerdict:
     return TestVerdict(
-        identifier, identifier, "area", verdict, more.pop("platform", "host"), reason=reason, **more
-    )  # type: ignore[arg-type]
+        identifier,
+        identifier,
+        "area",
+        verdict,
+        platform,
+        reason=reason,
+        details=details,
+        protection=protection,
+    )
 
 
 def test_a_document_line_by_line() -> None:

@@ -80,51 +80,52 @@ def test_a_requirement_that_means_nothing_fails(suite: Suite) -> None:
     assert "unknown requirement 'toll:gcc'" in outcome.reason("test_a")
 
 
+KINDS = [
+    ("'kvm'", "pass"),
+    ("'KVM_CAP_USER_MEMORY'", "pass"),
+    ("'KVM_CAP_NR_MEMSLOTS>=2'", "pass"),
+    ("'KVM_CAP_NR_MEMSLOTS>=0x7fffffff'", "skip"),
+    ("'KVM_CAP_VM_TYPES&1'", "pass"),
+    ("'KVM_CAP_S390_PSW'", "skip"),
+    ("'KVM_CAP_NO_SUCH'", "fail"),
+    ("'ioctl:KVM_RUN'", "pass"),
+    ("'ioctl:KVM_WALK'", "fail"),
+    ("'vm-type:KVM_X86_DEFAULT_VM'", "pass"),
+    ("'vm-type:KVM_X86_TDX_VM'", "skip"),
+    ("'protection:none'", "pass"),
+    ("'protection:nonesuch'", "fail"),
+    ("'msr:0x10'", "pass"),
+    ("'msr:0x12345678'", "skip"),
+    ("'param:kvm.halt_poll_ns'", "pass"),
+    ("'param:kvm.halt_poll_ns=-1'", "skip"),
+    ("'param:kvm.no_such'", "skip"),
+    ("'cpu:lm'", "pass"),
+    ("'cpu:nosuchflag'", "skip"),
+    ("'path:/dev/null'", "pass"),
+    ("'path:/nonexistent'", "skip"),
+    ("'toll:gcc'", "fail"),
+    ("lambda kvm: None", "pass"),
+    ("lambda kvm: 'a moon in the right phase'", "skip"),
+    ("lambda kvm: Missing('a moon', 'wait')", "skip"),
+]
+
+
 @pytest.mark.requires("kvm")
-@pytest.mark.parametrize(
-    ("requirement", "verdict"),
-    [
-        ("'kvm'", "pass"),
-        ("'KVM_CAP_USER_MEMORY'", "pass"),
-        ("'KVM_CAP_NR_MEMSLOTS>=2'", "pass"),
-        ("'KVM_CAP_NR_MEMSLOTS>=0x7fffffff'", "skip"),
-        ("'KVM_CAP_VM_TYPES&1'", "pass"),
-        ("'KVM_CAP_S390_PSW'", "skip"),
-        ("'KVM_CAP_NO_SUCH'", "fail"),
-        ("'ioctl:KVM_RUN'", "pass"),
-        ("'ioctl:KVM_WALK'", "fail"),
-        ("'vm-type:KVM_X86_DEFAULT_VM'", "pass"),
-        ("'vm-type:KVM_X86_TDX_VM'", "skip"),
-        ("'protection:none'", "pass"),
-        ("'protection:nonesuch'", "fail"),
-        ("'msr:0x10'", "pass"),
-        ("'msr:0x12345678'", "skip"),
-        ("'param:kvm.halt_poll_ns'", "pass"),
-        ("'param:kvm.halt_poll_ns=-1'", "skip"),
-        ("'param:kvm.no_such'", "skip"),
-        ("'cpu:lm'", "pass"),
-        ("'cpu:nosuchflag'", "skip"),
-        ("'path:/dev/null'", "pass"),
-        ("'path:/nonexistent'", "skip"),
-        ("'toll:gcc'", "fail"),
-        ("lambda kvm: None", "pass"),
-        ("lambda kvm: 'a moon in the right phase'", "skip"),
-        ("lambda kvm: Missing('a moon', 'wait')", "skip"),
-    ],
-)
-def test_kinds_of_requirements(
-    suite: Suite, monkeypatch: pytest.MonkeyPatch, requirement: str, verdict: str
-) -> None:
+def test_kinds_of_requirements(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVMPY_DEV_KVM")
     suite.add(
         "test_a.py",
         "import pytest\nfrom kvmpy.testing import Missing\n"
-        f"@pytest.mark.requires({requirement})\ndef test_a(): pass\n",
+        + "".join(
+            f"@pytest.mark.requires({requirement})\ndef test_{number}(): pass\n"
+            for number, (requirement, _) in enumerate(KINDS)
+        ),
     )
     outcome = suite.run()
-    assert outcome.verdicts() == {"test_a": verdict}
-    if verdict == "skip":
-        assert outcome.test("test_a")["missing"]
+    found = outcome.verdicts()
+    assert [(text, found[f"test_{number}"]) for number, (text, _) in enumerate(KINDS)] == KINDS
+    for name, verdict in found.items():
+        assert bool(outcome.test(name)["missing"]) is (verdict == "skip")
 
 
 def test_dangerous_runs_only_when_asked_for(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
