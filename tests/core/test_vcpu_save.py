@@ -64,3 +64,11 @@ def test_differences_name_the_part_and_the_msr(snapshot: VcpuSnapshot) -> None:
 def test_a_running_time_stamp_counter_is_no_difference(snapshot: VcpuSnapshot) -> None:
     other = dataclasses.replace(snapshot, msrs=((0x10, 2000), (0xC000_0082, 0xFFFF_8000_0000_0000)))
     assert snapshot.differences(other) == []
+
+
+def test_a_component_in_its_initial_state_is_no_difference(snapshot: VcpuSnapshot) -> None:
+    marked = bytearray(snapshot.xsave)
+    marked[512] = 2
+    assert snapshot.differences(dataclasses.replace(snapshot, xsave=bytes(marked))) == []
+    marked[160] = 1
+    assert len(snapshot.differences(dataclasses.replace(snapshot, xsave=bytes(marked)))) == 1
