@@ -43,6 +43,7 @@ from kvmpy.uapi.constants.para import PvEoi as PvEoi
 from kvmpy.uapi.constants.para import PvReason as PvReason
 from kvmpy.uapi.constants.para import StealTime as StealTime
 from kvmpy.uapi.constants.run import ArmSeaFlag as ArmSeaFlag
+from kvmpy.uapi.constants.run import CoalescedLimit as CoalescedLimit
 from kvmpy.uapi.constants.run import ExitReason as ExitReason
 from kvmpy.uapi.constants.run import HypercallFlag as HypercallFlag
 from kvmpy.uapi.constants.run import HypervExit as HypervExit
@@ -760,6 +761,8 @@ KVM_PIO_PAGE_OFFSET: Final = RunPage.KVM_PIO_PAGE_OFFSET
 KVM_COALESCED_MMIO_PAGE_OFFSET: Final = RunPage.KVM_COALESCED_MMIO_PAGE_OFFSET
 KVM_DIRTY_LOG_PAGE_OFFSET: Final = RunPage.KVM_DIRTY_LOG_PAGE_OFFSET
 SYNC_REGS_SIZE_BYTES: Final = RunPage.SYNC_REGS_SIZE_BYTES
+
+KVM_COALESCED_MMIO_MAX: Final = CoalescedLimit.KVM_COALESCED_MMIO_MAX
 
 KVM_IRQCHIP_PIC_MASTER: Final = IrqChip.KVM_IRQCHIP_PIC_MASTER
 KVM_IRQCHIP_PIC_SLAVE: Final = IrqChip.KVM_IRQCHIP_PIC_SLAVE

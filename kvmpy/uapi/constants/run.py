@@ -160,3 +160,9 @@ class RunPage(IntEnum):
     KVM_COALESCED_MMIO_PAGE_OFFSET = 2
     KVM_DIRTY_LOG_PAGE_OFFSET = 64
     SYNC_REGS_SIZE_BYTES = 2048
+
+
+class CoalescedLimit(IntEnum):
+    """How many entries the ring of struct kvm_coalesced_mmio_ring has (one page)."""
+
+    KVM_COALESCED_MMIO_MAX = 170
