@@ -163,7 +163,9 @@ def _print_report(report: Report, directory: Path) -> None:
         click.echo(f"  {difference}")
     unexplained = report.unexplained
     explained = len(report.drift) - len(unexplained)
-    click.echo(f"drift (only in the headers): {len(unexplained)} unexplained, {explained} left out on purpose")
+    click.echo(
+        f"drift (only in the headers): {len(unexplained)} unexplained, {explained} left out on purpose"
+    )
     for drift in unexplained:
         click.echo(f"  {drift}")
     left_out: dict[str, list[str]] = {}
