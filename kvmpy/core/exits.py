@@ -34,7 +34,10 @@ class Exit:
 
 @dataclass(frozen=True)
 class UnknownExit(Exit):
-    """A reason that this version of kvmpy does not know: its number and the first 32 bytes of the payload."""
+    """A reason without a class of its own (of another architecture, or newer than this version of kvmpy).
+
+    *number* is the reason, *payload* the first 32 bytes of what kvm_run holds for it.
+    """
 
     number: int
     payload: bytes
@@ -361,6 +364,24 @@ class SnpReqCertsExit(Exit):
         self.run.snp_req_certs.ret = result
         if npages is not None:
             self.run.snp_req_certs.npages = npages
+
+
+@dataclass(frozen=True)
+class TdxExit(Exit):
+    """KVM_EXIT_TDX: a TDVMCALL of an Intel TDX guest; *data* is its payload without the return value."""
+
+    reason = ExitReason.KVM_EXIT_TDX
+    flags: int
+    nr: int
+    data: tuple[int, ...]
+
+    @classmethod
+    def read(cls, run: CData, errno: int) -> Exit:
+        return cls(run.tdx.flags, run.tdx.nr, tuple(run.tdx.unknown.data), run=run, errno=errno)
+
+    def respond(self, result: int) -> None:
+        """Set the status that the guest finds in R10 (0 for success)."""
+        self.run.tdx.unknown.ret = result
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def test_no_memory_for_the_guest() -> None:
 
 @pytest.mark.protections("all")
 def test_hundreds_of_vms_without_growth(make_vm: MakeVm) -> None:
-    """Three hundred VMs one after another leave no file descriptor, mapping or thread, and no growing memory."""
+    """Three hundred VMs one after another leave no fd, mapping or thread, and no growing memory."""
     program = GuestProgram.from_c(NOTHING)
     me = psutil.Process()
 
@@ -174,7 +174,7 @@ def test_hundreds_of_vms_without_growth(make_vm: MakeVm) -> None:
 
 @pytest.mark.protections("all")
 def test_order_of_a_vms_life(make_vm: MakeVm) -> None:
-    """Running before launch, launching twice, and changes of the initial state after it are refused by name."""
+    """Running before launch, launching twice and changing the initial state later are refused by name."""
     vm = make_vm(NOTHING)
     with pytest.raises(LaunchError, match=r"call vm\.launch"):
         vm.guests[0].run_to_done()

@@ -108,7 +108,7 @@ def test_assertion(make_vm: MakeVm) -> None:
 
 @pytest.mark.protections("all")
 def test_unexpected_exception(make_vm: MakeVm) -> None:
-    """An exception nobody handles ends the test with vector, error code, address, line, and the walk of CR2."""
+    """An exception nobody handles is told with vector, error code, address, line, and the walk of CR2."""
     error = failure(make_vm(WILD_WRITE))
     assert isinstance(error, GuestExceptionError)
     assert (error.vector, error.error_code) == (14, 2)
@@ -120,7 +120,7 @@ def test_unexpected_exception(make_vm: MakeVm) -> None:
 
 @pytest.mark.protections("all")
 def test_walks_show_the_encryption_bit(make_vm: MakeVm) -> None:
-    """The post-mortem's walk of RIP shows each raw entry, with the encryption bit where the protection has one."""
+    """The post-mortem's walk of RIP shows each raw entry, with its encryption bit where there is one."""
     vm = make_vm(WILD_WRITE)
     error = failure(vm)
     walk = re.search(r"page-table walk of RIP .*?\n(.*?)---", error.postmortem, re.DOTALL)
