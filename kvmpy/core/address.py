@@ -43,7 +43,7 @@ class _Address(int):
     __radd__ = __add__
 
     @overload
-    def __sub__(self: _A, other: _A) -> int: ...
+    def __sub__(self: _A, other: _A) -> int: ...  # type: ignore[overload-overlap]
     @overload
     def __sub__(self: _A, other: int) -> _A: ...
     def __sub__(self: _A, other: int) -> _A | int:

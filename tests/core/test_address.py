@@ -29,7 +29,7 @@ def test_the_difference_of_two_addresses_is_a_number() -> None:
 
 def test_kinds_do_not_mix() -> None:
     with pytest.raises(TypeError, match="Gva"):
-        Gva(1) - Gpa(1)  # type: ignore[operator]
+        Gva(1) - Gpa(1)
     with pytest.raises(TypeError, match="RawGpa"):
         Gpa(RawGpa(0x1000))
     with pytest.raises(TypeError, match="compare"):
