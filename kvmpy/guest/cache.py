@@ -62,11 +62,13 @@ def create(key: str, build: Callable[[Path], None]) -> Path:
 def drop(key: str) -> None:
     """Remove the entry *key*, because it is damaged."""
     target = entry(key)
+    if not target.exists():
+        return
+    # Out of the way at once, so that whoever looks meanwhile sees all of it or nothing.
+    aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder()))
     with contextlib.suppress(OSError):
-        # Out of the way at once, so that whoever looks meanwhile sees all of it or nothing.
-        aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder()))
         target.rename(aside / target.name)
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _age(item: os.DirEntry[str]) -> float:

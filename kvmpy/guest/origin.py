@@ -88,6 +88,8 @@ class _Literals:
         except (SyntaxError, ValueError):
             return
         for node in _strings(tree):
+            if not _follows_its_lines(node):
+                continue
             line = self._first_line(node)
             if isinstance(node, ast.Constant):
                 self._add(str(node.value), line)
@@ -129,6 +131,13 @@ def _strings(tree: ast.AST) -> Iterator[ast.Constant | ast.JoinedStr]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
             yield node
         pending.extend(reversed(list(ast.iter_child_nodes(node))))
+
+
+def _follows_its_lines(node: ast.Constant | ast.JoinedStr) -> bool:
+    # With "\\n" inside one line of the file, lines of the value are not lines of the file.
+    values = node.values if isinstance(node, ast.JoinedStr) else [node]
+    lines = sum(str(part.value).count("\n") for part in values if isinstance(part, ast.Constant))
+    return lines <= (node.end_lineno or node.lineno) - node.lineno
 
 
 def _pattern(node: ast.JoinedStr) -> re.Pattern[str]:

@@ -148,8 +148,15 @@ class _Source:
     def complete(self) -> str:
         return self.where.directive + self.text + ("" if self.text.endswith("\n") else "\n")
 
-    def explain(self, stderr: str) -> str:
-        """Add the lines that the compiler's first message is about, where it could not show them itself."""
+    def write(self, folder: Path) -> Path:
+        path = folder / f"source{self.suffix}"
+        path.write_text(self.complete(), encoding="utf-8", errors="surrogateescape")
+        return path
+
+    def explain(self, stderr: str, path: Path) -> str:
+        """Return the messages with the linker's file names mended, and the lines that gcc could not show."""
+        ours = re.compile(rf"^\S*/{re.escape(path.name)}:", re.MULTILINE)
+        stderr = ours.sub(lambda _: f"{self.where.file}:", stderr)
         if self.where.exact:
             return stderr
         found = re.search(rf"^{re.escape(self.where.file)}:(\d+)", stderr, re.MULTILINE)
@@ -286,9 +293,7 @@ def _build(
     sources = list(files)
     include: list[str] = []
     if inline is not None:
-        path = workdir / f"source{inline.suffix}"
-        path.write_text(inline.complete(), encoding="utf-8", errors="surrogateescape")
-        sources.insert(0, path)
+        sources.insert(0, inline.write(workdir))
         if inline.where.folder:
             include = ["-iquote", inline.where.folder]
     target = workdir / _IMAGE
@@ -300,7 +305,7 @@ def _build(
     except GuestBuildError as error:
         if inline is None:
             raise
-        raise GuestBuildError(name, inline.explain(error.stderr), error.command) from None
+        raise GuestBuildError(name, inline.explain(error.stderr, sources[0]), error.command) from None
     elf = target.read_bytes()
     image = read_image(elf, name)
     index = {

@@ -169,7 +169,7 @@ def check_target(tools: Toolchain) -> None:
     if not machine.startswith("x86_64"):
         raise ToolchainError(
             f"{tools.cc} makes code for {machine}, guests need x86_64",
-            "apt install gcc-x86-64-linux-gnu, then set KVMPY_CC=x86_64-linux-gnu-gcc KVMPY_AR=x86_64-linux-gnu-ar",
+            "apt install gcc-x86-64-linux-gnu, then set KVMPY_CC and KVMPY_AR to x86_64-linux-gnu-gcc and -ar",
         )
 
 
@@ -194,13 +194,15 @@ def compile_objects(
     Headers of the runtime and of the compiler itself are not among them.
     """
     include = runtime_dir() / "include"
+    # The same content gives the same image, wherever it is built.
+    maps = [f"-ffile-prefix-map={runtime_dir()}=guest_asm", f"-ffile-prefix-map={workdir}=."]
     objects: list[Path] = []
     headers: dict[Path, None] = {}
     said = ""
     for number, source in enumerate(sources):
         target = workdir / f"{number}-{source.stem}.o"
         depfile = target.with_suffix(".d")
-        command = [tools.cc, *FLAGS, f"-ffile-prefix-map={runtime_dir()}=guest_asm", f"-I{include}"]
+        command = [tools.cc, *FLAGS, *maps, f"-I{include}"]
         command += [*cflags, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]
         said += run(command, cwd=workdir, name=name)
         objects.append(target)

@@ -149,9 +149,7 @@ def assertion_text(call: Ucall, program: GuestProgram) -> str:
 def exception_text(call: Ucall, program: GuestProgram) -> str:
     """Return what the EXCEPTION *call* says: which one, error code, where, the address of a page fault."""
     vector, error_code, rip, rsp, cr2, rflags = (*call.args, 0, 0, 0, 0, 0, 0)[:6]
-    text = f"unexpected {exceptions.name(vector)} on vcpu{call.vcpu}"
-    if exceptions.has_error_code(vector):
-        text += f", error code {error_code:#x}"
+    text = f"unexpected {exceptions.describe(vector, error_code)} on vcpu{call.vcpu}"
     if vector == exceptions.Vector.PF:
         text += f", address {cr2:#x}"
     line = program.line(Gva(rip))
