@@ -39,7 +39,7 @@ class Vector(IntEnum):
 
 
 @dataclass(frozen=True)
-class Exception_:  # noqa: N801 - the plain name is Python's
+class Exception_:
     """What the architecture says of a vector; *kind* is fault, trap, abort, interrupt or ``fault/trap``."""
 
     vector: Vector

@@ -75,7 +75,7 @@ def dr6_words(value: int) -> str:
 
 
 def dr7_words(value: int) -> str:
-    """Return DR7 as words: each enabled breakpoint with scope, condition and length, then the general bits."""
+    """Return DR7 as words: enabled breakpoints with scope, condition and length, then the general bits."""
     words = []
     for number in range(4):
         enabled = value >> 2 * number & 3
