@@ -44,12 +44,9 @@ _OPERATORS = {
 
 
 class Ucall:
-    """One call of the guest: ``.cmd``, ``.args`` (up to eight u64), ``.vcpu`` (its index), ``.slot``.
+    """One call of the guest: ``.cmd``, ``.args`` (up to eight u64), ``.vcpu`` (its index), ``.slot``."""
 
-    ``.text`` is what PRINTF printed, or the expression of an ABORT, whose file is ``.file``.
-    """
-
-    __slots__ = ("_page", "args", "cmd", "file", "slot", "text", "vcpu")
+    __slots__ = ("_page", "_strings", "args", "cmd", "slot", "vcpu")
 
     def __init__(
         self,
@@ -58,20 +55,30 @@ class Ucall:
         vcpu: int = 0,
         slot: int = 0,
         page: memoryview | bytearray | None = None,
+        strings: tuple[str, ...] = (),
     ) -> None:
         self.cmd = cmd
         self.args = args
         self.vcpu = vcpu
         self.slot = slot
-        self.text = ""
-        self.file = ""
         self._page = page
+        self._strings = strings
 
     def reply(self, value: int) -> None:
         """Give the guest *value* (64 bits) as the result of its GUEST_ASK(); before the vCPU runs again."""
         if self._page is None:
             raise ValueError(f"{self!r} did not come from a guest")
         _WORD.pack_into(self._page, self.slot * _SLOT_SIZE + layout.UCALL_ARGS, value & _U64)
+
+    @property
+    def text(self) -> str:
+        """What PRINTF printed or which expression failed; empty for other commands."""
+        return self._strings[0] if self._strings else ""
+
+    @property
+    def file(self) -> str:
+        """The source file of an ABORT; empty for other commands."""
+        return self._strings[1] if self.cmd == ABORT and len(self._strings) > 1 else ""
 
     @property
     def name(self) -> str:
@@ -96,16 +103,13 @@ class Ucall:
 
 def read(page: memoryview | bytearray, slot: int, index: int) -> Ucall:
     """Return the call in slot *slot* of the ucall page *page* of vCPU *index*."""
-    at = slot * _SLOT_SIZE
-    words = _unpack_words(page, at + _WORDS_AT)
+    words = _unpack_words(page, slot * _SLOT_SIZE + _WORDS_AT)
     word = words[0]
-    call = Ucall(word & 0xFFFF, words[1 : 1 + (word >> 16 & 0xFF)], index, slot, page)
-    if word & _HAS_TEXT:
-        parts = bytes(page[at + _TEXT_AT : at + _SLOT_SIZE]).split(b"\0", 2)
-        call.text = parts[0].decode("utf-8", "replace")
-        if call.cmd == ABORT and len(parts) > 1:
-            call.file = parts[1].decode("utf-8", "replace")
-    return call
+    if not word & _HAS_TEXT:
+        return Ucall(word & 0xFFFF, words[1 : 1 + (word >> 16 & 0xFF)], index, slot, page)
+    text = bytes(page[slot * _SLOT_SIZE + _TEXT_AT : (slot + 1) * _SLOT_SIZE])
+    strings = tuple(part.decode("utf-8", "replace") for part in text.split(b"\0", 2)[:2])
+    return Ucall(word & 0xFFFF, words[1 : 1 + (word >> 16 & 0xFF)], index, slot, page, strings)
 
 
 def command_name(command: int) -> str:
