@@ -14,6 +14,8 @@ from kvmpy.testing.host import platform_name
 DEFAULT_DEADLINE = 20.0
 LEAK_MODES = ("all", "kvm", "off")
 SEED_BITS = 32
+# What the controlling process hands to its xdist workers.
+WORKER_SEED = "kvmpy_seed"
 
 MARKERS = (
     "requires(*needs): what the test needs: 'KVM_CAP_X', 'ioctl:KVM_X', 'param:kvm.name=Y', a callable, ...",
@@ -106,10 +108,9 @@ def _path(value: str | None) -> Path | None:
 
 def read_settings(config: pytest.Config) -> Settings:
     """Return the session's settings; picks the seed when none was given."""
-    seed = config.getoption("--kvmpy-seed")
+    seed = getattr(config, "workerinput", {}).get(WORKER_SEED, config.getoption("--kvmpy-seed"))
     if seed is None:
-        # Stored as the option's value, which is what xdist hands to its workers.
-        seed = config.option.kvmpy_seed = secrets.randbits(SEED_BITS)
+        seed = secrets.randbits(SEED_BITS)
     leaks = str(config.getini("kvmpy_leaks"))
     if leaks not in LEAK_MODES:
         raise pytest.UsageError(f"kvmpy_leaks = {leaks}: choose from {', '.join(LEAK_MODES)}")

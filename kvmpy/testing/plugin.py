@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,11 @@ class Session:
         if settings.protections is not None:
             about += f", only protection {', '.join(settings.protections)}"
         return [about, *self.summary.lines()]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Give an xdist worker this session's seed."""
+        node.workerinput[options.WORKER_SEED] = self._settings.seed
 
     def pytest_report_header(self) -> list[str]:
         """Describe the host."""

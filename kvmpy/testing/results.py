@@ -25,13 +25,13 @@ def attached(report: pytest.TestReport) -> Mapping[str, Any]:
 
 def _message(report: pytest.TestReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message if crash is not None else report.longreprtext
+    text = crash.message if crash is not None else str(report.longrepr)
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[0].strip()[:FIRST_LINE] if lines else f"failed in {report.when}"
 
 
 def _skip_reason(report: pytest.TestReport) -> str:
-    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return str(text).removeprefix("Skipped: ")
 
 
@@ -56,7 +56,7 @@ def judge(nodeid: str, reports: Sequence[pytest.TestReport], platform: str) -> T
         verdict, reason = Verdict.LOST, "the session ended in the middle of it"
     elif failed:
         verdict, reason = Verdict.FAIL, _message(failed[0])
-        details = "\n\n".join(report.longreprtext for report in failed)
+        details = "\n\n".join(str(report.longrepr) for report in failed)
     elif skipped is not None and hasattr(skipped, "wasxfail"):
         verdict, reason = Verdict.XFAIL, str(skipped.wasxfail).removeprefix("reason: ") or "expected to fail"
     elif skipped is not None:

@@ -62,6 +62,8 @@ class Suite:
             "-c",
             str(SUITE_INI),
             f"--rootdir={self.folder}",
+            "-p",
+            "no:hypothesispytest",  # takes longer to import than most of these suites run
             "--kvmpy-json=out.json",
             "--ktap=out.ktap",
             "--junitxml=out.xml",

@@ -155,11 +155,20 @@ def test_dangerous_runs_when_named(suite: Suite) -> None:
     result.assert_outcomes(skipped=2)
 
 
+KEEP = """
+import pytest
+
+def keep(name, value):
+    with open(name, "a") as stream:
+        stream.write(f"{value}\\n")
+
+"""
+
+
 def test_the_seed_is_printed_and_repeats_every_choice(suite: Suite) -> None:
     suite.add(
         "test_a.py",
-        "def test_a(rng): open('a', 'a').write(f'{rng.random()}\\n')\n"
-        "def test_b(rng): open('b', 'a').write(f'{rng.random()}\\n')\n",
+        f"{KEEP}def test_a(rng): keep('a', rng.random())\ndef test_b(rng): keep('b', rng.random())\n",
     )
     first = suite.run()
     seed = first.report["seed"]
@@ -174,8 +183,7 @@ def test_the_seed_is_printed_and_repeats_every_choice(suite: Suite) -> None:
 def test_xdist_workers_share_the_seed(suite: Suite) -> None:
     suite.add(
         "test_a.py",
-        "import pytest\n@pytest.mark.parametrize('n', range(8))\n"
-        "def test_a(n, seed): open(f'seed{n}', 'a').write(f'{seed}\\n')\n",
+        f"{KEEP}@pytest.mark.parametrize('n', range(8))\ndef test_a(n, seed): keep(f'seed{{n}}', seed)\n",
     )
     first = suite.run("-n2")
     suite.run("-n0", f"--kvmpy-seed={first.report['seed']}")

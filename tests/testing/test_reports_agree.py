@@ -159,13 +159,16 @@ def from_table(text: str) -> dict[str, Counter[str]]:
     rows: dict[str, Counter[str]] = {}
     area = ""
     words = ("pass", "fail", "skip", "xfail", "lost")
-    pattern = re.compile(r"\s*(\S+)?\s+(\S+(?: \*)?)((?:\s+(?:\d+|\.)){5})\s+\d+\.\d\s*")
-    for line in text[text.rindex("verdicts,") :].splitlines():
-        match = pattern.fullmatch(line)
+    lines = text[text.rindex("verdicts, seed") :].splitlines()
+    heading = next(line for line in lines if line.split()[:2] == ["area", "protection"])
+    second = heading.index("protection")
+    pattern = re.compile(r"\S+(?: \*)?((?:\s+(?:\d+|\.)){5})\s+\d+\.\d\s*")
+    for line in lines:
+        match = pattern.fullmatch(line[second:])
         if match is None:
             continue
-        area = match[1] or area
-        numbers = [0 if word == "." else int(word) for word in match[3].split()]
+        area = line[:second].strip() or area
+        numbers = [0 if word == "." else int(word) for word in match[1].split()]
         rows.setdefault(area, Counter()).update(dict(zip(words, numbers, strict=True)))
     return rows
 

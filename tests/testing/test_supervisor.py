@@ -49,7 +49,7 @@ def test_fixtures_and_seed_outlive_a_death(here: Suite, capfd: pytest.CaptureFix
         "test_a.py",
         "import os, pytest\n"
         "@pytest.fixture(scope='module')\ndef shared(): return 5\n"
-        "def test_a(shared, seed): open('seeds', 'a').write(f'{seed}\\n'); assert shared == 5\n"
+        "def test_a(shared, seed):\n    with open('seeds', 'a') as stream: stream.write(f'{seed}\\n')\n"
         "def test_dies(): os._exit(0)\n"
         "def test_b(shared): assert shared == 5\n",
     )
