@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvmpy.core.coalesced import VmCoalesced
@@ -30,13 +31,18 @@ class Vm(VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, VmSlots)
         super().__init__(fd, f"vm{next(_numbers)}")
         self.kvm = kvm
         self.vm_type = int(vm_type)
-        self.vcpus: list[Vcpu] = []
+        self._vcpus: list[Vcpu] = []
+
+    @property
+    def vcpus(self) -> Sequence[Vcpu]:
+        """The vCPUs in the order of their creation."""
+        return self._vcpus
 
     def create_vcpu(self, vcpu_id: int | None = None) -> Vcpu:
         """Create a vCPU with *vcpu_id*, by default the number of vCPUs so far (KVM_CREATE_VCPU)."""
-        number = len(self.vcpus) if vcpu_id is None else vcpu_id
+        number = len(self._vcpus) if vcpu_id is None else vcpu_id
         vcpu = self.make_vcpu(self.ioctl(ioctls.KVM_CREATE_VCPU, number), number)
-        self.vcpus.append(vcpu)
+        self._vcpus.append(vcpu)
         return vcpu
 
     def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
@@ -67,6 +73,6 @@ class Vm(VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, VmSlots)
 
     def close(self) -> None:
         """Close the vCPUs, the VM and all that belongs to it."""
-        for vcpu in self.vcpus:
+        for vcpu in self._vcpus:
             vcpu.close()
         super().close()

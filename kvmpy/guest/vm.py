@@ -131,9 +131,11 @@ class GuestVm(Vm):
         return GuestVcpu(self, fd, vcpu_id, len(self.vcpus))
 
     @property
-    def guests(self) -> list[GuestVcpu]:
-        """The vCPUs, typed as what they are here."""
-        return cast("list[GuestVcpu]", self.vcpus)
+    def vcpus(self) -> Sequence[GuestVcpu]:
+        """The vCPUs in the order of their creation."""
+        return cast("list[GuestVcpu]", self._vcpus)
+
+    guests = vcpus
 
     def _place(
         self, gva: Gva, gpa: Gpa, size: int, *, writable: bool = True, nx: bool = True, user: bool = False
