@@ -146,6 +146,8 @@ def declared(headers: Headers) -> Declared:
         elif wanted:
             code.append(line)
     _parse("\n".join(code), found)
+    if "kvm_regs" in found.structs and not found.structs.keys() & {"kvm_dtable", "kvm_lapic_state"}:
+        raise HeaderError(f"{headers.includes[-1]}: asm/kvm.h is of another architecture than x86")
     return found
 
 

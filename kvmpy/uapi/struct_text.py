@@ -137,7 +137,7 @@ def shown_fields(value: Struct, member: str | None = None) -> Iterator[Field]:
     taken: list[Field] = []
     for field in sorted(fields, key=lambda each: (each.name != chosen, bool(_PADDING.fullmatch(each.name)))):
         overlaps = any(_overlap(field, other) for other in fields if other is not field)
-        if overlaps and chosen and field.name != chosen and value.NAME == "kvm_run":
+        if overlaps and field.name != chosen and value.NAME == "kvm_run":
             continue
         if not any(_overlap(field, other) for other in taken):
             taken.append(field)
