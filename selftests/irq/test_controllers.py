@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Creating the in-kernel interrupt controllers, and reading and writing their state."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from kvmpy import Kvm
+from kvmpy.core.errors import KvmError
+from kvmpy.core.irq import RedirectionEntry
+from kvmpy.core.vm import Vm
+from kvmpy.uapi.constants import KVM_CAP_IRQ_ROUTING
+from kvmpy.uapi.structs import kvm_ioapic_state, kvm_irqchip, kvm_pic_state
+
+pytestmark = pytest.mark.requires("KVM_CAP_IRQCHIP")
+
+CHIPS = (0, 1, 2)
+
+
+def refused(call: Callable[[], object]) -> int:
+    """Return the errno with which *call* fails."""
+    with pytest.raises(KvmError) as caught:
+        call()
+    return int(caught.value.errno or 0)
+
+
+def test_second_irqchip(vm: Vm) -> None:
+    """A VM has one interrupt controller model: a second KVM_CREATE_IRQCHIP fails with EEXIST.
+
+    Documentation/virt/kvm/api.rst, 4.24 KVM_CREATE_IRQCHIP.
+    """
+    vm.create_irqchip()
+    assert refused(vm.create_irqchip) == errno.EEXIST
+
+
+def test_irqchip_after_vcpu(vm: Vm) -> None:
+    """Once a vCPU exists KVM_CREATE_IRQCHIP fails with EINVAL: local APICs come with the vCPUs.
+
+    Documentation/virt/kvm/api.rst, 4.24 KVM_CREATE_IRQCHIP: "sets up future vcpus to have a local APIC".
+    """
+    vm.create_vcpu()
+    assert refused(vm.create_irqchip) == errno.EINVAL
+
+
+@pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
+def test_split_excludes_full(kvm: Kvm) -> None:
+    """Split and full irqchip exclude each other: the second one fails with EEXIST, in either order.
+
+    Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP.
+    """
+    with kvm.create_vm() as vm:
+        vm.create_irqchip()
+        assert refused(vm.create_split_irqchip) == errno.EEXIST
+    with kvm.create_vm() as vm:
+        vm.create_split_irqchip()
+        assert refused(vm.create_irqchip) == errno.EEXIST
+        assert refused(vm.create_split_irqchip) == errno.EEXIST
+
+
+@pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
+def test_split_after_vcpu(vm: Vm) -> None:
+    """Once a vCPU exists the split irqchip cannot be enabled.
+
+    Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP: "Fails if VCPU has already been created".
+    """
+    vm.create_vcpu()
+    assert refused(vm.create_split_irqchip) == errno.EEXIST
+
+
+@pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
+def test_split_with_too_many_pins(vm: Vm) -> None:
+    """More reserved pins than there are routes are refused with EINVAL, as many are not.
+
+    Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP: args[0] is a number of routes.
+    """
+    limit = vm.check_extension(KVM_CAP_IRQ_ROUTING)
+    assert refused(lambda: vm.create_split_irqchip(limit + 1)) == errno.EINVAL
+    vm.create_split_irqchip(limit)
+
+
+@pytest.mark.parametrize(
+    "split", [pytest.param(True, marks=pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")), False]
+)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_no_controllers(vm: Vm, chip: int, split: bool) -> None:
+    """Without PICs and IOAPIC in the kernel their state can be neither read nor written: ENXIO.
+
+    Documentation/virt/kvm/api.rst, 4.26 KVM_GET_IRQCHIP and 4.27 KVM_SET_IRQCHIP.
+    """
+    if split:
+        vm.create_split_irqchip()
+    assert refused(lambda: vm.get_irqchip(chip)) == errno.ENXIO
+    assert refused(lambda: vm.set_irqchip(kvm_irqchip(chip_id=chip))) == errno.ENXIO
+
+
+def test_unknown_controller(vm: Vm) -> None:
+    """Controllers other than the two PICs and the IOAPIC are refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.26 KVM_GET_IRQCHIP: chip_id 0, 1 or 2.
+    """
+    vm.create_irqchip()
+    assert refused(lambda: vm.get_irqchip(3)) == errno.EINVAL
+    assert refused(lambda: vm.set_irqchip(kvm_irqchip(chip_id=3))) == errno.EINVAL
+
+
+def test_ioapic_after_creation(vm: Vm) -> None:
+    """A new IOAPIC has its registers at 0xfec00000, all 24 pins masked, and no line raised.
+
+    82093AA data sheet, 3.0 and 3.2.4 (reset value of the mask bit).
+    """
+    vm.create_irqchip()
+    state = vm.get_ioapic()
+    assert state.base_address == 0xFEC0_0000
+    assert [entry.bits for entry in state.redirtbl] == [RedirectionEntry(masked=True).bits] * 24
+    assert state.irr == 0
+
+
+def test_ioapic_state_is_kept(vm: Vm) -> None:
+    """What KVM_SET_IRQCHIP writes to the IOAPIC KVM_GET_IRQCHIP reads back.
+
+    Documentation/virt/kvm/api.rst, 4.27 KVM_SET_IRQCHIP.
+    """
+    vm.create_irqchip()
+    state = kvm_ioapic_state(base_address=0xFEC0_0000, ioregsel=0x12, id=5)
+    for pin in range(24):
+        entry = RedirectionEntry(vector=0x20 + pin, level=bool(pin & 1), masked=True, dest_id=pin)
+        state.redirtbl[pin].bits = entry.bits
+    vm.set_ioapic(state)
+    assert vm.get_ioapic() == state
+
+
+def test_ioapic_fields_match_bits(vm: Vm) -> None:
+    """The bit fields of kvm_ioapic_state name the bits that the data sheet gives the redirection table.
+
+    Documentation/virt/kvm/api.rst, 4.26 KVM_GET_IRQCHIP; 82093AA data sheet, 3.2.4.
+    """
+    vm.create_irqchip()
+    state = vm.get_ioapic()
+    fields = state.redirtbl[3].fields
+    fields.vector, fields.delivery_mode, fields.dest_mode, fields.dest_id = 0x77, 1, 1, 0x42
+    fields.polarity, fields.trig_mode, fields.mask = 1, 1, 1
+    vm.set_ioapic(state)
+    expected = RedirectionEntry(
+        vector=0x77, delivery_mode=1, logical=True, active_low=True, level=True, masked=True, dest_id=0x42
+    )
+    assert RedirectionEntry.from_bits(vm.get_ioapic().redirtbl[3].bits) == expected
+
+
+@pytest.mark.parametrize("slave", [False, True])
+def test_pic_state_is_kept(vm: Vm, slave: bool) -> None:
+    """What KVM_SET_IRQCHIP writes to a PIC KVM_GET_IRQCHIP reads back, and the other PIC keeps its state.
+
+    Documentation/virt/kvm/api.rst, 4.27 KVM_SET_IRQCHIP.
+    """
+    vm.create_irqchip()
+    before = vm.get_pic(slave=not slave)
+    state = kvm_pic_state(imr=0xA5, irq_base=0x30, elcr=0x0C, elcr_mask=0xF8, init4=1, last_irr=0x40)
+    vm.set_pic(state, slave=slave)
+    assert vm.get_pic(slave=slave) == state
+    assert vm.get_pic(slave=not slave) == before
+
+
+def test_unmasked_level_line_after_restore(vm: Vm) -> None:
+    """Writing an IOAPIC state whose request bit is set delivers that interrupt to the local APIC.
+
+    Documentation/virt/kvm/api.rst, 4.27 KVM_SET_IRQCHIP; arch/x86/kvm/ioapic.c, kvm_set_ioapic().
+    """
+    vm.create_irqchip()
+    vcpu = vm.create_vcpu()
+    vcpu.set_lapic_reg(0xF0, 0x1FF)
+    state = vm.get_ioapic()
+    state.redirtbl[20].bits = RedirectionEntry(vector=0x51, level=True).bits
+    state.irr = 1 << 20
+    vm.set_ioapic(state)
+    assert vcpu.get_lapic_reg(0x200 + 0x10 * (0x51 // 32)) == 1 << 0x51 % 32
+    assert RedirectionEntry.from_bits(vm.get_ioapic().redirtbl[20].bits).remote_irr

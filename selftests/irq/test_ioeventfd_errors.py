@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ioeventfd: what KVM refuses, and with which errno."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.eventfd import EventFd
+from kvmpy.core.vm import Vm
+
+pytestmark = pytest.mark.requires("KVM_CAP_IOEVENTFD")
+
+PORT = 0x510
+
+
+@pytest.fixture
+def event() -> Iterator[EventFd]:
+    with EventFd() as made:
+        yield made
+
+
+def refused(vm: Vm, fd: EventFd | int, addr: int, size: int, **how: Any) -> int:
+    """Return the errno of a KVM_IOEVENTFD that must fail."""
+    with pytest.raises(KvmError) as caught:
+        vm.ioeventfd(fd, addr, size, **how)
+    return int(caught.value.errno or 0)
+
+
+def test_same_twice(vm: Vm, event: EventFd) -> None:
+    """A second ioeventfd for one address, size and value is refused with EEXIST, also with another eventfd.
+
+    virt/kvm/eventfd.c: one write must not have two takers.
+    """
+    vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
+    with EventFd() as other:
+        assert refused(vm, other, PORT, 4, pio=True, datamatch=1) == errno.EEXIST
+        vm.ioeventfd(other, PORT, 4, pio=True, datamatch=2)
+
+
+def test_wildcard_collides_with_value(vm: Vm, event: EventFd) -> None:
+    """An ioeventfd without DATAMATCH collides with one that has it at the same address and size: EEXIST.
+
+    virt/kvm/eventfd.c, ioeventfd_check_collision().
+    """
+    vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
+    assert refused(vm, event, PORT, 4, pio=True) == errno.EEXIST
+    vm.ioeventfd(event, PORT + 8, 4, pio=True)
+    assert refused(vm, event, PORT + 8, 4, pio=True, datamatch=1) == errno.EEXIST
+
+
+@pytest.mark.requires("KVM_CAP_IOEVENTFD_ANY_LENGTH")
+def test_any_length_collides_with_every_size(vm: Vm, event: EventFd) -> None:
+    """An ioeventfd of length 0 collides with every other at its address: EEXIST; two sizes do not collide.
+
+    virt/kvm/eventfd.c, ioeventfd_check_collision().
+    """
+    vm.ioeventfd(event, PORT, 0, pio=True)
+    assert refused(vm, event, PORT, 2, pio=True) == errno.EEXIST
+    vm.ioeventfd(event, PORT + 8, 1, pio=True)
+    vm.ioeventfd(event, PORT + 8, 2, pio=True)
+    assert refused(vm, event, PORT + 8, 0, pio=True) == errno.EEXIST
+
+
+@pytest.mark.parametrize("size", [3, 5, 16])
+def test_illegal_size(vm: Vm, event: EventFd, size: int) -> None:
+    """Sizes other than 0, 1, 2, 4 and 8 are refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
+    """
+    assert refused(vm, event, PORT, size, pio=True) == errno.EINVAL
+
+
+def test_unknown_flag(vm: Vm, event: EventFd) -> None:
+    """Unknown flags are refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
+    """
+    assert refused(vm, event, PORT, 4, flags=1 << 5) == errno.EINVAL
+
+
+def test_range_wraps(vm: Vm, event: EventFd) -> None:
+    """An address range that wraps around the end of the address space is refused with EINVAL.
+
+    virt/kvm/eventfd.c, kvm_assign_ioeventfd().
+    """
+    assert refused(vm, event, (1 << 64) - 4, 8) == errno.EINVAL
+
+
+@pytest.mark.requires("KVM_CAP_IOEVENTFD_ANY_LENGTH")
+def test_datamatch_without_length(vm: Vm, event: EventFd) -> None:
+    """DATAMATCH needs a size: with length 0 it is refused with EINVAL.
+
+    virt/kvm/eventfd.c, kvm_assign_ioeventfd().
+    """
+    assert refused(vm, event, PORT, 0, pio=True, datamatch=1) == errno.EINVAL
+
+
+def test_deassign_must_match(vm: Vm, event: EventFd) -> None:
+    """Deassigning fails with ENOENT unless address, size, value, bus and eventfd are as assigned.
+
+    virt/kvm/eventfd.c, kvm_deassign_ioeventfd_idx().
+    """
+    vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
+    with EventFd() as other:
+        assert refused(vm, other, PORT, 4, pio=True, datamatch=1, deassign=True) == errno.ENOENT
+    assert refused(vm, event, PORT + 1, 4, pio=True, datamatch=1, deassign=True) == errno.ENOENT
+    assert refused(vm, event, PORT, 2, pio=True, datamatch=1, deassign=True) == errno.ENOENT
+    assert refused(vm, event, PORT, 4, pio=True, datamatch=2, deassign=True) == errno.ENOENT
+    assert refused(vm, event, PORT, 4, pio=True, deassign=True) == errno.ENOENT
+    assert refused(vm, event, PORT, 4, datamatch=1, deassign=True) == errno.ENOENT
+    vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1, deassign=True)
+    assert refused(vm, event, PORT, 4, pio=True, datamatch=1, deassign=True) == errno.ENOENT
+
+
+def test_closed_descriptor(vm: Vm) -> None:
+    """A number that is no open file descriptor is refused with EBADF.
+
+    Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
+    """
+    with EventFd() as gone:
+        number = gone.fd
+    assert refused(vm, number, PORT, 4, pio=True) == errno.EBADF
+
+
+def test_descriptor_that_is_no_eventfd(vm: Vm) -> None:
+    """A file descriptor that is no eventfd is refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
+    """
+    number = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        assert refused(vm, number, PORT, 4, pio=True) == errno.EINVAL
+    finally:
+        os.close(number)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVM_IRQ_LINE and the IOAPIC behind it: edges, levels, masks, destinations."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.irq import RedirectionEntry
+from kvmpy.core.vm import Vm
+from kvmpy.guest.ucall import Ucall
+from kvmpy.guest.vcpu import GuestVcpu
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+
+pytestmark = pytest.mark.requires("KVM_CAP_IRQCHIP", "KVM_CAP_IRQ_INJECT_STATUS")
+
+# The PICs have no such input.
+PIN = 20
+VECTOR = 0x51
+DELIVER_NMI = 4
+
+# 'h': in the handler, before the EOI. 'i': interrupts were possible for a while; the counts.
+GUEST = """
+#include "interrupts.h"
+
+#define VECTOR	0x51
+
+static volatile u32 nmis;
+
+static void handler(struct exception_frame *frame)
+{
+	interrupts[guest_cpu_index()][frame->vector]++;
+	GUEST_SYNC('h');
+	apic_eoi();
+}
+
+static void nmi_handler(struct exception_frame *frame)
+{
+	nmis++;
+}
+
+void guest_main(void)
+{
+	guest_exception_install(VECTOR, handler);
+	guest_exception_install(NMI_VECTOR, nmi_handler);
+	apic_enable();
+	/* The logical id that a test in logical mode asks for. */
+	apic_write(APIC_LDR, 1u << (24 + guest_cpu_index()));
+	for (;;) {
+		GUEST_SYNC('i', irq_count(VECTOR), nmis);
+		irq_window();
+	}
+}
+"""
+
+
+def start(make_vm: MakeVm, vcpus: int = 1, **fields: int) -> GuestVm:
+    """Return a VM whose guest is ready, the pin programmed with *fields*."""
+    vm = make_vm(GUEST, vcpus=vcpus, irqchip="full")
+    vm.launch()
+    for vcpu in vm.guests:
+        assert said(vcpu.sync()) == ("i", 0, 0)
+    program(vm, **fields)
+    return vm
+
+
+def program(vm: Vm, **fields: int) -> None:
+    """Write the pin's redirection entry."""
+    state = vm.get_ioapic()
+    state.redirtbl[PIN].bits = RedirectionEntry(vector=VECTOR, **fields).bits  # type: ignore[arg-type]
+    vm.set_ioapic(state)
+
+
+def said(call: Ucall) -> tuple[str | int, ...]:
+    """Return what the guest said."""
+    return (chr(call.args[0]), *call.args[1:])
+
+
+def handled(vcpu: GuestVcpu) -> bool:
+    """Return whether the handler runs within three windows: where ring 0 is emulated, one may not do."""
+    return any(said(vcpu.sync())[0] == "h" for _ in range(3))
+
+
+@pytest.mark.protections("all")
+def test_edge(make_vm: MakeVm) -> None:
+    """An edge-triggered pin interrupts once for each rising edge, however long the line stays high.
+
+    Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE: edges need the level set to 1 and back to 0.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    for edge in (1, 2):
+        vm.irq_line(PIN, 1)
+        assert said(vcpu.sync()) == ("h",)
+        assert said(vcpu.sync()) == ("i", edge, 0)
+        assert said(vcpu.sync()) == ("i", edge, 0)
+        vm.irq_line(PIN, 0)
+
+
+@pytest.mark.protections("all")
+def test_level_repeats(make_vm: MakeVm) -> None:
+    """A level-triggered pin interrupts again after each EOI while the line is high.
+
+    Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE; 82093AA data sheet, 3.2.4 (trigger mode, remote IRR).
+    """
+    vm = start(make_vm, level=True)
+    vm.irq_line(PIN, 1)
+    for _ in range(3):
+        assert handled(vm.guests[0])
+
+
+@pytest.mark.protections("all")
+def test_level_lowered_in_handler(make_vm: MakeVm) -> None:
+    """A line that is lowered before the EOI does not interrupt again.
+
+    82093AA data sheet, 3.2.4 (remote IRR is held until the EOI).
+    """
+    vm = start(make_vm, level=True)
+    vcpu = vm.guests[0]
+    vm.irq_line(PIN, 1)
+    assert handled(vcpu)
+    vm.irq_line(PIN, 0)
+    assert said(vcpu.sync()) == ("i", 1, 0)
+    assert said(vcpu.sync()) == ("i", 1, 0)
+
+
+@pytest.mark.protections("all")
+def test_polarity_is_ignored(make_vm: MakeVm) -> None:
+    """Level 1 means active whatever polarity the guest programmed.
+
+    Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE: KVM_CAP_X86_IOAPIC_POLARITY_IGNORED.
+    """
+    vm = start(make_vm, active_low=True)
+    assert said(vm.guests[0].sync()) == ("i", 0, 0)
+    vm.irq_line(PIN, 1)
+    assert said(vm.guests[0].sync()) == ("h",)
+
+
+@pytest.mark.protections("all")
+def test_masked_level_is_delivered_when_unmasked(make_vm: MakeVm) -> None:
+    """A masked pin does not interrupt; a line that is still high when the pin is unmasked does.
+
+    82093AA data sheet, 3.2.4 (interrupt mask).
+    """
+    vm = start(make_vm, level=True, masked=True)
+    assert vm.irq_line_status(PIN, 1) < 0
+    assert said(vm.guests[0].sync()) == ("i", 0, 0)
+    program(vm, level=True)
+    assert said(vm.guests[0].sync()) == ("h",)
+
+
+@pytest.mark.protections("all")
+def test_destination(make_vm: MakeVm) -> None:
+    """The entry's destination decides which vCPU is interrupted, by APIC id or by logical id.
+
+    82093AA data sheet, 3.2.4 (destination mode and field).
+    """
+    vm = start(make_vm, 3, dest_id=1)
+    for fields, target in (({"dest_id": 1}, 1), ({"dest_id": 0b100, "logical": 1}, 2)):
+        program(vm, **fields)
+        vm.pulse(PIN)
+        assert said(vm.guests[target].sync()) == ("h",)
+        for vcpu in vm.guests:
+            assert said(vcpu.sync()) == ("i", int(vcpu.index in (1, target)), 0)
+
+
+@pytest.mark.protections("all")
+def test_nmi(make_vm: MakeVm) -> None:
+    """A pin with NMI delivery raises an NMI, whatever vector the entry has.
+
+    82093AA data sheet, 3.2.4 (delivery mode).
+    """
+    vm = start(make_vm, delivery_mode=DELIVER_NMI)
+    vm.pulse(PIN)
+    assert said(vm.guests[0].sync()) == ("i", 0, 1)
+
+
+@pytest.mark.protections("all")
+def test_status_of_delivery(make_vm: MakeVm) -> None:
+    """KVM_IRQ_LINE_STATUS is above 0 for delivery, 0 for an edge that merges, and below 0 for a masked pin.
+
+    arch/x86/kvm/ioapic.c, ioapic_set_irq(); virt/kvm/irqchip.c, kvm_set_irq().
+    """
+    vm = start(make_vm)
+    assert vm.irq_line_status(PIN, 1) == 1
+    assert vm.irq_line_status(PIN, 1) == 0
+    vm.irq_line(PIN, 0)
+    program(vm, masked=True)
+    assert vm.irq_line_status(PIN, 1) < 0
+
+
+def test_line_without_route(vm: Vm) -> None:
+    """A GSI that leads nowhere is accepted, and its status is below 0.
+
+    virt/kvm/irqchip.c, kvm_set_irq(): "interrupt was ignored".
+    """
+    vm.create_irqchip()
+    assert vm.irq_line_status(1000, 1) < 0
+    vm.irq_line(1000, 1)
+
+
+@pytest.mark.parametrize("call", ["irq_line", "irq_line_status"])
+def test_needs_irqchip(vm: Vm, call: str) -> None:
+    """Without an in-kernel interrupt controller KVM_IRQ_LINE and KVM_IRQ_LINE_STATUS fail with ENXIO.
+
+    Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE: an interrupt controller model is required.
+    """
+    with pytest.raises(KvmError) as caught:
+        getattr(vm, call)(PIN, 1)
+    assert caught.value.errno == errno.ENXIO

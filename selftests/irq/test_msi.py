@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVM_SIGNAL_MSI: messages from user space to the guest's local APICs."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.irq import Msi
+from kvmpy.core.vm import Vm
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS
+
+pytestmark = pytest.mark.requires("KVM_CAP_SIGNAL_MSI")
+
+VECTOR = 0x51
+LOWEST_PRIORITY = 1
+DELIVER_NMI = 4
+
+# Each vCPU enables its APIC as its argument says (0: not, 1: xAPIC, 2: x2APIC), then answers with its counts.
+GUEST = """
+#include "interrupts.h"
+
+#define VECTOR	0x51
+
+static volatile u32 nmis[INTERRUPTS_CPUS];
+
+static void nmi_handler(struct exception_frame *frame)
+{
+	nmis[guest_cpu_index()]++;
+}
+
+void guest_main(u64 mode, u64 ldr)
+{
+	irq_install(VECTOR);
+	guest_exception_install(NMI_VECTOR, nmi_handler);
+	if (mode == 1)
+		apic_enable();
+	if (mode == 2)
+		x2apic_enable();
+	if (mode == 1 && ldr)
+		apic_write(APIC_LDR, ldr << 24);
+	for (;;) {
+		GUEST_SYNC(irq_count(VECTOR), nmis[guest_cpu_index()]);
+		irq_window();
+	}
+}
+"""
+
+
+def start(
+    make_vm: MakeVm,
+    vcpus: int = 1,
+    *,
+    mode: int = 1,
+    ids: list[int] | None = None,
+    format_32bit: bool = False,
+) -> GuestVm:
+    """Return a VM whose vCPUs have set up their APICs."""
+
+    def before(vm: GuestVm) -> None:
+        if format_32bit:
+            vm.enable_cap(KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS)
+
+    vm = make_vm(GUEST, vcpus=vcpus, vcpu_ids=ids, before_vcpus=before)
+    for vcpu in vm.guests:
+        vcpu.set_entry("guest_main", mode, 1 << vcpu.index)
+    vm.launch()
+    assert counts(vm) == [(0, 0)] * len(vm.guests)
+    return vm
+
+
+def counts(vm: GuestVm) -> list[tuple[int, ...]]:
+    """Return each vCPU's number of interrupts and NMIs after it had a chance to take what is pending."""
+    return [tuple(vcpu.sync().args) for vcpu in vm.guests]
+
+
+@pytest.mark.protections("all")
+def test_fixed_delivery(make_vm: MakeVm) -> None:
+    """A message with fixed delivery reaches the vCPU whose APIC id it names and no other; the result is 1.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI: above 0 on delivery.
+    """
+    vm = start(make_vm, 3)
+    assert vm.signal_msi(Msi.to(1, VECTOR)) == 1
+    assert counts(vm) == [(0, 0), (1, 0), (0, 0)]
+
+
+@pytest.mark.protections("all")
+def test_broadcast(make_vm: MakeVm) -> None:
+    """A message to the physical destination 0xff reaches every vCPU in xAPIC mode; the result counts them.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI; Intel SDM 3A, 12.6.2.1 (physical destination mode).
+    """
+    vm = start(make_vm, 3)
+    assert vm.signal_msi(Msi.to(0xFF, VECTOR)) == 3
+    assert counts(vm) == [(1, 0)] * 3
+
+
+@pytest.mark.protections("all")
+def test_logical_destination(make_vm: MakeVm) -> None:
+    """A message with a logical destination reaches the vCPUs whose logical id has a bit in common with it.
+
+    Intel SDM 3A, 12.11.1 (message address) and 12.6.2.2 (flat model).
+    """
+    vm = start(make_vm, 3)
+    assert vm.signal_msi(Msi.to(0b101, VECTOR, logical=True)) == 2
+    assert counts(vm) == [(1, 0), (0, 0), (1, 0)]
+
+
+@pytest.mark.protections("all")
+def test_lowest_priority(make_vm: MakeVm) -> None:
+    """A message with lowest-priority delivery reaches exactly one of its logical destinations.
+
+    Intel SDM 3A, 12.6.2.4 (lowest priority delivery mode).
+    """
+    vm = start(make_vm, 3)
+    message = Msi.to(0b110, VECTOR, logical=True, delivery_mode=LOWEST_PRIORITY)
+    assert vm.signal_msi(message) == 1
+    got = counts(vm)
+    assert got[0] == (0, 0)
+    assert sorted(got[1:]) == [(0, 0), (1, 0)]
+
+
+@pytest.mark.protections("all")
+def test_nmi_delivery(make_vm: MakeVm) -> None:
+    """A message with NMI delivery raises an NMI, whatever vector it carries.
+
+    Intel SDM 3A, 12.11.2 (message data: the vector is ignored).
+    """
+    vm = start(make_vm, 2)
+    assert vm.signal_msi(Msi.to(1, VECTOR, delivery_mode=DELIVER_NMI)) == 1
+    assert counts(vm) == [(0, 0), (0, 1)]
+
+
+@pytest.mark.protections("all")
+def test_pending_message_is_not_counted_twice(make_vm: MakeVm) -> None:
+    """Two messages of one vector before the guest takes it are one interrupt.
+
+    Intel SDM 3A, 12.8.4: the IRR has one bit a vector.
+    """
+    vm = start(make_vm)
+    vm.signal_msi(Msi.to(0, VECTOR))
+    vm.signal_msi(Msi.to(0, VECTOR))
+    assert counts(vm) == [(1, 0)]
+    assert counts(vm) == [(1, 0)]
+
+
+@pytest.mark.protections("all")
+def test_disabled_apic_blocks(make_vm: MakeVm) -> None:
+    """A guest that has not enabled its APIC by software blocks the message: the result is 0.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI: "0 if guest blocked the MSI".
+    """
+    vm = start(make_vm, mode=0)
+    assert vm.signal_msi(Msi.to(0, VECTOR)) == 0
+    assert counts(vm) == [(0, 0)]
+
+
+@pytest.mark.protections("all")
+def test_destination_that_does_not_exist(make_vm: MakeVm) -> None:
+    """A message to an APIC id that no vCPU has is not reported as delivered, and no vCPU takes it.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI: above 0 means delivery; 0 and -1 are both seen here.
+    """
+    vm = start(make_vm, 2)
+    try:
+        delivered = vm.signal_msi(Msi.to(77, VECTOR))
+    except KvmError as error:
+        assert error.errno == errno.EPERM  # noqa: PT017 - the other legal answer is below
+        delivered = 0
+    assert delivered == 0
+    assert counts(vm) == [(0, 0)] * 2
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires(f"KVM_CAP_X2APIC_API&{KVM_X2APIC_API_USE_32BIT_IDS:d}", "KVM_CAP_MAX_VCPU_ID>=1024")
+def test_32bit_destination(make_vm: MakeVm) -> None:
+    """With KVM_X2APIC_API_USE_32BIT_IDS the upper address half holds bits 31-8 of the destination id.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI and 7.7 KVM_CAP_X2APIC_API.
+    """
+    vm = start(make_vm, mode=2, ids=[0, 0x2C, 0x12C], format_32bit=True)
+    assert vm.signal_msi(Msi.to(0x12C, VECTOR)) == 1
+    assert counts(vm) == [(0, 0), (0, 0), (1, 0)]
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires(f"KVM_CAP_X2APIC_API&{KVM_X2APIC_API_USE_32BIT_IDS:d}", "KVM_CAP_MAX_VCPU_ID>=1024")
+def test_upper_half_is_ignored_by_default(make_vm: MakeVm) -> None:
+    """Without KVM_X2APIC_API_USE_32BIT_IDS the upper address half is ignored.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
+    """
+    vm = start(make_vm, mode=2, ids=[0, 0x2C, 0x12C])
+    assert vm.signal_msi(Msi.to(0x12C, VECTOR)) == 1
+    assert counts(vm) == [(0, 0), (1, 0), (0, 0)]
+
+
+@pytest.mark.requires(f"KVM_CAP_X2APIC_API&{KVM_X2APIC_API_USE_32BIT_IDS:d}")
+def test_low_bits_of_upper_half(vm: Vm) -> None:
+    """With KVM_X2APIC_API_USE_32BIT_IDS bits 7-0 of the upper address half must be zero: EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
+    """
+    vm.create_irqchip()
+    vm.enable_cap(KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS)
+    vm.create_vcpu()
+    message = Msi.to(0, VECTOR)
+    with pytest.raises(KvmError) as caught:
+        vm.signal_msi(Msi(message.address | 1 << 32, message.data))
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_unknown_flag(vm: Vm) -> None:
+    """Flags other than KVM_MSI_VALID_DEVID are refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
+    """
+    vm.create_irqchip()
+    vm.create_vcpu()
+    with pytest.raises(KvmError) as caught:
+        vm.signal_msi(Msi.to(0, VECTOR), flags=2)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_needs_irqchip(vm: Vm) -> None:
+    """Without an in-kernel interrupt controller messages are refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI: "only valid with in-kernel irqchip".
+    """
+    vm.create_vcpu()
+    with pytest.raises(KvmError) as caught:
+        vm.signal_msi(Msi.to(0, VECTOR))
+    assert caught.value.errno == errno.EINVAL

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Split irqchip: the IOAPIC is in user space, and KVM tells it about the guest's EOIs."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.exits import Exit, IoapicEoiExit
+from kvmpy.core.irq import Msi, MsiRoute
+from kvmpy.guest.ucall import Ucall
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+
+pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
+
+GSI = 5
+VECTOR = 0x51
+EXTINT_VECTOR = 0x71
+
+# 'h': in the handler before the EOI; 'e': behind it; 'i': a window for interrupts is over.
+GUEST = """
+#include "interrupts.h"
+
+static void handler(struct exception_frame *frame)
+{
+	interrupts[0][frame->vector]++;
+	GUEST_SYNC('h', frame->vector);
+	apic_eoi();
+	GUEST_SYNC('e', frame->vector);
+}
+
+/* What the user-space PIC sends needs no EOI here. */
+static void extint(struct exception_frame *frame)
+{
+	GUEST_SYNC('x', frame->vector);
+}
+
+void guest_main(void)
+{
+	guest_exception_install(0x51, handler);
+	guest_exception_install(0x71, extint);
+	guest_exception_install(0x72, extint);
+	apic_enable();
+	apic_write(APIC_LVT0, 0x700);
+	for (;;) {
+		GUEST_SYNC('i');
+		irq_window();
+	}
+}
+"""
+
+
+def start(make_vm: MakeVm, *routes: MsiRoute) -> GuestVm:
+    """Return a VM with a split irqchip and *routes*, whose guest is ready."""
+    vm = make_vm(GUEST, irqchip="split")
+    vm.set_gsi_routing(routes)
+    vm.launch()
+    assert word(vm) == "i"
+    return vm
+
+
+def step(vm: GuestVm) -> Ucall | Exit:
+    """Return what comes next."""
+    return vm.guests[0].next()
+
+
+def word(vm: GuestVm) -> str:
+    """Return the guest's next word; an exit's name when there is one."""
+    got = step(vm)
+    return chr(got.args[0]) if isinstance(got, Ucall) else type(got).__name__
+
+
+def words(vm: GuestVm) -> list[str]:
+    """Return the guest's words until the window after the next is over."""
+    found: list[str] = []
+    while found.count("i") < 2:
+        found.append(word(vm))
+    return found
+
+
+@pytest.mark.protections("all")
+def test_eoi_exit(make_vm: MakeVm) -> None:
+    """The EOI of a level-triggered interrupt of a reserved route ends KVM_RUN with KVM_EXIT_IOAPIC_EOI.
+
+    Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP and KVM_EXIT_IOAPIC_EOI.
+    """
+    vm = start(make_vm, MsiRoute(GSI, Msi.to(0, VECTOR, level=True)))
+    vm.irq_line(GSI, 1)
+    assert word(vm) == "h"
+    got = step(vm)
+    assert isinstance(got, IoapicEoiExit)
+    assert got.vector == VECTOR
+    assert word(vm) == "e"
+
+
+@pytest.mark.protections("all")
+def test_eoi_is_told_once(make_vm: MakeVm) -> None:
+    """Every level-triggered interrupt leads to one such exit, after which user space may raise it again.
+
+    Documentation/virt/kvm/api.rst, KVM_EXIT_IOAPIC_EOI: "retrigger the interrupt if it is still asserted".
+    """
+    vm = start(make_vm, MsiRoute(GSI, Msi.to(0, VECTOR, level=True)))
+    for _ in range(3):
+        vm.irq_line(GSI, 1)
+        assert sorted(words(vm)) == ["IoapicEoiExit", "e", "h", "i", "i"]
+
+
+@pytest.mark.protections("all")
+def test_edge_has_no_exit(make_vm: MakeVm) -> None:
+    """The EOI of an edge-triggered interrupt does not end KVM_RUN.
+
+    Documentation/virt/kvm/api.rst, KVM_EXIT_IOAPIC_EOI: "a level-triggered IOAPIC interrupt".
+    """
+    vm = start(make_vm, MsiRoute(GSI, Msi.to(0, VECTOR)))
+    vm.irq_line(GSI, 1)
+    assert sorted(words(vm)) == ["e", "h", "i", "i"]
+
+
+@pytest.mark.protections("all")
+def test_gsi_beyond_reserved_pins(make_vm: MakeVm) -> None:
+    """Only the first args[0] GSIs belong to the user-space IOAPIC: the EOI of a later one has no exit.
+
+    Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP: "the first args[0] MSI routes are reserved".
+    """
+    vm = start(make_vm, MsiRoute(24, Msi.to(0, VECTOR, level=True)))
+    vm.irq_line(24, 1)
+    assert sorted(words(vm)) == ["e", "h", "i", "i"]
+
+
+@pytest.mark.protections("all")
+def test_external_interrupt(make_vm: MakeVm) -> None:
+    """KVM_INTERRUPT hands in what the user-space PIC says, and LINT0 in ExtINT mode takes it.
+
+    Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT.
+    """
+    vm = start(make_vm)
+    vm.guests[0].interrupt(EXTINT_VECTOR)
+    assert words(vm) == ["x", "i", "i"]
+
+
+@pytest.mark.protections("all")
+def test_second_external_interrupt(make_vm: MakeVm) -> None:
+    """While one external interrupt waits a second one is refused with EEXIST; afterwards it is taken.
+
+    Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT: -EEXIST if an interrupt is already enqueued.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    vcpu.interrupt(EXTINT_VECTOR)
+    with pytest.raises(KvmError) as caught:
+        vcpu.interrupt(EXTINT_VECTOR + 1)
+    assert caught.value.errno == errno.EEXIST
+    assert words(vm) == ["x", "i", "i"]
+    vcpu.interrupt(EXTINT_VECTOR + 1)
+    assert words(vm) == ["x", "i", "i"]
+
+
+@pytest.mark.protections("all")
+def test_masked_lint0_keeps_external_interrupt_out(make_vm: MakeVm) -> None:
+    """An external interrupt waits while the guest has LINT0 masked.
+
+    Intel SDM 3A, 12.5.1 (local vector table); Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    vcpu.set_lapic_reg(0x350, 0x10700)
+    vcpu.interrupt(EXTINT_VECTOR)
+    assert words(vm) == ["i", "i"]
+    vcpu.set_lapic_reg(0x350, 0x700)
+    assert words(vm) == ["x", "i", "i"]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No irqchip in the kernel: user space hands in every interrupt with KVM_INTERRUPT."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.exits import HltExit, IrqWindowOpenExit
+from kvmpy.core.vm import Vm
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+
+VECTOR = 0x51
+
+GUEST = """
+#include <kvmpy/guest.h>
+
+static volatile u32 count;
+
+static void handler(struct exception_frame *frame)
+{
+	count++;
+	GUEST_SYNC('h', frame->vector);
+}
+
+void guest_main(void)
+{
+	guest_exception_install(0x51, handler);
+	GUEST_SYNC('c', count);
+	for (;;) {
+		irq_window();
+		GUEST_SYNC('i', count);
+	}
+}
+"""
+
+HALTING = """
+#include <kvmpy/guest.h>
+
+static volatile u32 count;
+
+static void handler(struct exception_frame *frame)
+{
+	count++;
+}
+
+void guest_main(void)
+{
+	guest_exception_install(0x51, handler);
+	while (!count)
+		sti_hlt();
+	GUEST_SYNC(count);
+}
+"""
+
+TASK_PRIORITY = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	GUEST_SYNC(read_cr8());
+	write_cr8(9);
+	GUEST_SYNC(read_cr8());
+}
+"""
+
+
+def start(make_vm: MakeVm) -> GuestVm:
+    """Return a VM without irqchip, its guest with interrupts off."""
+    vm = make_vm(GUEST, irqchip=None)
+    vm.launch()
+    assert said(vm) == ("c", 0)
+    return vm
+
+
+def said(vm: GuestVm) -> tuple[str | int, ...]:
+    """Return what the guest says next."""
+    call = vm.guests[0].sync()
+    return (chr(call.args[0]), *call.args[1:])
+
+
+@pytest.mark.protections("all")
+def test_interrupt_window(make_vm: MakeVm) -> None:
+    """With request_interrupt_window KVM_RUN ends as soon as the guest can take an interrupt.
+
+    Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT and KVM_EXIT_IRQ_WINDOW_OPEN.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    area = vcpu.run_area
+    assert (area.if_flag, area.ready_for_interrupt_injection) == (0, 0)
+    area.request_interrupt_window = 1
+    vcpu.expect(IrqWindowOpenExit)
+    area.request_interrupt_window = 0
+    assert (area.if_flag, area.ready_for_interrupt_injection) == (1, 1)
+    vcpu.interrupt(VECTOR)
+    assert said(vm) == ("h", VECTOR)
+    assert said(vm) == ("i", 1)
+
+
+@pytest.mark.protections("all")
+def test_halt_is_left_to_user_space(make_vm: MakeVm) -> None:
+    """Without a local APIC in the kernel HLT ends KVM_RUN, and KVM_INTERRUPT lets the guest go on.
+
+    Documentation/virt/kvm/api.rst, KVM_EXIT_HLT and 4.16 KVM_INTERRUPT.
+    """
+    vm = make_vm(HALTING, irqchip=None)
+    vm.launch()
+    vm.guests[0].expect(HltExit)
+    vm.guests[0].interrupt(VECTOR)
+    assert tuple(vm.guests[0].sync().args) == (1,)
+
+
+@pytest.mark.protections("all")
+def test_task_priority_is_shared(make_vm: MakeVm) -> None:
+    """kvm_run's cr8 is the guest's CR8 in both directions.
+
+    Documentation/virt/kvm/api.rst, struct kvm_run: cr8 is input and output without an in-kernel local APIC.
+    """
+    vm = make_vm(TASK_PRIORITY, irqchip=None)
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.run_area.cr8 = 5
+    assert tuple(vcpu.sync().args) == (5,)
+    assert tuple(vcpu.sync().args) == (9,)
+    assert vcpu.run_area.cr8 == 9
+
+
+def test_vector_out_of_range(vm: Vm) -> None:
+    """Vectors above 255 are refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT.
+    """
+    vcpu = vm.create_vcpu()
+    with pytest.raises(KvmError) as caught:
+        vcpu.interrupt(256)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_pic_in_kernel(vm: Vm) -> None:
+    """With the PICs in the kernel KVM_INTERRUPT fails with ENXIO.
+
+    Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT: "-ENXIO if the PIC is in the kernel".
+    """
+    vm.create_irqchip()
+    vcpu = vm.create_vcpu()
+    with pytest.raises(KvmError) as caught:
+        vcpu.interrupt(VECTOR)
+    assert caught.value.errno == errno.ENXIO
