@@ -163,7 +163,7 @@ class Cpuid:
     # Leaves.
 
     def find(self, function: int, index: int = 0) -> CpuidEntry | None:
-        """Return the entry that KVM would answer with, or None; *index* counts in leaves that depend on it."""
+        """Return the entry that KVM would answer with; *index* counts where the leaf has subleaves."""
         for entry in self.entries:
             if entry.function == function and (entry.index == index or not entry.indexed):
                 return entry
