@@ -67,18 +67,16 @@ class EmulatedEncryptionBit(Protection):
         """Add the shared and the private view of the range."""
         bit = self.encryption_bit(vm.kvm)
         bit.check(gpa)
+        vm.memory.check_free(gpa, size)
         how = backing or Anonymous()
         shared = how.map(size)
-        private = how.map(size)
-        segment = Segment(gpa, size, shared, private)
         try:
-            vm.memory.add(segment)
-        except ValueError:
+            private = how.map(size)
+        except BaseException:
             shared.close()
-            private.close()
             raise
-        vm.own(shared)
-        vm.own(private)
+        segment = Segment(gpa, size, shared, private)
+        vm.memory.add(segment)
         first: MemorySlot | None = None
         try:
             first = vm.add_alias(int(gpa), size, shared, slot=slot, flags=flags)
@@ -87,7 +85,11 @@ class EmulatedEncryptionBit(Protection):
             vm.memory.remove(segment)
             if first is not None:
                 first.delete()
+            shared.close()
+            private.close()
             raise
+        vm.own(shared)
+        vm.own(private)
         first.segment = segment
         first.aliases.append(alias)
         return first

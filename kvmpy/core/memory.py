@@ -16,6 +16,9 @@ from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 from kvmpy.core.backing import Mapping
 from kvmpy.core.errors import PrivateMemoryError
 
+# Frame numbers that a BitMap can hold; it ignores larger ones silently.
+_GFN_LIMIT = 1 << 32
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -57,13 +60,14 @@ class GuestMemory:
     _segments: list[Segment] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
 
-    def add(self, segment: Segment) -> None:
-        """Add a range; ValueError when it is unaligned or overlaps another."""
-        start, end = int(segment.gpa), int(segment.gpa) + segment.size
-        if start % PAGE_SIZE or segment.size % PAGE_SIZE or segment.size <= 0:
-            raise ValueError(
-                f"guest memory at {start:#x}, size {segment.size:#x} is not made of whole 4 KiB pages"
-            )
+    def check_free(self, gpa: Gpa, size: int) -> int:
+        """Return the place of a new range in the order of addresses.
+
+        ValueError when it is unaligned or overlaps another.
+        """
+        start, end = int(gpa), int(gpa) + size
+        if start % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
+            raise ValueError(f"guest memory at {start:#x}, size {size:#x} is not made of whole 4 KiB pages")
         at = bisect_right(self._starts, start)
         before = self._segments[at - 1] if at else None
         after = self._segments[at] if at < len(self._segments) else None
@@ -73,7 +77,12 @@ class GuestMemory:
                     f"guest memory {start:#x}..{end:#x} overlaps "
                     f"{int(other.gpa):#x}..{int(other.gpa) + other.size:#x}"
                 )
-        self._starts.insert(at, start)
+        return at
+
+    def add(self, segment: Segment) -> None:
+        """Add a range; ValueError when it is unaligned or overlaps another."""
+        at = self.check_free(segment.gpa, segment.size)
+        self._starts.insert(at, int(segment.gpa))
         self._segments.insert(at, segment)
 
     def remove(self, segment: Segment) -> None:
@@ -102,11 +111,15 @@ class GuestMemory:
 
     def is_private(self, gpa: Gpa) -> bool:
         """Tell whether the page at *gpa* is private."""
-        return int(gpa) >> PAGE_SHIFT in self.private
+        gfn = int(gpa) >> PAGE_SHIFT
+        return gfn < _GFN_LIMIT and gfn in self.private
 
     def set_private(self, gpa: Gpa, size: int) -> None:
-        """Note that *size* bytes (whole pages) at *gpa* are private."""
+        """Note that *size* bytes (whole pages) at *gpa* are private; ValueError above 16 TiB."""
         first, last = self._pages(gpa, size)
+        if last > _GFN_LIMIT:
+            limit = _GFN_LIMIT << PAGE_SHIFT
+            raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: private memory lies below {limit:#x}")
         self.private.add_range(first, last)
 
     def set_shared(self, gpa: Gpa, size: int) -> None:
@@ -129,7 +142,7 @@ class GuestMemory:
         last = (end - 1) >> PAGE_SHIFT
         while position < end:
             gfn = position >> PAGE_SHIFT
-            private = gfn in self.private
+            private = self.is_private(Gpa(position))
             if self.private.range_cardinality(gfn, last + 1) == (last + 1 - gfn if private else 0):
                 stop = end
             elif private:
@@ -288,7 +301,7 @@ class PageAllocator:
     def _fit(self, start: int, pages: int, step: int) -> int | None:
         for segment in self.memory.segments():
             first = max(start, segment.gpa.gfn)
-            limit = segment.gpa.gfn + (segment.size >> PAGE_SHIFT)
+            limit = min(segment.gpa.gfn + (segment.size >> PAGE_SHIFT), _GFN_LIMIT)
             first += -first % step
             while first + pages <= limit:
                 if not self.used.range_cardinality(first, first + pages):

@@ -174,16 +174,12 @@ class VmSlots(KvmFd):
         mapping that exists. With *gmem* the slot is bound to the guest_memfd at *gmem_offset*.  On failure
         nothing stays behind.
         """
+        self.memory.check_free(gpa, size)
         number = self.next_slot() if slot is None else slot
         made = not isinstance(backing, Mapping)
         mapping = backing if isinstance(backing, Mapping) else (backing or Anonymous()).map(size)
         segment = Segment(gpa, size, mapping, mapping)
-        try:
-            self.memory.add(segment)
-        except ValueError:
-            if made:
-                mapping.close()
-            raise
+        self.memory.add(segment)
         entry = MemorySlot(
             self, number, int(gpa), size, mapping, flags, mapping.hva, gmem, gmem_offset, segment
         )

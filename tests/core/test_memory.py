@@ -112,6 +112,20 @@ def test_runs_are_maximal_and_agree_with_the_bitmap(private: set[int], first: in
     assert all(a[2] != b[2] for a, b in zip(runs, runs[1:], strict=False))
 
 
+def test_addresses_above_the_bitmap_are_shared(memory: GuestMemory, both: tuple[Mapping, Mapping]) -> None:
+    shared, private = both
+    high = Gpa(1 << 46)
+    memory.add(Segment(high, 2 * PAGE_SIZE, shared, private))
+    assert not memory.is_private(high)
+    memory.write(high + 8, b"high")
+    assert bytes(shared.view(8, 4)) == b"high"
+    assert [(int(at), size, kind) for at, size, kind in memory.runs(high, 2 * PAGE_SIZE)] == [
+        (1 << 46, 2 * PAGE_SIZE, False)
+    ]
+    with pytest.raises(ValueError, match="private memory lies below 0x100000000000"):
+        memory.set_private(high, PAGE_SIZE)
+
+
 class TestAllocator:
     def test_pages_are_contiguous_and_private_as_asked(self, memory: GuestMemory) -> None:
         allocator = PageAllocator(memory, private=True, start=0)
