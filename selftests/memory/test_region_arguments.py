@@ -78,7 +78,7 @@ def test_host_memory_of_the_kernel_is_refused(set_region: SetRegion, area: Mappi
 def test_a_range_that_starts_in_user_memory_and_ends_in_the_kernels_is_refused(
     set_region: SetRegion, area: Mapping
 ) -> None:
-    """userspace_addr "must point at user addressable memory for the entire memory slot size", to its last page.
+    """userspace_addr "must point at user addressable memory for the entire memory slot size".
 
     Documentation/virt/kvm/api.rst 4.35.
     """
@@ -145,7 +145,7 @@ def test_flags_that_mean_nothing_are_refused(set_region: SetRegion, area: Mappin
 
 
 def test_the_older_ioctl_knows_no_guest_memfd(vm: Vm, area: Mapping) -> None:
-    """KVM_MEM_GUEST_MEMFD belongs to KVM_SET_USER_MEMORY_REGION2: EINVAL for the ioctl without a guest_memfd field.
+    """KVM_MEM_GUEST_MEMFD is EINVAL for the ioctl whose argument has no field for a guest_memfd.
 
     Documentation/virt/kvm/api.rst 4.140: it "is an extension to KVM_SET_USER_MEMORY_REGION".
     """
@@ -177,7 +177,7 @@ def ioctl_cap(name: str) -> int:
     ids=["same", "low-part", "high-part", "inside", "around"],
 )
 def test_slots_may_not_overlap(set_region: SetRegion, area: Mapping, first: int, pages: int) -> None:
-    """"Slots may not overlap in guest physical address space": EEXIST.
+    """Slots "may not overlap in guest physical address space": EEXIST.
 
     Documentation/virt/kvm/api.rst 4.35.
     """
@@ -213,7 +213,7 @@ def test_a_refused_slot_leaves_its_number_and_range_free(set_region: SetRegion, 
 
 
 def test_slot_numbers_end_at_the_announced_limit(set_region: SetRegion, vm: Vm, area: Mapping) -> None:
-    """The slot id "should be less than the maximum number of user memory slots" that KVM_CAP_NR_MEMSLOTS tells.
+    """Slot ids are "less than the maximum number of user memory slots" of KVM_CAP_NR_MEMSLOTS.
 
     Documentation/virt/kvm/api.rst 4.35; EINVAL from that number on, and the number before it works.
     """
@@ -241,7 +241,7 @@ def test_address_spaces_end_at_the_announced_number(set_region: SetRegion, vm: V
 
 @pytest.mark.requires("KVM_CAP_MULTI_ADDRESS_SPACE>=2")
 def test_slots_of_two_address_spaces_are_unrelated(set_region: SetRegion, area: Mapping) -> None:
-    """"Slots in separate address spaces are unrelated": the same number and range can be used in each.
+    """Slots "in separate address spaces are unrelated": the same number and range can be used in each.
 
     Documentation/virt/kvm/api.rst 4.35.
     """

@@ -43,7 +43,7 @@ def test_a_slot_is_deleted_once(set_region: SetRegion, area: Mapping) -> None:
 
 
 def test_deletion_needs_the_number_alone(set_region: SetRegion, area: Mapping) -> None:
-    """"Deleting a slot is done by passing zero for memory_size": its addresses need not be given.
+    """Deletion "is done by passing zero for memory_size": its addresses need not be given.
 
     Documentation/virt/kvm/api.rst 4.35.
     """
@@ -139,7 +139,7 @@ def test_a_slot_may_not_be_moved_onto_another(set_region: SetRegion, area: Mappi
 
 
 def test_a_slot_may_be_moved_over_its_own_old_place(set_region: SetRegion, area: Mapping) -> None:
-    """A slot does not overlap itself: it may move by less than its size, and leaves the rest of its place free.
+    """A slot does not overlap itself: it may move by less than its size.
 
     Documentation/virt/kvm/api.rst 4.35; kvm_check_memslot_overlap(), virt/kvm/kvm_main.c.
     """
