@@ -52,6 +52,16 @@ def test_value_is_little_endian() -> None:
     assert CoalescedWrite(0, b"\x34\x12", False).value == 0x1234
 
 
+def test_length_counts_across_the_end_of_the_ring() -> None:
+    kernel = Kernel()
+    ring = CoalescedRing(memoryview(kernel.page))
+    for burst in (160, 30):
+        for number in range(burst):
+            kernel.write(number, b"1")
+        assert len(ring) == burst
+        ring.drain()
+
+
 @given(st.lists(st.integers(0, 200), max_size=20))
 def test_no_write_is_lost_or_doubled_when_the_ring_wraps(bursts: list[int]) -> None:
     kernel = Kernel()

@@ -145,11 +145,12 @@ def test_run_threads_returns_results_in_order() -> None:
     assert run_threads([VcpuThread(functools.partial(pow, n, 2)) for n in range(5)], 10) == [0, 1, 4, 9, 16]
 
 
+@pytest.mark.timeout(15)
 def test_run_threads_stops_the_others_at_the_first_failure() -> None:
     vcpu = FakeVcpu()
     running = VcpuThread(vcpu.run, vcpu=vcpu)
     with pytest.raises(ZeroDivisionError):
-        run_threads([running, VcpuThread(fail)], 10)
+        run_threads([running, VcpuThread(fail)], 60)
     assert not running.alive
 
 

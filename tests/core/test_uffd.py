@@ -140,6 +140,17 @@ def test_two_threads_at_one_page_both_go_on(area: Mapping) -> None:
     assert content(area, 0) == b"x" * PAGE_SIZE
 
 
+def test_a_page_that_is_there_already_wakes_who_waits_for_it(area: Mapping) -> None:
+    def handler(fault: PageFault) -> bytes:
+        pager.uffd.copy(fault.address, b"first" + bytes(PAGE_SIZE - 5), wake=False)
+        return b"x" * PAGE_SIZE
+
+    with DemandPager(handler) as pager:
+        pager.register(area.hva, area.size)
+        pager.touch(area.hva, PAGE_SIZE)
+    assert content(area, 0)[:6] == b"first\0"
+
+
 def test_an_error_in_the_handler_frees_the_thread_and_is_raised_by_stop(area: Mapping) -> None:
     def handler(fault: PageFault) -> bytes:
         raise LookupError("no such page")
