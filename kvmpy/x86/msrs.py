@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvmpy.x86 import apic
-from kvmpy.x86.bits import EFER, RFLAGS, XCR0
+from kvmpy.x86.bits import EFER, RFLAGS, XCR0, bit_words
 from kvmpy.x86.msr_numbers import Msr
-from kvmpy.x86.registers import bit_words
 
 __all__ = ["BITS", "Msr", "bit_names", "decode", "name", "number"]
 

@@ -5,10 +5,20 @@ post-mortem.
 
 from __future__ import annotations
 
-from enum import IntFlag
 from typing import TYPE_CHECKING
 
-from kvmpy.x86.bits import CR0, CR4, DR6, EFER, RFLAGS, XCR0
+from kvmpy.x86.bits import (
+    bit_words,
+    cpu_mode,
+    cr0_words,
+    cr4_words,
+    dr6_words,
+    dr7_words,
+    efer_words,
+    paging_mode,
+    rflags_words,
+    xcr0_words,
+)
 
 if TYPE_CHECKING:
     from typing import Union
@@ -17,98 +27,32 @@ if TYPE_CHECKING:
 
     Sregs = Union[kvm_sregs, kvm_sregs2]
 
+__all__ = [
+    "GENERAL",
+    "SEGMENTS",
+    "bit_words",
+    "cpu_mode",
+    "cr0_words",
+    "cr4_words",
+    "dr6_words",
+    "dr7_words",
+    "efer_words",
+    "format_debugregs",
+    "format_regs",
+    "format_sregs",
+    "paging_mode",
+    "rflags_words",
+    "segment_words",
+    "xcr0_words",
+]
+
 GENERAL = (
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
-_DR6_FIXED = 0xFFFF_07F0  # reads as one
-_DR7_FIXED = 1 << 10
-_DR7_ACCESS = ("execute", "write", "i/o", "read/write")
-_DR7_LENGTH = (1, 2, 8, 4)
 _SYSTEM_TYPES = {1: "tss16", 2: "ldt", 3: "tss16 busy", 9: "tss", 11: "tss busy"}
-
-
-def bit_words(kind: type[IntFlag], value: int) -> list[str]:
-    """Return the names of the bits of *value*, lowest first; a bit without a name is ``bitN``."""
-    names = {int(member): name for name, member in kind.__members__.items()}
-    return [names.get(1 << bit, f"bit{bit}") for bit in range(value.bit_length()) if value >> bit & 1]
-
-
-def rflags_words(value: int) -> str:
-    """Return RFLAGS as words, such as ``CF ZF IF IOPL3``; the bit that is always set is told only when it is
-    not.
-    """
-    words = bit_words(RFLAGS, value & ~(int(RFLAGS.FIXED) | 3 << 12))
-    if value >> 12 & 3:
-        words.append(f"IOPL{value >> 12 & 3}")
-    if not value & RFLAGS.FIXED:
-        words.append("bit1-clear!")
-    return " ".join(words)
-
-
-def cr0_words(value: int) -> str:
-    """Return CR0 as words."""
-    return " ".join(bit_words(CR0, value))
-
-
-def cr4_words(value: int) -> str:
-    """Return CR4 as words."""
-    return " ".join(bit_words(CR4, value))
-
-
-def efer_words(value: int) -> str:
-    """Return EFER as words."""
-    return " ".join(bit_words(EFER, value))
-
-
-def xcr0_words(value: int) -> str:
-    """Return XCR0 (or XSTATE_BV) as words."""
-    return " ".join(bit_words(XCR0, value))
-
-
-def dr6_words(value: int) -> str:
-    """Return DR6 as words; BLD and RTM, which events clear, are told when clear."""
-    inverted = int(DR6.BLD | DR6.RTM)
-    return " ".join(bit_words(DR6, ((value ^ inverted) & ~(_DR6_FIXED & ~inverted)) & 0xFFFF_FFFF))
-
-
-def dr7_words(value: int) -> str:
-    """Return DR7 as words: enabled breakpoints with scope, condition and length, then the general bits."""
-    words = []
-    for number in range(4):
-        enabled = value >> 2 * number & 3
-        if enabled:
-            scope = {1: "L", 2: "G", 3: "LG"}[enabled]
-            access, length = value >> 16 + 4 * number & 3, value >> 18 + 4 * number & 3
-            words.append(f"{scope}{number}:{_DR7_ACCESS[access]}/{_DR7_LENGTH[length]}")
-    words += [name for bit, name in ((8, "LE"), (9, "GE"), (11, "RTM"), (13, "GD")) if value >> bit & 1]
-    if not value & _DR7_FIXED:
-        words.append("bit10-clear!")
-    return " ".join(words)
-
-
-def cpu_mode(cr0: int, efer: int, cs_l: int, cs_db: int, rflags: int = 0) -> str:
-    """Return ``64-bit``, ``compatibility 32-bit``, ``protected 16-bit``, ``virtual-8086`` or ``real``."""
-    if not cr0 & CR0.PE:
-        return "real"
-    if efer & EFER.LMA:
-        return "64-bit" if cs_l else f"compatibility {32 if cs_db else 16}-bit"
-    if rflags & RFLAGS.VM:
-        return "virtual-8086"
-    return f"protected {32 if cs_db else 16}-bit"
-
-
-def paging_mode(cr0: int, cr4: int, efer: int) -> str:
-    """Return which page tables are in use: ``off``, ``32-bit``, ``PAE``, ``4-level`` or ``5-level``."""
-    if not cr0 & CR0.PG:
-        return "off"
-    if not cr4 & CR4.PAE:
-        return "32-bit"
-    if not efer & EFER.LMA:
-        return "PAE"
-    return "5-level" if cr4 & CR4.LA57 else "4-level"
 
 
 def segment_words(segment: kvm_segment) -> str:

@@ -11,8 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvmpy.x86.bits import XCR0
-from kvmpy.x86.registers import xcr0_words
+from kvmpy.x86.bits import XCR0, xcr0_words
 
 if TYPE_CHECKING:
     from kvmpy.uapi.structs import kvm_xsave

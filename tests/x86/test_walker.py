@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvmpy.x86.walker import Translation, Walker
@@ -10,7 +12,7 @@ from kvmpy.x86.walker import Translation, Walker
 CBIT = 1 << 51
 
 
-def walker(memory: dict[int, int], cr3: int = 0x1000, levels: int = 4, **more: int) -> Walker:
+def walker(memory: dict[int, int], cr3: int = 0x1000, levels: int = 4, **more: Any) -> Walker:
     """Return a walker over a sparse memory of 8-byte words."""
     return Walker(lambda raw: memory.get(raw, 0), cr3, levels=levels, **more)
 
@@ -84,12 +86,12 @@ def test_reserved_bits(value: int, level: int, fault: str | None) -> None:
 
 def test_every_level_may_forbid() -> None:
     memory = {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007, 0x4000: 0x9007}
-    for at in memory:
-        found = walker({**memory, at: memory[at] & ~2}).walk(0)
+    for at, value in memory.items():
+        found = walker({**memory, at: value & ~2}).walk(0)
         assert (found.writable, found.user, found.executable) == (False, True, True)
-        found = walker({**memory, at: memory[at] & ~4}).walk(0)
+        found = walker({**memory, at: value & ~4}).walk(0)
         assert (found.writable, found.user, found.executable) == (True, False, True)
-        found = walker({**memory, at: memory[at] | 1 << 63}).walk(0)
+        found = walker({**memory, at: value | 1 << 63}).walk(0)
         assert (found.writable, found.user, found.executable) == (True, True, False)
 
 
