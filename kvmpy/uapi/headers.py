@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -97,12 +98,13 @@ def locate(directory: Path) -> Headers:
     )
 
 
-def compiler() -> str:
-    """Return the C compiler; HeaderError when there is none."""
-    found = shutil.which(os.environ.get("CC", "gcc"))
+def compiler() -> list[str]:
+    """Return the command of the C compiler, ``$CC`` or gcc; HeaderError when it is not there."""
+    command = shlex.split(os.environ.get("CC") or "gcc")
+    found = shutil.which(command[0])
     if found is None:
-        raise HeaderError("no C compiler: install one with `apt-get install gcc libc6-dev`")
-    return found
+        raise HeaderError(f"no C compiler ({command[0]}): install one with `apt-get install gcc libc6-dev`")
+    return [found, *command[1:]]
 
 
 def _run(arguments: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -122,7 +124,7 @@ def _flags(headers: Headers) -> list[str]:
 def declared(headers: Headers) -> Declared:
     """Return what *headers* declare; HeaderError when they cannot be preprocessed or parsed."""
     gcc = [
-        compiler(),
+        *compiler(),
         "-E",
         "-dD",
         "-nostdinc",
@@ -226,11 +228,13 @@ def measure(headers: Headers, questions: Iterable[Question]) -> dict[str, int | 
             source = Path(folder) / "probe.c"
             source.write_text(_probe(headers, wanted))
             program = Path(folder) / "probe"
-            gcc = [compiler(), "-w", "-std=gnu11", "-fmax-errors=0", *_flags(headers), "-DPAGE_SIZE=4096"]
+            gcc = [*compiler(), "-w", "-std=gnu11", "-fmax-errors=0", *_flags(headers), "-DPAGE_SIZE=4096"]
             done = _run([*gcc, "-o", str(program), str(source)])
             if done.returncode == 0:
                 break
             bad = {int(line) for line in re.findall(r"question:(\d+):\d+: (?:fatal )?error", done.stderr)}
+            if not bad and "stdio.h" in done.stderr:
+                raise HeaderError("the C library's headers are missing: `apt-get install libc6-dev`")
             if not bad:
                 raise HeaderError(f"the probe does not compile:\n{done.stderr.strip()[:2000]}")
             wanted = [question for number, question in enumerate(wanted, 1) if number not in bad]
@@ -245,8 +249,8 @@ def measure(headers: Headers, questions: Iterable[Question]) -> dict[str, int | 
     return answers
 
 
-_PROBE = """#include <stddef.h>
-#include <stdio.h>
+_PROBE = """#include <stdio.h>
+#include <stddef.h>
 #include <string.h>
 #include <errno.h>
 {includes}

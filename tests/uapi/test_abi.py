@@ -235,6 +235,11 @@ class TestCheck:
         with pytest.raises(HeaderError, match="another architecture"):
             check(tree)
 
+    def test_missing_c_library(self, header_tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CC", "gcc -nostdinc")
+        with pytest.raises(HeaderError, match="apt-get install libc6-dev"):
+            check(header_tree())
+
     def test_the_host_s_own_headers(self) -> None:
         if not Path("/usr/include/linux/kvm.h").is_file():
             pytest.skip("no kernel headers installed (apt-get install linux-libc-dev)")
@@ -272,5 +277,5 @@ def test_kernel_source_tree_is_recognised(tmp_path: Path) -> None:
 
 def test_missing_compiler(header_tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(HeaderError, match="apt-get install gcc"):
+    with pytest.raises(HeaderError, match=r"no C compiler \(no-such-compiler\).*apt-get install gcc"):
         check(header_tree())
