@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvmpy.coco.kvm import Kvm
 
 _CPU_FLAGS = ("svm", "vmx", "npt", "ept", "sev", "sev_es", "sev_snp", "la57", "hypervisor")
+_OTHER_MACHINES = ("ARM_", "LOONGARCH_", "MIPS_", "PPC_", "RISCV_", "S390_", "SPAPR_")
 _CONFIG = (
     "KVM",
     "KVM_AMD",
@@ -168,7 +169,8 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
     console.print(f"capabilities: {len(offered)} of {len(found['capabilities'])} known ones")
     for name, value in offered.items():
         console.print(f"  {name} = {value:#x}" if value > 9 else f"  {name} = {value}", style="dim")
-    absent = [name.removeprefix("KVM_CAP_") for name, value in found["capabilities"].items() if not value]
+    zero = [name.removeprefix("KVM_CAP_") for name, value in found["capabilities"].items() if not value]
+    absent = [name for name in zero if not name.startswith(_OTHER_MACHINES)]
     console.print("not offered: " + " ".join(absent), style="dim")
 
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import click
 
 import kvmpy
+from kvmpy.testing.verdicts import suite_id
 
 _EXTRA = "kvmpy.pytest_args"
 NOTHING_SELECTED = 5
@@ -37,22 +39,25 @@ def suite_folder() -> Path:
 
 def _targets(paths: tuple[str, ...], suite: Path) -> tuple[list[str], Path]:
     """Return pytest's arguments for *paths* (of the suite, or the user's own files) and its root folder."""
+    # Folders below the root become modules: with the suite as root, its io would replace the module io.
+    root = suite.parent
     if not paths:
-        return [str(suite)], suite
+        return [str(suite)], root
     chosen = []
-    own = False
     for text in paths:
         file, separator, test = text.partition("::")
         if (suite / file).exists():
             chosen.append(f"{suite / file}{separator}{test}")
         elif Path(file).exists():
-            own = True
+            root = Path.cwd()
+            if Path(file).parts[0] in sys.stdlib_module_names:
+                root = root.parent
             chosen.append(f"{Path(file).absolute()}{separator}{test}")
         else:
             raise click.BadParameter(
                 f"{file} is neither in the suite ({suite}) nor a file here", param_hint="PATHS"
             )
-    return chosen, Path.cwd() if own else suite
+    return chosen, root
 
 
 def _pytest_args(suite: Path, options: dict[str, object], paths: tuple[str, ...]) -> list[str]:
@@ -78,6 +83,16 @@ def _pytest_args(suite: Path, options: dict[str, object], paths: tuple[str, ...]
     return args
 
 
+def _list(args: list[str]) -> int:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *args], check=False, stdout=subprocess.PIPE, text=True
+    )
+    for line in result.stdout.splitlines():
+        # Names as in every report, and as this command takes them.
+        click.echo(suite_id(line) if "::" in line else line)
+    return result.returncode
+
+
 @click.command(cls=_SplitCommand, epilog="What follows -- goes to pytest as it is.")
 @click.argument("paths", nargs=-1)
 @click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as in pytest -k.")
@@ -100,7 +115,9 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> Non
     # Compiled tests are kept out of the installed package.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache / "kvmpy" / "pycache"))
-    if options["workers"] is not None or options["listing"]:
+    if options["listing"]:
+        code = _list(args)
+    elif options["workers"] is not None:
         # xdist watches its workers itself.
         code = run_unsupervised(args)
     else:

@@ -23,14 +23,16 @@ def attached(report: pytest.TestReport) -> Mapping[str, Any]:
     return data
 
 
-def _message(report: pytest.TestReport) -> str:
+def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash is not None else str(report.longrepr)
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[0].strip()[:FIRST_LINE] if lines else f"failed in {report.when}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # A collection error has no crash entry: pytest marks what went wrong by an E.
+    marked = [line.removeprefix("E").strip() for line in lines if line.startswith("E  ")]
+    return (marked or lines or ["failed without a word"])[0][:FIRST_LINE]
 
 
-def _skip_reason(report: pytest.TestReport) -> str:
+def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return str(text).removeprefix("Skipped: ")
 
@@ -82,6 +84,21 @@ def judge(nodeid: str, reports: Sequence[pytest.TestReport], platform: str) -> T
     )
 
 
+def judge_file(report: pytest.CollectReport, platform: str) -> TestVerdict:
+    """Return the verdict of a file that was not collected."""
+    identifier = suite_id(report.nodeid)
+    failed = report.outcome == "failed"
+    return TestVerdict(
+        nodeid=report.nodeid,
+        id=identifier,
+        area=area_of(identifier),
+        verdict=Verdict.FAIL if failed else Verdict.SKIP,
+        platform=platform,
+        reason=f"cannot be collected: {_message(report)}" if failed else _skip_reason(report),
+        details=str(report.longrepr) if failed else "",
+    )
+
+
 class Results:
     """Plugin object of the controlling process: sees every report, in whatever order workers send them."""
 
@@ -89,7 +106,14 @@ class Results:
         self.platform = platform
         self._selected: list[str] = []
         self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._files: dict[str, pytest.CollectReport] = {}
         self._rss: dict[str, list[int]] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be collected fails as a whole; one that skips itself is skipped as a whole."""
+        if report.outcome != "passed":
+            self._files.setdefault(report.nodeid, report)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Remember which tests were selected, in order."""
@@ -120,7 +144,8 @@ class Results:
         """Return the verdicts in the order of collection."""
         order = {nodeid: number for number, nodeid in enumerate(self._selected)}
         known = sorted(self._reports, key=lambda nodeid: order.get(nodeid, len(order)))
-        return [judge(nodeid, self._reports[nodeid], self.platform) for nodeid in known]
+        tests = [judge(nodeid, self._reports[nodeid], self.platform) for nodeid in known]
+        return [judge_file(report, self.platform) for report in self._files.values()] + tests
 
     def not_run(self) -> list[str]:
         """Return the selected tests that were never started."""

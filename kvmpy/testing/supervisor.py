@@ -98,11 +98,12 @@ def supervise(args: Sequence[str], say: Say, grace: float = HANG_GRACE) -> int:
         for _ in range(MAX_DEATHS):
             code, reason = _run_child([*args, *extra], path, grace)
             history = journal.read(path)
-            if history.finished or (history.running is None and code >= 0):
+            if code >= 0 and (history.finished or history.running is None):
                 return code
             reason = reason or _death(code)
             if history.running is None:
-                say(f"kvmpy run: {reason}, outside of any test")
+                where = "after the last test" if history.finished else "outside of any test"
+                say(f"kvmpy run: {reason}, {where}")
                 return 128 - code
             say(f"kvmpy run: {reason}, in {history.running}; that test is lost, the rest goes on")
             journal.mark_lost(path, history.running, reason)

@@ -85,7 +85,12 @@ def test_after():
 """
 THIRD = "import pytest\n\ndef test_only_skips():\n    pytest.skip('nothing here')\n"
 
+BROKEN = "import no_such_module\n"
+WHOLE = "import pytest\n\npytest.skip('not today', allow_module_level=True)\n"
+
 EXPECTED = {
+    "memory/test_broken.py": "fail",
+    "test_whole.py": "skip",
     "memory/test_first.py::test_pass": "pass",
     "memory/test_first.py::test_fail": "fail",
     "memory/test_first.py::test_skip": "skip",
@@ -121,7 +126,10 @@ def from_ktap(text: str) -> dict[str, str]:
     found = {}
     for good, file, directive, inner in parse_ktap(text).results:
         assert inner is not None
-        verdicts = {f"{file}::{name}": kinds[ok, word] for ok, name, word, _ in inner.results}
+        verdicts = {
+            name if name == file else f"{file}::{name}": kinds[ok, word]
+            for ok, name, word, _ in inner.results
+        }
         assert good is not bool({"fail", "lost"} & set(verdicts.values()))
         assert (directive == "SKIP") is (set(verdicts.values()) == {"skip"})
         found.update(verdicts)
@@ -145,8 +153,9 @@ def from_junit(root: Element) -> dict[str, str]:
     found: dict[str, str] = {}
     for case in root.iter("testcase"):
         classname = case.get("classname", "")
-        file = classname.replace(".", "/") + ".py" if classname else case.get("file", "")
-        name = f"{file}::{case.get('name')}"
+        file = classname.replace(".", "/") + ".py"
+        # What was not collected has no class, and a name with dots.
+        name = f"{file}::{case.get('name')}" if classname else f"{case.get('name', '').replace('.', '/')}.py"
         verdict = _junit_verdict(case)
         # pytest writes a test that failed in two phases as two cases.
         if found.get(name, "pass") in ("pass", verdict):
@@ -200,6 +209,8 @@ def write(suite: Suite) -> None:
     suite.add("memory/test_first.py", FIRST)
     suite.add("test_second.py", SECOND)
     suite.add("test_third.py", THIRD)
+    suite.add("memory/test_broken.py", BROKEN)
+    suite.add("test_whole.py", WHOLE)
 
 
 def test_all_four_agree_with_xdist(suite: Suite) -> None:

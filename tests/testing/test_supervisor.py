@@ -67,6 +67,19 @@ def test_a_death_outside_of_a_test_ends_the_run(here: Suite, capfd: pytest.Captu
     assert said == ["kvmpy run: the test process was killed by SIGKILL, outside of any test"]
 
 
+def test_a_death_after_the_last_test_is_no_success(here: Suite, capfd: pytest.CaptureFixture[str]) -> None:
+    here.add(
+        "test_a.py",
+        "import atexit, os, signal\n"
+        "def test_a(): atexit.register(lambda: os.kill(os.getpid(), signal.SIGKILL))\n",
+    )
+    said: list[str] = []
+    status = supervise(here.arguments(), said.append)
+    assert status == 128 + signal.SIGKILL
+    assert said == ["kvmpy run: the test process was killed by SIGKILL, after the last test"]
+    assert here.outcome(status, capfd.readouterr().out).verdicts() == {"test_a": "pass"}
+
+
 @pytest.mark.parametrize(
     ("source", "args", "expected"),
     [
