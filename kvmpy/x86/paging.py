@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from pyroaring import BitMap
 
-from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
+from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
 from kvmpy.core.memory import GuestMemory, OutOfGuestMemoryError, PageAllocator
 from kvmpy.uapi.paging import Chunk, Leaves, NativeTables, Op, Survey, TableReachError
 from kvmpy.x86.entry import (
@@ -60,7 +60,7 @@ class PageTables:
     *levels* is 4 or 5. *encryption* is put into leaves, into table pointers and into CR3; *private_tables*
     says whether the tables themselves are private pages (without encryption bit: whatever the allocator's
     default is). *physical_bits* is the guest's physical address width, *max_page_size* the largest page that
-    ``page_size=None`` picks.
+    ``page_size=None`` picks: 1 GiB ones need the CPUID feature GBPAGES.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PageTables:
         encryption: EncryptionBit | None = None,
         private_tables: bool = True,
         physical_bits: int = 52,
-        max_page_size: int = SIZE_1G,
+        max_page_size: int = SIZE_2M,
     ) -> None:
         if levels not in (4, 5):
             raise ValueError(f"levels={levels}: x86-64 page tables have 4 or 5")

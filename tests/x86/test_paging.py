@@ -138,7 +138,7 @@ def test_ends_of_the_address_space(make_space: SpaceMaker, levels: int, gva: int
 
 
 def test_largest_pages_that_fit(make_space: SpaceMaker) -> None:
-    space = make_space()
+    space = make_space(max_page_size=SIZE_1G)
     start, end = SIZE_1G - SIZE_2M - PAGE_SIZE, 2 * SIZE_1G + SIZE_2M + PAGE_SIZE
     space.tables.map(Gva(start), Gpa(start), end - start)
     assert [(int(m.gva), m.size, m.page_size) for m in space.tables.mappings()] == [
@@ -152,13 +152,13 @@ def test_largest_pages_that_fit(make_space: SpaceMaker) -> None:
 
 @pytest.mark.parametrize(("offset", "page_size"), [(PAGE_SIZE, PAGE_SIZE), (SIZE_2M, SIZE_2M), (0, SIZE_1G)])
 def test_largest_pages_need_addresses_that_agree(make_space: SpaceMaker, offset: int, page_size: int) -> None:
-    space = make_space()
+    space = make_space(max_page_size=SIZE_1G)
     space.tables.map(Gva(SIZE_1G), Gpa(SIZE_1G + offset), SIZE_1G)
     assert {m.page_size for m in space.tables.mappings()} == {page_size}
 
 
-def test_largest_page_is_limited(make_space: SpaceMaker) -> None:
-    space = make_space(max_page_size=SIZE_2M)
+def test_largest_page_is_2m_unless_said_otherwise(make_space: SpaceMaker) -> None:
+    space = make_space()
     space.tables.map(Gva(SIZE_1G), Gpa(SIZE_1G), SIZE_1G)
     assert {m.page_size for m in space.tables.mappings()} == {SIZE_2M}
 

@@ -335,7 +335,7 @@ def test_edits_match_the_model(
     edits: list[dict[str, Any]],
     high: bool,
 ) -> None:
-    space = make_space(encryption=encryption, levels=levels)
+    space = make_space(encryption=encryption, levels=levels, max_page_size=SIZE_1G)
     half = 1 << (11 + 9 * levels)
     # The last window ends with the lower half, the first one starts with the upper half of the address space.
     run = Run(space, (1 << 64) - half if high else half - CUTS[-1] * PAGE_SIZE)
