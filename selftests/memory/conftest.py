@@ -1,141 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of memory slots share: host memory, both ioctls, a guest that does one access at a time."""
+"""What the tests of memory slots share: host memory, and both ioctls behind one signature."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from typing import Protocol
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
+from kvmpy.core.address import PAGE_SIZE
 from kvmpy.core.backing import Anonymous, Mapping
-from kvmpy.core.exits import MmioExit
 from kvmpy.core.vm import Vm
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import KVM_CAP_USER_MEMORY2
-
-# Does what `order` says, in ring 0 or 3, and shows the result.
-GUEST = """
-#include <kvmpy/guest.h>
-
-struct order {
-	u64 address;
-	u64 value;
-	u32 size;
-	u32 write;
-	u64 ring;
-};
-
-GUEST_SHARED struct order order;
-static struct order mine GUEST_USER_DATA;
-static u64 user_stack[256] GUEST_USER_DATA;
-
-static GUEST_USER u64 access(u64 unused)
-{
-	void *where = (void *)(uintptr_t)mine.address;
-
-	(void)unused;
-	switch (mine.size | mine.write << 8) {
-	case 1:
-		return mmio_read8(where);
-	case 2:
-		return mmio_read16(where);
-	case 4:
-		return mmio_read32(where);
-	case 8:
-		return mmio_read64(where);
-	case 0x101:
-		mmio_write8(where, mine.value);
-		break;
-	case 0x102:
-		mmio_write16(where, mine.value);
-		break;
-	case 0x104:
-		mmio_write32(where, mine.value);
-		break;
-	case 0x108:
-		mmio_write64(where, mine.value);
-		break;
-	}
-	return 0;
-}
-
-void guest_main(void)
-{
-	GUEST_SYNC();
-	for (;;) {
-		struct guest_user_exit exit = { .returned = true };
-
-		mine = order;
-		if (mine.ring)
-			exit = guest_user_run(access, 0, user_stack + ARRAY_SIZE(user_stack));
-		else
-			exit.value = access(0);
-		GUEST_ASSERT(exit.returned);
-		GUEST_SYNC(exit.value);
-	}
-}
-"""
-
-
-class Accessor:
-    """A launched VM whose guest reads and writes memory as it is told, one access at a time."""
-
-    def __init__(self, vm: GuestVm, ring: int) -> None:
-        self.vm = vm
-        self.vcpu = vm.guests[0]
-        self.ring = ring
-        vm.launch()
-        self.vcpu.sync()
-
-    def order(self, gva: Gva, size: int, value: int | None = None) -> None:
-        """Tell the guest its next access; it does it when the vCPU runs."""
-        packed = struct.pack("<QQIIQ", int(gva), value or 0, size, value is not None, self.ring)
-        self.vm.symbol("order").bytes = packed
-
-    def read(self, gva: Gva, size: int = 8) -> int:
-        """Let the guest read memory and return what it saw."""
-        self.order(gva, size)
-        return self.result()
-
-    def write(self, gva: Gva, value: int, size: int = 8) -> None:
-        """Let the guest write memory."""
-        self.order(gva, size, value)
-        self.result()
-
-    def exit_of(self, gva: Gva, size: int = 8, value: int | None = None) -> MmioExit:
-        """Let the guest read (or write *value*) where nothing is, and return the exit."""
-        self.order(gva, size, value)
-        return self.vcpu.expect(MmioExit)
-
-    def result(self) -> int:
-        """Return the result of the access under way."""
-        return self.vcpu.sync().args[0]
-
-    def map(self, gva: Gva, gpa: Gpa, size: int) -> None:
-        """Map guest-physical addresses as shared memory, for both rings."""
-        self.vm.map(gva, gpa, size, page_size=PAGE_SIZE, user=True, nx=True, private=False)
 
 
 class SetRegion(Protocol):
     """Sets, changes or deletes a slot of the fixture ``vm``."""
 
     def __call__(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None: ...
-
-
-@pytest.fixture(params=[0, 3], ids=["ring0", "ring3"])
-def ring(request: pytest.FixtureRequest) -> int:
-    """The ring that the guest's access comes from: hosts that emulate ring 0 run ring 3 on the CPU."""
-    return int(request.param)
-
-
-@pytest.fixture
-def accessor(make_vm: MakeVm, ring: int) -> Accessor:
-    """A guest with 64 MiB of memory at address 0 that does one access at a time."""
-    return Accessor(make_vm(GUEST), ring)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from kvmpy.core.vcpu import RUN_ERROR
 from kvmpy.uapi.constants import KVM_EXIT_MEMORY_FAULT
 
 if TYPE_CHECKING:
-    from selftests.memory.conftest import Accessor
+    from selftests.conftest import Accessor
 
 pytestmark = pytest.mark.protections("all")
 

@@ -11,7 +11,7 @@ from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.core.backing import Anonymous
 
 if TYPE_CHECKING:
-    from selftests.memory.conftest import Accessor
+    from selftests.conftest import Accessor
 
 # Behind the guest's own memory and below the APICs.
 GPA = Gpa(0x8000_0000)

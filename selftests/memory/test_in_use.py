@@ -21,7 +21,7 @@ from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
 
 if TYPE_CHECKING:
-    from selftests.memory.conftest import Accessor
+    from selftests.conftest import Accessor
 
 pytestmark = pytest.mark.protections("all")
 

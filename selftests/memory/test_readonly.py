@@ -15,7 +15,7 @@ from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import KVM_MEM_READONLY
 
 if TYPE_CHECKING:
-    from selftests.memory.conftest import Accessor
+    from selftests.conftest import Accessor
 
 pytestmark = [pytest.mark.requires("KVM_CAP_READONLY_MEM"), pytest.mark.protections("all")]
 
@@ -64,8 +64,9 @@ def test_reads_are_memory_reads(accessor: Accessor) -> None:
     """
     read_only_page(accessor.vm)
     accessor.map(GVA, GPA, PAGE_SIZE)
-    exits = accessor.vcpu.exits
     assert accessor.read(GVA + 0x10) == OLD
+    exits = accessor.vcpu.exits
+    assert accessor.read(GVA + 0x20) == OLD
     assert accessor.read(GVA + PAGE_SIZE - 2, 2) == OLD & 0xFFFF
     assert accessor.vcpu.exits == exits + 2  # the two SYNCs
 
