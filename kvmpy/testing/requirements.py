@@ -8,6 +8,7 @@ A requirement is a string or a callable:
 - ``ioctl:KVM_X``: the capability that the ioctl table names for it
 - ``vm-type:KVM_X86_SEV_VM``: a VM type
 - ``protection:snp``: a protection of the ladder
+- ``cpuid:xsave``: a feature in KVM_GET_SUPPORTED_CPUID, by Linux's name
 - ``msr:0x4b564d00``: an MSR in KVM_GET_MSR_INDEX_LIST or the feature MSR list
 - ``param:kvm.ignore_msrs`` or ``param:kvm_amd.sev=Y``: a module parameter (and its value)
 - ``cpu:FLAG``: a flag in /proc/cpuinfo
@@ -131,6 +132,19 @@ def _msr(kvm: Kvm, text: str) -> Missing | None:
     return Missing(f"MSR {index:#x}", "a KVM and CPU that list it (KVM_GET_MSR_INDEX_LIST)", (f"msr:{text}",))
 
 
+def _cpuid(kvm: Kvm, feature: str) -> Missing | None:
+    from kvmpy.x86.cpuid import Cpuid, FeatureNameError
+
+    try:
+        offered = Cpuid.from_struct(kvm.supported_cpuid).has(feature)
+    except FeatureNameError as error:
+        raise ValueError(str(error)) from None
+    if offered:
+        return None
+    what = f"CPUID feature {feature} in KVM_GET_SUPPORTED_CPUID"
+    return Missing(what, "a CPU that has it and a KVM that passes it on", (f"cpuid:{feature}",))
+
+
 def _parameter(text: str) -> Missing | None:
     name, _, wanted = text.partition("=")
     module, _, parameter = name.partition(".")
@@ -175,6 +189,7 @@ _ASK_KVM: dict[str, Callable[[Kvm, str], Missing | None]] = {
     "ioctl": _ioctl,
     "vm-type": _vm_type,
     "protection": _protection,
+    "cpuid": _cpuid,
     "msr": _msr,
 }
 _ASK_HOST: dict[str, Callable[[str], Missing | None]] = {
