@@ -83,7 +83,9 @@ class GuestProgram:
             raise ValueError("from_file() needs at least one file")
         files = _files(paths)
         label = name or files[0].name
-        return _program((label, tuple(files), tuple(cflags)), label, None, files, tuple(cflags))
+        program = _program((label, tuple(files), tuple(cflags)), label, None, files, tuple(cflags))
+        _warn(program, origin.caller())
+        return program
 
     @classmethod
     def from_elf(cls, elf: StrPath | bytes, *, name: str | None = None) -> GuestProgram:
@@ -193,11 +195,11 @@ def _inline(
     where = origin.find(source, frame)
     asked = (source, suffix, where, name, tuple(cflags), tuple(str(path) for path in sources))
     program = _known.get(asked)
-    if program is not None and _unchanged(program):
-        return program
-    return _program(
-        asked, name or where.label, _Source(source, suffix, where), _files(sources), tuple(cflags)
-    )
+    if program is None or not _unchanged(program):
+        inline = _Source(source, suffix, where)
+        program = _program(asked, name or where.label, inline, _files(sources), tuple(cflags))
+    _warn(program, frame)
+    return program
 
 
 def _program(
@@ -208,9 +210,14 @@ def _program(
         if program is None or not _unchanged(program):
             program = _load_or_build(name, inline, files, cflags)
             _known[asked] = program
-    if program.warning:
-        warnings.warn(f"guest program {name}:\n{program.warning}", GuestBuildWarning, stacklevel=4)
     return program
+
+
+def _warn(program: GuestProgram, frame: FrameType | None) -> None:
+    if program.warning:
+        place = (frame.f_code.co_filename, frame.f_lineno) if frame is not None else ("<guest>", 1)
+        text = f"guest program {program.name}:\n{program.warning}"
+        warnings.warn_explicit(text, GuestBuildWarning, *place)
 
 
 def _stamp(path: StrPath) -> tuple[int, int] | None:

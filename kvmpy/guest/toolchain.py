@@ -169,7 +169,7 @@ def check_target(tools: Toolchain) -> None:
     if not machine.startswith("x86_64"):
         raise ToolchainError(
             f"{tools.cc} makes code for {machine}, guests need x86_64",
-            "apt install gcc-x86-64-linux-gnu, then set KVMPY_CC and KVMPY_AR to x86_64-linux-gnu-gcc and -ar",
+            "apt install gcc-x86-64-linux-gnu; KVMPY_CC=x86_64-linux-gnu-gcc KVMPY_AR=x86_64-linux-gnu-ar",
         )
 
 
