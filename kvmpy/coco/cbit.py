@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 
 from kvmpy.core.address import EncryptionBit, Gpa
-from kvmpy.core.backing import Anonymous, Backing
+from kvmpy.core.backing import Backing
 from kvmpy.core.errors import MissingError
 from kvmpy.core.kvm import Kvm
 from kvmpy.core.memory import Segment
@@ -68,10 +68,9 @@ class EmulatedEncryptionBit(Protection):
         bit = self.encryption_bit(vm.kvm)
         bit.check(gpa)
         vm.memory.check_free(gpa, size)
-        how = backing or Anonymous()
-        shared = how.map(size)
+        shared, shared_gmem = vm.back(size, backing)
         try:
-            private = how.map(size)
+            private, private_gmem = vm.back(size, backing)
         except BaseException:
             shared.close()
             raise
@@ -79,8 +78,8 @@ class EmulatedEncryptionBit(Protection):
         vm.memory.add(segment)
         first: MemorySlot | None = None
         try:
-            first = vm.add_alias(int(gpa), size, shared, slot=slot, flags=flags)
-            alias = vm.add_alias(int(gpa) | bit.mask, size, private, flags=flags)
+            first = vm.add_alias(int(gpa), size, shared, slot=slot, flags=flags, gmem=shared_gmem)
+            alias = vm.add_alias(int(gpa) | bit.mask, size, private, flags=flags, gmem=private_gmem)
         except OSError:
             vm.memory.remove(segment)
             if first is not None:

@@ -155,4 +155,15 @@ class MemFd:
         return Mapping(area, size, fd=fd)
 
 
-Backing = Anonymous | HugeTlb | MemFd
+@dataclass(frozen=True)
+class MappedGuestMemfd:
+    """A guest_memfd of the VM itself, mapped into the host: both ends of the slot are the same pages.
+
+    *flags* are those of KVM_CREATE_GUEST_MEMFD; by default GUEST_MEMFD_FLAG_MMAP and
+    GUEST_MEMFD_FLAG_INIT_SHARED (KVM_CAP_GUEST_MEMFD_FLAGS says which a VM type offers).
+    """
+
+    flags: int = 3
+
+
+Backing = Anonymous | HugeTlb | MemFd | MappedGuestMemfd

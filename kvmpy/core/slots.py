@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from kvmpy.core.address import Gpa
-from kvmpy.core.backing import Anonymous, Backing, Mapping
+from kvmpy.core.backing import Anonymous, Backing, MappedGuestMemfd, Mapping
 from kvmpy.core.fd import KvmFd
 from kvmpy.core.gmem import GuestMemfd
 from kvmpy.core.memory import GuestMemory, Segment
@@ -53,6 +54,8 @@ class MemorySlot:
         """Change the flags (KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY); KvmError where KVM refuses the
         change.
         """
+        if self.gmem is not None:
+            flags |= KVM_MEM_GUEST_MEMFD
         self._set(self.gpa, self.size, flags)
         self.flags = flags
         for alias in self.aliases:
@@ -136,6 +139,7 @@ class VmSlots(KvmFd):
     def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
         """Create a guest_memfd of *size* bytes (KVM_CREATE_GUEST_MEMFD); it is closed with the VM."""
         fd = self.ioctl(ioctls.KVM_CREATE_GUEST_MEMFD, kvm_create_guest_memfd(size=size, flags=flags))
+        os.set_inheritable(fd, False)  # unlike other KVM file descriptors it is made without O_CLOEXEC
         gmem = GuestMemfd(self, fd, size, flags)
         self._gmems.append(gmem)
         return gmem
@@ -149,6 +153,22 @@ class VmSlots(KvmFd):
         """Let the VM keep *mapping* alive until it is closed, and return it."""
         self._mappings.append(mapping)
         return mapping
+
+    def back(self, size: int, backing: Backing | None = None) -> tuple[Mapping, GuestMemfd | None]:
+        """Make *size* bytes of host memory the way *backing* says (default anonymous), with its guest_memfd
+        if it has one.
+
+        The caller owns the mapping; a guest_memfd belongs to the VM.
+        """
+        if not isinstance(backing, MappedGuestMemfd):
+            return (backing or Anonymous()).map(size), None
+        gmem = self.create_guest_memfd(size, backing.flags)
+        try:
+            return gmem.map(), gmem
+        except OSError:
+            self._gmems.remove(gmem)
+            gmem.close()
+            raise
 
     def next_slot(self) -> int:
         """Return the lowest slot number that is free."""
@@ -177,7 +197,11 @@ class VmSlots(KvmFd):
         self.memory.check_free(gpa, size)
         number = self.next_slot() if slot is None else slot
         made = not isinstance(backing, Mapping)
-        mapping = backing if isinstance(backing, Mapping) else (backing or Anonymous()).map(size)
+        if isinstance(backing, Mapping):
+            mapping = backing
+        else:
+            mapping, own = self.back(size, backing)
+            gmem = gmem or own
         segment = Segment(gpa, size, mapping, mapping)
         self.memory.add(segment)
         entry = MemorySlot(
@@ -206,14 +230,17 @@ class VmSlots(KvmFd):
         offset: int = 0,
         slot: int | None = None,
         flags: int = 0,
+        gmem: GuestMemfd | None = None,
     ) -> MemorySlot:
         """Map *size* bytes of *mapping* at *gpa* without entering the range into :attr:`memory`.
 
         For second views of memory, such as the alias that carries an emulated encryption bit.
         """
         number = self.next_slot() if slot is None else slot
-        entry = MemorySlot(self, number, gpa, size, mapping, flags, mapping.hva + offset)
-        entry._set(gpa, size, flags)
+        entry = MemorySlot(self, number, gpa, size, mapping, flags, mapping.hva + offset, gmem, offset)
+        if gmem is not None:
+            entry.flags |= KVM_MEM_GUEST_MEMFD
+        entry._set(gpa, size, entry.flags)
         self.slots[number] = entry
         return entry
 
