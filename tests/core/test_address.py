@@ -85,5 +85,5 @@ def test_a_gpa_with_the_encryption_bit_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("bit", [31, 52])
 def test_the_bit_lies_in_the_address(bit: int) -> None:
-    with pytest.raises(ValueError, match="32..51"):
+    with pytest.raises(ValueError, match=r"32\.\.51"):
         EncryptionBit(bit)

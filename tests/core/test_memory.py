@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -68,7 +69,9 @@ def test_a_view_across_kinds_is_refused(memory: GuestMemory) -> None:
 def test_sealed_private_pages_are_refused_with_the_reason(memory: GuestMemory) -> None:
     memory.set_private(Gpa(0x11000), PAGE_SIZE)
     memory.seal = "the protection keeps it"
-    with pytest.raises(PrivateMemoryError, match="gpa 0x11008, 0x8 bytes is private: the protection keeps it"):
+    with pytest.raises(
+        PrivateMemoryError, match="gpa 0x11008, 0x8 bytes is private: the protection keeps it"
+    ):
         memory.view(Gpa(0x11008), 8)
     with pytest.raises(PrivateMemoryError):
         memory.hva(Gpa(0x11000))
@@ -78,7 +81,9 @@ def test_sealed_private_pages_are_refused_with_the_reason(memory: GuestMemory) -
 
 
 def test_outside_memory_names_the_ranges(memory: GuestMemory) -> None:
-    with pytest.raises(ValueError, match=r"gpa 0x50000, 0x1 bytes, is outside guest memory \(0x10000..0x4ffff\)"):
+    with pytest.raises(
+        ValueError, match=r"gpa 0x50000, 0x1 bytes, is outside guest memory \(0x10000..0x4ffff\)"
+    ):
         memory.view(Gpa(0x50000), 1)
     with pytest.raises(ValueError, match="outside"):
         memory.view(Gpa(0x4FFFF), 2)
@@ -93,7 +98,9 @@ def test_overlapping_ranges_are_refused(memory: GuestMemory, both: tuple[Mapping
 
 
 @pytest.mark.parametrize(("gpa", "size"), [(0x50800, PAGE_SIZE), (0x50000, 0x800), (0x50000, 0)])
-def test_ranges_are_whole_pages(memory: GuestMemory, both: tuple[Mapping, Mapping], gpa: int, size: int) -> None:
+def test_ranges_are_whole_pages(
+    memory: GuestMemory, both: tuple[Mapping, Mapping], gpa: int, size: int
+) -> None:
     with pytest.raises(ValueError, match="whole 4 KiB pages"):
         memory.add(Segment(Gpa(gpa), size, *both))
 
@@ -109,7 +116,7 @@ def test_runs_are_maximal_and_agree_with_the_bitmap(private: set[int], first: in
         for page in range(gpa.gfn, gpa.gfn + size // PAGE_SIZE):
             seen[page] = kind
     assert seen == {page: page in private for page in range(first, first + count)}
-    assert all(a[2] != b[2] for a, b in zip(runs, runs[1:], strict=False))
+    assert all(before[2] != after[2] for before, after in pairwise(runs))
 
 
 def test_addresses_above_the_bitmap_are_shared(memory: GuestMemory, both: tuple[Mapping, Mapping]) -> None:
