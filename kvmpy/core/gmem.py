@@ -52,10 +52,6 @@ class GuestMemfd(KvmFd):
         length = self.size - offset if size is None else size
         self.fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
-    def resident(self) -> int:
-        """Return the number of bytes that are allocated (st_blocks)."""
-        return os.fstat(self.fd).st_blocks * 512
-
     def truncate(self, size: int) -> None:
         """Call ftruncate(2); guest_memfd answers with EINVAL, the size is fixed."""
         try:
