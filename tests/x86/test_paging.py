@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
+from kvmpy.core.backing import Anonymous
+from kvmpy.core.memory import Segment
 from kvmpy.x86.entry import flag_words, pat_bits
 from kvmpy.x86.paging_errors import (
     MixedPrivacyError,
     NotMappedError,
 )
+from kvmpy.x86.walker import Walker
 
 if TYPE_CHECKING:
     from tests.x86.conftest import Space, SpaceMaker
@@ -203,6 +206,20 @@ def test_new_tables_inside_the_mapped_range_are_private(make_space: SpaceMaker) 
     for page in range(space.tables.table_pages):
         assert space.tables.walk(Gva(page << 12)).private is True
     assert space.tables.walk(Gva(space.tables.table_pages << 12)).private is False
+
+
+def test_new_tables_may_split_the_very_page_that_needs_them(make_space: SpaceMaker) -> None:
+    space = make_space(encryption=CBIT)
+    space.allocator.alloc(511, private=True)
+    # The next tables lie in the second 2 MiB, which was shared as a whole when the mapping was planned.
+    space.tables.map(Gva(0), space.memory.segments()[0].gpa, 8 << 20)
+    pages = 512 + space.tables.table_pages - 1
+    assert [(m.size, m.page_size, m.private) for m in space.tables.mappings()] == [
+        (SIZE_2M, SIZE_2M, True),
+        ((pages - 512) * PAGE_SIZE, PAGE_SIZE, True),
+        ((1024 - pages) * PAGE_SIZE, PAGE_SIZE, False),
+        (2 * SIZE_2M, SIZE_2M, False),
+    ]
 
 
 @pytest.mark.parametrize("page_size", [SIZE_2M, SIZE_1G])
@@ -412,6 +429,48 @@ def test_mappings_of_a_range_and_across_many_runs(make_space: SpaceMaker) -> Non
     found = space.tables.mappings()
     assert [int(m.gpa) // PAGE_SIZE for m in found] == [number ^ 1 for number in range(count)]
     assert [int(m.gpa) for m in space.tables.mappings(BASE + PAGE_SIZE, 2 * PAGE_SIZE)] == [0, 3 * PAGE_SIZE]
+
+
+def test_mappings_do_not_tell_accessed_and_dirty_apart(make_space: SpaceMaker) -> None:
+    space = make_space()
+    space.tables.map(BASE, Gpa(0), 4 * PAGE_SIZE)
+    space.tables.protect(BASE + PAGE_SIZE, PAGE_SIZE, accessed=True)
+    space.tables.protect(BASE + 2 * PAGE_SIZE, PAGE_SIZE, dirty=True)
+    assert [m.size for m in space.tables.mappings()] == [4 * PAGE_SIZE]
+    space.tables.protect(BASE + 2 * PAGE_SIZE, PAGE_SIZE, writable=False)
+    assert [m.size // PAGE_SIZE for m in space.tables.mappings()] == [2, 1, 1]
+
+
+def test_a_large_page_bit_above_1g_makes_no_leaf(make_space: SpaceMaker) -> None:
+    space = make_space()
+    space.tables.map(BASE, Gpa(0x5000), PAGE_SIZE)
+    pml4e = space.tables.walk(BASE).steps[0]
+    space.memory.write(Gpa(int(pml4e.table)) + pml4e.index * 8, struct.pack("<Q", pml4e.value | 0x80))
+    walk = space.tables.walk(BASE)
+    assert [step.level for step in walk.steps] == [4, 3, 2, 1]
+    assert walk.gpa == Gpa(0x5000)
+    assert space.walker().walk(int(BASE)).fault == "reserved"  # what a CPU makes of it
+
+
+def test_tables_spread_over_several_ranges_of_memory(make_space: SpaceMaker) -> None:
+    space = make_space(size=4 * PAGE_SIZE)
+    for number in range(1, 6):
+        more = Anonymous().map(4 * PAGE_SIZE)
+        make_space.mappings.append(more)
+        # Added out of order: below, above, below ...
+        at = Gpa(0x4_0000_0000 + (number if number % 2 else -number) * 0x10_0000)
+        space.memory.add(Segment(at, 4 * PAGE_SIZE, more, more))
+    space.tables.map(BASE, Gpa(0), 20 * SIZE_2M, page_size=PAGE_SIZE)
+    assert space.tables.table_pages == 23
+    assert [(int(m.gpa), m.size) for m in space.tables.mappings()] == [(0, 20 * SIZE_2M)]
+
+    def read(raw: int) -> int:
+        return int(struct.unpack("<Q", space.memory.read(Gpa(raw), 8))[0])
+
+    found = list(Walker(read, int(space.tables.cr3)).pages(int(BASE), 20 * SIZE_2M))
+    assert [page.physical for page in found] == [n * PAGE_SIZE for n in range(20 * 512)]
+    space.tables.unmap(BASE, 20 * SIZE_2M)
+    assert space.tables.spare_pages == 22
 
 
 def test_flag_words() -> None:

@@ -190,7 +190,7 @@ static int pt_look(struct kvmpy_pt *pt, const struct kvmpy_pt_chunk *c, int op, 
 			if (!out->holes)
 				out->hole_gva = at;
 			out->holes += next - at;
-			if (op == KVMPY_PT_FILL && level > c->level)
+			if (op == KVMPY_PT_FILL)
 				pt_count(out, c->level, level - 1, at, next);
 		} else if (pt_is_leaf(entry, level)) {
 			if (!out->found++) {
