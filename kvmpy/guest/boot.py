@@ -102,5 +102,5 @@ def initial_regs(vcpu: GuestVcpu, program: GuestProgram) -> None:
         rip=int(program.entry), rsp=int(vcpu.stack_top), rdi=int(vcpu.percpu), rflags=RFLAGS_RESERVED
     )
     vcpu.set_regs(regs)
-    if vcpu.index:
-        vcpu.ioctl_raw(ioctls.KVM_SET_MP_STATE, kvm_mp_state(mp_state=KVM_MP_STATE_RUNNABLE))
+    # Which vCPU boots is a matter of ids (KVM_SET_BOOT_CPU_ID); all others would wait for INIT and SIPI.
+    vcpu.ioctl_raw(ioctls.KVM_SET_MP_STATE, kvm_mp_state(mp_state=KVM_MP_STATE_RUNNABLE))
