@@ -8,8 +8,10 @@ real hardware.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from pyroaring import BitMap
 
@@ -508,8 +510,21 @@ class PageTables:
                 step = (min(step, pages) + 1) // 2
                 continue
             self._native.add_pages(int(gpa), min(step, pages))
+            self._fault_in_bulk(gpa, min(step, pages))
             pages -= min(step, pages)
         self._refresh()
+
+    def _fault_in_bulk(self, gpa: Gpa, pages: int) -> None:
+        # A page fault costs three times as much as filling the table behind it: let many tables share one.
+        if pages < SIZE_2M // PAGE_SIZE:
+            return
+        segment = self.memory.find(gpa)
+        private = self.memory.is_private(gpa)
+        mapping, offset = segment.shared, segment.shared_offset
+        if private and segment.private is not None:
+            mapping, offset = segment.private, segment.private_offset
+        with suppress(OSError):  # memory that cannot have huge pages, or has them anyway
+            mapping.madvise(mmap.MADV_HUGEPAGE, offset + gpa - segment.gpa, pages * PAGE_SIZE)
 
     def _refresh(self) -> None:
         """Tell the editor where memory is now: ranges come and go, and a launch seals what is private."""
