@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""guest_memfd as a file: what file system calls may do to it, and what not."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+import pytest
+
+from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.gmem import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, GuestMemfd
+from kvmpy.core.vm import Vm
+
+PAGES = 4
+SIZE = PAGES * PAGE_SIZE
+FALLOC_FL_ZERO_RANGE = 0x10
+FALLOC_FL_UNSHARE_RANGE = 0x40
+PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+
+@pytest.fixture
+def gmem(gmem_vm: Vm) -> GuestMemfd:
+    return gmem_vm.create_guest_memfd(SIZE)
+
+
+@pytest.mark.parametrize("size", [0, SIZE - PAGE_SIZE, SIZE, SIZE + PAGE_SIZE])
+def test_the_size_is_fixed(gmem: GuestMemfd, size: int) -> None:
+    """guest_memfd files "cannot be resized": ftruncate() is EINVAL for every size.
+
+    Documentation/virt/kvm/api.rst 4.142.
+    """
+    with pytest.raises(OSError) as caught:
+        gmem.truncate(size)
+    assert caught.value.errno == errno.EINVAL
+    assert os.fstat(gmem.fd).st_size == SIZE
+
+
+def test_read_is_refused(gmem: GuestMemfd) -> None:
+    """guest_memfd files "cannot be [...] read [...] by userspace": read() is EINVAL.
+
+    Documentation/virt/kvm/api.rst 4.142; read(2), EINVAL: "unsuitable for reading".
+    """
+    with pytest.raises(OSError) as caught:
+        os.read(gmem.fd, 64)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_write_is_refused(gmem: GuestMemfd) -> None:
+    """guest_memfd files "cannot be [...] written by userspace": write() is EINVAL.
+
+    Documentation/virt/kvm/api.rst 4.142; write(2), EINVAL: "unsuitable for writing".
+    """
+    with pytest.raises(OSError) as caught:
+        os.write(gmem.fd, bytes(64))
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_positioned_reads_and_writes_are_refused(gmem: GuestMemfd) -> None:
+    """guest_memfd files cannot be read or written at a position either: they have none, ESPIPE.
+
+    Documentation/virt/kvm/api.rst 4.142; lseek(2), ESPIPE, for what cannot seek.
+    """
+    with pytest.raises(OSError) as caught:
+        os.pread(gmem.fd, 64, 0)
+    assert caught.value.errno == errno.ESPIPE
+    with pytest.raises(OSError) as caught:
+        os.pwrite(gmem.fd, bytes(64), 0)
+    assert caught.value.errno == errno.ESPIPE
+
+
+def test_seals_are_refused(gmem: GuestMemfd) -> None:
+    """The seals of memfd_create() do not exist here: F_ADD_SEALS and F_GET_SEALS are EINVAL.
+
+    fcntl(2), File Sealing: EINVAL when "the filesystem containing the inode does not support sealing".
+    """
+    with pytest.raises(OSError) as caught:
+        fcntl.fcntl(gmem.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(OSError) as caught:
+        fcntl.fcntl(gmem.fd, fcntl.F_GET_SEALS)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_it_cannot_be_opened_again(gmem: GuestMemfd) -> None:
+    """A guest_memfd is an anonymous file of one VM: /proc gives no second file of it (ENXIO).
+
+    Documentation/virt/kvm/api.rst 4.142: "creates an anonymous file".
+    """
+    with pytest.raises(OSError) as caught:
+        os.close(os.open(f"/proc/self/fd/{gmem.fd}", os.O_RDWR))
+    assert caught.value.errno == errno.ENXIO
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0, SIZE), (PAGE_SIZE, PAGE_SIZE), (SIZE - PAGE_SIZE, PAGE_SIZE)]
+)
+def test_pages_can_be_allocated_and_given_back(gmem: GuestMemfd, offset: int, size: int) -> None:
+    """fallocate() allocates whole pages and punches holes, again and again; the size stays.
+
+    Documentation/virt/kvm/api.rst 4.142: "guest_memfd files do however support PUNCH_HOLE".
+    """
+    for _ in range(2):
+        gmem.allocate(offset, size)
+        gmem.punch_hole(offset, size)
+    assert os.fstat(gmem.fd).st_size == SIZE
+
+
+@pytest.mark.parametrize("mode", [PUNCH, FALLOC_FL_KEEP_SIZE], ids=["punch", "allocate"])
+def test_parts_of_pages_are_refused(gmem: GuestMemfd, mode: int) -> None:
+    """fallocate() takes whole pages: any other offset or length is EINVAL.
+
+    kvm_gmem_fallocate(), virt/kvm/guest_memfd.c.
+    """
+    page = PAGE_SIZE
+    for offset, size in (
+        (0, 1),
+        (0, page - 1),
+        (0, page + 1),
+        (1, page),
+        (page - 1, page),
+        (page, 1),
+        (1, 1),
+    ):
+        with pytest.raises(OSError) as caught:
+            gmem.fallocate(mode, offset, size)
+        assert caught.value.errno == errno.EINVAL, (offset, size)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(SIZE, PAGE_SIZE), (SIZE - PAGE_SIZE, 2 * PAGE_SIZE), (SIZE + PAGE_SIZE, PAGE_SIZE)]
+)
+def test_nothing_is_allocated_behind_the_end(gmem: GuestMemfd, offset: int, size: int) -> None:
+    """The size is fixed, so allocating behind it is EINVAL.
+
+    Documentation/virt/kvm/api.rst 4.142; kvm_gmem_allocate(), virt/kvm/guest_memfd.c.
+    """
+    with pytest.raises(OSError) as caught:
+        gmem.allocate(offset, size)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_a_hole_behind_the_end_is_no_error(gmem: GuestMemfd) -> None:
+    """Punching a hole where the file has no pages does nothing, as with other files.
+
+    fallocate(2), Deallocating file space: the file size does not matter to FALLOC_FL_PUNCH_HOLE.
+    """
+    gmem.punch_hole(SIZE, PAGE_SIZE)
+    gmem.punch_hole(SIZE - PAGE_SIZE, 4 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [0, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, FALLOC_FL_UNSHARE_RANGE | FALLOC_FL_KEEP_SIZE],
+    ids=["without-keep-size", "zero-range", "unshare-range"],
+)
+def test_other_modes_are_not_supported(gmem: GuestMemfd, mode: int) -> None:
+    """fallocate() knows KEEP_SIZE, alone or with PUNCH_HOLE; every other mode is EOPNOTSUPP.
+
+    kvm_gmem_fallocate(), virt/kvm/guest_memfd.c; fallocate(2).
+    """
+    with pytest.raises(OSError) as caught:
+        gmem.fallocate(mode, 0, PAGE_SIZE)
+    assert caught.value.errno == errno.EOPNOTSUPP
