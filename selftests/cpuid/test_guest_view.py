@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CPUID instruction returns in the guest, for a table of the test's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpy.coco.kvm import Kvm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.testing.verdicts import Missing
+from kvmpy.uapi.structs import kvm_cpuid2
+from kvmpy.x86.cpuid import SIGNIFICANT_INDEX, Cpuid, CpuidEntry
+
+if TYPE_CHECKING:
+    from kvmpy.core.kvm import Kvm as CoreKvm
+    from selftests.cpuid.conftest import CpuidGuestMaker
+
+# Basic leaves that no CPU has and KVM gives no meaning to.
+LEAF = 0x30
+NOTHING = (0, 0, 0, 0)
+
+
+def add(cpuid: Cpuid, function: int, values: tuple[int, int, int, int], index: int | None = None) -> None:
+    """Add a leaf with *values*, indexed when *index* is given, and let the basic leaves reach up to LEAF."""
+    flags = 0 if index is None else SIGNIFICANT_INDEX
+    cpuid.entries.append(CpuidEntry(function, index or 0, flags, *values))
+    cpuid.ensure(0).eax = LEAF
+
+
+def set_vendor(cpuid: Cpuid, vendor: bytes) -> None:
+    """Put a vendor string into leaf 0."""
+    leaf = cpuid.ensure(0)
+    leaf.ebx, leaf.edx, leaf.ecx = (int.from_bytes(vendor[at : at + 4], "little") for at in (0, 4, 8))
+
+
+@pytest.mark.protections("all")
+def test_leaf(cpuid_guest: CpuidGuestMaker) -> None:
+    """The guest gets all four registers of a leaf as KVM_SET_CPUID2 set them.
+
+    Documentation/virt/kvm/api.rst, 4.20 KVM_SET_CPUID ("Defines the vcpu responses to the cpuid
+    instruction").
+    """
+    values = (0x1111_2222, 0x8333_4444, 0xFFFF_FFFF, 0x7654_3210)
+    guest = cpuid_guest(lambda cpuid: add(cpuid, LEAF, values))
+    assert guest.cpuid(LEAF) == values
+
+
+@pytest.mark.protections("all")
+def test_supported_table(cpuid_guest: CpuidGuestMaker, kvm: Kvm) -> None:
+    """Leaves of KVM_GET_SUPPORTED_CPUID that describe the CPU and no state arrive in the guest as they are.
+
+    Documentation/virt/kvm/api.rst, 4.46 KVM_GET_SUPPORTED_CPUID ("to construct cpuid information").
+    """
+    supported = Cpuid.from_struct(kvm.supported_cpuid)
+    guest = cpuid_guest()
+    for leaf in (0, 0x8000_0000, 0x8000_0006, 0x8000_0008):
+        entry = supported.find(leaf)
+        assert entry is not None
+        assert guest.cpuid(leaf) == entry.registers
+
+
+@pytest.mark.protections("all")
+def test_subleaves(cpuid_guest: CpuidGuestMaker) -> None:
+    """Entries with KVM_CPUID_FLAG_SIGNIFCANT_INDEX answer for their ECX alone; others are zeros.
+
+    Documentation/virt/kvm/api.rst, 4.46 KVM_GET_SUPPORTED_CPUID (index, flags).
+    """
+    subleaves = {0: (1, 2, 3, 4), 1: (5, 6, 7, 8), 0x8000_0005: (9, 10, 11, 12)}
+
+    def change(cpuid: Cpuid) -> None:
+        for index, values in subleaves.items():
+            add(cpuid, LEAF, values, index)
+
+    guest = cpuid_guest(change)
+    assert {index: guest.cpuid(LEAF, index) for index in subleaves} == subleaves
+    assert guest.cpuid(LEAF, 2) == NOTHING
+
+
+@pytest.mark.protections("all")
+def test_index_without_meaning(cpuid_guest: CpuidGuestMaker) -> None:
+    """An entry without KVM_CPUID_FLAG_SIGNIFCANT_INDEX answers whatever ECX holds.
+
+    Documentation/virt/kvm/api.rst, 4.46 KVM_GET_SUPPORTED_CPUID ("if the index field is valid").
+    """
+    values = (0xA, 0xB, 0xC, 0xD)
+    guest = cpuid_guest(lambda cpuid: add(cpuid, LEAF, values))
+    assert [guest.cpuid(LEAF, ecx) for ecx in (0, 7, 0xFFFF_FFFF)] == [values] * 3
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize(
+    ("vendor", "beyond"),
+    [(b"GenuineIntel", (0x51, 0x52, 0x53, 0x54)), (b"AuthenticAMD", NOTHING)],
+    ids=["intel", "amd"],
+)
+def test_leaf_out_of_range(
+    cpuid_guest: CpuidGuestMaker, vendor: bytes, beyond: tuple[int, int, int, int]
+) -> None:
+    """Beyond the highest basic leaf an Intel guest sees that leaf again and an AMD guest zeros.
+
+    Intel SDM volume 2, CPUID ("Information Returned by CPUID Instruction"); AMD APM volume 3, CPUID;
+    arch/x86/kvm/cpuid.c, get_out_of_range_cpuid_entry().
+    """
+
+    def change(cpuid: Cpuid) -> None:
+        set_vendor(cpuid, vendor)
+        add(cpuid, LEAF, (0x51, 0x52, 0x53, 0x54))
+
+    guest = cpuid_guest(change)
+    assert guest.cpuid(LEAF + 1) == beyond
+    assert guest.cpuid(0x2000_0000) == beyond
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize("vendor", [b"GenuineIntel", b"AuthenticAMD"], ids=["intel", "amd"])
+def test_missing_leaf_in_range(cpuid_guest: CpuidGuestMaker, vendor: bytes) -> None:
+    """A leaf that is missing below the highest one reads as zeros for both vendors.
+
+    Intel SDM volume 2, CPUID ("reserved leaves"); AMD APM volume 3, CPUID.
+    """
+
+    def change(cpuid: Cpuid) -> None:
+        set_vendor(cpuid, vendor)
+        add(cpuid, LEAF, (0x51, 0x52, 0x53, 0x54))
+
+    guest = cpuid_guest(change)
+    assert guest.cpuid(LEAF - 1) == NOTHING
+
+
+@pytest.mark.protections("all")
+def test_upper_halves(make_vm: MakeVm) -> None:
+    """CPUID ignores the upper halves of RAX and RCX, and clears those of the four registers that it writes.
+
+    Intel SDM volume 2, CPUID.
+    """
+    vm = make_vm(
+        """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	u64 a = 0xffffffff00000000, b = ~0ull, c = 0xffffffff00000000, d = ~0ull;
+
+	asm volatile("cpuid" : "+a"(a), "+b"(b), "+c"(c), "+d"(d));
+	GUEST_SYNC(a, b, c, d);
+}
+"""
+    )
+    vm.launch()
+    leaf0 = Cpuid.from_struct(vm.kvm.supported_cpuid).find(0)
+    assert leaf0 is not None
+    assert vm.guests[0].sync().args == leaf0.registers
+
+
+@pytest.mark.protections("all")
+def test_each_vcpu_its_own(cpuid_guest: CpuidGuestMaker) -> None:
+    """Every vCPU answers with the table that was set for it, such as its own APIC id.
+
+    Documentation/virt/kvm/api.rst, 4.20 KVM_SET_CPUID (a vCPU ioctl).
+    """
+    guest = cpuid_guest(vcpus=3)
+    assert [guest.cpuid(1, vcpu=index)[1] >> 24 for index in range(3)] == [0, 1, 2]
+
+
+def emulates_movbe(kvm: CoreKvm) -> Missing | None:
+    """Ask KVM_GET_EMULATED_CPUID for MOVBE."""
+    if Cpuid.from_struct(kvm.get_emulated_cpuid()).has("movbe"):
+        return None
+    return Missing("MOVBE in KVM_GET_EMULATED_CPUID", "a KVM that emulates it", ("cpuid-emulated:movbe",))
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("KVM_CAP_EXT_EMUL_CPUID", emulates_movbe)
+def test_emulated_feature_works(make_vm: MakeVm) -> None:
+    """A guest whose CPUID shows MOVBE can use it when KVM_GET_EMULATED_CPUID names it, whatever the CPU has.
+
+    Documentation/virt/kvm/api.rst, 4.88 KVM_GET_EMULATED_CPUID.
+    """
+
+    def edit(table: kvm_cpuid2) -> kvm_cpuid2:
+        cpuid = Cpuid.from_struct(table)
+        cpuid.set_feature("movbe")
+        return cpuid.to_struct()
+
+    vm = make_vm(
+        """
+#include <kvmpy/guest.h>
+
+u64 memory = 0x1122334455667788;
+u32 word;
+
+void guest_main(void)
+{
+	u64 value = 0;
+
+	asm volatile("movbe %1, %0" : "=r"(value) : "m"(memory));
+	GUEST_SYNC(value, cpuid(1, 0).ecx >> 22 & 1);
+	value = 0xaabbccdd;
+	asm volatile("movbe %k1, %0" : "=m"(word) : "r"(value));
+	GUEST_SYNC(word);
+}
+""",
+        cpuid=edit,
+    )
+    vm.launch()
+    vcpu = vm.guests[0]
+    assert vcpu.sync().args == (0x8877_6655_4433_2211, 1)
+    assert vcpu.sync().args == (0xDDCC_BBAA,)
