@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interrupts between processors, in xAPIC and x2APIC mode: who gets them by destination and shorthand."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy.core.irq import Msi
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+from kvmpy.x86.apic import Delivery, Shorthand
+
+pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
+
+VECTOR = 0x51
+XAPIC, X2APIC = False, True
+BOTH_MODES = pytest.mark.parametrize("x2apic", [XAPIC, X2APIC], ids=["xapic", "x2apic"])
+NO_QUIRK = int(KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
+
+# Answers with its counts after every window; a reply other than 0 makes it send what the host has put down.
+GUEST = """
+#include "../irq/interrupts.h"
+
+#define VECTOR	0x51
+
+GUEST_SHARED u64 dest;
+GUEST_SHARED u64 icr;
+GUEST_SHARED u64 self_ipi;
+
+static volatile u32 nmis[INTERRUPTS_CPUS];
+
+static void nmi_handler(struct exception_frame *frame)
+{
+	nmis[guest_cpu_index()]++;
+}
+
+static void send(void)
+{
+	if (self_ipi)
+		x2apic_write(APIC_SELF_IPI, self_ipi);
+	else
+		apic_send(dest, icr);
+}
+
+void guest_main(u64 x2apic, u64 ldr)
+{
+	irq_install(VECTOR);
+	guest_exception_install(NMI_VECTOR, nmi_handler);
+	if (x2apic) {
+		x2apic_enable();
+	} else {
+		apic_enable();
+		apic_write(APIC_LDR, ldr << 24);
+	}
+	for (;;) {
+		if (GUEST_ASK(KVMPY_UCALL_CMD_USER, irq_count(VECTOR), nmis[guest_cpu_index()]))
+			send();
+		irq_window();
+	}
+}
+
+/* One halts until it is called, the other calls; then the other way round. */
+void ping_pong(u64 x2apic, u64 rounds)
+{
+	u32 me = guest_cpu_index();
+	u32 n;
+
+	irq_install(VECTOR);
+	if (x2apic)
+		x2apic_enable();
+	else
+		apic_enable();
+	GUEST_SYNC('r');
+	for (n = 1; n <= rounds; n++) {
+		if (me == 0)
+			apic_send_ipi(1, VECTOR);
+		irq_wait(VECTOR, n);
+		if (me == 1)
+			apic_send_ipi(0, VECTOR);
+	}
+	GUEST_ASSERT_EQ(irq_count(VECTOR), rounds);
+}
+"""
+
+
+class Cluster:
+    """A VM whose vCPUs wait for interrupts; the first one sends."""
+
+    def __init__(
+        self, make_vm: MakeVm, *, x2apic: bool, ids: tuple[int, ...] = (0, 1, 2), quirk: bool = True
+    ) -> None:
+        def before(vm: GuestVm) -> None:
+            if not quirk:
+                vm.enable_cap(KVM_CAP_X2APIC_API, NO_QUIRK)
+
+        self.vm = make_vm(GUEST, vcpu_ids=ids, before_vcpus=before)
+        for vcpu in self.vm.guests:
+            vcpu.set_entry("guest_main", int(x2apic), 1 << vcpu.index)
+        self.vm.launch()
+        self._asked = [vcpu.sync() for vcpu in self.vm.guests]
+
+    def counts(self) -> list[tuple[int, int]]:
+        """Return each vCPU's interrupts and NMIs after a window for them."""
+        for number, vcpu in enumerate(self.vm.guests):
+            self._asked[number].reply(0)
+            self._asked[number] = vcpu.sync()
+        return [(call.args[0], call.args[1]) for call in self._asked]
+
+    def send(
+        self,
+        dest: int,
+        *,
+        delivery: Delivery = Delivery.FIXED,
+        shorthand: Shorthand = Shorthand.NONE,
+        logical: bool = False,
+    ) -> list[tuple[int, int]]:
+        """Let vCPU 0 send an interrupt; return everybody's counts."""
+        command = VECTOR | delivery << 8 | int(logical) << 11 | 1 << 14 | shorthand << 18
+        self.vm.symbol("dest").u64 = dest
+        self.vm.symbol("icr").u64 = command
+        return self._go()
+
+    def send_self(self) -> list[tuple[int, int]]:
+        """Let vCPU 0 use the SELF IPI register; return everybody's counts."""
+        self.vm.symbol("self_ipi").u64 = VECTOR
+        return self._go()
+
+    def _go(self) -> list[tuple[int, int]]:
+        self._asked[0].reply(1)
+        self._asked[0] = self.vm.guests[0].sync()
+        return self.counts()
+
+
+def got(*interrupts: int) -> list[tuple[int, int]]:
+    """Return counts with these numbers of interrupts and no NMI."""
+    return [(count, 0) for count in interrupts]
+
+
+@pytest.mark.protections("all")
+@BOTH_MODES
+def test_physical(make_vm: MakeVm, x2apic: bool) -> None:
+    """A fixed interrupt to an APIC id reaches the vCPU with that id, and no other.
+
+    Intel SDM 3A, 12.6.2.1 (physical destination mode).
+    """
+    cluster = Cluster(make_vm, x2apic=x2apic)
+    assert cluster.send(1) == got(0, 1, 0)
+    assert cluster.send(2) == got(0, 1, 1)
+    assert cluster.send(0) == got(1, 1, 1)
+
+
+@pytest.mark.protections("all")
+@BOTH_MODES
+def test_nobody(make_vm: MakeVm, x2apic: bool) -> None:
+    """An interrupt to an id that no vCPU has reaches nobody.
+
+    Intel SDM 3A, 12.6.2.1.
+    """
+    cluster = Cluster(make_vm, x2apic=x2apic)
+    assert cluster.send(77) == got(0, 0, 0)
+
+
+@pytest.mark.protections("all")
+@BOTH_MODES
+@pytest.mark.parametrize(
+    ("shorthand", "counts"),
+    [(Shorthand.SELF, (1, 0, 0)), (Shorthand.ALL, (1, 1, 1)), (Shorthand.ALL_BUT_SELF, (0, 1, 1))],
+)
+def test_shorthand(make_vm: MakeVm, x2apic: bool, shorthand: Shorthand, counts: tuple[int, ...]) -> None:
+    """Self, all, and all but self are destinations of their own; the destination field means nothing then.
+
+    Intel SDM 3A, 12.6.1 (destination shorthand).
+    """
+    cluster = Cluster(make_vm, x2apic=x2apic)
+    assert cluster.send(2, shorthand=shorthand) == got(*counts)
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize(
+    ("x2apic", "everybody"), [(XAPIC, 0xFF), (X2APIC, 0xFFFF_FFFF)], ids=["xapic", "x2apic"]
+)
+def test_broadcast(make_vm: MakeVm, x2apic: bool, everybody: int) -> None:
+    """The id of all ones is everybody: 8 bits in xAPIC mode, 32 bits in x2APIC mode.
+
+    Intel SDM 3A, 12.6.2.1 and 12.12.9 (ICR operation in x2APIC mode).
+    """
+    cluster = Cluster(make_vm, x2apic=x2apic)
+    assert cluster.send(everybody) == got(1, 1, 1)
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires(f"KVM_CAP_X2APIC_API&{NO_QUIRK}", "KVM_CAP_MAX_VCPU_ID>=256")
+@pytest.mark.parametrize(("quirk", "counts"), [(True, (1, 1, 1)), (False, (0, 0, 1))])
+def test_broadcast_quirk(make_vm: MakeVm, quirk: bool, counts: tuple[int, ...]) -> None:
+    """A message to 0xff is everybody in x2APIC mode too, unless the quirk is disabled.
+
+    Documentation/virt/kvm/api.rst, 7.7 KVM_CAP_X2APIC_API: KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
+    """
+    cluster = Cluster(make_vm, x2apic=X2APIC, ids=(0, 1, 0xFF), quirk=quirk)
+    cluster.vm.signal_msi(Msi.to(0xFF, VECTOR))
+    assert cluster.counts() == got(*counts)
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("KVM_CAP_MAX_VCPU_ID>=256")
+def test_id_255(make_vm: MakeVm) -> None:
+    """An interrupt that a vCPU in x2APIC mode sends to 0xff reaches the vCPU with that id alone.
+
+    Intel SDM 3A, 12.12.9: the destination has 32 bits, only 0xffffffff is everybody.
+    """
+    cluster = Cluster(make_vm, x2apic=X2APIC, ids=(0, 1, 0xFF))
+    assert cluster.send(0xFF) == got(0, 0, 1)
+
+
+@pytest.mark.protections("all")
+def test_logical_flat(make_vm: MakeVm) -> None:
+    """In xAPIC mode a logical destination is a set of bits: whoever has one of them is meant.
+
+    Intel SDM 3A, 12.6.2.2 (flat model).
+    """
+    cluster = Cluster(make_vm, x2apic=XAPIC)
+    assert cluster.send(0b110, logical=True) == got(0, 1, 1)
+    assert cluster.send(0b001, logical=True) == got(1, 1, 1)
+    assert cluster.send(0b1000, logical=True) == got(1, 1, 1)
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires(f"KVM_CAP_X2APIC_API&{NO_QUIRK}")
+def test_logical_cluster(make_vm: MakeVm) -> None:
+    """In x2APIC mode a logical destination is a cluster of 16 and a set of bits in it.
+
+    Intel SDM 3A, 12.12.10.1 (logical destination mode in x2APIC mode).
+    """
+    cluster = Cluster(make_vm, x2apic=X2APIC, ids=(0, 17, 18), quirk=False)
+    assert cluster.send(1 << 16 | 0b110, logical=True) == got(0, 1, 1)
+    assert cluster.send(0 << 16 | 0b111, logical=True) == got(1, 1, 1)
+    assert cluster.send(1 << 16 | 0b100, logical=True) == got(1, 1, 2)
+
+
+@pytest.mark.protections("all")
+@BOTH_MODES
+def test_lowest_priority(make_vm: MakeVm, x2apic: bool) -> None:
+    """With lowest-priority delivery exactly one of the logical destinations is interrupted.
+
+    Intel SDM 3A, 12.6.2.4.
+    """
+    cluster = Cluster(make_vm, x2apic=x2apic)
+    counts = cluster.send(0b110, logical=True, delivery=Delivery.LOWEST)
+    assert counts[0] == (0, 0)
+    assert sorted(counts[1:]) == got(0, 1)
+
+
+@pytest.mark.protections("all")
+@BOTH_MODES
+def test_nmi(make_vm: MakeVm, x2apic: bool) -> None:
+    """NMI delivery raises an NMI at the destination, whose vector is always 2.
+
+    Intel SDM 3A, 12.6.1 (delivery mode).
+    """
+    cluster = Cluster(make_vm, x2apic=x2apic)
+    assert cluster.send(1, delivery=Delivery.NMI) == [(0, 0), (0, 1), (0, 0)]
+    counts = cluster.send(0, delivery=Delivery.NMI, shorthand=Shorthand.ALL_BUT_SELF)
+    assert counts == [(0, 0), (0, 2), (0, 1)]
+
+
+@pytest.mark.protections("all")
+def test_self_ipi_register(make_vm: MakeVm) -> None:
+    """x2APIC's SELF IPI register interrupts the vCPU that writes it.
+
+    Intel SDM 3A, 12.12.11.
+    """
+    cluster = Cluster(make_vm, x2apic=X2APIC)
+    assert cluster.send_self() == got(1, 0, 0)
+
+
+@pytest.mark.protections("all")
+@BOTH_MODES
+def test_disabled_receiver(make_vm: MakeVm, x2apic: bool) -> None:
+    """A vCPU whose APIC is disabled by software takes no fixed interrupts, but NMIs.
+
+    Intel SDM 3A, 12.4.7.2 (state after it has been software disabled).
+    """
+    cluster = Cluster(make_vm, x2apic=x2apic)
+    cluster.vm.guests[1].set_lapic_reg(0xF0, 0xFF)
+    assert cluster.send(1) == got(0, 0, 0)
+    assert cluster.send(1, delivery=Delivery.NMI) == [(0, 0), (0, 1), (0, 0)]
+
+
+@pytest.mark.protections("all")
+@BOTH_MODES
+def test_wakes_halted(make_vm: MakeVm, x2apic: bool) -> None:
+    """An interrupt wakes the vCPU that halted for it, back and forth between two running vCPUs.
+
+    Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE: a halted vCPU waits for an interrupt.
+    """
+    vm = make_vm(GUEST, vcpus=2)
+    for vcpu in vm.guests:
+        vcpu.set_entry("ping_pong", int(x2apic), 50)
+    vm.launch()
+    for vcpu in vm.guests:
+        assert tuple(vcpu.sync().args) == (ord("r"),)
+    vm.run_all()

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Priorities: task priority, processor priority, requests and services, and their nesting."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy.core.irq import Msi
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.x86 import apic
+
+pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
+
+LOW, MIDDLE, HIGH = 0x41, 0x51, 0x61
+
+# The handler says its vector and the priorities; with nesting it lets others interrupt it before its EOI.
+GUEST = """
+#include <kvmpy/guest.h>
+
+#define LOW	0x41
+#define MIDDLE	0x51
+#define HIGH	0x61
+
+static bool nesting;
+
+static void handler(struct exception_frame *frame)
+{
+	GUEST_SYNC('h', frame->vector, apic_read(APIC_PROCPRI), apic_test_vector(APIC_ISR, frame->vector),
+		   apic_test_vector(APIC_IRR, frame->vector));
+	if (nesting)
+		irq_window();
+	GUEST_SYNC('e', frame->vector);
+	apic_eoi();
+}
+
+static void setup(u64 x2apic)
+{
+	guest_exception_install(LOW, handler);
+	guest_exception_install(MIDDLE, handler);
+	guest_exception_install(HIGH, handler);
+	if (x2apic)
+		x2apic_enable();
+	else
+		apic_enable();
+}
+
+void windows(u64 x2apic, u64 tpr)
+{
+	setup(x2apic);
+	apic_write(APIC_TASKPRI, tpr);
+	for (;;) {
+		GUEST_SYNC('i', apic_read(APIC_PROCPRI));
+		irq_window();
+	}
+}
+
+void nested(u64 x2apic)
+{
+	nesting = true;
+	windows(x2apic, 0);
+}
+
+/* CR8 is bits 7-4 of the task priority, both ways. */
+void cr8(u64 x2apic)
+{
+	setup(x2apic);
+	apic_write(APIC_TASKPRI, 0x5f);
+	GUEST_ASSERT_EQ(read_cr8(), 5ull);
+	GUEST_ASSERT_EQ(apic_read(APIC_TASKPRI), 0x5fu);
+	GUEST_ASSERT_EQ(apic_read(APIC_PROCPRI), 0x5fu);
+	write_cr8(9);
+	GUEST_ASSERT_EQ(apic_read(APIC_TASKPRI), 0x90u);
+	GUEST_ASSERT_EQ(apic_read(APIC_PROCPRI), 0x90u);
+	GUEST_ASSERT_EQ(read_cr8(), 9ull);
+	GUEST_ASSERT_EQ(write_cr8_safe(0x10).vector, GP_VECTOR);
+	GUEST_ASSERT_EQ(read_cr8(), 9ull);
+}
+
+/* Interrupts are off: what comes waits in the request register. */
+void requests(u64 x2apic)
+{
+	setup(x2apic);
+	GUEST_SYNC('r');
+	GUEST_ASSERT(apic_test_vector(APIC_IRR, MIDDLE));
+	GUEST_ASSERT(apic_test_vector(APIC_IRR, HIGH));
+	GUEST_ASSERT(!apic_test_vector(APIC_IRR, LOW));
+	GUEST_ASSERT(!apic_test_vector(APIC_TMR, MIDDLE));
+	GUEST_ASSERT(apic_test_vector(APIC_TMR, HIGH));
+	GUEST_ASSERT_EQ(apic_read(APIC_PROCPRI), 0u);
+}
+"""
+
+MODES = pytest.mark.parametrize("x2apic", [0, 1], ids=["xapic", "x2apic"])
+
+
+def start(make_vm: MakeVm, entry: str, *args: int) -> GuestVm:
+    """Return a launched VM whose guest runs *entry*."""
+    vm = make_vm(GUEST)
+    vm.guests[0].set_entry(entry, *args)
+    vm.launch()
+    return vm
+
+
+def said(vm: GuestVm) -> tuple[str | int, ...]:
+    """Return what the guest says next."""
+    call = vm.guests[0].sync()
+    return (chr(call.args[0]), *call.args[1:])
+
+
+def story(vm: GuestVm, windows: int = 4) -> list[tuple[str, int]]:
+    """Return the beginnings ('h') and ends ('e') of handlers, with their vectors, within some windows."""
+    found: list[tuple[str, int]] = []
+    while windows:
+        call = vm.guests[0].sync()
+        word = chr(call.args[0])
+        if word == "i":
+            windows -= 1
+        else:
+            found.append((word, call.args[1]))
+    return found
+
+
+@pytest.mark.protections("all")
+@MODES
+def test_requests(make_vm: MakeVm, x2apic: int) -> None:
+    """While interrupts are off, requests wait in the IRR, and the TMR tells levels from edges.
+
+    Intel SDM 3A, 12.8.4 (interrupt acceptance for fixed interrupts).
+    """
+    vm = start(make_vm, "requests", x2apic)
+    assert said(vm) == ("r",)
+    vm.signal_msi(Msi.to(0, MIDDLE))
+    vm.signal_msi(Msi.to(0, HIGH, level=True))
+    vm.guests[0].run_to_done()
+
+
+@pytest.mark.protections("all")
+@MODES
+def test_highest_first(make_vm: MakeVm, x2apic: int) -> None:
+    """Of several requests the highest vector comes first, whatever order they arrived in.
+
+    Intel SDM 3A, 12.8.3 (interrupt, task, and processor priority).
+    """
+    vm = start(make_vm, "windows", x2apic, 0)
+    assert said(vm)[0] == "i"
+    for vector in (MIDDLE, LOW, HIGH):
+        vm.signal_msi(Msi.to(0, vector))
+    assert [vector for word, vector in story(vm) if word == "h"] == [HIGH, MIDDLE, LOW]
+
+
+@pytest.mark.protections("all")
+@MODES
+def test_task_priority(make_vm: MakeVm, x2apic: int) -> None:
+    """Vectors whose class is not above that of the task priority wait until it is lowered.
+
+    Intel SDM 3A, 12.8.3.1 (task and processor priorities).
+    """
+    vm = start(make_vm, "windows", x2apic, 0x50)
+    assert said(vm) == ("i", 0x50)
+    for vector in (LOW, MIDDLE, HIGH):
+        vm.signal_msi(Msi.to(0, vector))
+    assert story(vm) == [("h", HIGH), ("e", HIGH)]
+    vm.guests[0].set_lapic_reg(apic.TPR, 0x40)
+    assert story(vm) == [("h", MIDDLE), ("e", MIDDLE)]
+    vm.guests[0].set_lapic_reg(apic.TPR, 0x3F)
+    assert story(vm) == [("h", LOW), ("e", LOW)]
+
+
+@pytest.mark.protections("all")
+@MODES
+def test_cr8(make_vm: MakeVm, x2apic: int) -> None:
+    """CR8 is the class of the task priority in both directions; its reserved bits are #GP.
+
+    Intel SDM 3A, 12.8.6 (task priority in IA-32e mode).
+    """
+    vm = start(make_vm, "cr8", x2apic)
+    vm.guests[0].run_to_done()
+
+
+@pytest.mark.protections("all")
+@MODES
+def test_in_service_register(make_vm: MakeVm, x2apic: int) -> None:
+    """While a handler runs, its vector has moved from the IRR to the ISR; the EOI takes it out.
+
+    Intel SDM 3A, 12.8.4 and 12.8.5 (signaling interrupt servicing completion).
+    """
+    vm = start(make_vm, "windows", x2apic, 0)
+    assert said(vm) == ("i", 0)
+    vm.signal_msi(Msi.to(0, MIDDLE))
+    _, vector, _, in_service, requested = said(vm)
+    assert (vector, in_service, requested) == (MIDDLE, 1, 0)
+    assert vm.guests[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 1 << MIDDLE % 32
+    assert story(vm, 1) == [("e", MIDDLE)]
+    assert vm.guests[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 0
+
+
+@pytest.mark.protections("all")
+@MODES
+def test_processor_priority(make_vm: MakeVm, x2apic: int) -> None:
+    """The processor priority is the class of what is in service, while that is above the task priority.
+
+    Intel SDM 3A, 12.8.3.1: the value of the PPR.
+    """
+    vm = start(make_vm, "windows", x2apic, 0x22)
+    assert said(vm) == ("i", 0x22)
+    vm.signal_msi(Msi.to(0, MIDDLE))
+    assert said(vm)[:3] == ("h", MIDDLE, 0x50)
+    assert said(vm) == ("e", MIDDLE)
+    assert said(vm) == ("i", 0x22)
+
+
+@pytest.mark.protections("all")
+@MODES
+def test_higher_interrupts_lower(make_vm: MakeVm, x2apic: int) -> None:
+    """A vector of a higher class interrupts the handler of a lower one that has switched interrupts on.
+
+    Intel SDM 3A, 12.8.3.
+    """
+    vm = start(make_vm, "nested", x2apic)
+    assert said(vm)[0] == "i"
+    vm.signal_msi(Msi.to(0, LOW))
+    assert said(vm)[:2] == ("h", LOW)
+    vm.signal_msi(Msi.to(0, HIGH))
+    assert story(vm) == [("h", HIGH), ("e", HIGH), ("e", LOW)]
+
+
+@pytest.mark.protections("all")
+@MODES
+def test_lower_waits_for_higher(make_vm: MakeVm, x2apic: int) -> None:
+    """A vector of a lower or the same class waits for the EOI of a higher one.
+
+    Intel SDM 3A, 12.8.3.
+    """
+    vm = start(make_vm, "nested", x2apic)
+    assert said(vm)[0] == "i"
+    vm.signal_msi(Msi.to(0, HIGH))
+    assert said(vm)[:2] == ("h", HIGH)
+    vm.signal_msi(Msi.to(0, LOW))
+    vm.signal_msi(Msi.to(0, HIGH))
+    assert story(vm) == [("e", HIGH), ("h", HIGH), ("e", HIGH), ("h", LOW), ("e", LOW)]
