@@ -39,7 +39,8 @@ static __noreturn void abort_from(void *caller, u32 kind, u64 got, u64 expected,
 		guest_ucall_send(slot);
 }
 
-__noreturn void guest_abort(u32 kind, u64 got, u64 expected, const char *text, const char *file, u32 line)
+__noreturn void guest_abort(u32 kind, u64 got, u64 expected,
+			    const char *text, const char *file, u32 line)
 {
 	abort_from(__builtin_return_address(0), kind, got, expected, text, file, line);
 }

@@ -67,7 +67,7 @@ __noreturn void guest_exception_unexpected(struct exception_frame *frame)
 			    frame->rsp, read_cr2(), frame->rflags, frame, frame->rbp);
 }
 
-/* A handler has ucalls and GUEST_TRY() of its own, apart from those of the code that it interrupts. */
+/* A handler's ucalls and GUEST_TRY() are its own, not those of the code that it interrupts. */
 static void run_handler(guest_handler handler, struct exception_frame *frame)
 {
 	struct guest_cpu *cpu = guest_cpu();

@@ -43,11 +43,12 @@ static void emit_string(struct sink *sink, const struct spec *spec, const char *
 		pad(sink, ' ', spec->width - len);
 }
 
-static void emit_number(struct sink *sink, const struct spec *spec, u64 value, int base, const char *prefix)
+static void emit_number(struct sink *sink, const struct spec *spec, u64 value, int base,
+			const char *prefix)
 {
 	const char *digits = spec->upper ? "0123456789ABCDEF" : "0123456789abcdef";
 	int plen = strlen(prefix);
-	char buf[20];
+	char buf[22];		/* of a u64 in octal */
 	int len = 0;
 	int zeros;
 

@@ -7,6 +7,11 @@
 
 void guest_exception(struct exception_frame *frame);
 
+/* ring3.S: into ring 3; back, as if from guest_user_enter(); where functions there return to. */
+void guest_user_enter(u64 (*function)(u64 arg), u64 arg, void *stack);
+__noreturn void guest_user_resume(void);
+extern const char guest_user_return[];
+
 /* End guest_user_run() with the exception in @frame. */
 __noreturn void guest_user_leave(struct exception_frame *frame);
 

@@ -4,11 +4,6 @@
 
 #include "runtime.h"
 
-extern const char guest_user_return[];
-
-void guest_user_enter(u64 (*function)(u64 arg), u64 arg, void *stack);
-__noreturn void guest_user_resume(void);
-
 struct guest_user_exit guest_user_run(u64 (*function)(u64 arg), u64 arg, void *stack_top)
 {
 	u64 *stack = (u64 *)((uintptr_t)stack_top & ~15ul) - 1;

@@ -56,7 +56,7 @@ guest_vectors:
 	pushq	$0
 	.endif
 	pushq	$vector
-	/* Debug exceptions, NMIs and machine checks may arrive between an entry from ring 3 and its swapgs. */
+	/* What may arrive between an entry from ring 3 and its swapgs. */
 	.if	vector == 1 || vector == 2 || vector == 8 || vector == 18
 	jmp	entry_paranoid
 	.else

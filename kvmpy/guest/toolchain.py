@@ -33,6 +33,7 @@ FLAGS = (
     "-mgeneral-regs-only",
     "-fno-omit-frame-pointer",
     "-fno-stack-protector",
+    "-fno-stack-clash-protection",
     "-fcf-protection=none",
     "-fno-asynchronous-unwind-tables",
     "-fno-align-jumps",

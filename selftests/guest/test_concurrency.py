@@ -22,6 +22,7 @@ static u64 sum, bits, words[4];
 void guest_main(u64 vcpus, u64 rounds)
 {
 	u32 me = guest_cpu_index();
+	u64 before;
 
 	for (int phase = 0; phase < 3; phase++) {
 		guest_barrier_wait(&barrier, vcpus);
@@ -36,7 +37,10 @@ void guest_main(u64 vcpus, u64 rounds)
 		spin_lock(&lock);
 		if (++inside > most)
 			most = inside;
-		total = total + 1;
+		before = total;
+		for (int spin = 0; spin < 50; spin++)
+			cpu_relax();
+		total = before + 1;
 		inside--;
 		spin_unlock(&lock);
 		atomic_fetch_add(&sum, i);

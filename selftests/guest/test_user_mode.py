@@ -78,6 +78,9 @@ void guest_main(void)
 	guest_exception_install(BP_VECTOR, on_breakpoint);
 	run(breakpoint, 0);
 	GUEST_SYNC(read_rflags() & BIT(9), guest_cpu()->user_rsp, kernel_only);
+	sti();
+	guest_user_run(add, 1, stack + sizeof(stack));
+	GUEST_SYNC(read_rflags() & BIT(9));
 }
 """
 
@@ -103,6 +106,7 @@ def test_calls_into_ring_3(make_vm: MakeVm) -> None:
     assert vcpu.sync().args == (100, 0x2B, 0x23, 0)
     assert vcpu.sync().args[:2] == (1, 77)
     assert vcpu.sync().args == (0, 0, 7)
+    assert vcpu.sync().args == (1 << 9,)
     vcpu.run_to_done()
 
 

@@ -191,8 +191,11 @@ def test_flags_reach_the_compiler() -> None:
     assert GuestProgram.from_c(sized, cflags=["-DSIZE=9"]).symbol("sized").size == 9
 
 
-def test_a_warning_comes_each_time_the_program_is_first_used(fresh_cache: Path) -> None:
+def test_a_warning_comes_each_time_the_program_is_asked_for(fresh_cache: Path) -> None:
     noisy = "void guest_main(void)\n{\n\tint unused;\n}\n"
+    with pytest.warns(GuestBuildWarning, match="unused variable 'unused'") as caught:
+        GuestProgram.from_c(noisy)
+    assert caught[0].filename == HERE
     with pytest.warns(GuestBuildWarning, match="unused variable 'unused'"):
         GuestProgram.from_c(noisy)
     program._known.clear()

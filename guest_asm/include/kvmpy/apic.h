@@ -112,7 +112,7 @@ void apic_disable(void);
 
 u32 apic_id(void);
 
-/* Send @icr (vector, delivery mode, shorthand) to the APIC id @dest, once the last one is on its way. */
+/* Send @icr (vector, delivery mode, shorthand) to the APIC id @dest, after what is under way. */
 void apic_send(u32 dest, u32 icr);
 
 static inline void apic_send_ipi(u32 dest, u8 vector)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Ports and memory-mapped registers: each access is one instruction of the size that its name says. */
+/* Ports and memory-mapped registers: one instruction each, of the size in its name. */
 #ifndef KVMPY_IO_H
 #define KVMPY_IO_H
 
@@ -43,14 +43,16 @@ static __always_inline u##bits mmio_read##bits(const volatile void *address)	\
 	u##bits value;								\
 										\
 	asm volatile("mov" #suffix " %1, %0"					\
-		     : "=" constraint(value) : "m"(*(const volatile u##bits *)address) : "memory"); \
+		     : "=" constraint(value)					\
+		     : "m"(*(const volatile u##bits *)address) : "memory");	\
 	return value;								\
 }										\
 										\
 static __always_inline void mmio_write##bits(volatile void *address, u##bits value) \
 {										\
 	asm volatile("mov" #suffix " %1, %0"					\
-		     : "=m"(*(volatile u##bits *)address) : constraint(value) : "memory"); \
+		     : "=m"(*(volatile u##bits *)address)			\
+		     : constraint(value) : "memory");				\
 }
 
 __KVMPY_MMIO(8, b, "q")

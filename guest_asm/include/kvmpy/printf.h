@@ -11,8 +11,9 @@ __printf(1, 2) void guest_printf(const char *fmt, ...);
 __printf(3, 4) int snprintf(char *buf, size_t size, const char *fmt, ...);
 __printf(3, 0) int vsnprintf(char *buf, size_t size, const char *fmt, va_list args);
 
-/* Calls @put with each character; returns how many there were. */
-__printf(3, 0) int guest_format(void (*put)(void *to, char c), void *to, const char *fmt, va_list args);
+/* Call @put with each character; return how many there were. */
+__printf(3, 0)
+int guest_format(void (*put)(void *to, char c), void *to, const char *fmt, va_list args);
 
 /* Print on the host, in vm.console. */
 #define GUEST_PRINTF(fmt, ...)	guest_printf(fmt, ##__VA_ARGS__)

@@ -43,7 +43,9 @@ static __always_inline struct guest_fault rdmsr_safe(u32 msr, u64 *value)
 
 static __always_inline struct guest_fault wrmsr_safe(u32 msr, u64 value)
 {
-	return GUEST_TRY("wrmsr", : : "c"(msr), "a"((u32)value), "d"((u32)(value >> 32)) : "memory");
+	u32 low = value, high = value >> 32;
+
+	return GUEST_TRY("wrmsr", : : "c"(msr), "a"(low), "d"(high) : "memory");
 }
 
 static __always_inline u64 rdtsc(void)
@@ -104,7 +106,9 @@ static __always_inline u64 xgetbv(u32 index)
 
 static __always_inline struct guest_fault xsetbv_safe(u32 index, u64 value)
 {
-	return GUEST_TRY("xsetbv", : : "c"(index), "a"((u32)value), "d"((u32)(value >> 32)) : "memory");
+	u32 low = value, high = value >> 32;
+
+	return GUEST_TRY("xsetbv", : : "c"(index), "a"(low), "d"(high) : "memory");
 }
 
 static __always_inline u64 read_rflags(void)

@@ -74,7 +74,7 @@ static __always_inline u64 __guest_ucall(u32 cmd, u32 nr, const u64 *args)
 }
 
 /* Zero to eight values of any integer or pointer type, from left to right. */
-#define __UCALL_NR(...)			__UCALL_NR_(0, ##__VA_ARGS__, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+#define __UCALL_NR(...)		__UCALL_NR_(0, ##__VA_ARGS__, 8, 7, 6, 5, 4, 3, 2, 1, 0)
 #define __UCALL_NR_(z, a, b, c, d, e, f, g, h, n, ...)	n
 #define __UCALL_PASTE(a, b)		__UCALL_PASTE_(a, b)
 #define __UCALL_PASTE_(a, b)		a##b
@@ -96,7 +96,7 @@ static __always_inline u64 __guest_ucall(u32 cmd, u32 nr, const u64 *args)
 	__guest_ucall(cmd, __UCALL_NR(__VA_ARGS__), __args);			\
 })
 
-/* Call the host with a command of the test's own (KVMPY_UCALL_CMD_USER and up) and up to eight values. */
+/* Call the host with up to eight values and a command from KVMPY_UCALL_CMD_USER up. */
 #define GUEST_UCALL(cmd, ...)	((void)__GUEST_UCALL(cmd, ##__VA_ARGS__))
 /* The same, and return what the host put into the first argument (call.reply() there). */
 #define GUEST_ASK(cmd, ...)	__GUEST_UCALL(cmd, ##__VA_ARGS__)
