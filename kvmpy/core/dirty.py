@@ -106,7 +106,8 @@ class DirtyRing:
     """The dirty ring of one vCPU, mapped; entries come in the order in which the guest wrote.
 
     After a harvest :meth:`VmDirty.reset_dirty_rings` gives the entries back to KVM and makes it watch the
-    pages again.
+    pages again; do that before reading the pages, or writes in between are missed. A running vCPU may hold
+    entries back: kick it first (api.rst, KVM_CAP_DIRTY_LOG_RING).
     """
 
     def __init__(self, vcpu: KvmFd, entries: int) -> None:
@@ -207,7 +208,7 @@ class VmDirty(HasCaps):
         """Clear the set bits of *dirty* in KVM's log and write-protect the pages again (KVM_CLEAR_DIRTY_LOG).
 
         Bit 0 of *dirty* is *first_page*, a multiple of 64. *num_pages* must be one too unless the range ends
-        with the slot; by default it is the whole bitmap. Needs :meth:`enable_manual_dirty_log`.
+        with the slot; by default it is the whole bitmap.
         """
         if isinstance(dirty, DirtyBitmap):
             data, count = dirty.data, dirty.pages
