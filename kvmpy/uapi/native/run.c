@@ -253,6 +253,9 @@ int kvmpy_vcpu_run(struct kvmpy_vcpu *v)
 	v->tid = tid;
 	run_current = v;
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	/* One that came while the last run was giving up the vCPU found neither a thread to signal nor this flag kept. */
+	if (__atomic_load_n(&v->kick, __ATOMIC_SEQ_CST))
+		v->run->immediate_exit = 1;
 	if (v->deadline_ns &&
 	    (v->timer_tid != tid || !v->armed_ns || v->armed_ns > v->deadline_ns) &&
 	    run_arm((struct run_node *)v, tid)) {
@@ -265,11 +268,17 @@ int kvmpy_vcpu_run(struct kvmpy_vcpu *v)
 	kick = __atomic_load_n(&v->kick, __ATOMIC_SEQ_CST);
 	if (ret == 0) {
 		result = run_classify(v);
-	} else if (v->err == EINTR) {
+	} else if (v->err == EINTR || v->err == EAGAIN) {
+		/* EAGAIN: an application processor has left its wait for INIT, and wants to be run again. */
 		if (kick) {
 			kick = __atomic_exchange_n(&v->kick, 0, __ATOMIC_SEQ_CST);
 			v->run->immediate_exit = 0;
-			result = kick & KICK_ASKED ? KVMPY_RUN_KICKED : KVMPY_RUN_DEADLINE;
+			if (kick & KICK_ASKED)
+				result = KVMPY_RUN_KICKED;
+			else if (v->deadline_ns && kvmpy_monotonic_ns() >= v->deadline_ns)
+				result = KVMPY_RUN_DEADLINE;
+			else
+				result = KVMPY_RUN_EINTR;	/* it was an earlier run's, which ended just then */
 		} else {
 			result = KVMPY_RUN_EINTR;
 		}
