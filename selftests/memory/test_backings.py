@@ -75,7 +75,7 @@ def test_any_memory_may_be_behind_a_slot(accessor: Accessor, backing: Backing, s
     Documentation/virt/kvm/api.rst 4.35: "Any object may back this memory, including anonymous memory,
     ordinary files, and hugetlbfs".
     """
-    slot = accessor.vm.add_memory(GPA, size, backing=backing)
+    slot = accessor.vm.add_slot(GPA, size, backing=backing)
     accessor.map(GVA, GPA, size)
     for offset in (0, size // 2 - 8, size // 2, size - 8):
         assert accessor.read(GVA + offset) == 0
@@ -153,7 +153,7 @@ def test_memory_given_back_by_madvise_is_zero(accessor: Accessor) -> None:
 
     Documentation/virt/kvm/api.rst 4.35 ("Another example is madvise(MADV_DROP)"); madvise(2), MADV_DONTNEED.
     """
-    slot = accessor.vm.add_memory(GPA, 3 * PAGE_SIZE, backing=Anonymous(huge="never"))
+    slot = accessor.vm.add_slot(GPA, 3 * PAGE_SIZE, backing=Anonymous(huge="never"))
     accessor.map(GVA, GPA, 3 * PAGE_SIZE)
     for page in range(3):
         accessor.write(GVA + page * PAGE_SIZE, OLD + page)
@@ -168,7 +168,7 @@ def test_memory_mapped_over_the_old_is_seen_at_once(accessor: Accessor) -> None:
 
     Documentation/virt/kvm/api.rst 4.35.
     """
-    slot = accessor.vm.add_memory(GPA, 2 * PAGE_SIZE, backing=Anonymous(huge="never"))
+    slot = accessor.vm.add_slot(GPA, 2 * PAGE_SIZE, backing=Anonymous(huge="never"))
     accessor.map(GVA, GPA, 2 * PAGE_SIZE)
     accessor.write(GVA, OLD)
     accessor.write(GVA + PAGE_SIZE, OLD)
@@ -185,7 +185,7 @@ def test_a_slot_without_accessible_memory_is_a_fault(accessor: Accessor) -> None
     Documentation/virt/kvm/api.rst 8.44: "there is a valid memslot but no backing VMA".
     Ring 3 only: an emulator of ring 0 takes memory that it cannot reach for MMIO.
     """
-    slot = accessor.vm.add_memory(GPA, PAGE_SIZE, backing=Anonymous(huge="never"))
+    slot = accessor.vm.add_slot(GPA, PAGE_SIZE, backing=Anonymous(huge="never"))
     accessor.map(GVA, GPA, PAGE_SIZE)
     put(slot.mapping, OLD)
     protect(slot.mapping.hva, 0)
@@ -208,7 +208,7 @@ def test_views_are_the_guests_memory(accessor: Accessor) -> None:
     Documentation/virt/kvm/x86/mmu.rst: "Guest memory (gpa) is part of the user address space of the process".
     """
     vm = accessor.vm
-    vm.add_memory(GPA, 2 * PAGE_SIZE)
+    vm.add_slot(GPA, 2 * PAGE_SIZE)
     accessor.map(GVA, GPA, 2 * PAGE_SIZE)
     by_gpa = vm.memory.view(GPA, 2 * PAGE_SIZE).cast("Q")
     by_gva = vm.view(GVA, 2 * PAGE_SIZE).cast("Q")

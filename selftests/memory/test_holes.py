@@ -54,7 +54,7 @@ def test_a_slot_ends_at_its_last_byte(accessor: Accessor) -> None:
 
     Documentation/virt/kvm/api.rst 4.35: guest_phys_addr and memory_size bound the slot.
     """
-    accessor.vm.add_memory(GPA + PAGE_SIZE, PAGE_SIZE).mapping.view(0, PAGE_SIZE)[:] = b"\x5a" * PAGE_SIZE
+    accessor.vm.add_slot(GPA + PAGE_SIZE, PAGE_SIZE).mapping.view(0, PAGE_SIZE)[:] = b"\x5a" * PAGE_SIZE
     accessor.map(GVA, GPA, 3 * PAGE_SIZE)
     assert accessor.read(GVA + PAGE_SIZE) == 0x5A5A_5A5A_5A5A_5A5A
     assert accessor.read(GVA + 2 * PAGE_SIZE - 8) == 0x5A5A_5A5A_5A5A_5A5A
@@ -71,7 +71,7 @@ def test_a_write_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None
 
     Documentation/virt/kvm/api.rst 5, KVM_EXIT_MMIO: what goes to user space "could not be satisfied by kvm".
     """
-    slot = accessor.vm.add_memory(GPA, PAGE_SIZE)
+    slot = accessor.vm.add_slot(GPA, PAGE_SIZE)
     accessor.map(GVA, GPA, 2 * PAGE_SIZE)
     got = accessor.exit_of(GVA + PAGE_SIZE - 3, 8, PATTERN)
     data = PATTERN.to_bytes(8, "little")
@@ -86,7 +86,7 @@ def test_a_read_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None:
 
     Documentation/virt/kvm/api.rst 5, KVM_EXIT_MMIO: what goes to user space "could not be satisfied by kvm".
     """
-    slot = accessor.vm.add_memory(GPA, PAGE_SIZE)
+    slot = accessor.vm.add_slot(GPA, PAGE_SIZE)
     accessor.map(GVA, GPA, 2 * PAGE_SIZE)
     data = PATTERN.to_bytes(8, "little")
     slot.mapping.view(PAGE_SIZE - 3, 3)[:] = data[:3]
@@ -103,8 +103,8 @@ def test_an_access_across_two_slots_reaches_both(accessor: Accessor) -> None:
     Documentation/virt/kvm/api.rst 4.35.
     """
     vm = accessor.vm
-    high = vm.add_memory(GPA + PAGE_SIZE, PAGE_SIZE, backing=Anonymous(huge="never"))
-    low = vm.add_memory(GPA, PAGE_SIZE, backing=Anonymous(huge="never"))
+    high = vm.add_slot(GPA + PAGE_SIZE, PAGE_SIZE, backing=Anonymous(huge="never"))
+    low = vm.add_slot(GPA, PAGE_SIZE, backing=Anonymous(huge="never"))
     accessor.map(GVA, GPA, 2 * PAGE_SIZE)
     accessor.write(GVA + PAGE_SIZE - 5, PATTERN)
     data = PATTERN.to_bytes(8, "little")

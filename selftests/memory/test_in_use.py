@@ -76,6 +76,20 @@ void guest_main(u64 address, u64 ring)
 }
 """
 
+# Reads where the host says.
+READER = """
+#include <kvmpy/guest.h>
+
+GUEST_SHARED volatile u64 where;
+
+void guest_main(void)
+{
+	GUEST_SYNC();
+	for (;;)
+		GUEST_SYNC(mmio_read64((void *)(uintptr_t)where));
+}
+"""
+
 
 def fill(mapping: Mapping, value: int, offset: int = 0) -> None:
     mapping.view(offset, 8)[:] = value.to_bytes(8, "little")
@@ -102,7 +116,7 @@ def test_a_slot_deleted_under_a_running_guest_is_gone(watcher: GuestVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.35 and 5, KVM_EXIT_MMIO.
     """
-    slot = watcher.add_memory(GPA, PAGE_SIZE)
+    slot = watcher.add_slot(GPA, PAGE_SIZE)
     fill(slot.mapping, OLD)
     watcher.launch()
     vcpu = watcher.guests[0]
@@ -176,7 +190,7 @@ def test_two_vcpus_lose_a_deleted_slot(make_vm: MakeVm) -> None:
     """
     vm = make_vm(WATCHER, vcpus=2)
     vm.map(GVA, GPA, 2 * PAGE_SIZE, nx=True, private=False)
-    slot = vm.add_memory(GPA, 2 * PAGE_SIZE)
+    slot = vm.add_slot(GPA, 2 * PAGE_SIZE)
     fill(slot.mapping, OLD)
     fill(slot.mapping, NEW, PAGE_SIZE)
     vm.guests[0].set_entry("guest_main", int(GVA))
@@ -209,7 +223,7 @@ def test_a_slot_takes_its_memory_along_when_it_moves(accessor: Accessor) -> None
 
     Documentation/virt/kvm/api.rst 4.35.
     """
-    slot = accessor.vm.add_memory(GPA, PAGE_SIZE)
+    slot = accessor.vm.add_slot(GPA, PAGE_SIZE)
     accessor.map(GVA, GPA, 4 * PAGE_SIZE)
     accessor.write(GVA + 0x30, OLD)
     slot.move(GPA + 2 * PAGE_SIZE)
@@ -227,7 +241,7 @@ def test_a_slot_that_moves_by_a_page_shifts_what_the_guest_sees(accessor: Access
 
     Documentation/virt/kvm/api.rst 4.35.
     """
-    slot = accessor.vm.add_memory(GPA, 2 * PAGE_SIZE)
+    slot = accessor.vm.add_slot(GPA, 2 * PAGE_SIZE)
     fill(slot.mapping, OLD)
     fill(slot.mapping, NEW, PAGE_SIZE)
     accessor.map(GVA, GPA, 3 * PAGE_SIZE)
@@ -244,8 +258,8 @@ def test_a_refused_move_leaves_the_slot_in_place(accessor: Accessor) -> None:
     Documentation/virt/kvm/api.rst 4.35.
     """
     vm = accessor.vm
-    first = vm.add_memory(GPA, PAGE_SIZE)
-    second = vm.add_memory(GPA + PAGE_SIZE, PAGE_SIZE)
+    first = vm.add_slot(GPA, PAGE_SIZE)
+    second = vm.add_slot(GPA + PAGE_SIZE, PAGE_SIZE)
     fill(first.mapping, OLD)
     fill(second.mapping, NEW)
     accessor.map(GVA, GPA, 2 * PAGE_SIZE)
@@ -260,11 +274,11 @@ def test_a_number_used_again_shows_the_new_memory(accessor: Accessor) -> None:
 
     Documentation/virt/kvm/api.rst 4.35.
     """
-    slot = accessor.vm.add_memory(GPA, PAGE_SIZE)
+    slot = accessor.vm.add_slot(GPA, PAGE_SIZE)
     accessor.map(GVA, GPA, PAGE_SIZE)
     accessor.write(GVA, OLD)
     slot.delete()
-    again = accessor.vm.add_memory(GPA, PAGE_SIZE, slot=slot.slot)
+    again = accessor.vm.add_slot(GPA, PAGE_SIZE, slot=slot.slot)
     assert accessor.read(GVA) == 0
     accessor.write(GVA, NEW)
     assert int.from_bytes(again.mapping.view(0, 8), "little") == NEW
@@ -289,3 +303,33 @@ def test_hundreds_of_slots_each_show_their_own_memory(accessor: Accessor) -> Non
     accessor.map(GVA, GPA, count * PAGE_SIZE)
     for page in range(0, count, 7):
         assert accessor.read(GVA + (count - 1 - page) * PAGE_SIZE) == 0x10000 + page
+
+
+def test_private_memory_comes_and_goes_like_shared(make_vm: MakeVm) -> None:
+    """Memory whose private side is a slot of its own takes it along: when it moves, when it is deleted.
+
+    Documentation/virt/kvm/api.rst 4.35, for the slot at the address that carries the encryption bit.
+    """
+    vm = make_vm(READER)
+    traits = vm.protection.traits
+    if not traits.has_private_memory or traits.private_is_fd_backed:
+        pytest.skip("needs a protection whose private memory is in memory slots")
+    slot = vm.add_memory(GPA, PAGE_SIZE)
+    vm.set_private(GPA, PAGE_SIZE)
+    for page in range(2):
+        vm.map(GVA + page * PAGE_SIZE, GPA + page * PAGE_SIZE, PAGE_SIZE, nx=True, private=True)
+    vm.memory.write(GPA, OLD.to_bytes(8, "little"))
+    vm.launch()
+    vcpu = vm.guests[0]
+
+    def read(page: int) -> int:
+        vm.symbol("where").u64 = int(GVA) + page * PAGE_SIZE
+        return vcpu.sync().args[0]
+
+    vcpu.sync()
+    assert read(0) == OLD
+    slot.move(GPA + PAGE_SIZE)
+    assert read(1) == OLD
+    slot.delete()
+    vm.symbol("where").u64 = int(GVA) + PAGE_SIZE
+    assert vcpu.expect(MmioExit).phys_addr == int(vm.to_raw(GPA + PAGE_SIZE, private=True))

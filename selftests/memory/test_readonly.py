@@ -52,7 +52,7 @@ void guest_main(u64 address)
 
 
 def read_only_page(vm: GuestVm) -> MemorySlot:
-    slot = vm.add_memory(GPA, PAGE_SIZE, flags=KVM_MEM_READONLY)
+    slot = vm.add_slot(GPA, PAGE_SIZE, flags=KVM_MEM_READONLY)
     slot.mapping.view(0, PAGE_SIZE)[:] = b"\1" * PAGE_SIZE
     return slot
 
@@ -133,7 +133,7 @@ def test_code_runs_from_it(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst 4.35.
     """
     vm = make_vm(FETCHING)
-    slot = vm.add_memory(GPA, PAGE_SIZE, flags=KVM_MEM_READONLY)
+    slot = vm.add_slot(GPA, PAGE_SIZE, flags=KVM_MEM_READONLY)
     slot.mapping.view(0, len(CODE))[:] = CODE
     vm.map(GVA, GPA, PAGE_SIZE, private=False)
     vm.guests[0].set_entry("guest_main", int(GVA))

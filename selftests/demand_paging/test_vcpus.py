@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Demand paging under several vCPUs, under a vCPU that waits, and of a whole guest in mid-run."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
+from kvmpy.core.backing import Anonymous, Mapping
+from kvmpy.core.threads import VcpuThread
+from kvmpy.core.uffd import PageFault
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+
+if TYPE_CHECKING:
+    from selftests.demand_paging.conftest import MakePager
+
+pytestmark = pytest.mark.protections("all")
+
+GPA = Gpa(0x8000_0000)
+GVA = Gva(0x70_0000_0000)
+
+# Each vCPU checks every page of its own range; the content of a page is its number.
+OWN_RANGES = """
+#include <kvmpy/guest.h>
+
+void guest_main(u64 address, u64 first, u64 pages)
+{
+	for (u64 i = 0; i < pages; i++) {
+		volatile u64 *page = (u64 *)(uintptr_t)(address + (first + i) * PAGE_SIZE);
+
+		GUEST_ASSERT_EQ(page[511], first + i);
+		page[0] = ~(first + i);
+	}
+}
+"""
+
+# All vCPUs read the same pages, none of them first by design.
+SAME_PAGES = """
+#include <kvmpy/guest.h>
+
+#define VCPUS	4
+#define PAGES	8
+
+GUEST_SHARED u64 seen[VCPUS][PAGES];
+GUEST_SHARED volatile u32 arrived[PAGES];
+
+void guest_main(u64 address)
+{
+	u32 me = guest_cpu_index();
+
+	for (u64 i = 0; i < PAGES; i++) {
+		__atomic_fetch_add(&arrived[i], 1, __ATOMIC_SEQ_CST);
+		while (arrived[i] < VCPUS)
+			cpu_relax();
+		seen[me][i] = *(volatile u64 *)(uintptr_t)(address + i * PAGE_SIZE);
+	}
+}
+"""
+
+# Vcpu 0 meets the missing page, in the ring that the host says; vcpu 1 runs on.
+WAITING = """
+#include <kvmpy/guest.h>
+
+GUEST_SHARED volatile u64 reached, got;
+
+static GUEST_USER u64 load(u64 address)
+{
+	return mmio_read64((void *)(uintptr_t)address);
+}
+
+static u64 user_stack[256] GUEST_USER_DATA;
+
+void guest_main(u64 address, u64 ring)
+{
+	struct guest_user_exit exit = { .returned = true };
+
+	reached = 1;
+	if (ring)
+		exit = guest_user_run(load, address, user_stack + ARRAY_SIZE(user_stack));
+	else
+		exit.value = load(address);
+	GUEST_ASSERT(exit.returned);
+	got = exit.value;
+	GUEST_SYNC(exit.value);
+}
+
+void other_main(void)
+{
+	for (u64 i = 0; i < 100; i++)
+		GUEST_SYNC(i);
+}
+"""
+
+# Works in memory of several kinds: code, stack, globals, page tables, a heap.
+WORKING = """
+#include <kvmpy/guest.h>
+
+static u64 table[1024];
+
+static __noinline u64 recurse(u64 depth)
+{
+	volatile u64 here[32];
+
+	here[0] = depth;
+	return depth ? recurse(depth - 1) + here[0] : 0;
+}
+
+void guest_main(u64 address)
+{
+	volatile u64 *heap = (u64 *)(uintptr_t)address;
+
+	for (u64 i = 0; i < ARRAY_SIZE(table); i += 16)
+		table[i] = i * i;
+	for (u64 i = 0; i < 16; i++)
+		heap[i * 512] = i + 1;
+	GUEST_SYNC(recurse(20));
+	for (u64 i = 0; i < ARRAY_SIZE(table); i += 16)
+		GUEST_ASSERT_EQ(table[i], i * i);
+	for (u64 i = 0; i < 16; i++)
+		GUEST_ASSERT_EQ(heap[i * 512], i + 1);
+	GUEST_SYNC(recurse(40));
+}
+"""
+
+
+def number_page(number: int) -> bytes:
+    return bytes(PAGE_SIZE - 8) + struct.pack("<Q", number)
+
+
+def paged_memory(vm: GuestVm, pages: int) -> Mapping:
+    slot = vm.add_slot(GPA, pages * PAGE_SIZE, backing=Anonymous(huge="never"))
+    vm.map(GVA, GPA, pages * PAGE_SIZE, page_size=PAGE_SIZE, user=True, nx=True, private=False)
+    return slot.mapping
+
+
+def test_vcpus_fault_at_the_same_time(make_vm: MakeVm, make_pager: MakePager) -> None:
+    """Many vCPUs may wait for missing pages at once: each goes on with the content of its own page.
+
+    Documentation/admin-guide/mm/userfaultfd.rst, QEMU/KVM: "multiple vcpus" fault asynchronously.
+    """
+    vcpus, each = 4, 24
+    vm = make_vm(OWN_RANGES, vcpus=vcpus)
+    memory = paged_memory(vm, vcpus * each)
+    for index, vcpu in enumerate(vm.guests):
+        vcpu.set_entry("guest_main", int(GVA), index * each, each)
+    vm.launch()
+    pager = make_pager(lambda fault: number_page((fault.address - memory.hva) // PAGE_SIZE))
+    pager.register(memory.hva, memory.size)
+    vm.run_all()
+    pager.stop()
+    asked = {(fault.address - memory.hva) // PAGE_SIZE for fault in pager.faults}
+    assert asked == set(range(vcpus * each))
+    for number in range(vcpus * each):
+        first, last = struct.unpack("<Q4080xQ", memory.view(number * PAGE_SIZE, PAGE_SIZE))
+        assert (first, last) == (~number & (1 << 64) - 1, number)
+
+
+def test_vcpus_that_meet_at_a_page_see_one_content(make_vm: MakeVm, make_pager: MakePager) -> None:
+    """When several vCPUs fault at one page, the first answer counts: all of them see the same content.
+
+    Documentation/admin-guide/mm/userfaultfd.rst, UFFDIO_COPY: EEXIST where a page is already.
+    """
+    vm = make_vm(SAME_PAGES, vcpus=4)
+    memory = paged_memory(vm, 8)
+    for vcpu in vm.guests:
+        vcpu.set_entry("guest_main", int(GVA))
+    vm.launch()
+    answers = 0
+
+    def ever_different(_fault: PageFault) -> bytes:
+        nonlocal answers
+        answers += 1
+        return struct.pack("<Q", answers) + bytes(PAGE_SIZE - 8)
+
+    pager = make_pager(ever_different)
+    pager.register(memory.hva, memory.size)
+    vm.run_all()
+    seen = vm.symbol("seen").view("Q")
+    for page in range(8):
+        values = {seen[vcpu * 8 + page] for vcpu in range(4)}
+        assert len(values) == 1, f"page {page}: {values}"
+        assert 1 <= values.pop() <= answers
+
+
+def test_a_vcpu_waits_while_others_run(make_vm: MakeVm, make_pager: MakePager, ring: int) -> None:
+    """A vCPU that waits for a page does not go on before it comes; other vCPUs do.
+
+    Documentation/admin-guide/mm/userfaultfd.rst, QEMU/KVM: postcopy lets "other vcpus" run meanwhile.
+    """
+    vm = make_vm(WAITING, vcpus=2)
+    memory = paged_memory(vm, 1)
+    vm.guests[0].set_entry("guest_main", int(GVA), ring)
+    vm.guests[1].set_entry("other_main")
+    vm.launch()
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def late(_fault: PageFault) -> bytes:
+        asked.set()
+        assert may_answer.wait(vm.deadline)
+        return struct.pack("<Q", 0xC0FFEE) + bytes(PAGE_SIZE - 8)
+
+    pager = make_pager(late)
+    pager.register(memory.hva, memory.size)
+    waiting = vm.guests[0]
+    with VcpuThread(waiting.sync, vcpu=waiting) as thread:
+        try:
+            assert asked.wait(vm.deadline)
+            vm.guests[1].run_to_done()
+            assert (vm.symbol("reached").u64, vm.symbol("got").u64) == (1, 0)
+            assert waiting.running
+        finally:
+            may_answer.set()
+        call = thread.join(vm.deadline)
+    assert call is not None
+    assert call.args == (0xC0FFEE,)
+
+
+@pytest.mark.parametrize("ring", [3], ids=["ring3"], indirect=True)
+def test_a_vcpu_that_waits_can_be_interrupted(make_vm: MakeVm, make_pager: MakePager, ring: int) -> None:
+    """A signal ends KVM_RUN (EINTR) while the vCPU waits for a page; run again, it gets the page.
+
+    Documentation/virt/kvm/api.rst 4.10 KVM_RUN, EINTR.  Ring 3 only: emulators wait uninterruptibly.
+    """
+    vm = make_vm(WAITING)
+    memory = paged_memory(vm, 1)
+    vm.guests[0].set_entry("guest_main", int(GVA), ring)
+    vm.launch()
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def late(_fault: PageFault) -> bytes:
+        asked.set()
+        assert may_answer.wait(vm.deadline)
+        return struct.pack("<Q", 0xC0FFEE) + bytes(PAGE_SIZE - 8)
+
+    pager = make_pager(late)
+    pager.register(memory.hva, memory.size)
+    vcpu = vm.guests[0]
+    try:
+        with VcpuThread(vcpu.run_until_kicked, vcpu=vcpu) as thread:
+            assert asked.wait(vm.deadline)
+            vcpu.kick()
+            thread.join(vm.deadline)
+        assert (vm.symbol("reached").u64, vm.symbol("got").u64) == (1, 0)
+    finally:
+        may_answer.set()
+    assert vcpu.sync().args == (0xC0FFEE,)
+
+
+def test_a_guest_goes_on_in_memory_that_is_not_there(make_vm: MakeVm, make_pager: MakePager) -> None:
+    """All of a guest's memory, its page tables included, may be taken away in mid-run and come page by page.
+
+    Documentation/admin-guide/mm/userfaultfd.rst, QEMU/KVM: postcopy live migration.
+    """
+    vm = make_vm(WORKING, memory=8 << 20, backing=Anonymous(huge="never"))
+    heap = vm.alloc(16 * PAGE_SIZE)
+    vm.guests[0].set_entry("guest_main", int(heap))
+    vm.launch()
+    if not vm.protection.traits.host_sees_private:
+        pytest.skip(f"protection {vm.protection.name} keeps private memory from the host")
+    assert vm.guests[0].sync().args == (sum(range(21)),)
+    saved: list[tuple[Mapping, bytes]] = []
+    for segment in vm.memory.segments():
+        for mapping in {id(m): m for m in (segment.shared, segment.private) if m is not None}.values():
+            saved.append((mapping, bytes(mapping.view(0, mapping.size))))
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def arrive(fault: PageFault) -> bytes:
+        page = fault.address & -PAGE_SIZE
+        for mapping, content in saved:
+            if mapping.hva <= page < mapping.hva + mapping.size:
+                return content[page - mapping.hva : page - mapping.hva + PAGE_SIZE]
+        raise AssertionError(f"nobody registered {page:#x}")
+
+    pager = make_pager(arrive)
+    for mapping, _content in saved:
+        pager.register(mapping.hva, mapping.size)
+    started = time.monotonic()
+    assert vm.guests[0].sync().args == (sum(range(41)),)
+    assert time.monotonic() - started < vm.deadline
+    # At least a table of each level, code, stack, globals and the heap's pages had to come.
+    asked = {fault.address & -PAGE_SIZE for fault in pager.faults}
+    assert len(asked) >= 4 + 3 + 16
+    gpa = vm.gva_to_gpa
+    for what in (heap, heap + 15 * PAGE_SIZE, vm.symbol("table").gva, vm.symbol("guest_main").gva):
+        assert vm.gpa_to_hva(gpa(what)) & -PAGE_SIZE in asked
