@@ -36,8 +36,7 @@ wheel: $(VENV)/.kvmpy-dev ## the installable package, in dist/
 	@$(BIN)/python -m build --wheel --outdir dist .
 
 docs: $(VENV)/.kvmpy-docs $(NATIVE) ## the API reference from the docstrings, in build/api/
-	@$(BIN)/python -m pdoc --output-directory build/api kvmpy '!kvmpy.selftests' '!kvmpy.uapi.hatch_build'
-	@echo "build/api/index.html"
+	@$(BIN)/python ci/api_reference.py build/api
 
 clean: ## remove everything that was built, the virtual environment included
 	rm -rf $(VENV) $(NATIVE) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -113,7 +113,7 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> Non
     suite = suite_folder()
     args = [*_pytest_args(suite, options, paths), *ctx.meta.get(_EXTRA, [])]
     # Compiled tests are kept out of the installed package.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache / "kvmpy" / "pycache"))
     if options["listing"]:
         code = _list(args)

@@ -7,6 +7,7 @@ What a report says beyond pytest's own fields travels in its attribute ``kvmpy``
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from kvmpy.testing.fixtures import REQUIREMENTS, VMS
 from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
 from kvmpy.testing.verdicts import Missing, suite_id
+
+# Names inside a MissingError's text by which KVMPY_REQUIRE can insist.
+_NAMED = re.compile(r"(KVM_CAP_\w+)|protection ([\w-]+)")
 
 
 def named_on_command_line(item: pytest.Item) -> bool:
@@ -38,7 +42,10 @@ def missing_of(error: BaseException) -> Missing | None:
     module = sys.modules.get("kvmpy.core.errors")
     if module is None or not isinstance(error, module.MissingError):
         return None
-    return Missing(error.missing, error.how)
+    found = _NAMED.findall(error.missing)
+    return Missing(
+        error.missing, error.how, tuple(capability or protection for capability, protection in found)
+    )
 
 
 def postmortem_of(error: BaseException | None) -> str:

@@ -14,6 +14,8 @@ from kvmpy.testing.host import platform_name
 DEFAULT_DEADLINE = 20.0
 LEAK_MODES = ("all", "kvm", "off")
 SEED_BITS = 32
+# Seconds.
+TIMEOUT_BEYOND = 60.0
 # What the controlling process hands to its xdist workers.
 WORKER_SEED = "kvmpy_seed"
 
@@ -100,6 +102,16 @@ def add_options(parser: pytest.Parser) -> None:
         "which tests are checked for leaks: all, kvm (those that use kvmpy's fixtures or markers), off",
         default="kvm",
     )
+
+
+def widen_timeout(item: pytest.Item) -> None:
+    """Keep the time-out, the outer net, well beyond a test's own deadline."""
+    marker = item.get_closest_marker("deadline")
+    if marker is None or item.get_closest_marker("timeout") is not None:
+        return
+    least = TIMEOUT_BEYOND + 2 * float(marker.args[0])
+    if float(item.config.getini("timeout") or least) < least:
+        item.add_marker(pytest.mark.timeout(least))
 
 
 def _path(value: str | None) -> Path | None:

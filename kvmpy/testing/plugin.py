@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvmpy import __version__
-from kvmpy.testing import host, options, protections
+from kvmpy.testing import gate, host, options, protections
 from kvmpy.testing.errata import BUILTIN, ErrataError, load
 from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
 from kvmpy.testing.fixtures import _protection as protection
@@ -62,7 +62,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Apply ``--protection``."""
+    """Apply ``--protection``, and give tests with a long deadline a longer time-out."""
+    for item in items:
+        options.widen_timeout(item)
     wanted = config.stash[SETTINGS].protections
     if wanted is not None:
         protections.deselect_others(config, items, wanted)
@@ -93,7 +95,11 @@ class Session:
         about = f"kvmpy {__version__}: seed {settings.seed}, deadline {settings.deadline:g} s"
         if settings.protections is not None:
             about += f", only protection {', '.join(settings.protections)}"
-        return [about, *self.summary.lines()]
+        lines = [about, *self.summary.lines()]
+        required = gate.required_names()
+        if required:
+            lines.append(f"{gate.VARIABLE}: {', '.join(sorted(required))} may not be missing")
+        return lines
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:

@@ -59,7 +59,7 @@ def verdict_table(verdicts: Sequence[TestVerdict], title: str, labels: Mapping[s
 def _bad_lines(verdicts: Sequence[TestVerdict]) -> list[Text]:
     lines = []
     for entry in verdicts:
-        if entry.verdict.bad or entry.verdict is Verdict.XFAIL:
+        if entry.verdict.bad:
             line = Text(f"{entry.verdict.value:<5} ", style=STYLES[entry.verdict])
             line.append(f"{entry.id}: {entry.reason}", style="default")
             lines.append(line)
@@ -94,6 +94,16 @@ def print_report(
             console.print(f"* {name}: {label}", markup=False)
     for line in _bad_lines(verdicts):
         console.print(line, soft_wrap=True)
+    expected: dict[str, list[str]] = {}
+    for entry in verdicts:
+        if entry.verdict is Verdict.XFAIL:
+            expected.setdefault(entry.reason, []).append(entry.id)
+    if expected:
+        console.print("failed as expected, by reason:", style=STYLES[Verdict.XFAIL])
+    for reason, tests in expected.items():
+        console.print(Text(f"{len(tests):5}  {reason}"), soft_wrap=True)
+        for identifier in tests:
+            console.print(Text(f"       {identifier}", style="dim"), soft_wrap=True)
     groups = skips_by_reason(verdicts)
     if groups:
         console.print("skipped, by what is missing:", style="yellow")

@@ -280,6 +280,74 @@ def test_a_missing_error_that_leaves_a_test_is_a_skip(suite: Suite) -> None:
     assert outcome.test("test_a")["how"] == ["wait for it"]
 
 
+def test_a_missing_error_can_be_insisted_on_by_its_name(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite.add(
+        "test_a.py",
+        "from kvmpy.core.errors import MissingError\n"
+        "def test_a(): raise MissingError('protection snp: no SEV', 'buy one')\n"
+        "def test_b(): raise MissingError('this needs KVM_CAP_MOON here', '')\n",
+    )
+    monkeypatch.setenv("KVMPY_REQUIRE", "snp")
+    outcome = suite.run()
+    assert outcome.verdicts() == {"test_a": "fail", "test_b": "skip"}
+    assert "KVMPY_REQUIRE: snp may not be missing" in outcome.text
+    monkeypatch.setenv("KVMPY_REQUIRE", "KVM_CAP_MOON")
+    assert suite.run().verdicts() == {"test_a": "skip", "test_b": "fail"}
+
+
+def test_a_long_deadline_widens_the_timeout(suite: Suite) -> None:
+    suite.add(
+        "test_a.py",
+        "import pytest\n"
+        "def limit(request):\n    marker = request.node.get_closest_marker('timeout')\n"
+        "    return marker and marker.args[0]\n"
+        "@pytest.mark.deadline(200)\n"
+        "def test_long(request, deadline): assert (deadline, limit(request)) == (200.0, 460.0)\n"
+        "@pytest.mark.deadline(3)\n"
+        "def test_short(request, deadline): assert (deadline, limit(request)) == (3.0, None)\n"
+        "@pytest.mark.deadline(200)\n@pytest.mark.timeout(90)\n"
+        "def test_own(request, deadline): assert limit(request) == 90\n"
+        "def test_default(deadline): assert deadline == 7.0\n",
+    )
+    assert set(suite.run("--deadline=7").verdicts().values()) == {"pass"}
+
+
+GUEST_TEST = """
+import pytest
+
+GUEST = '''
+#include <kvmpy/guest.h>
+void guest_main(void)
+{
+    GUEST_SYNC(1);
+    GUEST_DONE();
+}
+'''
+
+@pytest.mark.protections("none")
+def test_host_side(make_vm):
+    vm = make_vm(GUEST)
+    vm.launch()
+    assert vm.vcpus[0].next().args[0] == 2
+"""
+
+
+@pytest.mark.requires("kvm", "tool:gcc")
+def test_a_failure_on_the_hosts_side_shows_the_guests_state(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KVMPY_DEV_KVM")
+    suite.add("test_a.py", GUEST_TEST)
+    outcome = suite.run()
+    assert outcome.verdicts() == {"test_host_side[none]": "fail"}
+    state = outcome.test("test_host_side[none]")["postmortem"]
+    assert "the test failed on the host's side" in state
+    assert "rip" in state.lower()
+    assert state.splitlines()[0] in outcome.text
+
+
 def test_the_promise_is_the_docstring(suite: Suite) -> None:
     suite.add("test_a.py", 'def test_a():\n    """It holds.\n\n    More.\n    """\n')
     assert suite.run().test("test_a")["promise"] == "It holds."

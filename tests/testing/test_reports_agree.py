@@ -70,7 +70,7 @@ def test_lost():
 def test_names(value):
     assert value != "c d"
 
-@pytest.mark.protections("all")
+@pytest.mark.protections("cbit", "none")
 def test_protected(protection):
     pass
 """
@@ -199,8 +199,10 @@ def check(outcome: Outcome) -> None:
     table = from_table(outcome.text)
     assert {area: +counts for area, counts in table.items()} == by_area
     for test in outcome.report["tests"]:
-        if test["verdict"] in ("fail", "lost", "xfail"):
+        if test["verdict"] in ("fail", "lost"):
             assert f"{test['verdict']:<5} {test['id']}: {test['reason']}" in outcome.text
+        if test["verdict"] == "xfail":
+            assert f"    1  {test['reason']}\n       {test['id']}" in outcome.text
     for group in outcome.report["skips"]:
         assert f"{len(group['tests']):5}  {group['missing']}" in outcome.text
 
