@@ -94,7 +94,8 @@ class _Samples:
 
 def _exits(kvm: Kvm, bare: Bare, rounds: int, protection: str) -> Iterator[Figure]:
     port, sync = GuestProgram.from_c(_PORT), GuestProgram.from_c(_SYNC)
-    count = 2000
+    # Short stretches in turn: what disturbs one side of a figure disturbs the other.
+    count = 200
     plain, call, own = _Samples(), _Samples(), _Samples()
     with (
         kvm.create_vm(port, protection=protection) as port_vm,
@@ -106,7 +107,7 @@ def _exits(kvm: Kvm, bare: Bare, rounds: int, protection: str) -> Iterator[Figur
         ported.next(_TIMEOUT)
         calls = synced.syncs(_TIMEOUT)
         next(calls)
-        for _ in range(rounds):
+        for _ in range(rounds * 10):
             exit_bare = bare.run(ported.fd, count) / count / 1e3
             start = time.perf_counter()
             for _ in range(count):
