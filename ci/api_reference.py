@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+import warnings
 from pathlib import Path
 
 import pdoc
@@ -24,6 +25,8 @@ def modules() -> list[str]:
 def main() -> None:
     """Write the reference into the folder named on the command line."""
     folder = Path(sys.argv[1])
+    # Annotations that only type checkers import; pdoc shows their text all the same.
+    warnings.filterwarnings("ignore", "Error parsing type annotation")
     for name in kvmpy.__all__:
         # Names that come at first use are invisible to pdoc.
         setattr(kvmpy, name, getattr(kvmpy, name))
