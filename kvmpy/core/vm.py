@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvmpy.core.coalesced import VmCoalesced
 from kvmpy.core.device import VmDevices
 from kvmpy.core.dirty import VmDirty
+from kvmpy.core.errors import VcpuBusyError
 from kvmpy.core.irq import VmIrq
 from kvmpy.core.msr_filter import VmMsrFilter
 from kvmpy.core.slots import VmSlots
@@ -70,6 +72,23 @@ class Vm(VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, VmSlots)
     def get_tsc_khz(self) -> int:
         """Return the default TSC frequency in kHz (KVM_GET_TSC_KHZ on the VM)."""
         return self.ioctl(ioctls.KVM_GET_TSC_KHZ)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Kick the vCPUs until none runs in any thread; VcpuBusyError when one still does after *timeout*
+        seconds.
+
+        Threads that run them get VcpuKickedError.
+        """
+        end = time.monotonic() + timeout
+        running = [vcpu for vcpu in self._vcpus if vcpu.running]
+        while running:
+            for vcpu in running:
+                vcpu.kick()
+            if time.monotonic() > end:
+                raise VcpuBusyError(f"{running[0].name} still runs {timeout} s after it was kicked")
+            # Whoever runs it needs the interpreter to find out.
+            time.sleep(0.001)
+            running = [vcpu for vcpu in running if vcpu.running]
 
     def close(self) -> None:
         """Close the vCPUs, the VM and all that belongs to it."""

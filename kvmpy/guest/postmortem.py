@@ -106,6 +106,10 @@ def _registers(vm: GuestVm, vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sre
     if vm.launched and not vm.protection.traits.can_read_registers:
         yield f"hidden: protection {vm.protection.name} keeps registers from the host after launch"
         return
+    if vcpu.running:
+        # Its ioctls would wait until the guest leaves.
+        yield f"not available: {vcpu.name} is running in thread {vcpu.thread_id}"
+        return
     regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
     state.append((regs, sregs))
     yield from registers.format_regs(regs).splitlines()
@@ -220,6 +224,9 @@ def _trail(vcpu: GuestVcpu) -> Iterator[str]:
 
 
 def _stats(vcpu: GuestVcpu) -> Iterator[str]:
+    if vcpu.running:
+        yield f"not available: {vcpu.name} is running in thread {vcpu.thread_id}"
+        return
     words = []
     for name, value in vcpu.get_stats().items():
         if not value.is_histogram and value.value:
