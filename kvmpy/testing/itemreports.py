@@ -66,7 +66,8 @@ def _state_of_vms(item: pytest.Item, cause: str) -> str:
         if vm.closed or not vm.launched or not vm.guests:
             continue
         try:
-            texts.append(vm.postmortem(vm.guests[0], cause))
+            vm.stop()  # the state of a vCPU that runs cannot be had
+            texts.append(vm.postmortem(vm.vcpus[0], cause))
         except Exception as error:  # noqa: BLE001 - a post-mortem may not hide the failure it is about
             texts.append(f"{vm.name}: no post-mortem: {error!r}")
     return "\n\n".join(texts)
