@@ -138,3 +138,12 @@ def ring(request: pytest.FixtureRequest) -> int:
 def accessor(make_vm: MakeVm, ring: int) -> Accessor:
     """A guest with 64 MiB of memory at address 0 that does one access at a time."""
     return Accessor(make_vm(GUEST), ring)
+
+
+@pytest.fixture
+def open_memory(protection: str) -> None:
+    """Skip under protections that keep private memory, page tables among it, from the host after launch."""
+    from kvmpy.coco import ladder
+
+    if not ladder.get(protection).traits.host_sees_private:
+        pytest.skip(f"protection {protection} keeps private memory from the host")

@@ -62,6 +62,22 @@ def test_supported_table(cpuid_guest: CpuidGuestMaker, kvm: Kvm) -> None:
 
 
 @pytest.mark.protections("all")
+def test_hidden_features(cpuid_guest: CpuidGuestMaker) -> None:
+    """Features that the table lacks are not there for the guest, whatever the CPU has.
+
+    Documentation/virt/kvm/api.rst, 4.46 KVM_GET_SUPPORTED_CPUID ("to emulate older hardware").
+    """
+    features = ("cx16", "popcnt", "sse4_2", "avx2", "bmi2", "umip", "rdtscp", "pdpe1gb")
+
+    def change(cpuid: Cpuid) -> None:
+        for feature in features:
+            cpuid.clear_feature(feature)
+
+    guest = cpuid_guest(change)
+    assert [feature for feature in features if guest.has(feature)] == []
+
+
+@pytest.mark.protections("all")
 def test_subleaves(cpuid_guest: CpuidGuestMaker) -> None:
     """Entries with KVM_CPUID_FLAG_SIGNIFCANT_INDEX answer for their ECX alone; others are zeros.
 

@@ -46,7 +46,7 @@ def avx_state(kvm: Kvm) -> Missing | None:
 @pytest.mark.parametrize(
     ("feature", "bit"),
     [
-        pytest.param("osxsave", CR4.OSXSAVE, marks=pytest.mark.requires("cpuid:xsave")),
+        pytest.param("osxsave", CR4.OSXSAVE, marks=pytest.mark.requires("cpu:xsave")),
         pytest.param("ospke", CR4.PKE, marks=pytest.mark.requires("cpuid:pku")),
     ],
 )

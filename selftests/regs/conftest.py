@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of registers share: a vCPU in 64-bit mode without a guest program."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.core.vm import Vm
+from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP
+from kvmpy.x86 import segments
+
+
+@pytest.fixture
+def vcpu(vm: Vm) -> Vcpu:
+    """The vCPU of a bare VM with local APICs, in 64-bit mode, with the CPUID that KVM supports."""
+    vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
+    made = vm.create_vcpu()
+    made.set_cpuid2(vm.kvm.supported_cpuid)
+    sregs = made.get_sregs()
+    segments.long_mode_sregs(sregs, cr3=0x1000, gdt=0x2000, idt=0x3000, tss=0x4000)
+    made.set_sregs(sregs)
+    return made

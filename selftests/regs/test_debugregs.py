@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's debug registers, as the host sets them and as the guest sees them."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.structs import kvm_debugregs
+
+pytestmark = pytest.mark.requires("KVM_CAP_DEBUGREGS")
+
+DR6_INIT = 0xFFFF_0FF0
+DR7_INIT = 0x400
+ADDRESSES = [0x1000, 0x0000_7FFF_FFFF_F000, 0xFFFF_8000_0000_0000, 0xFFFF_FFFF_FFFF_FFF8]
+
+
+def test_initial(vcpu: Vcpu) -> None:
+    """A new vCPU has its debug registers as after reset.
+
+    Documentation/virt/kvm/api.rst, 4.33 KVM_GET_DEBUGREGS; Intel SDM volume 3, table 10-1 (DR0 to DR7).
+    """
+    found = vcpu.get_debugregs()
+    assert list(found.db) == [0, 0, 0, 0]
+    assert (found.dr6, found.dr7, found.flags) == (DR6_INIT, DR7_INIT, 0)
+
+
+def test_round_trip(vcpu: Vcpu) -> None:
+    """KVM_GET_DEBUGREGS returns what KVM_SET_DEBUGREGS set.
+
+    Documentation/virt/kvm/api.rst, 4.33 KVM_GET_DEBUGREGS and 4.34 KVM_SET_DEBUGREGS.
+    """
+    given = kvm_debugregs(db=ADDRESSES, dr6=DR6_INIT | 0x4005, dr7=DR7_INIT | 0xF001_0303)
+    vcpu.set_debugregs(given)
+    assert vcpu.get_debugregs() == given
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("flags", 1),
+        ("flags", 1 << 63),
+        ("dr6", DR6_INIT | 1 << 32),
+        ("dr6", DR6_INIT | 1 << 63),
+        ("dr7", DR7_INIT | 1 << 32),
+        ("dr7", DR7_INIT | 1 << 63),
+    ],
+)
+def test_refused(vcpu: Vcpu, field: str, value: int) -> None:
+    """Flags, and upper halves of DR6 and DR7, are refused with EINVAL and change nothing.
+
+    Documentation/virt/kvm/api.rst, 4.34 KVM_SET_DEBUGREGS ("must be cleared"); Intel SDM volume 3, 18.2
+    (bits 63:32).
+    """
+    before = vcpu.get_debugregs()
+    given = before.copy()
+    given.db = ADDRESSES
+    setattr(given, field, value)
+    with pytest.raises(KvmError) as e:
+        vcpu.set_debugregs(given)
+    assert e.value.errno == errno.EINVAL
+    assert vcpu.get_debugregs() == before
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+def test_guest_and_host_agree(make_vm: MakeVm) -> None:
+    """The guest reads the debug registers that the host set, and the host those that the guest wrote.
+
+    Documentation/virt/kvm/api.rst, 4.33 KVM_GET_DEBUGREGS and 4.34 KVM_SET_DEBUGREGS.
+    """
+    vm = make_vm(
+        """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	GUEST_SYNC(0);
+	GUEST_SYNC(read_dr0(), read_dr1(), read_dr2(), read_dr3(), read_dr6(), read_dr7());
+	write_dr0(0x1111000);
+	write_dr1(0x2222000);
+	write_dr2(0x3333000);
+	write_dr3(0xffff800000004000);
+	write_dr6(0xffff0ff2);
+	write_dr7(0x400 | 0x00010000);
+	GUEST_SYNC(1);
+}
+"""
+    )
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    # No breakpoint is enabled: they would count from here on.
+    vcpu.set_debugregs(kvm_debugregs(db=ADDRESSES, dr6=DR6_INIT | 0x4001, dr7=DR7_INIT | 0xD000_0000))
+    assert vcpu.sync().args == (*ADDRESSES, DR6_INIT | 0x4001, DR7_INIT | 0xD000_0000)
+    vcpu.sync()
+    found = vcpu.get_debugregs()
+    assert list(found.db) == [0x111_1000, 0x222_2000, 0x333_3000, 0xFFFF_8000_0000_4000]
+    assert (found.dr6, found.dr7) == (DR6_INIT | 2, DR7_INIT | 0x1_0000)
+
+
+@pytest.mark.protections("all")
+def test_guest_upper_halves(make_vm: MakeVm) -> None:
+    """A guest that writes the upper half of DR6 or DR7 gets #GP(0).
+
+    Intel SDM volume 3, 18.2 Debug Registers ("Bits 63:32 ... must be written with zeros").
+    """
+    vm = make_vm(
+        """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	struct guest_fault dr6 = write_dr6_safe(0xffff0ff0 | BIT(32));
+	struct guest_fault dr7 = write_dr7_safe(0x400 | BIT(63));
+
+	GUEST_SYNC(dr6.faulted, dr6.vector, dr6.error_code, dr7.faulted, dr7.vector, dr7.error_code);
+}
+"""
+    )
+    vm.launch()
+    assert vm.guests[0].sync().args == (1, 13, 0, 1, 13, 0)

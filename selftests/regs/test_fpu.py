@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Floating-point and extended state: KVM_GET/SET_FPU and KVM_GET/SET_XSAVE."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.errors import KvmError
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_CAP_XSAVE2
+from kvmpy.uapi.structs import kvm_fpu, kvm_xsave
+
+# The legacy area and the header of the XSAVE format (Intel SDM volume 1, 13.4).
+FCW, MXCSR, XMM0, HEADER = 0, 24, 160, 512
+XSTATE_BV, RESERVED = HEADER, HEADER + 24
+FXSAVE = 0x1F80  # MXCSR: all exceptions masked
+
+needs_xsave = pytest.mark.requires("KVM_CAP_XSAVE", "cpu:xsave")
+
+
+def xmm(number: int) -> bytes:
+    """Return 16 bytes of their own for each register."""
+    return bytes((number * 16 + byte) & 0xFF for byte in range(16))
+
+
+def st(number: int) -> bytes:
+    """Return an 80-bit number in its 16-byte place: 1.5 + *number* / 256, roughly."""
+    return (0xC000_0000_0000_0000 + (number << 48)).to_bytes(8, "little") + b"\xff\x3f" + bytes(6)
+
+
+def some_fpu() -> kvm_fpu:
+    """Return a floating-point state unlike that of a new vCPU."""
+    fpu = kvm_fpu(fcw=0x27F, fsw=0x3841, ftwx=0xFF, last_opcode=0x123, last_ip=0x4_5678, last_dp=0x9_ABCD)
+    fpu.fpr = [st(number) for number in range(8)]
+    fpu.xmm = [xmm(number) for number in range(16)]
+    return fpu
+
+
+def with_words(image: kvm_xsave, changes: dict[int, bytes]) -> kvm_xsave:
+    """Return a copy of an XSAVE image with bytes at offsets replaced."""
+    raw = bytearray(image.to_bytes())
+    for offset, data in changes.items():
+        raw[offset : offset + len(data)] = data
+    return kvm_xsave.from_bytes(bytes(raw))
+
+
+def take_into_use(vcpu: Vcpu) -> None:
+    """Leave the vCPU with x87 and SSE state that is not in its initial configuration for XSAVE."""
+    vcpu.set_xsave(with_words(vcpu.get_xsave2(), {XSTATE_BV: (3).to_bytes(8, "little")}))
+
+
+def test_fpu_round_trip(vcpu: Vcpu) -> None:
+    """KVM_GET_FPU returns the x87 and SSE registers that KVM_SET_FPU set.
+
+    Documentation/virt/kvm/api.rst, 4.22 KVM_GET_FPU and 4.23 KVM_SET_FPU.
+    """
+    given = some_fpu()
+    vcpu.set_fpu(given)
+    found = vcpu.get_fpu()
+    # KVM leaves MXCSR out of this pair of ioctls.
+    found.mxcsr = 0
+    assert found == given
+
+
+@needs_xsave
+def test_xsave_shows_the_fpu(vcpu: Vcpu) -> None:
+    """KVM_GET_XSAVE shows the registers of KVM_SET_FPU in the legacy area, marked as present.
+
+    Documentation/virt/kvm/api.rst, 4.42 KVM_GET_XSAVE; Intel SDM volume 1, 13.4.1 Legacy Region.
+    """
+    take_into_use(vcpu)
+    vcpu.set_fpu(some_fpu())
+    raw = vcpu.get_xsave2().to_bytes()
+    assert raw[FCW : FCW + 2] == b"\x7f\x02"
+    assert [raw[XMM0 + 16 * number :][:16] for number in range(16)] == [xmm(number) for number in range(16)]
+    assert raw[XSTATE_BV] & 3 == 3
+
+
+@needs_xsave
+def test_fpu_shows_the_xsave_image(vcpu: Vcpu) -> None:
+    """KVM_GET_FPU shows the registers that KVM_SET_XSAVE set.
+
+    Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE; Intel SDM volume 1, 13.4.1 Legacy Region.
+    """
+    image = with_words(
+        vcpu.get_xsave2(),
+        {FCW: b"\x7f\x02", XMM0 + 16 * 5: xmm(5), XSTATE_BV: (3).to_bytes(8, "little")},
+    )
+    vcpu.set_xsave(image)
+    fpu = vcpu.get_fpu()
+    assert (fpu.fcw, bytes(fpu.xmm[5])) == (0x27F, xmm(5))
+
+
+@needs_xsave
+def test_xsave_round_trip(vcpu: Vcpu) -> None:
+    """KVM_GET_XSAVE2 returns the image that KVM_SET_XSAVE set, MXCSR included.
+
+    Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE and 4.134 KVM_GET_XSAVE2.
+    """
+    take_into_use(vcpu)
+    vcpu.set_fpu(some_fpu())
+    image = with_words(vcpu.get_xsave2(), {MXCSR: (FXSAVE | 0x6000).to_bytes(4, "little")})
+    vcpu.set_xsave(image)
+    assert vcpu.get_xsave2() == image
+
+
+@needs_xsave
+@pytest.mark.parametrize(
+    ("offset", "data"),
+    [
+        pytest.param(XSTATE_BV, (3 | 1 << 62).to_bytes(8, "little"), id="unknown-state"),
+        pytest.param(XSTATE_BV, (3 | 1 << 8).to_bytes(8, "little"), id="supervisor-state"),
+        pytest.param(RESERVED, b"\x01", id="reserved-header"),
+        pytest.param(HEADER + 63, b"\x80", id="end-of-header"),
+        pytest.param(MXCSR, b"\x80\x1f\x00\x80", id="MXCSR"),
+    ],
+)
+def test_xsave_refused(vcpu: Vcpu, offset: int, data: bytes) -> None:
+    """An image that XRSTOR would refuse, for its XSTATE_BV, its header or its MXCSR, is refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE; Intel SDM volume 1, 13.8.1 Standard Form of XRSTOR.
+    """
+    take_into_use(vcpu)
+    before = vcpu.get_xsave2()
+    changes = {XSTATE_BV: (3).to_bytes(8, "little"), offset: data}
+    with pytest.raises(KvmError) as e:
+        vcpu.set_xsave(with_words(before, changes))
+    assert e.value.errno == errno.EINVAL
+    assert vcpu.get_xsave2() == before
+
+
+@pytest.mark.requires("KVM_CAP_XSAVE2")
+def test_xsave2_size(vcpu: Vcpu) -> None:
+    """KVM_CAP_XSAVE2 is the size of the area, at least 4096; where it is 4096 both ioctls return the same.
+
+    Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE ("will always be at least 4096").
+    """
+    size = vcpu.vm.check_extension(KVM_CAP_XSAVE2)
+    assert size >= PAGE_SIZE
+    take_into_use(vcpu)
+    vcpu.set_fpu(some_fpu())
+    whole = vcpu.get_xsave2().to_bytes()
+    assert len(whole) == size
+    if size == PAGE_SIZE:
+        assert vcpu.get_xsave().to_bytes() == whole
+
+
+GUEST = """
+#include <kvmpy/guest.h>
+
+GUEST_USER_DATA u8 stack[4096];
+
+struct state {
+	u8 xmm[16][16];
+	u32 mxcsr;
+	u16 fcw;
+};
+
+#define STORE(n)	asm volatile("movdqu %%xmm" #n ", %0" : "=m"(state->xmm[n]))
+#define LOAD(n)		asm volatile("movdqu %0, %%xmm" #n : : "m"(state->xmm[n]))
+#define EACH(what)							\\
+	what(0); what(1); what(2); what(3); what(4); what(5); what(6); what(7);	\\
+	what(8); what(9); what(10); what(11); what(12); what(13); what(14); what(15)
+
+GUEST_USER u64 store_state(u64 where)
+{
+	struct state *state = (void *)(uintptr_t)where;
+
+	EACH(STORE);
+	asm volatile("stmxcsr %0" : "=m"(state->mxcsr));
+	asm volatile("fnstcw %0" : "=m"(state->fcw));
+	return 0;
+}
+
+GUEST_USER u64 load_state(u64 where)
+{
+	struct state *state = (void *)(uintptr_t)where;
+
+	EACH(LOAD);
+	asm volatile("ldmxcsr %0" : : "m"(state->mxcsr));
+	asm volatile("fldcw %0" : : "m"(state->fcw));
+	return 0;
+}
+
+/* In ring 3, which runs natively everywhere. */
+void guest_main(u64 where)
+{
+	GUEST_SYNC(0);
+	GUEST_ASSERT(guest_user_run(store_state, where, stack + sizeof(stack)).returned);
+	GUEST_SYNC(1);
+	GUEST_ASSERT(guest_user_run(load_state, where, stack + sizeof(stack)).returned);
+	GUEST_SYNC(2);
+}
+"""
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+@needs_xsave
+def test_guest_and_host_agree(make_vm: MakeVm) -> None:
+    """The guest finds the host's XMM registers, MXCSR and x87 control word, and the host the guest's.
+
+    Documentation/virt/kvm/api.rst, 4.22 KVM_GET_FPU to 4.43 KVM_SET_XSAVE.
+    """
+    vm = make_vm(GUEST)
+    where = vm.alloc(PAGE_SIZE, user=True, private=False)
+    vcpu = vm.guests[0]
+    vcpu.set_entry("guest_main", where)
+    vm.launch()
+    vcpu.sync()
+    take_into_use(vcpu)
+    vcpu.set_fpu(some_fpu())
+    image = vcpu.get_xsave2()
+    vcpu.set_xsave(with_words(image, {MXCSR: (FXSAVE | 0x2000).to_bytes(4, "little")}))
+    assert vcpu.sync().args == (1,)
+    assert vm.read(where, 256) == b"".join(xmm(number) for number in range(16))
+    assert vm.read(where + 256, 6) == (FXSAVE | 0x2000).to_bytes(4, "little") + b"\x7f\x02"
+    vm.write(where, bytes(reversed(range(256))) + (FXSAVE | 0x4000).to_bytes(4, "little") + b"\x7f\x0e")
+    assert vcpu.sync().args == (2,)
+    fpu = vcpu.get_fpu()
+    assert b"".join(bytes(row) for row in fpu.xmm) == bytes(reversed(range(256)))
+    assert fpu.fcw == 0xE7F
+    assert vcpu.get_xsave2().to_bytes()[MXCSR : MXCSR + 4] == (FXSAVE | 0x4000).to_bytes(4, "little")
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+def test_set_fpu_on_a_new_vcpu(make_vm: MakeVm) -> None:
+    """The guest finds the XMM registers that KVM_SET_FPU set on a vCPU which never used its FPU.
+
+    Documentation/virt/kvm/api.rst, 4.23 KVM_SET_FPU ("Writes the floating point state to the vcpu").
+    """
+    vm = make_vm(GUEST)
+    where = vm.alloc(PAGE_SIZE, user=True, private=False)
+    vcpu = vm.guests[0]
+    vcpu.set_entry("guest_main", where)
+    vm.launch()
+    vcpu.set_fpu(some_fpu())
+    vcpu.sync()
+    vcpu.sync()
+    assert vm.read(where, 256) == b"".join(xmm(number) for number in range(16))

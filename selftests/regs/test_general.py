@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""General registers and system registers that both sides see: the host by ioctl, the guest by instruction."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy.core.address import Gva
+from kvmpy.core.exits import IoExit
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.structs import kvm_regs
+from kvmpy.x86 import segments
+from kvmpy.x86.bits import CR4, RFLAGS
+from kvmpy.x86.registers import GENERAL
+
+INCREMENT = """
+#include <kvmpy/guest.h>
+
+/* Entered by the host with registers of its own: no stack, no GS. */
+asm(".text\\n"
+    ".globl increment, incremented\\n"
+    "increment:\\n"
+    "	incq	%rax; incq %rbx; incq %rcx; incq %rdx\\n"
+    "	incq	%rsi; incq %rdi; incq %rsp; incq %rbp\\n"
+    "	incq	%r8; incq %r9; incq %r10; incq %r11\\n"
+    "	incq	%r12; incq %r13; incq %r14; incq %r15\\n"
+    "	outb	%al, $0x42\\n"
+    "incremented: jmp incremented\\n");
+
+void guest_main(void)
+{
+	GUEST_SYNC(0);
+}
+"""
+
+SYSTEM = """
+#include <kvmpy/guest.h>
+
+struct table {
+	u16 limit;
+	u64 base;
+} __packed;
+
+GUEST_SHARED struct {
+	u64 cr0, cr2, cr3, cr4, cr8, efer, fs_base, gs_base;
+	u64 gdt_base, gdt_limit, idt_base, idt_limit;
+	u64 cs, ds, es, fs, ss, tr;
+} seen;
+
+static void look(void)
+{
+	struct table gdt, idt;
+	u16 cs, ds, es, fs, ss, tr;
+
+	seen.cr0 = read_cr0();
+	seen.cr2 = read_cr2();
+	seen.cr3 = read_cr3();
+	seen.cr4 = read_cr4();
+	seen.cr8 = read_cr8();
+	seen.efer = rdmsr(0xc0000080);
+	seen.fs_base = rdmsr(0xc0000100);
+	seen.gs_base = rdmsr(0xc0000101);
+	asm volatile("sgdt %0" : "=m"(gdt));
+	asm volatile("sidt %0" : "=m"(idt));
+	seen.gdt_base = gdt.base;
+	seen.gdt_limit = gdt.limit;
+	seen.idt_base = idt.base;
+	seen.idt_limit = idt.limit;
+	asm volatile("mov %%cs, %0" : "=r"(cs));
+	asm volatile("mov %%ds, %0" : "=r"(ds));
+	asm volatile("mov %%es, %0" : "=r"(es));
+	asm volatile("mov %%fs, %0" : "=r"(fs));
+	asm volatile("mov %%ss, %0" : "=r"(ss));
+	asm volatile("str %0" : "=r"(tr));
+	seen.cs = cs;
+	seen.ds = ds;
+	seen.es = es;
+	seen.fs = fs;
+	seen.ss = ss;
+	seen.tr = tr;
+}
+
+void guest_main(void)
+{
+	GUEST_SYNC(0);
+	look();
+	GUEST_SYNC(1);
+
+	write_cr2(0xffff800012345678);
+	write_cr8(9);
+	write_cr4(read_cr4() ^ (1 << 2));
+	wrmsr(0xc0000100, 0x7fff00001000);
+	asm volatile("mov %0, %%es" : : "r"(0));
+	GUEST_SYNC(2);
+}
+"""
+
+FIELDS = (
+    "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "fs_base", "gs_base",
+    "gdt_base", "gdt_limit", "idt_base", "idt_limit", "cs", "ds", "es", "fs", "ss", "tr",
+)  # fmt: skip
+
+
+def pattern(name: str) -> int:
+    """Return a value of its own for each register; canonical, so that RSP may hold it too."""
+    return 0x1000_0000_0000 * (GENERAL.index(name) % 7) + 0x0123_4567_89AB + GENERAL.index(name) * 0x10001
+
+
+def what_guest_saw(vm: GuestVm) -> dict[str, int]:
+    """Return the guest's look at its system registers."""
+    words = vm.symbol("seen").view("Q")
+    return dict(zip(FIELDS, words, strict=True))
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+def test_general_registers(make_vm: MakeVm) -> None:
+    """KVM_SET_REGS reaches every general register of the guest, and KVM_GET_REGS shows it changed.
+
+    Documentation/virt/kvm/api.rst, 4.11 KVM_GET_REGS and 4.12 KVM_SET_REGS.
+    """
+    vm = make_vm(INCREMENT)
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    vcpu.complete_io()
+    regs = kvm_regs(rip=int(vm.program.address_of("increment")), rflags=int(RFLAGS.FIXED))
+    for name in GENERAL:
+        setattr(regs, name, pattern(name))
+    vcpu.set_regs(regs)
+    assert vcpu.expect(IoExit).value == pattern("rax") + 1 & 0xFF
+    vcpu.complete_io()
+    after = vcpu.get_regs()
+    assert {name: getattr(after, name) for name in GENERAL} == {name: pattern(name) + 1 for name in GENERAL}
+    assert after.rip == vm.program.address_of("incremented")
+
+
+def test_fixed_flag(vcpu: Vcpu) -> None:
+    """Bit 1 of RFLAGS is set whatever KVM_SET_REGS is given, and the others are as given.
+
+    Intel SDM volume 1, 3.4.3 EFLAGS Register (bit 1 is always 1).
+    """
+    for flags in (0, int(RFLAGS.CF | RFLAGS.ZF | RFLAGS.DF | RFLAGS.AC | RFLAGS.ID)):
+        vcpu.set_regs(kvm_regs(rflags=flags))
+        assert vcpu.get_regs().rflags == flags | RFLAGS.FIXED
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+def test_guest_sees_what_host_set(make_vm: MakeVm) -> None:
+    """Control registers, bases, tables and selectors of KVM_SET_SREGS are those that the guest reads.
+
+    Documentation/virt/kvm/api.rst, 4.14 KVM_SET_SREGS.
+    """
+    vm = make_vm(SYSTEM)
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    vcpu.complete_io()
+    sregs = vcpu.get_sregs()
+    sregs.cr2 = 0x0000_7ABC_DEF0_1234
+    sregs.cr4 |= int(CR4.TSD | CR4.DE)
+    sregs.cr8 = 5
+    sregs.fs.base = 0x0000_1234_5678_9000
+    sregs.idt.limit = 0x7FF
+    vcpu.set_sregs(sregs)
+    assert vcpu.sync().args == (1,)
+    assert what_guest_saw(vm) == {
+        "cr0": sregs.cr0,
+        "cr2": 0x0000_7ABC_DEF0_1234,
+        "cr3": sregs.cr3,
+        "cr4": sregs.cr4,
+        "cr8": 5,
+        "efer": sregs.efer,
+        "fs_base": 0x0000_1234_5678_9000,
+        "gs_base": sregs.gs.base,
+        "gdt_base": sregs.gdt.base,
+        "gdt_limit": sregs.gdt.limit,
+        "idt_base": sregs.idt.base,
+        "idt_limit": 0x7FF,
+        "cs": sregs.cs.selector,
+        "ds": sregs.ds.selector,
+        "es": sregs.es.selector,
+        "fs": sregs.fs.selector,
+        "ss": sregs.ss.selector,
+        "tr": sregs.tr.selector,
+    }
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+def test_host_sees_what_guest_set(make_vm: MakeVm) -> None:
+    """KVM_GET_SREGS shows what the guest wrote to control registers, to a segment base and to a selector.
+
+    Documentation/virt/kvm/api.rst, 4.13 KVM_GET_SREGS.
+    """
+    vm = make_vm(SYSTEM)
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    before = vcpu.get_sregs()
+    vcpu.sync()
+    assert vcpu.sync().args == (2,)
+    after = vcpu.get_sregs()
+    assert (after.cr2, after.cr8, after.cr4) == (0xFFFF_8000_1234_5678, 9, before.cr4 ^ CR4.TSD)
+    assert (after.fs.base, after.es.selector) == (0x7FFF_0000_1000, 0)
+    assert (after.cr0, after.cr3, after.efer) == (before.cr0, before.cr3, before.efer)
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+def test_pending_interrupt(make_vm: MakeVm) -> None:
+    """An interrupt in KVM_SET_SREGS' interrupt_bitmap is delivered when the guest runs on.
+
+    Documentation/virt/kvm/api.rst, 4.13 KVM_GET_SREGS ("acknowledged by the APIC but not yet injected").
+    """
+    vm = make_vm(
+        """
+#include <kvmpy/guest.h>
+
+static volatile u64 vector;
+
+static void handler(struct exception_frame *frame)
+{
+	vector = frame->vector;
+}
+
+void guest_main(void)
+{
+	guest_exception_install(0x91, handler);
+	sti();
+	GUEST_SYNC(0);
+	cli();
+	GUEST_SYNC(vector);
+}
+"""
+    )
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    vcpu.complete_io()
+    sregs = vcpu.get_sregs()
+    assert list(sregs.interrupt_bitmap) == [0, 0, 0, 0]
+    sregs.interrupt_bitmap[0x91 // 64] = 1 << 0x91 % 64
+    vcpu.set_sregs(sregs)
+    assert list(vcpu.get_sregs().interrupt_bitmap) == [0, 0, 1 << 0x91 % 64, 0]
+    assert vcpu.sync().args == (0x91,)
+    assert list(vcpu.get_sregs().interrupt_bitmap) == [0, 0, 0, 0]
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+def test_redirected(make_vm: MakeVm) -> None:
+    """A vCPU whose RIP and argument registers the host changed goes on there.
+
+    Documentation/virt/kvm/api.rst, 4.12 KVM_SET_REGS.
+    """
+    vm = make_vm(
+        """
+#include <kvmpy/guest.h>
+
+__noinline void elsewhere(u64 a, u64 b)
+{
+	GUEST_SYNC(a, b);
+}
+
+void guest_main(void)
+{
+	GUEST_SYNC(0);
+	elsewhere(1, 2);
+}
+"""
+    )
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    vcpu.complete_io()
+    regs = vcpu.get_regs()
+    back = regs.rip
+    regs.rsp -= 8
+    vm.write(Gva(regs.rsp), int(back).to_bytes(8, "little"))
+    regs.rip, regs.rdi, regs.rsi = int(vm.program.address_of("elsewhere")), 0x77, 0x88
+    vcpu.set_regs(regs)
+    assert vcpu.sync().args == (0x77, 0x88)
+    assert vcpu.sync().args == (1, 2)
+
+
+def test_translation_without_paging(vcpu: Vcpu) -> None:
+    """With paging off KVM_TRANSLATE returns every linear address as its own physical address.
+
+    Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE; Intel SDM volume 3, 4.1.1 (CR0.PG is 0).
+    """
+    sregs = vcpu.get_sregs()
+    segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000)
+    vcpu.set_sregs(sregs)
+    for address in (0, 0x1234_5678, 0xFFFF_FFF0):
+        found = vcpu.translate(address)
+        assert (found.valid, found.physical_address) == (1, address)

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System registers that make no legal CPU state: KVM_SET_SREGS and KVM_SET_SREGS2 refuse them as a whole."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Protocol, Union
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.uapi.constants import KVM_CAP_SREGS2
+from kvmpy.uapi.structs import kvm_sregs, kvm_sregs2
+from kvmpy.x86 import segments
+from kvmpy.x86.bits import CR0, CR4, EFER
+from kvmpy.x86.cpuid import Cpuid
+
+Sregs = Union[kvm_sregs, kvm_sregs2]
+
+APICBASE_EXTD, APICBASE_ENABLE = 1 << 10, 1 << 11
+# Which CPUID feature opens which bit.
+CR4_FEATURES = {
+    CR4.UMIP: "umip",
+    CR4.LA57: "la57",
+    CR4.VMXE: "vmx",
+    CR4.SMXE: "smx",
+    CR4.FSGSBASE: "fsgsbase",
+    CR4.PCIDE: "pcid",
+    CR4.OSXSAVE: "xsave",
+    CR4.SMEP: "smep",
+    CR4.SMAP: "smap",
+    CR4.PKE: "pku",
+}
+EFER_FEATURES = {
+    EFER.NXE: "nx",
+    EFER.SVME: "svm",
+    EFER.FFXSR: "fxsr_opt",
+    EFER.AUTOIBRS: "autoibrs",
+}
+
+
+class Ioctl(Protocol):
+    """Reads the system registers, lets *change* edit them, and writes them back."""
+
+    def __call__(self, change: Callable[[Sregs], None]) -> None: ...
+
+
+@pytest.fixture(params=["KVM_SET_SREGS", "KVM_SET_SREGS2"])
+def set_changed(request: pytest.FixtureRequest, vcpu: Vcpu) -> Ioctl:
+    """Both ioctls in turn: the second takes the place of the first (api.rst 4.131)."""
+    if request.param == "KVM_SET_SREGS2":
+        vcpu.vm.need_cap(KVM_CAP_SREGS2)
+
+    def act(change: Callable[[Sregs], None]) -> None:
+        if request.param == "KVM_SET_SREGS":
+            sregs = vcpu.get_sregs()
+            change(sregs)
+            vcpu.set_sregs(sregs)
+        else:
+            sregs2 = vcpu.get_sregs2()
+            change(sregs2)
+            vcpu.set_sregs2(sregs2)
+
+    return act
+
+
+def refused(vcpu: Vcpu, set_changed: Ioctl, change: Callable[[Sregs], None]) -> None:
+    """Expect EINVAL, and that nothing changed."""
+    before = vcpu.get_sregs()
+    with pytest.raises(KvmError) as e:
+        set_changed(change)
+    assert e.value.errno == errno.EINVAL
+    assert vcpu.get_sregs() == before
+
+
+def hide(vcpu: Vcpu, feature: str) -> None:
+    """Take a feature out of the vCPU's CPUID."""
+    cpuid = Cpuid.from_struct(vcpu.get_cpuid2())
+    cpuid.clear_feature(feature)
+    vcpu.set_cpuid2(cpuid.to_struct())
+
+
+@pytest.mark.parametrize(
+    ("put", "clear"),
+    [
+        pytest.param(CR0.PG, CR0.PE, id="PG-without-PE"),
+        pytest.param(CR0.NW, CR0.CD, id="NW-without-CD"),
+        pytest.param(1 << 32, 0, id="bit32"),
+        pytest.param(1 << 63, 0, id="bit63"),
+    ],
+)
+def test_cr0(vcpu: Vcpu, set_changed: Ioctl, put: int, clear: int) -> None:
+    """CR0 with PG but not PE, NW but not CD, or upper bits is refused with EINVAL.
+
+    Intel SDM volume 3, 2.5 Control Registers (CR0) and 6.15 (#GP of MOV CR0); arch/x86/kvm/regs.c,
+    kvm_is_valid_cr0().
+    """
+
+    def change(sregs: Sregs) -> None:
+        sregs.cr0 = sregs.cr0 & ~clear | put
+
+    refused(vcpu, set_changed, change)
+
+
+def test_long_mode_without_pae(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """EFER.LME with paging but without CR4.PAE is refused with EINVAL.
+
+    Intel SDM volume 3, 9.8.5 Initializing IA-32e Mode; arch/x86/kvm/regs.c, kvm_is_valid_sregs().
+    """
+
+    def change(sregs: Sregs) -> None:
+        sregs.cr4 &= ~int(CR4.PAE)
+
+    refused(vcpu, set_changed, change)
+
+
+def test_lme_and_paging_without_lma(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """EFER.LME with paging but without EFER.LMA is refused with EINVAL.
+
+    Intel SDM volume 3, 2.2.1 Extended Feature Enable Register; arch/x86/kvm/regs.c, kvm_is_valid_sregs().
+    """
+
+    def change(sregs: Sregs) -> None:
+        sregs.efer &= ~int(EFER.LMA)
+
+    refused(vcpu, set_changed, change)
+
+
+@pytest.mark.parametrize("missing", ["LME", "PG"])
+def test_lma_alone(vcpu: Vcpu, set_changed: Ioctl, missing: str) -> None:
+    """EFER.LMA without EFER.LME, or without paging, is refused with EINVAL.
+
+    Intel SDM volume 3, 2.2.1 Extended Feature Enable Register; arch/x86/kvm/regs.c, kvm_is_valid_sregs().
+    """
+
+    def change(sregs: Sregs) -> None:
+        sregs.cs.l, sregs.cs.db = 0, 1
+        if missing == "LME":
+            sregs.efer &= ~int(EFER.LME)
+        else:
+            sregs.cr0 &= ~int(CR0.PG)
+
+    refused(vcpu, set_changed, change)
+
+
+def test_64_bit_code_outside_long_mode(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """A code segment with the L bit is refused with EINVAL while EFER.LMA is clear.
+
+    Intel SDM volume 3, 3.4.5 Segment Descriptors (L flag); arch/x86/kvm/regs.c, kvm_is_valid_sregs().
+    """
+    sregs = vcpu.get_sregs()
+    segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000)
+    vcpu.set_sregs(sregs)
+
+    def change(sregs: Sregs) -> None:
+        sregs.cs.l, sregs.cs.db = 1, 0
+
+    refused(vcpu, set_changed, change)
+
+
+@pytest.mark.parametrize("bit", [12, 13, 14, 15, 19, 31, 63])
+def test_cr4_reserved(vcpu: Vcpu, set_changed: Ioctl, bit: int) -> None:
+    """Bits of CR4 that are reserved, or belong to features that the vCPU has not, are refused with EINVAL.
+
+    Intel SDM volume 3, 2.5 Control Registers (CR4); arch/x86/kvm/regs.h, __cr4_reserved_bits().
+    """
+    for feature in ("la57", "vmx", "smx"):
+        hide(vcpu, feature)
+
+    def change(sregs: Sregs) -> None:
+        sregs.cr4 |= 1 << bit
+
+    refused(vcpu, set_changed, change)
+
+
+def test_cr4_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """Bits of CR4 are refused with EINVAL while the vCPU's CPUID lacks their features, whatever the host has.
+
+    Intel SDM volume 3, 2.5 Control Registers (CR4); arch/x86/kvm/regs.h, __cr4_reserved_bits().
+    """
+    answers = {}
+    for bit, feature in CR4_FEATURES.items():
+        hide(vcpu, feature)
+
+        def change(sregs: Sregs, bit: CR4 = bit) -> None:
+            sregs.cr4 |= int(bit)
+
+        try:
+            set_changed(change)
+        except KvmError as error:
+            answers[feature] = error.errno
+        else:
+            answers[feature] = 0
+    assert answers == dict.fromkeys(CR4_FEATURES.values(), errno.EINVAL)
+
+
+def test_cr4_with_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """Every bit of CR4 whose feature the vCPU's CPUID offers is taken, unless the mode forbids it.
+
+    Intel SDM volume 3, 2.5 Control Registers (CR4).
+    """
+    cpuid = Cpuid.from_struct(vcpu.get_cpuid2())
+    offered = [bit for bit, feature in CR4_FEATURES.items() if cpuid.has(feature)]
+    assert offered
+    for bit in offered:
+        if bit in (CR4.LA57, CR4.VMXE, CR4.SMXE):
+            continue
+
+        def change(sregs: Sregs, bit: CR4 = bit) -> None:
+            sregs.cr4 |= int(bit)
+
+        set_changed(change)
+        assert vcpu.get_sregs().cr4 & bit == bit
+
+
+@pytest.mark.parametrize("bit", [1, 9, 16, 63])
+def test_efer_reserved(vcpu: Vcpu, set_changed: Ioctl, bit: int) -> None:
+    """Reserved bits of EFER are refused with EINVAL.
+
+    AMD APM volume 2, 3.1.7; Linux 7.2, "KVM: x86: Check EFER validity on KVM_SET_SREGS*".
+    """
+
+    def change(sregs: Sregs) -> None:
+        sregs.efer |= 1 << bit
+
+    refused(vcpu, set_changed, change)
+
+
+@pytest.mark.parametrize("bit", EFER_FEATURES, ids=list(EFER_FEATURES.values()))
+def test_efer_without_cpuid(vcpu: Vcpu, set_changed: Ioctl, bit: EFER) -> None:
+    """A bit of EFER is refused with EINVAL while the vCPU's CPUID lacks its feature, whatever the host has.
+
+    AMD APM volume 2, 3.1.7; Linux 7.2, "KVM: x86: Check EFER validity on KVM_SET_SREGS*".
+    """
+    sregs = vcpu.get_sregs()
+    sregs.efer &= ~int(bit)
+    vcpu.set_sregs(sregs)
+    hide(vcpu, EFER_FEATURES[bit])
+
+    def change(sregs: Sregs) -> None:
+        sregs.efer |= int(bit)
+
+    refused(vcpu, set_changed, change)
+
+
+def test_long_mode_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """EFER.LME is refused with EINVAL for a vCPU whose CPUID has no long mode.
+
+    AMD APM volume 2, 3.1.7; Linux 7.2, "KVM: x86: Check EFER validity on KVM_SET_SREGS*".
+    """
+    sregs = vcpu.get_sregs()
+    segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000)
+    vcpu.set_sregs(sregs)
+    hide(vcpu, "lm")
+
+    def change(sregs: Sregs) -> None:
+        sregs.efer |= int(EFER.LME)
+
+    refused(vcpu, set_changed, change)
+
+
+@pytest.mark.parametrize("bits", [36, 52])
+def test_cr3_beyond_maxphyaddr(vcpu: Vcpu, set_changed: Ioctl, bits: int) -> None:
+    """In long mode CR3 with a bit at or above the vCPU's own MAXPHYADDR is refused with EINVAL.
+
+    Intel SDM volume 3, 4.5.2 (reserved bits of CR3); arch/x86/kvm/regs.c, kvm_is_valid_sregs().
+    """
+    if bits == 36:
+        cpuid = Cpuid.from_struct(vcpu.get_cpuid2())
+        leaf = cpuid.ensure(0x8000_0008)
+        leaf.eax = leaf.eax & ~0xFF_00FF | 36
+        vcpu.set_cpuid2(cpuid.to_struct())
+
+    def change(sregs: Sregs) -> None:
+        sregs.cr3 |= 1 << bits
+
+    refused(vcpu, set_changed, change)
+
+
+@pytest.mark.parametrize("bit", [0, 9, 52])
+def test_apic_base_reserved(vcpu: Vcpu, set_changed: Ioctl, bit: int) -> None:
+    """Reserved bits of the APIC base are refused with EINVAL.
+
+    Intel SDM volume 3, 11.4.4 Local APIC Status and Location; arch/x86/kvm/lapic.c, kvm_apic_set_base().
+    """
+
+    def change(sregs: Sregs) -> None:
+        sregs.apic_base |= 1 << bit
+
+    refused(vcpu, set_changed, change)
+
+
+def test_apic_base_x2apic_alone(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """An APIC base with x2APIC mode but without the enable bit is refused with EINVAL.
+
+    Intel SDM volume 3, 11.12.1 Detecting and Enabling x2APIC Mode ("Invalid"); arch/x86/kvm/lapic.c,
+    kvm_apic_set_base().
+    """
+
+    def change(sregs: Sregs) -> None:
+        sregs.apic_base = sregs.apic_base & ~APICBASE_ENABLE | APICBASE_EXTD
+
+    refused(vcpu, set_changed, change)
+
+
+def test_apic_base_x2apic_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """An APIC base with x2APIC mode is refused with EINVAL for a vCPU whose CPUID has no x2APIC.
+
+    Intel SDM volume 3, 11.12.1 Detecting and Enabling x2APIC Mode; arch/x86/kvm/lapic.c, kvm_apic_set_base().
+    """
+    hide(vcpu, "x2apic")
+
+    def change(sregs: Sregs) -> None:
+        sregs.apic_base |= APICBASE_ENABLE | APICBASE_EXTD
+
+    refused(vcpu, set_changed, change)
+
+
+def test_unchanged_is_taken(vcpu: Vcpu, set_changed: Ioctl) -> None:
+    """What was read may be written back, and changes nothing.
+
+    Documentation/virt/kvm/api.rst, 4.14 KVM_SET_SREGS and 4.132 KVM_SET_SREGS2.
+    """
+    before = vcpu.get_sregs()
+
+    def change(sregs: Sregs) -> None:
+        assert sregs.cr0 == before.cr0
+
+    set_changed(change)
+    assert vcpu.get_sregs() == before

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVM_TRANSLATE: guest-virtual addresses by the vCPU's page tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gva
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+
+# The highest 4 KiB below the hole that addresses of 48 bits leave, and the lowest address in the hole.
+LAST_LOW, NON_CANONICAL = 0x0000_7FFF_FFFF_F000, 0x0000_8000_0000_0000
+
+GUEST = """
+#include <kvmpy/guest.h>
+
+u64 variable = 1;
+
+void guest_main(void)
+{
+	GUEST_SYNC(variable);
+}
+"""
+
+
+@pytest.fixture
+def vm(make_vm: MakeVm) -> GuestVm:
+    """A VM that ran once."""
+    made = make_vm(GUEST)
+    made.alloc(SIZE_2M, gva=Gva(0x6000_0000), page_size=SIZE_2M)
+    made.launch()
+    made.guests[0].sync()
+    return made
+
+
+pytestmark = pytest.mark.usefixtures("open_registers", "open_memory")
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize("offset", [0, 1, PAGE_SIZE - 1])
+def test_mapped(vm: GuestVm, offset: int) -> None:
+    """A mapped address is valid and translates to what its page-table entry holds, plus its offset.
+
+    Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE.
+    """
+    page = vm.symbol("variable").gva.align_down(PAGE_SIZE)
+    found = vm.guests[0].translate(page + offset)
+    assert found.valid == 1
+    assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + offset
+
+
+@pytest.mark.protections("all")
+def test_huge_page(vm: GuestVm) -> None:
+    """An address in a 2 MiB page translates with its offset in that page.
+
+    Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE ("the vcpu's current address translation mode").
+    """
+    page = Gva(0x6000_0000)
+    found = vm.guests[0].translate(page + 0x12_3456)
+    assert found.valid == 1
+    assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + 0x12_3456
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize("gva", [0, LAST_LOW])
+def test_unmapped(vm: GuestVm, gva: int) -> None:
+    """An address without a mapping is not valid, and the ioctl succeeds all the same.
+
+    Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE (valid).
+    """
+    assert vm.guests[0].translate(gva).valid == 0
+
+
+@pytest.mark.protections("all")
+def test_follows_the_tables(vm: GuestVm) -> None:
+    """A translation is of the tables as they are now, after pages were unmapped and moved.
+
+    Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE ("current").
+    """
+    vcpu = vm.guests[0]
+    gva = Gva(0x6000_0000)
+    before = vcpu.translate(gva).physical_address
+    vm.pages.unmap(gva, SIZE_2M)
+    assert vcpu.translate(gva).valid == 0
+    other = vm.allocator.alloc(1)
+    vm.map(gva, other, PAGE_SIZE)
+    found = vcpu.translate(gva + 8)
+    assert (found.valid, found.physical_address) == (1, vm.to_raw(other) + 8)
+    assert found.physical_address != before + 8

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""XCR0, from the host and from the guest."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_MAX_XCRS
+from kvmpy.uapi.structs import kvm_xcrs
+from kvmpy.x86.bits import CR4, XCR0
+from kvmpy.x86.cpuid import Cpuid
+
+pytestmark = pytest.mark.requires("KVM_CAP_XCRS", "cpu:xsave")
+
+
+def xcr0(value: int) -> kvm_xcrs:
+    """Return the argument that sets XCR0."""
+    xcrs = kvm_xcrs(nr_xcrs=1)
+    xcrs.xcrs[0].value = value
+    return xcrs
+
+
+def refusal(vcpu: Vcpu, xcrs: kvm_xcrs) -> int | None:
+    """Return the errno of registers that must be refused, and see that XCR0 did not change."""
+    before = vcpu.get_xcrs()
+    with pytest.raises(KvmError) as e:
+        vcpu.set_xcrs(xcrs)
+    assert vcpu.get_xcrs() == before
+    return e.value.errno
+
+
+def test_initial(vcpu: Vcpu) -> None:
+    """A new vCPU has one extended control register, XCR0, with x87 state alone.
+
+    Documentation/virt/kvm/api.rst, 4.44 KVM_GET_XCRS; Intel SDM volume 1, 13.3 (XCR0 is 1 after reset).
+    """
+    xcrs = vcpu.get_xcrs()
+    assert (xcrs.nr_xcrs, xcrs.flags) == (1, 0)
+    assert (xcrs.xcrs[0].xcr, xcrs.xcrs[0].value) == (0, 1)
+
+
+def test_all_supported(vcpu: Vcpu) -> None:
+    """All the state that leaf 0xD of the vCPU's CPUID names can be enabled at once.
+
+    Documentation/virt/kvm/api.rst, 4.45 KVM_SET_XCRS; Intel SDM volume 2, CPUID, leaf 0xD.
+    """
+    leaf = Cpuid.from_struct(vcpu.get_cpuid2()).find(0xD, 0)
+    assert leaf is not None
+    everything = leaf.eax | leaf.edx << 32
+    assert everything & 3 == 3
+    vcpu.set_xcrs(xcr0(everything))
+    assert vcpu.get_xcrs().xcrs[0].value == everything
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(0, id="nothing"),
+        pytest.param(XCR0.SSE, id="no-x87"),
+        pytest.param(XCR0.X87 | XCR0.AVX, id="AVX-without-SSE"),
+        pytest.param(XCR0.X87 | XCR0.SSE | XCR0.BNDREGS, id="half-of-MPX"),
+        pytest.param(XCR0.X87 | XCR0.SSE | XCR0.AVX | XCR0.OPMASK, id="part-of-AVX-512"),
+        pytest.param(
+            XCR0.X87 | XCR0.SSE | XCR0.OPMASK | XCR0.ZMM_HI256 | XCR0.HI16_ZMM, id="AVX-512-without-AVX"
+        ),
+        pytest.param(XCR0.X87 | XCR0.PT, id="supervisor-state"),
+        pytest.param(XCR0.X87 | 1 << 62, id="unknown"),
+    ],
+)
+def test_illegal(vcpu: Vcpu, value: int) -> None:
+    """A value of XCR0 that XSETBV would refuse is refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.45 KVM_SET_XCRS; Intel SDM volume 1, 13.3 Enabling the XSAVE Feature
+    Set.
+    """
+    assert refusal(vcpu, xcr0(int(value))) == errno.EINVAL
+
+
+def test_not_in_cpuid(vcpu: Vcpu) -> None:
+    """State that the vCPU's own CPUID does not name is refused with EINVAL, whatever the host has.
+
+    Intel SDM volume 1, 13.3 Enabling the XSAVE Feature Set (XCR0 and CPUID leaf 0xD).
+    """
+    cpuid = Cpuid.from_struct(vcpu.get_cpuid2())
+    cpuid.ensure(0xD, 0).eax = int(XCR0.X87 | XCR0.SSE)
+    cpuid.ensure(0xD, 0).edx = 0
+    vcpu.set_cpuid2(cpuid.to_struct())
+    vcpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))
+    assert refusal(vcpu, xcr0(int(XCR0.X87 | XCR0.SSE | XCR0.AVX))) == errno.EINVAL
+
+
+@pytest.mark.parametrize("flags", [1, 1 << 31])
+def test_flags(vcpu: Vcpu, flags: int) -> None:
+    """Flags, of which there are none, are refused with EINVAL.
+
+    arch/x86/kvm/x86.c, kvm_vcpu_ioctl_x86_set_xcrs().
+    """
+    xcrs = vcpu.get_xcrs()
+    xcrs.flags = flags
+    assert refusal(vcpu, xcrs) == errno.EINVAL
+
+
+def test_too_many(vcpu: Vcpu) -> None:
+    """More registers than KVM_MAX_XCRS are refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.45 KVM_SET_XCRS (xcrs[KVM_MAX_XCRS]).
+    """
+    xcrs = vcpu.get_xcrs()
+    xcrs.nr_xcrs = int(KVM_MAX_XCRS) + 1
+    assert refusal(vcpu, xcrs) == errno.EINVAL
+
+
+@pytest.mark.protections("all")
+@pytest.mark.usefixtures("open_registers")
+@pytest.mark.requires("cpu:xsave")
+def test_guest_and_host_agree(make_vm: MakeVm) -> None:
+    """XGETBV returns what KVM_SET_XCRS set, and KVM_GET_XCRS what XSETBV set.
+
+    Documentation/virt/kvm/api.rst, 4.44 KVM_GET_XCRS and 4.45 KVM_SET_XCRS.
+    """
+    vm = make_vm(
+        f"""
+#include <kvmpy/guest.h>
+
+GUEST_USER_DATA u8 stack[4096];
+
+GUEST_USER u64 read_xcr0(u64 unused)
+{{
+	return xgetbv(0);
+}}
+
+void guest_main(void)
+{{
+	struct guest_user_exit exit;
+
+	write_cr4(read_cr4() | {int(CR4.OSXSAVE):#x});
+	GUEST_SYNC(0);
+	exit = guest_user_run(read_xcr0, 0, stack + sizeof(stack));
+	GUEST_ASSERT(exit.returned);
+	GUEST_SYNC(exit.value);
+	GUEST_ASSERT(!xsetbv_safe(0, 1).faulted);
+	GUEST_SYNC(0);
+}}
+"""
+    )
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    vcpu.complete_io()
+    vcpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))
+    assert vcpu.sync().args == (3,)
+    vcpu.sync()
+    assert vcpu.get_xcrs().xcrs[0].value == 1
