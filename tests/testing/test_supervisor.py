@@ -23,18 +23,33 @@ def here(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> Suite:
     return suite
 
 
+# Blocked signals keep pytest-timeout out, as a process stuck in the kernel does.
+HANGS = """
+import signal, threading
+import pytest
+
+def test_before():
+    pass
+
+@pytest.mark.timeout(1)
+def test_hangs():
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    threading.Event().wait(100)
+
+def test_after():
+    pass
+"""
+
+
+def test_a_hung_xdist_worker_is_replaced(here: Suite) -> None:
+    here.add("test_a.py", HANGS)
+    outcome = here.run("-n1", "-o", "faulthandler_timeout=2")
+    assert outcome.verdicts() == {"test_before": "pass", "test_hangs": "lost", "test_after": "pass"}
+    assert outcome.status == 1
+
+
 def test_a_hung_process_is_killed_and_its_test_lost(here: Suite, capfd: pytest.CaptureFixture[str]) -> None:
-    # Blocked signals keep pytest-timeout out, as a process stuck in the kernel does.
-    here.add(
-        "test_a.py",
-        "import signal, threading\nimport pytest\n"
-        "def test_before(): pass\n"
-        "@pytest.mark.timeout(1)\n"
-        "def test_hangs():\n"
-        "    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
-        "    threading.Event().wait(100)\n"
-        "def test_after(): pass\n",
-    )
+    here.add("test_a.py", HANGS)
     said: list[str] = []
     status = supervise(here.arguments(), said.append, grace=2.0)
     outcome = here.outcome(status, capfd.readouterr().out)
