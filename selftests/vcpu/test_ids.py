@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vCPU ids and numbers: limits, the ids that KVM takes, and which vCPU is the boot processor."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvmpy import Kvm
+from kvmpy.core.errors import KvmError
+from kvmpy.core.vm import Vm
+from kvmpy.guest.layout import MAX_VCPUS
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import (
+    KVM_CAP_MAX_VCPU_ID,
+    KVM_CAP_MAX_VCPUS,
+    KVM_CAP_NR_VCPUS,
+    KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED,
+)
+
+BSP = 1 << 8
+# What a test process has open besides.
+SPARE_FDS = 64
+
+GUEST = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	GUEST_SYNC(guest_cpu_index(), guest_cpu()->apic_id);
+}
+"""
+
+
+def refused(call: Callable[[], object]) -> int:
+    """Return the errno with which *call* fails."""
+    with pytest.raises(KvmError) as caught:
+        call()
+    return int(caught.value.errno or 0)
+
+
+@pytest.fixture
+def room_for_vcpus(kvm: Kvm) -> Iterator[int]:
+    """Allow as many file descriptors as the most vCPUs need, and return that number of vCPUs."""
+    most = kvm.check_extension(KVM_CAP_MAX_VCPUS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most + SPARE_FDS
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"needs {wanted} file descriptors for {most} vCPUs: the hard limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    try:
+        yield most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_limits_are_ordered(kvm: Kvm) -> None:
+    """The recommended number of vCPUs is at most the greatest one, which is at most the number of ids.
+
+    Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU (three capabilities).
+    """
+    recommended = kvm.check_extension(KVM_CAP_NR_VCPUS)
+    most = kvm.check_extension(KVM_CAP_MAX_VCPUS)
+    ids = kvm.check_extension(KVM_CAP_MAX_VCPU_ID)
+    assert 1 <= recommended <= most <= ids
+
+
+def test_greatest_number(vm: Vm, room_for_vcpus: int) -> None:
+    """KVM_CAP_MAX_VCPUS vCPUs can be created, and not one more: EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU: "No more than max_vcpus may be added".
+    """
+    for vcpu_id in range(room_for_vcpus):
+        vm.create_vcpu(vcpu_id)
+    assert refused(lambda: vm.create_vcpu(room_for_vcpus)) == errno.EINVAL
+
+
+@pytest.mark.protections("all")
+@pytest.mark.deadline(60)
+def test_as_many_run(make_vm: MakeVm, room_for_vcpus: int) -> None:
+    """Each of the greatest number of vCPUs runs guest code of its own.
+
+    Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU and 4.10 KVM_RUN.
+    """
+    number = min(room_for_vcpus, MAX_VCPUS)
+    vm = make_vm(GUEST, vcpus=number, memory=128 << 20)
+    vm.launch()
+    assert [tuple(vcpu.sync().args) for vcpu in vm.guests] == [(index, index) for index in range(number)]
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("KVM_CAP_MAX_VCPU_ID>=1024")
+def test_sparse_ids(make_vm: MakeVm) -> None:
+    """Ids need be neither dense nor in order.
+
+    Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU: an integer in the range [0, max_vcpu_id).
+    """
+    ids = [700, 3, 0, 255]
+    vm = make_vm(GUEST, vcpu_ids=ids)
+    vm.launch()
+    assert [tuple(vcpu.sync().args) for vcpu in vm.guests] == list(enumerate(ids))
+
+
+def test_highest_id(vm: Vm) -> None:
+    """The highest id is KVM_CAP_MAX_VCPU_ID - 1; ids from there on are refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU.
+    """
+    ids = vm.check_extension(KVM_CAP_MAX_VCPU_ID)
+    for bad in (ids, 1 << 31, 1 << 32):
+        assert refused(lambda bad=bad: vm.create_vcpu(bad)) == errno.EINVAL  # type: ignore[misc]
+    vm.create_vcpu(ids - 1)
+
+
+def test_same_id_twice(vm: Vm) -> None:
+    """An id that a vCPU of the VM has is refused with EEXIST, also once its file descriptor is closed.
+
+    Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU: vCPUs are added, never removed.
+    """
+    vcpu = vm.create_vcpu(5)
+    assert refused(lambda: vm.create_vcpu(5)) == errno.EEXIST
+    vcpu.close()
+    assert refused(lambda: vm.create_vcpu(5)) == errno.EEXIST
+    vm.create_vcpu(6)
+
+
+def test_ids_belong_to_vm(kvm: Kvm) -> None:
+    """Two VMs may have vCPUs with the same id.
+
+    Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU.
+    """
+    with kvm.create_vm() as one, kvm.create_vm() as other:
+        one.create_vcpu(1)
+        other.create_vcpu(1)
+
+
+@pytest.mark.requires("KVM_CAP_MAX_VCPU_ID>=8")
+def test_limited_ids(kvm: Kvm) -> None:
+    """Enabling KVM_CAP_MAX_VCPU_ID limits a VM's ids, once: those from the limit on are EINVAL.
+
+    Documentation/virt/kvm/api.rst, 7.32 KVM_CAP_MAX_VCPU_ID.
+    """
+    with kvm.create_vm() as vm:
+        ids = vm.check_extension(KVM_CAP_MAX_VCPU_ID)
+        assert refused(lambda: vm.enable_cap(KVM_CAP_MAX_VCPU_ID, ids + 1)) == errno.EINVAL
+        vm.enable_cap(KVM_CAP_MAX_VCPU_ID, 4)
+        assert refused(lambda: vm.enable_cap(KVM_CAP_MAX_VCPU_ID, 5)) == errno.EINVAL
+        assert refused(lambda: vm.create_vcpu(4)) == errno.EINVAL
+        vm.create_vcpu(3)
+
+
+def test_id_limit_after_vcpu(vm: Vm) -> None:
+    """Once a vCPU exists the limit of ids is fixed: EINVAL.
+
+    Documentation/virt/kvm/api.rst, 7.32 KVM_CAP_MAX_VCPU_ID: "or until a vCPU is created".
+    """
+    vm.create_vcpu(0)
+    assert refused(lambda: vm.enable_cap(KVM_CAP_MAX_VCPU_ID, 4)) == errno.EINVAL
+
+
+@pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID", "KVM_CAP_MP_STATE")
+@pytest.mark.parametrize("boot", [0, 2])
+def test_boot_processor(vm: Vm, boot: int) -> None:
+    """The vCPU with the boot id, 0 by default, is runnable and has the BSP flag; others wait for INIT.
+
+    Documentation/virt/kvm/api.rst, 4.41 KVM_SET_BOOT_CPU_ID.
+    """
+    if boot:
+        vm.set_boot_cpu_id(boot)
+    vm.create_irqchip()
+    for vcpu_id in range(3):
+        vcpu = vm.create_vcpu(vcpu_id)
+        first = vcpu_id == boot
+        assert vcpu.get_mp_state() == (KVM_MP_STATE_RUNNABLE if first else KVM_MP_STATE_UNINITIALIZED)
+        assert bool(vcpu.get_sregs().apic_base & BSP) == first
+
+
+@pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID")
+def test_boot_processor_after_vcpu(vm: Vm) -> None:
+    """Once a vCPU exists the boot processor is fixed: EBUSY.
+
+    Documentation/virt/kvm/api.rst, 4.41 KVM_SET_BOOT_CPU_ID.
+    """
+    vm.create_vcpu(0)
+    assert refused(lambda: vm.set_boot_cpu_id(0)) == errno.EBUSY
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID")
+def test_boot_processor_as_guest_sees_it(make_vm: MakeVm) -> None:
+    """The guest finds the BSP flag in IA32_APIC_BASE of the vCPU with the boot id, and of no other.
+
+    Documentation/virt/kvm/api.rst, 4.41 KVM_SET_BOOT_CPU_ID; Intel SDM 3A, 12.4.4.
+    """
+    source = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	GUEST_SYNC(!!(rdmsr(MSR_IA32_APICBASE) & APICBASE_BSP));
+}
+"""
+    vm = make_vm(source, vcpus=3, before_vcpus=lambda vm: vm.set_boot_cpu_id(1))
+    vm.launch()
+    assert [tuple(vcpu.sync().args) for vcpu in vm.guests] == [(0,), (1,), (0,)]

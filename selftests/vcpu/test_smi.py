@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System management interrupts, where KVM has them.
+
+Not under an encryption bit: system management mode starts without page tables.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy.core.address import Gpa
+from kvmpy.core.exits import IoExit
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_RUN_X86_SMM
+
+pytestmark = pytest.mark.requires("KVM_CAP_X86_SMM")
+
+# Reset value of SMBASE, and the entry of the handler in it.
+ENTRY = 0x30000 + 0x8000
+PORT = 0x10
+# mov al, 0x5a; out 0x10, al; rsm
+HANDLER = bytes.fromhex("b05a e610 0faa")
+
+GUEST = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	u64 i;
+
+	for (i = 1;; i++)
+		GUEST_SYNC(i);
+}
+"""
+
+
+def start(make_vm: MakeVm) -> GuestVm:
+    """Return a VM that has a handler, and whose guest has said 1."""
+    vm = make_vm(GUEST)
+    vm.memory.write(Gpa(ENTRY), HANDLER)
+    vm.launch()
+    assert tuple(vm.guests[0].sync().args) == (1,)
+    return vm
+
+
+def in_smm(vm: GuestVm) -> bool:
+    """Return what kvm_run says about the mode."""
+    return bool(vm.guests[0].run_area.flags & KVM_RUN_X86_SMM)
+
+
+def test_smi(make_vm: MakeVm) -> None:
+    """KVM_SMI runs the handler at SMBASE + 0x8000, and its RSM brings the guest back to where it was.
+
+    Documentation/virt/kvm/api.rst, 4.96 KVM_SMI and struct kvm_run (flags); Intel SDM 3C, 32.3.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    assert not in_smm(vm)
+    vcpu.smi()
+    got = vcpu.expect(IoExit)
+    assert (got.port, got.value) == (PORT, 0x5A)
+    assert in_smm(vm)
+    assert tuple(vcpu.sync().args) == (2,)
+    assert not in_smm(vm)
+
+
+def test_events_show_mode(make_vm: MakeVm) -> None:
+    """KVM_GET_VCPU_EVENTS shows a queued SMI as pending, and the mode while the handler runs.
+
+    Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS (smi.pending, smi.smm).
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    vcpu.complete_io()
+    vcpu.smi()
+    assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (1, 0)
+    vcpu.expect(IoExit)
+    assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (0, 1)
+    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.get_vcpu_events().smi.smm == 0
+
+
+def test_second_smi_waits(make_vm: MakeVm) -> None:
+    """An SMI that comes while the handler runs is taken after its RSM.
+
+    Intel SDM 3C, 32.3.1: SMIs are masked in system management mode, one is kept pending.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    vcpu.smi()
+    assert vcpu.expect(IoExit).value == 0x5A
+    vcpu.smi()
+    assert vcpu.expect(IoExit).value == 0x5A
+    assert tuple(vcpu.sync().args) == (2,)
