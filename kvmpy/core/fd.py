@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from types import TracebackType
@@ -68,8 +69,14 @@ class KvmFd:
         return result, number
 
     def ioctl(self, op: Ioctl, arg: Struct | int | None = None) -> int:
-        """Issue *op* and return its result; KvmError when it fails."""
+        """Issue *op* and return its result; KvmError when it fails.
+
+        What a signal interrupts is issued again once the signal is handled, but for KVM_RUN.
+        """
         result, number = self.ioctl_raw(op, arg)
+        # KVM_CREATE_VM and others give up when they see a signal, kvmpy's own deadlines included.
+        while number == errno.EINTR and op.name != "KVM_RUN":
+            result, number = self.ioctl_raw(op, arg)
         if result < 0:
             raise self.error(op, number, arg)
         return result
