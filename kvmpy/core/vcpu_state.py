@@ -141,7 +141,11 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
         return arg
 
     def set_fpu(self, fpu: kvm_fpu) -> None:
-        """Set x87 and SSE registers (KVM_SET_FPU)."""
+        """Set x87 and SSE registers, but not MXCSR (KVM_SET_FPU).
+
+        KVM writes the registers without marking them in XSTATE_BV (arch/x86/kvm/x86.c): where a component is in
+        its initial state the guest does not see them. :meth:`set_xsave` has no such gap.
+        """
         self.ioctl(ioctls.KVM_SET_FPU, fpu)
 
     def get_xsave(self) -> kvm_xsave:
