@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
+from kvmpy.core.address import PAGE_SIZE, Gpa, Gva, RawGpa
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
 from kvmpy.x86.entry import WalkStep
@@ -164,6 +165,9 @@ void guest_main(void)
 READ, WRITE, FETCH, INVLPG, WRITE_CR3, WRITE_CR0, READ_CR4 = range(7)
 PF_VECTOR = 14
 
+# Where the guest finds page tables that it changes.
+WINDOWS = Gva(0x5000_0000_0000)
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -186,6 +190,7 @@ class Prober:
         self.ring = ring
         self._index = index
         self._started = False
+        self._windows: dict[RawGpa, Gva] = {}
 
     def on_vcpu(self, index: int) -> Prober:
         """Return a prober for another vCPU of the same VM."""
@@ -254,9 +259,38 @@ class Prober:
     def change_entry(self, gva: Gva, level: int, *, set_: int = 0, clear: int = 0) -> None:
         """Set and clear bits of the entry of *level* that *gva* uses, as they stand."""
         step = self.entry(gva, level)
+        self._store(step, step.value & ~clear | set_)
+
+    def edit(self, change: Callable[[], None], *gvas: Gva) -> None:
+        """Let the host *change* the tables and the guest repeat it, entry by entry, for the walks of *gvas*.
+
+        A KVM that shadows page tables notices the guest's writes only (Documentation/virt/kvm/x86/mmu.rst,
+        "Synchronized and unsynchronized pages"): what the guest has used already is not the host's to change.
+        """
+        before = {
+            (step.table, step.index): step.value for gva in gvas for step in self.vm.pages.walk(gva).steps
+        }
+        change()
+        for gva in gvas:
+            for step in self.vm.pages.walk(gva).steps:
+                if before.get((step.table, step.index), step.value) != step.value:
+                    self._store(step, step.value)
+
+    def _store(self, step: WalkStep, value: int) -> None:
         gpa, private = self.vm.from_raw(step.table)
+        if self.vm.launched:
+            assert self.write(self.show(step.table) + 8 * step.index, value, ring=0) is None
+            return
         view = self.vm.memory.private_view if private else self.vm.memory.shared_view
-        view(gpa + 8 * step.index, 8)[:] = (step.value & ~clear | set_).to_bytes(8, "little")
+        view(gpa + 8 * step.index, 8)[:] = value.to_bytes(8, "little")
+
+    def show(self, table: RawGpa) -> Gva:
+        """Map a page table for ring 0 of the guest and return where it is."""
+        if table not in self._windows:
+            self._windows[table] = WINDOWS + len(self._windows) * PAGE_SIZE
+            gpa, private = self.vm.from_raw(table)
+            self.vm.map(self._windows[table], gpa, PAGE_SIZE, page_size=PAGE_SIZE, nx=True, private=private)
+        return self._windows[table]
 
 
 class PageFault(Protocol):
