@@ -143,7 +143,7 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
     def set_fpu(self, fpu: kvm_fpu) -> None:
         """Set x87 and SSE registers, but not MXCSR (KVM_SET_FPU).
 
-        KVM writes the registers without marking them in XSTATE_BV (arch/x86/kvm/x86.c): where a component is in
+        KVM does not mark what it writes in XSTATE_BV (arch/x86/kvm/x86.c): where a component is in
         its initial state the guest does not see them. :meth:`set_xsave` has no such gap.
         """
         self.ioctl(ioctls.KVM_SET_FPU, fpu)
