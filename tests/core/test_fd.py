@@ -23,7 +23,7 @@ class Scripted(KvmFd):
         super().__init__(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), "scripted")
         self.answers = list(answers)
 
-    def ioctl_raw(self, op: Ioctl, arg: Struct | int | None = None) -> tuple[int, int]:
+    def ioctl_raw(self, op: Ioctl, arg: Struct | int | None = None) -> tuple[int, int]:  # noqa: ARG002
         """Return the next answer."""
         return self.answers.pop(0)
 
