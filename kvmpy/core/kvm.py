@@ -14,7 +14,7 @@ from typing import TypeVar
 from kvmpy.core.device import HasDeviceAttrs
 from kvmpy.core.errors import KvmError, MissingError
 from kvmpy.core.vm import Vm
-from kvmpy.uapi import ioctls
+from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.constants import KVM_CAP_VM_TYPES, VmType
 from kvmpy.uapi.structs import FlexStruct, kvm_cpuid2, kvm_msr_entry, kvm_msr_list, kvm_msrs
 
@@ -148,6 +148,13 @@ class Kvm(HasDeviceAttrs):
     def get_msr_feature_index_list(self) -> list[int]:
         """Return the MSRs that describe features of this host (KVM_GET_MSR_FEATURE_INDEX_LIST)."""
         return self._index_list(ioctls.KVM_GET_MSR_FEATURE_INDEX_LIST)
+
+    def x86_get_mce_cap_supported(self) -> int:
+        """Return the machine-check features that guests may have (KVM_X86_GET_MCE_CAP_SUPPORTED)."""
+        # lifetime: `place` lives until the ioctl is done.
+        place = ffi.new("uint64_t *")
+        self.ioctl(ioctls.KVM_X86_GET_MCE_CAP_SUPPORTED, int(ffi.cast("uintptr_t", place)))
+        return int(place[0])
 
     def get_feature_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """Return the values of feature MSRs, by index (KVM_GET_MSRS on the system file descriptor).

@@ -39,6 +39,7 @@ from kvmpy.uapi.structs import (
     kvm_pre_fault_memory,
     kvm_reg_list,
     kvm_regs,
+    kvm_signal_mask,
     kvm_sregs,
     kvm_sregs2,
     kvm_sync_regs,
@@ -188,17 +189,25 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
 
     # CPUID; the MSRs are in kvmpy.core.msrs.
 
-    def get_cpuid2(self) -> kvm_cpuid2:
-        """Return the CPUID leaves that the guest sees (KVM_GET_CPUID2)."""
+    def _cpuid_table(self, op: ioctls.Ioctl) -> kvm_cpuid2:
+        # KVM answers E2BIG when there is no room for all leaves.
         room = 256
         while True:
             arg = kvm_cpuid2.with_entries(room)
-            _, number = self.ioctl_raw(ioctls.KVM_GET_CPUID2, arg)
+            _, number = self.ioctl_raw(op, arg)
             if number == 0:
                 return kvm_cpuid2.of(arg.entries_list())
             if number != errno.E2BIG or room > 1 << 16:
-                raise self.error(ioctls.KVM_GET_CPUID2, number, arg)
+                raise self.error(op, number, arg)
             room *= 2
+
+    def get_cpuid2(self) -> kvm_cpuid2:
+        """Return the CPUID leaves that the guest sees (KVM_GET_CPUID2)."""
+        return self._cpuid_table(ioctls.KVM_GET_CPUID2)
+
+    def get_supported_hv_cpuid(self) -> kvm_cpuid2:
+        """Return the Hyper-V leaves that KVM supports for this vCPU (KVM_GET_SUPPORTED_HV_CPUID)."""
+        return self._cpuid_table(ioctls.KVM_GET_SUPPORTED_HV_CPUID)
 
     def set_cpuid2(self, cpuid: kvm_cpuid2 | Iterable[kvm_cpuid_entry2]) -> None:
         """Set the CPUID leaves that the guest sees.
@@ -267,6 +276,16 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
         Without an in-kernel APIC only RUNNABLE is legal (KVM_SET_MP_STATE).
         """
         self.ioctl(ioctls.KVM_SET_MP_STATE, kvm_mp_state(mp_state=int(state)))
+
+    def set_signal_mask(self, blocked: Iterable[int] | None) -> None:
+        """Block exactly these signals during KVM_RUN, with None those of the thread (KVM_SET_SIGNAL_MASK)."""
+        if blocked is None:
+            self.ioctl(ioctls.KVM_SET_SIGNAL_MASK)
+            return
+        mask = sum({1 << number - 1 for number in blocked})
+        arg = kvm_signal_mask.with_entries(8)
+        arg.sigset[:] = mask.to_bytes(8, "little")
+        self.ioctl(ioctls.KVM_SET_SIGNAL_MASK, arg)
 
     def interrupt(self, vector: int) -> None:
         """Queue an external interrupt; ENXIO with an in-kernel PIC (KVM_INTERRUPT)."""
