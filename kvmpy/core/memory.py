@@ -96,8 +96,7 @@ class GuestMemory:
         return list(self._segments)
 
     def find(self, gpa: Gpa, size: int = 1) -> Segment:
-        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside guest memory.
-        """
+        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside guest memory."""
         address = int(gpa)
         at = bisect_right(self._starts, address) - 1
         if at >= 0:
