@@ -78,8 +78,9 @@ class EmulatedEncryptionBit(Protection):
         vm.memory.add(segment)
         first: MemorySlot | None = None
         try:
-            first = vm.add_alias(int(gpa), size, shared, slot=slot, flags=flags, gmem=shared_gmem)
-            alias = vm.add_alias(int(gpa) | bit.mask, size, private, flags=flags, gmem=private_gmem)
+            at, private_at = int(bit.to_raw(gpa, False)), int(bit.to_raw(gpa, True))
+            first = vm.add_alias(at, size, shared, slot=slot, flags=flags, gmem=shared_gmem)
+            alias = vm.add_alias(private_at, size, private, flags=flags, gmem=private_gmem)
         except OSError:
             vm.memory.remove(segment)
             if first is not None:
