@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steal time: how long a vCPU wanted to run and did not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_CAP_ENFORCE_PV_FEATURE_CPUID
+from kvmpy.uapi.structs import kvm_cpuid2
+
+pytestmark = pytest.mark.requires("KVM_CAP_STEAL_TIME", "msr:0x4b564d03")
+
+TIMEOUT = 15.0
+
+GUEST = """
+#include "pvclock.h"
+
+struct steal_time {
+	u64 steal;
+	u32 version;
+	u32 flags;
+	u8 preempted;
+	u8 pad8[3];
+	u32 pad[11];
+};
+
+static u64 steal_read(volatile struct steal_time *time)
+{
+	u32 version;
+	u64 steal;
+
+	do {
+		do
+			version = time->version;
+		while (version & 1);
+		barrier();
+		steal = time->steal;
+		barrier();
+	} while (time->version != version);
+	return steal;
+}
+
+/* Tell the stolen time, after some work of @ticks. */
+void work(u64 gva, u64 gpa, u64 ticks)
+{
+	volatile struct steal_time *time = (void *)(uintptr_t)gva;
+	u64 last = 0;
+
+	wrmsr(MSR_KVM_STEAL_TIME, gpa | 1);
+	GUEST_ASSERT_EQ(rdmsr(MSR_KVM_STEAL_TIME), gpa | 1);
+	for (;;) {
+		u64 until = rdtsc() + ticks;
+		u64 steal = steal_read(time);
+
+		GUEST_ASSERT_EQ(time->flags, 0u);
+		GUEST_ASSERT_EQ(time->preempted & 1, 0);
+		GUEST_ASSERT_GE(steal, last);
+		last = steal;
+		GUEST_SYNC(steal, time->version);
+		while (rdtsc() < until)
+			cpu_relax();
+	}
+}
+
+void reserved_bits(u64 gva, u64 gpa)
+{
+	u32 bit;
+
+	for (bit = 1; bit < 6; bit++) {
+		GUEST_ASSERT_EQ(wrmsr_safe(MSR_KVM_STEAL_TIME, gpa | BIT(bit)).vector, GP_VECTOR);
+		GUEST_ASSERT_EQ(wrmsr_safe(MSR_KVM_STEAL_TIME, gpa | BIT(bit) | 1).vector, GP_VECTOR);
+	}
+	GUEST_ASSERT_EQ(rdmsr(MSR_KVM_STEAL_TIME), 0ull);
+}
+
+void switched_off(u64 gva, u64 gpa)
+{
+	volatile struct steal_time *time = (void *)(uintptr_t)gva;
+
+	wrmsr(MSR_KVM_STEAL_TIME, gpa | 1);
+	/* KVM writes when it enters the guest. */
+	GUEST_SYNC(0);
+	GUEST_SYNC(time->version);
+	wrmsr(MSR_KVM_STEAL_TIME, 0);
+	time->version = 0x5eed0;
+	GUEST_SYNC(time->version);
+	GUEST_SYNC(time->version);
+}
+
+void not_offered(u64 gva, u64 gpa)
+{
+	GUEST_SYNC(wrmsr_safe(MSR_KVM_STEAL_TIME, gpa | 1).vector);
+}
+"""
+
+
+def prepare(make_vm: MakeVm, entry: str, *args: int, **how: object) -> GuestVm:
+    """Return a VM whose guest will run *entry* with the address of memory that it shares with the host."""
+    vm = make_vm(GUEST, **how)  # type: ignore[arg-type]
+    page = vm.alloc(4096, private=False)
+    vm.guests[0].set_entry(entry, int(page), int(vm.gva_to_gpa(page)), *args)
+    return vm
+
+
+@pytest.fixture
+def rival() -> Iterator[None]:
+    """A process that wants the same host CPU as this thread, all the time."""
+    before = os.sched_getaffinity(0)
+    cpu = min(before)
+    command = [sys.executable, "-c", "while True: pass"]
+    os.sched_setaffinity(0, {cpu})
+    try:
+        with subprocess.Popen(command) as process:
+            try:
+                yield
+            finally:
+                process.kill()
+                process.wait(TIMEOUT)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.protections("all")
+def test_grows_with_a_rival(make_vm: MakeVm, rival: None) -> None:
+    """While another process has the vCPU's host CPU, steal time grows, and the version with it.
+
+    Documentation/virt/kvm/x86/msr.rst, MSR_KVM_STEAL_TIME.
+    """
+    vm = prepare(make_vm, "work", 5_000_000)
+    vm.launch()
+    vcpu = vm.guests[0]
+    # KVM writes when it enters the guest, so the first reading is one of nothing.
+    vcpu.sync()
+    first, version = vcpu.sync().args
+    assert version % 2 == 0
+    end = time.monotonic() + TIMEOUT
+    while True:
+        steal, now = vcpu.sync().args
+        assert now % 2 == 0
+        if steal > first + 1_000_000:
+            break
+        assert time.monotonic() < end, "no steal time beside a process that takes half of the CPU"
+    assert now > version
+
+
+@pytest.mark.protections("all")
+def test_is_plausible(make_vm: MakeVm, rival: None) -> None:
+    """Steal time is not more than the time that went by.
+
+    Documentation/virt/kvm/x86/msr.rst, MSR_KVM_STEAL_TIME: nanoseconds in which the vCPU did not run.
+    """
+    vm = prepare(make_vm, "work", 5_000_000)
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    before = time.monotonic_ns()
+    first = vcpu.sync().args[0]
+    for _ in range(30):
+        last = vcpu.sync().args[0]
+    assert 0 <= last - first <= time.monotonic_ns() - before
+
+
+@pytest.mark.protections("all")
+def test_reserved_bits(make_vm: MakeVm) -> None:
+    """The address has 64-byte alignment: bits below it other than the enable bit are #GP.
+
+    Documentation/virt/kvm/x86/msr.rst, MSR_KVM_STEAL_TIME.
+    """
+    vm = prepare(make_vm, "reserved_bits")
+    vm.launch()
+    vm.guests[0].run_to_done()
+
+
+@pytest.mark.protections("all")
+def test_switched_off(make_vm: MakeVm) -> None:
+    """Once the guest has cleared the enable bit, KVM leaves its memory alone.
+
+    Documentation/virt/kvm/x86/msr.rst, MSR_KVM_STEAL_TIME.
+    """
+    vm = prepare(make_vm, "switched_off")
+    vm.launch()
+    _, version, *off = [call.args[0] for call in vm.guests[0].syncs()]
+    assert version % 2 == 0
+    assert version > 0
+    assert off == [0x5EED0, 0x5EED0]
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
+def test_cpuid_is_enforced(make_vm: MakeVm) -> None:
+    """With KVM_CAP_ENFORCE_PV_FEATURE_CPUID the MSR is #GP where CPUID does not offer it.
+
+    Documentation/virt/kvm/api.rst, 6.80 KVM_CAP_ENFORCE_PV_FEATURE_CPUID.
+    """
+
+    def without_steal_time(table: kvm_cpuid2) -> kvm_cpuid2:
+        for entry in table.entries_list():
+            if entry.function == 0x4000_0001:
+                entry.eax &= ~(1 << 5)
+        return table
+
+    vm = prepare(make_vm, "not_offered", cpuid=without_steal_time)
+    vm.guests[0].enable_cap(KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
+    vm.launch()
+    assert tuple(vm.guests[0].sync().args) == (13,)

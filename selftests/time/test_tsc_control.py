@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What user space decides about a guest's TSC: its offset and its frequency."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from kvmpy.core.errors import KvmError
+from kvmpy.core.vm import Vm
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET
+
+pytestmark = pytest.mark.requires("KVM_CAP_GET_TSC_KHZ")
+
+OFFSET = (KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET)
+WRAP = 1 << 64
+ATTRIBUTES = pytest.mark.requires("KVM_CAP_VCPU_ATTRIBUTES")
+
+GUEST = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	for (;;)
+		GUEST_SYNC(rdtsc());
+}
+"""
+
+
+def start(make_vm: MakeVm, before: Callable[[GuestVm], None] | None = None) -> GuestVm:
+    """Return a launched VM whose guest tells its TSC."""
+    vm = make_vm(GUEST, before_vcpus=before)
+    vm.launch()
+    return vm
+
+
+def reading(vm: GuestVm) -> int:
+    """Return the guest's next reading."""
+    return vm.guests[0].sync().args[0]
+
+
+def refused(call: Callable[[], object]) -> int:
+    """Return the errno with which *call* fails."""
+    with pytest.raises(KvmError) as caught:
+        call()
+    return int(caught.value.errno or 0)
+
+
+def measured_khz(vm: GuestVm) -> tuple[float, float]:
+    """Return the least and the greatest frequency that agrees with the host's clock over at least 50 ms."""
+    before = time.monotonic_ns()
+    first = reading(vm)
+    started = time.monotonic_ns()
+    while True:
+        last_seen = time.monotonic_ns()
+        last = reading(vm)
+        ended = time.monotonic_ns()
+        if last_seen - started > 50_000_000:
+            break
+    ticks = last - first
+    return ticks / (ended - before) * 1e6, ticks / (last_seen - started) * 1e6
+
+
+@pytest.mark.protections("all")
+@ATTRIBUTES
+@pytest.mark.parametrize("shift", [1 << 40, -(1 << 40)])
+def test_offset_shifts_counter(make_vm: MakeVm, shift: int) -> None:
+    """The guest's TSC is the host's plus the offset: changing the offset shifts it by as much.
+
+    Documentation/virt/kvm/devices/vcpu.rst, 4.1 KVM_VCPU_TSC_OFFSET.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    # Far enough from 0 that no shift wraps.
+    vcpu.set_msr(0x10, 1 << 50)
+    offset = vcpu.get_device_attr_int(*OFFSET)
+    before = reading(vm)
+    vcpu.set_device_attr(*OFFSET, (offset + shift) % WRAP)
+    after = reading(vm)
+    assert vcpu.get_device_attr_int(*OFFSET) == (offset + shift) % WRAP
+    assert before + shift <= after < before + shift + vcpu.get_tsc_khz() * 1000 * 20
+
+
+@ATTRIBUTES
+def test_offset_of_unscaled_counter(vm: Vm) -> None:
+    """Writing the TSC by KVM_SET_MSRS changes the offset by the same difference.
+
+    Documentation/virt/kvm/devices/vcpu.rst, 4.1: guest_tsc = host_tsc + offset.
+    """
+    vcpu = vm.create_vcpu()
+    vcpu.set_msr(0x10, 1 << 40)
+    first = vcpu.get_device_attr_int(*OFFSET)
+    vcpu.set_msr(0x10, 1 << 50)
+    second = vcpu.get_device_attr_int(*OFFSET)
+    difference = (second - first) % WRAP
+    expected = (1 << 50) - (1 << 40)
+    # The host's counter went on between the two.
+    assert expected - vcpu.get_tsc_khz() * 1000 * 20 < difference <= expected
+
+
+@ATTRIBUTES
+def test_attributes_that_do_not_exist(vm: Vm) -> None:
+    """The TSC offset exists; another attribute or group does not, and reading or writing it is ENXIO.
+
+    Documentation/virt/kvm/devices/vcpu.rst, 4; api.rst, 4.80 and 4.81.
+    """
+    vcpu = vm.create_vcpu()
+    assert vcpu.has_device_attr(*OFFSET)
+    for what in ((KVM_VCPU_TSC_CTRL, 99), (99, 0)):
+        assert not vcpu.has_device_attr(*what)
+        assert refused(partial(vcpu.get_device_attr, *what)) == errno.ENXIO
+        assert refused(partial(vcpu.set_device_attr, *what, 1)) == errno.ENXIO
+
+
+@ATTRIBUTES
+def test_offset_at_bad_address(vm: Vm) -> None:
+    """An address that cannot be accessed is EFAULT, in both directions.
+
+    Documentation/virt/kvm/devices/vcpu.rst, 4.1.
+    """
+    vcpu = vm.create_vcpu()
+    assert refused(lambda: vcpu.get_device_attr(*OFFSET, 0)) == errno.EFAULT
+    assert refused(lambda: vcpu.set_device_attr(*OFFSET, None)) == errno.EFAULT
+
+
+@pytest.mark.protections("all")
+def test_frequency_is_true(make_vm: MakeVm) -> None:
+    """The guest's TSC runs at the frequency that KVM_GET_TSC_KHZ tells.
+
+    Documentation/virt/kvm/api.rst, 4.56 KVM_GET_TSC_KHZ.
+    """
+    vm = start(make_vm)
+    reading(vm)
+    least, greatest = measured_khz(vm)
+    assert least * 0.99 <= vm.guests[0].get_tsc_khz() <= greatest * 1.01
+
+
+@pytest.mark.requires("KVM_CAP_TSC_CONTROL")
+def test_vcpu_starts_with_hosts_frequency(vm: Vm) -> None:
+    """Frequency 0 stands for the host's, which is also what a new vCPU has.
+
+    Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ; arch/x86/kvm/x86.c.
+    """
+    vcpu = vm.create_vcpu()
+    native = vcpu.get_tsc_khz()
+    assert native > 0
+    vcpu.set_tsc_khz(native // 2)
+    assert vcpu.get_tsc_khz() == native // 2
+    vcpu.set_tsc_khz(0)
+    assert vcpu.get_tsc_khz() == native
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("KVM_CAP_TSC_CONTROL")
+@pytest.mark.parametrize("percent", [50, 200])
+def test_scaled_frequency(make_vm: MakeVm, percent: int) -> None:
+    """With KVM_CAP_TSC_CONTROL the guest's TSC runs at the frequency that KVM_SET_TSC_KHZ sets.
+
+    Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    wanted = vcpu.get_tsc_khz() * percent // 100
+    vcpu.set_tsc_khz(wanted)
+    assert vcpu.get_tsc_khz() == wanted
+    reading(vm)
+    least, greatest = measured_khz(vm)
+    assert least * 0.99 <= wanted <= greatest * 1.01
+
+
+@pytest.mark.requires("KVM_CAP_TSC_CONTROL")
+def test_frequency_too_high(vm: Vm) -> None:
+    """A frequency beyond what the hardware can scale to is refused with EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ.
+    """
+    vcpu = vm.create_vcpu()
+    native = vcpu.get_tsc_khz()
+    assert refused(lambda: vcpu.set_tsc_khz(0xFFFF_FFFF)) == errno.EINVAL
+    assert vcpu.get_tsc_khz() == native
+
+
+def test_hosts_frequency_is_always_legal(vm: Vm) -> None:
+    """The frequency that a vCPU has can be set again, with scaling or without.
+
+    Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ and 4.56 KVM_GET_TSC_KHZ.
+    """
+    vcpu = vm.create_vcpu()
+    native = vcpu.get_tsc_khz()
+    vcpu.set_tsc_khz(native)
+    assert vcpu.get_tsc_khz() == native
+
+
+@pytest.mark.requires("KVM_CAP_VM_TSC_CONTROL")
+def test_default_of_vm(vm: Vm) -> None:
+    """The VM's frequency is that of vCPUs created later; once one exists it cannot be changed: EINVAL.
+
+    Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ: "only allowed prior to creating vCPUs".
+    """
+    native = vm.get_tsc_khz()
+    vm.set_tsc_khz(native // 2)
+    assert vm.get_tsc_khz() == native // 2
+    assert vm.create_vcpu().get_tsc_khz() == native // 2
+    assert refused(lambda: vm.set_tsc_khz(native)) == errno.EINVAL
