@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the statistics of VMs and vCPUs count when guests do things."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+
+from kvmpy import Kvm
+from kvmpy.core.address import Gpa, Gva
+from kvmpy.core.exits import Exit
+from kvmpy.core.irq import Msi
+from kvmpy.core.stats import Stats, StatsFd
+from kvmpy.core.threads import VcpuThread
+from kvmpy.guest.ucall import Ucall
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing import host
+from kvmpy.testing.fixtures import MakeVm
+
+pytestmark = pytest.mark.requires("KVM_CAP_BINARY_STATS_FD", "KVM_CAP_SPLIT_IRQCHIP")
+
+TIMEOUT = 10.0
+CUMULATIVE, PEAK = 0, 2
+VECTOR = 0x51
+MMIO_GPA = Gpa(0xD000_0000)
+MMIO_GVA = Gva(0x7000_0000)
+PAGES = 64
+
+GUEST = """
+#include "../irq/interrupts.h"
+
+#define VECTOR	0x51
+#define MMIO	((void *)0x70000000)
+#define PAGES	64
+
+GUEST_SHARED volatile u64 progress;
+static volatile u64 nmis;
+GUEST_USER_DATA static volatile u8 pages[PAGES][4096] __aligned(4096);
+GUEST_USER_DATA static u8 stack[4096] __aligned(16);
+
+/* In ring 3: hosts that emulate ring 0 need no mapping for it. */
+GUEST_USER static u64 touch(u64 i)
+{
+	pages[i % PAGES][0] = 1;
+	return 0;
+}
+
+static void nmi_handler(struct exception_frame *frame)
+{
+	nmis++;
+}
+
+static void hypercall(u64 number)
+{
+	u64 result;
+
+	/* "Auth": AMD's instruction is another one. */
+	if (cpuid(0, 0).ebx == 0x68747541)
+		asm volatile("vmmcall" : "=a"(result) : "a"(number) : "memory");
+	else
+		asm volatile("vmcall" : "=a"(result) : "a"(number) : "memory");
+	/* There is no such call. */
+	GUEST_ASSERT_EQ(result, -1000ull);
+}
+
+static void one(u64 what, u64 i)
+{
+	switch (what) {
+	case 'p':
+		outb(0x10, i);
+		break;
+	case 'm':
+		mmio_write32(MMIO, i);
+		break;
+	case 'h':
+		apic_send_self(VECTOR);
+		irq_wait(VECTOR, i + 1);
+		break;
+	case 'n':
+		apic_send(0, APIC_DM_NMI | APIC_INT_ASSERT | APIC_DEST_SELF);
+		while (nmis <= i)
+			cpu_relax();
+		break;
+	case 'w':
+		irq_wait(VECTOR, i + 1);
+		break;
+	case 'c':
+		hypercall(0x7fff);
+		break;
+	case 't':
+		guest_user_run(touch, i, stack + sizeof(stack));
+		break;
+	}
+}
+
+/* Does @what @nr times between two words, then spins. */
+void guest_main(u64 what, u64 nr)
+{
+	u64 i;
+
+	irq_install(VECTOR);
+	guest_exception_install(NMI_VECTOR, nmi_handler);
+	apic_enable();
+	GUEST_SYNC('a');
+	for (i = 0; i < nr; i++)
+		one(what, i);
+	GUEST_SYNC('b');
+	for (;;)
+		progress++;
+}
+"""
+
+
+def start(make_vm: MakeVm, what: str = " ", number: int = 0, vcpus: int = 1) -> GuestVm:
+    """Return a VM whose guest is about to do *what*."""
+    vm = make_vm(GUEST, vcpus=vcpus)
+    vm.map(MMIO_GVA, MMIO_GPA, 0x1000, private=False)
+    for vcpu in vm.guests:
+        vcpu.set_entry("guest_main", ord(what), number)
+    vm.launch()
+    assert tuple(vm.guests[0].sync().args) == (ord("a"),)
+    return vm
+
+
+def growth(before: Stats, after: Stats, name: str) -> int:
+    """Return by how much a statistic has grown; what this KVM does not count skips the test."""
+    if name not in before:
+        pytest.skip(f"needs the statistic {name}: this KVM has none")
+    return after[name].value - before[name].value
+
+
+def done(vm: GuestVm) -> tuple[Stats, Stats]:
+    """Let the guest do its work, passing over exits; return the statistics before and after."""
+    vcpu = vm.guests[0]
+    before = vcpu.get_stats()
+    got: Ucall | Exit = vcpu.next()
+    while not isinstance(got, Ucall):
+        got = vcpu.next()
+    assert tuple(got.args) == (ord("b"),)
+    return before, vcpu.get_stats()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another thread brings about."""
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end
+        os.sched_yield()
+
+
+@pytest.mark.protections("all")
+def test_fresh_vcpu(make_vm: MakeVm) -> None:
+    """A vCPU that never ran has counted no exits, halts and injections.
+
+    Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: cumulative counts.
+    """
+    stats = make_vm(GUEST).guests[0].get_stats()
+    for name in ("exits", "io_exits", "mmio_exits", "halt_exits", "irq_injections", "nmi_injections"):
+        assert stats[name].value == 0, name
+
+
+@pytest.mark.protections("all")
+def test_vcpus_count_for_themselves(make_vm: MakeVm) -> None:
+    """What one vCPU does is not counted for another.
+
+    Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD (vcpu ioctl).
+    """
+    vm = start(make_vm, "p", 10, vcpus=2)
+    before, after = done(vm)
+    assert growth(before, after, "exits") >= 10
+    assert vm.guests[1].get_stats()["exits"].value == 0
+
+
+@pytest.mark.protections("all")
+def test_cumulative_never_shrinks(make_vm: MakeVm) -> None:
+    """Cumulative and peak statistics never get smaller, whatever the guest does, for VM and vCPU.
+
+    Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: the value of data can only be increased.
+    """
+    vm = start(make_vm, "h", 5)
+    vm_before = vm.get_stats()
+    before, after = done(vm)
+    for old, new in ((before, after), (vm_before, vm.get_stats())):
+        rising = [one for one in old.values() if int(one.type) in (CUMULATIVE, PEAK)]
+        assert rising
+        for one in rising:
+            assert new[one.name].value >= one.value, one.name
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize("name", ["exits", "io_exits"])
+def test_port_exits(make_vm: MakeVm, name: str) -> None:
+    """Every port access that the host sees is an exit, and an I/O exit.
+
+    arch/x86/kvm/vmx/vmx.c and svm/svm.c: ++vcpu->stat.exits, ++vcpu->stat.io_exits.
+    """
+    before, after = done(start(make_vm, "p", 25))
+    assert growth(before, after, name) >= 25
+
+
+@pytest.mark.protections("all")
+def test_mmio_exits(make_vm: MakeVm) -> None:
+    """Every MMIO access that user space has to serve is one in mmio_exits, and an emulated instruction.
+
+    arch/x86/kvm/x86.c: ++vcpu->stat.mmio_exits, ++vcpu->stat.insn_emulation.
+    """
+    before, after = done(start(make_vm, "m", 25))
+    assert growth(before, after, "mmio_exits") == 25
+    assert growth(before, after, "insn_emulation") >= 25
+
+
+@pytest.mark.protections("all")
+def test_halt_exits(make_vm: MakeVm) -> None:
+    """Every HLT of the guest is one in halt_exits.
+
+    arch/x86/kvm/x86.c: ++vcpu->stat.halt_exits.
+    """
+    before, after = done(start(make_vm, "h", 10))
+    assert growth(before, after, "halt_exits") >= 10
+
+
+@pytest.mark.protections("all")
+def test_nmi_injections(make_vm: MakeVm) -> None:
+    """Every NMI that the guest takes is one in nmi_injections.
+
+    arch/x86/kvm (vcpu->stat.nmi_injections).
+    """
+    before, after = done(start(make_vm, "n", 8))
+    assert growth(before, after, "nmi_injections") == 8
+
+
+def kvm_delivers_interrupts(_kvm: Kvm) -> str | None:
+    """Tell when hardware delivers interrupts without KVM's doing."""
+    for module, parameter in (("kvm_amd", "avic"), ("kvm_intel", "enable_apicv")):
+        if host.module_parameters(module).get(parameter) == "Y":
+            return f"interrupts that KVM injects itself: {module}.{parameter}=N"
+    return None
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("kvm", kvm_delivers_interrupts)
+def test_irq_injections(make_vm: MakeVm) -> None:
+    """Every interrupt that KVM injects is one in irq_injections.
+
+    arch/x86/kvm (vcpu->stat.irq_injections).
+    """
+    before, after = done(start(make_vm, "h", 10))
+    assert growth(before, after, "irq_injections") == 10
+
+
+@pytest.mark.protections("all")
+def test_hypercalls(make_vm: MakeVm) -> None:
+    """Every hypercall is counted, also one that KVM does not know.
+
+    Documentation/virt/kvm/x86/hypercalls.rst; arch/x86/kvm/x86.c: ++vcpu->stat.hypercalls.
+    """
+    before, after = done(start(make_vm, "c", 7))
+    assert growth(before, after, "hypercalls") == 7
+
+
+@pytest.mark.protections("all")
+def test_signal_exits(make_vm: MakeVm) -> None:
+    """Every KVM_RUN that a signal ends while the guest runs is one in signal_exits.
+
+    arch/x86/kvm/x86.c: ++vcpu->stat.signal_exits.
+    """
+    vm = start(make_vm)
+    vcpu = vm.guests[0]
+    assert tuple(vcpu.sync().args) == (ord("b"),)
+    before = vcpu.get_stats()
+    for _ in range(3):
+        seen = vm.symbol("progress").u64
+        with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
+            wait_until(lambda seen=seen: vm.symbol("progress").u64 > seen + 10)  # type: ignore[misc]
+            vcpu.kick()
+            thread.join(TIMEOUT)
+    assert growth(before, vcpu.get_stats(), "signal_exits") >= 3
+
+
+def halt_for(vm: GuestVm, stats: StatsFd, seconds: float) -> None:
+    """Run the guest until it halts, leave it there for *seconds*, and wake it."""
+    vcpu = vm.guests[0]
+    with VcpuThread(vcpu.sync, vcpu=vcpu) as thread:
+        wait_until(lambda: stats.read()["blocking"].value == 1)
+        end = time.monotonic() + seconds
+        wait_until(lambda: time.monotonic() > end)
+        vm.signal_msi(Msi.to(0, VECTOR))
+        thread.join(TIMEOUT)
+
+
+@pytest.mark.protections("all")
+def test_blocking(make_vm: MakeVm) -> None:
+    """The boolean `blocking` is 1 exactly while the vCPU is halted in the kernel.
+
+    Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: an instantaneous value, 0 or 1.
+    """
+    vm = start(make_vm, "w", 1)
+    with vm.guests[0].get_stats_fd() as stats:
+        if "blocking" not in stats.read():
+            pytest.skip("needs the statistic blocking: this KVM has none")
+        assert stats.read()["blocking"].value == 0
+        halt_for(vm, stats, 0.001)
+        assert stats.read()["blocking"].value == 0
+
+
+@pytest.mark.protections("all")
+def test_halt_times(make_vm: MakeVm) -> None:
+    """The time of a halt is in halt_wait_ns, the halt in the histogram beside it, its end in halt_wakeup.
+
+    Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD (logarithmic histograms); virt/kvm/kvm_main.c.
+    """
+    vm = start(make_vm, "w", 1)
+    with vm.guests[0].get_stats_fd() as stats:
+        before = stats.read()
+        if "halt_wait_hist" not in before or "blocking" not in before:
+            pytest.skip("needs the statistics halt_wait_hist and blocking: this KVM has none")
+        started = time.monotonic_ns()
+        halt_for(vm, stats, 0.02)
+        elapsed = time.monotonic_ns() - started
+        after = stats.read()
+    waited = growth(before, after, "halt_wait_ns")
+    # Some of it may have been spent polling.
+    assert 15_000_000 <= waited + growth(before, after, "halt_poll_fail_ns") <= elapsed
+    assert growth(before, after, "halt_wakeup") >= 1
+    samples = zip(before["halt_wait_hist"].values, after["halt_wait_hist"].values, strict=True)
+    new = [now - then for then, now in samples]
+    assert sum(new) >= 1
+    # Bucket N holds what is at least 2^(N-1) and below 2^N; the longest sample is in the last that grew.
+    last = max(number for number, grown in enumerate(new) if grown)
+    assert 1 << (last - 1) <= waited
+    assert last == len(new) - 1 or waited < sum(new) << last
+
+
+@pytest.mark.protections("all")
+def test_not_nested(make_vm: MakeVm) -> None:
+    """A guest that runs no guest of its own is never in guest_mode.
+
+    arch/x86/kvm/x86.c: guest_mode is a boolean of now.
+    """
+    before, after = done(start(make_vm, "p", 3))
+    if "guest_mode" not in before:
+        pytest.skip("needs the statistic guest_mode: this KVM has none")
+    assert (before["guest_mode"].value, after["guest_mode"].value) == (0, 0)
+
+
+@pytest.mark.protections("all")
+def test_mapped_pages(make_vm: MakeVm) -> None:
+    """Pages that the guest has touched are among those that the VM's statistics count as mapped.
+
+    Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD (instantaneous values); arch/x86/kvm/mmu/mmu.c.
+    """
+    vm = start(make_vm, "t", PAGES)
+    if "pages_4k" not in vm.get_stats():
+        pytest.skip("needs the statistic pages_4k: this KVM has none")
+    done(vm)
+    after = vm.get_stats()
+    mapped = after["pages_4k"].value + (after["pages_2m"].value << 9) + (after["pages_1g"].value << 18)
+    assert mapped >= PAGES
