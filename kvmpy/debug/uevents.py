@@ -77,8 +77,20 @@ class UeventsLostError(OSError):
     """The kernel dropped uevents because the listener did not read them in time (ENOBUFS)."""
 
 
+def _namespace_kinds() -> set[str] | None:
+    """Return the kinds of namespaces that this kernel has, None where /proc does not tell."""
+    try:
+        return set(os.listdir("/proc/self/ns"))
+    except OSError:
+        return None
+
+
 def why_unreachable() -> str | None:
     """Return why this process cannot get KVM's uevents, or None when it can."""
+    kinds = _namespace_kinds()
+    if kinds is not None and not {"net", "user"} <= kinds:
+        # A kernel without one of the two: the initial one is all there is.
+        return None
     try:
         fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

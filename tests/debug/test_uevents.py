@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from kvmpy.debug.uevents import KvmUevent, UeventKind
+from kvmpy.debug.uevents import KvmUevent, UeventKind, why_unreachable
 
 CREATED = {
     "ACTION": "change",
@@ -53,3 +55,32 @@ def test_device_without_event() -> None:
     """A change of /dev/kvm that names no event (udevadm trigger) is no VM's."""
     fields = {key: value for key, value in CREATED.items() if key != "EVENT"}
     assert KvmUevent.parse(fields) is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "reachable"),
+    [
+        pytest.param([], True, id="none"),
+        pytest.param(["net", "mnt", "pid"], True, id="net-only"),
+        pytest.param(["user", "mnt"], True, id="user-only"),
+        pytest.param(["net", "user"], False, id="both"),
+        pytest.param(None, False, id="unknown"),
+    ],
+)
+def test_kinds_of_namespaces(
+    monkeypatch: pytest.MonkeyPatch, kinds: list[str] | None, reachable: bool
+) -> None:
+    """In a kernel without network or user namespaces there is only the initial one: none has to be read."""
+
+    def listdir(path: str) -> list[str]:
+        if kinds is None:
+            raise FileNotFoundError(path)
+        return kinds
+
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "open", refuse)
+    why = why_unreachable()
+    assert (why is None) == reachable
