@@ -65,6 +65,10 @@ def test_ranges_of_one_file_can_be_bound_to_many_slots(bind: Bind) -> None:
     """
     for slot, first in enumerate((6, 0, 4, 2)):
         bind(slot, first, 2, gpa=GPA + slot * 16 * PAGE_SIZE)
+    for page in range(PAGES):
+        with pytest.raises(KvmError) as caught:
+            bind(9, page, 1, gpa=GPA + 256 * PAGE_SIZE)
+        assert caught.value.errno in RANGE_TAKEN
 
 
 @pytest.mark.parametrize(
@@ -91,9 +95,10 @@ def test_a_range_is_free_again_when_its_slot_is_gone(gmem_vm: Vm, bind: Bind) ->
     bind(0, 0, 4)
     delete(gmem_vm, 0)
     bind(1, 2, 4, gpa=GPA + 64 * PAGE_SIZE)
+    delete(gmem_vm, 1)
 
 
-def test_a_refused_slot_binds_nothing(bind: Bind) -> None:
+def test_a_refused_slot_binds_nothing(gmem_vm: Vm, bind: Bind) -> None:
     """A slot that is refused for its place leaves its range of the file free.
 
     Documentation/virt/kvm/api.rst 4.140.
@@ -103,6 +108,7 @@ def test_a_refused_slot_binds_nothing(bind: Bind) -> None:
         bind(1, 4, 2, gpa=GPA + PAGE_SIZE)
     assert caught.value.errno == errno.EEXIST
     bind(1, 4, 2)
+    delete(gmem_vm, 1)
 
 
 @pytest.mark.parametrize("offset", [1, 0x800, PAGE_SIZE - 1, SIZE + 1])
@@ -185,7 +191,7 @@ def test_the_file_of_another_vm_is_refused(gmem_vm: Vm, gmem: GuestMemfd) -> Non
 
 
 @pytest.mark.parametrize("flag", [KVM_MEM_READONLY, KVM_MEM_LOG_DIRTY_PAGES], ids=["read-only", "dirty-log"])
-def test_the_other_flags_do_not_go_with_guest_memfd(bind: Bind, flag: int) -> None:
+def test_the_other_flags_do_not_go_with_guest_memfd(gmem_vm: Vm, bind: Bind, flag: int) -> None:
     """A guest_memfd slot is neither read-only nor dirty logged: EINVAL.
 
     check_memory_region_flags(), virt/kvm/kvm_main.c; emulated MMIO and dirty logging are for shared memory.
@@ -194,6 +200,7 @@ def test_the_other_flags_do_not_go_with_guest_memfd(bind: Bind, flag: int) -> No
         bind(0, 0, 1, flags=KVM_MEM_GUEST_MEMFD | flag)
     assert caught.value.errno == errno.EINVAL
     bind(0, 0, 1)
+    delete(gmem_vm, 0)
 
 
 def test_a_bound_slot_does_not_move(bind: Bind) -> None:
@@ -238,6 +245,7 @@ def test_the_older_ioctl_deletes_bound_slots_too(gmem_vm: Vm, bind: Bind) -> Non
     bind(0, 0, PAGES)
     gmem_vm.set_user_memory_region(0, GPA, 0, HVA)
     bind(1, 0, PAGES)
+    delete(gmem_vm, 1)
 
 
 def test_without_the_flag_the_descriptor_is_ignored(gmem_vm: Vm, gmem: GuestMemfd, bind: Bind) -> None:
@@ -247,6 +255,8 @@ def test_without_the_flag_the_descriptor_is_ignored(gmem_vm: Vm, gmem: GuestMemf
     """
     gmem_vm.set_user_memory_region2(0, GPA, PAGE_SIZE, HVA, 0, gmem=gmem, gmem_offset=1)
     bind(1, 0, PAGES, gpa=GPA + 64 * PAGE_SIZE)
+    delete(gmem_vm, 0)
+    delete(gmem_vm, 1)
 
 
 def test_host_memory_must_be_addressable_all_the_same(gmem_vm: Vm, gmem: GuestMemfd) -> None:

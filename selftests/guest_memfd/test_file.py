@@ -141,15 +141,6 @@ def test_nothing_is_allocated_behind_the_end(gmem: GuestMemfd, offset: int, size
     assert caught.value.errno == errno.EINVAL
 
 
-def test_a_hole_behind_the_end_is_no_error(gmem: GuestMemfd) -> None:
-    """Punching a hole where the file has no pages does nothing, as with other files.
-
-    fallocate(2), Deallocating file space: the file size does not matter to FALLOC_FL_PUNCH_HOLE.
-    """
-    gmem.punch_hole(SIZE, PAGE_SIZE)
-    gmem.punch_hole(SIZE - PAGE_SIZE, 4 * PAGE_SIZE)
-
-
 @pytest.mark.parametrize(
     "mode",
     [0, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, FALLOC_FL_UNSHARE_RANGE | FALLOC_FL_KEEP_SIZE],

@@ -76,13 +76,13 @@ def test_it_may_be_closed_before_its_slot(gmem_vm: Vm) -> None:
 
     kvm_gmem_release(), virt/kvm/guest_memfd.c.
     """
-    gmem_vm.create_guest_memfd(SIZE)
     gmem = gmem_vm.create_guest_memfd(SIZE)
     gmem_vm.set_user_memory_region2(0, GPA, SIZE, HVA, KVM_MEM_GUEST_MEMFD, gmem=gmem)
     gmem.close()
     gmem_vm.set_user_memory_region2(0, GPA, 0, 0)
     fresh = gmem_vm.create_guest_memfd(SIZE)
     gmem_vm.set_user_memory_region2(0, GPA, SIZE, HVA, KVM_MEM_GUEST_MEMFD, gmem=fresh)
+    gmem_vm.set_user_memory_region2(0, GPA, 0, 0)
 
 
 def test_the_range_stays_taken_while_the_file_is_open_elsewhere(gmem_vm: Vm) -> None:
@@ -100,3 +100,4 @@ def test_the_range_stays_taken_while_the_file_is_open_elsewhere(gmem_vm: Vm) -> 
         assert caught.value.errno in (errno.EEXIST, errno.EINVAL)
         gmem_vm.set_user_memory_region2(0, GPA, 0, 0)
         gmem_vm.set_user_memory_region2(1, GPA + SIZE, SIZE, HVA, KVM_MEM_GUEST_MEMFD, gmem=copy)
+        gmem_vm.set_user_memory_region2(1, GPA, 0, 0)

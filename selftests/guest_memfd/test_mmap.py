@@ -121,6 +121,21 @@ def test_a_hole_is_zero_and_its_neighbours_stay(mmap_vm: Vm) -> None:
     assert first_bytes(other) == [1, 9, 0, 4]
 
 
+def test_a_hole_may_reach_behind_the_end(mmap_vm: Vm) -> None:
+    """A hole behind the end of the file is no error and changes nothing; one across it takes the last pages.
+
+    fallocate(2), Deallocating file space: FALLOC_FL_PUNCH_HOLE does not depend on the file size.
+    """
+    gmem = mmap_vm.create_guest_memfd(SIZE, BOTH)
+    mapping = mmap_vm.own(gmem.map())
+    for page in range(PAGES):
+        mapping.view(page * PAGE_SIZE, 1)[0] = 1 + page
+    gmem.punch_hole(SIZE, PAGE_SIZE)
+    assert first_bytes(mapping) == [1, 2, 3, 4]
+    gmem.punch_hole(SIZE - PAGE_SIZE, 4 * PAGE_SIZE)
+    assert first_bytes(mapping) == [1, 2, 3, 0]
+
+
 def test_allocation_keeps_what_is_there(mmap_vm: Vm) -> None:
     """fallocate() gives pages that were missing, as zeroes, and leaves the others as they are.
 

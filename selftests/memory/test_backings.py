@@ -172,6 +172,7 @@ def test_memory_mapped_over_the_old_is_seen_at_once(accessor: Accessor) -> None:
     accessor.map(GVA, GPA, 2 * PAGE_SIZE)
     accessor.write(GVA, OLD)
     accessor.write(GVA + PAGE_SIZE, OLD)
+    assert word(slot.mapping, PAGE_SIZE) == OLD
     replace_by_fresh_memory(slot.mapping.hva + PAGE_SIZE, PAGE_SIZE)
     assert [accessor.read(GVA), accessor.read(GVA + PAGE_SIZE)] == [OLD, 0]
     put(slot.mapping, NEW, PAGE_SIZE)

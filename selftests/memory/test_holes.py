@@ -45,7 +45,7 @@ def test_a_write_to_no_memory_goes_to_user_space(accessor: Accessor, size: int) 
     got = accessor.exit_of(GVA + 0x28, size, PATTERN)
     assert (got.phys_addr, got.is_write, got.size) == (int(GPA) + 0x28, True, size)
     assert got.data == PATTERN.to_bytes(8, "little")[:size]
-    accessor.result()
+    assert accessor.result() == 0
 
 
 @pytest.mark.protections("all")
@@ -76,7 +76,7 @@ def test_a_write_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None
     got = accessor.exit_of(GVA + PAGE_SIZE - 3, 8, PATTERN)
     data = PATTERN.to_bytes(8, "little")
     assert (got.phys_addr, got.is_write, got.data) == (int(GPA) + PAGE_SIZE, True, data[3:])
-    accessor.result()
+    assert accessor.result() == 0
     assert bytes(slot.mapping.view(PAGE_SIZE - 4, 4)) == b"\0" + data[:3]
 
 

@@ -31,6 +31,12 @@ MAX_PAGES = (1 << 31) - 1
 PHYSICAL_END = 1 << 52
 
 
+def delete(set_region: SetRegion, *slots: int) -> None:
+    """Delete slots that exist: EINVAL for one that does not."""
+    for slot in slots:
+        set_region(slot, 0, 0, 0)
+
+
 def test_a_size_that_is_no_multiple_of_the_page_size_is_refused(set_region: SetRegion, area: Mapping) -> None:
     """A slot is made of whole pages: another memory_size is EINVAL.
 
@@ -195,6 +201,7 @@ def test_slots_may_touch(set_region: SetRegion, area: Mapping) -> None:
     set_region(0, GPA + 4 * PAGE_SIZE, 4 * PAGE_SIZE, area.hva)
     set_region(1, GPA + 3 * PAGE_SIZE, PAGE_SIZE, area.hva)
     set_region(2, GPA + 8 * PAGE_SIZE, PAGE_SIZE, area.hva)
+    delete(set_region, 0, 1, 2)
 
 
 def test_a_refused_slot_leaves_its_number_and_range_free(set_region: SetRegion, area: Mapping) -> None:
@@ -210,6 +217,7 @@ def test_a_refused_slot_leaves_its_number_and_range_free(set_region: SetRegion, 
         set_region(1, GPA, 0, area.hva)
     assert caught.value.errno == errno.EINVAL
     set_region(1, GPA + PAGE_SIZE, PAGE_SIZE, area.hva)
+    delete(set_region, 0, 1)
 
 
 def test_slot_numbers_end_at_the_announced_limit(set_region: SetRegion, vm: Vm, area: Mapping) -> None:
@@ -224,6 +232,7 @@ def test_slot_numbers_end_at_the_announced_limit(set_region: SetRegion, vm: Vm, 
             set_region(slot, GPA, PAGE_SIZE, area.hva)
         assert caught.value.errno == errno.EINVAL
     set_region(limit - 1, GPA, PAGE_SIZE, area.hva)
+    delete(set_region, limit - 1)
 
 
 def test_address_spaces_end_at_the_announced_number(set_region: SetRegion, vm: Vm, area: Mapping) -> None:
@@ -237,6 +246,7 @@ def test_address_spaces_end_at_the_announced_number(set_region: SetRegion, vm: V
             set_region(space << 16, GPA, PAGE_SIZE, area.hva)
         assert caught.value.errno == errno.EINVAL
     set_region((spaces - 1) << 16, GPA, PAGE_SIZE, area.hva)
+    delete(set_region, (spaces - 1) << 16)
 
 
 @pytest.mark.requires("KVM_CAP_MULTI_ADDRESS_SPACE>=2")
@@ -262,3 +272,4 @@ def test_dirty_logging_and_read_only_go_together(set_region: SetRegion, vm: Vm, 
         (KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY)
     ):
         set_region(slot, GPA + slot * PAGE_SIZE, PAGE_SIZE, area.hva, flags)
+    delete(set_region, 0, 1, 2)

@@ -20,6 +20,12 @@ GPA = 0x10_0000
 SIZE = 4 * PAGE_SIZE
 
 
+def delete(set_region: SetRegion, *slots: int) -> None:
+    """Delete slots that exist: EINVAL for one that does not."""
+    for slot in slots:
+        set_region(slot, 0, 0, 0)
+
+
 def test_a_slot_that_does_not_exist_cannot_be_deleted(set_region: SetRegion, area: Mapping) -> None:
     """Passing zero for memory_size deletes a slot; without that slot it is EINVAL.
 
@@ -50,6 +56,7 @@ def test_deletion_needs_the_number_alone(set_region: SetRegion, area: Mapping) -
     set_region(0, GPA, SIZE, area.hva)
     set_region(0, 0, 0, 0)
     set_region(1, GPA, SIZE, area.hva)
+    delete(set_region, 1)
 
 
 def test_a_deleted_slot_can_be_made_anew(set_region: SetRegion, area: Mapping) -> None:
@@ -60,6 +67,7 @@ def test_a_deleted_slot_can_be_made_anew(set_region: SetRegion, area: Mapping) -
     set_region(0, GPA, SIZE, area.hva)
     set_region(0, GPA, 0, area.hva)
     set_region(0, GPA + PAGE_SIZE, 2 * SIZE, area.hva + PAGE_SIZE)
+    delete(set_region, 0)
 
 
 @pytest.mark.parametrize("size", [SIZE - PAGE_SIZE, SIZE + PAGE_SIZE], ids=["smaller", "larger"])
@@ -90,8 +98,12 @@ def test_setting_a_slot_to_what_it_is_changes_nothing(set_region: SetRegion, are
 
     kvm_set_memory_region(), virt/kvm/kvm_main.c: "Nothing to change."
     """
-    set_region(0, GPA, SIZE, area.hva)
-    set_region(0, GPA, SIZE, area.hva)
+    for _ in range(3):
+        set_region(0, GPA, SIZE, area.hva)
+    delete(set_region, 0)
+    with pytest.raises(KvmError) as caught:
+        delete(set_region, 0)
+    assert caught.value.errno == errno.EINVAL
 
 
 @pytest.mark.parametrize("flags", [0, KVM_MEM_READONLY], ids=["make-read-only", "make-writable"])
@@ -136,6 +148,9 @@ def test_a_slot_may_not_be_moved_onto_another(set_region: SetRegion, area: Mappi
     with pytest.raises(KvmError) as caught:
         set_region(1, GPA + SIZE - PAGE_SIZE, SIZE, area.hva)
     assert caught.value.errno == errno.EEXIST
+    with pytest.raises(KvmError) as caught:
+        set_region(2, GPA + 2 * SIZE - PAGE_SIZE, PAGE_SIZE, area.hva)
+    assert caught.value.errno == errno.EEXIST  # it is where it was
 
 
 def test_a_slot_may_be_moved_over_its_own_old_place(set_region: SetRegion, area: Mapping) -> None:
@@ -149,6 +164,7 @@ def test_a_slot_may_be_moved_over_its_own_old_place(set_region: SetRegion, area:
     with pytest.raises(KvmError) as caught:
         set_region(2, GPA + SIZE, PAGE_SIZE, area.hva)
     assert caught.value.errno == errno.EEXIST
+    delete(set_region, 0, 1)
 
 
 def test_place_and_flags_may_change_at_once(set_region: SetRegion, vm: Vm, area: Mapping) -> None:
@@ -160,3 +176,4 @@ def test_place_and_flags_may_change_at_once(set_region: SetRegion, vm: Vm, area:
     set_region(0, GPA + SIZE, SIZE, area.hva, KVM_MEM_LOG_DIRTY_PAGES)
     assert list(vm.get_dirty_log(0, SIZE // PAGE_SIZE)) == []
     set_region(1, GPA, SIZE, area.hva)
+    delete(set_region, 0, 1)
