@@ -14,6 +14,7 @@ COMMANDS = {
     "abi": "the KVM ABI as kvmpy knows it, and its check against kernel headers",
     "bench": "what kvmpy costs beside bare C loops, in one run",
     "doctor": "what this host offers, protection by protection, and what is missing",
+    "lab": "kernels under QEMU, and the selftests inside them: no /dev/kvm needed",
     "run": "the selftests on this host's KVM, with a verdict table",
 }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -17,7 +18,7 @@ _EXTRA = "kvmpy.pytest_args"
 NOTHING_SELECTED = 5
 
 
-class _SplitCommand(click.Command):
+class SplitCommand(click.Command):
     """Keeps what follows ``--`` apart: it goes to pytest as it is."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -60,7 +61,13 @@ def _targets(paths: tuple[str, ...], suite: Path) -> tuple[list[str], Path]:
     return chosen, root
 
 
-def _pytest_args(suite: Path, options: dict[str, object], paths: tuple[str, ...]) -> list[str]:
+def extra_arguments(ctx: click.Context) -> list[str]:
+    """Return what followed ``--`` on the command line."""
+    return list(ctx.meta.get(_EXTRA, []))
+
+
+def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ...]) -> list[str]:
+    """Return pytest's arguments for this command's *options*; what is absent is not asked for."""
     targets, root = _targets(paths, suite)
     settings = Path(kvmpy.__file__).parent / "testing" / "suite.ini"
     args = ["-c", str(settings), "--rootdir", str(root), *targets]
@@ -74,11 +81,11 @@ def _pytest_args(suite: Path, options: dict[str, object], paths: tuple[str, ...]
         ("seed", "--kvmpy-seed"),
         ("deadline", "--deadline"),
     ):
-        if options[option] is not None:
+        if options.get(option) is not None:
             args += [flag, str(options[option])]
-    if options["dangerous"]:
+    if options.get("dangerous"):
         args.append("--run-dangerous")
-    if options["listing"]:
+    if options.get("listing"):
         args += ["--collect-only", "-q"]
     return args
 
@@ -93,7 +100,7 @@ def _list(args: list[str]) -> int:
     return result.returncode
 
 
-@click.command(cls=_SplitCommand, epilog="What follows -- goes to pytest as it is.")
+@click.command(cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
 @click.argument("paths", nargs=-1)
 @click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as in pytest -k.")
 @click.option("-n", "workers", metavar="N", help="Run in N processes at once (a number or auto).")
@@ -111,7 +118,7 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> Non
     from kvmpy.testing.supervisor import run_unsupervised, supervise
 
     suite = suite_folder()
-    args = [*_pytest_args(suite, options, paths), *ctx.meta.get(_EXTRA, [])]
+    args = [*pytest_args(suite, options, paths), *extra_arguments(ctx)]
     # Compiled tests are kept out of the installed package.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache / "kvmpy" / "pycache"))

@@ -18,6 +18,7 @@ from kvmpy.testing.errata import HostFacts
 from kvmpy.testing.verdicts import Missing
 
 PLATFORM_VARIABLE = "KVMPY_PLATFORM"
+ACCELERATOR_VARIABLE = "KVMPY_ACCELERATOR"
 SYS_MODULE = Path("/sys/module")
 _VENDOR_SYMBOL = re.compile(r" [tT] (pvm|svm|vmx)_(?:init|hardware_enable|hardware_setup|vcpu_run)(?:\s|$)")
 _VENDORS = {"pvm": "kvm_pvm", "svm": "kvm_amd", "vmx": "kvm_intel"}
@@ -143,6 +144,7 @@ class HostSummary:
     vm_types: tuple[str, ...] = ()
     protections: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    accelerator: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as JSON-ready values; a protection's text is empty when it is available."""
@@ -152,6 +154,7 @@ class HostSummary:
             "cpu": self.cpu,
             "vendor_modules": list(self.vendor_modules),
             "platform": self.platform,
+            "accelerator": self.accelerator,
             "kvm": self.kvm,
             "kvm_missing": self.kvm_missing,
             "vm_types": list(self.vm_types),
@@ -166,7 +169,7 @@ class HostSummary:
         modules = ", ".join(self.vendor_modules) or "no vendor module"
         first = f"kernel {self.kernel}, {modules}, {self.cpu}"
         if self.platform != "host":
-            first += f", platform {self.platform} (emulated)"
+            first += f", platform {self.platform} ({self.accelerator or 'emulated'})"
         if not self.kvm:
             return [first, f"KVM cannot be used: {self.kvm_missing}"]
         offered = [name for name, missing in self.protections.items() if not missing]
@@ -192,8 +195,9 @@ def summarize() -> HostSummary:
     """Look at this host; opens /dev/kvm once."""
     missing = kvm_missing()
     common = (kernel(), cpu_model(), vendor_modules(), platform_name())
+    accelerator = os.environ.get(ACCELERATOR_VARIABLE, "")
     if missing is not None:
-        return HostSummary(*common, kvm=False, kvm_missing=str(missing))
+        return HostSummary(*common, kvm=False, kvm_missing=str(missing), accelerator=accelerator)
     from kvmpy.coco import ladder
     from kvmpy.core.kvm import Kvm
 
@@ -205,4 +209,11 @@ def summarize() -> HostSummary:
         for name in ladder.protections()
     }
     labels = {name: ladder.get(name).label for name in protections}
-    return HostSummary(*common, kvm=True, vm_types=types, protections=protections, labels=labels)
+    return HostSummary(
+        *common,
+        kvm=True,
+        vm_types=types,
+        protections=protections,
+        labels=labels,
+        accelerator=accelerator,
+    )

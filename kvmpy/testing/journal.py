@@ -34,7 +34,8 @@ class History:
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
+    # A device is a channel to somebody else: what was written cannot be read again.
+    if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -99,6 +100,10 @@ class Journal:
         """Close the file."""
         self._stream.close()
 
+    def write(self, event: dict[str, Any]) -> None:
+        """Write an event of another plugin's own."""
+        _append(self._stream, event)
+
     def _limit(self, item: pytest.Item) -> float:
         marker = item.get_closest_marker("timeout")
         if marker is not None and marker.args:
@@ -110,18 +115,19 @@ class Journal:
         """Replay the test's reports when an earlier process has them, otherwise note that it starts."""
         nodeid = item.nodeid
         if nodeid in self._history.lost:
-            self._replay(item, [self._lost_report(item, self._history.lost[nodeid])])
+            self._replay(item, [lost_report(nodeid, item.location, self._history.lost[nodeid])])
             return True
         kept = self._history.reports.get(nodeid)
         if kept is not None:
             hook = self._config.hook
             reports = [
-                hook.pytest_report_from_serializable(config=self._config, data=_from_json(data))
+                hook.pytest_report_from_serializable(config=self._config, data=from_json(data))
                 for data in kept
             ]
             self._replay(item, reports)
             return True
-        _append(self._stream, {"event": "start", "nodeid": nodeid, "limit": self._limit(item)})
+        start = {"event": "start", "nodeid": nodeid, "limit": self._limit(item), "location": item.location}
+        _append(self._stream, start)
         return None
 
     def _replay(self, item: pytest.Item, reports: list[pytest.TestReport]) -> None:
@@ -133,11 +139,6 @@ class Journal:
             item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         finally:
             self._replaying = False
-
-    def _lost_report(self, item: pytest.Item, reason: str) -> pytest.TestReport:
-        # The phase that xdist uses for a test whose worker died.
-        when: Any = "???"
-        return pytest.TestReport(item.nodeid, item.location, {}, "failed", reason, when)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -157,8 +158,15 @@ class Journal:
         _append(self._stream, {"event": "end"})
 
 
-def _from_json(data: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no tuples; pytest tells a skip by one.
+def lost_report(nodeid: str, location: tuple[str, int | None, str], reason: str) -> pytest.TestReport:
+    """Return the report of a test whose process died."""
+    # The phase that xdist uses for a test whose worker died.
+    when: Any = "???"
+    return pytest.TestReport(nodeid, location, {}, "failed", reason, when)
+
+
+def from_json(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a report's data with the tuples that JSON lacks; pytest tells a skip by one."""
     values = dict(data)
     if isinstance(values.get("longrepr"), list):
         values["longrepr"] = tuple(values["longrepr"])

@@ -89,6 +89,10 @@ class Session:
             self._summary = host.summarize()
         return self._summary
 
+    def describe(self, summary: host.HostSummary) -> None:
+        """Report *summary* in place of this host's: the tests run on another kernel."""
+        self._summary = summary
+
     def header(self) -> list[str]:
         """Return what header and KTAP say about host and session."""
         settings = self._settings
@@ -155,7 +159,9 @@ class Session:
 
             writer = terminalreporter._tw
             platform = (
-                "" if self.summary.platform == "host" else f", platform {self.summary.platform} (emulated)"
+                ""
+                if self.summary.platform == "host"
+                else f", platform {self.summary.platform} ({self.summary.accelerator or 'emulated'})"
             )
             print_report(
                 writer._file,

@@ -54,6 +54,8 @@ def judge(nodeid: str, reports: Sequence[pytest.TestReport], platform: str) -> T
     details = ""
     if lost is not None:
         verdict, reason = Verdict.LOST, _message(lost)
+        text = str(lost.longrepr)
+        details = text if "\n" in text else ""
     elif not reports or reports[-1].when != "teardown":
         verdict, reason = Verdict.LOST, "the session ended in the middle of it"
     elif failed:
@@ -117,7 +119,11 @@ class Results:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Remember which tests were selected, in order."""
-        self._selected = [item.nodeid for item in session.items]
+        self.select([item.nodeid for item in session.items])
+
+    def select(self, nodeids: Sequence[str]) -> None:
+        """Remember which tests were selected, where the session has no items of its own."""
+        self._selected = list(nodeids)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: object, ids: Sequence[str]) -> None:

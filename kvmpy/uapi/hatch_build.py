@@ -11,7 +11,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SHIPPED = ("selftests", "guest_asm")
+# Folders of the checkout, and where they lie inside the package.
+SHIPPED = {"selftests": "selftests", "guest_asm": "guest_asm", "ci/lab": "lab/files"}
 
 
 class NativeBuildHook(BuildHookInterface[Any]):
@@ -30,8 +31,8 @@ class NativeBuildHook(BuildHookInterface[Any]):
         build_data["pure_python"] = False
         build_data["tag"] = f"cp310-abi3-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
         build_data["force_include"][str(made)] = f"kvmpy/uapi/{made.name}"
-        for name in SHIPPED:
-            build_data["force_include"][str(root / name)] = f"kvmpy/{name}"
+        for name, inside in SHIPPED.items():
+            build_data["force_include"][str(root / name)] = f"kvmpy/{inside}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove the scratch folder once the wheel is written."""

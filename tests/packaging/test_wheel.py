@@ -97,6 +97,7 @@ def test_name_and_content(wheel: Path) -> None:
     assert "kvmpy/py.typed" in names
     assert "kvmpy/testing/suite.ini" in names
     assert "kvmpy/testing/errata.toml" in names
+    assert {"kvmpy/lab/files/init.sh", "kvmpy/lab/files/kernel.config"} <= names
     assert "kvmpy/guest_asm/include/kvmpy/guest.h" in names
     shipped = {name.removeprefix("kvmpy/") for name in names if name.startswith("kvmpy/selftests/")}
     here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "selftests").rglob("*.py")}

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy lab``: kernels booted under QEMU, and the selftests inside them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvmpy.cli.run import NOTHING_SELECTED, SplitCommand, extra_arguments, pytest_args, suite_folder
+from kvmpy.lab.errors import LabError
+
+if TYPE_CHECKING:
+    from kvmpy.lab.qemu import Options
+
+
+def _say(text: str) -> None:
+    click.echo(f"kvmpy lab: {text}", err=True)
+
+
+class _Lab(click.Group):
+    """Prints a LabError as a message, with exit status 3."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except LabError as error:
+            _say(str(error))
+            sys.exit(3)
+
+
+@click.group(cls=_Lab)
+def lab() -> None:
+    """Build kernels, boot them under QEMU and run tests inside; no /dev/kvm is needed."""
+
+
+@lab.command()
+@click.option("--source", metavar="TREE", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--debian", metavar="SUITE", help="A Debian suite with linux-source-X.Y (default: sid).")
+@click.option("--kernel", metavar="BZIMAGE", type=click.Path(path_type=Path), help="One that is built.")
+def build(source: Path | None, debian: str | None, kernel: Path | None) -> None:
+    """Put a lab kernel into the cache: from a Debian suite, a tree of your own, or a bzImage."""
+    from kvmpy.lab import build as builds
+    from kvmpy.lab.debian import DEFAULT_SUITE
+
+    if sum(given is not None for given in (source, debian, kernel)) > 1:
+        raise click.UsageError("--source, --debian and --kernel exclude each other")
+    if kernel is not None:
+        made = builds.from_image(kernel)
+    elif source is not None:
+        made = builds.from_source(source, _say)
+    else:
+        made = builds.from_debian(debian or DEFAULT_SUITE, _say)
+    click.echo(made.name)
+
+
+@lab.command("list")
+def list_kernels() -> None:
+    """List the kernels of the cache, the newest first."""
+    from kvmpy.lab import kernels
+
+    for kernel in kernels.cached():
+        click.echo(f"{kernel.name:<28} {kernel.origin}")
+
+
+@lab.command("rm")
+@click.argument("names", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All of the lab's cache, downloads included.")
+def remove(names: tuple[str, ...], everything: bool) -> None:
+    """Remove kernels from the cache, by name or release."""
+    import shutil
+
+    from kvmpy.lab import kernels, places
+
+    if everything == bool(names):
+        raise click.UsageError("name kernels (see `kvmpy lab list`), or say --all")
+    if everything:
+        with kernels.build_lock(_say):
+            for folder in places.cache().iterdir():
+                if folder.is_dir():
+                    shutil.rmtree(folder)
+        return
+    for kernel in [kernels.find(name) for name in names]:
+        if kernel.folder.parent != places.cache() / "kernels":
+            raise LabError(f"{kernel.name} is not in the cache")
+        kernels.remove(kernel)
+        click.echo(f"removed {kernel.name}")
+
+
+def _machine_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--kernel", metavar="NAME", help="A cached kernel (name or release), or a bzImage."),
+        click.option("--cpus", type=click.IntRange(1, 255), default=2, show_default=True),
+        click.option("--memory", metavar="SIZE", default="4G", show_default=True, help="Such as 512M or 6G."),
+        click.option("--accel", type=click.Choice(["auto", "tcg", "kvm"]), default="auto", show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+def parse_memory(text: str) -> int:
+    """Return a size such as ``512M`` or ``4G`` in MiB; a plain number is MiB."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "M")
+    if not number.isdigit() or unit not in ("M", "G") or int(number) == 0:
+        raise click.BadParameter(f"{text!r} is no size such as 512M or 4G", param_hint="--memory")
+    return int(number) * (1024 if unit == "G" else 1)
+
+
+def _machine(kernel: str | None, cpus: int, memory: str, accel: str) -> Options:
+    from kvmpy.lab import kernels
+    from kvmpy.lab.qemu import Options
+    from kvmpy.lab.runs import accelerator
+
+    return Options(kernels.find(kernel), cpus, parse_memory(memory), accelerator(accel))
+
+
+@lab.command("run", cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
+@click.argument("paths", nargs=-1)
+@_machine_options
+@click.option("--matrix", metavar="A,B", help="Several kernels, and one table with a column for each.")
+@click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as in pytest -k.")
+@click.option("--json", metavar="FILE", help="Write the verdicts as JSON.")
+@click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
+@click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
+@click.option("--protection", metavar="P[,P]", help="Only under these protections.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a run's random choices.")
+@click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
+@click.option("--timeout", type=click.FloatRange(1), default=4 * 3600.0, help="Seconds for the whole run.")
+@click.option("--build", "may_build", is_flag=True, help="Build a kernel first when there is none.")
+@click.pass_context
+def run_inside(ctx: click.Context, /, paths: tuple[str, ...], **values: Any) -> None:
+    """Run the selftests, or the tests in PATHS, inside a kernel under QEMU; dangerous ones are included."""
+    from kvmpy.lab import kernels
+    from kvmpy.lab.runs import Request, run
+    from kvmpy.lab.session import Limits
+
+    if values["may_build"] and not values["kernel"] and not kernels.cached():
+        from kvmpy.lab import build as builds
+        from kvmpy.lab.debian import DEFAULT_SUITE
+
+        _say("there is no lab kernel yet: building one, which takes some minutes")
+        builds.from_debian(DEFAULT_SUITE, _say)
+    extra = extra_arguments(ctx)
+    if values["matrix"]:
+        from kvmpy.lab.matrix import run_matrix
+
+        names = [name.strip() for name in values["matrix"].split(",") if name.strip()]
+        found = [kernels.find(name) for name in names]
+        sys.exit(run_matrix(found, matrix_arguments(paths, values, extra), values["json"], _say))
+    inside = {name: values[name] for name in ("expression", "protection", "deadline")}
+    reports = []
+    for name, flag in (("json", "--kvmpy-json"), ("ktap", "--ktap"), ("junit", "--junitxml")):
+        if values[name] is not None:
+            reports += [flag, values[name]]
+    request = Request(
+        _machine(values["kernel"], values["cpus"], values["memory"], values["accel"]),
+        pytest_args(suite_folder(), inside, paths),
+        reports,
+        extra,
+        values["seed"],
+        Limits(total=values["timeout"]),
+    )
+    code = run(request, _say)
+    if code == NOTHING_SELECTED:
+        _say("no test matches")
+    sys.exit(code)
+
+
+def matrix_arguments(paths: tuple[str, ...], values: dict[str, Any], extra: list[str]) -> list[str]:
+    """Return the arguments of ``kvmpy lab run`` for one kernel of a matrix, without the kernel."""
+    args = [*paths]
+    for name, flag in (("expression", "-k"), *((n, f"--{n}") for n in _EACH)):
+        if values[name] is not None:
+            args += [flag, str(values[name])]
+    return [*args, *(["--", *extra] if extra else [])]
+
+
+_EACH = ("cpus", "memory", "accel", "protection", "seed", "deadline", "timeout")
+
+
+@lab.command("shell", cls=SplitCommand, epilog="What follows -- is run instead of a shell.")
+@_machine_options
+@click.pass_context
+def interactive(ctx: click.Context, /, kernel: str | None, cpus: int, memory: str, accel: str) -> None:
+    """Open a shell inside; its end ends the lab."""
+    from kvmpy.lab.runs import shell
+
+    command = extra_arguments(ctx) or ["/bin/bash" if Path("/bin/bash").exists() else "/bin/sh", "-i"]
+    sys.exit(shell(_machine(kernel, cpus, memory, accel), command))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds kernels, boots them under QEMU and runs tests inside; needs no /dev/kvm."""

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel source from a Debian suite, through apt lists of its own: the machine's lists stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmpy.lab import places, tools
+from kvmpy.lab.errors import LabError
+from kvmpy.lab.kernels import Say
+
+DEFAULT_SUITE = "sid"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+MIRROR_VARIABLE = "KVMPY_DEBIAN_MIRROR"
+_MIRROR = "http://deb.debian.org/debian"
+_SUITE = re.compile(r"[a-z][a-z0-9.-]*")
+_PACKAGE = re.compile(r"linux-source-(\d+)\.(\d+)")
+_TREE_MIB = 3500
+_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class Package:
+    """A source package as the suite's index describes it; ``size`` is in bytes."""
+
+    name: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+
+    @property
+    def origin(self) -> str:
+        """Name and version."""
+        return f"{self.name} {self.version}"
+
+
+def apt_options(state: Path) -> list[str]:
+    """Return the options that make apt's tools keep everything in *state* and read no other list."""
+    options = {
+        "Dir::Etc::sourcelist": state / "sources.list",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State": state,
+        "Dir::State::Lists": state / "lists",
+        "Dir::State::status": state / "status",
+        "Dir::Cache": state / "cache",
+        "APT::Sandbox::User": "",
+        "APT::Update::Post-Invoke-Success::": "",
+    }
+    return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+
+
+def source_line(suite: str, keyring: Path = KEYRING) -> str:
+    """Return the line for sources.list; LabError for a name that is no suite's, or without Debian's keys."""
+    if not _SUITE.fullmatch(suite):
+        raise LabError(f"{suite!r} is no name of a Debian suite", "such as sid, trixie, bookworm-backports")
+    if not keyring.is_file():
+        raise LabError(
+            f"{keyring} is missing: the kernel source could not be verified",
+            f"install with: {'' if os.geteuid() == 0 else 'sudo '}apt-get install debian-archive-keyring",
+        )
+    mirror = os.environ.get(MIRROR_VARIABLE) or _MIRROR
+    return f"deb [signed-by={keyring}] {mirror} {suite} main\n"
+
+
+def newest(search: str) -> str | None:
+    """Return the newest ``linux-source-X.Y`` in the output of ``apt-cache search``, None without one."""
+    found = [match for line in search.splitlines() if (match := _PACKAGE.match(line.split(" ")[0]))]
+    best = max(found, key=lambda match: (int(match[1]), int(match[2])), default=None)
+    return best[0] if best is not None else None
+
+
+def parse_package(show: str) -> Package:
+    """Return the first package that the output of ``apt-cache show`` describes."""
+    fields = dict(line.split(": ", 1) for line in show.partition("\n\n")[0].splitlines() if ": " in line)
+    try:
+        file = fields["Filename"].rpartition("/")[2]
+        return Package(
+            fields["Package"], fields["Version"], file, int(fields["Size"]), fields["SHA256"].strip()
+        )
+    except (KeyError, ValueError) as error:
+        raise LabError(f"apt-cache describes the package without a usable {error}") from error
+
+
+def _run(command: list[str], what: str, folder: Path | None = None) -> str:
+    environment = os.environ | {"LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        result = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LabError(f"{what} took longer than {_SECONDS:.0f} s") from error
+    problems = [line for line in result.stderr.splitlines() if line.startswith(("E:", "Err:"))]
+    if result.returncode != 0 or problems:
+        lines = problems or result.stderr.strip().splitlines()[-3:] or [f"status {result.returncode}"]
+        raise LabError(f"{what} failed: {'; '.join(lines)}", "is the network there, and the name right?")
+    return result.stdout
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Suite:
+    """The kernel source packages of one Debian suite."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._state = places.cache() / "apt" / name
+        self._line = source_line(name)
+
+    def update(self, say: Say) -> None:
+        """Read the suite's index, into a folder of the lab's own."""
+        tools.need(tools.DEBIAN, "getting kernel source from Debian")
+        for folder in ("lists/partial", "cache/archives/partial"):
+            (self._state / folder).mkdir(parents=True, exist_ok=True)
+        (self._state / "sources.list").write_text(self._line, encoding="utf-8")
+        (self._state / "status").touch()
+        say(f"reading the package index of Debian {self.name}")
+        _run(
+            ["apt-get", "-q", *apt_options(self._state), "update"],
+            f"reading the index of Debian {self.name}",
+        )
+
+    def package(self) -> Package:
+        """Return the newest kernel source package of the index."""
+        options = apt_options(self._state)
+        found = newest(
+            _run(["apt-cache", *options, "search", "--names-only", "^linux-source-"], "searching the index")
+        )
+        if found is None:
+            raise LabError(f"Debian {self.name} has no package linux-source-X.Y")
+        return parse_package(
+            _run(["apt-cache", *options, "show", "--no-all-versions", found], f"asking for {found}")
+        )
+
+    def download(self, package: Package, say: Say) -> Path:
+        """Return the package file, downloaded and verified; one that is there is not fetched again."""
+        folder = places.cache() / "downloads"
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / package.file
+        if target.is_file() and _sha256(target) == package.sha256:
+            say(f"{package.file} is there already, its checksum is right")
+            return target
+        megabytes = package.size >> 20
+        places.need_space(folder, megabytes + 64, f"downloading {package.file}")
+        say(f"downloading {package.file} ({megabytes} MiB)")
+        partial = folder / "partial"
+        partial.mkdir(exist_ok=True)
+        what = f"downloading {package.origin}"
+        _run(
+            [
+                "apt-get",
+                "-q",
+                *apt_options(self._state),
+                "download",
+                f"{package.name}={package.version}",
+            ],
+            what,
+            partial,
+        )
+        made = next(iter(partial.glob(f"{package.name}_*.deb")), None)
+        if made is None:
+            raise LabError(f"{what} left no file")
+        if _sha256(made) != package.sha256:
+            made.unlink()
+            raise LabError(f"{package.file} has the wrong SHA-256 after the download", "try again")
+        made.rename(target)
+        return target
+
+
+def unpack(deb: Path, package: Package, say: Say) -> Path:
+    """Return the kernel tree of the package *deb*; an unpacked one is used again."""
+    root = places.cache() / "trees"
+    tree = root / f"{package.name}_{package.version}"
+    if (tree / "Makefile").is_file():
+        return tree
+    places.need_space(root, _TREE_MIB, "unpacking and building the kernel")
+    say("unpacking the source")
+    work = root / f".{tree.name}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        _run(["dpkg-deb", "-x", str(deb), str(work)], f"unpacking {deb.name}")
+        archive = next(iter((work / "usr" / "src").glob("linux-source-*.tar.*")), None)
+        if archive is None:
+            raise LabError(f"{deb.name} holds no usr/src/linux-source-*.tar")
+        _run(["tar", "-xf", str(archive), "-C", str(work)], f"unpacking {archive.name}")
+        made = next((path.parent for path in work.glob("*/Makefile")), None)
+        if made is None:
+            raise LabError(f"{archive.name} holds no kernel tree")
+        made.rename(tree)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return tree

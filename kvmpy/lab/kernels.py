@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels in the cache: each a folder with bzImage, config and some facts, made by one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kvmpy.lab import places
+from kvmpy.lab.errors import LabError
+
+Say = Callable[[str], None]
+
+# Documentation/arch/x86/boot.rst
+_SIGNATURE_AT = 0x1FE
+_HEADER_AT = 0x202
+_VERSION_POINTER_AT = 0x20E
+_SETUP = 0x200
+_MIN_SIZE = 0x260
+_POLL = 0.5
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of the cache; ``config_hash`` is empty where the configuration is unknown."""
+
+    name: str
+    release: str
+    origin: str
+    sha256: str
+    config_hash: str
+    folder: Path
+
+    @property
+    def image(self) -> Path:
+        """The bzImage."""
+        return self.folder / "bzImage"
+
+
+def image_release(image: Path) -> str:
+    """Return the release in a bzImage's header; LabError when *image* is no bzImage."""
+    try:
+        with image.open("rb") as stream:
+            head = stream.read(1 << 16)
+    except OSError as error:
+        raise LabError(f"{image} cannot be read: {error.strerror}") from error
+    if (
+        len(head) < _MIN_SIZE
+        or head[_SIGNATURE_AT : _SIGNATURE_AT + 2] != b"\x55\xaa"
+        or head[_HEADER_AT : _HEADER_AT + 4] != b"HdrS"
+    ):
+        hint = "pass arch/x86/boot/bzImage of the build folder"
+        if head[:4] == b"\x7fELF":
+            hint = f"it is an ELF file such as vmlinux: {hint}"
+        raise LabError(f"{image} is no bzImage: it has no x86 boot header", hint)
+    (pointer,) = struct.unpack_from("<H", head, _VERSION_POINTER_AT)
+    text = head[pointer + _SETUP :].partition(b"\0")[0].decode("ascii", "replace") if pointer else ""
+    return text.split()[0] if text.split() else "unknown"
+
+
+def _folder() -> Path:
+    return places.cache() / "kernels"
+
+
+def _load(folder: Path) -> Kernel | None:
+    try:
+        facts = json.loads((folder / "kernel.json").read_text(encoding="utf-8"))
+        return Kernel(folder=folder, **facts)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _age_order(kernel: Kernel) -> tuple[list[int], float]:
+    numbers = [int(part) for part in re.findall(r"\d+", kernel.release)[:3]]
+    return numbers, (kernel.folder / "kernel.json").stat().st_mtime
+
+
+def cached() -> list[Kernel]:
+    """Return the kernels of the cache, the newest release first."""
+    try:
+        folders = [path for path in _folder().iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return []
+    found = [kernel for kernel in map(_load, folders) if kernel is not None and kernel.image.is_file()]
+    return sorted(found, key=_age_order, reverse=True)
+
+
+def _matches(kernel: Kernel, wanted: str) -> bool:
+    if kernel.name == wanted or kernel.release == wanted:
+        return True
+    return kernel.release.startswith(wanted) and not kernel.release[len(wanted)].isdigit()
+
+
+def find(wanted: str | None = None) -> Kernel:
+    """Return the cached kernel of name or release *wanted* (``7.2``: the newest 7.2.x), or the newest.
+
+    A path to a bzImage gives a kernel that is not in the cache. LabError when there is none.
+    """
+    if wanted is not None and ("/" in wanted or Path(wanted).is_file()):
+        image = Path(wanted).absolute()
+        release = image_release(image)
+        digest = hashlib.sha256(image.read_bytes()).hexdigest()
+        return _Loose(str(image), release, f"file {image}", digest, "", image.parent)
+    everything = cached()
+    if not everything:
+        raise LabError("there is no lab kernel", "build one: kvmpy lab build (about 7 minutes on two cores)")
+    if wanted is None:
+        return everything[0]
+    for kernel in everything:
+        if _matches(kernel, wanted):
+            return kernel
+    known = ", ".join(kernel.name for kernel in everything)
+    raise LabError(f"there is no lab kernel {wanted}", f"there are: {known}; or build it: kvmpy lab build")
+
+
+class _Loose(Kernel):
+    """A bzImage outside of the cache; its name is its path."""
+
+    @property
+    def image(self) -> Path:
+        return Path(self.name)
+
+
+def register(image: Path, origin: str, config: Path | None = None) -> Kernel:
+    """Copy the bzImage *image* into the cache and return its entry; one that is there already is replaced."""
+    release = image_release(image)
+    data = image.read_bytes()
+    text = config.read_bytes() if config is not None else b""
+    digest = hashlib.sha256(data).hexdigest()
+    config_hash = hashlib.sha256(text).hexdigest()[:8] if text else ""
+    name = f"{release}-{config_hash or digest[:8]}"
+    root = _folder()
+    places.need_space(root, (len(data) >> 20) + 16, "keeping the kernel")
+    root.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+    try:
+        made.chmod(0o755)
+        (made / "bzImage").write_bytes(data)
+        if text:
+            (made / "config").write_bytes(text)
+        facts = asdict(Kernel(name, release, origin, digest, config_hash, made))
+        del facts["folder"]
+        (made / "kernel.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        target = root / name
+        with contextlib.suppress(FileNotFoundError):
+            _put_aside(target)
+        made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    kernel = _load(target)
+    if kernel is None:
+        raise LabError(f"{target} was removed while it was made")
+    return kernel
+
+
+def _put_aside(folder: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+    try:
+        folder.rename(aside / "kernel")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove(kernel: Kernel) -> None:
+    """Remove *kernel* from the cache."""
+    with contextlib.suppress(FileNotFoundError):
+        _put_aside(kernel.folder)
+
+
+@contextlib.contextmanager
+def build_lock(say: Say, patience: float = 3600.0) -> Iterator[bool]:
+    """Hold the lock that keeps two builds apart; yields whether it had to be waited for.
+
+    LabError when another build holds it for longer than *patience* seconds.
+    """
+    path = places.cache() / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as stream:
+        waited = False
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    stream.seek(0)
+                    say(f"another lab build is running (pid {stream.read().strip() or 'unknown'}): waiting")
+                    waited = True
+            if time.monotonic() > end:
+                raise LabError(f"another lab build has held {path} for {patience:.0f} s")
+            time.sleep(_POLL)
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        yield waited

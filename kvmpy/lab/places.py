@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the lab keeps things: the cache of this user, and the files that come with kvmpy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import kvmpy
+from kvmpy.lab.errors import LabError
+
+MIB = 1 << 20
+
+
+def cache() -> Path:
+    """Return the lab's cache folder, ``$XDG_CACHE_HOME/kvmpy/lab``; it need not exist."""
+    text = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(text) if text and Path(text).is_absolute() else Path("~/.cache").expanduser()
+    return base / "kvmpy" / "lab"
+
+
+def files() -> Path:
+    """Return the folder with the lab's own files: inside the installed package, or the checkout's."""
+    package = Path(kvmpy.__file__).resolve().parent
+    for folder in (package / "lab" / "files", package.parent / "ci" / "lab"):
+        if folder.is_dir():
+            return folder
+    raise LabError("this kvmpy has no lab files: neither in the package nor in ci/lab beside it")
+
+
+def fragment() -> Path:
+    """Return the file with the kernel options that a lab kernel has."""
+    return files() / "kernel.config"
+
+
+def need_space(folder: Path, megabytes: int, purpose: str) -> None:
+    """Raise LabError when the file system of *folder* has less than *megabytes* MiB free."""
+    at = folder
+    while not at.exists():
+        at = at.parent
+    free = shutil.disk_usage(at).free // MIB
+    if free < megabytes:
+        raise LabError(
+            f"{purpose} needs {megabytes} MiB, {at} has {free} MiB free",
+            "free some, or set XDG_CACHE_HOME to a folder on a larger disk (`kvmpy lab rm --all` empties the "
+            "lab's cache)",
+        )

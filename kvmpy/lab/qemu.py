@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One boot of a lab kernel: QEMU's command line, the process, and what comes out of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmpy.lab import places, tools
+from kvmpy.lab.errors import LabError
+from kvmpy.lab.kernels import Kernel
+from kvmpy.lab.process import dies_with_parent, end_group
+
+_ROOT_FLAGS = "trans=virtio,version=9p2000.L,msize=524288,cache=loose"
+_CPU = {"tcg": "EPYC,+svm,+npt", "kvm": "host"}
+_ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
+_TROUBLE = re.compile(
+    r"Kernel panic|\bBUG: |\bOops\b|\bWARNING: |general protection fault|\bKASAN: |\bUBSAN: |\bKMSAN: "
+    r"|INFO: possible |INFO: suspicious |possible circular locking|self-detected stall|blocked for more than"
+)
+EXCERPT_LINES = 60
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is booted; ``memory`` is in MiB, ``accel`` is ``tcg`` or ``kvm``."""
+
+    kernel: Kernel
+    cpus: int = 2
+    memory: int = 4096
+    accel: str = "tcg"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What runs inside: a command, its environment, and the folders it needs besides the root."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    folder: Path
+    keep: Sequence[Path] = ()
+    programs: Path | None = None
+    shell: bool = False
+
+    def text(self) -> str:
+        """Return the file that the init script reads."""
+        values = {
+            **self.environment,
+            "KVMPY_LAB_FOLDER": str(self.folder),
+            "KVMPY_LAB_KEEP": " ".join(str(path) for path in self.keep),
+            "KVMPY_LAB_PROGRAMS": str(self.programs or ""),
+            "KVMPY_LAB_SHELL": "1" if self.shell else "",
+        }
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+        return "\n".join([*lines, f"set -- {shlex.join(self.command)}"]) + "\n"
+
+
+def nested_works(modules: Path = Path("/sys/module")) -> bool:
+    """Whether this host's KVM says that its guests can have a KVM of their own."""
+    for module in ("kvm_amd", "kvm_intel"):
+        try:
+            value = (modules / module / "parameters" / "nested").read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        return value in ("1", "Y")
+    return False
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace(",", ",,")
+
+
+def command_line(options: Options, folder: Path, *, interactive: bool = False) -> list[str]:
+    """Return the command that boots; *folder* holds the job, and gets console, journal and output."""
+    init = places.files() / "init.sh"
+    if '"' in str(init):
+        raise LabError(f"{init}: the kernel cannot be told a path with a quotation mark")
+    append = (
+        f'console=ttyS0 root=/dev/root rootfstype=9p rootflags={_ROOT_FLAGS} ro init="{init}" '
+        "panic=-1 oops=panic loglevel=5"
+    )
+    command = [tools.QEMU, "-M", "q35", "-accel", _ACCEL[options.accel], "-cpu", _CPU[options.accel]]
+    command += ["-smp", str(options.cpus), "-m", f"{options.memory}M", "-no-reboot", "-display", "none"]
+    command += ["-nodefaults", "-no-user-config", "-kernel", str(options.kernel.image), "-append", append]
+    for tag, path in (("/dev/root", Path("/")), ("kvmpyjob", folder / "job")):
+        name = tag.rpartition("/")[2]
+        shared = f"path={_escaped(path)},security_model=none,readonly=on,multidevs=remap"
+        command += ["-fsdev", f"local,id={name},{shared}"]
+        command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={tag}"]
+    if interactive:
+        # Ctrl-C goes to the shell inside.
+        return [*command, "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
+    command += ["-serial", f"file:{folder / 'console'}", "-device", "virtio-serial-pci"]
+    for name in ("journal", "output"):
+        command += ["-chardev", f"file,id={name},path={_escaped(folder / name)}"]
+        command += ["-device", f"virtserialport,chardev={name},name=kvmpy.{name}"]
+    return command
+
+
+def prepare(folder: Path, job: Job) -> None:
+    """Write the job into *folder* for a boot, and remove what an earlier boot left."""
+    (folder / "job").mkdir(parents=True, exist_ok=True)
+    (folder / "job" / "job.env").write_text(job.text(), encoding="utf-8")
+    for name in ("console", "journal", "output", "qemu"):
+        (folder / name).write_bytes(b"")
+
+
+def excerpt(console: str) -> str:
+    """Return what the console says about the trouble it shows: from its first line on, or the last lines."""
+    lines = [line.rstrip() for line in console.splitlines() if line.strip()]
+    for at, line in enumerate(lines):
+        if _TROUBLE.search(line):
+            return "\n".join(lines[at : at + EXCERPT_LINES])
+    return "\n".join(lines[-EXCERPT_LINES // 3 :])
+
+
+class Machine:
+    """A running QEMU. A context manager: leaving it ends the process."""
+
+    def __init__(self, options: Options, folder: Path) -> None:
+        self._folder = folder
+        self._read = 0
+        self._errors = (folder / "qemu").open("wb")
+        try:
+            self._process = subprocess.Popen(
+                command_line(options, folder),
+                stdin=subprocess.DEVNULL,
+                stdout=self._errors,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there
+            )
+        except OSError as error:
+            self._errors.close()
+            tools.need(tools.RUN, "the lab")
+            raise LabError(f"{tools.QEMU} cannot be started: {error}") from error
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def status(self) -> int | None:
+        """QEMU's exit status, None while it runs."""
+        return self._process.poll()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for QEMU's end; whether it came within *seconds*."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """End QEMU, if it still runs."""
+        if self._process.poll() is None:
+            end_group(self._process)
+        self._errors.close()
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the journal's events since the last call."""
+        with (self._folder / "journal").open("rb") as stream:
+            stream.seek(self._read)
+            data = stream.read()
+        whole = data.rfind(b"\n") + 1
+        self._read += whole
+        found = []
+        for line in data[:whole].splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # half a line of a process that died
+            if isinstance(event, dict) and "event" in event:
+                found.append(event)
+        return found
+
+    def _text(self, name: str) -> str:
+        return (self._folder / name).read_text(encoding="utf-8", errors="replace")
+
+    def console(self) -> str:
+        """Return what the kernel has printed."""
+        return self._text("console")
+
+    def output(self) -> str:
+        """Return what the command inside has printed."""
+        return self._text("output")
+
+    def complaints(self) -> str:
+        """Return what QEMU itself has printed."""
+        return self._text("qemu").strip()
+
+    def trouble(self) -> str:
+        """Return the first line of the console that tells of a panic, oops or warning; empty without one."""
+        for line in self.console().splitlines():
+            if _TROUBLE.search(line):
+                return line.strip()
+        return ""
