@@ -23,15 +23,23 @@ LEVELS = (4, 3, 2, 1)
 BOTH = ACCESSED | DIRTY
 
 
-def clear(prober: Prober, gva: Gva = GVA, levels: tuple[int, ...] = LEVELS) -> None:
-    """Clear both flags in every entry of the translation, and flush it."""
+def flags(prober: Prober, gva: Gva = GVA, levels: tuple[int, ...] = LEVELS) -> list[int]:
+    return [prober.entry(gva, level).value & BOTH for level in levels]
+
+
+def use_and_clear(
+    prober: Prober, gva: Gva = GVA, levels: tuple[int, ...] = LEVELS, *, write: bool = True
+) -> None:
+    """Let the flags be set by an access, then clear them in every entry of the translation and flush it."""
+    content = prober.read(gva)
+    assert isinstance(content, int)
+    if write:
+        assert prober.write(gva, content) is None
+    assert all(flags(prober, gva, levels))
     for level in levels:
         prober.change_entry(gva, level, clear=BOTH)
     prober.invlpg(gva)
-
-
-def flags(prober: Prober, gva: Gva = GVA, levels: tuple[int, ...] = LEVELS) -> list[int]:
-    return [prober.entry(gva, level).value & BOTH for level in levels]
+    assert not any(flags(prober, gva, levels))
 
 
 def test_nothing_touched_nothing_set(prober: Prober) -> None:
@@ -41,10 +49,10 @@ def test_nothing_touched_nothing_set(prober: Prober) -> None:
     """
     prober.page(GVA, MARK)
     prober.page(GVA + PAGE_SIZE, MARK)
-    clear(prober)
-    clear(prober, GVA + PAGE_SIZE, (1,))
-    assert flags(prober) == [0, 0, 0, 0]
+    use_and_clear(prober, GVA + PAGE_SIZE)
+    assert flags(prober, levels=(1,)) == [0]
     assert prober.read(GVA) == MARK
+    assert flags(prober) == [ACCESSED] * 4
     assert flags(prober, GVA + PAGE_SIZE, (1,)) == [0]
 
 
@@ -54,7 +62,7 @@ def test_a_read_marks_every_entry_as_accessed(prober: Prober) -> None:
     Intel SDM volume 3, 4.8.
     """
     prober.page(GVA, MARK)
-    clear(prober)
+    use_and_clear(prober)
     assert prober.read(GVA) == MARK
     assert flags(prober) == [ACCESSED] * 4
 
@@ -65,7 +73,7 @@ def test_a_write_marks_the_page_as_dirty(prober: Prober) -> None:
     Intel SDM volume 3, 4.8: the dirty flag belongs to the entry "that identifies the final physical address".
     """
     prober.page(GVA, MARK)
-    clear(prober)
+    use_and_clear(prober)
     assert prober.write(GVA, 1) is None
     assert flags(prober) == [ACCESSED, ACCESSED, ACCESSED, BOTH]
 
@@ -76,7 +84,7 @@ def test_a_write_after_a_read_marks_the_page_as_dirty(prober: Prober) -> None:
     Intel SDM volume 3, 4.8.
     """
     prober.page(GVA, MARK)
-    clear(prober)
+    use_and_clear(prober)
     assert prober.read(GVA) == MARK
     assert flags(prober, levels=(1,)) == [ACCESSED]
     assert prober.write(GVA, 1) is None
@@ -89,7 +97,7 @@ def test_a_fetch_marks_the_page_as_accessed(prober: Prober) -> None:
     Intel SDM volume 3, 4.8.
     """
     prober.page(GVA, CODE)
-    clear(prober)
+    use_and_clear(prober)
     assert prober.fetch(GVA) == MARK
     assert flags(prober) == [ACCESSED] * 4
 
@@ -101,7 +109,7 @@ def test_a_large_page_has_flags_of_its_own(prober: Prober) -> None:
     """
     gva = prober.vm.alloc(SIZE_2M, gva=GVA, page_size=SIZE_2M, user=True)
     levels = (4, 3, 2)
-    clear(prober, gva, levels)
+    use_and_clear(prober, gva, levels)
     assert prober.read(gva + 300 * PAGE_SIZE) == 0
     assert flags(prober, gva, levels) == [ACCESSED] * 3
     assert prober.write(gva + 17 * PAGE_SIZE, 1) is None
@@ -115,8 +123,7 @@ def test_flags_are_set_again_after_they_were_cleared(prober: Prober) -> None:
     """
     prober.page(GVA, MARK)
     for turn in range(4):
-        clear(prober)
-        assert flags(prober) == [0, 0, 0, 0]
+        use_and_clear(prober)
         assert prober.read(GVA) == (turn or MARK)
         assert flags(prober, levels=(1,)) == [ACCESSED]
         assert prober.write(GVA, turn + 1) is None
@@ -129,7 +136,7 @@ def test_a_refused_write_does_not_make_a_page_dirty(prober: Prober, page_fault: 
     Intel SDM volume 3, 4.8: "Whenever there is a write to a linear address".
     """
     prober.page(GVA, MARK, writable=False)
-    clear(prober)
+    use_and_clear(prober, write=False)
     u = PfErr.U if prober.ring else 0
     assert prober.write(GVA, 1) == page_fault(PfErr.P | PfErr.W | u, GVA)
     assert flags(prober, levels=(1,))[0] & DIRTY == 0
@@ -144,7 +151,7 @@ def test_another_vcpu_sets_them_too(make_prober: MakeProber, ring: int) -> None:
     second = first.on_vcpu(1)
     first.page(GVA, MARK)
     assert second.read(GVA) == MARK
-    clear(first)
+    use_and_clear(first)
     second.invlpg(GVA)
     assert first.read(GVA) == MARK
     assert flags(first, levels=(1,)) == [ACCESSED]

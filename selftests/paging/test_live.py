@@ -154,6 +154,7 @@ def test_a_large_page_that_is_split(prober: Prober, page_fault: PageFault, u: in
     for part in parts:
         assert prober.write(gva + part * PAGE_SIZE, MARK + part) is None
     prober.edit(lambda: vm.pages.split(gva), gva)
+    assert vm.pages.walk(gva).page_size == PAGE_SIZE
     prober.invlpg(gva)
     assert [prober.read(gva + part * PAGE_SIZE) for part in parts] == [MARK + part for part in parts]
     part_77 = gva + 77 * PAGE_SIZE
