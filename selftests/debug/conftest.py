@@ -13,6 +13,9 @@ from kvmpy.guest.ucall import Ucall
 from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
+from kvmpy.testing.gate import refuse
+from kvmpy.testing.host import platform_name
+from kvmpy.testing.verdicts import Missing
 
 # RAX counts: 1 at ring_b, 2 at ring_write, 3 at ring_read and at the end.
 GUEST = """
@@ -115,6 +118,17 @@ class Line:
 
 
 LineMaker = Callable[..., Line]
+
+
+@pytest.fixture
+def debug_registers(request: pytest.FixtureRequest) -> None:
+    """Skip where a guest's debug registers are not the CPU's: what is armed there may hit another guest."""
+    if platform_name() != "host":
+        what, how = (
+            "debug registers for guests",
+            "a CPU that virtualises: QEMU alone does not load them at VMRUN",
+        )
+        refuse(request.node, [Missing(what, how, ("debug-registers",))])
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_int3_handed_on(line: LineMaker, ring: str) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.usefixtures("debug_registers")
 @rings
 @pytest.mark.parametrize("slot", [0, 1, 2, 3])
 def test_hardware_breakpoint(line: LineMaker, ring: str, slot: int) -> None:
@@ -102,6 +103,7 @@ def test_hardware_breakpoint(line: LineMaker, ring: str, slot: int) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.usefixtures("debug_registers")
 def test_several_hardware_breakpoints(line: LineMaker) -> None:
     """Each of several breakpoints exits when the guest comes to it, in the order of the code.
 
@@ -122,6 +124,7 @@ def test_several_hardware_breakpoints(line: LineMaker) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.usefixtures("debug_registers")
 @rings
 def test_resume_flag(line: LineMaker, ring: str) -> None:
     """With RFLAGS.RF set the instruction under a breakpoint runs once, and the breakpoint stays.
@@ -150,6 +153,7 @@ def test_hardware_breakpoint_needs_its_enable_bit(line: LineMaker) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.usefixtures("debug_registers")
 @pytest.mark.parametrize("keep", [0, int(KVM_GUESTDBG_USE_HW_BP)], ids=["zero", "without-enable"])
 def test_switched_off(line: LineMaker, keep: int) -> None:
     """Without KVM_GUESTDBG_ENABLE breakpoints do not exit any more, whatever other bits are given.

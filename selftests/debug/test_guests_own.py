@@ -136,6 +136,7 @@ def start(make_vm: MakeVm, entry: str) -> tuple[GuestVm, GuestVcpu]:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.usefixtures("debug_registers")
 def test_exceptions_stay_with_the_guest(make_vm: MakeVm) -> None:
     """While a debugger watches, faults of the guest reach its handlers with their error codes and CR2.
 
@@ -147,6 +148,7 @@ def test_exceptions_stay_with_the_guest(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.usefixtures("debug_registers")
 def test_own_breakpoint(make_vm: MakeVm) -> None:
     """With no debugger outside, the guest's own breakpoint gives it #DB before the instruction.
 
@@ -158,6 +160,7 @@ def test_own_breakpoint(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.usefixtures("debug_registers")
 def test_own_breakpoint_waits(make_vm: MakeVm) -> None:
     """Breakpoints from outside take the place of the guest's, which are kept and come back afterwards.
 
