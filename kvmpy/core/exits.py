@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from kvmpy.uapi import ffi
-from kvmpy.uapi.constants import ExitReason
+from kvmpy.uapi.constants import ExitReason, InternalError
 
 CData = Any  # a cffi pointer to struct kvm_run; cdata has no static type
 
@@ -200,6 +200,12 @@ class InternalErrorExit(Exit):
     suberror: int
     data: tuple[int, ...]
     instruction: bytes = b""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name of *suberror*, such as ``KVM_INTERNAL_ERROR_EMULATION``."""
+        known = (error.name for error in InternalError if error == self.suberror)
+        return next(known, f"KVM_INTERNAL_ERROR {self.suberror}")
 
     @classmethod
     def read(cls, run: CData, errno: int) -> Exit:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmpy.core.address import PAGE_SIZE, Gva
-from kvmpy.core.errors import PrivateMemoryError
+from kvmpy.core.errors import KvmError, PrivateMemoryError, errno_name
 from kvmpy.guest import ucall
 from kvmpy.guest.disasm import disassemble
-from kvmpy.uapi.constants import ExitReason
+from kvmpy.uapi.constants import ExitReason, MpState
 from kvmpy.x86 import registers
 from kvmpy.x86.paging_errors import TableAccessError
 
@@ -29,6 +29,8 @@ MAX_FRAMES = 32
 CODE_BYTES_AFTER = 32
 TRAIL_OF_OTHERS = 64
 MAX_STACK = 1 << 20
+_RFLAGS_IF = 1 << 9
+_PROLOGUE = b"\x55\x48\x89\xe5"  # push rbp; mov rbp, rsp
 
 # Where a GuestExceptionError's ucall keeps what the handler saved: see ucall EXCEPTION.
 _EXCEPTION_RIP, _EXCEPTION_RSP, _EXCEPTION_CR2, _EXCEPTION_RBP = 2, 3, 4, 7
@@ -70,7 +72,7 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
             body = [f"not available: {type(error).__name__}: {error}"]
         lines.extend("  " + line for line in body)
 
-    lines.append(f"=== post-mortem of {vcpu.name}: {cause.splitlines()[0]}")
+    lines.append(f"=== post-mortem of {vcpu.name}: {cause.splitlines()[0].removeprefix(f'{vcpu.name}: ')}")
     section("vm", lambda: _about(vm))
     state: list[tuple[kvm_regs, kvm_sregs]] = []
     section("registers", lambda: _registers(vm, vcpu, state))
@@ -114,6 +116,19 @@ def _registers(vm: GuestVm, vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sre
     state.append((regs, sregs))
     yield from registers.format_regs(regs).splitlines()
     yield from registers.format_sregs(sregs).splitlines()
+    yield from _mp_state(vcpu, regs)
+
+
+def _mp_state(vcpu: GuestVcpu, regs: kvm_regs) -> Iterator[str]:
+    # A vCPU that waits looks like one that loops: it, too, ends at its deadline.
+    try:
+        state = vcpu.get_mp_state()
+    except KvmError as error:
+        yield f"mp state not available: {errno_name(error.errno or 0)}"
+        return
+    name = next((known.name for known in MpState if known == state), str(state))
+    masked = state == MpState.KVM_MP_STATE_HALTED and not regs.rflags & _RFLAGS_IF
+    yield f"mp state {name}{', interrupts off: no interrupt wakes it' if masked else ''}"
 
 
 def _place(state: list[tuple[kvm_regs, kvm_sregs]], call: Ucall | None) -> _Place | None:
@@ -174,7 +189,26 @@ def _code(vm: GuestVm, place: _Place) -> Iterator[str]:
         yield f"{'=>' if number == here else '  '} {address:#x}: {text}"
 
 
+def _frameless_caller(vm: GuestVm, place: _Place) -> int | None:
+    # gcc gives a small leaf function no frame, and before its prologue no function has one.
+    function = vm.program.function(Gva(place.rip))
+    if place.called or function is None or function[0].endswith(".cold"):
+        return None
+    head = _code_bytes(vm, place.rip - function[1], place.rip)
+    if _PROLOGUE in head:
+        return None
+    at = place.rsp + (8 if head.endswith(_PROLOGUE[:1]) else 0)
+    try:
+        back = int.from_bytes(vm.read(Gva(at), 8), "little")
+    except ValueError:
+        return None
+    return back if vm.program.function(Gva(back - 1)) else None
+
+
 def _frames(vm: GuestVm, place: _Place) -> Iterator[int]:
+    caller = _frameless_caller(vm, place)
+    if caller is not None:
+        yield caller
     frame, last = place.rbp, place.rsp
     for _ in range(MAX_FRAMES):
         # A frame pointer that does not move up the stack, or leaves it, ends the chain.
@@ -215,7 +249,7 @@ def _trail(vcpu: GuestVcpu) -> Iterator[str]:
         except ValueError:
             name = f"exit {reason}"
         if command >= 0:
-            yield f"ucall {ucall.command_name(command)} {' '.join(f'{word:#x}' for word in data[:4])}"
+            yield " ".join(["ucall", ucall.command_name(command), *(f"{word:#x}" for word in data)])
         elif reason == ExitReason.KVM_EXIT_IO:
             way = "out" if data[1] & 1 else "in"
             yield f"{name} {way} port {data[0]:#x} size {data[1] >> 8} count {data[2]} data {data[3]:#x}"

@@ -20,7 +20,8 @@ INSTALL = "apt install gcc binutils (dnf install gcc binutils, pacman -S gcc bin
 TIMEOUT = 120.0
 
 # What the guest may count on: no stack below RSP, no vector registers, no code that needs a loader. Aligned
-# jump targets would put NOPs on paths that some hosts emulate one instruction at a time.
+# jump targets would put NOPs on paths that some hosts emulate one instruction at a time. A function that ends
+# with a jump to another would be missing in backtraces.
 FLAGS = (
     "-std=gnu11",
     "-O2",
@@ -32,6 +33,7 @@ FLAGS = (
     "-mno-red-zone",
     "-mgeneral-regs-only",
     "-fno-omit-frame-pointer",
+    "-fno-optimize-sibling-calls",
     "-fno-stack-protector",
     "-fno-stack-clash-protection",
     "-fcf-protection=none",

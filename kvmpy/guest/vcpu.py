@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvmpy.core.address import Gpa, Gva
 from kvmpy.core.errors import KvmError
-from kvmpy.core.exits import Exit, IoExit, ShutdownExit, read_exit
+from kvmpy.core.exits import Exit, InternalErrorExit, IoExit, ShutdownExit, read_exit
 from kvmpy.core.vcpu import (
     RUN_DEADLINE,
     RUN_EINTR,
@@ -146,6 +146,8 @@ class GuestVcpu(Vcpu):
         message = f"{self.name}: expected {wanted}, got {got!r}"
         if isinstance(got, ShutdownExit):
             message += " (triple fault)"
+        elif isinstance(got, InternalErrorExit):
+            message += f" ({got.name})"
         return UnexpectedExitError(
             message, self.vm.postmortem(self, message, got if isinstance(got, Ucall) else None), got
         )
@@ -218,15 +220,19 @@ class GuestVcpu(Vcpu):
         raise self.unexpected(got, "a kick")
 
     def trail(self) -> list[tuple[int, int, tuple[int, ...]]]:
-        """Return the last 16 exits, oldest first: exit reason, ucall command (-1 for none), data words."""
+        """Return the last 16 exits, oldest first: exit reason, ucall command (-1 for none), data words (of a
+        ucall: its arguments).
+        """
         native = self._native
         if native is None:
             return []
         entries = []
         for number in range(max(0, native.trail_next - 16), native.trail_next):
             entry = native.trail[number % 16]
-            command = entry.what & 0xFFFF if entry.what else -1
-            entries.append((int(entry.exit_reason), command, tuple(entry.data)))
+            command, data = -1, tuple(entry.data)
+            if entry.what:
+                command, data = entry.what & 0xFFFF, data[: entry.what >> layout.UCALL_NARGS_SHIFT & 0xFF]
+            entries.append((int(entry.exit_reason), command, data))
         return entries
 
     def close(self) -> None:

@@ -72,6 +72,31 @@ void guest_main(void)
 """
 
 
+# The last call of a function, and a function that needs no stack.
+SMALL = """
+#include <kvmpy/guest.h>
+
+static __attribute__((noinline, noclone)) void poke(volatile u64 *p)
+{
+	*p = 1;
+}
+
+void guest_main(void)
+{
+	poke((u64 *)0x123456789000);
+}
+"""
+
+HALTED = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	asm volatile("cli; hlt");
+}
+"""
+
+
 def failure(vm: GuestVm, timeout: float | None = None) -> GuestError:
     vm.launch()
     with pytest.raises(GuestError) as caught:
@@ -101,7 +126,7 @@ def test_assertion(make_vm: MakeVm) -> None:
         assert trace is not None
         frames = [line.split()[2].split("+")[0].split(".")[0] for line in trace.group(1).splitlines()]
         assert frames == ["inner", "guest_main", "_start"]
-    assert "ucall SYNC 0x11 0x22" in error.postmortem
+    assert "ucall SYNC 0x11 0x22\n  ucall PRINTF\n" in error.postmortem
     assert "ucall ABORT 0x3 0x4" in error.postmortem
     assert "the last words" in error.postmortem
 
@@ -163,6 +188,7 @@ def test_internal_error(make_vm: MakeVm) -> None:
     assert isinstance(error, UnexpectedExitError)
     assert isinstance(error.got, InternalErrorExit)
     assert error.got.suberror == 1
+    assert "(KVM_INTERNAL_ERROR_EMULATION)" in error.message
     assert "no code is mapped here" in error.postmortem
 
 
@@ -172,3 +198,25 @@ def test_hidden_is_said_to_be_hidden(make_vm: MakeVm) -> None:
     assert isinstance(error, GuestExceptionError)
     assert "hidden: the page table at gpa" in error.postmortem
     assert "=== post-mortem" in error.postmortem
+
+
+@pytest.mark.protections("all")
+def test_backtrace_of_small_functions(make_vm: MakeVm) -> None:
+    """A function without locals and the function whose last statement calls it are both in the backtrace."""
+    vm = make_vm(SMALL)
+    if not vm.protection.traits.host_sees_private:
+        pytest.skip("needs a protection under which the host sees the guest's stack")
+    trace = re.search(r"--- backtrace\n(.*?)---", failure(vm).postmortem, re.DOTALL)
+    assert trace is not None
+    frames = [line.split()[2].split("+")[0] for line in trace.group(1).splitlines()]
+    assert frames == ["poke", "guest_main", "_start"]
+
+
+@pytest.mark.protections("all")
+def test_halted_with_interrupts_off(make_vm: MakeVm) -> None:
+    """A vCPU that waits for an interrupt it cannot take is told apart from one that loops."""
+    vm = make_vm(HALTED)
+    if not vm.protection.traits.can_read_registers:
+        pytest.skip("needs a protection under which the host reads registers")
+    postmortem = failure(vm, timeout=0.5).postmortem
+    assert "mp state KVM_MP_STATE_HALTED, interrupts off: no interrupt wakes it" in postmortem
