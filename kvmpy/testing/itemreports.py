@@ -10,6 +10,8 @@ import inspect
 import re
 import sys
 from collections.abc import Generator, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
 from kvmpy.testing.verdicts import Missing, suite_id
 
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
 # Names inside a MissingError's text by which KVMPY_REQUIRE can insist.
 _NAMED = re.compile(r"(KVM_CAP_\w+)|protection ([\w-]+)")
 
@@ -34,6 +37,22 @@ def named_on_command_line(item: pytest.Item) -> bool:
         if separator and path.endswith(file.lstrip("./")) and (tail == name or tail.startswith(f"{name}[")):
             return True
     return False
+
+
+def _is_own(path: str) -> bool:
+    return path.startswith(f"{_PACKAGE}/") and not path.startswith(f"{_PACKAGE}/selftests/")
+
+
+def _without_own_frames(error: BaseException) -> BaseException:
+    entries, entry = [], error.__traceback__
+    while entry is not None:
+        entries.append(entry)
+        entry = entry.tb_next
+    rest: TracebackType | None = None
+    for entry in reversed(entries):
+        if not _is_own(entry.tb_frame.f_code.co_filename):
+            rest = TracebackType(rest, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return error.with_traceback(rest)
 
 
 def missing_of(error: BaseException) -> Missing | None:
@@ -141,6 +160,7 @@ class ItemReports:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Attach promise, protection, missing things and post-mortem to the report; apply the errata."""
+        self._hide_own_frames(item, call)
         report = yield
         data: dict[str, Any] = {"promise": promise_of(item), "protection": protections.of_item(item)}
         if report.failed:
@@ -156,6 +176,14 @@ class ItemReports:
             data["rss"] = item.stash[RSS]
         report.__dict__["kvmpy"] = data
         return report
+
+    def _hide_own_frames(self, item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+        # kvmpy's errors say what is wrong in words: its source would stand between them and the test's line.
+        info = call.excinfo
+        if info is None or call.when != "call" or item.config.getoption("fulltrace"):
+            return
+        if type(info.value).__module__.startswith("kvmpy."):
+            call.excinfo = pytest.ExceptionInfo.from_exception(_without_own_frames(info.value))
 
     def _postmortem(
         self,

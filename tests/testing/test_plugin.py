@@ -390,3 +390,18 @@ def test_required_names_are_case_insensitive_and_trimmed() -> None:
 def test_a_reason_names_every_missing_thing() -> None:
     text = reason_for([Missing("a", "get a", ("x",)), Missing("b", "", ("y",))])
     assert text == "needs a: get a; needs b [KVMPY_REQUIRE=x makes this a failure]"
+
+
+def test_an_error_of_kvmpy_points_at_the_test(suite: Suite) -> None:
+    source = "from kvmpy.guest import GuestProgram\n\ndef test_image():\n    GuestProgram.from_elf(b'no')\n"
+    suite.add("test_a.py", source)
+    outcome = suite.run()
+    details = outcome.test("test_image")["details"]
+    assert "test_a.py:4: GuestImageError" in details
+    assert "symbols.py" not in details
+
+
+def test_an_error_inside_kvmpy_keeps_its_frames(suite: Suite) -> None:
+    source = "from kvmpy.core.address import Gpa\n\ndef test_gpa():\n    Gpa(-1)\n"
+    suite.add("test_a.py", source)
+    assert "address.py" in suite.run().test("test_gpa")["details"]
