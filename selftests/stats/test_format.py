@@ -66,7 +66,7 @@ class Statistics:
         self.step = DESCRIPTOR.size + self.name_size
         raw = self.read(self.desc_offset, self.step * self.num_desc)
         self.descriptors = [
-            Raw(*DESCRIPTOR.unpack_from(raw, at), raw[at + DESCRIPTOR.size : at + self.step])
+            Raw(*DESCRIPTOR.unpack_from(raw, at), raw[at + DESCRIPTOR.size : at + self.step])  # type: ignore[call-arg]
             for at in range(0, len(raw), self.step)
         ]
 
