@@ -19,7 +19,7 @@ CData = Any  # a cffi pointer to struct kvm_run; cdata has no static type
 
 @dataclass(frozen=True)
 class Exit:
-    """An exit to user space; ``errno`` is that of KVM_RUN (0 where it succeeded, EFAULT for memory faults)."""
+    """An exit to user space; ``errno`` is that of KVM_RUN (0 where it succeeded, EFAULT for memory fault)."""
 
     reason: ClassVar[ExitReason]
     run: CData = field(repr=False, compare=False, kw_only=True, default=None)
@@ -333,7 +333,7 @@ class NotifyExit(Exit):
 
 @dataclass(frozen=True)
 class MemoryFaultExit(Exit):
-    """KVM_EXIT_MEMORY_FAULT: an access that KVM could not resolve; KVM_RUN failed with EFAULT or EHWPOISON."""
+    """KVM_EXIT_MEMORY_FAULT: an access that KVM cannot resolve; KVM_RUN failed with EFAULT or EHWPOISON."""
 
     reason = ExitReason.KVM_EXIT_MEMORY_FAULT
     flags: int
