@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One eventfd and the irqfds of several VMs or GSIs."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+from kvmpy import Kvm
+from kvmpy.core.errors import KvmError
+from kvmpy.core.eventfd import EventFd
+from kvmpy.core.vm import Vm
+
+pytestmark = pytest.mark.requires("KVM_CAP_IRQFD")
+
+GSI = 30
+
+
+@pytest.fixture
+def two_vms(kvm: Kvm) -> Iterator[tuple[Vm, Vm]]:
+    """Two bare VMs with the full in-kernel irqchip."""
+    with kvm.create_vm() as one, kvm.create_vm() as other:
+        one.create_irqchip()
+        other.create_irqchip()
+        yield one, other
+
+
+def test_eventfd_of_another_vm(two_vms: tuple[Vm, Vm]) -> None:
+    """An eventfd that interrupts one VM cannot be assigned in another: EBUSY, until the first gives it up.
+
+    virt/kvm/eventfd.c, kvm_irqfd_register(): one irqfd is the eventfd's priority waiter.
+    """
+    one, other = two_vms
+    with EventFd() as event:
+        one.irqfd(event, GSI)
+        with pytest.raises(KvmError) as caught:
+            other.irqfd(event, GSI)
+        assert caught.value.errno == errno.EBUSY
+        one.irqfd(event, GSI, deassign=True)
+        other.irqfd(event, GSI)
+
+
+def test_eventfd_of_closed_vm(kvm: Kvm) -> None:
+    """A VM that is closed gives its eventfds up: another may have them.
+
+    virt/kvm/eventfd.c, kvm_irqfd_release().
+    """
+    with EventFd() as event, kvm.create_vm() as other:
+        other.create_irqchip()
+        with kvm.create_vm() as one:
+            one.create_irqchip()
+            one.irqfd(event, GSI)
+            with pytest.raises(KvmError) as caught:
+                other.irqfd(event, GSI)
+            assert caught.value.errno == errno.EBUSY
+        other.irqfd(event, GSI)
+
+
+def test_deassign_what_was_never_assigned(two_vms: tuple[Vm, Vm]) -> None:
+    """Deassigning an eventfd that was not assigned, or in another VM, succeeds and changes nothing.
+
+    virt/kvm/eventfd.c, kvm_irqfd_deassign(): only the descriptor itself must be good.
+    """
+    one, other = two_vms
+    with EventFd() as event, EventFd() as unused:
+        one.irqfd(unused, GSI, deassign=True)
+        one.irqfd(event, GSI)
+        other.irqfd(event, GSI, deassign=True)
+        one.irqfd(event, GSI + 1, deassign=True)
+        with pytest.raises(KvmError) as caught:
+            one.irqfd(event, GSI)
+        assert caught.value.errno == errno.EBUSY
+
+
+def test_two_eventfds_share_a_gsi(two_vms: tuple[Vm, Vm]) -> None:
+    """Several eventfds may be assigned to one GSI, and each is given up by itself.
+
+    Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD.
+    """
+    one, _ = two_vms
+    with EventFd() as first, EventFd() as second:
+        one.irqfd(first, GSI)
+        one.irqfd(second, GSI)
+        one.irqfd(first, GSI, deassign=True)
+        one.irqfd(first, GSI)
+        with pytest.raises(KvmError) as caught:
+            one.irqfd(second, GSI)
+        assert caught.value.errno == errno.EBUSY

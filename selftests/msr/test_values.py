@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSRs that take some values and refuse others, exist with a CPUID feature only, or belong to one vCPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpy import Kvm
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.core.vm import Vm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.structs import kvm_cpuid2, kvm_msr_entry, kvm_msrs
+from kvmpy.x86.cpuid import Cpuid
+from kvmpy.x86.exceptions import Vector
+from kvmpy.x86.msr_numbers import Msr
+from selftests.msr.conftest import GUEST, MsrGuest
+
+if TYPE_CHECKING:
+    from selftests.msr.conftest import MsrGuestMaker
+
+pytestmark = pytest.mark.requires("param:kvm.ignore_msrs=N")
+
+GP0 = (Vector.GP, 0)
+CANONICAL = 0x7654_3210_F000
+# Canonical neither with 48 nor with 57 bits.
+NOT_CANONICAL = 0x0123_4567_89AB_C000
+
+BASES = ["MSR_LSTAR", "MSR_CSTAR", "MSR_FS_BASE", "MSR_KERNEL_GS_BASE"]
+PAT_AT_RESET = 0x0007_0406_0007_0406
+LME, LMA = 1 << 8, 1 << 10
+
+
+def set_by_host(vcpu: Vcpu, index: int, value: int) -> bool:
+    """Tell whether KVM_SET_MSRS takes the value."""
+    return vcpu.ioctl(ioctls.KVM_SET_MSRS, kvm_msrs.of([kvm_msr_entry(index=index, data=value)])) == 1
+
+
+@pytest.fixture
+def bare_vcpu(kvm: Kvm, vm: Vm) -> Vcpu:
+    """A vCPU of a bare VM, with all the CPUID features that KVM supports."""
+    vcpu = vm.create_vcpu()
+    vcpu.set_cpuid2(kvm.get_supported_cpuid())
+    return vcpu
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize("name", BASES)
+def test_address_must_be_canonical(msr_guest: MsrGuestMaker, name: str) -> None:
+    """MSRs that hold linear addresses take canonical ones; others are #GP(0) and change nothing.
+
+    Intel SDM, volume 2, WRMSR ("non-canonical address"); AMD APM, volume 3, WRMSR.
+    """
+    guest = msr_guest()
+    guest.write(Msr[name], CANONICAL).done()
+    assert guest.write(Msr[name], NOT_CANONICAL).fault() == GP0
+    assert guest.read(Msr[name]).value() == CANONICAL
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_host_may_not_set_a_non_canonical_address(bare_vcpu: Vcpu, name: str) -> None:
+    """KVM_SET_MSRS stops at an address that is not canonical.
+
+    Documentation/virt/kvm/api.rst, 4.19 KVM_SET_MSRS ("it stops processing the MSR list").
+    """
+    assert set_by_host(bare_vcpu, Msr[name], CANONICAL)
+    assert not set_by_host(bare_vcpu, Msr[name], NOT_CANONICAL)
+    assert bare_vcpu.get_msr(Msr[name]) == CANONICAL
+
+
+@pytest.mark.protections("all")
+def test_pat(msr_guest: MsrGuestMaker) -> None:
+    """The PAT has its architectural value at reset, and takes any of the six memory types in each entry.
+
+    Intel SDM, volume 3, "IA32_PAT MSR" and "Programming the PAT".
+    """
+    guest = msr_guest()
+    assert guest.read(Msr.MSR_IA32_CR_PAT).value() == PAT_AT_RESET
+    guest.write(Msr.MSR_IA32_CR_PAT, 0x0001_0405_0607_0600).done()
+    assert guest.read(Msr.MSR_IA32_CR_PAT).value() == 0x0001_0405_0607_0600
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize("memory_type", [2, 3, 8, 0x80])
+def test_reserved_memory_types(msr_guest: MsrGuestMaker, memory_type: int) -> None:
+    """A reserved memory type in any entry of the PAT is #GP(0) and changes nothing.
+
+    Intel SDM, volume 3, "Programming the PAT".
+    """
+    guest = msr_guest()
+    for entry in range(8):
+        value = PAT_AT_RESET & ~(0xFF << 8 * entry) | memory_type << 8 * entry
+        assert guest.write(Msr.MSR_IA32_CR_PAT, value).fault() == GP0
+    assert guest.read(Msr.MSR_IA32_CR_PAT).value() == PAT_AT_RESET
+
+
+@pytest.mark.parametrize("bit", [18, 24], ids=["McStatusWrEn", "TscFreqSel"])
+def test_hwcr_bits_that_are_kept(bare_vcpu: Vcpu, bit: int) -> None:
+    """HWCR keeps the bits that KVM emulates.
+
+    AMD PPR, MSRC001_0015; arch/x86/kvm/x86.c, kvm_set_msr_common().
+    """
+    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
+    assert bare_vcpu.get_msr(Msr.MSR_K7_HWCR) == 1 << bit
+
+
+@pytest.mark.parametrize("bit", [3, 6, 8])
+def test_hwcr_bits_that_are_ignored(bare_vcpu: Vcpu, bit: int) -> None:
+    """Some bits of HWCR that guests are known to set may be written, and read as 0.
+
+    arch/x86/kvm/x86.c, kvm_set_msr_common(): FFDIS, IgnneEm and CacheFlushDis.
+    """
+    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
+    assert bare_vcpu.get_msr(Msr.MSR_K7_HWCR) == 0
+
+
+@pytest.mark.parametrize("bit", [0, 9, 17, 19, 30, 32, 63])
+def test_hwcr_bits_that_are_refused(bare_vcpu: Vcpu, bit: int) -> None:
+    """Bits of HWCR that KVM does not emulate cannot be set.
+
+    arch/x86/kvm/x86.c, kvm_set_msr_common().
+    """
+    assert not set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
+    assert bare_vcpu.get_msr(Msr.MSR_K7_HWCR) == 0
+
+
+def _without_tsc_aux(table: kvm_cpuid2) -> kvm_cpuid2:
+    cpuid = Cpuid.from_struct(table)
+    for feature in ("rdtscp", "rdpid"):
+        cpuid.clear_feature(feature)
+    return cpuid.to_struct()
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("cpuid:rdtscp")
+def test_tsc_aux(msr_guest: MsrGuestMaker) -> None:
+    """TSC_AUX keeps 32 bits; what is above is #GP(0) on Intel CPUs and dropped on AMD's.
+
+    Intel SDM, volume 4, IA32_TSC_AUX; AMD APM, volume 3, RDTSCP.
+    """
+    guest = msr_guest()
+    guest.write(Msr.MSR_TSC_AUX, 0x8765_4321).done()
+    assert guest.read(Msr.MSR_TSC_AUX).value() == 0x8765_4321
+    write = guest.write(Msr.MSR_TSC_AUX, 0x1_0000_0002)
+    if Cpuid.from_struct(guest.vcpu.get_cpuid2()).vendor == "GenuineIntel":
+        assert write.fault() == GP0
+        assert guest.read(Msr.MSR_TSC_AUX).value() == 0x8765_4321
+    else:
+        write.done()
+        assert guest.read(Msr.MSR_TSC_AUX).value() == 2
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("cpuid:rdtscp")
+def test_tsc_aux_without_cpuid(make_vm: MakeVm) -> None:
+    """Where the vCPU's CPUID has neither RDTSCP nor RDPID, there is no TSC_AUX: #GP(0).
+
+    Intel SDM, volume 4, IA32_TSC_AUX.
+    """
+    guest = MsrGuest(make_vm(GUEST, cpuid=_without_tsc_aux))
+    assert guest.read(Msr.MSR_TSC_AUX).fault() == GP0
+    assert guest.write(Msr.MSR_TSC_AUX, 1).fault() == GP0
+
+
+def test_tsc_aux_is_listed_with_its_feature(kvm: Kvm) -> None:
+    """KVM_GET_MSR_INDEX_LIST has TSC_AUX just where KVM_GET_SUPPORTED_CPUID has RDTSCP or RDPID.
+
+    Documentation/virt/kvm/api.rst, 4.3 KVM_GET_MSR_INDEX_LIST ("the guest msrs that are supported").
+    """
+    supported = Cpuid.from_struct(kvm.get_supported_cpuid())
+    offered = supported.has("rdtscp") or supported.has("rdpid")
+    assert (Msr.MSR_TSC_AUX in kvm.get_msr_index_list()) == offered
+
+
+@pytest.mark.requires("cpuid:xsaves")
+def test_xss(kvm: Kvm, bare_vcpu: Vcpu) -> None:
+    """XSS is 0 at first, and takes the components that CPUID leaf 0xd, subleaf 1 offers, no others.
+
+    Intel SDM, volume 1, "Processor Tracking of XSAVE-Managed State"; kvm_set_msr_common().
+    """
+    cpuid = Cpuid.from_struct(kvm.get_supported_cpuid())
+    offered = cpuid.register(0xD, 1, "ecx") | cpuid.register(0xD, 1, "edx") << 32
+    assert bare_vcpu.get_msr(Msr.MSR_IA32_XSS) == 0
+    taken = sum(1 << bit for bit in range(64) if set_by_host(bare_vcpu, Msr.MSR_IA32_XSS, 1 << bit))
+    assert taken & ~offered == 0
+
+
+@pytest.mark.protections("all")
+def test_long_mode_stays_enabled(msr_guest: MsrGuestMaker) -> None:
+    """While paging is on, EFER.LME cannot be changed: #GP(0); and writing EFER.LMA has no effect.
+
+    Intel SDM, volume 3, "Initializing IA-32e Mode"; AMD APM, volume 2, "Enabling and Activating Long Mode".
+    """
+    guest = msr_guest()
+    efer = guest.read(Msr.MSR_EFER).value()
+    assert efer & (LME | LMA) == LME | LMA
+    assert guest.write(Msr.MSR_EFER, efer & ~LME).fault() == GP0
+    guest.write(Msr.MSR_EFER, efer & ~LMA).done()
+    assert guest.read(Msr.MSR_EFER).value() == efer
+
+
+TURNS = """
+#include <kvmpy/guest.h>
+
+/* LSTAR, STAR, KERNEL_GS_BASE, SYSCALL_MASK, SYSENTER_EIP */
+static const u32 msrs[] = { 0xc0000082, 0xc0000081, 0xc0000102, 0xc0000084, 0x176 };
+
+void guest_main(void)
+{
+	u64 base = 0x100000 * (guest_cpu_index() + 1);
+
+	for (unsigned int i = 0; i < ARRAY_SIZE(msrs); i++)
+		wrmsr(msrs[i], base + i);
+	GUEST_SYNC();
+	for (;;)
+		GUEST_SYNC(rdmsr(msrs[0]), rdmsr(msrs[1]), rdmsr(msrs[2]), rdmsr(msrs[3]), rdmsr(msrs[4]));
+}
+"""
+
+
+@pytest.mark.protections("all")
+def test_each_vcpu_has_its_own(make_vm: MakeVm) -> None:
+    """vCPUs that take turns on one thread keep their own values of MSRs that the CPU itself holds.
+
+    Documentation/virt/kvm/api.rst, 4.18 KVM_GET_MSRS (a vCPU ioctl).
+    """
+    vm = make_vm(TURNS, vcpus=3)
+    vm.launch()
+    for vcpu in vm.guests:
+        vcpu.sync()
+    for _ in range(2):
+        seen = [vcpu.sync().args for vcpu in vm.guests]
+        assert seen == [tuple(0x10_0000 * (index + 1) + number for number in range(5)) for index in range(3)]
