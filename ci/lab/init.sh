@@ -33,14 +33,13 @@ for path in $KVMPY_LAB_KEEP; do
 	esac
 done
 
-# Guest programs that the host has compiled, as a lower layer: what is new goes to memory.
+# Guest programs that the host has compiled: the cache is in memory, its entries are names by content.
 if [ -d "${KVMPY_LAB_PROGRAMS:-}" ]; then
-	mkdir -p /tmp/cache/kvmpy/guest /run/kvmpy/upper /run/kvmpy/work
 	case $KVMPY_LAB_PROGRAMS in
 	/tmp/* | /run/*) KVMPY_LAB_PROGRAMS=/run/kvmpy/root$KVMPY_LAB_PROGRAMS ;;
 	esac
-	mount -t overlay -o "lowerdir=$KVMPY_LAB_PROGRAMS,upperdir=/run/kvmpy/upper,workdir=/run/kvmpy/work" \
-		programs /tmp/cache/kvmpy/guest 2>/dev/null
+	mkdir -p /tmp/cache/kvmpy/guest
+	ln -s "$KVMPY_LAB_PROGRAMS"/[0-9a-f]* /tmp/cache/kvmpy/guest/ 2>/dev/null
 fi
 
 cd "$KVMPY_LAB_FOLDER" || cd /

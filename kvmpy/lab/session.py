@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -63,6 +64,7 @@ class LabSession:
         self._selected: list[str] | None = None
         self._host: HostSummary | None = None
         self._uncollected: set[str] = set()
+        self._pending: deque[dict[str, Any]] = deque()
         self._ended = False
         self._exit: int | None = None
         self._heard = self._started = time.monotonic()
@@ -93,15 +95,16 @@ class LabSession:
             self._host = None
             self._boot()
             self._until(session, lambda: self._host is not None)
-        if self._host is None:
-            self._give_up()
-        reporter.describe(self._host)
+        # Without an answer pytest goes on to the collection: it writes no report file if it ends before.
+        if self._host is not None:
+            reporter.describe(self._host)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self, session: pytest.Session) -> bool:
         """Wait for what the session inside has selected."""
         session.items = []
-        self._until(session, lambda: self._selected is not None)
+        if self._host is not None:
+            self._until(session, lambda: self._selected is not None)
         if self._selected is None:
             self._give_up()
         session.testscollected = len(self._selected)
@@ -143,6 +146,7 @@ class LabSession:
     def _boot(self) -> None:
         self.close()
         self._boots += 1
+        self._pending.clear()
         self._ended, self._exit, self._running, self._last = False, None, None, None
         job = self._job
         done = self._folder / "job" / "done.json"
@@ -163,17 +167,22 @@ class LabSession:
             return "there is no machine"
         while True:
             over = machine.status is not None
-            for event in machine.events():
-                self._handle(session, event)
-            if satisfied():
+            if self._drain(session, machine, satisfied):
                 return None
             reason = self._why_over(machine) if over else self._why_stop(machine)
             if reason:
                 machine.stop()
-                for event in machine.events():
-                    self._handle(session, event)
-                return None if satisfied() else reason
+                return None if self._drain(session, machine, satisfied) else reason
             machine.wait(_POLL)
+
+    def _drain(self, session: pytest.Session, machine: Machine, satisfied: Callable[[], bool]) -> bool:
+        # One by one: what follows the awaited event belongs to pytest's next phase.
+        self._pending.extend(machine.events())
+        while not satisfied():
+            if not self._pending:
+                return False
+            self._handle(session, self._pending.popleft())
+        return True
 
     def _why_over(self, machine: Machine) -> str:
         if machine.trouble():

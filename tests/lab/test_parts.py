@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations, images, the cache and its lock, apt's arguments, missing tools, builds of a fake tree."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from kvmpy.cli.lab import parse_memory
+from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, tools
+from kvmpy.lab.errors import LabError
+from tests.lab.conftest import make_image
+
+
+def test_a_lost_option_is_named_with_both_values() -> None:
+    wanted = {"CONFIG_A": "y", "CONFIG_B": "y", "CONFIG_C": "n", "CONFIG_D": "16"}
+    final = kconfig.parse("CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_D=8\n")
+    assert kconfig.lost(wanted, final) == ["CONFIG_B (wanted y, got n)", "CONFIG_D (wanted 16, got 8)"]
+
+
+def test_merge_replaces_both_spellings() -> None:
+    merged = kconfig.merge(
+        "CONFIG_A=n\n# CONFIG_B is not set\nCONFIG_AB=y\n", {"CONFIG_A": "y", "CONFIG_B": "n"}
+    )
+    assert merged == "CONFIG_AB=y\nCONFIG_A=y\n# CONFIG_B is not set\n"
+
+
+def test_the_shipped_fragment_has_what_the_lab_is_for() -> None:
+    options = kconfig.parse(places.fragment().read_text())
+    for name in ("KVM_AMD", "KVM_SW_PROTECTED_VM", "9P_FS", "VIRTIO_CONSOLE", "NET_9P_VIRTIO"):
+        assert options[f"CONFIG_{name}"] == "y"
+
+
+@pytest.mark.parametrize("data", [b"", b"\x7fELF" + bytes(4096), bytes(4096)])
+def test_what_is_no_image_is_refused(tmp_path: Path, cache: Path, data: bytes) -> None:
+    file = tmp_path / "vmlinux"
+    file.write_bytes(data)
+    with pytest.raises(LabError, match="is no bzImage"):
+        build.from_image(file)
+    assert kernels.cached() == []
+
+
+def test_the_cache_finds_by_name_and_release(tmp_path: Path, cache: Path) -> None:
+    old = kernels.register(make_image(tmp_path / "a", "6.12.9"), "file a")
+    new = kernels.register(make_image(tmp_path / "b", "7.2.13"), "file b")
+    assert [kernel.release for kernel in kernels.cached()] == ["7.2.13", "6.12.9"]
+    assert kernels.find().name == new.name
+    assert kernels.find("6.12").name == old.name
+    assert kernels.find(old.name).image.read_bytes() == (tmp_path / "a").read_bytes()
+    with pytest.raises(LabError, match=r"no lab kernel 6\.1\b"):
+        kernels.find("6.1")
+    kernels.remove(old)
+    assert [kernel.name for kernel in kernels.cached()] == [new.name]
+    assert [path.name for path in (cache / "kernels").iterdir()] == [new.name]
+
+
+def test_the_same_kernel_again_replaces_its_entry(image: Path, cache: Path) -> None:
+    kernels.register(image, "first")
+    again = kernels.register(image, "second")
+    assert [kernel.origin for kernel in kernels.cached()] == ["second"]
+    assert [path.name for path in (cache / "kernels").iterdir()] == [again.name]
+
+
+def test_an_empty_cache_says_how_to_fill_it(cache: Path) -> None:
+    with pytest.raises(LabError, match="kvmpy lab build"):
+        kernels.find()
+
+
+HOLDER = """
+import sys
+from kvmpy.lab.kernels import build_lock
+with build_lock(print):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_builds_do_not_collide(cache: Path) -> None:
+    said: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LabError, match="has held"), kernels.build_lock(said.append, patience=0.0):
+            pytest.fail("two builds at once")
+        holder.communicate(timeout=60)
+    assert said == [f"another lab build is running (pid {holder.pid}): waiting"]
+    with kernels.build_lock(said.append, patience=0.0) as waited, (cache / "lock").open() as other:
+        assert not waited
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_apt_keeps_everything_in_its_own_folder(tmp_path: Path) -> None:
+    values = dict(word.split("=", 1) for word in debian.apt_options(tmp_path)[1::2])
+    assert values["Dir::Etc::sourceparts"] == "/dev/null"
+    for key in (
+        "Dir::Etc::sourcelist",
+        "Dir::State",
+        "Dir::State::Lists",
+        "Dir::State::status",
+        "Dir::Cache",
+    ):
+        assert Path(values[key]).is_relative_to(tmp_path)
+
+
+def test_the_source_line_is_verified_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = tmp_path / "keys.gpg"
+    with pytest.raises(LabError, match="debian-archive-keyring"):
+        debian.source_line("sid", keys)
+    keys.touch()
+    monkeypatch.setenv("KVMPY_DEBIAN_MIRROR", "http://mirror.example/debian")
+    assert (
+        debian.source_line("sid", keys) == f"deb [signed-by={keys}] http://mirror.example/debian sid main\n"
+    )
+    with pytest.raises(LabError, match="no name of a Debian suite"):
+        debian.source_line("sid main\ndeb http://evil.example", keys)
+
+
+def test_the_newest_source_package() -> None:
+    found = "linux-source-6.9 - a\nlinux-source-6.12 - b\nlinux-source - meta\nlinux-source-6.1 - c\n"
+    assert debian.newest(found) == "linux-source-6.12"
+    assert debian.newest("linux-source - meta\n") is None
+
+
+def test_a_package_as_apt_describes_it() -> None:
+    text = "Package: linux-source-7.2\nVersion: 7.2.13-1\nFilename: pool/x/l_7.deb\nSize: 12\n"
+    text += "SHA256: ab\n\nPackage: b\n"
+    assert debian.parse_package(text) == debian.Package("linux-source-7.2", "7.2.13-1", "l_7.deb", 12, "ab")
+    with pytest.raises(LabError, match="SHA256"):
+        debian.parse_package(text.replace("SHA256", "MD5"))
+
+
+def test_a_download_that_is_there_is_verified_not_fetched(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(debian, "source_line", lambda _: "")
+    folder = cache / "downloads"
+    folder.mkdir(parents=True)
+    (folder / "x.deb").write_bytes(b"content")
+    package = debian.Package("x", "1", "x.deb", 7, hashlib.sha256(b"content").hexdigest())
+    monkeypatch.setenv("PATH", "")
+    assert debian.Suite("sid").download(package, lambda _: None) == folder / "x.deb"
+
+
+def test_missing_tools_come_with_a_command() -> None:
+    with pytest.raises(LabError, match=r"needs flex, gelf.h[\s\S]*install .*flex.*elf"):
+        tools.need(tools.BUILD, "a build", lambda tool: tool.name not in ("flex", "gelf.h"))
+
+
+def test_too_little_disk_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match=r"a build needs 1099511627776 MiB, .* has \d+ MiB free"):
+        places.need_space(tmp_path / "not" / "there", 1 << 40, "a build")
+
+
+def test_the_first_error_of_a_build() -> None:
+    log = "  CC a.o\nb.c:3:1: error: no such thing\n   3 | oops\nc.c:1: error: later\n"
+    log += "make[2]: *** [b.o] Error 1\n"
+    assert build.first_error(log).splitlines()[0] == "b.c:3:1: error: no such thing"
+    assert build.first_error("x\nmake: *** No rule\n").startswith("make: ***")
+
+
+MAKEFILE = """
+tinyconfig:
+\t@echo CONFIG_A=n > $(O)/.config
+olddefconfig:
+\t@$(if $(wildcard drops),sed -i 's/CONFIG_B=y/CONFIG_B=n/' $(O)/.config,true)
+bzImage:
+\t@$(if $(wildcard broken),echo 'x.c:1:2: error: broken on purpose'; false,true)
+\t@mkdir -p $(O)/arch/x86/boot && cp image $(O)/arch/x86/boot/bzImage
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a kernel tree, and an own fragment."""
+    made = tmp_path / "tree"
+    (made / "arch" / "x86").mkdir(parents=True)
+    (made / "Kbuild").touch()
+    (made / "Makefile").write_text(MAKEFILE)
+    make_image(made / "image", "9.1.0-mine")
+    fragment = tmp_path / "fragment"
+    fragment.write_text("CONFIG_A=y\nCONFIG_B=y\n")
+    monkeypatch.setattr(places, "fragment", lambda: fragment)
+    monkeypatch.setattr(tools, "need", lambda *_: None)
+    return made
+
+
+def test_a_tree_is_built_outside_of_it(tree: Path) -> None:
+    before = sorted(tree.rglob("*"))
+    kernel = build.from_source(tree, lambda _: None)
+    assert kernel.release == "9.1.0-mine"
+    assert kconfig.parse((kernel.folder / "config").read_text()) == {"CONFIG_A": "y", "CONFIG_B": "y"}
+    assert sorted(tree.rglob("*")) == before
+
+
+def test_a_tree_that_drops_an_option(tree: Path) -> None:
+    (tree / "drops").touch()
+    with pytest.raises(LabError, match=r"lost CONFIG_B \(wanted y, got n\)"):
+        build.from_source(tree, lambda _: None)
+    assert kernels.cached() == []
+
+
+def test_a_tree_that_does_not_build(tree: Path) -> None:
+    (tree / "broken").touch()
+    with pytest.raises(LabError, match=r"first error is:\nx\.c:1:2: error: broken on purpose"):
+        build.from_source(tree, lambda _: None)
+    assert kernels.cached() == []
+
+
+def test_what_is_no_tree(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(LabError, match="no Linux source tree"):
+        build.from_source(tmp_path, lambda _: None)
+
+
+def test_the_command_line_shares_read_only(image: Path, cache: Path, tmp_path: Path) -> None:
+    options = qemu.Options(kernels.find(str(image)), cpus=3, memory=512)
+    words = qemu.command_line(options, tmp_path)
+    shares = [words[at + 1] for at, word in enumerate(words) if word == "-fsdev"]
+    assert len(shares) == 2
+    assert all("readonly=on" in share for share in shares)
+    assert words[words.index("-smp") + 1] == "3"
+    assert words[words.index("-m") + 1] == "512M"
+    assert "-no-reboot" in words
+
+
+@pytest.mark.parametrize(("value", "works"), [("1", True), ("Y", True), ("0", False), ("N", False)])
+def test_nested_virtualisation_is_looked_up(tmp_path: Path, value: str, works: bool) -> None:
+    assert not qemu.nested_works(tmp_path)
+    folder = tmp_path / "kvm_amd" / "parameters"
+    folder.mkdir(parents=True)
+    (folder / "nested").write_text(f"{value}\n")
+    assert qemu.nested_works(tmp_path) is works
+
+
+def test_the_excerpt_begins_with_the_trouble() -> None:
+    text = "boring\n" * 100 + "BUG: kernel NULL pointer dereference\nCall Trace:\n f+0x1\n"
+    assert qemu.excerpt(text).splitlines()[0].startswith("BUG: kernel NULL")
+    assert qemu.excerpt("a\nb\n") == "a\nb"
+
+
+@pytest.mark.parametrize(("text", "size"), [("512M", 512), ("4G", 4096), ("300", 300), ("2g", 2048)])
+def test_sizes_of_memory(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "G", "4T", "-1G", "1.5G"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        parse_memory(text)
+
+
+def test_a_matrix_shows_what_differs() -> None:
+    one = {"tests": [{"id": "a", "verdict": "pass"}, {"id": "b", "verdict": "pass"}]}
+    two = {"tests": [{"id": "a", "verdict": "pass"}, {"id": "b", "verdict": "lost"}]}
+    merged = matrix.merge({"k1": one, "k2": two, "k3": {}})
+    assert merged == {"a": {"k1": "pass", "k2": "pass"}, "b": {"k1": "pass", "k2": "lost"}}
+    assert matrix.table(["k1", "k2"], merged).row_count == 1 + 5
+
+
+def test_the_job_survives_any_text(tmp_path: Path) -> None:
+    words = ["a b", "it's", "$HOME", '"x"', "\\"]
+    job = qemu.Job(["printf", "%s\\n", *words], {"NAME": "it's $HOME"}, tmp_path)
+    (tmp_path / "job.env").write_text(job.text())
+    script = '. ./job.env; echo "$NAME"; "$@"'
+    result = subprocess.run(
+        ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert result.stdout.splitlines() == ["it's $HOME", *words]

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs with a QEMU that replays a plan: results come through, losses are named, nothing is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.lab.conftest import FAKE
+
+ROOT = Path(__file__).resolve().parents[2]
+PANIC = "---[ cut here ]---\nKernel panic - not syncing: for a test\nCall Trace:\n dummy+0x1/0x2"
+DRIVER = """
+import sys
+from pathlib import Path
+from kvmpy.lab.kernels import find
+from kvmpy.lab.qemu import Options
+from kvmpy.lab.runs import Request, run
+from kvmpy.lab.session import Limits
+
+limits = Limits(boot=60, grace=float(sys.argv[2]), idle=20, total=float(sys.argv[3]))
+reports = ["--kvmpy-json", "out.json", "--ktap", "out.ktap", "--junitxml", "out.xml"]
+request = Request(Options(find(sys.argv[1])), ["--version"], reports, sys.argv[4:], 1, limits)
+sys.exit(run(request, lambda text: print("SAID", text, flush=True)))
+"""
+
+Plan = Sequence[Sequence[Sequence[object]]]
+
+
+@dataclass
+class Ended:
+    status: int
+    text: str
+    folder: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "out.json").read_text())
+        return found
+
+    def verdicts(self) -> dict[str, str]:
+        return {test["id"].rpartition("::")[2]: test["verdict"] for test in self.report["tests"]}
+
+    def test(self, name: str) -> dict[str, Any]:
+        return next(test for test in self.report["tests"] if test["id"].endswith(f"::{name}"))
+
+    def pids(self) -> list[int]:
+        return [json.loads(path.read_text())[0] for path in sorted(self.folder.glob("boot-*"))]
+
+
+class Lab:
+    """Starts a run as a process of its own, with the fake QEMU first in PATH."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        self.folder = folder
+        self.image = image
+        (folder / "bin").mkdir()
+        (folder / "bin" / "qemu-system-x86_64").symlink_to(FAKE)
+
+    def start(
+        self, plan: Plan, *extra: str, total: float = 100.0, grace: float = 1.0
+    ) -> subprocess.Popen[str]:
+        (self.folder / "plan.json").write_text(json.dumps(plan))
+        environment = os.environ | {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "FAKE_QEMU_PLAN": str(self.folder / "plan.json"),
+            "PYTHONPATH": str(ROOT),
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(self.image), str(grace), str(total), *extra],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, plan: Plan, *extra: str, total: float = 100.0, grace: float = 1.0) -> Ended:
+        with self.start(plan, *extra, total=total, grace=grace) as child:
+            text, _ = child.communicate(timeout=100)
+        ended = Ended(child.returncode, text, self.folder)
+        assert not any(psutil.pid_exists(pid) for pid in ended.pids())
+        return ended
+
+
+@pytest.fixture
+def lab(tmp_path: Path, cache: Path, image: Path) -> Lab:
+    return Lab(tmp_path, image)
+
+
+def test_results_of_all_kinds_come_through_every_report(lab: Lab) -> None:
+    ended = lab.run([[["test", "test_a", "passed"], ["test", "test_b", "failed"], ["end"]]])
+    assert ended.status == 1, ended.text
+    assert ended.verdicts() == {"test_a": "pass", "test_b": "fail"}
+    assert ended.report["platform"] == "lab"
+    assert ended.report["host"]["kernel"] == "9.9.9 x86_64"
+    assert ended.report["host"]["accelerator"] == "tcg"
+    assert all(test["platform"] == "lab" for test in ended.report["tests"])
+    assert "not ok 2 test_b" in (lab.folder / "out.ktap").read_text()
+    suite = ElementTree.parse(lab.folder / "out.xml").getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert "platform lab (tcg)" in ended.text
+
+
+def test_all_passed_is_status_0_and_leaves_no_folder(lab: Lab, cache: Path) -> None:
+    ended = lab.run([[["test", "test_a", "passed"], ["end"]]])
+    assert ended.status == 0, ended.text
+    assert list((cache / "runs").iterdir()) == []
+
+
+def test_a_panic_costs_one_test_and_the_rest_runs_in_a_new_boot(lab: Lab) -> None:
+    first: list[list[object]] = [
+        ["test", "test_a", "passed"],
+        ["start", "test_b"],
+        ["console", PANIC],
+        ["die", 0],
+    ]
+    ended = lab.run([first, [["test", "test_c", "passed"], ["end"]]])
+    assert ended.verdicts() == {"test_a": "pass", "test_b": "lost", "test_c": "pass"}
+    assert ended.status == 1
+    lost = ended.test("test_b")
+    assert lost["reason"] == "Kernel panic - not syncing: for a test"
+    assert "dummy+0x1/0x2" in lost["details"]
+    assert len(ended.pids()) == 2
+
+
+def test_a_warning_after_a_test_is_not_silent(lab: Lab) -> None:
+    first: list[list[object]] = [
+        ["test", "test_a", "passed"],
+        ["console", "WARNING: CPU: 0 at kvm.c:1"],
+        ["die", 0],
+    ]
+    ended = lab.run([first, [["test", "test_b", "passed"], ["end"]]])
+    assert ended.verdicts() == {"test_a": "lost", "test_b": "pass"}
+    assert ended.test("test_a")["reason"].startswith("right after this test: WARNING")
+    assert ended.status == 1
+
+
+def test_a_hung_kernel_is_ended(lab: Lab) -> None:
+    ended = lab.run([[["start", "test_a"], ["hang"]], [["test", "test_b", "passed"], ["end"]]])
+    assert ended.verdicts() == {"test_a": "lost", "test_b": "pass"}
+    assert ended.test("test_a")["reason"].startswith("hung: no sign of life")
+
+
+def test_a_test_process_that_dies(lab: Lab) -> None:
+    ended = lab.run(
+        [[["start", "test_a"], ["exit", 139], ["die", 0]], [["test", "test_b", "passed"], ["end"]]]
+    )
+    assert ended.verdicts() == {"test_a": "lost", "test_b": "pass"}
+    assert ended.test("test_a")["reason"] == "the test process was killed by signal 11"
+
+
+def test_qemu_that_dies_keeps_the_results_so_far(lab: Lab) -> None:
+    dying: list[list[object]] = [["silent"], ["die", 9]]
+    ended = lab.run([[["test", "test_a", "passed"], ["start", "test_b"], ["die", 9]], dying, dying, dying])
+    # The plan's tests are all done or lost after the first boot.
+    assert ended.verdicts() == {"test_a": "pass", "test_b": "lost"}
+    assert ended.test("test_b")["reason"].startswith("QEMU ended with status 9")
+    assert ended.status == 1
+
+
+def test_a_kernel_that_comes_up_once_only(lab: Lab) -> None:
+    dying: list[list[object]] = [["silent"], ["console", PANIC], ["die", 0]]
+    tests: list[list[object]] = [["test", "test_a", "passed"], ["start", "test_b"], ["die", 0]]
+    never: list[list[object]] = [["silent"], ["test", "test_c", "passed"]]
+    ended = lab.run([tests, dying, dying, never])
+    assert ended.status == 3, ended.text
+    assert ended.verdicts() == {"test_a": "pass", "test_b": "lost"}
+    assert [name.rpartition("::")[2] for name in ended.report["not_run"]] == ["test_c"]
+
+
+def test_a_kernel_that_never_comes_up(lab: Lab) -> None:
+    ended = lab.run([[["silent"], ["console", PANIC], ["die", 0]]])
+    assert ended.status == 3
+    assert "Kernel panic - not syncing: for a test" in ended.text
+    assert ended.report["tests"] == []
+
+
+def test_a_wrong_argument_is_pytests_own_complaint(lab: Lab) -> None:
+    ended = lab.run([[["silent"], ["output", "ERROR: no such file"], ["exit", 4], ["die", 0]]])
+    assert ended.status == 4
+    assert "ERROR: no such file" in ended.text
+
+
+def test_stop_at_the_first_failure(lab: Lab) -> None:
+    ended = lab.run([[["test", "test_a", "failed"], ["test", "test_b", "passed"], ["hang"]]], "-x")
+    assert ended.status == 1
+    assert ended.verdicts() == {"test_a": "fail"}
+
+
+def test_the_whole_run_is_limited(lab: Lab) -> None:
+    ended = lab.run([[["start", "test_a"], ["hang"]]], total=8.0, grace=60.0)
+    assert ended.status == 1
+    assert ended.verdicts() == {"test_a": "lost"}
+    assert "the run took longer than" in ended.test("test_a")["reason"]
+
+
+def _interrupted(lab: Lab, act: Callable[[subprocess.Popen[str]], None]) -> int:
+    with lab.start(
+        [[["test", "test_a", "passed"], ["start", "test_b"], ["hang"]]], "-v", grace=60.0
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if "test_a PASSED" in line:
+                break
+        (boot,) = lab.folder.glob("boot-*")
+        qemu = psutil.Process(json.loads(boot.read_text())[0])
+        assert qemu.is_running()
+        act(child)
+        child.communicate(timeout=60)
+    psutil.wait_procs([qemu], timeout=30)
+    assert not qemu.is_running() or qemu.status() == psutil.STATUS_ZOMBIE
+    return child.returncode
+
+
+def test_ctrl_c_leaves_no_qemu_and_keeps_the_results(lab: Lab) -> None:
+    status = _interrupted(lab, lambda child: child.send_signal(signal.SIGINT))
+    assert status == 2
+    tests = json.loads((lab.folder / "out.json").read_text())["tests"]
+    assert tests[0]["verdict"] == "pass"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_parent_leaves_no_qemu(lab: Lab, number: signal.Signals) -> None:
+    status = _interrupted(lab, lambda child: child.send_signal(number))
+    assert status == -number
