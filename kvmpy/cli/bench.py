@@ -47,7 +47,7 @@ def _show(figure: object) -> None:
 
     if not isinstance(figure, Figure):
         raise TypeError(f"a Figure is shown, not {type(figure).__name__}")
-    verdict = {True: "holds", False: "MISSED", None: ""}[figure.holds]
+    verdict = {True: "holds", False: "MISSED", None: figure.note}[figure.holds]
     numbers = f"{figure.kvmpy:9.2f} {figure.unit:<10} bare {figure.bare:9.2f}  ratio {figure.ratio:5.2f}"
     target = f"{figure.target}: {verdict}" if figure.target else ""
     click.echo(f"{figure.name:<24} {numbers}  {target}".rstrip())

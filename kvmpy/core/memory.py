@@ -55,7 +55,7 @@ class GuestMemory:
     longer touch private pages (None while it may).
     """
 
-    private: BitMap = field(default_factory=BitMap)
+    private: BitMap = field(default_factory=BitMap, repr=False)
     seal: str | None = None
     _segments: list[Segment] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
@@ -96,7 +96,8 @@ class GuestMemory:
         return list(self._segments)
 
     def find(self, gpa: Gpa, size: int = 1) -> Segment:
-        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside guest memory."""
+        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside guest memory.
+        """
         address = int(gpa)
         at = bisect_right(self._starts, address) - 1
         if at >= 0:

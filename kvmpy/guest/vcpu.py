@@ -159,6 +159,8 @@ class GuestVcpu(Vcpu):
         """
         if not self.vm.launched:
             raise LaunchError(f"{self.name}: call vm.launch() before the vCPU runs")
+        if self.done:
+            raise LaunchError(f"{self.name} said DONE before: there is nothing to wait for")
         self.set_deadline(self.vm.deadline if timeout is None else timeout)
         while True:
             got = self._next()

@@ -262,7 +262,7 @@ class GuestVm(Vm):
         """
         if not isinstance(gpa, Gpa):
             raise TypeError(
-                f"gpa_to_hva() takes a Gpa, not a {type(gpa).__name__}; from_raw() splits a RawGpa"
+                f"gpa_to_hva() takes a Gpa, this is of type {type(gpa).__name__}; from_raw() splits a RawGpa"
             )
         if self.encryption is not None:
             self.encryption.check(gpa)
