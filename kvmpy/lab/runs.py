@@ -20,7 +20,7 @@ import kvmpy
 from kvmpy.guest import cache as programs
 from kvmpy.lab import places, tools
 from kvmpy.lab.kernels import Say
-from kvmpy.lab.process import dies_with_parent, end_group
+from kvmpy.lab.process import dies_with_parent
 from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
 from kvmpy.lab.session import LabSession, Limits
 from kvmpy.testing.host import PLATFORM_VARIABLE
@@ -58,37 +58,16 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="run-", dir=root))
 
 
-def bytecode() -> Path:
-    """Return the folder of compiled modules, outside of the sources."""
-    return places.cache().parent / "pycache"
-
-
-def _compile_modules(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start to compile on the host what the session inside imports; it would take long there."""
-    environment = os.environ | {"PYTHONPYCACHEPREFIX": str(bytecode())}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *arguments, "-p", "no:xdist", "--collect-only", "-q"],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there
-    )
-
-
 def _job(command: Sequence[str], *, interactive: bool = False) -> Job:
     package = Path(kvmpy.__file__).resolve().parent
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     environment |= {
         PLATFORM_VARIABLE: "lab",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPYCACHEPREFIX": str(bytecode()),
         "XDG_CACHE_HOME": "/tmp/cache",  # noqa: S108 - a tmpfs inside
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     }
-    needed = [Path(sys.prefix), Path(sys.base_prefix), package.parent, Path.cwd(), places.files(), bytecode()]
+    needed = [Path(sys.prefix), Path(sys.base_prefix), package.parent, Path.cwd(), places.files()]
     compiled = programs.folder()
     return Job(
         command,
@@ -120,14 +99,12 @@ def run(request: Request, say: Say) -> int:
         *common,
     ]
     folder = _folder()
-    compiling = _compile_modules(request.inside)
     session = LabSession(request.options, _job(inside), folder, request.limits, say)
     code = 3
     try:
         code = int(pytest.main(here, plugins=[session]))
     finally:
         session.close()
-        end_group(compiling)
         if code in (0, 5):
             shutil.rmtree(folder, ignore_errors=True)
         else:
