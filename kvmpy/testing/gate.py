@@ -34,9 +34,14 @@ def insisted(missing: Sequence[Missing], names: frozenset[str] | None = None) ->
     return next((key for low, key in keys.items() if low in wanted), None)
 
 
+def _need(entry: Missing) -> str:
+    # Why KVM cannot be used is a sentence of its own: "/dev/kvm does not exist".
+    return str(entry) if "kvm" in entry.keys else f"needs {entry}"
+
+
 def reason_for(missing: Sequence[Missing]) -> str:
     """Return the skip reason: each missing thing, how to get it, and the name that makes it a failure."""
-    text = "; ".join(f"needs {entry}" for entry in missing)
+    text = "; ".join(_need(entry) for entry in missing)
     key = next((key for entry in missing for key in entry.keys), "all")
     return f"{text} [{VARIABLE}={key} makes this a failure]"
 
@@ -46,6 +51,6 @@ def refuse(node: pytest.Item | pytest.Collector | pytest.Session, missing: Seque
     node.stash[MISSING_KEY] = list(missing)
     key = insisted(missing)
     if key is not None:
-        text = "; ".join(f"needs {entry}" for entry in missing)
+        text = "; ".join(_need(entry) for entry in missing)
         pytest.fail(f"{text} ({VARIABLE}={key} insists on it)", pytrace=False)
     raise pytest.skip.Exception(reason_for(missing), _use_item_location=True)
