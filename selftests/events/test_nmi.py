@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Non-maskable interrupts: queued, pending, masked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_VCPUEVENT_VALID_NMI_PENDING
+from kvmpy.x86.exceptions import Vector
+
+if TYPE_CHECKING:
+    from selftests.events.conftest import EventGuestMaker
+
+pytestmark = [
+    pytest.mark.requires("KVM_CAP_USER_NMI", "KVM_CAP_VCPU_EVENTS"),
+    pytest.mark.usefixtures("open_registers"),
+]
+NMI = Vector.NMI
+
+
+@pytest.mark.protections("all")
+def test_queued(event_guest: EventGuestMaker) -> None:
+    """KVM_NMI makes one NMI pending, which the guest takes at once although its interrupts are off.
+
+    Documentation/virt/kvm/api.rst, 4.64 KVM_NMI.
+    """
+    guest = event_guest(interrupts=False)
+    where = guest.rip
+    guest.vcpu.nmi()
+    assert guest.vcpu.get_vcpu_events().nmi.pending == 1
+    guest.go_on()
+    assert guest.counts() == {NMI: 1}
+    assert guest.seen(NMI).rip == where
+    assert guest.vcpu.get_vcpu_events().nmi.pending == 0
+
+
+@pytest.mark.protections("all")
+def test_pending_by_events(event_guest: EventGuestMaker) -> None:
+    """nmi.pending of KVM_SET_VCPU_EVENTS makes an NMI pending like KVM_NMI.
+
+    Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_NMI_PENDING.
+    """
+    guest = event_guest()
+    events = guest.vcpu.get_vcpu_events()
+    events.nmi.pending = 1
+    assert events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING
+    guest.vcpu.set_vcpu_events(events)
+    guest.go_on()
+    assert guest.counts() == {NMI: 1}
+
+
+@pytest.mark.protections("all")
+def test_taken_back(event_guest: EventGuestMaker) -> None:
+    """A pending NMI that KVM_SET_VCPU_EVENTS clears is never delivered.
+
+    Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_NMI_PENDING.
+    """
+    guest = event_guest()
+    guest.vcpu.nmi()
+    events = guest.vcpu.get_vcpu_events()
+    events.nmi.pending = 0
+    guest.vcpu.set_vcpu_events(events)
+    guest.go_on()
+    assert guest.counts() == {}
+
+
+@pytest.mark.protections("all")
+def test_masked(event_guest: EventGuestMaker) -> None:
+    """With nmi.masked an NMI stays pending until the guest executes IRET.
+
+    Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS; Intel SDM volume 3, 6.7.1 Handling Multiple
+    NMIs.
+    """
+    guest = event_guest(with_iret=True)
+    events = guest.vcpu.get_vcpu_events()
+    events.nmi.masked = 1
+    guest.vcpu.set_vcpu_events(events)
+    guest.vcpu.nmi()
+    guest.go_on()
+    assert guest.counts() == {}
+    events = guest.vcpu.get_vcpu_events()
+    assert (events.nmi.masked, events.nmi.pending) == (1, 1)
+    guest.go_on()
+    assert guest.counts() == {Vector.UD: 1, NMI: 1}
+    events = guest.vcpu.get_vcpu_events()
+    assert (events.nmi.masked, events.nmi.pending) == (0, 0)
+
+
+HANDLER = """
+#include <kvmpy/guest.h>
+
+static volatile u64 nmis;
+
+static void handler(struct exception_frame *frame)
+{
+	nmis++;
+	GUEST_SYNC(0x1000 + nmis);
+}
+
+void guest_main(void)
+{
+	guest_exception_install(NMI_VECTOR, handler);
+	GUEST_SYNC(0);
+	GUEST_SYNC(nmis);
+}
+"""
+
+
+@pytest.mark.protections("all")
+def test_in_the_handler(make_vm: MakeVm) -> None:
+    """NMIs are masked while the guest handles one; of those that come meanwhile it gets one afterwards.
+
+    Intel SDM volume 3, 6.7.1 Handling Multiple NMIs; Documentation/virt/kvm/api.rst, 4.31 (nmi.masked).
+    """
+    vm = make_vm(HANDLER)
+    vm.launch()
+    vcpu = vm.guests[0]
+    vcpu.sync()
+    vcpu.nmi()
+    assert vcpu.sync().args == (0x1001,)
+    assert vcpu.get_vcpu_events().nmi.masked == 1
+    for _ in range(3):
+        vcpu.nmi()
+    assert vcpu.get_vcpu_events().nmi.pending == 1
+    assert vcpu.sync().args == (0x1002,)
+    assert vcpu.sync().args == (2,)
+    assert vcpu.get_vcpu_events().nmi.masked == 0

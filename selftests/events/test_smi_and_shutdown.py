@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System management interrupts, and triple faults."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpy.core.address import Gpa
+from kvmpy.core.errors import KvmError
+from kvmpy.core.exits import IoExit, ShutdownExit
+from kvmpy.core.vm import Vm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import (
+    KVM_CAP_X86_SMM,
+    KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+    KVM_RUN_X86_SMM,
+    KVM_VCPUEVENT_VALID_SMM,
+)
+
+if TYPE_CHECKING:
+    from selftests.events.conftest import EventGuest, EventGuestMaker
+
+registers = pytest.mark.usefixtures("open_registers")
+smm = pytest.mark.requires("KVM_CAP_X86_SMM")
+triple = pytest.mark.requires("KVM_CAP_X86_TRIPLE_FAULT_EVENT")
+
+# SMM starts 0x8000 above SMBASE, in a kind of real mode.
+SMM_ENTRY = Gpa(0x3_8000)
+SMM_PORT, SMM_VALUE = 0x43, 0x5A
+SMM_CODE = bytes([0xB0, SMM_VALUE, 0xE6, SMM_PORT, 0x0F, 0xAA])  # mov al; out port, al; rsm
+
+
+def with_smm_handler(event_guest: EventGuestMaker) -> EventGuest:
+    """Return a guest whose SMM handler writes to a port and resumes."""
+    guest = event_guest()
+    guest.vm.memory.shared_view(SMM_ENTRY, len(SMM_CODE))[:] = SMM_CODE
+    return guest
+
+
+@pytest.mark.protections("all")
+@registers
+@smm
+def test_smi(event_guest: EventGuestMaker) -> None:
+    """KVM_SMI takes the guest to its SMM handler and RSM takes it back, with its registers as they were.
+
+    Documentation/virt/kvm/api.rst, 4.96 KVM_SMI; 5 The kvm_run structure, KVM_RUN_X86_SMM.
+    """
+    guest = with_smm_handler(event_guest)
+    before = guest.vcpu.get_regs()
+    guest.vcpu.smi()
+    got = guest.vcpu.expect(IoExit)
+    assert (got.port, got.value) == (SMM_PORT, SMM_VALUE)
+    assert guest.vcpu.run_area.flags & KVM_RUN_X86_SMM
+    assert guest.vcpu.get_vcpu_events().smi.smm == 1
+    guest.vcpu.complete_io()
+    assert guest.vcpu.get_sregs().cs.base == 0x3_0000
+    assert guest.go_on() == 1
+    assert not guest.vcpu.run_area.flags & KVM_RUN_X86_SMM
+    assert guest.vcpu.get_vcpu_events().smi.smm == 0
+    after = guest.vcpu.get_regs()
+    assert (after.rsp, after.rbp, after.rip) == (before.rsp, before.rbp, before.rip)
+
+
+@smm
+def test_smi_is_pending(vm: Vm) -> None:
+    """KVM_SMI makes an SMI pending, which KVM_SET_VCPU_EVENTS can take back.
+
+    Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS and 4.32 KVM_SET_VCPU_EVENTS (smi).
+    """
+    vcpu = vm.create_vcpu()
+    vcpu.smi()
+    events = vcpu.get_vcpu_events()
+    assert events.smi.pending == 1
+    events.smi.pending = 0
+    events.flags = 0
+    vcpu.set_vcpu_events(events)
+    assert vcpu.get_vcpu_events().smi.pending == 1
+    events.flags = int(KVM_VCPUEVENT_VALID_SMM)
+    vcpu.set_vcpu_events(events)
+    assert vcpu.get_vcpu_events().smi.pending == 0
+
+
+@pytest.mark.protections("all")
+@registers
+@smm
+def test_smi_in_smm(event_guest: EventGuestMaker) -> None:
+    """An SMI that comes in SMM waits until the handler resumes, and is then taken.
+
+    Intel SDM volume 3, 32.3.1 Entering SMM ("a second SMI is latched").
+    """
+    guest = with_smm_handler(event_guest)
+    guest.vcpu.smi()
+    guest.vcpu.expect(IoExit)
+    guest.vcpu.smi()
+    assert guest.vcpu.get_vcpu_events().smi.pending == 1
+    assert guest.vcpu.expect(IoExit).value == SMM_VALUE
+    assert guest.vcpu.get_vcpu_events().smi.pending == 0
+    guest.vcpu.complete_io()
+    assert guest.go_on() == 1
+
+
+def test_without_smm(vm: Vm) -> None:
+    """Where KVM has no SMM, KVM_SMI fails with ENOTTY.
+
+    Documentation/virt/kvm/api.rst, 4.96 KVM_SMI (KVM_CAP_X86_SMM); kvm_inject_smi() without CONFIG_KVM_SMM.
+    """
+    if vm.check_extension(KVM_CAP_X86_SMM):
+        pytest.skip("this KVM has SMM")
+    vcpu = vm.create_vcpu()
+    with pytest.raises(KvmError) as e:
+        vcpu.smi()
+    assert e.value.errno == errno.ENOTTY
+
+
+TRIPLE_FAULT = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	struct {
+		u16 limit;
+		u64 base;
+	} __packed nothing = { 0 };
+
+	GUEST_SYNC(0);
+	asm volatile("lidt %0; ud2" : : "m"(nothing));
+}
+"""
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize("cap", [False, True], ids=["plain", "event"])
+def test_triple_fault(make_vm: MakeVm, cap: bool) -> None:
+    """A guest that cannot deliver its double fault ends in KVM_EXIT_SHUTDOWN.
+
+    Documentation/virt/kvm/api.rst, 5 The kvm_run structure; Intel SDM volume 3, 6.15, Interrupt 8 (shutdown).
+    """
+    vm = make_vm(TRIPLE_FAULT)
+    if cap:
+        vm.need_cap(KVM_CAP_X86_TRIPLE_FAULT_EVENT)
+        vm.enable_cap(KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1)
+    vm.launch()
+    vm.guests[0].sync()
+    vm.guests[0].expect(ShutdownExit)
+
+
+@pytest.mark.protections("all")
+@registers
+@triple
+def test_triple_fault_by_events(event_guest: EventGuestMaker) -> None:
+    """A triple fault that KVM_SET_VCPU_EVENTS makes pending ends the next KVM_RUN in KVM_EXIT_SHUTDOWN.
+
+    Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_TRIPLE_FAULT.
+    """
+    guest = event_guest(cap=KVM_CAP_X86_TRIPLE_FAULT_EVENT)
+    events = guest.vcpu.get_vcpu_events()
+    events.triple_fault.pending = 1
+    guest.vcpu.set_vcpu_events(events)
+    assert guest.vcpu.get_vcpu_events().triple_fault.pending == 1
+    guest.vcpu.expect(ShutdownExit)
+
+
+@pytest.mark.protections("all")
+@registers
+@triple
+def test_triple_fault_taken_back(event_guest: EventGuestMaker) -> None:
+    """A pending triple fault that KVM_SET_VCPU_EVENTS clears leaves the guest running.
+
+    Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_TRIPLE_FAULT.
+    """
+    guest = event_guest(cap=KVM_CAP_X86_TRIPLE_FAULT_EVENT)
+    events = guest.vcpu.get_vcpu_events()
+    for pending in (1, 0):
+        events.triple_fault.pending = pending
+        guest.vcpu.set_vcpu_events(events)
+    assert guest.go_on() == 1
+    assert guest.counts() == {}
