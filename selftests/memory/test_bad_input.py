@@ -126,9 +126,9 @@ def test_moved_memory_is_found_where_it_went(guest: GuestVm) -> None:
 @pytest.mark.protections("all")
 def test_an_address_of_another_kind_is_refused(guest: GuestVm) -> None:
     """A RawGpa or a plain number is no Gpa: TypeError that says which conversion helps."""
-    with pytest.raises(TypeError, match=r"takes a Gpa, not a RawGpa; from_raw\(\)"):
+    with pytest.raises(TypeError, match=r"takes a Gpa.*RawGpa; from_raw\(\)"):
         guest.gpa_to_hva(RawGpa(0x1000))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="takes a Gpa, not a int"):
+    with pytest.raises(TypeError, match=r"takes a Gpa.* int\b"):
         guest.gpa_to_hva(0x1000)  # type: ignore[arg-type]
 
 
