@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from selftests.events.conftest import EventGuest, EventGuestMaker
 
 registers = pytest.mark.usefixtures("open_registers")
-smm = pytest.mark.requires("KVM_CAP_X86_SMM")
+smm = pytest.mark.requires("KVM_CAP_X86_SMM", "KVM_CAP_MULTI_ADDRESS_SPACE>=2")
 triple = pytest.mark.requires("KVM_CAP_X86_TRIPLE_FAULT_EVENT")
 
-# SMM starts 0x8000 above SMBASE, in a kind of real mode.
-SMM_ENTRY = Gpa(0x3_8000)
+# SMM has its own address space, and starts 0x8000 above SMBASE in a kind of real mode.
+SMM_ADDRESS_SPACE = 1
+SMM_BASE, SMM_SIZE = Gpa(0x3_0000), 0x1_0000
+SMM_ENTRY = SMM_BASE + 0x8000
 SMM_PORT, SMM_VALUE = 0x43, 0x5A
 SMM_CODE = bytes([0xB0, SMM_VALUE, 0xE6, SMM_PORT, 0x0F, 0xAA])  # mov al; out port, al; rsm
 
@@ -36,7 +38,12 @@ SMM_CODE = bytes([0xB0, SMM_VALUE, 0xE6, SMM_PORT, 0x0F, 0xAA])  # mov al; out p
 def with_smm_handler(event_guest: EventGuestMaker) -> EventGuest:
     """Return a guest whose SMM handler writes to a port and resumes."""
     guest = event_guest()
-    guest.vm.memory.shared_view(SMM_ENTRY, len(SMM_CODE))[:] = SMM_CODE
+    vm = guest.vm
+    vm.memory.shared_view(SMM_ENTRY, len(SMM_CODE))[:] = SMM_CODE
+    # lifetime: the slot shows guest memory, which the VM keeps.
+    vm.set_user_memory_region(
+        SMM_ADDRESS_SPACE << 16, SMM_BASE, SMM_SIZE, vm.memory.hva(SMM_BASE, private=False)
+    )
     return guest
 
 
