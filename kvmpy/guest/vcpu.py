@@ -40,6 +40,8 @@ class GuestVcpu(Vcpu):
     vm: GuestVm
 
     def __init__(self, vm: GuestVm, fd: int, vcpu_id: int, index: int) -> None:
+        # First: the base class closes this object when it cannot be completed.
+        self._slots = memoryview(b"")
         super().__init__(vm, fd, vcpu_id)
         self.index = index
         self.entry: Gva | None = None
@@ -48,7 +50,6 @@ class GuestVcpu(Vcpu):
         self.percpu = Gva(0)
         self.percpu_gpa = Gpa(0)
         self.done = False
-        self._slots = memoryview(b"")
 
     # Before launch.
 
