@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from kvmpy.core.vcpu_state import VcpuState
 
 MSR_TSC_DEADLINE = 0x6E0
-# The TSC may run on between save and comparison, and counters of APERF/MPERF with it.
-_RUNNING_MSRS = frozenset({0x10, 0xE7, 0xE8})
+# These run on between save and comparison: TSC, APERF and MPERF, Hyper-V's run time and reference counter.
+_RUNNING_MSRS = frozenset({0x10, 0xE7, 0xE8, 0x40000010, 0x40000020})
 
 
 class RestoreError(RuntimeError):
