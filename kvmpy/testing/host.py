@@ -20,6 +20,7 @@ from kvmpy.testing.verdicts import Missing
 PLATFORM_VARIABLE = "KVMPY_PLATFORM"
 ACCELERATOR_VARIABLE = "KVMPY_ACCELERATOR"
 SYS_MODULE = Path("/sys/module")
+CLOCK_SOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 _VENDOR_SYMBOL = re.compile(r" [tT] (pvm|svm|vmx)_(?:init|hardware_enable|hardware_setup|vcpu_run)(?:\s|$)")
 _VENDORS = {"pvm": "kvm_pvm", "svm": "kvm_amd", "vmx": "kvm_intel"}
 
@@ -47,6 +48,11 @@ def cpu_info() -> Mapping[str, str]:
 def cpu_model() -> str:
     """Return the CPU's name, such as ``AMD EPYC 9454``."""
     return cpu_info().get("model name", platform.machine())
+
+
+def clock_source() -> str:
+    """Return what this kernel takes its time from, such as ``tsc`` or ``hpet``; empty if it does not tell."""
+    return _read(CLOCK_SOURCE)
 
 
 def cpu_flag(name: str) -> bool:

@@ -13,6 +13,7 @@ A requirement is a string or a callable:
 - ``param:kvm.ignore_msrs`` or ``param:kvm_amd.sev=Y``: a module parameter (and its value)
 - ``cpu:FLAG``: a flag in /proc/cpuinfo
 - ``tool:gcc``: a command; ``path:/dev/userfaultfd``: a file that can be read and written; ``root``: uid 0
+- ``stable-tsc``: a kernel that takes its time from the TSC, so that KVM need not correct guests' TSCs
 - a callable, given an open ``Kvm``: None or True when all is there, otherwise a :class:`Missing` or a text
 """
 
@@ -185,6 +186,14 @@ def _root(_text: str) -> Missing | None:
     return None if os.geteuid() == 0 else Missing("root", "run as root (sudo)", ("root",))
 
 
+def _stable_tsc(_text: str) -> Missing | None:
+    source = host.clock_source()
+    if source in ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page"):
+        return None
+    what = f"a stable TSC (the clock source is {source or 'unknown'})"
+    return Missing(what, "a CPU, or an outer hypervisor, whose TSC this kernel trusts", ("stable-tsc",))
+
+
 _ASK_KVM: dict[str, Callable[[Kvm, str], Missing | None]] = {
     "ioctl": _ioctl,
     "vm-type": _vm_type,
@@ -198,6 +207,7 @@ _ASK_HOST: dict[str, Callable[[str], Missing | None]] = {
     "tool": _tool,
     "path": _path,
     "root": _root,
+    "stable-tsc": _stable_tsc,
 }
 
 

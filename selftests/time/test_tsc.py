@@ -153,16 +153,7 @@ def reading(vm: GuestVm, vcpu: int = 0) -> int:
     return vm.guests[vcpu].sync().args[0]
 
 
-def stable(kvm: Kvm) -> str | None:
-    """Tell when the host's TSC is not fit to be shown to guests."""
-    with open("/sys/devices/system/clocksource/clocksource0/current_clocksource", encoding="ascii") as file:
-        source = file.read().strip()
-    if source in ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page"):
-        return None
-    return f"a host with a stable TSC: its clock source is {source}"
-
-
-STABLE = pytest.mark.requires("kvm", stable)
+STABLE = pytest.mark.requires("stable-tsc")
 
 
 @pytest.mark.protections("all")

@@ -69,6 +69,7 @@ def measured_khz(vm: GuestVm) -> tuple[float, float]:
 
 @pytest.mark.protections("all")
 @ATTRIBUTES
+@pytest.mark.requires("stable-tsc")
 @pytest.mark.parametrize("shift", [1 << 40, -(1 << 40)])
 def test_offset_shifts_counter(make_vm: MakeVm, shift: int) -> None:
     """The guest's TSC is the host's plus the offset: changing the offset shifts it by as much.
