@@ -33,6 +33,7 @@ GUEST = """
 #define MSR_SYSENTER_EIP	0x176
 #define MSR_PAT			0x277
 
+/* AMD's SYSENTER takes 32-bit addresses: the rest of the two MSRs is not kept there. */
 static const struct {
 	u32 msr;
 	u64 value;
@@ -43,8 +44,8 @@ static const struct {
 	{ MSR_FS_BASE, 0x00007f1234567000 },
 	{ MSR_KERNEL_GS_BASE, 0xffff888812345000 },
 	{ MSR_SYSENTER_CS, 0x10 },
-	{ MSR_SYSENTER_ESP, 0xffff888800001000 },
-	{ MSR_SYSENTER_EIP, 0xffff800000405678 },
+	{ MSR_SYSENTER_ESP, 0x88801000 },
+	{ MSR_SYSENTER_EIP, 0x80405678 },
 	{ MSR_PAT, 0x0007040600070506 },
 };
 

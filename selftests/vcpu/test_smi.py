@@ -14,10 +14,13 @@ from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import KVM_RUN_X86_SMM
 
-pytestmark = pytest.mark.requires("KVM_CAP_X86_SMM")
+pytestmark = pytest.mark.requires("KVM_CAP_X86_SMM", "KVM_CAP_MULTI_ADDRESS_SPACE>=2")
 
-# Reset value of SMBASE, and the entry of the handler in it.
-ENTRY = 0x30000 + 0x8000
+# Reset value of SMBASE, what follows it, and the entry of the handler in it.
+SMBASE, SMRAM_SIZE = Gpa(0x30000), 0x10000
+ENTRY = SMBASE + 0x8000
+# System management mode sees the memory of this address space only.
+ADDRESS_SPACE = 1
 PORT = 0x10
 # mov al, 0x5a; out 0x10, al; rsm
 HANDLER = bytes.fromhex("b05a e610 0faa")
@@ -38,7 +41,9 @@ void guest_main(void)
 def start(make_vm: MakeVm) -> GuestVm:
     """Return a VM that has a handler, and whose guest has said 1."""
     vm = make_vm(GUEST)
-    vm.memory.write(Gpa(ENTRY), HANDLER)
+    vm.memory.write(ENTRY, HANDLER)
+    # lifetime: the slot shows guest memory, which the VM keeps.
+    vm.set_user_memory_region(ADDRESS_SPACE << 16, SMBASE, SMRAM_SIZE, vm.memory.hva(SMBASE))
     vm.launch()
     assert tuple(vm.guests[0].sync().args) == (1,)
     return vm
