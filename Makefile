@@ -11,17 +11,14 @@ NATIVE_SOURCES := kvmpy/uapi/build.py $(wildcard kvmpy/uapi/cdef/* kvmpy/uapi/na
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run lab test lint format wheel docs clean check-host
+.PHONY: help run test lint format wheel docs clean check-host
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "ARGS='...' is passed on by run (kvmpy run), lab (kvmpy lab run) and test (pytest); PYTHON=python3.12 picks the interpreter."
+	@echo "ARGS='...' is passed on by run (kvmpy run) and test (pytest); PYTHON=python3.12 picks the interpreter."
 
 run: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests on this host's KVM, with a verdict table
 	@$(BIN)/kvmpy run $(ARGS)
-
-lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests inside a kernel under QEMU, built first if there is none
-	@$(BIN)/kvmpy lab run --build $(ARGS)
 
 test: $(VENV)/.kvmpy-dev $(NATIVE) ## kvmpy's own tests, then the selftests
 	@$(BIN)/python -m pytest $(ARGS)
