@@ -256,7 +256,7 @@ def test_masked(make_vm: MakeVm, x2apic: int) -> None:
 
 
 @pytest.mark.protections("all")
-@pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ")
+@pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ", "stable-tsc")
 @MODES
 def test_deadline(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
     """In TSC-deadline mode the interrupt comes when the TSC has reached the deadline, which is 0 then.

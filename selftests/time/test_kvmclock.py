@@ -210,9 +210,9 @@ def test_set_clock(make_vm: MakeVm, value: int) -> None:
     started = time.monotonic_ns()
     vm.set_clock(kvm_clock_data(clock=value))
     now = reading(vm).args[0]
-    # Two clocks of one host, for less than a second: a percent and a millisecond are plenty.
-    elapsed = (time.monotonic_ns() - started) * 101 // 100 + SECOND // 1000
-    assert value <= now <= value + elapsed
+    # Two clocks of one host: where the TSC is not stable they differ a little.
+    elapsed = time.monotonic_ns() - started
+    assert value <= now <= value + 2 * elapsed + SECOND // 10
 
 
 @pytest.mark.protections("all")
