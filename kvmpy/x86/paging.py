@@ -3,7 +3,8 @@
 
 Every edit checks first and changes afterwards, so that a refused one leaves the tables as they were. A new
 table is filled before it is linked; flushing TLBs of vCPUs that run meanwhile is the guest's business, as on
-real hardware.
+real hardware. A KVM without two-dimensional paging shadows the tables and notices the guest's own writes
+only: there the guest must write a present entry that it has used itself before its flush shows the change.
 """
 
 from __future__ import annotations
