@@ -112,7 +112,9 @@ void guest_main(void)
 	write_cr8(5);
 	GUEST_ASSERT_EQ(read_cr8(), 5u);
 	write_cr8(0);
-	GUEST_ASSERT_EQ(write_cr8_safe(16).vector, GP_VECTOR);
+	/* Paging without protection is refused. */
+	GUEST_ASSERT_EQ(write_cr0_safe(read_cr0() & ~BIT(0)).vector, GP_VECTOR);
+	GUEST_ASSERT_EQ(read_cr0() & BIT(0), BIT(0));
 	write_dr0(0x5000);
 	GUEST_ASSERT_EQ(read_dr0(), 0x5000u);
 	write_dr0(0);
