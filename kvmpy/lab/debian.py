@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from kvmpy.lab.kernels import Say
 DEFAULT_SUITE = "sid"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_VARIABLE = "KVMPY_DEBIAN_MIRROR"
-_MIRROR = "http://deb.debian.org/debian"
+_SOURCES = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d"))
+_URI = re.compile(r"\bhttps?://\S+/debian/?(?=\s|$)")
 _SUITE = re.compile(r"[a-z][a-z0-9.-]*")
 _PACKAGE = re.compile(r"linux-source-(\d+)\.(\d+)")
 _TREE_MIB = 3500
@@ -39,6 +41,20 @@ class Package:
     def origin(self) -> str:
         """Name and version."""
         return f"{self.name} {self.version}"
+
+
+def machine_mirror(sources: Sequence[Path] = _SOURCES) -> str:
+    """Return the Debian mirror that this machine's own apt uses; LabError when it names none."""
+    for source in sources:
+        for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+            for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+                found = None if line.lstrip().startswith("#") else _URI.search(line)
+                if found is not None:
+                    return found.group().rstrip("/")
+    raise LabError(
+        "apt on this machine knows no Debian mirror",
+        f"name one in {MIRROR_VARIABLE}, or build with --source TREE",
+    )
 
 
 def apt_options(state: Path) -> list[str]:
@@ -65,7 +81,7 @@ def source_line(suite: str, keyring: Path = KEYRING) -> str:
             f"{keyring} is missing: the kernel source could not be verified",
             f"install with: {'' if os.geteuid() == 0 else 'sudo '}apt-get install debian-archive-keyring",
         )
-    mirror = os.environ.get(MIRROR_VARIABLE) or _MIRROR
+    mirror = os.environ.get(MIRROR_VARIABLE) or machine_mirror()
     return f"deb [signed-by={keyring}] {mirror} {suite} main\n"
 
 

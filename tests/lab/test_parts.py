@@ -274,3 +274,14 @@ def test_the_job_survives_any_text(tmp_path: Path) -> None:
         ["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True
     )
     assert result.stdout.splitlines() == ["it's $HOME", *words]
+
+
+def test_the_mirror_is_the_machines_own(tmp_path: Path) -> None:
+    parts = tmp_path / "sources.list.d"
+    parts.mkdir()
+    (tmp_path / "sources.list").write_text("# deb http://commented.example/debian sid main\n")
+    (parts / "debian.sources").write_text("Types: deb\nURIs: http://mirror.example/debian/\nSuites: sid\n")
+    assert debian.machine_mirror((tmp_path / "sources.list", parts)) == "http://mirror.example/debian"
+    (parts / "debian.sources").unlink()
+    with pytest.raises(LabError, match="KVMPY_DEBIAN_MIRROR"):
+        debian.machine_mirror((tmp_path / "sources.list", parts))
