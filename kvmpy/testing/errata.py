@@ -61,6 +61,10 @@ class Erratum:
             elif key == "protection":
                 if not glob_match(wanted, protection or ""):
                     return False
+            elif key == "module":
+                # A kernel may have several vendor modules built in.
+                if not any(glob_match(wanted, name) for name in (facts.module, *facts.module.split())):
+                    return False
             elif not glob_match(wanted, getattr(facts, key)):
                 return False
         return True

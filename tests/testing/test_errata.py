@@ -74,6 +74,14 @@ def test_every_condition_must_hold(when: dict[str, str], under: str | None, expe
     assert (find([erratum], "a.py::t", HERE, under) is erratum) is expected
 
 
+@pytest.mark.parametrize(
+    ("module", "expected"), [("kvm_amd", True), ("kvm_intel", True), ("kvm_pvm", False), ("*amd*", True)]
+)
+def test_any_of_several_vendor_modules(module: str, expected: bool) -> None:
+    both = HostFacts("7.2.13", "kvm_amd kvm_intel", "AMD EPYC Processor", "lab")
+    assert Erratum("a.py::*", "r", "o", {"module": module}).applies(both, None) is expected
+
+
 def test_kvmpys_own_file_is_valid() -> None:
     assert all(entry.covers(entry.test) for entry in load([BUILTIN]))
 
