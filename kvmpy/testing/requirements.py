@@ -15,6 +15,7 @@ A requirement is a string or a callable:
 - ``tool:gcc``: a command; ``path:/dev/userfaultfd``: a file that can be read and written; ``root``: uid 0
 - ``stable-tsc``: a kernel that takes its time from the TSC, so that KVM need not correct guests' TSCs
 - a callable, given an open ``Kvm``: None or True when all is there, otherwise a :class:`Missing` or a text
+  (a function alone is passed as ``requires.with_args(function)``, as pytest takes it for the test otherwise)
 """
 
 from __future__ import annotations
