@@ -60,6 +60,29 @@ void guest_main(u64 x2apic, u64 ldr)
 	}
 }
 
+/* What was sent can be read back, and it is on its way at once. */
+void command(u64 x2apic)
+{
+	u32 low = APIC_DM_FIXED | APIC_INT_ASSERT | VECTOR;
+
+	irq_install(VECTOR);
+	if (x2apic) {
+		x2apic_enable();
+		x2apic_write(APIC_ICR, 77ull << 32 | low);
+		GUEST_ASSERT_EQ(x2apic_read(APIC_ICR), 77ull << 32 | low);
+	} else {
+		apic_enable();
+		xapic_write(APIC_ICR2, 77u << 24);
+		GUEST_ASSERT_EQ(xapic_read(APIC_ICR2), 77u << 24);
+		xapic_write(APIC_ICR, low);
+		GUEST_ASSERT_EQ(xapic_read(APIC_ICR), low);
+		/* The upper half alone sends nothing. */
+		xapic_write(APIC_ICR2, 0);
+		irq_window();
+		GUEST_ASSERT_EQ(irq_count(VECTOR), 0u);
+	}
+}
+
 /* One halts until it is called, the other calls; then the other way round. */
 void ping_pong(u64 x2apic, u64 rounds)
 {
@@ -285,6 +308,19 @@ def test_disabled_receiver(make_vm: MakeVm, x2apic: bool) -> None:
     cluster.vm.guests[1].set_lapic_reg(0xF0, 0xFF)
     assert cluster.send(1) == got(0, 0, 0)
     assert cluster.send(1, delivery=Delivery.NMI) == [(0, 0), (0, 1), (0, 0)]
+
+
+@pytest.mark.protections("all")
+@BOTH_MODES
+def test_command_register(make_vm: MakeVm, x2apic: bool) -> None:
+    """The interrupt command register reads back what was sent, with the delivery status clear.
+
+    Intel SDM 3A, 12.6.1 (ICR) and 12.12.9 (ICR operation in x2APIC mode).
+    """
+    vm = make_vm(GUEST)
+    vm.guests[0].set_entry("command", int(x2apic))
+    vm.launch()
+    vm.guests[0].run_to_done()
 
 
 @pytest.mark.protections("all")
