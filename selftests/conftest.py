@@ -84,7 +84,7 @@ class Accessor:
 
     def __init__(self, vm: GuestVm, ring: int) -> None:
         self.vm = vm
-        self.vcpu = vm.guests[0]
+        self.vcpu = vm.vcpus[0]
         self.ring = ring
 
     def order(self, gva: Gva, size: int, value: int | None = None) -> None:

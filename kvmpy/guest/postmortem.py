@@ -83,7 +83,7 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
         for name, address in (("RIP", place.rip), ("RSP", place.rsp), ("CR2", place.cr2)):
             if name != "CR2" or address:
                 section(f"page-table walk of {name} {address:#x}", lambda address=address: _walk(vm, address))  # type: ignore[misc]
-    for other in [vcpu, *(peer for peer in vm.guests if peer is not vcpu)][:TRAIL_OF_OTHERS]:
+    for other in [vcpu, *(peer for peer in vm.vcpus if peer is not vcpu)][:TRAIL_OF_OTHERS]:
         section(f"last exits of {other.name} ({other.exits} in all)", lambda other=other: _trail(other))  # type: ignore[misc]
     if vm.console:
         section("console", lambda: vm.console.splitlines()[-20:])

@@ -135,8 +135,6 @@ class GuestVm(Vm):
         """The vCPUs in the order of their creation."""
         return cast("list[GuestVcpu]", self._vcpus)
 
-    guests = vcpus
-
     def _place(
         self, gva: Gva, gpa: Gpa, size: int, *, writable: bool = True, nx: bool = True, user: bool = False
     ) -> None:
@@ -213,7 +211,7 @@ class GuestVm(Vm):
         if self.launched:
             raise LaunchError(f"{self.name} was launched before")
         main = self.program.symbols.get("guest_main")
-        for vcpu in self.guests:
+        for vcpu in self.vcpus:
             entry = vcpu.entry if vcpu.entry is not None else (main.gva if main is not None else None)
             if entry is None:
                 raise LaunchError(
@@ -413,12 +411,12 @@ class GuestVm(Vm):
             except BaseException as error:  # noqa: BLE001 - handed to the caller below
                 with lock:
                     failures.append(error)
-                for other in self.guests:
+                for other in self.vcpus:
                     if other is not vcpu and not other.done:
                         other.kick()
 
         threads = [
-            threading.Thread(target=body, args=(vcpu,), name=vcpu.name, daemon=True) for vcpu in self.guests
+            threading.Thread(target=body, args=(vcpu,), name=vcpu.name, daemon=True) for vcpu in self.vcpus
         ]
         for thread in threads:
             thread.start()
@@ -426,7 +424,7 @@ class GuestVm(Vm):
             for thread in threads:
                 thread.join()
         except BaseException:
-            for vcpu in self.guests:
+            for vcpu in self.vcpus:
                 vcpu.kick()
             for thread in threads:
                 thread.join()

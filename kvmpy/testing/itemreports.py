@@ -82,7 +82,7 @@ def postmortem_of(error: BaseException | None) -> str:
 def _state_of_vms(item: pytest.Item, cause: str) -> str:
     texts = []
     for vm in item.stash.get(VMS, []):
-        if vm.closed or not vm.launched or not vm.guests:
+        if vm.closed or not vm.launched or not vm.vcpus:
             continue
         try:
             vm.stop()  # the state of a vCPU that runs cannot be had

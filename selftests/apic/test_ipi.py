@@ -118,14 +118,14 @@ class Cluster:
                 vm.enable_cap(KVM_CAP_X2APIC_API, NO_QUIRK)
 
         self.vm = make_vm(GUEST, vcpu_ids=ids, before_vcpus=before)
-        for vcpu in self.vm.guests:
+        for vcpu in self.vm.vcpus:
             vcpu.set_entry("guest_main", int(x2apic), 1 << vcpu.index)
         self.vm.launch()
-        self._asked = [vcpu.sync() for vcpu in self.vm.guests]
+        self._asked = [vcpu.sync() for vcpu in self.vm.vcpus]
 
     def counts(self) -> list[tuple[int, int]]:
         """Return each vCPU's interrupts and NMIs after a window for them."""
-        for number, vcpu in enumerate(self.vm.guests):
+        for number, vcpu in enumerate(self.vm.vcpus):
             self._asked[number].reply(0)
             self._asked[number] = vcpu.sync()
         return [(call.args[0], call.args[1]) for call in self._asked]
@@ -151,7 +151,7 @@ class Cluster:
 
     def _go(self) -> list[tuple[int, int]]:
         self._asked[0].reply(1)
-        self._asked[0] = self.vm.guests[0].sync()
+        self._asked[0] = self.vm.vcpus[0].sync()
         return self.counts()
 
 
@@ -305,7 +305,7 @@ def test_disabled_receiver(make_vm: MakeVm, x2apic: bool) -> None:
     Intel SDM 3A, 12.4.7.2 (state after it has been software disabled).
     """
     cluster = Cluster(make_vm, x2apic=x2apic)
-    cluster.vm.guests[1].set_lapic_reg(0xF0, 0xFF)
+    cluster.vm.vcpus[1].set_lapic_reg(0xF0, 0xFF)
     assert cluster.send(1) == got(0, 0, 0)
     assert cluster.send(1, delivery=Delivery.NMI) == [(0, 0), (0, 1), (0, 0)]
 
@@ -318,9 +318,9 @@ def test_command_register(make_vm: MakeVm, x2apic: bool) -> None:
     Intel SDM 3A, 12.6.1 (ICR) and 12.12.9 (ICR operation in x2APIC mode).
     """
     vm = make_vm(GUEST)
-    vm.guests[0].set_entry("command", int(x2apic))
+    vm.vcpus[0].set_entry("command", int(x2apic))
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -331,9 +331,9 @@ def test_wakes_halted(make_vm: MakeVm, x2apic: bool) -> None:
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE: a halted vCPU waits for an interrupt.
     """
     vm = make_vm(GUEST, vcpus=2)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry("ping_pong", int(x2apic), 50)
     vm.launch()
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         assert tuple(vcpu.sync().args) == (ord("r"),)
     vm.run_all()

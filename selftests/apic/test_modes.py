@@ -200,9 +200,9 @@ void page_while_disabled(void)
 def run(make_vm: MakeVm, source: str, entry: str, *args: int, vcpu_id: int = 0) -> None:
     """Run *entry* of *source* to its end; the guest asserts."""
     vm = make_vm(source, vcpu_ids=[vcpu_id])
-    vm.guests[0].set_entry(entry, *args)
+    vm.vcpus[0].set_entry(entry, *args)
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -330,9 +330,9 @@ def test_page_of_disabled_apic(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 7.31 KVM_CAP_DISABLE_QUIRKS2: KVM_X86_QUIRK_LAPIC_MMIO_HOLE.
     """
     vm = make_vm(REGISTERS)
-    vm.guests[0].set_entry("page_while_disabled")
+    vm.vcpus[0].set_entry("page_while_disabled")
     vm.launch()
-    assert [tuple(call.args) for call in vm.guests[0].syncs()] == [(0xFFFF_FFFF,), (1,)]
+    assert [tuple(call.args) for call in vm.vcpus[0].syncs()] == [(0xFFFF_FFFF,), (1,)]
 
 
 @pytest.mark.protections("all")
@@ -347,7 +347,7 @@ def test_page_of_disabled_apic_without_quirk(make_vm: MakeVm) -> None:
         vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
 
     vm = make_vm(REGISTERS, before_vcpus=before)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry("page_while_disabled")
     vm.launch()
     got = vcpu.expect(MmioExit)

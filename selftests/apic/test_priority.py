@@ -108,14 +108,14 @@ MODES = pytest.mark.parametrize("x2apic", [0, 1], ids=["xapic", "x2apic"])
 def start(make_vm: MakeVm, entry: str, *args: int) -> GuestVm:
     """Return a launched VM whose guest runs *entry*."""
     vm = make_vm(GUEST)
-    vm.guests[0].set_entry(entry, *args)
+    vm.vcpus[0].set_entry(entry, *args)
     vm.launch()
     return vm
 
 
 def said(vm: GuestVm) -> tuple[str | int, ...]:
     """Return what the guest says next."""
-    call = vm.guests[0].sync()
+    call = vm.vcpus[0].sync()
     return (chr(call.args[0]), *call.args[1:])
 
 
@@ -123,7 +123,7 @@ def story(vm: GuestVm, windows: int = 4) -> list[tuple[str, int]]:
     """Return the beginnings ('h') and ends ('e') of handlers, with their vectors, within some windows."""
     found: list[tuple[str, int]] = []
     while windows:
-        call = vm.guests[0].sync()
+        call = vm.vcpus[0].sync()
         word = chr(call.args[0])
         if word == "i":
             windows -= 1
@@ -143,7 +143,7 @@ def test_requests(make_vm: MakeVm, x2apic: int) -> None:
     assert said(vm) == ("r",)
     vm.signal_msi(Msi.to(0, MIDDLE))
     vm.signal_msi(Msi.to(0, HIGH, level=True))
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -172,9 +172,9 @@ def test_task_priority(make_vm: MakeVm, x2apic: int) -> None:
     for vector in (LOW, MIDDLE, HIGH):
         vm.signal_msi(Msi.to(0, vector))
     assert story(vm) == [("h", HIGH), ("e", HIGH)]
-    vm.guests[0].set_lapic_reg(apic.TPR, 0x40)
+    vm.vcpus[0].set_lapic_reg(apic.TPR, 0x40)
     assert story(vm) == [("h", MIDDLE), ("e", MIDDLE)]
-    vm.guests[0].set_lapic_reg(apic.TPR, 0x3F)
+    vm.vcpus[0].set_lapic_reg(apic.TPR, 0x3F)
     assert story(vm) == [("h", LOW), ("e", LOW)]
 
 
@@ -186,7 +186,7 @@ def test_cr8(make_vm: MakeVm, x2apic: int) -> None:
     Intel SDM 3A, 12.8.6 (task priority in IA-32e mode).
     """
     vm = start(make_vm, "cr8", x2apic)
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -198,7 +198,7 @@ def test_priority_subclass(make_vm: MakeVm, x2apic: int) -> None:
     """
     vm = start(make_vm, "subclass", x2apic)
     assert said(vm) == ("s",)
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -213,9 +213,9 @@ def test_in_service_register(make_vm: MakeVm, x2apic: int) -> None:
     vm.signal_msi(Msi.to(0, MIDDLE))
     _, vector, _, in_service, requested = said(vm)
     assert (vector, in_service, requested) == (MIDDLE, 1, 0)
-    assert vm.guests[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 1 << MIDDLE % 32
+    assert vm.vcpus[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 1 << MIDDLE % 32
     assert story(vm, 1) == [("e", MIDDLE)]
-    assert vm.guests[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 0
+    assert vm.vcpus[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 0
 
 
 @pytest.mark.protections("all")

@@ -204,9 +204,9 @@ def hide_deadline(table: kvm_cpuid2) -> kvm_cpuid2:
 def run(make_vm: MakeVm, entry: str, *args: int) -> None:
     """Run *entry* to its end; the guest asserts."""
     vm = make_vm(GUEST, cpuid=offer_deadline)
-    vm.guests[0].set_entry(entry, *args)
+    vm.vcpus[0].set_entry(entry, *args)
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 def milliseconds(kvm: Kvm, number: int) -> int:
@@ -317,6 +317,6 @@ def test_deadline_mode_without_cpuid(make_vm: MakeVm) -> None:
     Intel SDM 3A, 12.5.4.1 (the bit is reserved then).
     """
     vm = make_vm(GUEST, cpuid=hide_deadline)
-    vm.guests[0].set_entry("entry_without_deadline")
+    vm.vcpus[0].set_entry("entry_without_deadline")
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()

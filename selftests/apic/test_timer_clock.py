@@ -70,9 +70,9 @@ def rate(make_vm: MakeVm, khz: int, divider: int, *, bus_ns: int | None = None) 
 
     vm = make_vm(GUEST, before_vcpus=before)
     # 20 ms, sampled within 0.2 ms: one part in a hundred.
-    vm.guests[0].set_entry("rate", divider, 20 * khz, khz // 5)
+    vm.vcpus[0].set_entry("rate", divider, 20 * khz, khz // 5)
     vm.launch()
-    ticks, tsc = vm.guests[0].sync().args
+    ticks, tsc = vm.vcpus[0].sync().args
     return ticks / (tsc / khz)
 
 

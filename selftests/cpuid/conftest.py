@@ -52,17 +52,17 @@ class CpuidGuest:
     def __init__(self, vm: GuestVm) -> None:
         self.vm = vm
         vm.launch()
-        self._calls = {vcpu.index: vcpu.sync() for vcpu in vm.guests}
+        self._calls = {vcpu.index: vcpu.sync() for vcpu in vm.vcpus}
 
     @property
     def vcpu(self) -> GuestVcpu:
         """The first vCPU."""
-        return self.vm.guests[0]
+        return self.vm.vcpus[0]
 
     def _ask(self, what: int, first: int, second: int, index: int = 0) -> tuple[int, ...]:
         self.vm.symbol("operands").bytes = first.to_bytes(8, "little") + second.to_bytes(8, "little")
         self._calls[index].reply(what)
-        self._calls[index] = self.vm.guests[index].sync()
+        self._calls[index] = self.vm.vcpus[index].sync()
         return self._calls[index].args
 
     def cpuid(self, leaf: int, subleaf: int = 0, *, vcpu: int = 0) -> tuple[int, int, int, int]:

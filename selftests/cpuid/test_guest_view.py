@@ -167,7 +167,7 @@ void guest_main(void)
     vm.launch()
     leaf0 = Cpuid.from_struct(vm.kvm.supported_cpuid).find(0)
     assert leaf0 is not None
-    assert vm.guests[0].sync().args == leaf0.registers
+    assert vm.vcpus[0].sync().args == leaf0.registers
 
 
 @pytest.mark.protections("all")
@@ -221,6 +221,6 @@ void guest_main(void)
         cpuid=edit,
     )
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert vcpu.sync().args == (0x8877_6655_4433_2211, 1)
     assert vcpu.sync().args == (0xDDCC_BBAA,)

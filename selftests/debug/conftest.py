@@ -85,7 +85,7 @@ class Line:
     def __init__(self, vm: GuestVm, ring: str) -> None:
         self.vm = vm
         self.ring = ring
-        self.vcpu: GuestVcpu = vm.guests[0]
+        self.vcpu: GuestVcpu = vm.vcpus[0]
         self.vcpu.set_entry("guest_main", int(ring == "user"))
         vm.launch()
         self.vcpu.sync()

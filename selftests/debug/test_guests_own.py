@@ -127,7 +127,7 @@ void general_detect(void)
 def start(make_vm: MakeVm, entry: str) -> tuple[GuestVm, GuestVcpu]:
     """Return a VM that stands at the first SYNC of *entry*."""
     vm = make_vm(GUEST)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry(entry)
     vm.launch()
     vcpu.sync()

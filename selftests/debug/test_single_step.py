@@ -163,7 +163,7 @@ void exception(void)
 def start(make_vm: MakeVm, entry: str) -> tuple[GuestVm, GuestVcpu]:
     """Return a VM that stands before the instructions of *entry*."""
     vm = make_vm(EMULATED)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry(entry)
     vm.launch()
     vcpu.sync()

@@ -148,7 +148,7 @@ def test_vcpus_fault_at_the_same_time(make_vm: MakeVm, make_pager: MakePager) ->
     vcpus, each = 4, 24
     vm = make_vm(OWN_RANGES, vcpus=vcpus)
     memory = paged_memory(vm, vcpus * each)
-    for index, vcpu in enumerate(vm.guests):
+    for index, vcpu in enumerate(vm.vcpus):
         vcpu.set_entry("guest_main", int(GVA), index * each, each)
     vm.launch()
     pager = make_pager(lambda fault: number_page((fault.address - memory.hva) // PAGE_SIZE))
@@ -169,7 +169,7 @@ def test_vcpus_that_meet_at_a_page_see_one_content(make_vm: MakeVm, make_pager: 
     """
     vm = make_vm(SAME_PAGES, vcpus=4)
     memory = paged_memory(vm, 8)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry("guest_main", int(GVA))
     vm.launch()
     answers = 0
@@ -196,8 +196,8 @@ def test_a_vcpu_waits_while_others_run(make_vm: MakeVm, make_pager: MakePager, r
     """
     vm = make_vm(WAITING, vcpus=2)
     memory = paged_memory(vm, 1)
-    vm.guests[0].set_entry("guest_main", int(GVA), ring)
-    vm.guests[1].set_entry("other_main")
+    vm.vcpus[0].set_entry("guest_main", int(GVA), ring)
+    vm.vcpus[1].set_entry("other_main")
     vm.launch()
     asked, may_answer = threading.Event(), threading.Event()
 
@@ -208,11 +208,11 @@ def test_a_vcpu_waits_while_others_run(make_vm: MakeVm, make_pager: MakePager, r
 
     pager = make_pager(late)
     pager.register(memory.hva, memory.size)
-    waiting = vm.guests[0]
+    waiting = vm.vcpus[0]
     with VcpuThread(waiting.sync, vcpu=waiting) as thread:
         try:
             assert asked.wait(vm.deadline)
-            vm.guests[1].run_to_done()
+            vm.vcpus[1].run_to_done()
             assert (vm.symbol("reached").u64, vm.symbol("got").u64) == (1, 0)
             assert waiting.running
         finally:
@@ -230,7 +230,7 @@ def test_a_vcpu_that_waits_can_be_interrupted(make_vm: MakeVm, make_pager: MakeP
     """
     vm = make_vm(WAITING)
     memory = paged_memory(vm, 1)
-    vm.guests[0].set_entry("guest_main", int(GVA), ring)
+    vm.vcpus[0].set_entry("guest_main", int(GVA), ring)
     vm.launch()
     asked, may_answer = threading.Event(), threading.Event()
 
@@ -241,7 +241,7 @@ def test_a_vcpu_that_waits_can_be_interrupted(make_vm: MakeVm, make_pager: MakeP
 
     pager = make_pager(late)
     pager.register(memory.hva, memory.size)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     try:
         with VcpuThread(vcpu.run_until_kicked, vcpu=vcpu) as thread:
             assert asked.wait(vm.deadline)
@@ -260,11 +260,11 @@ def test_a_guest_goes_on_in_memory_that_is_not_there(make_vm: MakeVm, make_pager
     """
     vm = make_vm(WORKING, memory=8 << 20, backing=Anonymous(huge="never"))
     heap = vm.alloc(16 * PAGE_SIZE)
-    vm.guests[0].set_entry("guest_main", int(heap))
+    vm.vcpus[0].set_entry("guest_main", int(heap))
     vm.launch()
     if not vm.protection.traits.host_sees_private:
         pytest.skip(f"protection {vm.protection.name} keeps private memory from the host")
-    assert vm.guests[0].sync().args == (sum(range(21)),)
+    assert vm.vcpus[0].sync().args == (sum(range(21)),)
     saved: list[tuple[Mapping, bytes]] = []
     for segment in vm.memory.segments():
         for mapping in {id(m): m for m in (segment.shared, segment.private) if m is not None}.values():
@@ -282,7 +282,7 @@ def test_a_guest_goes_on_in_memory_that_is_not_there(make_vm: MakeVm, make_pager
     for mapping, _content in saved:
         pager.register(mapping.hva, mapping.size)
     started = time.monotonic()
-    assert vm.guests[0].sync().args == (sum(range(41)),)
+    assert vm.vcpus[0].sync().args == (sum(range(41)),)
     assert time.monotonic() - started < vm.deadline
     # At least a table of each level, code, stack, globals and the heap's pages had to come.
     asked = {fault.address & -PAGE_SIZE for fault in pager.faults}

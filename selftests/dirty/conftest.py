@@ -68,11 +68,11 @@ class Writers:
     def __init__(self, vm: GuestVm, region: MemorySlot) -> None:
         self.vm = vm
         self.region = region
-        self._asked: list[Ucall | None] = [None] * len(vm.guests)
+        self._asked: list[Ucall | None] = [None] * len(vm.vcpus)
 
     def order(self, page: int, *, vcpu: int = 0, read: bool = False) -> None:
         """Tell the guest its next access; it does it when the vCPU runs."""
-        asked = self._asked[vcpu] or self.vm.guests[vcpu].sync()
+        asked = self._asked[vcpu] or self.vm.vcpus[vcpu].sync()
         asked.reply((int(REGION_GVA) + page * PAGE_SIZE) | (ONLY_READ if read else 0))
 
     def asked(self, call: Ucall, vcpu: int = 0) -> None:
@@ -81,7 +81,7 @@ class Writers:
 
     def finish(self, vcpu: int = 0) -> None:
         """Run the vCPU until the ordered access is done."""
-        self._asked[vcpu] = self.vm.guests[vcpu].sync()
+        self._asked[vcpu] = self.vm.vcpus[vcpu].sync()
 
     def write(self, pages: Iterable[int], *, vcpu: int = 0) -> None:
         """Let the guest write to each page, in this order."""
@@ -123,7 +123,7 @@ class MakeWriters:
         vm.map(
             REGION_GVA, REGION_GPA, pages * PAGE_SIZE, page_size=page_size, user=True, nx=True, private=False
         )
-        for vcpu in vm.guests:
+        for vcpu in vm.vcpus:
             vcpu.set_entry("guest_main", self._ring)
         vm.launch()
         return Writers(vm, region)

@@ -29,7 +29,7 @@ def with_ring(vm: GuestVm) -> None:
 
 
 def ring_of(writers: Writers, vcpu: int = 0) -> DirtyRing:
-    return writers.vm.dirty_ring(writers.vm.guests[vcpu])
+    return writers.vm.dirty_ring(writers.vm.vcpus[vcpu])
 
 
 def entries(writers: Writers, *pages: int) -> list[DirtyGfn]:
@@ -123,7 +123,7 @@ def fill(writers: Writers) -> None:
     """Let the guest write pages, from the first one on, until the ring is full."""
     for page in range(2 * ENTRIES):
         writers.order(page)
-        got = writers.vm.guests[0].next()
+        got = writers.vm.vcpus[0].next()
         if isinstance(got, DirtyRingFullExit):
             return
         assert isinstance(got, Ucall)
@@ -138,7 +138,7 @@ def test_a_full_ring_stops_the_vcpu(make_writers: MakeWriters) -> None:
     api.rst 7.36 KVM_CAP_DIRTY_LOG_RING.
     """
     writers = make_writers(pages=2 * ENTRIES, before_vcpus=with_ring)
-    vcpu = writers.vm.guests[0]
+    vcpu = writers.vm.vcpus[0]
     ring = ring_of(writers)
     fill(writers)
     assert isinstance(vcpu.next(), DirtyRingFullExit)
@@ -160,7 +160,7 @@ def test_no_page_is_lost_when_the_ring_wraps(make_writers: MakeWriters) -> None:
     times_full = 0
     for page in range(3 * ENTRIES):
         writers.order(page)
-        while isinstance(got := writers.vm.guests[0].next(), DirtyRingFullExit):
+        while isinstance(got := writers.vm.vcpus[0].next(), DirtyRingFullExit):
             times_full += 1
             seen += [entry.offset for entry in ring.harvest()]
             writers.vm.reset_dirty_rings()

@@ -84,7 +84,7 @@ class EventGuest:
 
     def __init__(self, vm: GuestVm, *, interrupts: bool = False, with_iret: bool = False) -> None:
         self.vm = vm
-        self.vcpu: GuestVcpu = vm.guests[0]
+        self.vcpu: GuestVcpu = vm.vcpus[0]
         self.vcpu.set_entry("guest_main", int(with_iret))
         vm.launch()
         self.allow_interrupts(interrupts)

@@ -117,7 +117,7 @@ def test_in_the_handler(make_vm: MakeVm) -> None:
     """
     vm = make_vm(HANDLER)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.nmi()
     assert vcpu.sync().args == (0x1001,)

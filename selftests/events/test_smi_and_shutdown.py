@@ -150,8 +150,8 @@ def test_triple_fault(make_vm: MakeVm, cap: bool) -> None:
         vm.need_cap(KVM_CAP_X86_TRIPLE_FAULT_EVENT)
         vm.enable_cap(KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1)
     vm.launch()
-    vm.guests[0].sync()
-    vm.guests[0].expect(ShutdownExit)
+    vm.vcpus[0].sync()
+    vm.vcpus[0].expect(ShutdownExit)
 
 
 @pytest.mark.protections("all")

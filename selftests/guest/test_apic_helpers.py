@@ -82,7 +82,7 @@ void guest_main(u64 x2apic)
 def test_helpers(make_vm: MakeVm, mode: str) -> None:
     """Ids, self IPIs, IPIs, timers in each mode, EOI and the mode switches work as named."""
     vm = make_vm(HELPERS)
-    vm.guests[0].set_entry("guest_main", mode == "x2apic")
+    vm.vcpus[0].set_entry("guest_main", mode == "x2apic")
     vm.launch()
-    vm.guests[0].run_to_done()
-    assert vm.guests[0].done
+    vm.vcpus[0].run_to_done()
+    assert vm.vcpus[0].done

@@ -42,7 +42,7 @@ def test_assertions_that_hold(make_vm: MakeVm) -> None:
     """Assertions that hold evaluate their operands once and say nothing."""
     vm = make_vm(HOLDING)
     vm.launch()
-    assert [call.args for call in vm.guests[0].syncs()] == [(1,)]
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(1,)]
 
 
 TEMPLATE = """
@@ -77,9 +77,9 @@ def test_assertions_that_fail(make_vm: MakeVm, assertion: str, said: str) -> Non
     """A failing assertion ends the run with its text, both values as their types have them, and the place."""
     vm = make_vm(TEMPLATE % assertion)
     vm.launch()
-    vm.guests[0].sync()
+    vm.vcpus[0].sync()
     with pytest.raises(GuestAssertionError) as caught:
-        vm.guests[0].run_to_done()
+        vm.vcpus[0].run_to_done()
     assert said in caught.value.message
     assert re.search(rf"at {re.escape(__file__)}:\d+:10: vcpu0 in guest_main", caught.value.message)
 
@@ -101,7 +101,7 @@ def test_an_assertion_points_at_its_line(make_vm: MakeVm) -> None:
     vm = make_vm(LOCATED)
     vm.launch()
     with pytest.raises(GuestAssertionError, match=rf"test_assertions\.py:{expected}: vcpu0 in guest_main"):
-        vm.guests[0].run_to_done()
+        vm.vcpus[0].run_to_done()
 
 
 def test_long_expressions_and_paths_are_cut(make_vm: MakeVm, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_long_expressions_and_paths_are_cut(make_vm: MakeVm, tmp_path: Path) -> 
     vm = make_vm(GuestProgram.from_file(source))
     vm.launch()
     with pytest.raises(GuestAssertionError) as caught:
-        vm.guests[0].run_to_done()
+        vm.vcpus[0].run_to_done()
     first, place = caught.value.message.splitlines()
     assert first == f"guest assertion failed: {long[:255]}"
     assert re.fullmatch(r"  at d*/?e{120}/long\.c:5: vcpu0 in guest_main\S*", place)

@@ -56,7 +56,7 @@ def test_locks_barriers_and_atomics(make_vm: MakeVm) -> None:
     """A spin lock lets one vCPU in at a time, a barrier lets all go on at once, atomics lose no update."""
     rounds = 100
     vm = make_vm(LOCKED, vcpus=VCPUS)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry("guest_main", VCPUS, rounds)
     vm.launch()
     seen: list[tuple[int, ...]] = []
@@ -104,5 +104,5 @@ def test_atomics_of_each_size(make_vm: MakeVm) -> None:
     """Atomics return what they say and work on integers of each size; a held lock cannot be taken."""
     vm = make_vm(SINGLE)
     vm.launch()
-    vm.guests[0].run_to_done()
-    assert vm.guests[0].done
+    vm.vcpus[0].run_to_done()
+    assert vm.vcpus[0].done

@@ -58,7 +58,7 @@ def test_fix_ups(make_vm: MakeVm) -> None:
     """
     vm = make_vm(FAULTS)
     vm.launch()
-    calls = [call.args for call in vm.guests[0].syncs()]
+    calls = [call.args for call in vm.vcpus[0].syncs()]
     main = int(vm.program.address_of("guest_main"))
     none = (0, 0xFF)
     assert [args[:2] if not args[0] else args[:4] for args in calls] == [
@@ -96,7 +96,7 @@ def test_a_fix_up_of_a_trap(make_vm: MakeVm) -> None:
     """GUEST_TRY tells of a breakpoint, which leaves RIP behind its instruction (Intel SDM volume 3, 6.5)."""
     vm = make_vm(TRAPS)
     vm.launch()
-    assert [call.args for call in vm.guests[0].syncs()] == [(3, 1), (0xFF, 0)]
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(3, 1), (0xFF, 0)]
 
 
 MSRS = """
@@ -133,8 +133,8 @@ def test_msr_accessors(make_vm: MakeVm) -> None:
     """The _safe forms of rdmsr and wrmsr report #GP and change nothing then."""
     vm = make_vm(MSRS)
     vm.launch()
-    vm.guests[0].run_to_done()
-    assert vm.guests[0].done
+    vm.vcpus[0].run_to_done()
+    assert vm.vcpus[0].done
 
 
 HANDLERS = """
@@ -189,7 +189,7 @@ def test_handlers(make_vm: MakeVm) -> None:
     """A handler sees the interrupted registers and may change them; fix-ups of its own do no harm."""
     vm = make_vm(HANDLERS)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert vcpu.sync().args == (0x5555, 0x2222, 0x3333, 0x4444)
     assert vcpu.sync().args == (6, 0, 0x1111, 0x2222, 0x3333, 0x4444)
     cs, ss, interrupts, rip, unaligned = vcpu.sync().args
@@ -243,7 +243,7 @@ def test_an_interrupt_is_no_fault_of_the_instruction(make_vm: MakeVm) -> None:
     """GUEST_TRY does not take an interrupt for a fault, nor a fault in its handler for its own."""
     vm = make_vm(INTERRUPTED)
     vm.launch()
-    assert vm.guests[0].sync().args == (0, 0xFF, 1)
+    assert vm.vcpus[0].sync().args == (0, 0xFF, 1)
 
 
 DOUBLE_FAULT = """
@@ -270,7 +270,7 @@ def test_a_double_fault_has_a_stack_of_its_own(make_vm: MakeVm) -> None:
     """An exception without a stack becomes a #DF on its interrupt stack (AMD APM volume 2, 8.9.4)."""
     vm = make_vm(DOUBLE_FAULT)
     vm.launch()
-    assert vm.guests[0].sync().args == (8, 0, 2, 0x70000000)
+    assert vm.vcpus[0].sync().args == (8, 0, 2, 0x70000000)
 
 
 NMIS = """
@@ -312,7 +312,7 @@ def test_nmis(make_vm: MakeVm) -> None:
     """NMIs run on their own stack, and with the right GS base even where SWAPGS is about to come."""
     vm = make_vm(NMIS)
     vm.launch()
-    assert [call.args for call in vm.guests[0].syncs()] == [(1, 3), (2, 0)]
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(1, 3), (2, 0)]
 
 
 VECTORS = """
@@ -348,8 +348,8 @@ def test_every_interrupt_vector_reaches_its_handler(make_vm: MakeVm) -> None:
     """Each of the vectors 32 to 254, sent as a self-IPI, arrives with its own number."""
     vm = make_vm(VECTORS)
     vm.launch()
-    vm.guests[0].run_to_done()
-    assert vm.guests[0].done
+    vm.vcpus[0].run_to_done()
+    assert vm.vcpus[0].done
 
 
 GUARD = """
@@ -375,5 +375,5 @@ def test_a_stack_that_overflows(make_vm: MakeVm) -> None:
     vm = make_vm(GUARD)
     vm.launch()
     with pytest.raises(GuestExceptionError, match="#DF") as caught:
-        vm.guests[0].run_to_done()
+        vm.vcpus[0].run_to_done()
     assert caught.value.vector == 8

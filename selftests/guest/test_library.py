@@ -87,8 +87,8 @@ def test_memory_and_string_functions(make_vm: MakeVm) -> None:
     """memcpy, memmove, memset and the string functions touch what they should and nothing beside it."""
     vm = make_vm(STRINGS)
     vm.launch()
-    vm.guests[0].run_to_done()
-    assert vm.guests[0].done
+    vm.vcpus[0].run_to_done()
+    assert vm.vcpus[0].done
 
 
 CONTROL = """
@@ -130,8 +130,8 @@ def test_privileged_accessors(make_vm: MakeVm) -> None:
     """CPUID, TSC, control and debug registers are read and written by their names."""
     vm = make_vm(CONTROL)
     vm.launch()
-    vm.guests[0].run_to_done()
-    assert vm.guests[0].done
+    vm.vcpus[0].run_to_done()
+    assert vm.vcpus[0].done
 
 
 MMIO = """
@@ -159,7 +159,7 @@ def test_mmio_accessors_are_one_access(make_vm: MakeVm) -> None:
     vm = make_vm(MMIO)
     vm.map(Gva(0x7000_0000), device, 0x1000, private=False)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     writes = [vcpu.expect(MmioExit) for _ in range(4)]
     assert [(exit_.phys_addr - int(device), bytes(exit_.data)) for exit_ in writes] == [
         (0, b"\x11"),
@@ -195,4 +195,4 @@ def test_a_guest_in_assembly(make_vm: MakeVm) -> None:
     """A guest program written in assembly runs, and can make ucalls with what layout.h says."""
     vm = make_vm(GuestProgram.from_asm(ASSEMBLY))
     vm.launch()
-    assert [call.args for call in vm.guests[0].syncs()] == [(0x1234,)]
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(0x1234,)]

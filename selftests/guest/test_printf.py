@@ -65,7 +65,7 @@ def test_formats(make_vm: MakeVm) -> None:
     source = f"#include <kvmpy/guest.h>\n\nvoid guest_main(void)\n{{\n{lines}}}\n"
     vm = make_vm(GuestProgram.from_c(source, cflags=["-Wno-format"]))
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
     printed = vm.console.splitlines()
     assert dict(zip(NUMBERS, printed, strict=True)) == {entry: entry[2] for entry in NUMBERS}
 
@@ -86,7 +86,7 @@ def test_arguments_in_a_row(make_vm: MakeVm) -> None:
     """Widths come from arguments, many arguments keep their order, unknown conversions are shown."""
     vm = make_vm(GuestProgram.from_c(SEVERAL, cflags=["-Wno-format"]))
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
     assert vm.console == "   42|42   |te|7   \n1 two 3 4 5 6 7 8 9\n%q and the end "
 
 
@@ -106,7 +106,7 @@ def test_long_text(make_vm: MakeVm) -> None:
     """Text longer than a ucall slot arrives in one piece on the console."""
     vm = make_vm(LONG)
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
     assert vm.console == "7|end".rjust(1004, "0")
 
 
@@ -138,5 +138,5 @@ def test_to_a_buffer(make_vm: MakeVm) -> None:
     """snprintf never writes past its buffer, ends it with NUL, and returns the length of the whole text."""
     vm = make_vm(TO_A_BUFFER)
     vm.launch()
-    vm.guests[0].run_to_done()
-    assert vm.guests[0].done
+    vm.vcpus[0].run_to_done()
+    assert vm.vcpus[0].done

@@ -39,7 +39,7 @@ def test_arguments(make_vm: MakeVm) -> None:
     """GUEST_SYNC carries up to eight values of any integer or pointer type, evaluated from left to right."""
     vm = make_vm(ARGUMENTS)
     vm.launch()
-    calls = list(vm.guests[0].syncs())
+    calls = list(vm.vcpus[0].syncs())
     assert [call.args for call in calls] == [
         (),
         (1,),
@@ -69,9 +69,9 @@ def test_replies(make_vm: MakeVm) -> None:
     """GUEST_ASK returns what the host replied before it ran the vCPU again."""
     vm = make_vm(REPLIES)
     vm.launch()
-    for call in vm.guests[0].syncs():
+    for call in vm.vcpus[0].syncs():
         call.reply(call.args[0] * 10)
-    assert vm.guests[0].done
+    assert vm.vcpus[0].done
 
 
 NESTED = """
@@ -110,7 +110,7 @@ def test_nested_calls(make_vm: MakeVm) -> None:
     """A ucall that handlers interrupt with ucalls of their own, three deep, arrives as it was meant."""
     vm = make_vm(NESTED)
     vm.launch()
-    calls = list(vm.guests[0].syncs())
+    calls = list(vm.vcpus[0].syncs())
     assert [call.args for call in calls] == [
         (100, 6, 0),
         (100, 6, 1),
@@ -146,7 +146,7 @@ def test_calls_nested_too_deeply(make_vm: MakeVm) -> None:
     """A guest whose handlers nest deeper than there are slots ends with an error that says so."""
     vm = make_vm(TOO_DEEP)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     for _ in range(layout.UCALL_SLOTS - 2):
         vcpu.sync()
     with pytest.raises(UnexpectedExitError, match="nested deeper than 7"):
@@ -168,7 +168,7 @@ def test_a_slot_of_another_vcpu(make_vm: MakeVm) -> None:
     vm = make_vm(FOREIGN, vcpus=2)
     vm.launch()
     with pytest.raises(UnexpectedExitError, match=r"0x8 .*names no slot of this vCPU"):
-        vm.guests[0].next()
+        vm.vcpus[0].next()
 
 
 NARROW = """
@@ -186,7 +186,7 @@ def test_neighbouring_ports_are_the_test_s_own(make_vm: MakeVm) -> None:
     """Ports beside the ucall port come back as ordinary PIO exits."""
     vm = make_vm(NARROW)
     vm.launch()
-    first, second = vm.guests[0].expect(IoExit), vm.guests[0].expect(IoExit)
+    first, second = vm.vcpus[0].expect(IoExit), vm.vcpus[0].expect(IoExit)
     assert (first.port, first.size, first.value) == (layout.UCALL_PORT + 1, 1, 5)
     assert (second.port, second.size, second.value) == (layout.UCALL_PORT + 2, 4, 6)
 
@@ -206,7 +206,7 @@ def test_an_unknown_command(make_vm: MakeVm) -> None:
     vm = make_vm(UNKNOWN)
     vm.launch()
     with pytest.raises(UnexpectedExitError, match="unknown command 0x42"):
-        vm.guests[0].next()
+        vm.vcpus[0].next()
 
 
 STORM = """
@@ -224,7 +224,7 @@ def test_all_vcpus_at_once(make_vm: MakeVm) -> None:
     """Ucalls of eight vCPUs that run at the same time keep to their vCPU, order and arguments."""
     count, calls = 8, 200
     vm = make_vm(STORM, vcpus=count)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry("guest_main", calls)
     vm.launch()
     seen: list[list[Ucall]] = [[] for _ in range(count)]
@@ -252,17 +252,17 @@ void other(u64 a, u64 b, u64 c, u64 d, u64 e, u64 f)
 def test_entries_and_arguments(make_vm: MakeVm) -> None:
     """A vCPU starts in the function that the host names, with up to six 64-bit arguments."""
     vm = make_vm(ENTRIES, vcpus=2)
-    vm.guests[1].set_entry("other", 1, 2, 3, 4, 5, (1 << 64) - 6)
+    vm.vcpus[1].set_entry("other", 1, 2, 3, 4, 5, (1 << 64) - 6)
     vm.launch()
-    assert vm.guests[0].sync().args == (0,)
-    assert vm.guests[1].sync().args == (1, 2, 3, 4, 5, (1 << 64) - 6, 1, vm.guests[1].vcpu_id)
+    assert vm.vcpus[0].sync().args == (0,)
+    assert vm.vcpus[1].sync().args == (1, 2, 3, 4, 5, (1 << 64) - 6, 1, vm.vcpus[1].vcpu_id)
 
 
 def test_a_vcpu_that_is_done_says_so_again(make_vm: MakeVm) -> None:
     """Running a vCPU after its guest_main returned gives DONE once more."""
     vm = make_vm(ENTRIES)
     vm.launch()
-    vm.guests[0].run_to_done()
-    again = vm.guests[0].next()
+    vm.vcpus[0].run_to_done()
+    again = vm.vcpus[0].next()
     assert isinstance(again, Ucall)
     assert again.cmd == ucall.DONE

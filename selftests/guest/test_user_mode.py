@@ -92,7 +92,7 @@ def test_calls_into_ring_3(make_vm: MakeVm) -> None:
     """
     vm = make_vm(CALLS)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert vcpu.sync().args[:2] == (1, 1000)
     returned, where = vcpu.sync().args[:2]
     stack = vm.program.symbol("stack")
@@ -158,7 +158,7 @@ def test_interrupts_reach_ring_3(make_vm: MakeVm) -> None:
     """A timer interrupt ends a loop in ring 3; its handler may enter ring 3 itself meanwhile."""
     vm = make_vm(INTERRUPTED)
     vm.launch()
-    assert [call.args for call in vm.guests[0].syncs()] == [(0x2B, 1, 42), (1, 9)]
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(0x2B, 1, 42), (1, 9)]
 
 
 NMI = """
@@ -208,7 +208,7 @@ void sender(void)
 def test_nmis_reach_ring_3(make_vm: MakeVm) -> None:
     """An NMI from another vCPU interrupts ring 3, finds the per-CPU area, and goes back there."""
     vm = make_vm(NMI, vcpus=2)
-    vm.guests[1].set_entry("sender")
+    vm.vcpus[1].set_entry("sender")
     vm.launch()
     seen: list[tuple[int, ...]] = []
     vm.run_all(on_sync=lambda _vcpu, call: seen.append(call.args))
@@ -244,5 +244,5 @@ def test_an_unexpected_exception_in_ring_3(make_vm: MakeVm) -> None:
     vm = make_vm(STRAY)
     vm.launch()
     with pytest.raises(GuestExceptionError, match=r"#UD.*\n  in fails") as caught:
-        vm.guests[0].run_to_done()
+        vm.vcpus[0].run_to_done()
     assert caught.value.vector == 6

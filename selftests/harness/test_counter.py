@@ -26,5 +26,5 @@ def test_counter(make_vm: MakeVm) -> None:
     """A guest's SYNC ucalls reach the host in order with their arguments, and its shared globals by name."""
     vm = make_vm(GUEST, vcpus=1)
     vm.launch()
-    assert [call.args[0] for call in vm.guests[0].syncs()] == [0, 1, 2]
+    assert [call.args[0] for call in vm.vcpus[0].syncs()] == [0, 1, 2]
     assert vm.symbol("counter").u64 == 3

@@ -49,8 +49,8 @@ started = []
 for _ in range(8):
     vm = kvm.create_vm(program, protection="none", deadline=120.0)
     vm.launch()
-    vm.guests[0].sync()
-    thread = threading.Thread(target=vm.guests[0].run_to_done, daemon=True)
+    vm.vcpus[0].sync()
+    thread = threading.Thread(target=vm.vcpus[0].run_to_done, daemon=True)
     thread.start()
     started.append((vm, thread))
 print("running", flush=True)
@@ -87,7 +87,7 @@ def test_sigkill_leaves_nothing_behind() -> None:
     # What the dead process held is free again: this one still makes VMs.
     with Kvm() as kvm, kvm.create_vm(GuestProgram.from_c(NOTHING), protection="none") as vm:
         vm.launch()
-        vm.guests[0].run_to_done()
+        vm.vcpus[0].run_to_done()
 
 
 def test_too_many_open_files(kvm: Kvm) -> None:
@@ -157,7 +157,7 @@ def test_hundreds_of_vms_without_growth(make_vm: MakeVm) -> None:
         for _ in range(count):
             with make_vm.kvm.create_vm(program, protection=make_vm.protection) as vm:
                 vm.launch()
-                vm.guests[0].run_to_done()
+                vm.vcpus[0].run_to_done()
 
     def timers() -> int:
         # Absent where the kernel lacks CONFIG_CHECKPOINT_RESTORE.
@@ -183,10 +183,10 @@ def test_order_of_a_vms_life(make_vm: MakeVm) -> None:
     """Running before launch, launching twice and changing the initial state later are refused by name."""
     vm = make_vm(NOTHING)
     with pytest.raises(LaunchError, match=r"call vm\.launch"):
-        vm.guests[0].run_to_done()
+        vm.vcpus[0].run_to_done()
     vm.launch()
     with pytest.raises(LaunchError, match="launched before"):
         vm.launch()
     with pytest.raises(LaunchError, match="frozen"):
-        vm.guests[0].set_entry("guest_main")
-    vm.guests[0].run_to_done()
+        vm.vcpus[0].set_entry("guest_main")
+    vm.vcpus[0].run_to_done()

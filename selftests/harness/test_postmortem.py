@@ -100,7 +100,7 @@ void guest_main(void)
 def failure(vm: GuestVm, timeout: float | None = None) -> GuestError:
     vm.launch()
     with pytest.raises(GuestError) as caught:
-        vm.guests[0].run_to_done(timeout)
+        vm.vcpus[0].run_to_done(timeout)
     return caught.value
 
 
@@ -183,7 +183,7 @@ def test_internal_error(make_vm: MakeVm) -> None:
     # The code page lies where no memory slot is: an instruction fetch from MMIO cannot be emulated.
     vm = make_vm(WILD_WRITE)
     vm.map(Gva(0x7000_0000), vm.memory.segments()[-1].gpa + vm.memory.segments()[-1].size, 0x1000, nx=False)
-    vm.guests[0].set_entry(Gva(0x7000_0000))
+    vm.vcpus[0].set_entry(Gva(0x7000_0000))
     error = failure(vm)
     assert isinstance(error, UnexpectedExitError)
     assert isinstance(error.got, InternalErrorExit)

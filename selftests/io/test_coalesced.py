@@ -117,14 +117,14 @@ def guest(make_vm: MakeVm) -> GuestVm:
 @pytest.fixture
 def ring(guest: GuestVm) -> Iterator[CoalescedRing]:
     """The ring of that VM, mapped through its first vCPU."""
-    made = guest.guests[0].coalesced_ring()
+    made = guest.vcpus[0].coalesced_ring()
     yield made
     made.release()
 
 
 def start(vm: GuestVm, entry: str, *args: int) -> GuestVcpu:
     """Launch *vm* with its first vCPU in *entry*."""
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry(entry, *args)
     vm.launch()
     return vcpu
@@ -309,11 +309,11 @@ def test_one_ring_for_all_vcpus(make_vm: MakeVm) -> None:
     """
     vm = with_mmio(make_vm, vcpus=2)
     vm.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry("one_each", 0x100 + vcpu.index)
     vm.launch()
     vm.run_all()
-    first, second = (vcpu.coalesced_ring() for vcpu in vm.guests)
+    first, second = (vcpu.coalesced_ring() for vcpu in vm.vcpus)
     try:
         assert (len(first), len(second)) == (2, 2)
         assert sorted(write.value for write in second.drain()) == [0x100, 0x101]

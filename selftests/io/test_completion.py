@@ -77,7 +77,7 @@ def prepare(make_vm: MakeVm, entry: str, *args: int) -> tuple[GuestVm, GuestVcpu
     """Return a VM with a page of MMIO, whose guest starts in *entry*."""
     vm = make_vm(GUEST)
     vm.map(MMIO, MMIO_GPA, PAGE_SIZE, private=False)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry(entry, *args)
     vm.launch()
     return vm, vcpu

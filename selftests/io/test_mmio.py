@@ -108,7 +108,7 @@ def prepare(make_vm: MakeVm, entry: str, *args: int) -> tuple[GuestVm, GuestVcpu
     vm.map(MMIO, MMIO_GPA, PAGE_SIZE, private=False)
     vm.map(MMIO + PAGE_SIZE, FAR_GPA, PAGE_SIZE, private=False)
     vm.alloc(PAGE_SIZE, gva=RAM, private=False)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry(entry, *args)
     return vm, vcpu
 

@@ -98,7 +98,7 @@ def test_out(make_vm: MakeVm, port: int, size: int) -> None:
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_IO.
     """
     vm = make_vm(GUEST)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry("out_one", port, size)
     vm.launch()
     got = vcpu.expect(IoExit)
@@ -123,7 +123,7 @@ def test_in(make_vm: MakeVm, size: int, answer: int, rax: int) -> None:
     the upper half.
     """
     vm = make_vm(GUEST)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry("in_one", PORT, size)
     vm.launch()
     got = vcpu.expect(IoExit)
@@ -139,7 +139,7 @@ def test_immediate_port(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_IO; Intel SDM volume 2, IN and OUT.
     """
     vm = make_vm(GUEST)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry("immediate_port")
     vm.launch()
     out = vcpu.expect(IoExit)
@@ -157,7 +157,7 @@ def test_flags(make_vm: MakeVm) -> None:
     Intel SDM volume 2, IN and OUT, "Flags Affected: None".
     """
     vm = make_vm(GUEST)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry("flags")
     vm.launch()
     vcpu.expect(IoExit)
@@ -177,7 +177,7 @@ def test_out_rip_at_exit(make_vm: MakeVm) -> None:
     """
     vm = make_vm(GUEST)
     vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_OUT_7E_INC_RIP)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry("out_7e")
     vm.launch()
     assert vcpu.expect(IoExit).port == 0x7E
@@ -206,7 +206,7 @@ void guest_main(void)
 }
 """
     )
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vm.launch()
     seen: list[tuple[int, str, int, bytes]] = []
     answers = {0x602: 0x0102_0304, 0x603: 0x55}

@@ -82,7 +82,7 @@ def prepare(make_vm: MakeVm, entry: str, *args: int) -> tuple[GuestVm, GuestVcpu
     vm.alloc(PAGE_SIZE, gva=BUFFER + PAGE_SIZE, private=False)
     vm.alloc(PAGE_SIZE, gva=BUFFER, private=False)
     assert vm.gva_to_gpa(BUFFER + PAGE_SIZE) != vm.gva_to_gpa(BUFFER) + PAGE_SIZE
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry(entry, *args)
     return vm, vcpu
 

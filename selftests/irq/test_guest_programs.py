@@ -113,7 +113,7 @@ void guest_main(u64 masks)
 def pic_vm(make_vm: MakeVm, masks: int = 0) -> GuestVm:
     """Return a VM whose guest has set up its PICs with *masks*."""
     vm = make_vm(PIC_GUEST, irqchip="full")
-    vm.guests[0].set_entry("guest_main", masks)
+    vm.vcpus[0].set_entry("guest_main", masks)
     vm.launch()
     assert said(vm) == ("i",)
     return vm
@@ -121,7 +121,7 @@ def pic_vm(make_vm: MakeVm, masks: int = 0) -> GuestVm:
 
 def said(vm: GuestVm) -> tuple[str | int, ...]:
     """Return what the guest says next."""
-    call = vm.guests[0].sync()
+    call = vm.vcpus[0].sync()
     return (chr(call.args[0]), *call.args[1:])
 
 
@@ -145,7 +145,7 @@ def test_ioapic_through_memory(make_vm: MakeVm) -> None:
     assert state.id == 3
     vm.pulse(21)
     assert said(vm) == ("d",)
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")

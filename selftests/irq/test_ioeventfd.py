@@ -114,19 +114,19 @@ def prepare(make_vm: MakeVm, *accesses: tuple[str, int, int, int]) -> GuestVm:
 
 def quiet(vm: GuestVm, number: int) -> None:
     """Expect that access *number* is over and did not end KVM_RUN."""
-    assert tuple(vm.guests[0].sync().args) == (number,)
+    assert tuple(vm.vcpus[0].sync().args) == (number,)
 
 
 def pio_exit(vm: GuestVm, number: int) -> tuple[int, int, int]:
     """Expect that access *number* is a port exit; return port, size, value."""
-    got = vm.guests[0].expect(IoExit)
+    got = vm.vcpus[0].expect(IoExit)
     quiet(vm, number)
     return got.port, got.size, got.value
 
 
 def mmio_exit(vm: GuestVm, number: int) -> tuple[int, int, int]:
     """Expect that access *number* is an MMIO exit; return offset, size, value."""
-    got = vm.guests[0].expect(MmioExit)
+    got = vm.vcpus[0].expect(MmioExit)
     assert got.is_write
     quiet(vm, number)
     return got.phys_addr - int(MMIO_GPA), got.size, got.value
@@ -287,10 +287,10 @@ def test_reads_still_exit(make_vm: MakeVm, event: EventFd, kind: str) -> None:
     vm.ioeventfd(event, PORT, 4, pio=True)
     vm.ioeventfd(event, MMIO_GPA, 4)
     vm.launch()
-    got = vm.guests[0].next()
+    got = vm.vcpus[0].next()
     assert isinstance(got, (IoExit, MmioExit))
     got.respond(0xFEED_BEEF)
-    assert tuple(vm.guests[0].sync().args) == (0xFEED_BEEF,)
+    assert tuple(vm.vcpus[0].sync().args) == (0xFEED_BEEF,)
     assert event.read() == 0
 
 
@@ -344,7 +344,7 @@ def test_ioeventfd_drives_irqfd(make_vm: MakeVm, event: EventFd) -> None:
     vm.irqfd(event, 24)
     vm.ioeventfd(event, PORT, 4, pio=True)
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
     assert event.read() == 0
 
 

@@ -61,7 +61,7 @@ def start(make_vm: MakeVm, vcpus: int = 1, **fields: int) -> GuestVm:
     """Return a VM whose guest is ready, the pin programmed with *fields*."""
     vm = make_vm(GUEST, vcpus=vcpus, irqchip="full")
     vm.launch()
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         assert said(vcpu.sync()) == ("i", 0, 0)
     program(vm, **fields)
     return vm
@@ -91,7 +91,7 @@ def test_edge(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE: edges need the level set to 1 and back to 0.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     for edge in (1, 2):
         vm.irq_line(PIN, 1)
         assert said(vcpu.sync()) == ("h",)
@@ -109,7 +109,7 @@ def test_level_repeats(make_vm: MakeVm) -> None:
     vm = start(make_vm, level=True)
     vm.irq_line(PIN, 1)
     for _ in range(3):
-        assert handled(vm.guests[0])
+        assert handled(vm.vcpus[0])
 
 
 @pytest.mark.protections("all")
@@ -119,7 +119,7 @@ def test_level_lowered_in_handler(make_vm: MakeVm) -> None:
     82093AA data sheet, 3.2.4 (remote IRR is held until the EOI).
     """
     vm = start(make_vm, level=True)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vm.irq_line(PIN, 1)
     assert handled(vcpu)
     vm.irq_line(PIN, 0)
@@ -134,9 +134,9 @@ def test_polarity_is_ignored(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE: KVM_CAP_X86_IOAPIC_POLARITY_IGNORED.
     """
     vm = start(make_vm, active_low=True)
-    assert said(vm.guests[0].sync()) == ("i", 0, 0)
+    assert said(vm.vcpus[0].sync()) == ("i", 0, 0)
     vm.irq_line(PIN, 1)
-    assert said(vm.guests[0].sync()) == ("h",)
+    assert said(vm.vcpus[0].sync()) == ("h",)
 
 
 @pytest.mark.protections("all")
@@ -147,9 +147,9 @@ def test_masked_level_is_delivered_when_unmasked(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, level=True, masked=True)
     assert vm.irq_line_status(PIN, 1) < 0
-    assert said(vm.guests[0].sync()) == ("i", 0, 0)
+    assert said(vm.vcpus[0].sync()) == ("i", 0, 0)
     program(vm, level=True)
-    assert said(vm.guests[0].sync()) == ("h",)
+    assert said(vm.vcpus[0].sync()) == ("h",)
 
 
 @pytest.mark.protections("all")
@@ -162,8 +162,8 @@ def test_destination(make_vm: MakeVm) -> None:
     for fields, target in (({"dest_id": 1}, 1), ({"dest_id": 0b100, "logical": 1}, 2)):
         program(vm, **fields)
         vm.pulse(PIN)
-        assert said(vm.guests[target].sync()) == ("h",)
-        for vcpu in vm.guests:
+        assert said(vm.vcpus[target].sync()) == ("h",)
+        for vcpu in vm.vcpus:
             assert said(vcpu.sync()) == ("i", int(vcpu.index in (1, target)), 0)
 
 
@@ -175,7 +175,7 @@ def test_nmi(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, delivery_mode=DELIVER_NMI)
     vm.pulse(PIN)
-    assert said(vm.guests[0].sync()) == ("i", 0, 1)
+    assert said(vm.vcpus[0].sync()) == ("i", 0, 1)
 
 
 @pytest.mark.protections("all")

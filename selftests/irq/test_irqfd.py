@@ -69,12 +69,12 @@ class Counter:
         self.vm: GuestVm = make_vm(GUEST)
         self.vm.set_gsi_routing(routes)
         self.vm.launch()
-        self._asked = self.vm.guests[0].sync()
+        self._asked = self.vm.vcpus[0].sync()
 
     def wait(self, vector: int = 0) -> tuple[int, ...]:
         """Let the guest wait for a vector (0: only look), and return how often both came."""
         self._asked.reply(vector)
-        self._asked = self.vm.guests[0].sync()
+        self._asked = self.vm.vcpus[0].sync()
         return tuple(self._asked.args)
 
 

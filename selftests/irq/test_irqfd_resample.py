@@ -72,7 +72,7 @@ def in_service(vm: Vm) -> bool:
 
 def step(vm: GuestVm) -> tuple[str, int]:
     """Return the guest's next word and the count with it."""
-    call = vm.guests[0].sync()
+    call = vm.vcpus[0].sync()
     return chr(call.args[0]), call.args[1] if len(call.args) > 1 else 0
 
 

@@ -66,16 +66,16 @@ def start(
             vm.enable_cap(KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS)
 
     vm = make_vm(GUEST, vcpus=vcpus, vcpu_ids=ids, before_vcpus=before)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry("guest_main", mode, 1 << vcpu.index)
     vm.launch()
-    assert counts(vm) == [(0, 0)] * len(vm.guests)
+    assert counts(vm) == [(0, 0)] * len(vm.vcpus)
     return vm
 
 
 def counts(vm: GuestVm) -> list[tuple[int, ...]]:
     """Return each vCPU's number of interrupts and NMIs after it had a chance to take what is pending."""
-    return [tuple(vcpu.sync().args) for vcpu in vm.guests]
+    return [tuple(vcpu.sync().args) for vcpu in vm.vcpus]
 
 
 @pytest.mark.protections("all")

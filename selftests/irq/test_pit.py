@@ -125,13 +125,13 @@ def start(make_vm: MakeVm, entry: str, *args: int, flags: int = 0) -> GuestVm:
     pic = vm.get_pic()
     pic.imr = 0xFF
     vm.set_pic(pic)
-    vm.guests[0].set_entry(entry, *args)
+    vm.vcpus[0].set_entry(entry, *args)
     return vm
 
 
 def said(vm: GuestVm) -> tuple[str | int, ...]:
     """Return what the guest says next."""
-    call = vm.guests[0].sync()
+    call = vm.vcpus[0].sync()
     return (chr(call.args[0]), *call.args[1:])
 
 
@@ -178,7 +178,7 @@ def test_count_runs_down(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, "counts")
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -189,7 +189,7 @@ def test_speaker_port(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, "speaker", flags=KVM_PIT_SPEAKER_DUMMY)
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -200,9 +200,9 @@ def test_speaker_port_is_optional(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, "ports")
     vm.launch()
-    got = vm.guests[0].expect(IoExit)
+    got = vm.vcpus[0].expect(IoExit)
     assert (got.port, got.value) == (0x61, 3)
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -214,7 +214,7 @@ def test_speaker_bit_in_state(make_vm: MakeVm) -> None:
     vm = start(make_vm, "ports", flags=KVM_PIT_SPEAKER_DUMMY)
     vm.launch()
     assert vm.get_pit2().flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON == 0
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
     assert vm.get_pit2().flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON
 
 

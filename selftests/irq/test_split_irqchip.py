@@ -64,7 +64,7 @@ def start(make_vm: MakeVm, *routes: MsiRoute) -> GuestVm:
 
 def step(vm: GuestVm) -> Ucall | Exit:
     """Return what comes next."""
-    return vm.guests[0].next()
+    return vm.vcpus[0].next()
 
 
 def word(vm: GuestVm) -> str:
@@ -137,7 +137,7 @@ def test_external_interrupt(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT.
     """
     vm = start(make_vm)
-    vm.guests[0].interrupt(EXTINT_VECTOR)
+    vm.vcpus[0].interrupt(EXTINT_VECTOR)
     assert words(vm) == ["x", "i", "i"]
 
 
@@ -148,7 +148,7 @@ def test_second_external_interrupt(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT: -EEXIST if an interrupt is already enqueued.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.interrupt(EXTINT_VECTOR)
     with pytest.raises(KvmError) as caught:
         vcpu.interrupt(EXTINT_VECTOR + 1)
@@ -165,7 +165,7 @@ def test_masked_lint0_keeps_external_interrupt_out(make_vm: MakeVm) -> None:
     Intel SDM 3A, 12.5.1 (local vector table); Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_lapic_reg(0x350, 0x10700)
     vcpu.interrupt(EXTINT_VECTOR)
     assert words(vm) == ["i", "i"]

@@ -78,7 +78,7 @@ def start(make_vm: MakeVm) -> GuestVm:
 
 def said(vm: GuestVm) -> tuple[str | int, ...]:
     """Return what the guest says next."""
-    call = vm.guests[0].sync()
+    call = vm.vcpus[0].sync()
     return (chr(call.args[0]), *call.args[1:])
 
 
@@ -89,7 +89,7 @@ def test_interrupt_window(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT and KVM_EXIT_IRQ_WINDOW_OPEN.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     area = vcpu.run_area
     assert (area.if_flag, area.ready_for_interrupt_injection) == (0, 0)
     area.request_interrupt_window = 1
@@ -109,9 +109,9 @@ def test_halt_is_left_to_user_space(make_vm: MakeVm) -> None:
     """
     vm = make_vm(HALTING, irqchip=None)
     vm.launch()
-    vm.guests[0].expect(HltExit)
-    vm.guests[0].interrupt(VECTOR)
-    assert tuple(vm.guests[0].sync().args) == (1,)
+    vm.vcpus[0].expect(HltExit)
+    vm.vcpus[0].interrupt(VECTOR)
+    assert tuple(vm.vcpus[0].sync().args) == (1,)
 
 
 @pytest.mark.protections("all")
@@ -122,7 +122,7 @@ def test_task_priority_is_shared(make_vm: MakeVm) -> None:
     """
     vm = make_vm(TASK_PRIORITY, irqchip=None)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.run_area.cr8 = 5
     assert tuple(vcpu.sync().args) == (5,)
     assert tuple(vcpu.sync().args) == (9,)

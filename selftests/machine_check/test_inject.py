@@ -68,7 +68,7 @@ class Checked:
 
     def __init__(self, make_vm: MakeVm, enable: bool = True) -> None:
         vm = make_vm(GUEST)
-        self.vcpu: GuestVcpu = vm.guests[0]
+        self.vcpu: GuestVcpu = vm.vcpus[0]
         self.vcpu.setup_mce(BANK + 1)
         vm.launch()
         self._asked = self.vcpu.sync()
@@ -297,7 +297,7 @@ def test_uncorrected_error_without_action(make_vm: MakeVm) -> None:
     arch/x86/kvm/x86.c, kvm_vcpu_x86_set_ucna().
     """
     vm = make_vm(CMCI_GUEST)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.setup_mce((BANK + 1) | HAS_CMCI)
     vm.launch()
     asked = vcpu.sync()
@@ -322,10 +322,10 @@ def test_nobody_else_is_told(make_vm: MakeVm) -> None:
     """
     vm = make_vm(GUEST, vcpus=2)
     vm.launch()
-    asked = [vcpu.sync() for vcpu in vm.guests]
-    for index, vcpu in enumerate(vm.guests):
+    asked = [vcpu.sync() for vcpu in vm.vcpus]
+    for index, vcpu in enumerate(vm.vcpus):
         asked[index].reply(0)
         asked[index] = vcpu.sync()
     status = Msr.MSR_IA32_MC0_CTL + 4 * BANK + 1
-    vm.guests[1].set_mce(error(CORRECTED))
-    assert [vcpu.get_msr(status) for vcpu in vm.guests] == [0, CORRECTED]
+    vm.vcpus[1].set_mce(error(CORRECTED))
+    assert [vcpu.get_msr(status) for vcpu in vm.vcpus] == [0, CORRECTED]

@@ -38,7 +38,7 @@ def still_whole(vm: GuestVm) -> None:
     vm.map(GVA, GPA, PAGE_SIZE)
     vm.memory.write(GPA, b"\x42" + bytes(7))
     vm.launch()
-    assert vm.guests[0].sync().args == (0x42,)
+    assert vm.vcpus[0].sync().args == (0x42,)
 
 
 @pytest.mark.protections("all")

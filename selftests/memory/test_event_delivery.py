@@ -38,7 +38,7 @@ def test_interrupt_table_in_no_memory(make_vm: MakeVm) -> None:
     vm = make_vm(GUEST)
     vm.map(Gva(TABLE), Gpa(TABLE), PAGE_SIZE, page_size=PAGE_SIZE, private=False)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     got = vcpu.expect(InternalErrorExit)
     assert got.suberror == KVM_INTERNAL_ERROR_DELIVERY_EV

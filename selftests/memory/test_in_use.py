@@ -99,7 +99,7 @@ def fill(mapping: Mapping, value: int, offset: int = 0) -> None:
 def watcher(make_vm: MakeVm, ring: int) -> GuestVm:
     vm = make_vm(WATCHER)
     vm.map(GVA, GPA, PAGE_SIZE, user=True, nx=True, private=False)
-    vm.guests[0].set_entry("guest_main", int(GVA), ring)
+    vm.vcpus[0].set_entry("guest_main", int(GVA), ring)
     return vm
 
 
@@ -119,7 +119,7 @@ def test_a_slot_deleted_under_a_running_guest_is_gone(watcher: GuestVm) -> None:
     slot = watcher.add_slot(GPA, PAGE_SIZE)
     fill(slot.mapping, OLD)
     watcher.launch()
-    vcpu = watcher.guests[0]
+    vcpu = watcher.vcpus[0]
     with VcpuThread(vcpu.next, vcpu=vcpu) as thread:
         wait_until_seen(watcher, "seen_old")
         slot.delete()
@@ -144,7 +144,7 @@ def test_a_slot_added_under_a_running_guest_is_found(watcher: GuestVm) -> None:
     Documentation/virt/kvm/api.rst 4.35.
     """
     watcher.launch()
-    vcpu = watcher.guests[0]
+    vcpu = watcher.vcpus[0]
     with VcpuThread(lambda: answer_nothing(vcpu), vcpu=vcpu) as thread:
         wait_until_seen(watcher, "seen_nothing")
         mapping = watcher.own(Anonymous(huge="never").map(PAGE_SIZE))
@@ -167,7 +167,7 @@ def test_a_slot_that_is_replaced_shows_old_nothing_or_new(watcher: GuestVm) -> N
         fill(mapping, value)
     slot = vm.add_alias(int(GPA), PAGE_SIZE, mappings[0])
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     old, new = vm.symbol("seen_old"), vm.symbol("seen_new")
     with VcpuThread(lambda: answer_nothing(vcpu), vcpu=vcpu) as thread:
         for turn in range(1, 31):
@@ -193,8 +193,8 @@ def test_two_vcpus_lose_a_deleted_slot(make_vm: MakeVm) -> None:
     slot = vm.add_slot(GPA, 2 * PAGE_SIZE)
     fill(slot.mapping, OLD)
     fill(slot.mapping, NEW, PAGE_SIZE)
-    vm.guests[0].set_entry("guest_main", int(GVA))
-    vm.guests[1].set_entry("guest_main", int(GVA) + PAGE_SIZE)
+    vm.vcpus[0].set_entry("guest_main", int(GVA))
+    vm.vcpus[1].set_entry("guest_main", int(GVA) + PAGE_SIZE)
     vm.launch()
     lost: dict[int, int] = {}
     lock = threading.Lock()
@@ -207,8 +207,8 @@ def test_two_vcpus_lose_a_deleted_slot(make_vm: MakeVm) -> None:
         vcpu.run_to_done()
 
     with (
-        VcpuThread(lambda: until_lost(vm.guests[0]), vcpu=vm.guests[0]) as first,
-        VcpuThread(lambda: until_lost(vm.guests[1]), vcpu=vm.guests[1]) as second,
+        VcpuThread(lambda: until_lost(vm.vcpus[0]), vcpu=vm.vcpus[0]) as first,
+        VcpuThread(lambda: until_lost(vm.vcpus[1]), vcpu=vm.vcpus[1]) as second,
     ):
         wait_until_seen(vm, "seen_old")
         wait_until_seen(vm, "seen_new")
@@ -320,7 +320,7 @@ def test_private_memory_comes_and_goes_like_shared(make_vm: MakeVm) -> None:
         vm.map(GVA + page * PAGE_SIZE, GPA + page * PAGE_SIZE, PAGE_SIZE, nx=True, private=True)
     vm.memory.write(GPA, OLD.to_bytes(8, "little"))
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
 
     def read(page: int) -> int:
         vm.symbol("where").u64 = int(GVA) + page * PAGE_SIZE

@@ -136,9 +136,9 @@ def test_code_runs_from_it(make_vm: MakeVm) -> None:
     slot = vm.add_slot(GPA, PAGE_SIZE, flags=KVM_MEM_READONLY)
     slot.mapping.view(0, len(CODE))[:] = CODE
     vm.map(GVA, GPA, PAGE_SIZE, private=False)
-    vm.guests[0].set_entry("guest_main", int(GVA))
+    vm.vcpus[0].set_entry("guest_main", int(GVA))
     vm.launch()
-    assert vm.guests[0].sync().args == (0x600D,)
+    assert vm.vcpus[0].sync().args == (0x600D,)
 
 
 def test_a_string_write_is_posted_element_by_element(make_vm: MakeVm) -> None:
@@ -149,11 +149,11 @@ def test_a_string_write_is_posted_element_by_element(make_vm: MakeVm) -> None:
     vm = make_vm(STORING)
     slot = read_only_page(vm)
     vm.map(GVA, GPA, PAGE_SIZE, private=False)
-    vm.guests[0].set_entry("guest_main", int(GVA) + 0x40)
+    vm.vcpus[0].set_entry("guest_main", int(GVA) + 0x40)
     vm.launch()
     for number in range(3):
-        got = vm.guests[0].expect(MmioExit)
+        got = vm.vcpus[0].expect(MmioExit)
         assert (got.phys_addr, got.is_write) == (int(GPA) + 0x40 + 8 * number, True)
         assert got.value == 0x1122334455667788
-    assert vm.guests[0].sync().args == (int(GVA) + 0x40 + 24, 0)
+    assert vm.vcpus[0].sync().args == (int(GVA) + 0x40 + 24, 0)
     assert bytes(slot.mapping.view(0, PAGE_SIZE)) == b"\1" * PAGE_SIZE

@@ -46,7 +46,7 @@ class MsrGuest:
 
     def __init__(self, vm: GuestVm) -> None:
         self.vm = vm
-        self.vcpu = vm.guests[0]
+        self.vcpu = vm.vcpus[0]
         vm.launch()
         self._call = self.vcpu.sync()
 

@@ -286,7 +286,7 @@ def test_side_effects_are_not_filtered(make_vm: MakeVm) -> None:
     """
     vm = make_vm(SWAPGS)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     vm.x86_set_msr_filter(MsrFilter.denying([Msr.MSR_KERNEL_GS_BASE]))
     assert vcpu.sync().args == (0x1234_5678_9000,)

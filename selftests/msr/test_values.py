@@ -228,8 +228,8 @@ def test_each_vcpu_has_its_own(make_vm: MakeVm) -> None:
     """
     vm = make_vm(TURNS, vcpus=3)
     vm.launch()
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.sync()
     for _ in range(2):
-        seen = [vcpu.sync().args for vcpu in vm.guests]
+        seen = [vcpu.sync().args for vcpu in vm.vcpus]
         assert seen == [tuple(0x10_0000 * (index + 1) + number for number in range(5)) for index in range(3)]

@@ -186,7 +186,7 @@ class Prober:
 
     def __init__(self, vm: GuestVm, ring: int = 0, index: int = 0) -> None:
         self.vm = vm
-        self.vcpu = vm.guests[index]
+        self.vcpu = vm.vcpus[index]
         self.ring = ring
         self._index = index
         self._started = False

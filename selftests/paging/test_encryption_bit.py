@@ -138,9 +138,9 @@ def test_stack(make_vm: MakeVm, private: bool) -> None:
     vm = make_vm(STACKS)
     gpa = both_views(vm)
     top = (GVA if private else OPEN) + PAGE_SIZE
-    vm.guests[0].set_entry("guest_main", int(top), PRIVATE)
+    vm.vcpus[0].set_entry("guest_main", int(top), PRIVATE)
     vm.launch()
-    assert vm.guests[0].sync().args == (PRIVATE + 1,)
+    assert vm.vcpus[0].sync().args == (PRIVATE + 1,)
     used = vm.memory.private_view(gpa, PAGE_SIZE) if private else vm.memory.shared_view(gpa, PAGE_SIZE)
     other = vm.memory.shared_view(gpa, PAGE_SIZE) if private else vm.memory.private_view(gpa, PAGE_SIZE)
     assert used[PAGE_SIZE - 8 :] == number(PRIVATE)
@@ -275,12 +275,12 @@ def test_the_other_polarity(make_vm: MakeVm) -> None:
     with make_vm.kvm.create_vm(GuestProgram.from_c(STACKS), protection=SharingBit()) as vm:
         bit = bit_of(vm)
         gpa = both_views(vm)
-        vm.guests[0].set_entry("guest_main", int(GVA) + PAGE_SIZE, PRIVATE)
+        vm.vcpus[0].set_entry("guest_main", int(GVA) + PAGE_SIZE, PRIVATE)
         vm.launch()
         assert int(vm.pages.cr3) & bit.mask == 0
         assert vm.pages.walk(GVA).leaf is not None
         assert [int(vm.pages.walk(gva).raw or 0) & bit.mask for gva in (GVA, OPEN)] == [0, bit.mask]
-        assert vm.guests[0].sync().args == (PRIVATE + 1,)
+        assert vm.vcpus[0].sync().args == (PRIVATE + 1,)
         assert vm.memory.private_view(gpa + PAGE_SIZE - 8, 8) == number(PRIVATE)
         assert vm.memory.shared_view(gpa, PAGE_SIZE) == bytes(PAGE_SIZE)
         assert vm.slots[min(vm.slots)].gpa & bit.mask

@@ -158,7 +158,7 @@ def test_cr3_that_lacks_the_bit(make_vm: MakeVm) -> None:
     vm.launch()
     bit = vm.encryption
     assert bit is not None
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     sregs = vcpu.get_sregs()
     assert sregs.cr3 == int(vm.pages.cr3)
     assert sregs.cr3 & bit.mask
@@ -174,14 +174,14 @@ def test_a_program_whose_data_lacks_the_bit(make_vm: MakeVm) -> None:
     """
     right = make_vm(GUEST)
     right.launch()
-    right.guests[0].sync()
+    right.vcpus[0].sync()
     wrong = make_vm(GUEST)
     page = wrong.symbol("secret").gva.align_down(PAGE_SIZE)
     assert wrong.pages.walk(page).private
     wrong.pages.protect(page, PAGE_SIZE, private=False)
     wrong.launch()
     with pytest.raises(AssertionError, match=r"guest assertion failed: secret == 0x5ec12e7\n +got 0 "):
-        wrong.guests[0].sync()
+        wrong.vcpus[0].sync()
 
 
 def test_a_program_whose_descriptors_lack_the_bit(make_vm: MakeVm) -> None:
@@ -193,12 +193,12 @@ def test_a_program_whose_descriptors_lack_the_bit(make_vm: MakeVm) -> None:
     right = make_vm(source)
     right.launch()
     with pytest.raises(GuestExceptionError) as caught:
-        right.guests[0].sync()
+        right.vcpus[0].sync()
     assert caught.value.vector == Vector.UD
     wrong = make_vm(source)
     wrong.pages.protect(Gva(layout.IDT_GVA), PAGE_SIZE, private=False)
     wrong.launch()
-    wrong.guests[0].expect(ShutdownExit)
+    wrong.vcpus[0].expect(ShutdownExit)
 
 
 def test_shared_data_that_has_the_bit(make_vm: MakeVm) -> None:
@@ -213,7 +213,7 @@ def test_shared_data_that_has_the_bit(make_vm: MakeVm) -> None:
     vm.memory.private_view(vm.gva_to_gpa(known.gva), 8)[:] = number(0x77)
     vm.pages.protect(page, PAGE_SIZE, private=True)
     vm.launch()
-    vm.guests[0].sync()
-    vm.guests[0].sync()
+    vm.vcpus[0].sync()
+    vm.vcpus[0].sync()
     assert known.u64 == 0x0BE2
     assert vm.memory.private_view(known.gpa, 8) == number(0x78)

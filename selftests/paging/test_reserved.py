@@ -90,9 +90,9 @@ def test_a_stack_that_is_not_canonical(make_vm: MakeVm) -> None:
     Intel SDM volume 3, 6.15, #SS: "a canonical violation" of an access that references the stack.
     """
     vm = make_vm(STACKS)
-    vm.guests[0].set_entry("guest_main", 0x0000_8000_0000_1000)
+    vm.vcpus[0].set_entry("guest_main", 0x0000_8000_0000_1000)
     vm.launch()
-    assert [call.args for call in vm.guests[0].syncs()] == [(1, Vector.SS, 0)] * 2
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(1, Vector.SS, 0)] * 2
 
 
 def test_a_table_entry_that_would_be_a_leaf_at_the_top(prober: Prober, page_fault: PageFault, u: int) -> None:

@@ -92,7 +92,7 @@ void guest_main(void)
 """
     )
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     # No breakpoint is enabled: they would count from here on.
     vcpu.set_debugregs(kvm_debugregs(db=ADDRESSES, dr6=DR6_INIT | 0x4001, dr7=DR7_INIT | 0xD000_0000))
@@ -123,4 +123,4 @@ void guest_main(void)
 """
     )
     vm.launch()
-    assert vm.guests[0].sync().args == (1, 13, 0, 1, 13, 0)
+    assert vm.vcpus[0].sync().args == (1, 13, 0, 1, 13, 0)

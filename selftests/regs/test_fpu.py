@@ -208,7 +208,7 @@ def test_guest_and_host_agree(make_vm: MakeVm) -> None:
     """
     vm = make_vm(GUEST)
     where = vm.alloc(PAGE_SIZE, user=True, private=False)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry("guest_main", where)
     vm.launch()
     vcpu.sync()
@@ -236,7 +236,7 @@ def test_set_fpu_on_a_new_vcpu(make_vm: MakeVm) -> None:
     """
     vm = make_vm(GUEST)
     where = vm.alloc(PAGE_SIZE, user=True, private=False)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.set_entry("guest_main", where)
     vm.launch()
     vcpu.set_fpu(some_fpu())

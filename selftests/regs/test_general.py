@@ -123,7 +123,7 @@ def test_general_registers(make_vm: MakeVm) -> None:
     """
     vm = make_vm(INCREMENT)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
     regs = kvm_regs(rip=int(vm.program.address_of("increment")), rflags=int(RFLAGS.FIXED))
@@ -156,7 +156,7 @@ def test_guest_sees_what_host_set(make_vm: MakeVm) -> None:
     """
     vm = make_vm(SYSTEM)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
     sregs = vcpu.get_sregs()
@@ -198,7 +198,7 @@ def test_host_sees_what_guest_set(make_vm: MakeVm) -> None:
     """
     vm = make_vm(SYSTEM)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     before = vcpu.get_sregs()
     vcpu.sync()
@@ -238,7 +238,7 @@ void guest_main(void)
 """
     )
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
     sregs = vcpu.get_sregs()
@@ -274,7 +274,7 @@ void guest_main(void)
 """
     )
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
     regs = vcpu.get_regs()

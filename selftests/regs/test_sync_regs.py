@@ -48,7 +48,7 @@ def vcpu(make_vm: MakeVm) -> GuestVcpu:
     """A vCPU at its first exit."""
     vm = make_vm(GUEST)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.expect(IoExit)
     return vcpu
 

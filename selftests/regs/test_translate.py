@@ -30,7 +30,7 @@ def vm(make_vm: MakeVm) -> GuestVm:
     made = make_vm(GUEST)
     made.alloc(SIZE_2M, gva=Gva(0x6000_0000), page_size=SIZE_2M)
     made.launch()
-    made.guests[0].sync()
+    made.vcpus[0].sync()
     return made
 
 
@@ -45,7 +45,7 @@ def test_mapped(vm: GuestVm, offset: int) -> None:
     Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE.
     """
     page = vm.symbol("variable").gva.align_down(PAGE_SIZE)
-    found = vm.guests[0].translate(page + offset)
+    found = vm.vcpus[0].translate(page + offset)
     assert found.valid == 1
     assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + offset
 
@@ -57,7 +57,7 @@ def test_huge_page(vm: GuestVm) -> None:
     Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE ("the vcpu's current address translation mode").
     """
     page = Gva(0x6000_0000)
-    found = vm.guests[0].translate(page + 0x12_3456)
+    found = vm.vcpus[0].translate(page + 0x12_3456)
     assert found.valid == 1
     assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + 0x12_3456
 
@@ -69,7 +69,7 @@ def test_unmapped(vm: GuestVm, gva: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE (valid).
     """
-    assert vm.guests[0].translate(gva).valid == 0
+    assert vm.vcpus[0].translate(gva).valid == 0
 
 
 @pytest.mark.protections("all")
@@ -78,7 +78,7 @@ def test_follows_the_tables(vm: GuestVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE ("current").
     """
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     gva = Gva(0x6000_0000)
     before = vcpu.translate(gva).physical_address
     vm.pages.unmap(gva, SIZE_2M)

@@ -37,7 +37,7 @@ def vcpu(make_vm: MakeVm) -> GuestVcpu:
     """A vCPU without a local APIC, at its first SYNC."""
     vm = make_vm(GUEST, irqchip=None)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert vcpu.sync().args == (0,)
     return vcpu
 

@@ -149,7 +149,7 @@ void guest_main(void)
 """
     )
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
     vcpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))

@@ -36,13 +36,13 @@ class Mover:
 
         The states travel as JSON inside a pickle, as to another process. *change* may alter them on the way.
         """
-        travelling = pickle.dumps([json.dumps(vcpu.save().as_dict()) for vcpu in vm.guests])
+        travelling = pickle.dumps([json.dumps(vcpu.save().as_dict()) for vcpu in vm.vcpus])
         copies = []
         for segment in vm.memory.segments():
             copies.append(bytes(segment.shared.view(segment.shared_offset, segment.size)))
             if segment.private is not None and segment.private is not segment.shared:
                 copies.append(bytes(segment.private.view(segment.private_offset, segment.size)))
-        program, vcpus = vm.program, len(vm.guests)
+        program, vcpus = vm.program, len(vm.vcpus)
         vm.close()
         new = self.start(program, vcpus=vcpus)
         for segment in new.memory.segments():
@@ -50,7 +50,7 @@ class Mover:
             if segment.private is not None and segment.private is not segment.shared:
                 segment.private.view(segment.private_offset, segment.size)[:] = copies.pop(0)
         states = [VcpuSnapshot.from_dict(json.loads(text)) for text in pickle.loads(travelling)]  # noqa: S301
-        for vcpu, state in zip(new.guests, states, strict=True):
+        for vcpu, state in zip(new.vcpus, states, strict=True):
             vcpu.restore(state if change is None else change(state))
         return new
 

@@ -49,7 +49,7 @@ def test_the_guest_goes_on_where_it_stopped(mover: Mover) -> None:
     vm = mover.start(COUNTER)
     seen = []
     for _ in range(10):
-        seen.append(vm.guests[0].sync().args)
+        seen.append(vm.vcpus[0].sync().args)
         vm = mover.move(vm)
     assert seen == [(n, n) for n in range(10)]
 
@@ -60,9 +60,9 @@ def test_what_was_restored_is_what_was_saved(mover: Mover) -> None:
     api.rst, section 4: KVM_GET_* after KVM_SET_*.
     """
     vm = mover.start(COUNTER)
-    vm.guests[0].sync()
-    before = vm.guests[0].save()
-    assert mover.move(vm).guests[0].save().differences(before) == []
+    vm.vcpus[0].sync()
+    before = vm.vcpus[0].save()
+    assert mover.move(vm).vcpus[0].save().differences(before) == []
 
 
 def test_an_answered_in_is_completed(mover: Mover) -> None:
@@ -81,9 +81,9 @@ void guest_main(void)
 """)
     seen = []
     for value in (0x1111_1111, 0xFEED_F00D):
-        vm.guests[0].expect(IoExit).respond(value)
+        vm.vcpus[0].expect(IoExit).respond(value)
         vm = mover.move(vm)
-        seen.append(vm.guests[0].sync().args[0])
+        seen.append(vm.vcpus[0].sync().args[0])
     assert seen == [0x1111_1111, 0xFEED_F00D]
 
 
@@ -105,9 +105,9 @@ void guest_main(void)
 """)
     seen = []
     for value in (7, 0xFEED_F00D):
-        vm.guests[0].expect(MmioExit).respond(value)
+        vm.vcpus[0].expect(MmioExit).respond(value)
         vm = mover.move(vm)
-        seen.append(vm.guests[0].sync().args[0])
+        seen.append(vm.vcpus[0].sync().args[0])
     assert seen == [7, 0xFEED_F00D]
 
 
@@ -132,9 +132,9 @@ void guest_main(void)
 	GUEST_SYNC(rdmsr(MSR_SYSENTER_ESP), rdmsr(MSR_LSTAR), rdmsr(MSR_KERNEL_GS_BASE));
 }
 """)
-    vm.guests[0].sync()
+    vm.vcpus[0].sync()
     vm = mover.move(vm)
-    assert vm.guests[0].sync().args == (0x123_4000, 0x567_8000, 0x9AB_C000)
+    assert vm.vcpus[0].sync().args == (0x123_4000, 0x567_8000, 0x9AB_C000)
 
 
 def test_control_and_debug_registers_go_with_the_guest(mover: Mover) -> None:
@@ -154,9 +154,9 @@ void guest_main(void)
 	GUEST_SYNC(read_cr8(), read_dr0(), read_dr3());
 }
 """)
-    vm.guests[0].sync()
+    vm.vcpus[0].sync()
     vm = mover.move(vm)
-    assert vm.guests[0].sync().args == (5, 0x1000, 0x4000)
+    assert vm.vcpus[0].sync().args == (5, 0x1000, 0x4000)
 
 
 def test_vector_registers_go_with_the_guest(mover: Mover) -> None:
@@ -165,14 +165,14 @@ def test_vector_registers_go_with_the_guest(mover: Mover) -> None:
     api.rst 4.42 KVM_GET_XSAVE.
     """
     vm = mover.start(COUNTER)
-    vm.guests[0].sync()
-    area = vm.guests[0].get_xsave2()
+    vm.vcpus[0].sync()
+    area = vm.vcpus[0].get_xsave2()
     area.region[XMM3 : XMM3 + 4] = [1, 22, 333, 4444]
     area.region[XSTATE_BV] |= 2
-    vm.guests[0].set_xsave(area)
+    vm.vcpus[0].set_xsave(area)
     vm = mover.move(vm)
-    vm.guests[0].sync()
-    assert list(vm.guests[0].get_xsave2().region[XMM3 : XMM3 + 4]) == [1, 22, 333, 4444]
+    vm.vcpus[0].sync()
+    assert list(vm.vcpus[0].get_xsave2().region[XMM3 : XMM3 + 4]) == [1, 22, 333, 4444]
 
 
 def test_time_does_not_go_back(mover: Mover) -> None:
@@ -191,7 +191,7 @@ void guest_main(void)
 """)
     seen = []
     for _ in range(4):
-        seen.append(vm.guests[0].sync().args[0])
+        seen.append(vm.vcpus[0].sync().args[0])
         vm = mover.move(vm)
     assert seen == sorted(set(seen))
 
@@ -234,9 +234,9 @@ def test_an_interrupt_that_waits_is_delivered_once(mover: Mover) -> None:
     api.rst 4.57 KVM_GET_LAPIC: the request register is part of the state.
     """
     vm = mover.start(PENDING)
-    assert vm.guests[0].sync().args == (0,)
+    assert vm.vcpus[0].sync().args == (0,)
     vm = mover.move(vm)
-    assert vm.guests[0].sync().args == (1,)
+    assert vm.vcpus[0].sync().args == (1,)
 
 
 def test_a_pending_nmi_is_delivered(mover: Mover) -> None:
@@ -245,11 +245,11 @@ def test_a_pending_nmi_is_delivered(mover: Mover) -> None:
     api.rst 4.31 KVM_GET_VCPU_EVENTS.
     """
     vm = mover.start(PENDING)
-    vm.guests[0].sync()
-    vm.guests[0].sync()
-    vm.guests[0].nmi()
+    vm.vcpus[0].sync()
+    vm.vcpus[0].sync()
+    vm.vcpus[0].nmi()
     vm = mover.move(vm)
-    assert vm.guests[0].sync().args == (1,)
+    assert vm.vcpus[0].sync().args == (1,)
 
 
 def test_a_pending_exception_is_delivered(mover: Mover) -> None:
@@ -259,14 +259,14 @@ def test_a_pending_exception_is_delivered(mover: Mover) -> None:
     """
     vm = mover.start(PENDING)
     for _ in range(3):
-        vm.guests[0].sync()
-    vm.guests[0].complete_io()
-    events = vm.guests[0].get_vcpu_events()
+        vm.vcpus[0].sync()
+    vm.vcpus[0].complete_io()
+    events = vm.vcpus[0].get_vcpu_events()
     events.exception.injected = 1
     events.exception.nr = 6
-    vm.guests[0].set_vcpu_events(events)
+    vm.vcpus[0].set_vcpu_events(events)
     vm = mover.move(vm)
-    assert vm.guests[0].sync().args == (1,)
+    assert vm.vcpus[0].sync().args == (1,)
 
 
 def test_a_halted_vcpu_sleeps_on_and_wakes(mover: Mover) -> None:
@@ -276,14 +276,14 @@ def test_a_halted_vcpu_sleeps_on_and_wakes(mover: Mover) -> None:
     """
     vm = mover.start(PENDING)
     for _ in range(4):
-        vm.guests[0].sync()
+        vm.vcpus[0].sync()
     with pytest.raises(VcpuTimeoutError):
-        vm.guests[0].run(timeout=0.2)
-    assert vm.guests[0].get_mp_state() == KVM_MP_STATE_HALTED
+        vm.vcpus[0].run(timeout=0.2)
+    assert vm.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED
     vm = mover.move(vm)
-    assert vm.guests[0].get_mp_state() == KVM_MP_STATE_HALTED
+    assert vm.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED
     vm.signal_msi(Msi.to(0, 0x41))
-    assert vm.guests[0].sync().args == (2,)
+    assert vm.vcpus[0].sync().args == (2,)
 
 
 def test_two_vcpus_keep_their_own_states(mover: Mover) -> None:
@@ -307,7 +307,7 @@ void guest_main(void)
     )
     seen: dict[int, list[int]] = {0: [], 1: []}
     for _ in range(3):
-        for vcpu in vm.guests:
+        for vcpu in vm.vcpus:
             index, value = vcpu.sync().args
             seen[index].append(value)
         vm = mover.move(vm)
@@ -326,7 +326,7 @@ def test_an_illegal_state_is_refused(mover: Mover) -> None:
         return dataclasses.replace(state, sregs=sregs.to_bytes())
 
     vm = mover.start(COUNTER)
-    vm.guests[0].sync()
+    vm.vcpus[0].sync()
     with pytest.raises(KvmError) as caught:
         mover.move(vm, without_protection)
     assert caught.value.errno == errno.EINVAL
@@ -342,7 +342,7 @@ def test_an_msr_that_the_new_vcpu_lacks_is_named(mover: Mover) -> None:
         return dataclasses.replace(state, msrs=(*state.msrs, (0xDEAD_0000, 1)))
 
     vm = mover.start(COUNTER)
-    vm.guests[0].sync()
+    vm.vcpus[0].sync()
     with pytest.raises(RestoreError, match="MSR 0xdead0000: saved 0x1, now absent"):
         mover.move(vm, with_unknown_msr)
 
@@ -366,7 +366,7 @@ void guest_main(void)
 }
 """)
     written = b""
-    while isinstance(got := vm.guests[0].next(), IoExit):
+    while isinstance(got := vm.vcpus[0].next(), IoExit):
         written += got.data
         vm = mover.move(vm)
     assert written == struct.pack("<16H", *range(16))
@@ -386,7 +386,7 @@ void guest_main(void)
 	GUEST_SYNC(1);
 }
 """)
-    assert vm.guests[0].expect(MmioExit).data == bytes.fromhex("88776655")
+    assert vm.vcpus[0].expect(MmioExit).data == bytes.fromhex("88776655")
     with pytest.raises(RuntimeError, match=r"the instruction goes on with MmioExit.*phys_addr=536875008"):
-        vm.guests[0].save()
-    assert vm.guests[0].sync().args == (1,)
+        vm.vcpus[0].save()
+    assert vm.vcpus[0].sync().args == (1,)

@@ -118,10 +118,10 @@ def start(make_vm: MakeVm, what: str = " ", number: int = 0, vcpus: int = 1) -> 
     """Return a VM whose guest is about to do *what*."""
     vm = make_vm(GUEST, vcpus=vcpus)
     vm.map(MMIO_GVA, MMIO_GPA, 0x1000, private=False)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry("guest_main", ord(what), number)
     vm.launch()
-    assert tuple(vm.guests[0].sync().args) == (ord("a"),)
+    assert tuple(vm.vcpus[0].sync().args) == (ord("a"),)
     return vm
 
 
@@ -134,7 +134,7 @@ def growth(before: Stats, after: Stats, name: str) -> int:
 
 def done(vm: GuestVm) -> tuple[Stats, Stats]:
     """Let the guest do its work, passing over exits; return the statistics before and after."""
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     before = vcpu.get_stats()
     got: Ucall | Exit = vcpu.next()
     while not isinstance(got, Ucall):
@@ -157,7 +157,7 @@ def test_fresh_vcpu(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: cumulative counts.
     """
-    stats = make_vm(GUEST).guests[0].get_stats()
+    stats = make_vm(GUEST).vcpus[0].get_stats()
     for name in ("exits", "io_exits", "mmio_exits", "halt_exits", "irq_injections", "nmi_injections"):
         assert stats[name].value == 0, name
 
@@ -171,7 +171,7 @@ def test_vcpus_count_for_themselves(make_vm: MakeVm) -> None:
     vm = start(make_vm, "p", 10, vcpus=2)
     before, after = done(vm)
     assert growth(before, after, "exits") >= 10
-    assert vm.guests[1].get_stats()["exits"].value == 0
+    assert vm.vcpus[1].get_stats()["exits"].value == 0
 
 
 @pytest.mark.protections("all")
@@ -268,7 +268,7 @@ def test_signal_exits(make_vm: MakeVm) -> None:
     arch/x86/kvm/x86.c: ++vcpu->stat.signal_exits.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (ord("b"),)
     before = vcpu.get_stats()
     for _ in range(3):
@@ -282,7 +282,7 @@ def test_signal_exits(make_vm: MakeVm) -> None:
 
 def halt_for(vm: GuestVm, stats: StatsFd, seconds: float) -> None:
     """Run the guest until it halts, leave it there for *seconds*, and wake it."""
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     with VcpuThread(vcpu.sync, vcpu=vcpu) as thread:
         wait_until(lambda: stats.read()["blocking"].value == 1)
         end = time.monotonic() + seconds
@@ -298,7 +298,7 @@ def test_blocking(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: an instantaneous value, 0 or 1.
     """
     vm = start(make_vm, "w", 1)
-    with vm.guests[0].get_stats_fd() as stats:
+    with vm.vcpus[0].get_stats_fd() as stats:
         if "blocking" not in stats.read():
             pytest.skip("needs the statistic blocking: this KVM has none")
         assert stats.read()["blocking"].value == 0
@@ -313,7 +313,7 @@ def test_halt_times(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD (logarithmic histograms); virt/kvm/kvm_main.c.
     """
     vm = start(make_vm, "w", 1)
-    with vm.guests[0].get_stats_fd() as stats:
+    with vm.vcpus[0].get_stats_fd() as stats:
         before = stats.read()
         if "halt_wait_hist" not in before or "blocking" not in before:
             pytest.skip("needs the statistics halt_wait_hist and blocking: this KVM has none")

@@ -138,7 +138,7 @@ def prepare(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1, **how: obje
     """Return a VM whose vCPUs will run *entry*, with a shared page for their clocks as argument."""
     vm = make_vm(GUEST, vcpus=vcpus, **how)  # type: ignore[arg-type]
     page = vm.alloc(4096, private=False)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry(entry, int(page), int(vm.gva_to_gpa(page)), *args)
     return vm
 
@@ -152,7 +152,7 @@ def start(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1) -> GuestVm:
 
 def reading(vm: GuestVm, vcpu: int = 0) -> Ucall:
     """Return the guest's next reading: nanoseconds and flags."""
-    return vm.guests[vcpu].sync()
+    return vm.vcpus[vcpu].sync()
 
 
 @pytest.mark.protections("all")
@@ -162,7 +162,7 @@ def test_time_advances(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW.
     """
     vm = start(make_vm, "advancing")
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -283,7 +283,7 @@ def test_wall_clock(make_vm: MakeVm, msr: int) -> None:
     """
     vm = start(make_vm, "wall", msr)
     for _ in range(2):
-        sec, nsec = vm.guests[0].sync().args
+        sec, nsec = vm.vcpus[0].sync().args
         assert 0 <= nsec < SECOND
         expected = time.time_ns() - vm.get_clock().clock
         assert abs(sec * SECOND + nsec - expected) < SECOND // 10
@@ -296,10 +296,10 @@ def test_switched_off(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/x86/msr.rst: updated until anything with bit 0 clear is written.
     """
     vm = start(make_vm, "switched_off")
-    assert tuple(vm.guests[0].sync().args) == (0,)
-    assert tuple(vm.guests[0].sync().args) == (1,)
+    assert tuple(vm.vcpus[0].sync().args) == (0,)
+    assert tuple(vm.vcpus[0].sync().args) == (1,)
     vm.set_clock(kvm_clock_data(clock=1 << 40))
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -310,7 +310,7 @@ def test_guest_was_stopped(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.70 KVM_KVMCLOCK_CTRL.
     """
     vm = start(make_vm, "stopped")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (0,)
     vcpu.kvmclock_ctrl()
     assert tuple(vcpu.sync().args) == (GUEST_STOPPED,)
@@ -326,7 +326,7 @@ def test_pause_without_clock(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, "stopped")
     with pytest.raises(KvmError) as caught:
-        vm.guests[0].kvmclock_ctrl()
+        vm.vcpus[0].kvmclock_ctrl()
     assert caught.value.errno == errno.EINVAL
 
 
@@ -346,6 +346,6 @@ def test_cpuid_is_enforced(make_vm: MakeVm, enforced: bool, vector: int) -> None
         return table
 
     vm = prepare(make_vm, "not_offered", cpuid=without_clock)
-    vm.guests[0].enable_cap(KVM_CAP_ENFORCE_PV_FEATURE_CPUID, int(enforced))
+    vm.vcpus[0].enable_cap(KVM_CAP_ENFORCE_PV_FEATURE_CPUID, int(enforced))
     vm.launch()
-    assert tuple(vm.guests[0].sync().args) == (vector,) * 4
+    assert tuple(vm.vcpus[0].sync().args) == (vector,) * 4

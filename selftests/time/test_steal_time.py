@@ -106,7 +106,7 @@ def prepare(make_vm: MakeVm, entry: str, *args: int, **how: object) -> GuestVm:
     """Return a VM whose guest will run *entry* with the address of memory that it shares with the host."""
     vm = make_vm(GUEST, **how)  # type: ignore[arg-type]
     page = vm.alloc(4096, private=False)
-    vm.guests[0].set_entry(entry, int(page), int(vm.gva_to_gpa(page)), *args)
+    vm.vcpus[0].set_entry(entry, int(page), int(vm.gva_to_gpa(page)), *args)
     return vm
 
 
@@ -136,7 +136,7 @@ def test_grows_with_a_rival(make_vm: MakeVm, rival: None) -> None:
     """
     vm = prepare(make_vm, "work", 5_000_000)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     # KVM writes when it enters the guest, so the first reading is one of nothing.
     vcpu.sync()
     first, version = vcpu.sync().args
@@ -159,7 +159,7 @@ def test_is_plausible(make_vm: MakeVm, rival: None) -> None:
     """
     vm = prepare(make_vm, "work", 5_000_000)
     vm.launch()
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.sync()
     before = time.monotonic_ns()
     first = vcpu.sync().args[0]
@@ -176,7 +176,7 @@ def test_reserved_bits(make_vm: MakeVm) -> None:
     """
     vm = prepare(make_vm, "reserved_bits")
     vm.launch()
-    vm.guests[0].run_to_done()
+    vm.vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -187,7 +187,7 @@ def test_switched_off(make_vm: MakeVm) -> None:
     """
     vm = prepare(make_vm, "switched_off")
     vm.launch()
-    _, version, *off = [call.args[0] for call in vm.guests[0].syncs()]
+    _, version, *off = [call.args[0] for call in vm.vcpus[0].syncs()]
     assert version % 2 == 0
     assert version > 0
     assert off == [0x5EED0, 0x5EED0]
@@ -208,6 +208,6 @@ def test_cpuid_is_enforced(make_vm: MakeVm) -> None:
         return table
 
     vm = prepare(make_vm, "not_offered", cpuid=without_steal_time)
-    vm.guests[0].enable_cap(KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
+    vm.vcpus[0].enable_cap(KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
     vm.launch()
-    assert tuple(vm.guests[0].sync().args) == (13,)
+    assert tuple(vm.vcpus[0].sync().args) == (13,)

@@ -136,7 +136,7 @@ void together(void)
 def start(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1) -> GuestVm:
     """Return a launched VM whose vCPUs run *entry*."""
     vm = make_vm(GUEST, vcpus=vcpus)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry(entry, *args)
     vm.launch()
     return vm
@@ -150,7 +150,7 @@ def limit(kvm: Kvm) -> int:
 
 def reading(vm: GuestVm, vcpu: int = 0) -> int:
     """Return the guest's next reading."""
-    return vm.guests[vcpu].sync().args[0]
+    return vm.vcpus[vcpu].sync().args[0]
 
 
 STABLE = pytest.mark.requires("stable-tsc")
@@ -162,7 +162,7 @@ def test_msr_is_the_counter(make_vm: MakeVm) -> None:
 
     Intel SDM 3B, 19.17 (time-stamp counter).
     """
-    start(make_vm, "msr_agrees").guests[0].run_to_done()
+    start(make_vm, "msr_agrees").vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -174,7 +174,7 @@ def test_host_reads_it(make_vm: MakeVm) -> None:
     vm = start(make_vm, "readings")
     for _ in range(10):
         before = reading(vm)
-        host = vm.guests[0].get_msr(MSR_TSC)
+        host = vm.vcpus[0].get_msr(MSR_TSC)
         assert before <= host <= reading(vm)
 
 
@@ -187,7 +187,7 @@ def test_host_writes_it(make_vm: MakeVm, kvm: Kvm, value: int) -> None:
     """
     vm = start(make_vm, "readings")
     reading(vm)
-    vm.guests[0].set_msr(MSR_TSC, value)
+    vm.vcpus[0].set_msr(MSR_TSC, value)
     assert value <= reading(vm) < value + limit(kvm)
 
 
@@ -197,7 +197,7 @@ def test_guest_writes_it(make_vm: MakeVm, kvm: Kvm) -> None:
 
     Intel SDM 3B, 19.17; Documentation/virt/kvm/x86/timekeeping.rst.
     """
-    start(make_vm, "guest_writes", limit(kvm)).guests[0].run_to_done()
+    start(make_vm, "guest_writes", limit(kvm)).vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -207,7 +207,7 @@ def test_adjust(make_vm: MakeVm, kvm: Kvm) -> None:
 
     Intel SDM 3B, 19.17.3 (time-stamp counter adjustment).
     """
-    start(make_vm, "adjust", limit(kvm)).guests[0].run_to_done()
+    start(make_vm, "adjust", limit(kvm)).vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -218,10 +218,10 @@ def test_adjust_by_host(make_vm: MakeVm, kvm: Kvm) -> None:
     arch/x86/kvm/x86.c, kvm_set_msr_common(): host-initiated writes keep the TSC.
     """
     vm = start(make_vm, "adjust_by_host")
-    before, adjusted = vm.guests[0].sync().args
+    before, adjusted = vm.vcpus[0].sync().args
     assert adjusted == 0
-    vm.guests[0].set_msr(MSR_TSC_ADJUST, 1 << 55)
-    now, adjusted = vm.guests[0].sync().args
+    vm.vcpus[0].set_msr(MSR_TSC_ADJUST, 1 << 55)
+    now, adjusted = vm.vcpus[0].sync().args
     assert adjusted == 1 << 55
     assert before <= now < before + limit(kvm)
 
@@ -232,7 +232,7 @@ def test_ring3(make_vm: MakeVm) -> None:
 
     Intel SDM 2B, RDTSC; 3A, 2.5 (CR4.TSD).
     """
-    start(make_vm, "ring3").guests[0].run_to_done()
+    start(make_vm, "ring3").vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")

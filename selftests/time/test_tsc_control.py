@@ -42,7 +42,7 @@ def start(make_vm: MakeVm, before: Callable[[GuestVm], None] | None = None) -> G
 
 def reading(vm: GuestVm) -> int:
     """Return the guest's next reading."""
-    return vm.guests[0].sync().args[0]
+    return vm.vcpus[0].sync().args[0]
 
 
 def refused(call: Callable[[], object]) -> int:
@@ -77,7 +77,7 @@ def test_offset_shifts_counter(make_vm: MakeVm, shift: int) -> None:
     Documentation/virt/kvm/devices/vcpu.rst, 4.1 KVM_VCPU_TSC_OFFSET.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     # Far enough from 0 that no shift wraps.
     vcpu.set_msr(0x10, 1 << 50)
     offset = vcpu.get_device_attr_int(*OFFSET)
@@ -139,7 +139,7 @@ def test_frequency_is_true(make_vm: MakeVm) -> None:
     vm = start(make_vm)
     reading(vm)
     least, greatest = measured_khz(vm)
-    assert least * 0.99 <= vm.guests[0].get_tsc_khz() <= greatest * 1.01
+    assert least * 0.99 <= vm.vcpus[0].get_tsc_khz() <= greatest * 1.01
 
 
 @pytest.mark.requires("KVM_CAP_TSC_CONTROL")
@@ -166,7 +166,7 @@ def test_scaled_frequency(make_vm: MakeVm, percent: int) -> None:
     Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     wanted = vcpu.get_tsc_khz() * percent // 100
     vcpu.set_tsc_khz(wanted)
     assert vcpu.get_tsc_khz() == wanted

@@ -32,18 +32,18 @@ def move(make_vm: MakeVm) -> Move:
         traits = source.protection.traits
         if not (traits.can_read_registers and traits.host_sees_private):
             pytest.skip("needs a host that reads registers and private memory; this protection hides them")
-        target = make_vm(source.program, vcpu_ids=[vcpu.vcpu_id for vcpu in source.guests])
-        for old, new in zip(source.guests, target.guests, strict=True):
+        target = make_vm(source.program, vcpu_ids=[vcpu.vcpu_id for vcpu in source.vcpus])
+        for old, new in zip(source.vcpus, target.vcpus, strict=True):
             new.entry, new.args = old.entry, old.args
         target.launch()
         # What goes over the wire is a value, not an object of this process.
-        snapshots = pickle.dumps([vcpu.save() for vcpu in source.guests])
+        snapshots = pickle.dumps([vcpu.save() for vcpu in source.vcpus])
         clock = source.get_clock()
         _copy_memory(source, target)
         source.close()
         clock.flags = 0
         target.set_clock(clock)
-        for vcpu, snapshot in zip(target.guests, pickle.loads(snapshots), strict=True):  # noqa: S301
+        for vcpu, snapshot in zip(target.vcpus, pickle.loads(snapshots), strict=True):  # noqa: S301
             vcpu.restore(snapshot)
         return target
 

@@ -109,7 +109,7 @@ def test_ap_start(make_vm: MakeVm) -> None:
     Intel SDM 3A, 10.4.4 (MP initialization example) and 11.8.5 (initializing IA-32e mode).
     """
     vm = make_vm(GUEST, vcpus=2)
-    target = vm.guests[1]
+    target = vm.vcpus[1]
     target.set_entry("second", 0x1234)
     start, end = vm.symbol("trampoline").gva, vm.symbol("trampoline_end").gva
     descriptor = "<HQ6x"

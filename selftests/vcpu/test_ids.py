@@ -91,7 +91,7 @@ def test_as_many_run(make_vm: MakeVm, room_for_vcpus: int) -> None:
     number = min(room_for_vcpus, MAX_VCPUS)
     vm = make_vm(GUEST, vcpus=number, memory=128 << 20)
     vm.launch()
-    assert [tuple(vcpu.sync().args) for vcpu in vm.guests] == [(index, index) for index in range(number)]
+    assert [tuple(vcpu.sync().args) for vcpu in vm.vcpus] == [(index, index) for index in range(number)]
 
 
 @pytest.mark.protections("all")
@@ -104,7 +104,7 @@ def test_sparse_ids(make_vm: MakeVm) -> None:
     ids = [700, 3, 0, 255]
     vm = make_vm(GUEST, vcpu_ids=ids)
     vm.launch()
-    assert [tuple(vcpu.sync().args) for vcpu in vm.guests] == list(enumerate(ids))
+    assert [tuple(vcpu.sync().args) for vcpu in vm.vcpus] == list(enumerate(ids))
 
 
 def test_highest_id(vm: Vm) -> None:
@@ -208,4 +208,4 @@ void guest_main(void)
 """
     vm = make_vm(source, vcpus=3, before_vcpus=lambda vm: vm.set_boot_cpu_id(1))
     vm.launch()
-    assert [tuple(vcpu.sync().args) for vcpu in vm.guests] == [(0,), (1,), (0,)]
+    assert [tuple(vcpu.sync().args) for vcpu in vm.vcpus] == [(0,), (1,), (0,)]

@@ -65,19 +65,19 @@ class Pair:
 
     def __init__(self, make_vm: MakeVm, *, state: int = KVM_MP_STATE_UNINITIALIZED) -> None:
         self.vm: GuestVm = make_vm(SENDER, vcpus=2)
-        self.target: GuestVcpu = self.vm.guests[1]
+        self.target: GuestVcpu = self.vm.vcpus[1]
         self.target.set_entry("before_init")
         for page in (SIPI_PAGE, OTHER_PAGE):
             # Without paging there is no encryption bit: real mode sees the shared page.
             self.vm.memory.shared_view(Gpa(page << 12), len(REAL_MODE))[:] = REAL_MODE
         self.vm.launch()
         self.target.set_mp_state(state)
-        self._asked = self.vm.guests[0].sync()
+        self._asked = self.vm.vcpus[0].sync()
 
     def send(self, icr: int) -> None:
         """Let vCPU 0 send an interprocessor interrupt to vCPU 1."""
         self._asked.reply(icr)
-        self._asked = self.vm.guests[0].sync()
+        self._asked = self.vm.vcpus[0].sync()
 
     def started_at(self) -> int:
         """Run vCPU 1 and return the real-mode code segment that it starts in."""

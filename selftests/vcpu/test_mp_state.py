@@ -95,9 +95,9 @@ def refused(call: Callable[[], object]) -> int:
 def start(make_vm: MakeVm, entry: str) -> GuestVm:
     """Return a VM whose guest is ready to halt."""
     vm = make_vm(GUEST)
-    vm.guests[0].set_entry(entry)
+    vm.vcpus[0].set_entry(entry)
     vm.launch()
-    assert tuple(vm.guests[0].sync().args) == (ord("r"),)
+    assert tuple(vm.vcpus[0].sync().args) == (ord("r"),)
     return vm
 
 
@@ -143,7 +143,7 @@ class Sleeper:
 
 def wake(vm: GuestVm, msi: Msi) -> tuple[int, ...]:
     """Run the guest, which halts, and wake it with *msi*; return what it says then."""
-    with Sleeper(vm.guests[0]) as sleeper:
+    with Sleeper(vm.vcpus[0]) as sleeper:
         sleeper.wait_until("blocking")
         vm.signal_msi(msi)
         return sleeper.said()
@@ -168,7 +168,7 @@ def test_halted_state_is_seen(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE.
     """
     vm = start(make_vm, "wait_for_interrupt")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE
     for _ in range(2):
         with Sleeper(vcpu) as sleeper:
@@ -189,7 +189,7 @@ def test_interrupts_off(make_vm: MakeVm) -> None:
     vm = start(make_vm, "wait_for_nmi")
     vm.signal_msi(Msi.to(0, VECTOR))
     assert wake(vm, NMI) == (0, 1)
-    assert tuple(vm.guests[0].sync().args) == (1, 1)
+    assert tuple(vm.vcpus[0].sync().args) == (1, 1)
 
 
 @pytest.mark.protections("all")
@@ -200,9 +200,9 @@ def test_set_halted(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.39 KVM_SET_MP_STATE.
     """
     vm = start(make_vm, "wait_for_nmi")
-    vm.guests[0].set_mp_state(KVM_MP_STATE_HALTED)
+    vm.vcpus[0].set_mp_state(KVM_MP_STATE_HALTED)
     # The first NMI ends the state that was set, so the guest's own HLT needs another one.
-    with Sleeper(vm.guests[0]) as sleeper:
+    with Sleeper(vm.vcpus[0]) as sleeper:
         sleeper.wait_until("blocking")
         vm.signal_msi(NMI)
         sleeper.wait_until("halt_exits")
@@ -219,7 +219,7 @@ def test_set_runnable_ends_halt(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.39 KVM_SET_MP_STATE.
     """
     vm = start(make_vm, "wait_for_nmi")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     with Sleeper(vcpu) as sleeper:
         sleeper.wait_until("blocking")
         sleeper.kicked(vcpu)

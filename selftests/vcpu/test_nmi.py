@@ -62,7 +62,7 @@ def start(make_vm: MakeVm, irqchip: str | None = "split") -> GuestVm:
 
 def said(vm: GuestVm) -> tuple[str | int, ...]:
     """Return what the guest says next."""
-    call = vm.guests[0].sync()
+    call = vm.vcpus[0].sync()
     return (chr(call.args[0]), *call.args[1:])
 
 
@@ -80,7 +80,7 @@ def test_delivered_with_interrupts_off(make_vm: MakeVm, irqchip: str | None) -> 
     """
     vm = start(make_vm, irqchip)
     assert said(vm) == ("w", 0, 0)
-    vm.guests[0].nmi()
+    vm.vcpus[0].nmi()
     assert next_of(vm, "n") == ("n", 1, 1, 0)
     assert said(vm) == ("e", 1, 1)
     assert said(vm) == ("w", 0, 1)
@@ -93,9 +93,9 @@ def test_blocked_until_iret(make_vm: MakeVm) -> None:
     Intel SDM 3A, 7.7.1 (handling multiple NMIs).
     """
     vm = start(make_vm)
-    vm.guests[0].nmi()
+    vm.vcpus[0].nmi()
     assert next_of(vm, "n")[:3] == ("n", 1, 1)
-    vm.guests[0].nmi()
+    vm.vcpus[0].nmi()
     assert said(vm) == ("e", 1, 1)
     assert next_of(vm, "n")[:3] == ("n", 1, 2)
     assert said(vm) == ("e", 1, 2)
@@ -109,7 +109,7 @@ def test_events_show_it(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS (nmi.pending, nmi.masked).
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.complete_io()
     assert (vcpu.get_vcpu_events().nmi.pending, vcpu.get_vcpu_events().nmi.masked) == (0, 0)
     vcpu.nmi()
@@ -128,7 +128,7 @@ def test_masked_by_user_space(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.complete_io()
     events = vcpu.get_vcpu_events()
     events.nmi.masked = 1

@@ -73,7 +73,7 @@ void ask_port(void)
 def start(make_vm: MakeVm, entry: str) -> GuestVm:
     """Return a launched VM whose guest runs *entry*."""
     vm = make_vm(GUEST)
-    vm.guests[0].set_entry(entry)
+    vm.vcpus[0].set_entry(entry)
     vm.launch()
     return vm
 
@@ -99,7 +99,7 @@ def test_kick_of_running_guest(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, struct kvm_run: immediate_exit together with a signal.
     """
     vm = start(make_vm, "spin")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (ord("r"),)
     for _ in range(3):
         with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
@@ -115,7 +115,7 @@ def test_kick_of_halted_guest(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.10 KVM_RUN: EINTR.
     """
     vm = start(make_vm, "sleep")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (ord("r"),)
     with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
         wait_until(lambda: vcpu.running, "KVM_RUN does not start")
@@ -131,7 +131,7 @@ def test_kick_before_run(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, struct kvm_run: immediate_exit is polled when KVM_RUN starts.
     """
     vm = start(make_vm, "count")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (1,)
     for number in (2, 3):
         vcpu.kick()
@@ -149,7 +149,7 @@ def test_deadline(make_vm: MakeVm, entry: str) -> None:
     Documentation/virt/kvm/api.rst, 4.10 KVM_RUN: EINTR; kvmpy's own promise that a run ends.
     """
     vm = start(make_vm, entry)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (ord("r"),)
     started = time.monotonic()
     with pytest.raises(GuestTimeoutError, match="deadline"):
@@ -166,7 +166,7 @@ def test_immediate_exit(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, struct kvm_run: immediate_exit.
     """
     vm = start(make_vm, "count")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (1,)
     vcpu.run_area.immediate_exit = 1
     for _ in range(5):
@@ -187,7 +187,7 @@ def test_immediate_exit_completes_io(make_vm: MakeVm) -> None:
     vm = start(make_vm, "ask_port")
     if not vm.protection.traits.can_read_registers:
         pytest.skip("needs readable registers: the protection hides RAX")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     got = vcpu.expect(IoExit)
     got.respond(0x1234_5678)
     exits = vcpu.exits
@@ -204,7 +204,7 @@ def test_second_thread(make_vm: MakeVm) -> None:
     kvmpy's own promise: one thread at a time (KVM itself would let the second one wait).
     """
     vm = start(make_vm, "spin")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (ord("r"),)
     with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
         wait_until(lambda: vcpu.running, "KVM_RUN does not start")
@@ -222,7 +222,7 @@ def test_close_while_running(make_vm: MakeVm) -> None:
     kvmpy's own promise: what a thread uses is not taken from under it.
     """
     vm = start(make_vm, "spin")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert tuple(vcpu.sync().args) == (ord("r"),)
     with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
         wait_until(lambda: vcpu.running, "KVM_RUN does not start")
@@ -286,7 +286,7 @@ def test_signal_storm(make_vm: MakeVm, storm: Signals) -> None:
     number = 0
     while storm.count < STORM:
         number += 1
-        assert tuple(vm.guests[0].sync().args) == (number,)
+        assert tuple(vm.vcpus[0].sync().args) == (number,)
     assert vm.symbol("progress").u64 == number
 
 
@@ -297,7 +297,7 @@ def test_signal_mask(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.21 KVM_SET_SIGNAL_MASK.
     """
     vm = start(make_vm, "count")
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     number = signal.SIGUSR2
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:

@@ -193,14 +193,14 @@ void leaf(void)
 def start(make_vm: MakeVm, entry: str, *args: int, **how: object) -> GuestVm:
     """Return a launched VM whose guest runs *entry*."""
     vm = make_vm(GUEST, **how)  # type: ignore[arg-type]
-    vm.guests[0].set_entry(entry, *args)
+    vm.vcpus[0].set_entry(entry, *args)
     vm.launch()
     return vm
 
 
 def said(vm: GuestVm) -> tuple[str | int, ...]:
     """Return what the guest says next."""
-    call = vm.guests[0].sync()
+    call = vm.vcpus[0].sync()
     return (chr(call.args[0]), *call.args[1:])
 
 
@@ -219,7 +219,7 @@ def test_goes_on(make_vm: MakeVm, move: Move) -> None:
     total = 0
     for number in range(1, 11):
         total += number
-        assert tuple(vm.guests[0].sync().args) == (number, total)
+        assert tuple(vm.vcpus[0].sync().args) == (number, total)
         assert vm.symbol("visible").u64 == total
         vm = move(vm)
 
@@ -231,7 +231,7 @@ def test_registers(make_vm: MakeVm, move: Move) -> None:
     Documentation/virt/kvm/api.rst, 4.11 KVM_GET_REGS and 4.12 KVM_SET_REGS.
     """
     vm = start(make_vm, "registers")
-    got = vm.guests[0].expect(IoExit)
+    got = vm.vcpus[0].expect(IoExit)
     assert (got.port, got.value) == (0x10, 0x0102_0304)
     vm = move(vm)
     mask = (1 << 64) - 1
@@ -240,7 +240,7 @@ def test_registers(make_vm: MakeVm, move: Move) -> None:
         expected ^= 0x1111_1111_1111_1111 * digit
         if digit < 14:
             expected = (expected << 1 | expected >> 63) & mask
-    assert tuple(vm.guests[0].sync().args) == (expected,)
+    assert tuple(vm.vcpus[0].sync().args) == (expected,)
 
 
 @pytest.mark.protections("all")
@@ -250,8 +250,8 @@ def test_answered_input(make_vm: MakeVm, move: Move) -> None:
     Documentation/virt/kvm/api.rst, KVM_EXIT_IO: the access is completed before state is saved.
     """
     vm = start(make_vm, "ask_port")
-    vm.guests[0].expect(IoExit).respond(0xCAFE_F00D)
-    assert tuple(move(vm).guests[0].sync().args) == (0xCAFE_F00D,)
+    vm.vcpus[0].expect(IoExit).respond(0xCAFE_F00D)
+    assert tuple(move(vm).vcpus[0].sync().args) == (0xCAFE_F00D,)
 
 
 @pytest.mark.protections("all")
@@ -276,11 +276,11 @@ def test_pending_nmi(make_vm: MakeVm, move: Move) -> None:
     """
     vm = start(make_vm, "nmi")
     assert said(vm) == ("w",)
-    vm.guests[0].nmi()
+    vm.vcpus[0].nmi()
     vm = move(vm)
     assert handled(vm) == "n"
     vm = move(vm)
-    vm.guests[0].nmi()
+    vm.vcpus[0].nmi()
     assert said(vm) == ("e",)
     assert handled(vm) == "n"
     assert said(vm) == ("e",)
@@ -294,14 +294,14 @@ def test_halted(make_vm: MakeVm, move: Move) -> None:
     """
     vm = start(make_vm, "halted")
     assert said(vm) == ("r",)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     for _ in range(100):
         with pytest.raises(GuestTimeoutError):
             vcpu.next(timeout=0.05)
         if vcpu.get_mp_state() == KVM_MP_STATE_HALTED:
             break
     vm = move(vm)
-    assert vm.guests[0].get_mp_state() == KVM_MP_STATE_HALTED
+    assert vm.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED
     vm.signal_msi(Msi.to(0, VECTOR))
     assert said(vm) == ("d", 1)
 
@@ -333,7 +333,7 @@ def test_deadline_timer(make_vm: MakeVm, move: Move) -> None:
     Intel SDM 3A, 12.5.4.1; Documentation/virt/kvm/api.rst, 4.19 KVM_SET_MSRS.
     """
     vm = make_vm(GUEST, cpuid=offer_deadline)
-    vm.guests[0].set_entry("deadline", vm.guests[0].get_tsc_khz() * 40)
+    vm.vcpus[0].set_entry("deadline", vm.vcpus[0].get_tsc_khz() * 40)
     vm.launch()
     assert said(vm) == ("r",)
     assert said(move(vm)) == ("d", 1)
@@ -348,7 +348,7 @@ def test_tsc_never_goes_back(make_vm: MakeVm, move: Move) -> None:
     vm = start(make_vm, "time")
     seen = []
     for _ in range(4):
-        seen.append(vm.guests[0].sync().args[0])
+        seen.append(vm.vcpus[0].sync().args[0])
         vm = move(vm)
     assert seen == sorted(seen)
 
@@ -368,5 +368,5 @@ def test_cpuid(make_vm: MakeVm, move: Move) -> None:
         return kvm_cpuid2.of([*entries, extra])
 
     vm = start(make_vm, "leaf", cpuid=marked)
-    assert tuple(vm.guests[0].sync().args) == (0x5EED,)
-    assert tuple(move(vm).guests[0].sync().args) == (0x5EED,)
+    assert tuple(vm.vcpus[0].sync().args) == (0x5EED,)
+    assert tuple(move(vm).vcpus[0].sync().args) == (0x5EED,)

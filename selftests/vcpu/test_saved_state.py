@@ -152,7 +152,7 @@ void alone(u64 nr)
 
 def run_for_a_while(vm: GuestVm) -> None:
     """Run all vCPUs at once for some rounds, and kick them out at whatever they are doing."""
-    threads = [VcpuThread(vcpu.run_until_kicked, vcpu=vcpu) for vcpu in vm.guests]
+    threads = [VcpuThread(vcpu.run_until_kicked, vcpu=vcpu) for vcpu in vm.vcpus]
     enough = vm.symbol("progress").u64 + 10
     end = time.monotonic() + TIMEOUT
     for thread in threads:
@@ -169,7 +169,7 @@ def run_for_a_while(vm: GuestVm) -> None:
 def start(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1) -> GuestVm:
     """Return a launched VM whose vCPUs run *entry*."""
     vm = make_vm(GUEST, vcpus=vcpus)
-    for vcpu in vm.guests:
+    for vcpu in vm.vcpus:
         vcpu.set_entry(entry, *args)
     vm.launch()
     return vm
@@ -178,8 +178,8 @@ def start(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1) -> GuestVm:
 def moved_at_ready(make_vm: MakeVm, move: Move, entry: str) -> None:
     """Run *entry* to its word, move it, and let it finish: the guest asserts."""
     vm = start(make_vm, entry)
-    assert tuple(vm.guests[0].sync().args) == (ord("r"),)
-    move(vm).guests[0].run_to_done()
+    assert tuple(vm.vcpus[0].sync().args) == (ord("r"),)
+    move(vm).vcpus[0].run_to_done()
 
 
 @pytest.mark.protections("all")
@@ -218,13 +218,13 @@ def test_snapshot_is_the_same_after_restore(make_vm: MakeVm, move: Move) -> None
     Documentation/virt/kvm/api.rst, section 4: every part has a get and a set.
     """
     vm = start(make_vm, "alone", 5)
-    assert tuple(vm.guests[0].sync().args) == (0, 1, 1)
+    assert tuple(vm.vcpus[0].sync().args) == (0, 1, 1)
     if not vm.protection.traits.can_read_registers:
         pytest.skip("needs readable registers: the protection hides them")
-    before = vm.guests[0].save()
+    before = vm.vcpus[0].save()
     vm = move(vm)
-    assert before.differences(vm.guests[0].save()) == []
-    assert tuple(vm.guests[0].sync().args) == (0, 2, 2)
+    assert before.differences(vm.vcpus[0].save()) == []
+    assert tuple(vm.vcpus[0].sync().args) == (0, 2, 2)
 
 
 @pytest.mark.protections("all")
@@ -235,15 +235,15 @@ def test_several_vcpus(make_vm: MakeVm, move: Move) -> None:
     """
     vm = start(make_vm, "alone", 6, vcpus=VCPUS)
     for round_ in range(1, 4):
-        for vcpu in vm.guests:
+        for vcpu in vm.vcpus:
             # Some are ahead of others.
             for step in range(1 + vcpu.index % 2):
                 number = (round_ - 1) * (1 + vcpu.index % 2) + 1 + step
                 assert tuple(vcpu.sync().args) == (vcpu.index, number, number)
         vm = move(vm)
-    for vcpu in vm.guests[0::2]:
+    for vcpu in vm.vcpus[0::2]:
         assert [tuple(call.args) for call in vcpu.syncs()] == [(vcpu.index, n, n) for n in (4, 5, 6)]
-    for vcpu in vm.guests[1::2]:
+    for vcpu in vm.vcpus[1::2]:
         vcpu.run_to_done()
 
 

@@ -45,13 +45,13 @@ def start(make_vm: MakeVm) -> GuestVm:
     # lifetime: the slot shows guest memory, which the VM keeps.
     vm.set_user_memory_region(ADDRESS_SPACE << 16, SMBASE, SMRAM_SIZE, vm.memory.hva(SMBASE))
     vm.launch()
-    assert tuple(vm.guests[0].sync().args) == (1,)
+    assert tuple(vm.vcpus[0].sync().args) == (1,)
     return vm
 
 
 def in_smm(vm: GuestVm) -> bool:
     """Return what kvm_run says about the mode."""
-    return bool(vm.guests[0].run_area.flags & KVM_RUN_X86_SMM)
+    return bool(vm.vcpus[0].run_area.flags & KVM_RUN_X86_SMM)
 
 
 def test_smi(make_vm: MakeVm) -> None:
@@ -60,7 +60,7 @@ def test_smi(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.96 KVM_SMI and struct kvm_run (flags); Intel SDM 3C, 32.3.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     assert not in_smm(vm)
     vcpu.smi()
     got = vcpu.expect(IoExit)
@@ -76,7 +76,7 @@ def test_events_show_mode(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS (smi.pending, smi.smm).
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.complete_io()
     vcpu.smi()
     assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (1, 0)
@@ -92,7 +92,7 @@ def test_second_smi_waits(make_vm: MakeVm) -> None:
     Intel SDM 3C, 32.3.1: SMIs are masked in system management mode, one is kept pending.
     """
     vm = start(make_vm)
-    vcpu = vm.guests[0]
+    vcpu = vm.vcpus[0]
     vcpu.smi()
     assert vcpu.expect(IoExit).value == 0x5A
     vcpu.smi()

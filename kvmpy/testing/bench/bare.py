@@ -115,7 +115,7 @@ class Life:
             if any(page):
                 gpas.append(gfn * PAGE_SIZE)
                 pages.append(page)
-        vcpu = model.guests[0]
+        vcpu = model.vcpus[0]
         cpuid, sregs, regs = vcpu.get_cpuid2(), vcpu.get_sregs(), vcpu.get_regs()
         # lifetime: _keep holds what the struct points to.
         self._keep = (

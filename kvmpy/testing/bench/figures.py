@@ -103,7 +103,7 @@ def _exits(kvm: Kvm, bare: Bare, rounds: int, protection: str) -> Iterator[Figur
     ):
         port_vm.launch()
         sync_vm.launch()
-        ported, synced = port_vm.guests[0], sync_vm.guests[0]
+        ported, synced = port_vm.vcpus[0], sync_vm.vcpus[0]
         ported.next(_TIMEOUT)
         calls = synced.syncs(_TIMEOUT)
         next(calls)
@@ -160,7 +160,7 @@ def _lives(kvm: Kvm, bare: Bare, rounds: int, protection: str) -> Iterator[Figur
         start = time.perf_counter()
         with kvm.create_vm(program, protection=protection) as vm:
             vm.launch()
-            vm.guests[0].run_to_done(_TIMEOUT)
+            vm.vcpus[0].run_to_done(_TIMEOUT)
         samples.add((time.perf_counter() - start) * 1e3, alone)
     yield samples.figure(
         f"vm-life/{protection}",
