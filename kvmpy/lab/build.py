@@ -4,22 +4,26 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvmpy.lab import debian, kconfig, kernels, places, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.kernels import Kernel, Say
-from kvmpy.lab.process import dies_with_parent, end_group
+from kvmpy.lab.process import call
 
 IMAGE = Path("arch/x86/boot/bzImage")
 _BUILD_MIB = 800
+_COPY_MIB = 2500
+# What Linux 7.2 takes with the lab's options.
+_STEPS = 2200
 _SHOWN_AFTER = 15.0
-_POLL = 0.25
 _STEP = re.compile(rb"^  [A-Z][A-Z0-9_]* +\S", re.MULTILINE)
 _FIRST_ERROR = re.compile(
     r"\berror: |fatal error|undefined reference|No rule to make target|No space left|not clean"
@@ -27,6 +31,7 @@ _FIRST_ERROR = re.compile(
 )
 _MAKE_ERROR = re.compile(r"^make.*\*\*\*")
 _SHOWN_LINES = 6
+_PATCH_SUFFIXES = (".c", ".h", ".py", ".cocci", ".patch", ".inc", ".S")
 _CONFIG_SECONDS = 600.0
 BUILD_SECONDS = 4 * 3600.0
 
@@ -59,50 +64,38 @@ class Builder:
         environment = os.environ | {"LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1"}
         for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "KBUILD_OUTPUT", "ARCH", "CROSS_COMPILE"):
             environment.pop(name, None)
-        start = time.monotonic()
+        shown = 0.0
+
+        def tick(passed: float) -> None:
+            nonlocal shown
+            if progress and passed - shown >= _SHOWN_AFTER:
+                shown = passed
+                steps = len(_STEP.findall(self._log.read_bytes()))
+                self._say(f"compiling: {steps} steps of about {_STEPS}, {passed:.0f} s")
+
         with self._log.open("wb") as log:
-            child = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there yet
-            )
             try:
-                self._wait(child, start, seconds, progress, step)
-            finally:
-                end_group(child)
-        if child.returncode != 0:
+                status = call(
+                    command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    seconds=seconds,
+                    environment=environment,
+                    tick=tick,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise LabError(f"{step} took longer than {seconds:.0f} s") from error
+        if status != 0:
             text = self._log.read_text(encoding="utf-8", errors="replace")
             raise LabError(
                 f"{step} failed; the first error is:\n{first_error(text)}", f"all of it: {self._log}"
             )
 
-    def _wait(
-        self, child: subprocess.Popen[bytes], start: float, seconds: float, progress: bool, step: str
-    ) -> None:
-        shown = start
-        while True:
-            try:
-                child.wait(_POLL)
-                return
-            except subprocess.TimeoutExpired:
-                pass
-            now = time.monotonic()
-            if now - start > seconds:
-                raise LabError(f"{step} took longer than {seconds:.0f} s")
-            if progress and now - shown >= _SHOWN_AFTER:
-                shown = now
-                steps = len(_STEP.findall(self._log.read_bytes()))
-                self._say(f"compiling: {steps} steps, {now - start:.0f} s")
-
-    def configure(self, fragment: Path) -> None:
+    def configure(self, fragments: Sequence[Path]) -> None:
         """Make the configuration; LabError names the options that did not survive."""
         self._folder.mkdir(parents=True, exist_ok=True)
         config = self._folder / ".config"
-        wanted = kconfig.parse(fragment.read_text(encoding="utf-8"))
+        wanted = _options(fragments)
         before = config.read_text(encoding="utf-8") if config.is_file() else ""
         if not before or kconfig.lost(wanted, kconfig.parse(before)):
             self._make("tinyconfig", seconds=_CONFIG_SECONDS, step="make tinyconfig")
@@ -113,7 +106,7 @@ class Builder:
         if gone := kconfig.lost(must, final):
             raise LabError(
                 f"the configuration lost {', '.join(gone)}",
-                f"this tree lacks the option, or what it depends on; see {fragment}",
+                f"this tree lacks the option, or what it depends on; see {' and '.join(map(str, fragments))}",
             )
         for option in kconfig.lost(wanted, final):
             self._say(f"note: the configuration has {option}")
@@ -127,44 +120,99 @@ class Builder:
         return self._folder / IMAGE
 
 
-def _build_tree(tree: Path, name: str, origin: str, say: Say) -> tuple[Kernel, Path]:
-    folder = places.cache() / "build" / name
-    places.need_space(folder, _BUILD_MIB, "building the kernel")
-    builder = Builder(tree, folder, say)
-    builder.configure(places.fragment())
-    image = builder.compile()
-    return kernels.register(image, origin, folder / ".config"), folder
+def _options(fragments: Sequence[Path]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for fragment in fragments:
+        options |= kconfig.parse(fragment.read_text(encoding="utf-8"))
+    return options
 
 
-def from_source(tree: Path, say: Say) -> Kernel:
+class _Plan:
+    """What a kernel is built with: the options, and whether the software AMD-SP is patched into its tree."""
+
+    def __init__(self, soft_sev: bool) -> None:
+        self.soft_sev = soft_sev
+        self.fragments = [places.fragment()]
+        self.suffix = "-softsev" if soft_sev else ""
+        digest = hashlib.sha256()
+        if soft_sev:
+            folder = Path(__file__).parent / "softsev"
+            if (folder / "kernel.config").is_file():
+                self.fragments.append(folder / "kernel.config")
+            for file in sorted(path for path in folder.rglob("*") if path.suffix in _PATCH_SUFFIXES):
+                digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+        for fragment in self.fragments:
+            digest.update(fragment.read_bytes())
+        self.digest = digest.hexdigest()[:8]
+
+    def patch(self, tree: Path, say: Say) -> None:
+        """Change *tree*, which must be the lab's own copy."""
+        if self.soft_sev:
+            say("adding the software AMD-SP to the source")
+            importlib.import_module("kvmpy.lab.softsev").apply(tree)
+
+    def build(self, tree: Path, name: str, origin: str, say: Say) -> tuple[Kernel, Path]:
+        """Build *tree* and put the kernel into the cache; return it with the folder it was built in."""
+        folder = places.cache() / "build" / f"{name}{self.suffix}"
+        places.need_space(folder, _BUILD_MIB, "building the kernel")
+        builder = Builder(tree, folder, say)
+        builder.configure(self.fragments)
+        image = builder.compile()
+        made = kernels.register(image, origin, folder / ".config", soft_sev=self.soft_sev)
+        return made, folder
+
+
+def _copied(tree: Path, name: str, say: Say) -> Path:
+    """Return a copy of *tree* in the cache, without its repository."""
+    copy = places.cache() / "trees" / name
+    places.need_space(copy.parent, _COPY_MIB, f"copying {tree}")
+    say(f"copying {tree}, since it is going to be changed")
+    shutil.rmtree(copy, ignore_errors=True)
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [".git"] if Path(folder) == tree and ".git" in names else []
+
+    try:
+        shutil.copytree(tree, copy, symlinks=True, ignore=left_out)
+    except shutil.Error as error:
+        raise LabError(f"copying {tree} failed: {error.args[0][0][2]}") from error
+    return copy
+
+
+def from_source(tree: Path, say: Say, *, soft_sev: bool = False) -> Kernel:
     """Build a developer's own *tree*; what was compiled is kept, so that a second build takes less."""
     tree = tree.resolve()
     if not (tree / "Kbuild").is_file() or not (tree / "arch" / "x86").is_dir():
         raise LabError(f"{tree} is no Linux source tree")
     tools.need(tools.BUILD, "building a kernel")
-    key = hashlib.sha256(str(tree).encode()).hexdigest()[:12]
+    plan = _Plan(soft_sev)
+    key = f"tree-{hashlib.sha256(str(tree).encode()).hexdigest()[:12]}"
     with kernels.build_lock(say):
         say(f"building {tree}")
-        kernel, _ = _build_tree(tree, f"tree-{key}", f"tree {tree}", say)
+        built = tree
+        if soft_sev:
+            built = _copied(tree, f"{key}{plan.suffix}", say)
+            plan.patch(built, say)
+        kernel, _ = plan.build(built, key, f"tree {tree}", say)
     return kernel
 
 
-def from_debian(suite: str, say: Say) -> Kernel:
+def from_debian(suite: str, say: Say, *, soft_sev: bool = False) -> Kernel:
     """Build the newest kernel source of a Debian suite, unless the cache has it with this configuration."""
     tools.need((*tools.BUILD, *tools.DEBIAN), "building a kernel")
     source = debian.Suite(suite)
-    options = hashlib.sha256(places.fragment().read_bytes()).hexdigest()[:8]
+    plan = _Plan(soft_sev)
     with kernels.build_lock(say):
         source.update(say)
         package = source.package()
-        origin = f"{package.origin}, options {options}"
+        origin = f"{package.origin}, options {plan.digest}"
         present = next((kernel for kernel in kernels.cached() if kernel.origin == origin), None)
         if present is not None:
             say(f"{package.origin} is there already: {present.name}")
             return present
         deb = source.download(package, say)
-        tree = debian.unpack(deb, package, say)
-        kernel, folder = _build_tree(tree, f"{package.name}_{package.version}-{options}", origin, say)
+        tree = debian.unpack(deb, package, say, f"-{plan.digest}" if soft_sev else "", plan.patch)
+        kernel, folder = plan.build(tree, f"{package.name}_{package.version}-{plan.digest}", origin, say)
         # A finished build has no use for them; one that failed goes on where it stopped.
         for done in (folder, tree):
             shutil.rmtree(done, ignore_errors=True)
@@ -172,6 +220,6 @@ def from_debian(suite: str, say: Say) -> Kernel:
     return kernel
 
 
-def from_image(image: Path) -> Kernel:
+def from_image(image: Path, *, soft_sev: bool = False) -> Kernel:
     """Register a bzImage that somebody else has built."""
-    return kernels.register(image, f"file {image.resolve()}")
+    return kernels.register(image, f"file {image.resolve()}", soft_sev=soft_sev)

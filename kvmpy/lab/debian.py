@@ -8,13 +8,15 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmpy.lab import places, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.kernels import Say
+from kvmpy.lab.process import call
 
 DEFAULT_SUITE = "sid"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -25,6 +27,7 @@ _SUITE = re.compile(r"[a-z][a-z0-9.-]*")
 _PACKAGE = re.compile(r"linux-source-(\d+)\.(\d+)")
 _TREE_MIB = 3500
 _SECONDS = 1800.0
+_SHOWN_AFTER = 5.0
 
 
 @dataclass(frozen=True)
@@ -104,26 +107,38 @@ def parse_package(show: str) -> Package:
         raise LabError(f"apt-cache describes the package without a usable {error}") from error
 
 
-def _run(command: list[str], what: str, folder: Path | None = None) -> str:
+def _run(
+    command: list[str], what: str, folder: Path | None = None, tick: Callable[[float], None] | None = None
+) -> str:
     environment = os.environ | {"LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        result = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            check=False,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise LabError(f"{what} took longer than {_SECONDS:.0f} s") from error
-    problems = [line for line in result.stderr.splitlines() if line.startswith(("E:", "Err:"))]
-    if result.returncode != 0 or problems:
-        lines = problems or result.stderr.strip().splitlines()[-3:] or [f"status {result.returncode}"]
-        raise LabError(f"{what} failed: {'; '.join(lines)}", "is the network there, and the name right?")
-    return result.stdout
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            status = call(
+                command,
+                stdout=out,
+                stderr=err,
+                seconds=_SECONDS,
+                environment=environment,
+                folder=folder,
+                tick=tick,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LabError(f"{what} took longer than {_SECONDS:.0f} s") from error
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read().decode("utf-8", "replace"))
+    problems = [line for line in texts[1].splitlines() if line.startswith(("E:", "Err:"))]
+    if status != 0 or problems:
+        lines = problems or texts[1].strip().splitlines()[-3:] or [f"status {status}"]
+        raise LabError(f"{what} failed: {'; '.join(lines)}", _hint("\n".join(lines)))
+    return texts[0]
+
+
+def _hint(text: str) -> str:
+    if "No space left" in text or "enough free space" in text:
+        return "free some space, or set XDG_CACHE_HOME to a folder on a larger disk"
+    return "is the network there, and the name right?"
 
 
 def _sha256(path: Path) -> str:
@@ -132,6 +147,22 @@ def _sha256(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+class _Progress:
+    """Tells how much of a file has come, now and then."""
+
+    def __init__(self, folder: Path, size: int, say: Say) -> None:
+        self._folder = folder
+        self._size = size
+        self._say = say
+        self._next = _SHOWN_AFTER
+
+    def __call__(self, passed: float) -> None:
+        if passed >= self._next:
+            self._next = passed + _SHOWN_AFTER
+            have = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+            self._say(f"downloaded {have >> 20} of {self._size >> 20} MiB")
 
 
 class Suite:
@@ -181,16 +212,12 @@ class Suite:
         partial = folder / "partial"
         partial.mkdir(exist_ok=True)
         what = f"downloading {package.origin}"
+        wanted = f"{package.name}={package.version}"
         _run(
-            [
-                "apt-get",
-                "-q",
-                *apt_options(self._state),
-                "download",
-                f"{package.name}={package.version}",
-            ],
+            ["apt-get", "-q", *apt_options(self._state), "download", wanted],
             what,
             partial,
+            _Progress(partial, package.size, say),
         )
         made = next(iter(partial.glob(f"{package.name}_*.deb")), None)
         if made is None:
@@ -202,10 +229,13 @@ class Suite:
         return target
 
 
-def unpack(deb: Path, package: Package, say: Say) -> Path:
-    """Return the kernel tree of the package *deb*; an unpacked one is used again."""
+def unpack(deb: Path, package: Package, say: Say, suffix: str, patch: Callable[[Path, Say], None]) -> Path:
+    """Return the kernel tree of the package *deb*, after *patch* changed it; one that is there is used again.
+
+    *suffix* is part of the folder's name, and tells one patch from another.
+    """
     root = places.cache() / "trees"
-    tree = root / f"{package.name}_{package.version}"
+    tree = root / f"{package.name}_{package.version}{suffix}"
     if (tree / "Makefile").is_file():
         return tree
     places.need_space(root, _TREE_MIB, "unpacking and building the kernel")
@@ -222,6 +252,7 @@ def unpack(deb: Path, package: Package, say: Say) -> Path:
         made = next((path.parent for path in work.glob("*/Makefile")), None)
         if made is None:
             raise LabError(f"{archive.name} holds no kernel tree")
+        patch(made, say)
         made.rename(tree)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -33,7 +33,10 @@ _POLL = 0.5
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of the cache; ``config_hash`` is empty where the configuration is unknown."""
+    """A kernel of the cache; ``config_hash`` is empty where the configuration is unknown.
+
+    ``soft_sev``: it has the software AMD-SP.
+    """
 
     name: str
     release: str
@@ -41,6 +44,7 @@ class Kernel:
     sha256: str
     config_hash: str
     folder: Path
+    soft_sev: bool = False
 
     @property
     def image(self) -> Path:
@@ -102,19 +106,25 @@ def _matches(kernel: Kernel, wanted: str) -> bool:
     return kernel.release.startswith(wanted) and not kernel.release[len(wanted)].isdigit()
 
 
-def find(wanted: str | None = None) -> Kernel:
+def find(wanted: str | None = None, *, soft_sev: bool = False) -> Kernel:
     """Return the cached kernel of name or release *wanted* (``7.2``: the newest 7.2.x), or the newest.
 
-    A path to a bzImage gives a kernel that is not in the cache. LabError when there is none.
+    A path to a bzImage gives a kernel that is not in the cache. With *soft_sev* only kernels with the
+    software AMD-SP count, else those without it come first. LabError when there is none.
     """
     if wanted is not None and ("/" in wanted or Path(wanted).is_file()):
         image = Path(wanted).absolute()
         release = image_release(image)
         digest = hashlib.sha256(image.read_bytes()).hexdigest()
-        return _Loose(str(image), release, f"file {image}", digest, "", image.parent)
-    everything = cached()
+        return _Loose(str(image), release, f"file {image}", digest, "", image.parent, soft_sev)
+    everything = sorted(cached(), key=lambda kernel: kernel.soft_sev)
+    if soft_sev:
+        everything = [kernel for kernel in everything if kernel.soft_sev]
     if not everything:
-        raise LabError("there is no lab kernel", "build one: kvmpy lab build (about 7 minutes on two cores)")
+        kind, option = (" with the software AMD-SP", " --soft-sev") if soft_sev else ("", "")
+        raise LabError(
+            f"there is no lab kernel{kind}", f"build one: kvmpy lab build{option} (7 minutes on two cores)"
+        )
     if wanted is None:
         return everything[0]
     for kernel in everything:
@@ -132,14 +142,14 @@ class _Loose(Kernel):
         return Path(self.name)
 
 
-def register(image: Path, origin: str, config: Path | None = None) -> Kernel:
+def register(image: Path, origin: str, config: Path | None = None, *, soft_sev: bool = False) -> Kernel:
     """Copy the bzImage *image* into the cache and return its entry; one that is there already is replaced."""
     release = image_release(image)
     data = image.read_bytes()
     text = config.read_bytes() if config is not None else b""
     digest = hashlib.sha256(data).hexdigest()
     config_hash = hashlib.sha256(text).hexdigest()[:8] if text else ""
-    name = f"{release}-{config_hash or digest[:8]}"
+    name = f"{release}-{config_hash or digest[:8]}{'-softsev' if soft_sev else ''}"
     root = _folder()
     places.need_space(root, (len(data) >> 20) + 16, "keeping the kernel")
     root.mkdir(parents=True, exist_ok=True)
@@ -149,7 +159,7 @@ def register(image: Path, origin: str, config: Path | None = None) -> Kernel:
         (made / "bzImage").write_bytes(data)
         if text:
             (made / "config").write_bytes(text)
-        facts = asdict(Kernel(name, release, origin, digest, config_hash, made))
+        facts = asdict(Kernel(name, release, origin, digest, config_hash, made, soft_sev))
         del facts["folder"]
         (made / "kernel.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         target = root / name

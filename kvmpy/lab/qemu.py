@@ -29,12 +29,16 @@ EXCERPT_LINES = 60
 
 @dataclass(frozen=True)
 class Options:
-    """What is booted; ``memory`` is in MiB, ``accel`` is ``tcg`` or ``kvm``."""
+    """What is booted; ``memory`` is in MiB, ``accel`` is ``tcg`` or ``kvm``.
+
+    ``parameters`` are for the kernel's command line.
+    """
 
     kernel: Kernel
     cpus: int = 2
     memory: int = 4096
     accel: str = "tcg"
+    parameters: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def command_line(options: Options, folder: Path, *, interactive: bool = False) -
         f'console=ttyS0 root=/dev/root rootfstype=9p rootflags={_ROOT_FLAGS} ro init="{init}" '
         "panic=-1 oops=panic loglevel=5"
     )
+    append = " ".join([append, *options.parameters])
     command = [tools.QEMU, "-M", "q35", "-accel", _ACCEL[options.accel], "-cpu", _CPU[options.accel]]
     command += ["-smp", str(options.cpus), "-m", f"{options.memory}M", "-no-reboot", "-display", "none"]
     command += ["-nodefaults", "-no-user-config", "-kernel", str(options.kernel.image), "-append", append]
