@@ -14,6 +14,7 @@ from kvmpy.core.dirty import VmDirty
 from kvmpy.core.errors import VcpuBusyError
 from kvmpy.core.irq import VmIrq
 from kvmpy.core.msr_filter import VmMsrFilter
+from kvmpy.core.sev import VmSev
 from kvmpy.core.slots import VmSlots
 from kvmpy.core.stats import HasStats
 from kvmpy.core.vcpu import Vcpu
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _numbers = itertools.count()
 
 
-class Vm(VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, VmSlots):
+class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, VmSlots):
     """A virtual machine; closing it closes its vCPUs, guest_memfds and memory."""
 
     def __init__(self, kvm: Kvm, fd: int, vm_type: int = 0) -> None:

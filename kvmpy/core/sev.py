@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SEV commands of a VM (KVM_MEMORY_ENCRYPT_OP), raw, and the registered regions of SEV guests."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from kvmpy.core.errors import MissingError
+from kvmpy.core.fd import KvmFd
+from kvmpy.core.sev_device import SevDevice
+from kvmpy.core.sev_errors import SevError, SevResult
+from kvmpy.uapi import ffi, ioctls
+from kvmpy.uapi.commands import SEV_COMMANDS, SevCommand
+from kvmpy.uapi.constants import KVM_CAP_VM_COPY_ENC_CONTEXT_FROM, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM
+from kvmpy.uapi.structs import Struct, kvm_enable_cap, kvm_enc_region, kvm_sev_cmd
+
+_BY_ID = {command.id: command for command in SEV_COMMANDS.values()}
+
+
+def find_command(command: SevCommand | str | int) -> SevCommand:
+    """Return the SEV command of this name (with or without ``KVM_SEV_``) or number.
+
+    ValueError for a name that there is none of; an unknown number is a command without a name.
+    """
+    if isinstance(command, SevCommand):
+        return command
+    if isinstance(command, str):
+        name = command if command.startswith("KVM_SEV_") else f"KVM_SEV_{command}"
+        if name not in SEV_COMMANDS:
+            raise ValueError(f"no SEV command named {command!r}")
+        return SEV_COMMANDS[name]
+    number = int(command)
+    unknown = SevCommand(f"SEV command {number}", number, None, "none", (), "Unknown to KVM.", False)
+    return _BY_ID.get(number, unknown)
+
+
+class VmSev(KvmFd):
+    """The part of a VM that is about SEV."""
+
+    kind = "vm"
+    _sev_device: SevDevice | None = None
+
+    @property
+    def sev_device(self) -> SevDevice:
+        """The /dev/sev that this VM's commands go through, opened at first use and closed with the VM.
+
+        KVM keeps its number, not the file: it stays open as long as the VM.
+        """
+        if self._sev_device is None:
+            self._sev_device = SevDevice()
+        return self._sev_device
+
+    def _sev_fd(self) -> int:
+        # Some commands need none; those that do answer EBADF.
+        with suppress(MissingError):
+            return self.sev_device.fd
+        return (1 << 32) - 1
+
+    def sev_command_raw(
+        self,
+        command: SevCommand | str | int,
+        arg: Struct | int | None = None,
+        *,
+        sev_fd: int | None = None,
+    ) -> SevResult:
+        """Issue a SEV command and return how it came back, failed or not (KVM_MEMORY_ENCRYPT_OP).
+
+        *arg* is the command's struct, or a number to pass as the pointer (negative tests).  *sev_fd* takes
+        the place of the VM's own /dev/sev.
+        """
+        found = find_command(command)
+        data = 0
+        if isinstance(arg, Struct):
+            # lifetime: the caller's struct lives until the ioctl is done.
+            data = int(ffi.cast("uintptr_t", arg.cdata))
+        elif arg is not None:
+            data = int(arg)
+        call = kvm_sev_cmd(id=found.id, data=data, sev_fd=self._sev_fd() if sev_fd is None else sev_fd)
+        result, number = self.ioctl_raw(ioctls.KVM_MEMORY_ENCRYPT_OP, call)
+        return SevResult(result, number, int(call.error))
+
+    def sev_command(
+        self,
+        command: SevCommand | str | int,
+        arg: Struct | int | None = None,
+        *,
+        sev_fd: int | None = None,
+        gpa: int | None = None,
+        page_type: int | None = None,
+    ) -> None:
+        """Issue a SEV command; SevError when the ioctl or the firmware reports an error.
+
+        *gpa* and *page_type* only tell the error what the command was about.
+        """
+        found = find_command(command)
+        result = self.sev_command_raw(found, arg, sev_fd=sev_fd)
+        if not result.ok:
+            raise self.sev_error(
+                found, result, arg if isinstance(arg, Struct) else None, gpa=gpa, page_type=page_type
+            )
+
+    def sev_error(
+        self,
+        command: SevCommand | str | int,
+        result: SevResult,
+        arg: Struct | None = None,
+        *,
+        gpa: int | None = None,
+        page_type: int | None = None,
+        done: int | None = None,
+        size: int | None = None,
+    ) -> SevError:
+        """Return the exception for a command that came back with *result*."""
+        return SevError(
+            ioctls.KVM_MEMORY_ENCRYPT_OP,
+            find_command(command),
+            result,
+            self.name,
+            arg,
+            gpa=gpa,
+            page_type=page_type,
+            done=done,
+            size=size,
+        )
+
+    def memory_encrypt_reg_region(self, hva: int, size: int) -> None:
+        """Pin a range of host memory that holds encrypted pages (KVM_MEMORY_ENCRYPT_REG_REGION).
+
+        What is encrypted depends on the physical address, so the pages must not move.
+        """
+        self.ioctl(ioctls.KVM_MEMORY_ENCRYPT_REG_REGION, kvm_enc_region(addr=hva, size=size))
+
+    def memory_encrypt_unreg_region(self, hva: int, size: int) -> None:
+        """Let a range go that was registered with the same bounds (KVM_MEMORY_ENCRYPT_UNREG_REGION)."""
+        self.ioctl(ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION, kvm_enc_region(addr=hva, size=size))
+
+    def copy_enc_context_from(self, source: KvmFd) -> None:
+        """Make this VM a mirror of *source*: it shares ASID and key (KVM_CAP_VM_COPY_ENC_CONTEXT_FROM)."""
+        self._enc_context(KVM_CAP_VM_COPY_ENC_CONTEXT_FROM, source)
+
+    def move_enc_context_from(self, source: KvmFd) -> None:
+        """Take over the SEV guest of *source*, which is dead then (KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM)."""
+        self._enc_context(KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM, source)
+
+    def _enc_context(self, cap: int, source: KvmFd) -> None:
+        arg = kvm_enable_cap(cap=int(cap))
+        arg.args[0] = source.fd
+        self.ioctl(ioctls.KVM_ENABLE_CAP, arg)
+
+    def close(self) -> None:
+        """Close the VM, then its /dev/sev."""
+        super().close()
+        device, self._sev_device = self._sev_device, None
+        if device is not None:
+            device.close()
