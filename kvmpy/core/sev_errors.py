@@ -99,7 +99,7 @@ class SevResult:
 
 
 class SevError(KvmError):
-    """A SEV command that failed: ``.command``, ``.errno`` (0 where the ioctl itself succeeded), ``.firmware``.
+    """A SEV command that failed: ``.command``, ``.errno`` (0 where the ioctl succeeded) and ``.firmware``.
 
     ``.gpa`` and ``.page_type`` name what it was about, ``.done`` says how many bytes of the range were
     processed before (None where the command has no range).
