@@ -8,6 +8,8 @@ import select
 import time
 from types import TracebackType
 
+from kvmpy.core import observe
+
 _MAX_SIGNAL = (1 << 64) - 2
 
 
@@ -46,6 +48,8 @@ class EventFd:
         if not 0 < count <= _MAX_SIGNAL:
             raise ValueError(f"count {count} is outside 1..2^64-2")
         os.eventfd_write(self.fd, count)
+        for observer in observe.host:
+            observer.event_signalled(self.fd, count)
 
     def read(self) -> int:
         """Return the counter and reset it, or 0 when nothing was signalled."""

@@ -87,7 +87,12 @@ class KvmFd:
 
     def mmap(self, size: int, offset: int = 0) -> mmap.mmap:
         """Map *size* bytes of the file descriptor, shared, readable and writable."""
-        return mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+        area = mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+        if observe.host:
+            address = int(ffi.cast("uintptr_t", ffi.from_buffer(area)))
+            for observer in observe.host:
+                observer.mapped(self, address, size, offset)
+        return area
 
     def close(self) -> None:
         """Close the file descriptor."""

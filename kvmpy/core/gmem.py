@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from typing import TYPE_CHECKING
 
+from kvmpy.core import observe
 from kvmpy.core.backing import Mapping
 from kvmpy.core.fd import KvmFd
 from kvmpy.uapi import ffi, lib
@@ -32,13 +32,14 @@ class GuestMemfd(KvmFd):
     def map(self, size: int | None = None, offset: int = 0) -> Mapping:
         """Map it into this process; OSError (ENODEV) unless it was created with GUEST_MEMFD_FLAG_MMAP."""
         length = self.size - offset if size is None else size
-        area = mmap.mmap(self.fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
-        return Mapping(area, length, offset=offset)
+        return Mapping(self.mmap(length, offset), length, offset=offset)
 
     def fallocate(self, mode: int, offset: int, size: int) -> None:
         """Call fallocate(2) with *mode* as it is; OSError with its errno."""
-        if lib.kvmpy_fallocate(self.fd, mode, offset, size):
-            number = ffi.errno
+        number = ffi.errno if lib.kvmpy_fallocate(self.fd, mode, offset, size) else 0
+        for observer in observe.host:
+            observer.file_called(self, mode, offset, size, number)
+        if number:
             raise OSError(
                 number, f"fallocate({mode:#x}, {offset:#x}, {size:#x}) on {self.name}: {os.strerror(number)}"
             )

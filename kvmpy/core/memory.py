@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from pyroaring import BitMap
 
+from kvmpy.core import observe
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 from kvmpy.core.backing import Mapping
 from kvmpy.core.errors import PrivateMemoryError
@@ -170,6 +171,12 @@ class GuestMemory:
         PrivateMemoryError where the host may not see them; ValueError where the range mixes private and
         shared pages of different mappings (go page by page then, or use :meth:`read` and :meth:`write`).
         """
+        found = self._view(gpa, size)
+        if observe.host:
+            _shown(found)
+        return found
+
+    def _view(self, gpa: Gpa, size: int) -> memoryview:
         segment = self.find(gpa, size)
         offset = int(gpa) - int(segment.gpa)
         first, last = int(gpa) >> PAGE_SHIFT, (int(gpa) + max(size, 1) - 1) >> PAGE_SHIFT
@@ -195,14 +202,25 @@ class GuestMemory:
     def shared_view(self, gpa: Gpa, size: int) -> memoryview:
         """Return what the guest sees through the shared alias of *gpa*, whatever the page is now."""
         segment = self.find(gpa, size)
-        return segment.shared.view(segment.shared_offset + int(gpa) - int(segment.gpa), size)
+        found = segment.shared.view(segment.shared_offset + int(gpa) - int(segment.gpa), size)
+        if observe.host:
+            _shown(found)
+        return found
 
     def private_view(self, gpa: Gpa, size: int) -> memoryview:
         """Return what the guest sees through the private alias of *gpa*; PrivateMemoryError where the host
         may not.
         """
         segment = self.find(gpa, size)
-        return self._private(segment, gpa, int(gpa) - int(segment.gpa), size)
+        found = self._private(segment, gpa, int(gpa) - int(segment.gpa), size)
+        if observe.host:
+            _shown(found)
+        return found
+
+    def show(self, gpa: Gpa, size: int) -> None:
+        """Tell recorders that *size* bytes at *gpa* may be written by host address before the next run."""
+        for at, part in self._parts(gpa, size):
+            _shown(self._view(at, part), once=True)
 
     def hva(self, gpa: Gpa, private: bool | None = None) -> int:
         """Return the host address of *gpa*: of the given alias, or of the one the page has now."""
@@ -218,14 +236,17 @@ class GuestMemory:
         """Return a copy of *size* bytes at *gpa* as the guest sees them; the range may cross page kinds and
         ranges.
         """
-        return b"".join(bytes(self.view(at, part)) for at, part in self._parts(gpa, size))
+        return b"".join(bytes(self._view(at, part)) for at, part in self._parts(gpa, size))
 
     def write(self, gpa: Gpa, data: bytes | bytearray | memoryview) -> None:
         """Write *data* at *gpa* so that the guest sees it; the range may cross page kinds and ranges."""
         source = memoryview(data).cast("B")
         done = 0
         for at, part in self._parts(gpa, len(source)):
-            self.view(at, part)[:] = source[done : done + part]
+            view = self._view(at, part)
+            view[:] = source[done : done + part]
+            for observer in observe.host:
+                observer.memory_written(view)
             done += part
 
     def _parts(self, gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:
@@ -241,6 +262,11 @@ class GuestMemory:
         """Forget all ranges (their mappings belong to the memory slots)."""
         self._segments.clear()
         self._starts.clear()
+
+
+def _shown(view: memoryview, *, once: bool = False) -> None:
+    for observer in observe.host:
+        observer.memory_shown(view, once)
 
 
 class OutOfGuestMemoryError(MemoryError):

@@ -32,7 +32,37 @@ class Observer(Protocol):
         """An ioctl returned *result*; *errno* is 0 unless it is negative."""
 
 
+class HostObserver(Protocol):
+    """What else the host does to a VM: a recorder needs it to tell the whole story.
+
+    Addresses are host-virtual ones of this process.  A view is the memory itself: copy what must outlive the
+    call.
+    """
+
+    def mapped(self, fd: KvmFd, address: int, size: int, offset: int) -> None:
+        """*fd* was mapped, from *offset* on."""
+
+    def memory_written(self, view: memoryview) -> None:
+        """The host has just written the guest memory under *view*."""
+
+    def memory_shown(self, view: memoryview, once: bool) -> None:
+        """The host may write the guest memory under *view*, with *once* before the next run only."""
+
+    def kicked(self, vcpu: KvmFd, tid: int, signal: int) -> None:
+        """A vCPU is about to be kicked; the thread *tid* that runs it gets *signal* (0: none runs it)."""
+
+    def deadline_set(self, vcpu: KvmFd, ns: int) -> None:
+        """Runs of a vCPU end *ns* from now; 0 lifts that."""
+
+    def file_called(self, fd: KvmFd, mode: int, offset: int, size: int, errno: int) -> None:
+        """fallocate(2) was called on guest memory."""
+
+    def event_signalled(self, fd: int, count: int) -> None:
+        """The host added *count* to the eventfd *fd*."""
+
+
 active: list[Observer] = []
+host: list[HostObserver] = []
 
 
 def add(observer: Observer) -> None:

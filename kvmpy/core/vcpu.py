@@ -85,7 +85,10 @@ class Vcpu(VcpuState):
             raise ClosedError(f"{self.name} is closed")
         if timeout is not None and timeout <= 0:
             raise ValueError(f"timeout {timeout} is not positive")
-        lib.kvmpy_vcpu_deadline(self._native, 0 if timeout is None else max(1, int(timeout * 1e9)))
+        ns = 0 if timeout is None else max(1, int(timeout * 1e9))
+        lib.kvmpy_vcpu_deadline(self._native, ns)
+        for observer in observe.host:
+            observer.deadline_set(self, ns)
 
     def run_once(self) -> int:
         """Issue one KVM_RUN and return how it ended, one of the ``RUN_*`` numbers (the ``RUN_ERROR`` errno
@@ -101,9 +104,11 @@ class Vcpu(VcpuState):
         for observer in observe.active:
             observer.ioctl_enter(self, ioctls.KVM_RUN, None)
         how = int(lib.kvmpy_vcpu_run(native))
-        failed = how not in (RUN_EXIT, RUN_UCALL)
+        # A vCPU that another thread runs was left alone: there was no KVM_RUN, and err is that thread's.
+        failure = errno.EBUSY if how == RUN_BUSY else native.err
+        number = 0 if how in (RUN_EXIT, RUN_UCALL) else failure
         for observer in observe.active:
-            observer.ioctl_exit(self, ioctls.KVM_RUN, None, -1 if failed else 0, native.err)
+            observer.ioctl_exit(self, ioctls.KVM_RUN, None, -1 if number else 0, number)
         return how
 
     @property
@@ -146,6 +151,9 @@ class Vcpu(VcpuState):
         """Make the running or the next KVM_RUN return at once, from any thread; it is never lost."""
         if self._native is None:
             raise ClosedError(f"{self.name} is closed")
+        for observer in observe.host:
+            running = self.running
+            observer.kicked(self, self.thread_id if running else 0, lib.kvmpy_kick_signal() if running else 0)
         if lib.kvmpy_vcpu_kick(self._native):
             number = ffi.errno
             raise OSError(number, f"kick of {self.name}: {os.strerror(number)}")

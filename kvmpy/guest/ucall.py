@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+from kvmpy.core import observe
 from kvmpy.core.address import Gva
 from kvmpy.guest import layout
 from kvmpy.guest.layout import AssertKind, UcallCmd
@@ -68,7 +69,10 @@ class Ucall:
         """Give the guest *value* (64 bits) as the result of its GUEST_ASK(); before the vCPU runs again."""
         if self._page is None:
             raise ValueError(f"{self!r} did not come from a guest")
-        _WORD.pack_into(self._page, self.slot * _SLOT_SIZE + layout.UCALL_ARGS, value & _U64)
+        at = self.slot * _SLOT_SIZE + layout.UCALL_ARGS
+        _WORD.pack_into(self._page, at, value & _U64)
+        for observer in observe.host:
+            observer.memory_written(memoryview(self._page)[at : at + _WORD.size])
 
     @property
     def text(self) -> str:

@@ -16,7 +16,9 @@ from contextlib import suppress
 
 from pyroaring import BitMap
 
+from kvmpy.core import observe
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
+from kvmpy.core.errors import PrivateMemoryError
 from kvmpy.core.memory import GuestMemory, OutOfGuestMemoryError, PageAllocator
 from kvmpy.uapi.paging import Chunk, Leaves, NativeTables, Op, Survey, TableReachError
 from kvmpy.x86.entry import (
@@ -472,7 +474,14 @@ class PageTables:
             self._grow(survey.missing - self._native.pool_pages)
             chunks = plan()
             survey = self._survey(chunks, op)
+        if observe.host:
+            self._show_tables()
         self._native.apply(chunks, op, survey)
+
+    def _show_tables(self) -> None:
+        for gpa, pages in self._owned:
+            with suppress(PrivateMemoryError):  # the edit itself says so where it needs them
+                self.memory.show(gpa, pages * PAGE_SIZE)
 
     def _survey(self, chunks: list[Chunk], op: Op) -> Survey:
         try:
