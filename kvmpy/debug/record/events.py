@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What frames of a record say: one class for each type, with pack() and unpack(), as docs/record.md lays it out.
+"""What frames of a record say: a class for each type, with pack() and unpack(), laid out by docs/record.md.
 
-unpack() raises ValueError or struct.error where the payload is too short; :func:`unpack` makes that a RecordError.
+unpack() raises ValueError or struct.error where the payload is too short; :func:`unpack` makes that a
+RecordError.
 """
 
 from __future__ import annotations
