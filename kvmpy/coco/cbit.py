@@ -43,7 +43,7 @@ class EmulatedEncryptionBit(Protection):
     """The emulated encryption bit; runs on every KVM."""
 
     name = "cbit"
-    traits = Traits(has_encryption_bit=True, has_private_memory=True, emulated=True)
+    traits = Traits(has_encryption_bit=True, has_private_memory=True, policies=("all", "data"), emulated=True)
     label = "emulated encryption bit"
 
     @classmethod
@@ -62,34 +62,44 @@ class EmulatedEncryptionBit(Protection):
         return EncryptionBit(_max_physical_bits(kvm.path) - 1, set_means_private=True)
 
     def add_memory(
-        self, vm: GuestVm, gpa: Gpa, size: int, *, backing: Backing | None, slot: int | None, flags: int
+        self,
+        vm: GuestVm,
+        gpa: Gpa,
+        size: int,
+        *,
+        backing: Backing | None,
+        slot: int | None,
+        flags: int,
+        private: bool,
     ) -> MemorySlot:
         """Add the shared and the private view of the range."""
         bit = self.encryption_bit(vm.kvm)
         bit.check(gpa)
+        if not private:
+            return vm.add_slot(gpa, size, backing=backing, slot=slot, flags=flags, always_shared=True)
         vm.memory.check_free(gpa, size)
         shared, shared_gmem = vm.back(size, backing)
         try:
-            private, private_gmem = vm.back(size, backing)
+            hidden, private_gmem = vm.back(size, backing)
         except BaseException:
             shared.close()
             raise
-        segment = Segment(gpa, size, shared, private)
+        segment = Segment(gpa, size, shared, hidden)
         vm.memory.add(segment)
         first: MemorySlot | None = None
         try:
             at, private_at = int(bit.to_raw(gpa, False)), int(bit.to_raw(gpa, True))
             first = vm.add_alias(at, size, shared, slot=slot, flags=flags, gmem=shared_gmem)
-            alias = vm.add_alias(private_at, size, private, flags=flags, gmem=private_gmem)
+            alias = vm.add_alias(private_at, size, hidden, flags=flags, gmem=private_gmem)
         except OSError:
             vm.memory.remove(segment)
             if first is not None:
                 first.delete()
             shared.close()
-            private.close()
+            hidden.close()
             raise
         vm.own(shared)
-        vm.own(private)
+        vm.own(hidden)
         first.segment = segment
         first.aliases.append(alias)
         return first

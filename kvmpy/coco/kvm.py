@@ -33,6 +33,7 @@ class Kvm(core_kvm.Kvm):
         levels: int = 4,
         irqchip: str | None = "split",
         deadline: float = DEFAULT_DEADLINE,
+        private: str | None = None,
         strict_private: bool = False,
         cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
         vcpu_ids: Sequence[int] | None = None,
@@ -49,6 +50,7 @@ class Kvm(core_kvm.Kvm):
         levels: int = 4,
         irqchip: str | None = "split",
         deadline: float = DEFAULT_DEADLINE,
+        private: str | None = None,
         strict_private: bool = False,
         cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
         vcpu_ids: Sequence[int] | None = None,
@@ -59,9 +61,10 @@ class Kvm(core_kvm.Kvm):
         With a program: *vcpus* vCPUs (ids 0, 1, ... unless *vcpu_ids* lists them), *memory* bytes of guest
         memory made by *backing*, page tables of *levels* levels, an in-kernel *irqchip* ("split": local
         APICs only, "full": with PIC, IOAPIC and their I/O bus, or None), *protection* by name ("auto" takes
-        the strongest on this host).  *deadline* (seconds) ends every run that does not say otherwise.
-        *cpuid* may change the vCPUs' CPUID; *before_vcpus* is called between memory and vCPUs, for
-        capabilities that must be enabled then.  *strict_private* keeps private pages from the host after
+        the strongest on this host), *private* what of the VM is private where that can be chosen ("all" or
+        "data", see :class:`~kvmpy.guest.vm.GuestVm`).  *deadline* (seconds) ends every run that does not say
+        otherwise.  *cpuid* may change the vCPUs' CPUID; *before_vcpus* is called between memory and vCPUs,
+        for capabilities that must be enabled then.  *strict_private* keeps private pages from the host after
         launch even where the protection could show them.
         """
         if not isinstance(vm_type, GuestProgram):
@@ -76,6 +79,7 @@ class Kvm(core_kvm.Kvm):
             levels=levels,
             irqchip=irqchip,
             deadline=deadline,
+            private=private,
             strict_private=strict_private,
             cpuid=cpuid,
             vcpu_ids=vcpu_ids,

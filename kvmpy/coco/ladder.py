@@ -5,11 +5,16 @@ from __future__ import annotations
 
 from kvmpy.coco.cbit import EmulatedEncryptionBit
 from kvmpy.coco.none import NoProtection
+from kvmpy.coco.sw_protected import SoftwareProtected
 from kvmpy.core.errors import MissingError
 from kvmpy.core.kvm import Kvm
 from kvmpy.guest.protection import Availability, Protection
 
-_LADDER: tuple[type[Protection], ...] = (EmulatedEncryptionBit, NoProtection)
+_LADDER: tuple[type[Protection], ...] = (
+    SoftwareProtected,
+    EmulatedEncryptionBit,
+    NoProtection,
+)
 
 
 def protections() -> tuple[str, ...]:

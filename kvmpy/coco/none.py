@@ -23,7 +23,15 @@ class NoProtection(Protection):
         return Availability(True)
 
     def add_memory(
-        self, vm: GuestVm, gpa: Gpa, size: int, *, backing: Backing | None, slot: int | None, flags: int
+        self,
+        vm: GuestVm,
+        gpa: Gpa,
+        size: int,
+        *,
+        backing: Backing | None,
+        slot: int | None,
+        flags: int,
+        private: bool,  # noqa: ARG002 - no page is private
     ) -> MemorySlot:
         """Add an ordinary memory slot."""
         return vm.add_slot(gpa, size, backing=backing, slot=slot, flags=flags)

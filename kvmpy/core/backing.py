@@ -96,6 +96,16 @@ class Anonymous:
 
 
 @dataclass(frozen=True)
+class Inaccessible:
+    """Addresses with nothing behind them (PROT_NONE): whoever reads or writes there faults, KVM too."""
+
+    def map(self, size: int) -> Mapping:
+        """Reserve *size* bytes of addresses."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        return Mapping(mmap.mmap(-1, size, flags, prot=0), size)
+
+
+@dataclass(frozen=True)
 class HugeTlb:
     """Explicit huge pages of *page_size* (2 MiB or 1 GiB) from the host's hugetlb pool; MissingError when
     it is empty.

@@ -6,8 +6,9 @@ Needs no KVM: it knows host mappings and guest-physical addresses only.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pyroaring import BitMap
@@ -27,7 +28,8 @@ class Segment:
     private.
 
     Without encryption both are the same mapping.  *private* is None where the host has no view of it
-    (guest_memfd that cannot be mapped).  The offsets are bytes into the mappings.
+    (guest_memfd that cannot be mapped).  The offsets are bytes into the mappings.  *always_shared*: a plain
+    slot of a VM with private memory, which cannot hold private pages.
     """
 
     gpa: Gpa
@@ -36,6 +38,12 @@ class Segment:
     private: Mapping | None
     shared_offset: int = 0
     private_offset: int = 0
+    always_shared: bool = False
+
+    @property
+    def end_gfn(self) -> int:
+        """The number of the first frame behind the range."""
+        return self.gpa.gfn + (self.size >> PAGE_SHIFT)
 
     @property
     def shared_hva(self) -> int:
@@ -53,11 +61,16 @@ class GuestMemory:
     """All of a VM's guest memory.
 
     *private* holds the frame numbers of private pages.  *seal* is the reason for which the host may no
-    longer touch private pages (None while it may).
+    longer touch private pages (None while it may).  *convert*, where there is one, is called with (gpa,
+    size, private, discard) before the bitmap changes, and carries the change out in KVM: an exception leaves
+    the bitmap as it was.
     """
 
     private: BitMap = field(default_factory=BitMap, repr=False)
     seal: str | None = None
+    convert: Callable[[Gpa, int, bool, bool], None] | None = field(default=None, repr=False)
+    # Two threads that convert one range: KVM and the bitmap must see them in the same order.
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _segments: list[Segment] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
 
@@ -97,8 +110,7 @@ class GuestMemory:
         return list(self._segments)
 
     def find(self, gpa: Gpa, size: int = 1) -> Segment:
-        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside guest memory.
-        """
+        """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside of all."""
         address = int(gpa)
         at = bisect_right(self._starts, address) - 1
         if at >= 0:
@@ -115,26 +127,69 @@ class GuestMemory:
         gfn = int(gpa) >> PAGE_SHIFT
         return gfn < _GFN_LIMIT and gfn in self.private
 
-    def set_private(self, gpa: Gpa, size: int) -> None:
-        """Note that *size* bytes (whole pages) at *gpa* are private; ValueError above 16 TiB."""
+    def set_private(self, gpa: Gpa, size: int, *, discard: bool = False) -> None:
+        """Make *size* bytes (whole pages, also of several ranges) at *gpa* private.
+
+        *discard* gives back what the shared pages held, where :attr:`convert` can.  ValueError above 16 TiB
+        and where a page is outside guest memory.
+        """
         first, last = self._pages(gpa, size)
         if last > _GFN_LIMIT:
             limit = _GFN_LIMIT << PAGE_SHIFT
             raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: private memory lies below {limit:#x}")
-        self.private.add_range(first, last)
+        for segment in self._segments:
+            if segment.always_shared and segment.gpa.gfn < last and first < segment.end_gfn:
+                raise ValueError(
+                    f"gpa {int(gpa):#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
+                )
+        self._assign(first, last, True, discard)
 
-    def set_shared(self, gpa: Gpa, size: int) -> None:
-        """Note that *size* bytes (whole pages) at *gpa* are shared."""
+    def set_shared(self, gpa: Gpa, size: int, *, discard: bool = False) -> None:
+        """Make *size* bytes (whole pages, also of several ranges) at *gpa* shared.
+
+        *discard* gives back what the private pages held, where :attr:`convert` can.  ValueError where a page
+        is outside guest memory.
+        """
         first, last = self._pages(gpa, size)
-        self.private.remove_range(first, last)
+        self._assign(first, last, False, discard)
+
+    def _assign(self, first: int, last: int, private: bool, discard: bool) -> None:
+        with self.lock:
+            if self.convert is not None:
+                self.convert(Gpa(first << PAGE_SHIFT), (last - first) << PAGE_SHIFT, private, discard)
+            if private:
+                self.private.add_range(first, last)
+            else:
+                self.private.remove_range(first, last)
+
+    def hand_out(self, gpa: Gpa, size: int, *, private: bool, clear: bool) -> None:
+        """Make pages that an allocator gives away private or shared, and with *clear* zero.
+
+        PrivateMemoryError where neither the host nor :attr:`convert` can clear private pages.
+        """
+        first, last = gpa.gfn, gpa.gfn + (size >> PAGE_SHIFT)
+        with self.lock:
+            if clear and private and self.seal is not None:
+                if self.convert is None:
+                    raise PrivateMemoryError(f"gpa {gpa}, {size:#x} bytes, was used before: {self.seal}")
+                # What was given back comes as zeroes when it is private again.
+                self._assign(first, last, False, True)
+            if self.private.range_cardinality(first, last) != (last - first if private else 0):
+                self._assign(first, last, private, False)
+            if clear and not (private and self.seal is not None):
+                view = self.view(gpa, size)
+                view[:] = bytes(len(view))
 
     def _pages(self, gpa: Gpa, size: int) -> tuple[int, int]:
         if int(gpa) % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
             raise ValueError(
                 f"gpa {int(gpa):#x}, size {size:#x}: private memory is made of whole 4 KiB pages"
             )
-        self.find(gpa)
-        return int(gpa) >> PAGE_SHIFT, (int(gpa) + size) >> PAGE_SHIFT
+        position, end = int(gpa), int(gpa) + size
+        while position < end:
+            segment = self.find(Gpa(position))
+            position = int(segment.gpa) + segment.size
+        return int(gpa) >> PAGE_SHIFT, end >> PAGE_SHIFT
 
     def runs(self, gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int, bool]]:
         """Split *size* bytes at *gpa* into runs ``(gpa, size, private)`` of pages that agree."""
@@ -302,9 +357,10 @@ class PageAllocator:
                 "aligned to a power of two >= 4 KiB"
             )
         step = align >> PAGE_SHIFT
-        first = self._fit(self._next, pages, step)
+        kind = self.private if private is None else private
+        first = self._fit(self._next, pages, step, kind)
         if first is None:
-            first = self._fit(0, pages, step)
+            first = self._fit(0, pages, step, kind)
             if first is None:
                 raise OutOfGuestMemoryError(
                     f"no {pages} contiguous free pages (align {align:#x}) in guest memory: "
@@ -312,22 +368,20 @@ class PageAllocator:
                 )
         else:
             self._next = first + pages
-        self.used.add_range(first, first + pages)
         gpa = Gpa(first << PAGE_SHIFT)
-        if self.private if private is None else private:
-            self.memory.private.add_range(first, first + pages)
-        else:
-            self.memory.private.remove_range(first, first + pages)
-        if self._recycled and self._recycled.range_cardinality(first, first + pages):
+        dirty = bool(self._recycled and self._recycled.range_cardinality(first, first + pages))
+        self.memory.hand_out(gpa, pages << PAGE_SHIFT, private=kind, clear=dirty)
+        self.used.add_range(first, first + pages)
+        if dirty:
             self._recycled.remove_range(first, first + pages)
-            view = self.memory.view(gpa, pages << PAGE_SHIFT)
-            view[:] = bytes(len(view))
         return gpa
 
-    def _fit(self, start: int, pages: int, step: int) -> int | None:
+    def _fit(self, start: int, pages: int, step: int, private: bool) -> int | None:
         for segment in self.memory.segments():
+            if private and segment.always_shared:
+                continue
             first = max(start, segment.gpa.gfn)
-            limit = min(segment.gpa.gfn + (segment.size >> PAGE_SHIFT), _GFN_LIMIT)
+            limit = min(segment.end_gfn, _GFN_LIMIT)
             first += -first % step
             while first + pages <= limit:
                 if not self.used.range_cardinality(first, first + pages):

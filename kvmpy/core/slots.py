@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvmpy.core.address import Gpa
+from pyroaring import BitMap
+
+from kvmpy.core.address import PAGE_SHIFT, Gpa
 from kvmpy.core.backing import Anonymous, Backing, MappedGuestMemfd, Mapping
 from kvmpy.core.fd import KvmFd
 from kvmpy.core.gmem import GuestMemfd
 from kvmpy.core.memory import GuestMemory, Segment
 from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD
+from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE
 from kvmpy.uapi.structs import (
     kvm_create_guest_memfd,
     kvm_memory_attributes,
     kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
 )
+
+_GFN_LIMIT = 1 << 32  # what a BitMap of frame numbers can hold
 
 
 @dataclass
@@ -50,6 +54,10 @@ class MemorySlot:
                 self.slot, gpa, size, self.hva, flags, gmem=self.gmem, gmem_offset=self.gmem_offset
             )
 
+    def renew(self) -> None:
+        """Give the slot to KVM once more, as it is, after a test took it away behind this object's back."""
+        self._set(self.gpa, self.size, self.flags)
+
     def set_flags(self, flags: int) -> None:
         """Change the flags (KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY); KvmError where KVM refuses the
         change.
@@ -70,9 +78,7 @@ class MemorySlot:
         if self.segment is not None:
             old = self.segment
             self.vm.memory.remove(old)
-            self.segment = Segment(
-                gpa, old.size, old.shared, old.private, old.shared_offset, old.private_offset
-            )
+            self.segment = replace(old, gpa=gpa)
             self.vm.memory.add(self.segment)
         self.gpa = int(gpa)
 
@@ -97,6 +103,8 @@ class VmSlots(KvmFd):
         super().__init__(fd, name)
         self.memory = GuestMemory()
         self.slots: dict[int, MemorySlot] = {}
+        # Frames whose last accepted attributes have KVM_MEMORY_ATTRIBUTE_PRIVATE.
+        self.private_attributes = BitMap()
         self._mappings: list[Mapping] = []
         self._gmems: list[GuestMemfd] = []
 
@@ -145,9 +153,17 @@ class VmSlots(KvmFd):
         return gmem
 
     def set_memory_attributes(self, gpa: int, size: int, attributes: int, flags: int = 0) -> None:
-        """Set the attributes of a range, such as KVM_MEMORY_ATTRIBUTE_PRIVATE (KVM_SET_MEMORY_ATTRIBUTES)."""
+        """Set the attributes of a range, such as KVM_MEMORY_ATTRIBUTE_PRIVATE (KVM_SET_MEMORY_ATTRIBUTES).
+
+        KVM has no way to read them back: :attr:`private_attributes` notes what it accepted.
+        """
         arg = kvm_memory_attributes(address=int(gpa), size=size, attributes=attributes, flags=flags)
         self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
+        first, last = int(gpa) >> PAGE_SHIFT, min((int(gpa) + size) >> PAGE_SHIFT, _GFN_LIMIT)
+        if first < last and attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE:
+            self.private_attributes.add_range(first, last)
+        elif first < last:
+            self.private_attributes.remove_range(first, last)
 
     def own(self, mapping: Mapping) -> Mapping:
         """Let the VM keep *mapping* alive until it is closed, and return it."""
@@ -187,12 +203,13 @@ class VmSlots(KvmFd):
         flags: int = 0,
         gmem: GuestMemfd | None = None,
         gmem_offset: int = 0,
+        always_shared: bool = False,
     ) -> MemorySlot:
         """Map *size* bytes of host memory at *gpa* and return the slot.
 
         *backing* is how the host memory is made (default :class:`~kvmpy.core.backing.Anonymous`) or a
-        mapping that exists. With *gmem* the slot is bound to the guest_memfd at *gmem_offset*.  On failure
-        nothing stays behind.
+        mapping that exists. With *gmem* the slot is bound to the guest_memfd at *gmem_offset*;
+        *always_shared* keeps private pages out of it.  On failure nothing stays behind.
         """
         self.memory.check_free(gpa, size)
         number = self.next_slot() if slot is None else slot
@@ -202,7 +219,7 @@ class VmSlots(KvmFd):
         else:
             mapping, own = self.back(size, backing)
             gmem = gmem or own
-        segment = Segment(gpa, size, mapping, mapping)
+        segment = Segment(gpa, size, mapping, mapping, always_shared=always_shared)
         self.memory.add(segment)
         entry = MemorySlot(
             self, number, int(gpa), size, mapping, flags, mapping.hva, gmem, gmem_offset, segment

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from pyroaring import BitMap
+
 from kvmpy.core.address import EncryptionBit, Gpa
 from kvmpy.core.backing import Backing
 from kvmpy.core.errors import MissingError
@@ -25,7 +27,10 @@ class Traits:
     private at all. *can_read_registers*: the host may get and set vCPU registers after launch.
     *host_sees_private*: the host may read and write private pages after launch.  *private_is_fd_backed*:
     private pages live in a guest_memfd.  *really_encrypts*: host and guest see different bytes of a private
-    page because of encryption.  *emulated*: a stand-in, said so wherever a result of it is shown.
+    page because of encryption.  *emulator_reads_private*: KVM's instruction emulator sees private pages, so
+    that code, page tables and the operands of emulated instructions may lie there.  *policies*: which parts
+    of a VM can be private, the default first (see ``GuestVm.policy``).  *emulated*: a stand-in, said so
+    wherever a result of it is shown.
     """
 
     has_encryption_bit: bool = False
@@ -34,6 +39,8 @@ class Traits:
     host_sees_private: bool = True
     private_is_fd_backed: bool = False
     really_encrypts: bool = False
+    emulator_reads_private: bool = True
+    policies: tuple[str, ...] = ()
     emulated: bool = False
 
 
@@ -68,17 +75,35 @@ class Protection(ABC):
 
     @abstractmethod
     def add_memory(
-        self, vm: GuestVm, gpa: Gpa, size: int, *, backing: Backing | None, slot: int | None, flags: int
+        self,
+        vm: GuestVm,
+        gpa: Gpa,
+        size: int,
+        *,
+        backing: Backing | None,
+        slot: int | None,
+        flags: int,
+        private: bool,
     ) -> MemorySlot:
-        """Give the VM *size* bytes of memory at *gpa*, with whatever private side it needs."""
+        """Give the VM *size* bytes of memory at *gpa*, with whatever private side it needs.
+
+        Without *private* a plain slot, whose pages are shared for ever.
+        """
 
     def launch(self, vm: GuestVm) -> None:  # noqa: B027 - nothing to bring in without private memory
-        """Bring the initial image in and seal it."""
+        """Bring the initial image (``vm.private_image()``) in and seal it; registers and shared memory are
+        ready.
+        """
 
-    def set_private(self, vm: GuestVm, gpa: Gpa, size: int) -> None:
-        """Make pages private; their content is undefined afterwards."""
-        vm.memory.set_private(gpa, size)
+    def convert(self, vm: GuestVm, gpa: Gpa, size: int, *, private: bool, discard: bool) -> None:
+        """Carry a conversion of launched memory out in KVM; the caller notes it in the bitmap afterwards.
 
-    def set_shared(self, vm: GuestVm, gpa: Gpa, size: int) -> None:
-        """Make pages shared; their content is undefined afterwards."""
-        vm.memory.set_shared(gpa, size)
+        Called only where :attr:`Traits.private_is_fd_backed`.
+        """
+        raise NotImplementedError(f"protection {self.name} has no conversions in KVM")
+
+    def private_in_kvm(self, vm: GuestVm, gpa: Gpa, size: int) -> BitMap | None:  # noqa: ARG002
+        """Return the frames of a range that KVM itself treats as private now; None where it cannot be
+        asked.
+        """
+        return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvmpy.core.address import Gpa, Gva
 from kvmpy.core.errors import KvmError
-from kvmpy.core.exits import Exit, InternalErrorExit, IoExit, ShutdownExit, read_exit
+from kvmpy.core.exits import Exit, HypercallExit, InternalErrorExit, IoExit, ShutdownExit, read_exit
 from kvmpy.core.vcpu import (
     RUN_DEADLINE,
     RUN_EINTR,
@@ -105,6 +105,8 @@ class GuestVcpu(Vcpu):
                 exit_ = read_exit(self._run, 0)
                 if isinstance(exit_, IoExit) and exit_.port == layout.UCALL_PORT:
                     raise self._bad_ucall(exit_)
+                if isinstance(exit_, HypercallExit) and self.vm.answer_hypercall(self, exit_):
+                    continue
                 return exit_
             if how == RUN_EINTR:
                 continue

@@ -16,11 +16,11 @@ from kvmpy.core.exits import Exit
 from kvmpy.core.memory import PageAllocator
 from kvmpy.core.slots import MemorySlot
 from kvmpy.core.vcpu import Vcpu, VcpuKickedError
-from kvmpy.core.vm import Vm
 from kvmpy.guest import layout
 from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.postmortem import postmortem
+from kvmpy.guest.private import VmPrivate
 from kvmpy.guest.program import GuestProgram
 from kvmpy.guest.protection import Protection
 from kvmpy.guest.ucall import Ucall
@@ -43,11 +43,26 @@ HIGH_MEMORY_START = 4 * SIZE_1G
 APIC_DEFAULT_GPA = Gpa(0xFEE0_0000)
 
 
-class GuestVm(Vm):
+def _policy(protection: Protection, wanted: str | None) -> str | None:
+    offered = protection.traits.policies
+    if wanted is None:
+        return offered[0] if offered else None
+    if wanted not in offered:
+        known = " or ".join(repr(name) for name in offered) or "nothing: it has no private memory"
+        raise ValueError(f"private={wanted!r}: protection {protection.name} offers {known}")
+    return wanted
+
+
+class GuestVm(VmPrivate):
     """A VM that runs a :class:`~kvmpy.guest.program.GuestProgram` under a protection.
 
     Life: created (memory, tables and vCPUs exist, the host prepares) -> :meth:`launch` -> vCPUs run ->
     :meth:`close`.
+
+    *private* says what of the VM is private, where its protection offers a choice: ``"all"`` (code, data,
+    stacks, page and descriptor tables) or ``"data"`` (data, stacks and what :meth:`alloc` hands out; what
+    KVM's instruction emulator would have to read stays shared).  :attr:`policy` is what was chosen, None
+    without private memory.
     """
 
     def __init__(
@@ -62,15 +77,18 @@ class GuestVm(Vm):
         levels: int = 4,
         irqchip: str | None = "split",
         deadline: float = DEFAULT_DEADLINE,
+        private: str | None = None,
         strict_private: bool = False,
         cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
         vcpu_ids: Sequence[int] | None = None,
         before_vcpus: Callable[[GuestVm], None] | None = None,
     ) -> None:
+        policy = _policy(protection, private)
         super().__init__(kvm, kvm.create_vm_fd(protection.vm_type), protection.vm_type)
         self.program = program
         self.protection = protection
         self.deadline = deadline
+        self.policy = policy
         self.strict_private = strict_private
         self.launched = False
         self.encryption: EncryptionBit | None = protection.encryption_bit(kvm)
@@ -81,11 +99,19 @@ class GuestVm(Vm):
             undo.callback(self.close)
             self._irqchip(irqchip)
             protection.created(self)
+            if protection.traits.has_private_memory:
+                self._enable_conversions()
             self._add_ram(memory, backing)
             self.allocator = PageAllocator(
                 self.memory, private=protection.traits.has_private_memory, start=ALLOCATION_START
             )
-            self.pages = PageTables(self.memory, self.allocator, levels=levels, encryption=self.encryption)
+            self.pages = PageTables(
+                self.memory,
+                self.allocator,
+                levels=levels,
+                encryption=self.encryption,
+                private_tables=policy != "data",
+            )
             self._load_program()
             if before_vcpus is not None:
                 before_vcpus(self)
@@ -120,11 +146,17 @@ class GuestVm(Vm):
         backing: Backing | None = None,
         slot: int | None = None,
         flags: int = 0,
+        private: bool = True,
     ) -> MemorySlot:
         """Give the VM *size* more bytes of memory at *gpa*, in the way of its protection; map it with
         :meth:`map`.
+
+        Its pages are shared until they are made private.  Without *private* they stay so, in a plain slot
+        that takes every flag: one with a guest_memfd refuses KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY.
         """
-        return self.protection.add_memory(self, gpa, size, backing=backing, slot=slot, flags=flags)
+        return self.protection.add_memory(
+            self, gpa, size, backing=backing, slot=slot, flags=flags, private=private
+        )
 
     def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
         """Wrap a new vCPU as one that runs the guest program."""
@@ -152,7 +184,8 @@ class GuestVm(Vm):
             first = segment.gva.align_down(PAGE_SIZE)
             skip = segment.gva - first
             pages = (skip + segment.memsize + PAGE_SIZE - 1) >> PAGE_SHIFT
-            gpa = self.allocator.alloc(pages, private=False if segment.shared else None)
+            code = segment.executable and self.policy == "data"
+            gpa = self.allocator.alloc(pages, private=False if segment.shared or code else None)
             if segment.data:
                 self.memory.write(gpa + skip, segment.data)
             self._place(
@@ -163,7 +196,7 @@ class GuestVm(Vm):
                 nx=not segment.executable,
                 user=segment.user,
             )
-        gpa = self.allocator.alloc(2)
+        gpa = self.allocator.alloc(2, private=False if self.policy == "data" else None)
         gdt, idt = system_tables(self.program)
         self.memory.write(gpa, gdt)
         self.memory.write(gpa + PAGE_SIZE, idt)
@@ -233,10 +266,15 @@ class GuestVm(Vm):
             initial_regs(vcpu, self.program)
         self.protection.launch(self)
         self.launched = True
+        if self.protection.traits.private_is_fd_backed:
+            self.memory.convert = self._convert
         if self.strict_private:
             self.memory.seal = "strict_private keeps it from the host, as SEV-SNP would"
         elif not self.protection.traits.host_sees_private:
             self.memory.seal = f"protection {self.protection.name} keeps it from the host after launch"
+
+    def _convert(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
+        self.protection.convert(self, gpa, size, private=private, discard=discard)
 
     # Addresses.
 
@@ -341,8 +379,11 @@ class GuestVm(Vm):
     ) -> Gva:
         """Allocate *size* bytes (rounded up to pages) of zeroed guest memory, map it, and return its address.
 
-        *private* defaults to the protection's default; an unmapped page lies between two allocations.
+        *private* None: private where the protection has private memory (with policy ``"data"`` not for code,
+        that is without *nx*).  An unmapped page lies between two allocations.
         """
+        if private is None and not nx and self.policy == "data":
+            private = False
         size = -(-size // page_size) * page_size
         where = Gva(-(-self._heap // page_size) * page_size) if gva is None else gva
         gpa = self.allocator.alloc(size >> PAGE_SHIFT, private=private, align=page_size)
@@ -356,14 +397,6 @@ class GuestVm(Vm):
         """Map guest-physical memory; keywords as :meth:`kvmpy.x86.paging.PageTables.map`."""
         self.pages.map(gva, gpa, size, **how)  # type: ignore[arg-type]
         self._remember(gva, gpa, size)
-
-    def set_private(self, gpa: Gpa, size: int) -> None:
-        """Make pages private, in the way of the protection; their content is undefined afterwards."""
-        self.protection.set_private(self, gpa, size)
-
-    def set_shared(self, gpa: Gpa, size: int) -> None:
-        """Make pages shared; their content is undefined afterwards."""
-        self.protection.set_shared(self, gpa, size)
 
     # Console and post-mortem.
 

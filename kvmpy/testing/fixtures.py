@@ -49,6 +49,7 @@ class MakeVm:
         levels: int = 4,
         irqchip: str | None = "split",
         deadline: float | None = None,
+        private: str | None = None,
         strict_private: bool | None = None,
         cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
         vcpu_ids: Sequence[int] | None = None,
@@ -72,6 +73,7 @@ class MakeVm:
             levels=levels,
             irqchip=irqchip,
             deadline=self._deadline if deadline is None else deadline,
+            private=private,
             strict_private=self._strict if strict_private is None else strict_private,
             cpuid=cpuid,
             vcpu_ids=vcpu_ids,
@@ -81,8 +83,7 @@ class MakeVm:
         return vm
 
     def close(self) -> None:
-        """Close every VM, the youngest first; vCPUs that a failed test left running in threads are stopped.
-        """
+        """Close every VM, the youngest first; vCPUs that a failed test left running are stopped."""
         while self.made:
             vm = self.made.pop()
             if not vm.closed:

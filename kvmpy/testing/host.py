@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import os
 import platform
 import re
@@ -14,13 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from kvmpy import __version__
+from kvmpy.core.kernel import SYS_MODULE, kernel_config, module_parameters
 from kvmpy.testing.errata import HostFacts
 from kvmpy.testing.verdicts import Missing
 
 PLATFORM_VARIABLE = "KVMPY_PLATFORM"
 ACCELERATOR_VARIABLE = "KVMPY_ACCELERATOR"
-SYS_MODULE = Path("/sys/module")
 CLOCK_SOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+
+__all__ = [
+    "HostSummary",
+    "clock_source",
+    "cpu_flag",
+    "cpu_info",
+    "cpu_model",
+    "facts",
+    "kernel",
+    "kernel_config",
+    "kvm_missing",
+    "module_parameters",
+    "platform_name",
+    "summarize",
+    "vendor_modules",
+    "vm_type_name",
+]
+
 _VENDOR_SYMBOL = re.compile(r" [tT] (pvm|svm|vmx)_(?:init|hardware_enable|hardware_setup|vcpu_run)(?:\s|$)")
 _VENDORS = {"pvm": "kvm_pvm", "svm": "kvm_amd", "vmx": "kvm_intel"}
 
@@ -76,40 +93,6 @@ def vendor_modules() -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(sorted(_VENDORS[name] for name in names))
-
-
-def module_parameters(module: str) -> dict[str, str]:
-    """Return a module's parameters as sysfs shows them; empty when it has none or is absent."""
-    try:
-        files = sorted((SYS_MODULE / module / "parameters").iterdir())
-    except OSError:
-        return {}
-    return {file.name: _read(file) for file in files}
-
-
-@functools.lru_cache(maxsize=1)
-def _kernel_config() -> Mapping[str, str]:
-    text = ""
-    try:
-        text = gzip.decompress(Path("/proc/config.gz").read_bytes()).decode("utf-8", "replace")
-    except (OSError, EOFError):
-        text = _read(Path(f"/boot/config-{os.uname().release}"))
-    values = {}
-    for line in text.splitlines():
-        if line.startswith("CONFIG_"):
-            key, _, value = line.partition("=")
-            values[key] = value.strip('"')
-        elif line.startswith("# CONFIG_") and line.endswith(" is not set"):
-            values[line.split()[1]] = "n"
-    return values
-
-
-def kernel_config(option: str) -> str | None:
-    """Return the running kernel's value of ``CONFIG_option`` (``y``, ``m``, ``n``); None when unknown."""
-    config = _kernel_config()
-    if not config:
-        return None
-    return config.get(f"CONFIG_{option.removeprefix('CONFIG_')}", "n")
 
 
 def kernel() -> str:

@@ -27,6 +27,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Union
 
+from kvmpy.core.kernel import config_hint
 from kvmpy.testing import host
 from kvmpy.testing.verdicts import Missing
 
@@ -58,12 +59,6 @@ _TOOL_PACKAGES = {
 }
 
 
-def _config_hint(option: str) -> str:
-    value = host.kernel_config(option)
-    state = {None: "", "n": " (this kernel: not set)"}.get(value, f" (this kernel: {value})")
-    return f"a kernel with CONFIG_{option}=y{state}"
-
-
 def _capability(kvm: Kvm, text: str) -> Missing | None:
     found = _CAP.fullmatch(text)
     if found is None:
@@ -83,7 +78,7 @@ def _capability(kvm: Kvm, text: str) -> Missing | None:
     if good:
         return None
     option, other = _CAP_SOURCES.get(name, ("", ""))
-    ways = [_config_hint(option)] if option else []
+    ways = [config_hint(option)] if option else []
     ways += [other] if other else []
     how = ", ".join(ways) or "a kernel or CPU whose KVM offers it"
     asked = f"{name} {operator} {operand} (it is {value:#x})" if operator else name
@@ -108,7 +103,7 @@ def _vm_type(kvm: Kvm, name: str) -> Missing | None:
     if VmType[name] in kvm.vm_types():
         return None
     how = {
-        "KVM_X86_SW_PROTECTED_VM": f"{_config_hint('KVM_SW_PROTECTED_VM')} and kvm.tdp_mmu=Y",
+        "KVM_X86_SW_PROTECTED_VM": f"{config_hint('KVM_SW_PROTECTED_VM')} and kvm.tdp_mmu=Y",
         "KVM_X86_TDX_VM": "Intel TDX, and kvm_intel.tdx=1",
     }.get(name, "an AMD CPU with SEV enabled in the firmware, kvm_amd.sev=1 (sev_es=1, sev_snp=1)")
     return Missing(f"VM type {name}", how, (f"vm-type:{name}", name))
