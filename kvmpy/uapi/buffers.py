@@ -254,7 +254,7 @@ _XSAVE = ("KVM_GET_XSAVE2", "KVM_SET_XSAVE")
 
 
 def _argument(op: Ioctl) -> Buffer | None:
-    if op.arg == "none" or op.arg == "int":  # noqa: PLR1714 - mypy narrows by comparison alone
+    if op.arg == "none" or op.arg == "int":
         return None
     arg: DataKind = op.arg
     if op.struct is None:
