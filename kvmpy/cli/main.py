@@ -14,8 +14,12 @@ COMMANDS = {
     "abi": "the KVM ABI as kvmpy knows it, and its check against kernel headers",
     "bench": "what kvmpy costs beside bare C loops, in one run",
     "doctor": "what this host offers, protection by protection, and what is missing",
+    "faults": "page faults and conversions of a VM as KVM sees them, live and decoded",
     "lab": "kernels under QEMU, and the selftests inside them: no /dev/kvm needed",
+    "ps": "every VM on this machine: its process, vCPUs with their threads, memory, exits",
     "run": "the selftests on this host's KVM, with a verdict table",
+    "top": "the hottest exits of the VMs on this machine, refreshed",
+    "watch": "VMs as they are created and destroyed, live",
 }
 
 

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy ps``: every VM on this machine, by process."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvmpy.debug.counters import Unseen
+    from kvmpy.debug.processes import Survey, VcpuInfo, VmInfo
+
+_PIPE_WIDTH = 160
+_COMMAND_LENGTH = 48
+
+
+def console() -> Console:
+    """Return a console whose lines are not cut in a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
+
+
+def size(count: int) -> str:
+    """Return bytes with a binary unit; nothing for 0."""
+    if not count:
+        return "-"
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 10 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def per_second(rate: float | None) -> str:
+    """Return a rate with at most four digits; a dash where it is not known."""
+    if rate is None:
+        return "-"
+    for limit, divisor, unit in ((9999.5, 1, ""), (999_950, 1e3, "k"), (float("inf"), 1e6, "M")):
+        if rate < limit:
+            return f"{rate / divisor:.0f}{unit}" if divisor == 1 else f"{rate / divisor:.1f}{unit}"
+    return f"{rate:.0f}"
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in its two largest units."""
+    whole = int(seconds)
+    for unit, length, lower, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= length:
+            return f"{whole // length}{unit}{whole % length // part:02}{lower}"
+    return f"{seconds:.1f}s"
+
+
+def numbers(values: Iterable[int]) -> str:
+    """Return numbers as ranges, such as ``0-3,8``."""
+    parts: list[list[int]] = []
+    for value in sorted(values):
+        if parts and parts[-1][1] == value - 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
+
+
+def shorten(command: str, length: int = _COMMAND_LENGTH) -> str:
+    """Return a command line without what leads to the program, and not too long."""
+    program, _, rest = command.partition(" ")
+    text = f"{program.rpartition('/')[2]} {rest}".strip()
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _vcpu_row(vcpu: VcpuInfo) -> list[str]:
+    thread = "-" if vcpu.thread is None else f"{vcpu.thread} ({vcpu.thread_from})"
+    return [
+        f"  vcpu {vcpu.id}",
+        thread,
+        "-" if vcpu.cpu_percent is None else f"{vcpu.cpu_percent:.0f}%",
+        "-" if vcpu.cpu_seconds is None else span(vcpu.cpu_seconds),
+        (f"pinned to {numbers(vcpu.cpus)}" if vcpu.pinned else numbers(vcpu.cpus)) or "-",
+        "",
+        per_second(vcpu.exits_per_second),
+        "",
+    ]
+
+
+def _vm_row(vm: VmInfo) -> list[str]:
+    memory = f"{size(vm.gmem_used)} of {size(vm.gmem)} guest_memfd, " if vm.gmem else ""
+    known = [vcpu.cpu_seconds for vcpu in vm.vcpus if vcpu.cpu_seconds is not None]
+    busy = [vcpu.cpu_percent for vcpu in vm.vcpus if vcpu.cpu_percent is not None]
+    return [
+        f"{vm.pid}:{vm.fd}",
+        vm.type or "unknown",
+        f"{sum(busy):.0f}%" if busy else "-",
+        span(sum(known)) if known else "-",
+        f"{len(vm.vcpus)} vCPU{'s' if len(vm.vcpus) != 1 else ''}",
+        f"{memory}{size(vm.rss)} resident",
+        per_second(vm.exits_per_second),
+        f"{shorten(vm.command)} ({vm.user}, {span(max(0.0, time.time() - vm.started))})",
+    ]
+
+
+def table(found: Survey) -> Table:
+    """Return one row for each VM and each vCPU."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("VM pid:fd", "type / thread", "CPU", "CPU time", "vCPUs / host CPUs", "memory"):
+        made.add_column(title, justify="right" if title.startswith("CPU") else "left", no_wrap=True)
+    made.add_column("exits/s", justify="right", no_wrap=True)
+    made.add_column("process", overflow="fold")
+    for vm in found.vms:
+        made.add_row(*_vm_row(vm), style="bold" if vm.vcpus else None)
+        for vcpu in vm.vcpus:
+            made.add_row(*_vcpu_row(vcpu))
+    return made
+
+
+def explain(unseen: Iterable[Unseen]) -> None:
+    """Print to stderr what could not be seen, and what to do about it."""
+    for entry in unseen:
+        click.echo(f"not seen: {entry}", err=True)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with every counter.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.05, 60),
+    default=0.5,
+    show_default=True,
+    help="Seconds between the two looks that rates come from.",
+)
+def ps(as_json: bool, interval: float) -> None:
+    """List every VM on this machine: process, type where it can be known, vCPUs with their threads, memory,
+    exits.
+
+    Exits per second come from debugfs, or from statistics files that the VMM has open; both need root.
+    """
+    from kvmpy.debug.processes import survey_twice
+
+    found = survey_twice(interval)
+    if as_json:
+        document = {
+            "schema": "kvmpy-ps/1",
+            "interval": interval,
+            "vms": [vm.as_dict() for vm in found.vms],
+            "unseen": [{"what": entry.what, "how": entry.how} for entry in found.unseen],
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    if found.vms:
+        console().print(table(found))
+    else:
+        click.echo("no VM is running here, as far as can be seen")
+    explain(found.unseen)
