@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recorder inside a kvmpy process: an observer of the ioctl funnel that writes a record as things happen.
+
+When no recorder is attached nobody is called, and it costs nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+from struct import Struct as Packing
+from time import monotonic_ns
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from kvmpy.core import observe
+from kvmpy.debug.record.arguments import Follower, content_of, plan_of, struct_chunk
+from kvmpy.debug.record.events import Close, Deadline, Event, FileCall, Kick, Map, Note, Object, Thread
+from kvmpy.debug.record.format import (
+    EVENT_WRITTEN,
+    FILE_FALLOCATE,
+    KICK_IMMEDIATE_EXIT,
+    KICK_SIGNAL,
+    SYNTHETIC,
+    FrameType,
+    ObjectKind,
+    When,
+)
+from kvmpy.debug.record.runarea import RunArea
+from kvmpy.debug.record.tracker import MemoryTracker
+from kvmpy.debug.record.writer import RecordWriter
+from kvmpy.uapi import ioctls
+
+if TYPE_CHECKING:
+    from kvmpy.core.fd import KvmFd
+    from kvmpy.uapi.ioctls import Ioctl
+    from kvmpy.uapi.structs import Struct
+
+_KINDS = {
+    "system": ObjectKind.SYSTEM,
+    "vm": ObjectKind.VM,
+    "vcpu": ObjectKind.VCPU,
+    "device": ObjectKind.DEVICE,
+    "gmem": ObjectKind.GMEM,
+    "stats": ObjectKind.STATS,
+    "sev": ObjectKind.SEV,
+    "uffd": ObjectKind.UFFD,
+}
+_FOREIGN_KINDS = {
+    "anon_inode:[eventfd]": ObjectKind.EVENTFD,
+    "anon_inode:[userfaultfd]": ObjectKind.UFFD,
+    "anon_inode:kvm-vm": ObjectKind.VM,
+}
+_RUN = ioctls.KVM_RUN.nr
+_SLOT_OPS = {ioctls.KVM_SET_USER_MEMORY_REGION.nr, ioctls.KVM_SET_USER_MEMORY_REGION2.nr}
+_MAKERS = {
+    ioctls.KVM_CREATE_VM.nr,
+    ioctls.KVM_CREATE_VCPU.nr,
+    ioctls.KVM_CREATE_GUEST_MEMFD.nr,
+    ioctls.KVM_GET_STATS_FD.nr,
+    ioctls.KVM_CREATE_DEVICE.nr,
+}
+# Ioctls that look at guest memory: its content must be in the record by then.
+_READERS = {
+    ioctls.KVM_MEMORY_ENCRYPT_OP.nr,
+    ioctls.KVM_TRANSLATE.nr,
+    ioctls.KVM_SET_NESTED_STATE.nr,
+}
+# Where an argument holds file descriptors that are no KVM objects.
+_FOREIGN: dict[int, tuple[int, ...]] = {
+    ioctls.KVM_IRQFD.nr: (0, 12),
+    ioctls.KVM_IOEVENTFD.nr: (20,),
+    ioctls.KVM_HYPERV_EVENTFD.nr: (4,),
+}
+_SPECIAL = {_RUN, *_SLOT_OPS, *_MAKERS, *_READERS, *_FOREIGN}
+_pack = Packing("<IiQQqIHHQQ").pack
+_IOCTL, _ENTER = int(FrameType.IOCTL), int(FrameType.ENTER)
+_IN, _OUT = int(When.IN), int(When.OUT)
+
+
+class _Mine(threading.local):
+    # What belongs to one thread; a signal handler may issue an ioctl within another.
+    def __init__(self) -> None:
+        self.tid = threading.get_native_id()
+        self.told = False
+        self.pending: list[tuple[int, int, list[bytes]]] = []
+
+
+class Recorder:
+    """Records every KVM object of this process into *path* between :meth:`start` and :meth:`stop`.
+
+    With *eager* every ioctl is announced before it is issued, so that not even one that kills the process is
+    lost; that doubles the cost.  *about* are further lines of the frame HOST, such as ``test``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, eager: bool = False, **about: str) -> None:
+        self.path = os.fspath(path)
+        self.writer = RecordWriter(path, **about)
+        self.memory = MemoryTracker(self.writer)
+        self._eager = eager
+        self._follow = Follower(self.memory.peek, self.memory.holds)
+        self._ids: dict[KvmFd, int] = {}
+        self._by_number: dict[int, int] = {}
+        self._made: dict[int, int] = {}
+        self._next_id = itertools.count(1).__next__
+        self._areas: dict[KvmFd, RunArea] = {}
+        self._deadlines: dict[KvmFd, int] = {}
+        self._mine = _Mine()
+        self._lock = threading.RLock()
+        self._attached = False
+        os.register_at_fork(after_in_child=self._forked)
+
+    # Life.
+
+    def start(self) -> Recorder:
+        """Attach to this process's KVM objects."""
+        if not self._attached:
+            observe.add(self)
+            observe.host.append(self)
+            self._attached = True
+        return self
+
+    def stop(self) -> None:
+        """Detach and close the record; harmless a second time."""
+        self._detach()
+        self.writer.close()
+        self.memory.close()
+
+    def _detach(self) -> None:
+        if self._attached:
+            self._attached = False
+            observe.remove(self)
+            observe.host.remove(self)
+
+    def _forked(self) -> None:
+        # The child shares the file: it must not write there.
+        if self._attached:
+            self._detach()
+
+    def __enter__(self) -> Recorder:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.note(outcome="failed", error=f"{type(error).__name__}: {error}")
+        self.stop()
+
+    def note(self, **values: str) -> None:
+        """Add a remark to the record."""
+        self.writer.put(Note(values), tid=self._tid())
+
+    # Objects.
+
+    def _tid(self) -> int:
+        mine = self._mine
+        if not mine.told:
+            mine.told = True
+            name = threading.current_thread().name
+            self.writer.put(Thread(mine.tid, self.writer.pid, os.getppid(), name), tid=mine.tid)
+        return mine.tid
+
+    def _object(self, fd: KvmFd, *, late: bool = True) -> int:
+        ident = self._ids.get(fd)
+        if ident is not None:
+            return ident
+        with self._lock:
+            if fd in self._ids:
+                return self._ids[fd]
+            parent = getattr(fd, "vm", None) or getattr(fd, "kvm", None)
+            above = self._object(parent) if parent is not None and parent is not fd else 0
+            tid = self._tid()
+            number = fd.fd
+            made_by = self._made.pop(number, 0)
+            ident = self._next_id()
+            kind = _KINDS.get(fd.kind, ObjectKind.OTHER)
+            flags = SYNTHETIC if late and not made_by else 0
+            self.writer.put(Object(ident, above, number, kind, made_by, fd.name), tid=tid, flags=flags)
+            self._ids[fd] = self._by_number[number] = ident
+        return ident
+
+    def _foreign(self, number: int) -> None:
+        with self._lock:
+            try:
+                name = os.readlink(f"/proc/self/fd/{number}")
+            except OSError:
+                return
+            if number in self._by_number:
+                return
+            ident = self._by_number[number] = self._next_id()
+            kind = _FOREIGN_KINDS.get(name, ObjectKind.OTHER)
+            self.writer.put(Object(ident, 0, number, kind, 0, name), tid=self._tid())
+
+    def fd_opened(self, fd: KvmFd) -> None:
+        """Write the object."""
+        self._by_number.pop(fd.fd, None)
+        self._object(fd, late=False)
+
+    def fd_closed(self, fd: KvmFd) -> None:
+        """Write that it goes."""
+        with self._lock:
+            ident = self._ids.pop(fd, 0)
+            self._areas.pop(fd, None)
+            self._deadlines.pop(fd, None)
+            self._by_number.pop(fd.fd, None)
+            if fd.kind == "vm":
+                self.memory.vm_closed(fd, self._tid())
+            if ident:
+                self.writer.put(Close(ident), tid=self._tid())
+
+    # Ioctls.
+
+    def ioctl_enter(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None) -> None:
+        """Copy what the kernel is about to read."""
+        nr = op.nr
+        if nr in _SPECIAL:
+            chunks = self._special_before(fd, nr, arg)
+        elif arg is None:
+            chunks = []
+        else:
+            chunks = self._before(fd, nr, arg)
+        order = self.writer.order()
+        if self._eager:
+            head = _pack(self._object(fd), fd.fd, nr, _value(arg), 0, 0, len(chunks), 0, 0, 0)
+            self.writer.raw(_ENTER, head + b"".join(chunks), self._tid(), order, monotonic_ns())
+        self._mine.pending.append((order, monotonic_ns(), chunks))
+
+    def _before(self, fd: KvmFd, nr: int, arg: Struct | int) -> list[bytes]:
+        plan = plan_of(nr)
+        if isinstance(arg, int):
+            if not plan.size or not arg:
+                return []
+            chunks = self._follow.raw(arg, plan, plan.when) if plan.before else []
+        else:
+            chunks = [struct_chunk(arg, plan.when)] if plan.before else []
+        if plan.deep and chunks and plan.buffer is not None:
+            chunks.extend(self._follow.nested(plan.buffer, content_of(chunks[0]), _IN, self._slot_bytes(fd)))
+        return chunks
+
+    def _slot_bytes(self, fd: KvmFd) -> Any:
+        return lambda slot: self.memory.slot_bytes(fd, slot)
+
+    def _special_before(self, fd: KvmFd, nr: int, arg: Struct | int | None) -> list[bytes]:
+        tid = self._tid()
+        if nr == _RUN or nr in _READERS:
+            if self.memory.unread:
+                self._object(fd)
+                self.memory.read_fresh(getattr(fd, "vm", fd), tid)
+            if self.memory.shown:
+                self.memory.compare(tid)
+        if nr == _RUN:
+            return self._area(fd).before()
+        chunks = [] if arg is None else self._before(fd, nr, arg)
+        if nr in _FOREIGN and chunks:
+            content = content_of(chunks[0])
+            for offset in _FOREIGN[nr]:
+                self._foreign(int.from_bytes(content[offset : offset + 4], "little"))
+        return chunks
+
+    def _area(self, fd: KvmFd) -> RunArea:
+        area = self._areas.get(fd)
+        if area is None:
+            vcpu: Any = fd
+            area = self._areas[fd] = RunArea(vcpu.area)
+            if not self.memory.was_mapped(area.address):
+                self._map(fd, area.address, area.size, 0)
+        return area
+
+    def ioctl_exit(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno_: int) -> None:
+        """Write what was asked and what came back."""
+        end = monotonic_ns()
+        mine = self._mine
+        if not mine.pending:
+            return
+        order, begin, chunks = mine.pending.pop()
+        nr = op.nr
+        if nr == _RUN:
+            if errno_ == errno.EBUSY:
+                return
+            chunks += self._areas[fd].after()
+            if self.memory.shown:
+                self.memory.look_again()
+        elif arg is not None:
+            plan = plan_of(nr)
+            if plan.after or plan.deep:
+                self._after(fd, arg, nr, chunks)
+        writer = self.writer
+        ident = self._ids.get(fd) or self._object(fd)
+        head = _pack(ident, fd.fd, nr, _value(arg), result, errno_, len(chunks), 0, writer.order(), end)
+        if not mine.told:
+            self._tid()
+        writer.raw(_IOCTL, head + b"".join(chunks), mine.tid, order, begin)
+        if nr in _SPECIAL and result >= 0:
+            self._special_after(fd, nr, chunks, result, order, mine.tid)
+
+    def _after(self, fd: KvmFd, arg: Struct | int, nr: int, chunks: list[bytes]) -> None:
+        plan = plan_of(nr)
+        if isinstance(arg, int):
+            if not plan.size or not arg:
+                return
+            found = self._follow.raw(arg, plan, _OUT)
+        else:
+            found = [struct_chunk(arg, _OUT)]
+        if plan.after:
+            chunks += found
+        if plan.deep and found and plan.buffer is not None:
+            content = content_of(chunks[0] if plan.before and chunks else found[0])
+            chunks.extend(self._follow.nested(plan.buffer, content, _OUT, self._slot_bytes(fd)))
+
+    def _special_after(
+        self, fd: KvmFd, nr: int, chunks: list[bytes], result: int, order: int, tid: int
+    ) -> None:
+        if nr in _MAKERS:
+            number = result
+            if nr == ioctls.KVM_CREATE_DEVICE.nr:
+                number = int.from_bytes(content_of(chunks[-1])[4:8], "little")
+            self._by_number.pop(number, None)
+            self._made[number] = order
+        elif nr in _SLOT_OPS and chunks:
+            content = content_of(chunks[0])
+            slot = int.from_bytes(content[:4], "little")
+            size, address = (int.from_bytes(content[at : at + 8], "little") for at in (16, 24))
+            self.memory.slot_set(fd, slot, address, size, tid)
+
+    # What else the host does.
+
+    def _map(self, fd: KvmFd, address: int, size: int, offset: int) -> None:
+        self.memory.mapped(address)
+        self.writer.put(Map(address, size, offset, self._object(fd), 1), tid=self._tid())
+
+    def mapped(self, fd: KvmFd, address: int, size: int, offset: int) -> None:
+        """Write the mapping."""
+        self._map(fd, address, size, offset)
+
+    def memory_written(self, view: memoryview) -> None:
+        """Write the bytes, once the VM ran."""
+        self.memory.written(view, self._mine.tid)
+
+    def memory_shown(self, view: memoryview, once: bool) -> None:
+        """Compare what is under *view* before the next run."""
+        self.memory.show(view, once)
+
+    def kicked(self, vcpu: KvmFd, tid: int, signal: int) -> None:
+        """Write the kick."""
+        how = KICK_IMMEDIATE_EXIT | (KICK_SIGNAL if tid else 0)
+        self.writer.put(Kick(self._object(vcpu), how, signal, tid), tid=self._tid())
+
+    def deadline_set(self, vcpu: KvmFd, ns: int) -> None:
+        """Write the deadline where it is another than before."""
+        if self._deadlines.get(vcpu) != ns:
+            self._deadlines[vcpu] = ns
+            self.writer.put(Deadline(self._object(vcpu), ns), tid=self._tid())
+
+    def file_called(self, fd: KvmFd, mode: int, offset: int, size: int, errno_: int) -> None:
+        """Write the call."""
+        call = FileCall(self._object(fd), FILE_FALLOCATE, mode, offset, size, -1 if errno_ else 0, errno_)
+        self.writer.put(call, tid=self._tid())
+
+    def event_signalled(self, fd: int, count: int) -> None:
+        """Write the signal, where the eventfd is known to KVM."""
+        ident = self._by_number.get(fd)
+        if ident is not None:
+            self.writer.put(Event(ident, EVENT_WRITTEN, count), tid=self._tid())
+
+
+def _value(arg: Struct | int | None) -> int:
+    if arg is None:
+        return 0
+    return arg & (1 << 64) - 1 if isinstance(arg, int) else arg.host_address

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What guest memory holds when it first runs, and what the host writes later: the recorder's view of memory.
+
+The first run of a VM reads the populated pages of its slots (/proc/self/pagemap tells which they are).  Later
+writes are told by the library; memory that somebody holds a view of is compared before each run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass, field
+
+from kvmpy.debug.record.events import Map, Memory, Unmap, Write
+from kvmpy.debug.record.format import MEMORY_INITIAL, PAGE_SIZE
+from kvmpy.debug.record.writer import RecordWriter
+from kvmpy.uapi import ffi
+
+# Present or swapped out: the two highest bits of a page's entry, whose last byte this is.
+_POPULATED = re.compile(rb"[\x40-\xff]+")
+_RUN_PAGES = 1024
+
+
+def address_of(view: memoryview) -> int:
+    """Return where *view* lies in this process."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
+
+
+@dataclass
+class Shown:
+    """A view that somebody may write through, and what it held when it was looked at last."""
+
+    address: int
+    view: memoryview
+    once: bool
+    content: bytes = field(repr=False)
+
+
+@dataclass
+class VmMemory:
+    """The memory slots of one VM: slot -> (host address, size)."""
+
+    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    ran: bool = False
+
+
+class MemoryTracker:
+    """Follows the memory of all VMs; every method may be called by any thread."""
+
+    def __init__(self, writer: RecordWriter) -> None:
+        self._writer = writer
+        self._vms: dict[object, VmMemory] = {}
+        # Ranges that were read, by address, and the VMs that use them.
+        self._regions: dict[tuple[int, int], set[object]] = {}
+        self._fresh: list[tuple[int, int]] = []
+        self._mapped: set[int] = set()
+        self.shown: list[Shown] = []
+        self._lock = threading.RLock()
+        self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._mem = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+
+    # Slots.
+
+    def slot_set(self, vm: object, slot: int, address: int, size: int, tid: int) -> None:
+        """A slot was set; *size* 0 deletes it."""
+        with self._lock:
+            state = self._vms.setdefault(vm, VmMemory())
+            if size == 0:
+                state.slots.pop(slot, None)
+                return
+            state.slots[slot] = (address, size)
+            region = (address, size)
+            if region in self._regions:
+                self._regions[region].add(vm)
+            elif not any(a <= address and address + size <= a + s for a, s in self._regions):
+                self._regions[region] = {vm}
+                self._fresh.append(region)
+                if address not in self._mapped:
+                    self._writer.put(Map(address, size), tid=tid)
+
+    def mapped(self, address: int) -> None:
+        """Memory at *address* was told of by a MAP frame."""
+        self._mapped.add(address)
+
+    def was_mapped(self, address: int) -> bool:
+        """Tell whether a MAP frame told of *address*."""
+        return address in self._mapped
+
+    def slot_bytes(self, vm: object, slot: int) -> int:
+        """Return the size of a slot's dirty bitmap in bytes, 0 where the slot is not known."""
+        state = self._vms.get(vm)
+        size = state.slots.get(slot & 0xFFFF_FFFF, (0, 0))[1] if state is not None else 0
+        return (size // PAGE_SIZE + 63) // 64 * 8
+
+    def holds(self, address: int) -> bool:
+        """Tell whether *address* is guest memory."""
+        return any(a <= address < a + s for a, s in self._regions)
+
+    def vm_closed(self, vm: object, tid: int) -> None:
+        """A VM is about to be closed: its memory may go, and its addresses may come again."""
+        with self._lock:
+            self._vms.pop(vm, None)
+            for region, users in list(self._regions.items()):
+                users.discard(vm)
+                if users:
+                    continue
+                del self._regions[region]
+                address, size = region
+                self._writer.put(Unmap(address, size), tid=tid)
+                self._mapped.discard(address)
+                self.shown = [each for each in self.shown if not address <= each.address < address + size]
+            self._fresh = [region for region in self._fresh if region in self._regions]
+
+    # Content.
+
+    @property
+    def unread(self) -> bool:
+        """Whether there are slots whose content was not read yet."""
+        return bool(self._fresh)
+
+    def read_fresh(self, vm: object, tid: int) -> None:
+        """Write what slots hold that were made since the last call; *vm* is about to look at its memory."""
+        with self._lock:
+            fresh, self._fresh = self._fresh, []
+            state = self._vms.setdefault(vm, VmMemory())
+            for address, size in fresh:
+                self._read(address, size, 0 if state.ran else MEMORY_INITIAL, tid)
+            state.ran = True
+
+    def _read(self, address: int, size: int, flags: int, tid: int) -> None:
+        count = size // PAGE_SIZE
+        for start in range(0, count, 1 << 20):
+            entries = os.pread(
+                self._pagemap, 8 * min(count - start, 1 << 20), (address // PAGE_SIZE + start) * 8
+            )
+            for run in _POPULATED.finditer(entries[7::8]):
+                first = address + (start + run.start()) * PAGE_SIZE
+                for at in range(0, run.end() - run.start(), _RUN_PAGES):
+                    pages = min(_RUN_PAGES, run.end() - run.start() - at)
+                    self._write_pages(first + at * PAGE_SIZE, pages, flags, tid)
+
+    def _write_pages(self, address: int, count: int, flags: int, tid: int) -> None:
+        data = self.peek(address, count * PAGE_SIZE)
+        whole = len(data) // PAGE_SIZE * PAGE_SIZE
+        ids = self._writer.page_ids([data[at : at + PAGE_SIZE] for at in range(0, whole, PAGE_SIZE)], tid)
+        # Pages of zeroes at either end go without saying.
+        low, high = 0, len(ids)
+        while low < high and ids[low] == 0:
+            low += 1
+        while high > low and ids[high - 1] == 0:
+            high -= 1
+        if low < high:
+            self._writer.put(Memory(address + low * PAGE_SIZE, ids[low:high], flags), tid=tid)
+
+    def peek(self, address: int, size: int) -> bytes:
+        """Return up to *size* bytes at *address*; what cannot be read is left out, and nothing faults."""
+        if not 0 < address < 1 << 63 or size <= 0:
+            return b""
+        parts = []
+        while size:
+            try:
+                part = os.pread(self._mem, size, address)
+            except (OSError, OverflowError):
+                break
+            if not part:
+                break
+            parts.append(part)
+            address += len(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    # What the host writes after the first run.
+
+    def _watched(self, address: int) -> bool:
+        return any(a <= address < a + s for a, s in self._regions if (a, s) not in self._fresh)
+
+    def written(self, view: memoryview, tid: int) -> None:
+        """The host wrote the memory under *view*."""
+        if not len(view):
+            return
+        address = address_of(view)
+        with self._lock:
+            if not self._watched(address):
+                return
+            data = view.tobytes()
+            self._writer.put(Write(address, data), tid=tid)
+            for each in self.shown:
+                if each.address < address + len(data) and address < each.address + len(each.content):
+                    each.content = each.view.tobytes()
+
+    def show(self, view: memoryview, once: bool) -> None:
+        """The host may write through *view*: compare it before each run, with *once* before the next."""
+        if not len(view):
+            return
+        address = address_of(view)
+        with self._lock:
+            if not self._watched(address):
+                return
+            for each in self.shown:
+                if each.address == address and len(each.content) == view.nbytes:
+                    each.once = each.once and once
+                    return
+            self.shown.append(Shown(address, view, once, view.tobytes()))
+
+    def compare(self, tid: int) -> None:
+        """Write what changed under the views since they were looked at last; a vCPU is about to run."""
+        with self._lock:
+            for each in self.shown:
+                now = each.view.tobytes()
+                if now != each.content:
+                    low, high = differing(each.content, now)
+                    self._writer.put(Write(each.address + low, now[low:high]), tid=tid)
+                    each.content = now
+            self.shown = [each for each in self.shown if not each.once]
+
+    def look_again(self) -> None:
+        """A vCPU ran: what is under the views now is the guest's work."""
+        with self._lock:
+            for each in self.shown:
+                each.content = each.view.tobytes()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            self.shown.clear()
+            for name in ("_pagemap", "_mem"):
+                fd = getattr(self, name)
+                setattr(self, name, -1)
+                if fd >= 0:
+                    os.close(fd)
+
+
+def differing(old: bytes, new: bytes) -> tuple[int, int]:
+    """Return the range [low, high) outside which two contents of one length agree; they differ somewhere."""
+    low, high = 0, len(old)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if old[low:middle] == new[low:middle]:
+            low = middle
+        else:
+            high = middle
+    start = low
+    low, high = start, len(old)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if old[middle:high] == new[middle:high]:
+            high = middle
+        else:
+            low = middle
+    return start, high

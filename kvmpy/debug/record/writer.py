@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a record: each frame reaches the file with one write(2), so that a killed process loses none."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import platform
+import struct
+import sys
+import time
+from pathlib import Path
+from zlib import crc32
+
+import kvmpy
+from kvmpy.debug.record.events import End, Lines, Lost, Pages, Payload
+from kvmpy.debug.record.format import PADDING, PAGE_SIZE, FileHeader
+
+_head = struct.Struct("<IHHIIQQ").pack
+_write = os.write
+# Pages of one frame: enough to compress well, little enough to be lost.
+_BATCH = 256
+_ZEROES = bytes(PAGE_SIZE)
+
+
+def host_summary() -> dict[str, str]:
+    """Return what is known of this host, for the frame HOST."""
+    uname = os.uname()
+    values = {
+        "kvmpy": kvmpy.__version__,
+        "kernel": uname.release,
+        "machine": uname.machine,
+        "cpu": _cpu(),
+        "platform": os.environ.get("KVMPY_PLATFORM", "host"),
+        "command": " ".join(sys.argv)[:1000],
+        "pid": str(os.getpid()),
+        "python": platform.python_version(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "clock": str(time.time_ns() - time.monotonic_ns()),
+        "recorder": "kvmpy",
+    }
+    for module in ("kvm_amd", "kvm_intel", "kvm_pvm"):
+        folder = Path("/sys/module") / module
+        if folder.is_dir():
+            values["module"] = module
+            values["params"] = " ".join([*_params(folder), *_params(Path("/sys/module/kvm"), "kvm.")])
+    return values
+
+
+def _params(folder: Path, prefix: str = "") -> list[str]:
+    found = []
+    for path in sorted((folder / "parameters").glob("*")):
+        try:
+            found.append(f"{prefix}{path.name}={path.read_text().strip()}")
+        except (OSError, UnicodeDecodeError):
+            continue
+    return found
+
+
+def _cpu() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            return next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
+            )
+    except OSError:
+        return ""
+
+
+class RecordWriter:
+    """A record that is being written to *path*, which is replaced; safe for several threads.
+
+    :attr:`order` gives the numbers that put events in order.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], **about: str) -> None:
+        self.path = os.fspath(path)
+        self.fd = os.open(
+            self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644
+        )
+        self.pid = os.getpid()
+        self.order = itertools.count(1).__next__
+        self.frames = 0
+        self.lost = 0
+        self._ids: dict[bytes, int] = {_ZEROES: 0}
+        _write(self.fd, FileHeader().pack())
+        self.put(Lines({**host_summary(), **about}), tid=self.pid)
+
+    def raw(self, kind: int, payload: bytes, tid: int, order: int, time_ns: int, flags: int = 0) -> None:
+        """Write one frame."""
+        size = len(payload)
+        body = _head(size, kind, flags, tid, self.pid, order, time_ns) + payload
+        try:
+            _write(self.fd, b"KVMR" + crc32(body).to_bytes(4, "little") + body + PADDING[size & 7])
+            self.frames += 1
+        except OSError:
+            # No space left, or closed meanwhile: what is recorded must go on.
+            self.lost += 1
+
+    def put(self, payload: Payload, *, tid: int, order: int = 0, time_ns: int = 0, flags: int = 0) -> None:
+        """Write *payload*; order and time default to now."""
+        self.raw(
+            payload.TYPE, payload.pack(), tid, order or self.order(), time_ns or time.monotonic_ns(), flags
+        )
+
+    def page_ids(self, pages: list[bytes], tid: int) -> tuple[int, ...]:
+        """Return the ids of these page contents; those that are new are written first."""
+        known = self._ids
+        fresh: list[bytes] = []
+        found = []
+        for page in pages:
+            ident = known.get(page)
+            if ident is None:
+                ident = known[page] = len(known)
+                fresh.append(page)
+            found.append(ident)
+        first = len(known) - len(fresh)
+        for at in range(0, len(fresh), _BATCH):
+            self.put(Pages(first + at, tuple(fresh[at : at + _BATCH])), tid=tid)
+        return tuple(found)
+
+    def close(self) -> None:
+        """Write the end and close the file; harmless a second time."""
+        if self.fd < 0:
+            return
+        if self.lost:
+            self.put(Lost(self.lost), tid=self.pid)
+        self.put(End(self.frames), tid=self.pid)
+        fd, self.fd = self.fd, -1
+        os.close(fd)
