@@ -59,6 +59,8 @@ guest_vectors:
 	/* What may arrive between an entry from ring 3 and its swapgs. */
 	.if	vector == 1 || vector == 2 || vector == 8 || vector == 18
 	jmp	entry_paranoid
+	.elseif	vector == 29
+	jmp	entry_vc
 	.else
 	jmp	entry_common
 	.endif
@@ -66,21 +68,26 @@ guest_vectors:
 	.endr
 	.size	guest_vectors, . - guest_vectors
 
-	.type	entry_common, @function
-entry_common:
+	.macro	entry name, handler
+	.type	\name, @function
+\name:
 	save_registers
 	testb	$3, FRAME_CS(%rsp)
 	jz	1f
 	swapgs
 1:	cld
 	movq	%rsp, %rdi
-	call	guest_exception
+	call	\handler
 	testb	$3, FRAME_CS(%rsp)
 	jz	2f
 	swapgs
 2:	restore_registers
 	iretq
-	.size	entry_common, . - entry_common
+	.size	\name, . - \name
+	.endm
+
+	entry	entry_common, guest_exception
+	entry	entry_vc, guest_vc
 
 	.type	entry_paranoid, @function
 entry_paranoid:

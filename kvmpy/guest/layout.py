@@ -18,8 +18,11 @@ IMAGE_BASE = 0x0040_0000
 GDT_GVA = 0x07FF_0000
 IDT_GVA = 0x07FF_1000
 XAPIC_GVA = 0x07FF_2000
+SNP_SECRETS_GVA = 0x07FF_3000
+SNP_CPUID_GVA = 0x07FF_4000
 PERCPU_BASE = 0x0800_0000
 UCALL_BASE = 0x0C00_0000
+GHCB_BASE = 0x0E00_0000
 STACK_BASE = 0x1000_0000
 HEAP_BASE = 0x4000_0000
 
@@ -57,8 +60,20 @@ CPU_USER_RSP = 120
 CPU_USER_EXIT = 128
 CPU_X2APIC = 136
 CPU_GHCB = 144
+CPU_GHCB_GPA = 152
+CPU_SEV = 160
+CPU_GHCB_DEPTH = 164
+CPU_ENC_MASK = 168
+CPU_GHCB_MSR = 176
 CPU_SIZE = 256
 CPU_NR_ARGS = 6
+
+PERCPU_GHCB_SAVE = 0x400
+PERCPU_GHCB_SAVE_SIZE = 0xC00
+
+SEV_ES = 1
+SEV_SNP = 2
+SELF_MAP_SLOT = 510
 
 UCALL_PORT = 0xE6
 UCALL_SLOT_SIZE = 512
@@ -81,6 +96,7 @@ ASSERT_GOT_SIGNED = 0x100
 ASSERT_EXPECTED_SIGNED = 0x200
 
 _CPU = struct.Struct("<QIIQQQ6Q")
+_CPU_SEV = struct.Struct("<QQIIQ")
 _SLOT_HEAD = struct.Struct("<QI")
 _SLOT_NEXT = struct.Struct("<Q")
 
@@ -119,12 +135,22 @@ def pack_guest_cpu(
     stack_top: int,
     entry: int,
     args: Sequence[int] = (),
+    ghcb: int = 0,
+    ghcb_gpa: int = 0,
+    sev: int = 0,
+    encryption_mask: int = 0,
 ) -> bytes:
-    """Return the initial ``struct guest_cpu`` of vCPU *index*; addresses are GVAs, *args* at most six."""
+    """Return the initial ``struct guest_cpu`` of vCPU *index*; addresses are GVAs, *args* at most six.
+
+    With a GHCB: its GVA and GPA, and ``SEV_*`` bits.
+    """
     if len(args) > CPU_NR_ARGS:
         raise ValueError(f"a vCPU takes at most {CPU_NR_ARGS} arguments, not {len(args)}")
     values = [int(a) & 0xFFFF_FFFF_FFFF_FFFF for a in args] + [0] * (CPU_NR_ARGS - len(args))
-    return _CPU.pack(percpu, index, apic_id, ucall_slot, stack_top, entry, *values).ljust(CPU_SIZE, b"\0")
+    page = bytearray(CPU_SIZE)
+    _CPU.pack_into(page, 0, percpu, index, apic_id, ucall_slot, stack_top, entry, *values)
+    _CPU_SEV.pack_into(page, CPU_GHCB, ghcb, ghcb_gpa, sev, 0, encryption_mask)
+    return bytes(page)
 
 
 def ucall_id(index: int, slot: int = 0) -> int:

@@ -33,9 +33,15 @@ struct guest_cpu {
 	u64 user_rsp;		/* where guest_user_run() left its stack, or 0 */
 	u64 user_exit;		/* its struct guest_user_exit */
 	u32 x2apic;
-	u32 reserved;
-	u64 ghcb;
-	u64 unused[13];
+	u32 ghcb_saved;		/* a use of the GHCB lies in the save area */
+	void *ghcb;		/* this vCPU's GHCB, or NULL where there are none */
+	u64 ghcb_gpa;
+	u32 sev;		/* KVMPY_SEV_* */
+	u32 ghcb_depth;		/* uses of the GHCB and its MSR that go on */
+	u64 encryption_mask;	/* of page-table entries, 0 without an encryption bit */
+	u64 ghcb_msr;		/* what the GHCB MSR holds, as far as this vCPU knows */
+	u64 dr7;		/* as written last, 0 before that: hypervisors of SEV-ES do not read it */
+	u64 unused[8];
 };
 
 #define KVMPY_CHECK_OFFSET(type, member, offset) \
@@ -52,6 +58,11 @@ KVMPY_CHECK_OFFSET(struct guest_cpu, user_rsp, KVMPY_CPU_USER_RSP);
 KVMPY_CHECK_OFFSET(struct guest_cpu, user_exit, KVMPY_CPU_USER_EXIT);
 KVMPY_CHECK_OFFSET(struct guest_cpu, x2apic, KVMPY_CPU_X2APIC);
 KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb, KVMPY_CPU_GHCB);
+KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb_gpa, KVMPY_CPU_GHCB_GPA);
+KVMPY_CHECK_OFFSET(struct guest_cpu, sev, KVMPY_CPU_SEV);
+KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb_depth, KVMPY_CPU_GHCB_DEPTH);
+KVMPY_CHECK_OFFSET(struct guest_cpu, encryption_mask, KVMPY_CPU_ENC_MASK);
+KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb_msr, KVMPY_CPU_GHCB_MSR);
 _Static_assert(sizeof(struct guest_cpu) == KVMPY_CPU_SIZE, "struct guest_cpu");
 
 static __always_inline struct guest_cpu *guest_cpu(void)

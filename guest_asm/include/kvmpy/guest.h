@@ -15,6 +15,7 @@
 #include <kvmpy/layout.h>
 #include <kvmpy/printf.h>
 #include <kvmpy/processor.h>
+#include <kvmpy/sev.h>
 #include <kvmpy/spinlock.h>
 #include <kvmpy/string.h>
 #include <kvmpy/types.h>

@@ -13,8 +13,11 @@
 #define KVMPY_GDT_GVA			0x07ff0000
 #define KVMPY_IDT_GVA			0x07ff1000
 #define KVMPY_XAPIC_GVA		0x07ff2000
+#define KVMPY_SNP_SECRETS_GVA		0x07ff3000
+#define KVMPY_SNP_CPUID_GVA		0x07ff4000
 #define KVMPY_PERCPU_BASE		0x08000000
 #define KVMPY_UCALL_BASE		0x0c000000
+#define KVMPY_GHCB_BASE			0x0e000000
 #define KVMPY_STACK_BASE		0x10000000
 #define KVMPY_HEAP_BASE			0x40000000
 
@@ -56,8 +59,22 @@
 #define KVMPY_CPU_USER_EXIT		128
 #define KVMPY_CPU_X2APIC		136
 #define KVMPY_CPU_GHCB			144
+#define KVMPY_CPU_GHCB_GPA		152
+#define KVMPY_CPU_SEV			160
+#define KVMPY_CPU_GHCB_DEPTH		164
+#define KVMPY_CPU_ENC_MASK		168
+#define KVMPY_CPU_GHCB_MSR		176
 #define KVMPY_CPU_SIZE			256
 #define KVMPY_CPU_NR_ARGS		6
+
+/* In the first per-CPU page: where a nested use of the GHCB puts what it finds there. */
+#define KVMPY_PERCPU_GHCB_SAVE		0x400
+#define KVMPY_PERCPU_GHCB_SAVE_SIZE	0xc00
+
+/* Bits of guest_cpu.sev, and the top-level page table entry that maps the tables themselves. */
+#define KVMPY_SEV_ES			1
+#define KVMPY_SEV_SNP			2
+#define KVMPY_SELF_MAP_SLOT		510
 
 /* struct guest_ucall_slot: eight to a page, the last one takes what overflows. */
 #define KVMPY_UCALL_PORT		0xe6
