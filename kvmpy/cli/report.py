@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy report``: SNP attestation reports, shown and verified; no KVM is needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kvmpy.cli.measure import hex_bytes, number
+
+if TYPE_CHECKING:
+    from kvmpy.coco.report import Report
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group()
+def report() -> None:
+    """Read SNP attestation reports and check them."""
+
+
+def _read(path: Path) -> Report:
+    """Read a binary report, or one written in hex."""
+    from kvmpy.coco.report import REPORT_SIZE, Report, ReportError
+
+    data = path.read_bytes()
+    if len(data) != REPORT_SIZE:
+        with suppress(ValueError):  # neither: Report says which length is expected
+            data = bytes.fromhex(data.decode("ascii"))
+    try:
+        return Report(data)
+    except ReportError as error:
+        raise ReportError(f"{path}: {error}") from None
+
+
+def _fail(error: Exception) -> None:
+    click.echo(f"kvmpy report: {error}", err=True)
+    sys.exit(1)
+
+
+@report.command()
+@click.argument("file", type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Every field as JSON.")
+def show(file: Path, as_json: bool) -> None:
+    """Print the fields of a report; nothing is checked."""
+    from kvmpy.coco.report import SigningKey
+
+    try:
+        read = _read(file)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    if as_json:
+        click.echo(json.dumps(read.as_dict(), indent=2))
+        return
+    key = read.signing_key
+    words = {
+        "platform_info": ", ".join(
+            flag.name or "" for flag in type(read.platform_info) if flag in read.platform_info
+        ),
+        "key_flags": ", ".join(
+            [
+                f"signed by {key.name if isinstance(key, SigningKey) else f'key {key}'}",
+                *(["author key"] if read.author_key_enabled else []),
+                *(["chip key masked"] if read.chip_key_masked else []),
+            ]
+        ),
+        **{
+            name: str(read.tcb(name))
+            for name in ("current_tcb", "reported_tcb", "committed_tcb", "launch_tcb")
+        },
+    }
+    for name, value in read.as_dict().items():
+        text = f"{value:#x}" if isinstance(value, int) else value
+        click.echo(f"{name:<20} {text}" + (f"  ({words[name]})" if words.get(name) else ""))
+
+
+@report.command()
+@click.argument("file", type=_FILE)
+@click.option("--cert", "certificates", metavar="FILE", type=_FILE, multiple=True, required=True,
+              help="PEM or DER; VCEK or VLEK, ASK or ASVK, and ARK, in one file or several.")  # fmt: skip
+@click.option(
+    "--root", metavar="FILE", type=_FILE, help="The ARK that is trusted; without it the chain's own is."
+)
+@click.option("--policy", type=number(64), help="The policy that is expected.")
+@click.option("--vmpl", type=number(32), help="The VMPL that is expected.")
+@click.option("--measurement", type=hex_bytes(48), help="The launch digest that is expected.")
+@click.option("--host-data", type=hex_bytes(32, shorter=True), help="The host data that are expected.")
+@click.option("--report-data", type=hex_bytes(64, shorter=True), help="The guest's data that are expected.")
+@click.option("--id-key-digest", type=hex_bytes(48), help="The ID key digest that is expected.")
+@click.option("--author-key-digest", type=hex_bytes(48), help="The author key digest that is expected.")
+def verify(
+    file: Path, certificates: tuple[Path, ...], root: Path | None, **stated: int | bytes | None
+) -> None:
+    """Check signature, certificates, chip, TCB, and what is expected of the fields."""
+    from kvmpy.coco.certificates import Chain, load
+    from kvmpy.coco.report import ReportError
+
+    try:
+        read = _read(file)
+        trusted = load([root.read_bytes()]) if root else []
+        if root and len(trusted) != 1:
+            raise ReportError(f"{root}: one root is expected, here are {len(trusted)}")
+        chain = Chain.of(load([path.read_bytes() for path in certificates]))
+        chain.verify_report(read, trusted[0] if trusted else None)
+        read.expect({name: value for name, value in stated.items() if value is not None})
+    except (ValueError, OSError) as error:
+        _fail(error)
+    checked = [
+        "signature",
+        "certificates",
+        "chip",
+        "TCB",
+        *(n for n, value in stated.items() if value is not None),
+    ]
+    click.echo(f"verified: {', '.join(checked)}")
+    signer = chain.root.subject.rfc4514_string()
+    click.echo(
+        f"root: {signer}" + ("" if root else " (taken from the chain itself: give --root to trust one)")
+    )

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The certificates behind an attestation report: VCEK or VLEK, signed by ASK or ASVK, signed by the ARK.
+
+Extensions and signatures as the VCEK certificate and KDS interface specification describes them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.utils import CryptographyDeprecationWarning
+
+from kvmpy.coco.report import Report, ReportError, SigningKey, Tcb
+
+_AMD = "1.3.6.1.4.1.3704.1"
+_SPL = {
+    "bootloader": f"{_AMD}.3.1",
+    "tee": f"{_AMD}.3.2",
+    "snp": f"{_AMD}.3.3",
+    "microcode": f"{_AMD}.3.8",
+    "fmc": f"{_AMD}.3.9",
+}
+_HWID = f"{_AMD}.4"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Certificates from the signer of reports up to the root, which signs itself."""
+
+    leaf: x509.Certificate
+    intermediate: x509.Certificate
+    root: x509.Certificate
+
+    @classmethod
+    def of(cls, certificates: Iterable[x509.Certificate]) -> Chain:
+        """Order three certificates by who signs whom; raises ReportError."""
+        given = list(certificates)
+        if len(given) != 3:
+            raise ReportError(
+                f"a chain is the VCEK or VLEK, the ASK or ASVK and the ARK: 3 certificates, not {len(given)}"
+            )
+        roots = [certificate for certificate in given if certificate.subject == certificate.issuer]
+        if len(roots) != 1:
+            raise ReportError(f"{len(roots)} of the certificates sign themselves; the ARK alone does")
+        rest = [certificate for certificate in given if certificate is not roots[0]]
+        for leaf, intermediate in (rest, rest[::-1]):
+            if leaf.issuer == intermediate.subject and intermediate.issuer == roots[0].subject:
+                return cls(leaf, intermediate, roots[0])
+        names = ", ".join(_name(certificate) for certificate in given)
+        raise ReportError(f"these certificates are no chain: {names}")
+
+    def verify(self, root: x509.Certificate | None = None) -> None:
+        """Check every signature, and that the root is the one that is trusted; raises ReportError.
+
+        Without *root* the chain's own root is trusted: that proves consistency, not where it comes from.
+        """
+        if root is not None and root.public_bytes(Encoding.DER) != self.root.public_bytes(Encoding.DER):
+            raise ReportError(
+                f"the chain ends in {_name(self.root)}, which is not the trusted root {_name(root)}"
+            )
+        for certificate, signer in (
+            (self.root, self.root),
+            (self.intermediate, self.root),
+            (self.leaf, self.intermediate),
+        ):
+            _verify_signed_by(certificate, signer)
+
+    def verify_report(self, report: Report, root: x509.Certificate | None = None) -> None:
+        """Check the chain, the report's signature, and that leaf and report name one chip and one TCB."""
+        self.verify(root)
+        key = self.leaf.public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ReportError(f"the key of {_name(self.leaf)} is no elliptic curve key")
+        report.verify_signature(key)
+        _compare_extensions(self.leaf, report)
+
+
+def load(files: Sequence[bytes]) -> list[x509.Certificate]:
+    """Read certificates from PEM files (any number in each) or DER files; raises ReportError."""
+    found: list[x509.Certificate] = []
+    with warnings.catch_warnings():
+        # The serial number of a VCEK is 0 by AMD's specification, whatever RFC 5280 says.
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        for data in files:
+            try:
+                if b"-----BEGIN CERTIFICATE" in data:
+                    found += x509.load_pem_x509_certificates(data)
+                else:
+                    found.append(x509.load_der_x509_certificate(data))
+            except ValueError as error:
+                raise ReportError(f"no certificate: {error}") from None
+    return found
+
+
+def _name(certificate: x509.Certificate) -> str:
+    return certificate.subject.rfc4514_string() or "a certificate without a name"
+
+
+def _verify_signed_by(certificate: x509.Certificate, signer: x509.Certificate) -> None:
+    """Check one signature; AMD signs with RSA-PSS, the lab with ECDSA."""
+    key, algorithm = signer.public_key(), certificate.signature_hash_algorithm
+    failed = ReportError(f"{_name(certificate)} is not signed by {_name(signer)}")
+    if algorithm is None:
+        raise failed
+    try:
+        if isinstance(key, rsa.RSAPublicKey):
+            parameters = certificate.signature_algorithm_parameters
+            if not isinstance(parameters, (padding.PSS, padding.PKCS1v15)):
+                raise failed
+            key.verify(certificate.signature, certificate.tbs_certificate_bytes, parameters, algorithm)
+        elif isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(certificate.signature, certificate.tbs_certificate_bytes, ec.ECDSA(algorithm))
+        else:
+            raise failed
+    except InvalidSignature:
+        raise failed from None
+
+
+def _extension(certificate: x509.Certificate, oid: str) -> bytes | None:
+    try:
+        extension = certificate.extensions.get_extension_for_oid(x509.ObjectIdentifier(oid)).value
+    except x509.ExtensionNotFound:
+        return None
+    return extension.value if isinstance(extension, x509.UnrecognizedExtension) else None
+
+
+def certified_tcb(certificate: x509.Certificate) -> Tcb | None:
+    """Return the TCB that a VCEK or VLEK is made for, None when the certificate does not say."""
+    levels: dict[str, int] = {}
+    for name, oid in _SPL.items():
+        value = _extension(certificate, oid)
+        if value is not None:
+            # A DER INTEGER: tag 2, length, value.
+            if len(value) < 3 or value[0] != 2 or value[1] != len(value) - 2:
+                raise ReportError(f"{_name(certificate)}: the extension {oid} is no integer")
+            levels[name] = int.from_bytes(value[2:], "big")
+    if not {"bootloader", "tee", "snp", "microcode"} <= set(levels):
+        return None
+    return Tcb(**levels)
+
+
+def _compare_extensions(leaf: x509.Certificate, report: Report) -> None:
+    tcb = certified_tcb(leaf)
+    reported = report.tcb("reported_tcb")
+    if tcb is not None and tcb != reported:
+        raise ReportError(f"the certificate is for TCB {tcb}, the report says {reported}")
+    chip = _extension(leaf, _HWID)
+    # VLEKs belong to no chip, and a masked chip ID is all zeros.
+    if report.signing_key is SigningKey.VLEK or chip is None or not any(report.chip_id):
+        return
+    if chip[:2] == bytes([4, len(chip) - 2]) and len(chip) - 2 in (8, 64):
+        chip = chip[2:]  # a DER OCTET STRING around it
+    if chip != report.chip_id[: len(chip)] or any(report.chip_id[len(chip) :]):
+        raise ReportError(f"the certificate is of chip {chip.hex()}, the report of {report.chip_id.hex()}")
