@@ -121,7 +121,7 @@ class Needs:
         if not wanted:
             return
         try:
-            missing = item.config.stash[REQUIREMENTS].missing(wanted)
+            missing = item.config.stash[REQUIREMENTS].missing(protections.check_traits(item, wanted))
         except ValueError as error:
             pytest.fail(f"marker requires: {error}", pytrace=False)
         if missing:

@@ -29,11 +29,16 @@ MARKERS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of one session. ``deadline`` is in seconds; ``protections`` None means all."""
+    """The values of one session.
+
+    ``deadline`` is in seconds; ``protections`` None means all; ``about_protections`` says why ``auto`` stands
+    for which.
+    """
 
     seed: int
     deadline: float
     protections: tuple[str, ...] | None
+    about_protections: tuple[str, ...]
     run_dangerous: bool
     strict_private: bool
     suite: bool
@@ -65,7 +70,11 @@ def _number(text: str) -> int:
 def add_options(parser: pytest.Parser) -> None:
     """Declare options and ini settings."""
     group = parser.getgroup("kvmpy", "KVM tests")
-    group.addoption("--protection", metavar="P[,P]", help="run only the items under these protections")
+    group.addoption(
+        "--protection",
+        metavar="P[,P]",
+        help="run only the items under these protections; auto: the strongest here",
+    )
     group.addoption(
         "--deadline",
         type=_positive,
@@ -129,15 +138,18 @@ def read_settings(config: pytest.Config) -> Settings:
     wanted = config.getoption("--protection")
     suite = bool(config.getini("kvmpy_suite"))
     protections: tuple[str, ...] | None = None
+    about: tuple[str, ...] = ()
     if wanted is not None:
         from kvmpy.coco import ladder
-        from kvmpy.testing.protections import parse_option
+        from kvmpy.testing.protections import parse_option, resolve_auto
 
-        protections = tuple(parse_option(wanted, ladder.protections()))
+        chosen, about = resolve_auto(parse_option(wanted, ladder.protections()))
+        protections = tuple(chosen)
     return Settings(
         seed=seed,
         deadline=config.getoption("--deadline"),
         protections=protections,
+        about_protections=about,
         run_dangerous=config.getoption("--run-dangerous") or platform_name() != "host",
         strict_private=config.getoption("--strict-private"),
         suite=suite,

@@ -99,7 +99,7 @@ class Session:
         about = f"kvmpy {__version__}: seed {settings.seed}, deadline {settings.deadline:g} s"
         if settings.protections is not None:
             about += f", only protection {', '.join(settings.protections)}"
-        lines = [about, *self.summary.lines()]
+        lines = [about, *settings.about_protections, *self.summary.lines()]
         required = gate.required_names()
         if required:
             lines.append(f"{gate.VARIABLE}: {', '.join(sorted(required))} may not be missing")
