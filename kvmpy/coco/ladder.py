@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from kvmpy.coco.cbit import EmulatedEncryptionBit
 from kvmpy.coco.none import NoProtection
 from kvmpy.coco.sw_protected import SoftwareProtected
@@ -27,6 +30,38 @@ def availability(kvm: Kvm) -> dict[str, Availability]:
     return {protection.name: protection.availability(kvm) for protection in _LADDER}
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The strongest protection that a host offers, and why it is none of the stronger ones."""
+
+    name: str
+    label: str
+    refused: Mapping[str, Availability]
+
+    def lines(self) -> list[str]:
+        """Return the choice as text: what was taken, then a line for each stronger protection with what it
+        lacks and how to get it.
+        """
+        about = f" ({self.label})" if self.label else ""
+        lines = [f"protection auto: {self.name}{about}, the strongest that this host offers"]
+        for name, answer in self.refused.items():
+            what = "; ".join(piece.missing for piece in answer.missing)
+            how = "; ".join(dict.fromkeys(piece.how for piece in answer.missing if piece.how))
+            lines.append(f"  not {name}: needs {what}{f' (get it: {how})' if how else ''}")
+        return lines
+
+
+def choose(kvm: Kvm) -> Choice:
+    """Return the strongest protection that *kvm* offers, with what each stronger one lacks."""
+    refused: dict[str, Availability] = {}
+    for protection in _LADDER:
+        answer = protection.availability(kvm)
+        if answer.available:
+            return Choice(protection.name, protection.label, refused)
+        refused[protection.name] = answer
+    raise MissingError("any protection", "a KVM that makes VMs")
+
+
 def get(name: str) -> Protection:
     """Return the protection *name*; ValueError with the known names when there is none."""
     for protection in _LADDER:
@@ -41,7 +76,7 @@ def resolve(name: str, kvm: Kvm) -> Protection:
     MissingError, naming what is missing, when *kvm* does not offer the one asked for.
     """
     if name == "auto":
-        name = next(found for found, answer in availability(kvm).items() if answer.available)
+        name = choose(kvm).name
     protection = get(name)
     answer = protection.availability(kvm)
     if not answer.available:

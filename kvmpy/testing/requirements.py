@@ -7,7 +7,7 @@ A requirement is a string or a callable:
 - ``KVM_CAP_X``, ``KVM_CAP_X>=N``, ``KVM_CAP_X&MASK``: a capability, its least value, or bits of it
 - ``ioctl:KVM_X``: the capability that the ioctl table names for it
 - ``vm-type:KVM_X86_SEV_VM``: a VM type
-- ``protection:snp``: a protection of the ladder
+- ``protection:snp``: a protection of the ladder; ``trait:NAME``: a trait of the test's own protection
 - ``cpuid:xsave``: a feature in KVM_GET_SUPPORTED_CPUID, by Linux's name
 - ``msr:0x4b564d00``: an MSR in KVM_GET_MSR_INDEX_LIST or the feature MSR list
 - ``param:kvm.ignore_msrs`` or ``param:kvm_amd.sev=Y``: a module parameter (and its value)

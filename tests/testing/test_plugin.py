@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvmpy.coco.kvm import Kvm
+from kvmpy.core.errors import MissingError
 from kvmpy.testing import host
 from kvmpy.testing.gate import insisted, reason_for, required_names
 from kvmpy.testing.itemreports import postmortem_of
@@ -250,6 +252,8 @@ def test_protections_make_one_item_each(suite: Suite) -> None:
         ("protections('nonesuch')", "protection", "unknown protection nonesuch"),
         ("protections('all')", "", "needs the fixture make_vm"),
         ("protections()", "protection", "or name them"),
+        ("protections('all', shines=True)", "protection", "unknown trait shines"),
+        ("requires('trait:shines')", "protection", "unknown trait shines"),
     ],
 )
 def test_a_protections_marker_that_is_wrong(
@@ -259,6 +263,65 @@ def test_a_protections_marker_that_is_wrong(
     result = suite.pytester.runpytest_subprocess(*suite.arguments(), timeout=60)
     assert int(result.ret) != 0
     assert any(complaint in line for line in [*result.outlines, *result.errlines])
+
+
+def test_protections_are_taken_by_their_traits(suite: Suite) -> None:
+    suite.add(
+        "test_a.py",
+        "import pytest\n"
+        "@pytest.mark.protections('all', has_encryption_bit=True, emulated=True)\n"
+        "def test_bit(protection): pass\n"
+        "@pytest.mark.protections('cbit', 'none', has_private_memory=False)\n"
+        "def test_plain(protection): pass\n",
+    )
+    assert set(suite.run().verdicts()) == {"test_bit[cbit]", "test_plain[none]"}
+
+
+def test_a_trait_that_the_protection_lacks_is_a_skip(suite: Suite) -> None:
+    suite.add(
+        "test_a.py",
+        "import pytest\n"
+        "@pytest.mark.requires('trait:has_encryption_bit')\n"
+        "@pytest.mark.protections('cbit', 'none')\n"
+        "def test_bit(protection): pass\n"
+        "@pytest.mark.requires('trait:has_encryption_bit')\n"
+        "def test_without(): pass\n",
+    )
+    outcome = suite.run()
+    assert "has_encryption_bit" not in outcome.reason("test_bit[cbit]")
+    assert "the trait has_encryption_bit, which none has not" in outcome.reason("test_bit[none]")
+    assert "the trait has_encryption_bit" in outcome.reason("test_without")
+
+
+def test_protection_auto_is_the_strongest_and_the_report_says_why_no_stronger(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KVMPY_DEV_KVM")
+    try:
+        with Kvm() as kvm:
+            states = kvm.protections()
+    except MissingError as error:
+        pytest.skip(f"needs KVM: {error}")
+    strongest = next(name for name, state in states.items() if state.available)
+    suite.add(
+        "test_a.py",
+        "import pytest\n@pytest.mark.protections('all')\ndef test_all(protection): pass\n",
+    )
+    outcome = suite.run("--protection=auto")
+    assert outcome.verdicts() == {f"test_all[{strongest}]": "pass"}
+    assert f"protection auto: {strongest}" in outcome.text
+    for name in list(states)[: list(states).index(strongest)]:
+        assert f"  not {name}: needs {states[name].missing[0].missing}" in outcome.text
+
+
+def test_protection_auto_without_kvm_is_a_skip_that_says_so(suite: Suite) -> None:
+    suite.add(
+        "test_a.py",
+        "import pytest\n@pytest.mark.protections('all')\ndef test_all(protection): pass\n",
+    )
+    outcome = suite.run("--protection=auto")
+    assert outcome.verdicts() == {"test_all[none]": "skip"}
+    assert "kvm" in outcome.reason("test_all[none]")
 
 
 def test_an_unknown_protection_option_is_a_usage_error(suite: Suite) -> None:
