@@ -11,6 +11,7 @@
 #include <kvmpy/atomic.h>
 #include <kvmpy/cpu.h>
 #include <kvmpy/exception.h>
+#include <kvmpy/hypercall.h>
 #include <kvmpy/io.h>
 #include <kvmpy/layout.h>
 #include <kvmpy/printf.h>
