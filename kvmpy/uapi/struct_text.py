@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from kvmpy.uapi.constants.irq import IrqChip, IrqRouting
@@ -113,6 +114,21 @@ _MEMBERS: dict[str, tuple[str, dict[int, str]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How much is told: *words* may name a number in a field, *entries* of an open array are shown.
+
+    With *full* no array is shortened.
+    """
+
+    words: Callable[[Struct, Field, int], str | None] | None = None
+    entries: int = 4
+    full: bool = False
+
+
+PLAIN = Style()
+
+
 def active_member(value: Struct) -> str | None:
     """Return the union member that the type field of *value* selects; None where there is no such field."""
     if value.NAME == "kvm_run":
@@ -150,43 +166,59 @@ def _overlap(one: Field, other: Field) -> bool:
     return one.offset < other.offset + other.size and other.offset < one.offset + one.size
 
 
-def describe(value: Struct, member: str | None = None) -> str:
+def describe(value: Struct, member: str | None = None, style: Style = PLAIN) -> str:
     """Return the fields of *value* that are not 0 as ``name=0x1, ...``."""
     parts = []
     inner = active_member(value)
     for field in shown_fields(value, member):
-        text = _text(value, field, inner)
+        text = _text(value, field, inner, style)
         if text:
             parts.append(f"{field.name}={text}")
     return ", ".join(parts)
 
 
-def _text(value: Struct, field: Field, inner: str | None) -> str:
+def _number(value: Struct, field: Field, number: int, style: Style) -> str:
+    words = style.words(value, field, number) if style.words is not None else None
+    if words is not None:
+        return words
+    signed = field.ctype.kind == "primitive" and field.ctype.cname.startswith("int")
+    return (str(number) if signed else hex(number)) if number else ""
+
+
+def _text(value: Struct, field: Field, inner: str | None, style: Style) -> str:
     content = getattr(value, field.attribute)
     if isinstance(content, int):
-        signed = field.ctype.cname.startswith("int")
-        return (str(content) if signed else hex(content)) if content else ""
+        return _number(value, field, content, style)
     if isinstance(content, Struct):
-        text = describe(content, inner if content.IS_UNION else None)
+        text = describe(content, inner if content.IS_UNION else None, style)
         return f"{{{text}}}" if text else ""
     if field.size == 0 and isinstance(value, FlexStruct):
-        return _entries(value)
-    return _array(content) if any(content.to_bytes()) else ""
+        return _entries(value, field, style)
+    return _array(content, style) if any(content.to_bytes()) else ""
 
 
-def _array(content: IntArray | ByteArray | NestedArray | StructArray[Any]) -> str:
+def _array(content: IntArray | ByteArray | NestedArray | StructArray[Any], style: Style) -> str:
     if isinstance(content, StructArray):
-        items = [(number, describe(item)) for number, item in enumerate(content)]
+        items = [(number, describe(item, None, style)) for number, item in enumerate(content)]
         return "[" + ", ".join(f"{number}: {{{text}}}" for number, text in items if text) + "]"
+    if style.full and isinstance(content, ByteArray):
+        return f"<{content.to_bytes().hex()}>"
+    if style.full and isinstance(content, IntArray):
+        return f"[{', '.join(map(hex, content))}]"
     return repr(content)
 
 
-def _entries(value: FlexStruct) -> str:
+def _entries(value: FlexStruct, field: Field, style: Style) -> str:
     count = min(len(value), value.room)
     array = value._array()
     if isinstance(array, ByteArray):
-        return repr(ByteArray(array.cdata, count, value)) if any(array.to_bytes()) else ""
-    shown: list[Any] = list(array[: min(count, 4)])
-    texts = [f"{{{describe(item)}}}" if isinstance(item, Struct) else hex(item) for item in shown]
+        return _array(ByteArray(array.cdata, count, value), style) if any(array.to_bytes()) else ""
+    shown: list[Any] = list(array[: count if style.full else min(count, style.entries)])
+    texts = [
+        f"{{{describe(item, None, style)}}}"
+        if isinstance(item, Struct)
+        else _number(value, field, item, style) or hex(item)
+        for item in shown
+    ]
     more = f", ... {count} entries" if count > len(texts) else ""
     return f"[{', '.join(texts)}{more}]" if texts else ""
