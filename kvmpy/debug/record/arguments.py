@@ -16,7 +16,7 @@ from kvmpy.uapi.ioctl_type import decode
 MOST = 1 << 20
 
 _pack = Packing("<QIBBH").pack
-_buffer = ffi.buffer
+_buffer: Any = ffi.buffer
 _cast = ffi.cast
 _IN, _OUT, _BOTH = int(When.IN), int(When.OUT), int(When.BOTH)
 _ARGUMENT, _NESTED = int(What.ARGUMENT), int(What.NESTED)
@@ -61,7 +61,7 @@ def plan_of(nr: int) -> Plan:
 def struct_chunk(arg: Any, when: int) -> bytes:
     """Return the chunk of a struct that is the argument."""
     cdata = arg.cdata
-    size = arg.nbytes
+    size: int = arg.nbytes
     data: bytes = _buffer(cdata, size)[:]
     return _pack(int(_cast("uintptr_t", cdata)), size, when, _ARGUMENT, 0) + data + PADDING[size & 7]
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two outcomes of one ioctl side by side: what differs, field by field, and what may differ anyway."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvmpy.debug.record.script import Step
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.buffers import struct_class
+from kvmpy.uapi.constants import KVM_EXIT_IO, KVM_EXIT_MMIO, ExitReason
+from kvmpy.uapi.struct_base import FlexStruct, Struct
+from kvmpy.uapi.struct_text import EXIT_MEMBERS
+from kvmpy.uapi.structs import kvm_run
+
+RUN_HEAD = kvm_run.fields()["io"][0]
+REASON_AT = kvm_run.fields()["exit_reason"][0]
+_UNION_END = kvm_run.fields()["kvm_valid_regs"][0]
+
+# Fields that no two runs share: time, counters, which CPU answered. A dot ends a path of which all is meant.
+VOLATILE: dict[str, tuple[str, ...]] = {
+    "KVM_GET_CLOCK": ("",),
+    "KVM_GET_TSC_KHZ": ("",),
+    "KVM_GET_LAPIC": ("regs",),
+    "KVM_GET_PIT": ("",),
+    "KVM_GET_PIT2": ("",),
+    "KVM_GET_SUPPORTED_CPUID": ("entries",),
+    "KVM_GET_SUPPORTED_HV_CPUID": ("entries",),
+    "KVM_XEN_VCPU_GET_ATTR": ("",),
+    "SEV_ISSUE_CMD": ("data",),
+}
+# TSC, APERF and MPERF, TSC deadline, Hyper-V's reference counters.
+_VOLATILE_MSRS = {0x10, 0xE7, 0xE8, 0x6E0, 0x4000_0010, 0x4000_0020, 0x4000_0022}
+_POINTER = re.compile(r"(uaddr|userspace_addr|address|addr|dirty_bitmap|bitmap)(_\w+)?$")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that differs: what it is called, what was recorded, what there is now."""
+
+    name: str
+    recorded: str
+    now: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an ioctl did: the argument behind it, and for KVM_RUN the pieces of the run area."""
+
+    result: int
+    errno: int
+    after: bytes | None = None
+    run: tuple[tuple[int, bytes], ...] = ()
+
+
+def recorded_outcome(step: Step) -> Outcome:
+    """Return what the record says of *step*, an ioctl."""
+    what = step.ioctl
+    if what is None:
+        raise ValueError(f"step {step.index} is no ioctl")
+    after = step.argument.node.after if step.argument is not None and step.argument.node else None
+    return Outcome(what.result, what.errno, after, step.run_out)
+
+
+def result_text(outcome: Outcome) -> str:
+    """Return result and errno as text."""
+    if outcome.result >= 0:
+        return str(outcome.result)
+    return f"-1 {errno.errorcode.get(outcome.errno, str(outcome.errno))}"
+
+
+def differences(step: Step, then: Outcome, now: Outcome) -> list[Difference]:
+    """Return where *now* differs from *then*, but for what may."""
+    found: list[Difference] = []
+    same = then.errno == now.errno and (then.result >= 0) == (now.result >= 0)
+    if same and not step.makes and "" not in _volatile(step):
+        same = then.result == now.result
+    if not same:
+        found.append(Difference("result", result_text(then), result_text(now)))
+    if step.request == ioctls.KVM_RUN.nr:
+        if not (then.result < 0 and now.result < 0 and then.errno == errno.EINTR):
+            found += _run_differences(then, now)
+    elif then.after is not None and now.after is not None and then.after != now.after and not found:
+        found += _struct_differences(step, then.after, now.after)
+    return found
+
+
+def _volatile(step: Step) -> tuple[str, ...]:
+    name = ioctls.BY_NR[step.request].name if step.request in ioctls.BY_NR else ""
+    return VOLATILE.get(name, ())
+
+
+def exit_reason(outcome: Outcome) -> int | None:
+    """Return the exit reason in *outcome*, None where it is not there."""
+    head = next((data for offset, data in outcome.run if offset == 0), b"")
+    return int.from_bytes(head[REASON_AT : REASON_AT + 4], "little") if len(head) >= RUN_HEAD else None
+
+
+def reason_text(reason: int | None) -> str:
+    """Return the name of an exit reason."""
+    if reason is None:
+        return "?"
+    try:
+        return ExitReason(reason).name
+    except ValueError:
+        return f"exit {reason}"
+
+
+def exit_payload(outcome: Outcome) -> dict[str, str]:
+    """Return the fields of an exit that tell it from another, as text."""
+    head = next((data for offset, data in outcome.run if offset == 0), b"")
+    reason = exit_reason(outcome)
+    if reason is None:
+        return {}
+    run = kvm_run.from_bytes(head[: kvm_run.SIZE].ljust(kvm_run.SIZE, b"\0"))
+    member = EXIT_MEMBERS.get(reason, "")
+    if not member:
+        return {}
+    fields = dict(_flat(getattr(run, member), member))
+    if reason == KVM_EXIT_IO:
+        fields.pop("io.data_offset", None)
+        if run.io.direction == 1:
+            data = next((part for offset, part in outcome.run if offset == run.io.data_offset), b"")
+            fields["io.data"] = data.hex()
+    elif reason == KVM_EXIT_MMIO and not run.mmio.is_write:
+        fields.pop("mmio.data", None)
+    elif member == "internal":
+        # The words behind the suberror are for people; some of them are addresses of this boot.
+        fields = {name: text for name, text in fields.items() if name == "internal.suberror"}
+    fields.pop("fail_entry.cpu", None)
+    return fields
+
+
+def _run_differences(then: Outcome, now: Outcome) -> Iterator[Difference]:
+    before, after = exit_reason(then), exit_reason(now)
+    if before is None or after is None:
+        return
+    if before != after:
+        yield Difference("exit_reason", reason_text(before), reason_text(after))
+        return
+    old, new = exit_payload(then), exit_payload(now)
+    for name in old:
+        if old[name] != new.get(name):
+            yield Difference(name, old[name], new.get(name, "-"))
+
+
+def _struct_differences(step: Step, then: bytes, now: bytes) -> Iterator[Difference]:
+    node = step.argument.node if step.argument is not None else None
+    volatile = _volatile(step)
+    if "" in volatile:
+        return
+    if node is None or node.struct is None:
+        yield Difference("argument", then.hex(), now.hex())
+        return
+    kind = struct_class(node.struct)
+    references = {ref.offset for ref in node.refs}
+    try:
+        old, new = dict(_flat(_make(kind, then), "")), dict(_flat(_make(kind, now), ""))
+    except ValueError:
+        yield Difference("argument", then.hex(), now.hex())
+        return
+    pointers = {name for name, (offset, _) in kind.fields().items() if offset in references}
+    for name in old.keys() | new.keys():
+        top = re.split(r"[.\[]", name)[0]
+        if top in volatile or top in pointers or _POINTER.search(name):
+            continue
+        if node.struct == "kvm_msrs" and name.endswith(".data"):
+            index = old.get(name.replace(".data", ".index"), "0")
+            if int(index, 0) in _VOLATILE_MSRS:
+                continue
+        if old.get(name) != new.get(name):
+            yield Difference(name, old.get(name, "-"), new.get(name, "-"))
+
+
+def _make(kind: type[Struct], data: bytes) -> Struct:
+    if issubclass(kind, FlexStruct):
+        return kind.from_bytes(data)
+    return kind.from_bytes(data[: kind.SIZE].ljust(kind.SIZE, b"\0"))
+
+
+def _flat(value: object, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Struct):
+        for attribute in value.FIELDS:
+            yield from _flat(getattr(value, attribute), f"{name}.{attribute}" if name else attribute)
+    elif isinstance(value, int):
+        yield name, hex(value)
+    elif hasattr(value, "to_bytes") and not hasattr(value, "_kind"):
+        yield name, value.to_bytes().hex()
+    else:
+        for number, item in enumerate(value):  # type: ignore[arg-type,var-annotated]
+            yield from _flat(item, f"{name}[{number}]")

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A record as a script that can be carried out again: its addresses and descriptors are references.
+
+Replay executes a script, the C writer prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kvmpy.debug.record.events import (
+    Chunk,
+    Close,
+    Deadline,
+    Event,
+    FileCall,
+    Ioctl,
+    Kick,
+    Map,
+    Memory,
+    Object,
+    Unmap,
+    Write,
+)
+from kvmpy.debug.record.format import MEMORY_INITIAL, ObjectKind, What, When
+from kvmpy.debug.record.model import Entry, Record
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.buffers import BUFFERS, Buffer, children_of, field_place
+
+# Where arguments hold host addresses, beside the pointers that BUFFERS knows.
+ADDRESSES: dict[int, tuple[str, ...]] = {
+    ioctls.KVM_SET_USER_MEMORY_REGION.nr: ("userspace_addr",),
+    ioctls.KVM_SET_USER_MEMORY_REGION2.nr: ("userspace_addr",),
+    ioctls.KVM_MEMORY_ENCRYPT_REG_REGION.nr: ("addr",),
+    ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION.nr: ("addr",),
+}
+# Where they hold file descriptors.
+DESCRIPTORS: dict[int, tuple[str, ...]] = {
+    ioctls.KVM_SET_USER_MEMORY_REGION2.nr: ("guest_memfd",),
+    ioctls.KVM_IRQFD.nr: ("fd", "resamplefd"),
+    ioctls.KVM_IOEVENTFD.nr: ("fd",),
+    ioctls.KVM_HYPERV_EVENTFD.nr: ("fd",),
+    ioctls.KVM_MEMORY_ENCRYPT_OP.nr: ("sev_fd",),
+}
+_SLOT_OPS = (ioctls.KVM_SET_USER_MEMORY_REGION.nr, ioctls.KVM_SET_USER_MEMORY_REGION2.nr)
+# Capabilities whose first argument is a VM's descriptor.
+_VM_FD_CAPS = (197, 206)
+_USER_END = 1 << 47
+_LARGEST = 1 << 42
+
+
+@dataclass(eq=False)
+class Region:
+    """Host memory that guests use: [start, end) in the recorded process.
+
+    *object* is the guest_memfd or vCPU that was mapped there, at *offset*; 0 for anonymous memory.
+    """
+
+    start: int
+    end: int
+    object: int = 0
+    offset: int = 0
+    since: int = 0
+    until: int = 1 << 63
+    initial: list[tuple[int, bytes]] = field(default_factory=list, repr=False)
+    number: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+
+@dataclass(eq=False)
+class Node:
+    """Memory that an ioctl's argument consists of: *data*, and what must be put into it."""
+
+    data: bytes
+    struct: str | None = None
+    refs: list[Ref] = field(default_factory=list)
+    after: bytes | None = None
+    what: Buffer | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ref:
+    """At *offset* of a node lie *size* bytes that name something: a region, a node, an object, nothing."""
+
+    offset: int
+    size: int
+    value: int
+    region: Region | None = None
+    node: Node | None = None
+    object: int = 0
+    bad: bool = False
+
+
+@dataclass(eq=False)
+class Step:
+    """One thing to do; *after* and *during* name steps that must have ended and begun by then."""
+
+    index: int
+    entry: Entry
+    thread: int
+    after: tuple[int, ...] = ()
+    during: tuple[int, ...] = ()
+    argument: Ref | None = None
+    run_in: tuple[tuple[int, bytes], ...] = ()
+    run_out: tuple[tuple[int, bytes], ...] = ()
+    makes: int = 0
+    region: Region | None = None
+    data: bytes = field(default=b"", repr=False)
+
+    @property
+    def ioctl(self) -> Ioctl | None:
+        """The ioctl, where it is one."""
+        return self.entry.what if isinstance(self.entry.what, Ioctl) else None
+
+    @property
+    def request(self) -> int:
+        """The request number, 0 where it is no ioctl."""
+        return self.entry.what.request if isinstance(self.entry.what, Ioctl) else 0
+
+
+@dataclass
+class Script:
+    """All steps in order, the memory they use, and the objects that exist without an ioctl."""
+
+    record: Record
+    steps: list[Step]
+    regions: list[Region]
+    objects: dict[int, Object]
+    threads: list[int]
+
+
+class _Builder:
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.objects = record.objects
+        self.regions: list[Region] = []
+        self.numbers: dict[int, int] = {}
+        self.made: dict[int, int] = {each.made_by: each.id for each in self.objects.values() if each.made_by}
+
+    # Memory.
+
+    def find_regions(self) -> None:
+        """Collect the memory that is mapped or that slots use, with the time in which it exists."""
+        for entry in self.record.entries:
+            what = entry.what
+            if isinstance(what, Unmap):
+                for region in self.regions:
+                    if (
+                        region.until > entry.order
+                        and what.address <= region.start < what.address + what.length
+                    ):
+                        region.until = entry.order
+            elif isinstance(what, Map):
+                self._claim(what.address, what.length, entry.order, what.object, what.offset)
+            elif isinstance(what, Ioctl) and what.request in _SLOT_OPS and what.argument_in:
+                raw = what.argument_in
+                size, address = (int.from_bytes(raw[at : at + 8], "little") for at in (16, 24))
+                if 0 < size <= _LARGEST and address >= 0x10000 and address + size < _USER_END:
+                    self._claim(address & ~0xFFF, size + (address & 0xFFF), entry.order)
+            elif isinstance(what, Memory) and what.flags & MEMORY_INITIAL:
+                # Content that a VM begins with is there as soon as the memory is.
+                place = self.region_at(what.address, entry.order)
+                if place is not None:
+                    place.initial.append((what.address - place.start, self.record.content(what)))
+        for number, region in enumerate(self.regions):
+            region.number = number
+
+    def _claim(self, start: int, size: int, order: int, ident: int = 0, offset: int = 0) -> None:
+        end = start + size
+        for region in self.regions:
+            if region.until <= order or end <= region.start or region.end <= start:
+                continue
+            if ident or region.object:
+                if ident:
+                    region.until = order
+                    continue
+                return
+            added = region.start - min(region.start, start)
+            region.initial = [(at + added, data) for at, data in region.initial]
+            region.start, region.end = min(region.start, start), max(region.end, end)
+            return
+        self.regions.append(Region(start, end, ident, offset, order))
+
+    def region_at(self, address: int, order: int) -> Region | None:
+        for region in self.regions:
+            if region.start <= address < region.end and order < region.until:
+                return region
+        return None
+
+    # Arguments.
+
+    def argument(self, entry: Entry, what: Ioctl) -> Ref | None:
+        """Return the reference that is the argument, None where it is a plain number."""
+        buffer = BUFFERS.get(what.request)
+        before, after = what.argument_in, what.argument_out
+        if before is None and after is None:
+            if buffer is None or not what.arg:
+                return None
+            return Ref(0, 8, what.arg, bad=True)
+        if not (before or after):
+            return Ref(0, 8, what.arg, bad=True)
+        node = self._node(entry, what, buffer, before, after)
+        for name in ADDRESSES.get(what.request, ()):
+            self._address(entry, node, *self._place(buffer, name))
+        for name in DESCRIPTORS.get(what.request, ()):
+            self._descriptor(node, *self._place(buffer, name))
+        if what.request == ioctls.KVM_ENABLE_CAP.nr and _number(node.data, 0, 4) in _VM_FD_CAPS:
+            self._descriptor(node, 8, 8)
+        return Ref(0, 8, what.arg, node=node)
+
+    @staticmethod
+    def _place(buffer: Buffer | None, name: str) -> tuple[int, int]:
+        if buffer is None or buffer.struct is None:
+            raise ValueError(f"no struct has the field {name}")
+        return field_place(buffer.struct, name)
+
+    def _node(
+        self, entry: Entry, what: Ioctl, buffer: Buffer | None, before: bytes | None, after: bytes | None
+    ) -> Node:
+        data = before if before is not None else bytes(len(after or b""))
+        if after is not None:
+            data = data.ljust(len(after), b"\0")
+        node = Node(data, None if buffer is None else buffer.struct, after=after, what=buffer)
+        if buffer is not None:
+            self._pointers(entry, what, buffer, node)
+        return node
+
+    def _pointers(self, entry: Entry, what: Ioctl, buffer: Buffer, node: Node) -> None:
+        selected = None
+        if buffer.select:
+            offset, size = buffer.place(buffer.select)
+            selected = _number(node.data, offset, size)
+        for child in children_of(buffer, selected):
+            offset, size = buffer.place(child.pointer)
+            value = _number(node.data, offset, size)
+            if not value or offset + size > len(node.data):
+                continue
+            region = self.region_at(value, entry.order)
+            before, after = what.chunk(value, When.IN), what.chunk(value, When.OUT)
+            if region is not None:
+                node.refs.append(Ref(offset, size, value, region=region))
+            elif before or after:
+                inner = self._node(entry, what, child, before, after)
+                node.refs.append(Ref(offset, size, value, node=inner))
+            else:
+                node.refs.append(Ref(offset, size, value, bad=True))
+
+    def _address(self, entry: Entry, node: Node, offset: int, size: int) -> None:
+        value = _number(node.data, offset, size)
+        region = self.region_at(value, entry.order) if value else None
+        if region is not None:
+            node.refs.append(Ref(offset, size, value, region=region))
+        elif 0x10000 <= value < _USER_END:
+            node.refs.append(Ref(offset, size, value, bad=True))
+
+    def _descriptor(self, node: Node, offset: int, size: int) -> None:
+        value = _number(node.data, offset, size)
+        ident = self.numbers.get(value)
+        if ident is not None:
+            node.refs.append(Ref(offset, size, value, object=ident))
+
+    # Steps.
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps without their order between threads."""
+        index = 0
+        for entry in self.record.entries:
+            what = entry.what
+            step = Step(index, entry, 0)
+            if isinstance(what, Object):
+                self.numbers[what.fd] = what.id
+                if what.made_by:
+                    continue
+            elif isinstance(what, Ioctl):
+                self._ioctl_step(step, what)
+            elif isinstance(what, (Write, Memory)):
+                step.region = self.region_at(what.address, entry.order)
+                step.data = what.data if isinstance(what, Write) else self.record.content(what)
+                initial = isinstance(what, Memory) and what.flags & MEMORY_INITIAL
+                if step.region is None or initial:
+                    continue
+            elif isinstance(what, Map):
+                if isinstance(what, Unmap) or not what.object:
+                    continue
+                step.region = next(
+                    (r for r in self.regions if r.since == entry.order and r.object == what.object), None
+                )
+            elif not isinstance(what, (Close, Kick, Deadline, FileCall, Event)):
+                continue
+            yield step
+            index += 1
+
+    def _ioctl_step(self, step: Step, what: Ioctl) -> None:
+        step.makes = self.made.get(step.entry.order, 0)
+        if step.makes:
+            self.numbers[self.objects[step.makes].fd] = step.makes
+        if what.request == ioctls.KVM_RUN.nr:
+            area = next(
+                (r for r in self.regions if r.object == what.object and r.since <= what.end_order), None
+            )
+            start = area.start if area is not None else 0
+            chunks = [each for each in what.chunks if each.what == What.RUN]
+            step.run_in = tuple(_placed(chunks, start, When.IN))
+            step.run_out = tuple(_placed(chunks, start, When.OUT))
+        else:
+            step.argument = self.argument(step.entry, what)
+
+
+def _placed(chunks: list[Chunk], start: int, when: int) -> Iterator[tuple[int, bytes]]:
+    for chunk in chunks:
+        if chunk.when & when:
+            # A recorder that saw no mapping leaves no way to place more than the first chunk.
+            yield (chunk.address - start if start else 0), chunk.data
+
+
+def _number(data: bytes, offset: int, size: int) -> int:
+    return int.from_bytes(data[offset : offset + size], "little")
+
+
+def _order(steps: list[Step]) -> list[int]:
+    """Give each step its thread and what it waits for; return the recorded thread ids, main first."""
+    threads: dict[int, int] = {}
+    last: list[list[Step]] = []
+    waited: list[dict[int, int]] = []
+    for step in steps:
+        tid = step.entry.frame.tid
+        number = threads.setdefault(tid, len(threads))
+        if number == len(last):
+            last.append([])
+            waited.append({})
+        step.thread = number
+        after, during = [], []
+        for other, theirs in enumerate(last):
+            if other == number or not theirs:
+                continue
+            done = next((s for s in reversed(theirs) if 0 < s.entry.end < step.entry.order), None)
+            if done is not None and waited[number].get(other, -1) < done.index:
+                after.append(done.index)
+                waited[number][other] = done.index
+            if theirs[-1].entry.end > step.entry.order:
+                during.append(theirs[-1].index)
+        step.after, step.during = tuple(after), tuple(during)
+        last[number].append(step)
+    return list(threads)
+
+
+def build(record: Record) -> Script:
+    """Return *record* as a script."""
+    builder = _Builder(record)
+    builder.find_regions()
+    steps = list(builder.steps())
+    threads = _order(steps)
+    return Script(record, steps, builder.regions, builder.objects, threads)
+
+
+def is_kind(script: Script, ident: int, kind: ObjectKind) -> bool:
+    """Tell whether the object *ident* is of *kind*."""
+    found = script.objects.get(ident)
+    return found is not None and found.kind == kind

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live counterpart of a script: descriptors, mappings and vCPUs that stand for the recorded ones."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from typing import Any
+
+from kvmpy.debug.record.compare import Outcome
+from kvmpy.debug.record.events import Event, FileCall, Kick, Object
+from kvmpy.debug.record.format import FILE_FALLOCATE, ObjectKind
+from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
+from kvmpy.uapi import ffi, ioctls, lib
+from kvmpy.uapi.structs import kvm_run
+
+_NORESERVE = 0x4000
+_UNION_END = kvm_run.fields()["kvm_valid_regs"][0]
+_IO = kvm_run.fields()["io"][0]
+_BAD_FD = 1 << 20
+# A run that goes on for so much longer than it did is stuck.
+PATIENCE_NS = 5_000_000_000
+_RUN_EXIT, _RUN_UCALL, _RUN_KICKED, _RUN_DEADLINE = 0, 1, 2, 3
+_DIRTY_RING_PAGE = 64
+
+
+class ReplayError(RuntimeError):
+    """A step that cannot be carried out here; the text says which and why."""
+
+
+class World:
+    """Carries out the steps of *script* one by one, on request of whoever keeps the order."""
+
+    def __init__(self, script: Script, device: str = "/dev/kvm") -> None:
+        self.script = script
+        self._device = device
+        self.fds: dict[int, int] = {}
+        self._areas: dict[Region, mmap.mmap] = {}
+        self._vcpus: dict[int, Any] = {}
+        self._bad: mmap.mmap | None = None
+        for region in script.regions:
+            if region.object == 0:
+                self._map(region, -1)
+
+    # Memory.
+
+    def _map(self, region: Region, fd: int) -> None:
+        if fd < 0:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+            area = mmap.mmap(-1, region.size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            area = mmap.mmap(
+                fd, region.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=region.offset
+            )
+        self._areas[region] = area
+        for offset, data in region.initial:
+            area[offset : offset + len(data)] = data
+
+    def address(self, region: Region) -> int:
+        """Return where *region* lies now; an address that cannot be used where it could not be made."""
+        area = self._areas.get(region)
+        return self.bad_address() if area is None else int(ffi.cast("uintptr_t", ffi.from_buffer(area)))
+
+    def bad_address(self) -> int:
+        """Return an address that faults whoever touches it."""
+        if self._bad is None:
+            self._bad = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0)
+        return int(ffi.cast("uintptr_t", ffi.from_buffer(self._bad)))
+
+    # Steps.
+
+    def do(self, step: Step) -> Outcome | None:
+        """Carry *step* out; the outcome where it is an ioctl."""
+        what = step.entry.what
+        if step.ioctl is not None:
+            return self._run(step) if step.request == ioctls.KVM_RUN.nr else self._ioctl(step)
+        if isinstance(what, Object):
+            self._open(what)
+        elif step.region is not None and not step.data:
+            if step.region.object in self.fds:
+                with contextlib.suppress(OSError):
+                    self._map(step.region, self.fds[step.region.object])
+        elif step.region is not None:
+            self._write(step)
+        elif isinstance(what, Kick):
+            vcpu = self._vcpus.get(what.object)
+            if vcpu is not None:
+                lib.kvmpy_vcpu_kick(vcpu)
+        elif isinstance(what, FileCall):
+            if what.call == FILE_FALLOCATE and what.object in self.fds:
+                lib.kvmpy_fallocate(self.fds[what.object], what.mode, what.offset, what.length)
+        elif isinstance(what, Event):
+            if what.object in self.fds:
+                os.eventfd_write(self.fds[what.object], what.value)
+        elif hasattr(what, "object") and type(what).__name__ == "Close":
+            self._close(what.object)
+        return None
+
+    def _write(self, step: Step) -> None:
+        region = step.region
+        area = self._areas.get(region) if region is not None else None
+        if region is None or area is None:
+            return
+        offset = step.entry.what.address - region.start  # type: ignore[union-attr]
+        area[offset : offset + len(step.data)] = step.data
+
+    def _open(self, what: Object) -> None:
+        if what.kind == ObjectKind.SYSTEM:
+            self.fds[what.id] = os.open(self._device, os.O_RDWR | os.O_CLOEXEC)
+        elif what.kind == ObjectKind.EVENTFD:
+            self.fds[what.id] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        elif what.kind == ObjectKind.SEV:
+            with contextlib.suppress(OSError):
+                self.fds[what.id] = os.open("/dev/sev", os.O_RDWR | os.O_CLOEXEC)
+        elif what.kind == ObjectKind.MEMFD:
+            self.fds[what.id] = os.memfd_create("kvmpy", os.MFD_CLOEXEC)
+        elif what.kind == ObjectKind.OTHER and what.name.startswith("/dev/"):
+            with contextlib.suppress(OSError):
+                self.fds[what.id] = os.open(what.name, os.O_RDWR | os.O_CLOEXEC)
+        elif what.kind in (ObjectKind.VM, ObjectKind.VCPU):
+            raise ReplayError(
+                f"{what.name} existed before recording began: the record does not say how it was made"
+            )
+
+    def _ioctl(self, step: Step) -> Outcome:
+        what = step.ioctl
+        if what is None or what.object not in self.fds:
+            raise ReplayError(f"step {step.index}: its file descriptor does not exist here")
+        keep: list[Any] = []
+        place: Any = None
+        if step.argument is None:
+            value = what.arg
+        elif step.argument.node is not None:
+            place = self._fill(step.argument.node, keep)
+            value = int(ffi.cast("uintptr_t", place))
+        else:
+            value = self._value(step.argument, keep)
+        if step.request == ioctls.KVM_RESET_DIRTY_RINGS.nr:
+            self._harvest(what.result)
+        result = lib.kvmpy_ioctl(self.fds[what.object], what.request, value)
+        number = ffi.errno if result < 0 else 0
+        after = None
+        if place is not None and step.argument is not None and step.argument.node is not None:
+            after = bytes(ffi.buffer(place, len(step.argument.node.data)))
+        if step.makes and result >= 0:
+            self._made(step, result, after)
+        return Outcome(result, number, after)
+
+    def _made(self, step: Step, result: int, after: bytes | None) -> None:
+        fd = result
+        if step.request == ioctls.KVM_CREATE_DEVICE.nr and after is not None:
+            fd = int.from_bytes(after[4:8], "little")
+        if step.request == ioctls.KVM_CREATE_GUEST_MEMFD.nr:
+            os.set_inheritable(fd, False)
+        self.fds[step.makes] = fd
+
+    def _fill(self, node: Node, keep: list[Any]) -> Any:
+        raw = ffi.new("uint64_t[]", (len(node.data) + 7) // 8 + 1)
+        keep.append(raw)
+        place = ffi.cast("uint8_t *", raw)
+        ffi.memmove(place, node.data, len(node.data))
+        for ref in node.refs:
+            value = self._value(ref, keep)
+            ffi.memmove(
+                place + ref.offset, (value & (1 << 8 * ref.size) - 1).to_bytes(ref.size, "little"), ref.size
+            )
+        return place
+
+    def _value(self, ref: Ref, keep: list[Any]) -> int:
+        if ref.region is not None:
+            return self.address(ref.region) + ref.value - ref.region.start
+        if ref.node is not None:
+            return int(ffi.cast("uintptr_t", self._fill(ref.node, keep)))
+        if ref.object:
+            return self.fds.get(ref.object, _BAD_FD)
+        # What nobody could read keeps its alignment, and cannot be read here either.
+        return self.bad_address() + (ref.value & 0xFFF) if 0x1000 <= ref.value < 1 << 47 else ref.value
+
+    def _vcpu(self, step: Step) -> tuple[Any, mmap.mmap]:
+        what = step.ioctl
+        ident = what.object if what is not None else 0
+        region = next((r for r in self._areas if r.object == ident), None)
+        if region is None:
+            region = Region(0, self._mmap_size(), ident)
+            if ident not in self.fds:
+                raise ReplayError(f"step {step.index}: the vCPU does not exist here")
+            self._map(region, self.fds[ident])
+        area = self._areas[region]
+        vcpu = self._vcpus.get(ident)
+        if vcpu is None:
+            # lifetime: the mapping lives until close(), which drops the vCPU first.
+            vcpu = lib.kvmpy_vcpu_new(self.fds[ident], ffi.cast("struct kvm_run *", ffi.from_buffer(area)))
+            self._vcpus[ident] = vcpu
+        return vcpu, area
+
+    def _mmap_size(self) -> int:
+        fd = next(
+            fd for ident, fd in self.fds.items() if self.script.objects[ident].kind == ObjectKind.SYSTEM
+        )
+        return int(lib.kvmpy_ioctl(fd, ioctls.KVM_GET_VCPU_MMAP_SIZE.nr, 0))
+
+    def prepare(self, step: Step) -> None:
+        """Make what a KVM_RUN needs, before anybody may kick it."""
+        if step.request == ioctls.KVM_RUN.nr:
+            self._vcpu(step)
+
+    def _run(self, step: Step) -> Outcome:
+        vcpu, area = self._vcpu(step)
+        what = step.ioctl
+        if what is None:
+            raise ReplayError(f"step {step.index} is no ioctl")
+        for offset, data in step.run_in:
+            area[offset : offset + len(data)] = data
+        took = max(0, what.end_ns - step.entry.frame.time_ns)
+        interrupted = what.result < 0 and what.errno == errno.EINTR
+        patience = max(2 * took, 1_000_000) if interrupted else PATIENCE_NS + 20 * took
+        if interrupted and self._will_be_kicked(step):
+            patience += PATIENCE_NS
+        lib.kvmpy_vcpu_deadline(vcpu, patience)
+        how = int(lib.kvmpy_vcpu_run(vcpu))
+        number = 0 if how in (_RUN_EXIT, _RUN_UCALL) else int(vcpu.err)
+        return Outcome(-1 if number else 0, number, None, tuple(self._pieces(area)))
+
+    def _will_be_kicked(self, step: Step) -> bool:
+        what = step.ioctl
+        if what is None:
+            return False
+        return any(
+            isinstance(each.entry.what, Kick)
+            and each.entry.what.object == what.object
+            and step.entry.order < each.entry.order < what.end_order
+            for each in self.script.steps
+        )
+
+    @staticmethod
+    def _pieces(area: mmap.mmap) -> list[tuple[int, bytes]]:
+        head = area[:_UNION_END]
+        found = [(0, head)]
+        if head[8:12] == b"\2\0\0\0":
+            size = head[_IO + 1] * int.from_bytes(head[_IO + 4 : _IO + 8], "little")
+            offset = int.from_bytes(head[_IO + 8 : _IO + 16], "little")
+            if offset + size <= len(area):
+                found.append((offset, area[offset : offset + size]))
+        return found
+
+    def _harvest(self, count: int) -> None:
+        # The program marked entries of the dirty rings as collected: as many as were reset.
+        for region, area in self._areas.items():
+            owner = self.script.objects.get(region.object)
+            if owner is None or owner.kind != ObjectKind.VCPU:
+                continue
+            at = _DIRTY_RING_PAGE * 4096
+            while at + 16 <= len(area) and count > 0:
+                if area[at] & 3 == 1:
+                    area[at] = area[at] | 2
+                    count -= 1
+                at += 16
+
+    # The end.
+
+    def _close(self, ident: int) -> None:
+        vcpu = self._vcpus.pop(ident, None)
+        if vcpu is not None:
+            lib.kvmpy_vcpu_free(vcpu)
+        for region in [r for r in self._areas if r.object == ident]:
+            owner = self.script.objects.get(ident)
+            if owner is not None and owner.kind == ObjectKind.VCPU:
+                self._areas.pop(region).close()
+        fd = self.fds.pop(ident, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close and unmap everything."""
+        for ident in sorted(self.fds, reverse=True):
+            self._close(ident)
+        for area in self._areas.values():
+            area.close()
+        self._areas.clear()
+        if self._bad is not None:
+            self._bad.close()
+            self._bad = None
