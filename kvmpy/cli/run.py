@@ -80,6 +80,8 @@ def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ..
         ("protection", "--protection"),
         ("seed", "--kvmpy-seed"),
         ("deadline", "--deadline"),
+        ("record", "--record"),
+        ("record_dir", "--record-dir"),
     ):
         if options.get(option) is not None:
             args += [flag, str(options[option])]
@@ -111,6 +113,12 @@ def _list(args: list[str]) -> int:
 @click.option("--protection", metavar="P[,P]", help="Only under these protections.")
 @click.option("--seed", metavar="N", help="Repeat a run's random choices.")
 @click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
+@click.option(
+    "--record",
+    type=click.Choice(["failures", "all"]),
+    help="Record every test's ioctls and keep the records of failures or of all tests.",
+)
+@click.option("--record-dir", metavar="DIR", help="Where records go (default kvmpy-records).")
 @click.option("--dangerous", is_flag=True, help="Also run what can crash an unfixed host.")
 @click.pass_context
 def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> None:

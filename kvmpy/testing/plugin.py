@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvmpy import __version__
-from kvmpy.testing import gate, host, options, protections
+from kvmpy.testing import gate, host, options, protections, recording
 from kvmpy.testing.errata import BUILTIN, ErrataError, load
 from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
 from kvmpy.testing.fixtures import _protection as protection
@@ -29,6 +29,7 @@ __all__ = ["deadline", "kvm", "make_vm", "protection", "rng", "seed", "vm"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare options and ini settings."""
     options.add_options(parser)
+    recording.add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LeakCheck(settings.leaks), "kvmpy-leaks")
     config.pluginmanager.register(Needs(settings), "kvmpy-needs")
     config.pluginmanager.register(ItemReports(settings, errata, host.facts()), "kvmpy-items")
+    recording.register(config)
     if hasattr(config, "workerinput"):
         return
     config.pluginmanager.register(Session(config, settings), "kvmpy-session")

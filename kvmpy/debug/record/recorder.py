@@ -149,6 +149,11 @@ class Recorder:
             self.note(outcome="failed", error=f"{type(error).__name__}: {error}")
         self.stop()
 
+    @property
+    def used(self) -> bool:
+        """Whether any ioctl was recorded."""
+        return bool(self._ids) or self.writer.frames > 1
+
     def note(self, **values: str) -> None:
         """Add a remark to the record."""
         self.writer.put(Note(values), tid=self._tid())
