@@ -56,7 +56,13 @@ def copy_in(vm: GuestVm, vcpu: GuestVcpu, image: Sequence[tuple[Gpa, int]]) -> N
         jobs = []
         for gpa, size in image:
             base, segment = staged[int(vm.memory.find(gpa, size).gpa)]
-            jobs.append((base + int(gpa) - int(segment.gpa), int(gpa), size))
+            if segment.private is None:
+                continue
+            # What the host never touched is zero, as is a new guest_memfd.
+            for offset, part in segment.private.touched(int(gpa) - int(segment.gpa), size):
+                jobs.append((base + offset, int(segment.gpa) + offset, part))
+        if not jobs:
+            return
         work = b"".join(_JOB.pack(source, target, size // 8) for source, target, size in jobs)
         work += _JOB.pack(0, 0, 0)
         area_size = _area_size(len(work), jobs)

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import mmap
 import os
+from array import array
 from dataclasses import dataclass
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M
@@ -19,6 +20,7 @@ _MAP_NORESERVE = 0x4000  # not in the mmap module before Python 3.13
 _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
 _MFD_HUGETLB = 0x4
+_PAGEMAP_SWAPPED_BIT = 62  # bit 63: present (Documentation/admin-guide/mm/pagemap.rst)
 _HUGE_KIB = {SIZE_2M: 2048, SIZE_1G: 1048576}
 
 
@@ -53,6 +55,30 @@ class Mapping:
             raise ValueError("the mapping is closed")
         skip = self.hva - int(ffi.cast("uintptr_t", ffi.from_buffer(self._area)))
         self._area.madvise(advice, skip + offset, self.size - offset if size is None else size)
+
+    def touched(self, offset: int, size: int) -> list[tuple[int, int]]:
+        """Return the parts ``(offset, bytes)`` of a range, in whole pages, that anybody ever wrote or read;
+        the rest of anonymous memory is zero.
+
+        From /proc/self/pagemap; the whole range where that cannot be read.
+        """
+        first, last = offset // PAGE_SIZE, -(-(offset + size) // PAGE_SIZE)
+        base = self.hva // PAGE_SIZE
+        entries = array("Q")
+        try:
+            with open("/proc/self/pagemap", "rb", buffering=0) as table:
+                entries.frombytes(os.pread(table.fileno(), 8 * (last - first), 8 * (base + first)))
+        except OSError:
+            return [(offset, size)]
+        parts: list[tuple[int, int]] = []
+        for page, entry in enumerate(entries, first):
+            if not entry >> _PAGEMAP_SWAPPED_BIT:
+                continue
+            if parts and sum(parts[-1]) == page * PAGE_SIZE:
+                parts[-1] = (parts[-1][0], parts[-1][1] + PAGE_SIZE)
+            else:
+                parts.append((page * PAGE_SIZE, PAGE_SIZE))
+        return parts
 
     @property
     def closed(self) -> bool:

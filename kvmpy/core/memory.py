@@ -392,6 +392,11 @@ class PageAllocator:
                 first += -first % step
         return None
 
+    @property
+    def recycled(self) -> BitMap:
+        """Frames that were handed out and taken back, and not handed out again."""
+        return BitMap(self._recycled)
+
     def free(self, gpa: Gpa, pages: int = 1) -> None:
         """Take *pages* pages back; ValueError when one of them was not handed out."""
         first = gpa.gfn

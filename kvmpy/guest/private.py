@@ -84,11 +84,12 @@ class VmPrivate(Vm):
         return self._runs(self.memory.private)
 
     def private_image(self) -> list[tuple[Gpa, int]]:
-        """Return the private pages in use as runs (gpa, bytes) within one slot: what a launch brings in.
+        """Return the private pages as runs (gpa, bytes) within one slot, without those that the allocator
+        took back: what a launch brings in.
 
         Before launch their content is at ``vm.memory.hva(gpa, private=True)``, contiguous within a run.
         """
-        return self._runs(self.memory.private & self.allocator.used)
+        return self._runs(self.memory.private - self.allocator.recycled)
 
     def _runs(self, frames: BitMap) -> list[tuple[Gpa, int]]:
         return frame_runs(frames, (segment.gpa.gfn for segment in self.memory.segments()))
