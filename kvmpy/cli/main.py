@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "what kvmpy costs beside bare C loops, in one run",
     "doctor": "what this host offers, protection by protection, and what is missing",
     "faults": "page faults and conversions of a VM as KVM sees them, live and decoded",
+    "html": "JSON reports, of one kernel or several, as one HTML page",
     "lab": "kernels under QEMU, and the selftests inside them: no /dev/kvm needed",
     "measure": "what an SNP launch will measure, and ID blocks for it: no KVM needed",
     "ps": "every VM on this machine: its process, vCPUs with their threads, memory, exits",

@@ -77,6 +77,7 @@ def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ..
         ("json", "--kvmpy-json"),
         ("ktap", "--ktap"),
         ("junit", "--junitxml"),
+        ("html", "--kvmpy-html"),
         ("protection", "--protection"),
         ("seed", "--kvmpy-seed"),
         ("deadline", "--deadline"),
@@ -109,6 +110,7 @@ def _list(args: list[str]) -> int:
 @click.option("--json", metavar="FILE", help="Write the verdicts as JSON.")
 @click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
 @click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
+@click.option("--html", metavar="FILE", help="Write one HTML page: verdicts, reasons, memory maps, ioctls.")
 @click.option("--list", "listing", is_flag=True, help="List the tests, run none.")
 @click.option("--protection", metavar="P[,P]", help="Only under these protections.")
 @click.option("--seed", metavar="N", help="Repeat a run's random choices.")

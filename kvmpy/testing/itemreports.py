@@ -12,7 +12,7 @@ import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,6 +22,9 @@ from kvmpy.testing.fixtures import REQUIREMENTS, VMS
 from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
 from kvmpy.testing.verdicts import Missing, suite_id
+
+if TYPE_CHECKING:
+    from kvmpy.testing.evidence import IoctlTail
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 # Names inside a MissingError's text by which KVMPY_REQUIRE can insist.
@@ -131,14 +134,23 @@ class Needs:
 class ItemReports:
     """Plugin object of every process that runs tests."""
 
-    def __init__(self, settings: Settings, errata: Sequence[Erratum], facts: HostFacts) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        errata: Sequence[Erratum],
+        facts: HostFacts,
+        tail: IoctlTail | None = None,
+    ) -> None:
         self._settings = settings
         self._errata = errata
         self._facts = facts
+        self._tail = tail
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         """Turn a MissingError that leaves a fixture into a skip with its reason."""
+        if self._tail is not None:
+            self._tail.clear()
         return (yield from self._or_missing(item))
 
     @pytest.hookimpl(wrapper=True)
@@ -166,6 +178,12 @@ class ItemReports:
         if report.failed:
             item.stash[FAILED] = True
             self._postmortem(item, call, report, data)
+            if self._tail is not None:
+                data["ioctls"] = self._tail.lines()
+        if call.when == "call" and (report.failed or self._settings.evidence) and item.stash.get(VMS, []):
+            from kvmpy.testing.evidence import maps_of
+
+            data["memory_maps"] = maps_of(item.stash[VMS])
         if report.skipped:
             data["missing"] = [[entry.what, entry.how] for entry in item.stash.get(gate.MISSING_KEY, [])]
         if report.skipped and not hasattr(report, "wasxfail"):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ def document(
     growth: float = 0.0,
 ) -> dict[str, Any]:
     """Return the report as JSON-ready values; *duration* is in seconds, *growth* in bytes with every test."""
+    maps: dict[str, int] = {}
+    tests = [entry.as_dict() for entry in verdicts]
+    for test in tests:
+        test["memory_maps"] = [_told_once(entry, maps) for entry in test["memory_maps"]]
     return {
         "schema": SCHEMA,
         "kvmpy": __version__,
@@ -36,12 +40,20 @@ def document(
         "exit_status": exit_status,
         "summary": tally(verdicts),
         "memory_growth_per_test": round(growth),
-        "tests": [entry.as_dict() for entry in verdicts],
+        "tests": tests,
+        "memory_maps": [json.loads(text) for text in maps],
         "not_run": list(not_run),
         "skips": [
             {"missing": what, "how": how, "tests": tests} for what, how, tests in skips_by_reason(verdicts)
         ],
     }
+
+
+def _told_once(entry: Mapping[str, Any], maps: dict[str, int]) -> dict[str, Any]:
+    # Most VMs of a session look alike: a map stands once in the report, whatever its VM is called.
+    values = dict(entry)
+    name = values.pop("vm", "vm")
+    return {"vm": name, "map": maps.setdefault(json.dumps(values), len(maps))}
 
 
 def write_text(path: Path, text: str) -> None:

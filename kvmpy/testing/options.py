@@ -46,6 +46,8 @@ class Settings:
     leaks: str
     json: Path | None
     ktap: Path | None
+    html: Path | None
+    evidence: bool
     journal: Path | None
     errata: tuple[Path, ...]
 
@@ -90,6 +92,12 @@ def add_options(parser: pytest.Parser) -> None:
     )
     group.addoption("--kvmpy-json", metavar="FILE", help="write the verdicts as JSON")
     group.addoption("--ktap", metavar="FILE", help="write the verdicts as KTAP version 1")
+    group.addoption("--kvmpy-html", metavar="FILE", help="write the verdicts as one HTML page")
+    group.addoption(
+        "--kvmpy-evidence",
+        action="store_true",
+        help="keep memory maps of all tests' VMs and the last ioctls of failures (--kvmpy-html does so, too)",
+    )
     group.addoption("--kvmpy-table", action="store_true", help="print the verdict table at the end")
     group.addoption(
         "--run-dangerous", action="store_true", help="also run tests that can crash an unfixed host"
@@ -157,6 +165,8 @@ def read_settings(config: pytest.Config) -> Settings:
         leaks=leaks,
         json=_path(config.getoption("--kvmpy-json")),
         ktap=_path(config.getoption("--ktap")),
+        html=_path(config.getoption("--kvmpy-html")),
+        evidence=bool(config.getoption("--kvmpy-evidence") or config.getoption("--kvmpy-html")),
         journal=_path(config.getoption("--kvmpy-journal")),
         errata=tuple(Path(name).absolute() for name in config.getoption("--kvmpy-errata")),
     )

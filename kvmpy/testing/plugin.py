@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,6 +22,9 @@ from kvmpy.testing.leakcheck import LeakCheck, uses_kvmpy
 from kvmpy.testing.options import SETTINGS
 from kvmpy.testing.requirements import Requirements
 from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results
+
+if TYPE_CHECKING:
+    from kvmpy.testing.evidence import IoctlTail
 
 __all__ = ["deadline", "kvm", "make_vm", "protection", "rng", "seed", "vm"]
 
@@ -45,7 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     config.pluginmanager.register(LeakCheck(settings.leaks), "kvmpy-leaks")
     config.pluginmanager.register(Needs(settings), "kvmpy-needs")
-    config.pluginmanager.register(ItemReports(settings, errata, host.facts()), "kvmpy-items")
+    tail = _attach_tail(config) if settings.evidence else None
+    config.pluginmanager.register(ItemReports(settings, errata, host.facts(), tail), "kvmpy-items")
     recording.register(config)
     if hasattr(config, "workerinput"):
         return
@@ -56,6 +60,16 @@ def pytest_configure(config: pytest.Config) -> None:
         journal = Journal(config, settings.journal, settings.seed)
         config.pluginmanager.register(journal, "kvmpy-journal")
         config.add_cleanup(journal.close)
+
+
+def _attach_tail(config: pytest.Config) -> IoctlTail:
+    from kvmpy.core import observe
+    from kvmpy.testing.evidence import IoctlTail
+
+    tail = IoctlTail()
+    observe.add(tail)
+    config.add_cleanup(lambda: observe.remove(tail))
+    return tail
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -80,7 +94,9 @@ class Session:
         self._settings = settings
         self._started = time.monotonic()
         self._summary: host.HostSummary | None = None
-        self._concerned = settings.suite or settings.table or bool(settings.json or settings.ktap)
+        self._concerned = (
+            settings.suite or settings.table or bool(settings.json or settings.ktap or settings.html)
+        )
         self.results = Results(host.platform_name())
         config.pluginmanager.register(self.results, "kvmpy-results")
 
@@ -129,8 +145,8 @@ class Session:
         result = yield
         if self.results.growth() >= GROWTH_FAILS and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if self._settings.json is not None:
-            self._write_json(int(session.exitstatus))
+        if self._settings.json is not None or self._settings.html is not None:
+            self._write_documents(int(session.exitstatus))
         if self._settings.ktap is not None:
             from kvmpy.testing import json_report, ktap
 
@@ -138,7 +154,7 @@ class Session:
             json_report.write_text(self._settings.ktap, text)
         return result
 
-    def _write_json(self, exit_status: int) -> None:
+    def _write_documents(self, exit_status: int) -> None:
         from kvmpy.testing import json_report
 
         values = json_report.document(
@@ -152,6 +168,10 @@ class Session:
         )
         if self._settings.json is not None:
             json_report.write(self._settings.json, values)
+        if self._settings.html is not None:
+            from kvmpy.testing import html
+
+            json_report.write_text(self._settings.html, html.render([values]))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the verdict table and what else there is to know."""

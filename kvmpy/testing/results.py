@@ -83,6 +83,8 @@ def judge(nodeid: str, reports: Sequence[pytest.TestReport], platform: str) -> T
         duration=sum(report.duration for report in reports),
         postmortem=data.get("postmortem"),
         details=details,
+        ioctls=tuple(data.get("ioctls", ())),
+        memory_maps=tuple(data.get("memory_maps", ())),
     )
 
 

@@ -37,7 +37,8 @@ class TestVerdict:
 
     ``id`` is the test's name inside its suite, the same for a checkout and an installed kvmpy; ``promise`` is
     the first line of its docstring; ``protection`` is None for a test that creates no VM through ``make_vm``;
-    ``platform`` is ``host`` or the name of the emulated platform; ``duration`` is in seconds.
+    ``platform`` is ``host`` or the name of the emulated platform; ``duration`` is in seconds.  ``ioctls`` and
+    ``memory_maps`` are what :mod:`kvmpy.testing.evidence` kept.
     """
 
     __test__ = False
@@ -55,6 +56,8 @@ class TestVerdict:
     duration: float = 0.0
     postmortem: str | None = None
     details: str = field(default="", repr=False)
+    ioctls: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    memory_maps: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -62,6 +65,8 @@ class TestVerdict:
         values["verdict"] = self.verdict.value
         values["missing"] = list(self.missing)
         values["how"] = list(self.how)
+        values["ioctls"] = list(self.ioctls)
+        values["memory_maps"] = list(self.memory_maps)
         values["duration"] = round(self.duration, 6)
         return values
 

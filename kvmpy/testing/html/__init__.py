@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One or several JSON reports as one HTML page: one file, no network, and nothing of a test's text is ever
+markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from kvmpy import __version__
+from kvmpy.testing.json_report import SCHEMA
+from kvmpy.testing.verdicts import Verdict
+
+MATRIX_SCHEMA = "kvmpy-lab-matrix/1"
+NO_VM = "no VM"
+WORDS = {
+    Verdict.PASS: "passed",
+    Verdict.FAIL: "failed",
+    Verdict.SKIP: "skipped",
+    Verdict.XFAIL: "failed as expected",
+    Verdict.LOST: "lost",
+}
+
+
+class ReportError(ValueError):
+    """A file is no report that can be shown."""
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def script_json(values: Any) -> str:
+    """Return *values* as JSON for inside a script element: no character of it can end the element."""
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    for character in ("<", ">", "&", "\u2028", "\u2029"):
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> Environment:
+    # autoescape for every template: this one's name ends in .j2.
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["plural"] = lambda count, word: f"{count:,} {word}{'' if count == 1 else 's'}"
+    return environment
+
+
+def reports_in(document: Any, name: str) -> list[dict[str, Any]]:
+    """Return the reports that a parsed JSON file holds: one of a run, or several of ``kvmpy lab run
+    --matrix``.
+
+    ReportError when it is neither; *name* is the file's name for the message.
+    """
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema == SCHEMA:
+        return [document]
+    if schema == MATRIX_SCHEMA:
+        return [
+            {**report, "name": kernel}
+            for kernel, report in document["reports"].items()
+            if report.get("tests")
+        ]
+    if isinstance(schema, str) and schema.startswith("kvmpy-report/"):
+        raise ReportError(f"{name} is a report of format {schema}; this kvmpy reads {SCHEMA}")
+    raise ReportError(f"{name} is no JSON report of kvmpy")
+
+
+def base_id(identifier: str, protection: str | None) -> str:
+    """Return a test's id without the parameter that names its protection: it is the same for all of them."""
+    if protection is None:
+        return identifier
+    name = re.escape(protection)
+    head, bracket, parameters = identifier.partition("[")
+    if not bracket:
+        return identifier
+    shorter = re.sub(rf"(?:^|-){name}(?=-|$)", "", parameters.removesuffix("]"), count=1).removeprefix("-")
+    return f"{head}[{shorter}]" if shorter else head
+
+
+def _run(report: Mapping[str, Any], name: str) -> dict[str, Any]:
+    host = report["host"]
+    return {
+        "name": name,
+        "kernel": host["kernel"],
+        "cpu": host["cpu"],
+        "modules": host["vendor_modules"],
+        "platform": report["platform"],
+        "accelerator": host.get("accelerator", ""),
+        "kvm": "" if host["kvm"] else host["kvm_missing"],
+        "types": host["vm_types"],
+        "protections": [{"name": key, **value} for key, value in host["protections"].items()],
+        "kvmpy": report["kvmpy"],
+        "seed": report["seed"],
+        "duration": report["duration"],
+        "status": report["exit_status"],
+        "summary": report["summary"],
+        "not_run": report["not_run"],
+        "growth": report["memory_growth_per_test"],
+    }
+
+
+def _names(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    names: list[str] = []
+    for report in reports:
+        kernel = str(report["host"]["kernel"]).partition(" ")[0]
+        name = str(report.get("name") or kernel)
+        if report["platform"] != "host" and len(reports) > 1:
+            name = f"{name} ({report['platform']})"
+        again = sum(known == name or known.startswith(f"{name} #") for known in names)
+        names.append(f"{name} #{again + 1}" if again else name)
+    return names
+
+
+def _cell(test: Mapping[str, Any], column: int, maps: Mapping[int, int]) -> dict[str, Any]:
+    cell: dict[str, Any] = {
+        "c": column,
+        "v": test["verdict"],
+        "d": round(test["duration"], 4),
+        "id": test["id"],
+    }
+    for short, key in (("reason", "reason"), ("details", "details"), ("pm", "postmortem"), ("io", "ioctls")):
+        if test.get(key):
+            cell[short] = test[key]
+    if test.get("missing"):
+        cell["missing"] = list(zip(test["missing"], test["how"], strict=True))
+    if test.get("memory_maps"):
+        cell["maps"] = [[entry["vm"], maps[entry["map"]]] for entry in test["memory_maps"]]
+    return cell
+
+
+def page_data(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the page's script shows: runs, columns (run and protection), and a row for each test."""
+    runs = [_run(report, name) for report, name in zip(reports, _names(reports), strict=True)]
+    columns: list[dict[str, Any]] = []
+    for number, report in enumerate(reports):
+        used = {test["protection"] for test in report["tests"]}
+        known = [None, *reversed(list(report["host"]["protections"]))]
+        others = sorted(name for name in used if name not in known)
+        for protection in [name for name in [*known, *others] if name in used]:
+            about = report["host"]["protections"].get(protection, {})
+            columns.append(
+                {
+                    "run": number,
+                    "protection": protection,
+                    "name": protection or NO_VM,
+                    "label": about.get("label", ""),
+                }
+            )
+    place = {(column["run"], column["protection"]): at for at, column in enumerate(columns)}
+    rows: dict[str, dict[str, Any]] = {}
+    maps: dict[str, int] = {}
+    for number, report in enumerate(reports):
+        told = report.get("memory_maps", [])
+        renumbered = {at: maps.setdefault(json.dumps(entry), len(maps)) for at, entry in enumerate(told)}
+        for test in report["tests"]:
+            identifier = base_id(test["id"], test["protection"])
+            row = rows.setdefault(
+                identifier, {"id": identifier, "area": test["area"], "promise": test["promise"], "cells": []}
+            )
+            row["cells"].append(_cell(test, place[number, test["protection"]], renumbered))
+    return {
+        "runs": runs,
+        "columns": columns,
+        "rows": list(rows.values()),
+        "maps": [json.loads(text) for text in maps],
+    }
+
+
+def _headline(totals: Mapping[str, int]) -> tuple[str, str]:
+    bad = totals["fail"] + totals["lost"]
+    if bad:
+        return "bad", f"{bad:,} did not hold"
+    if totals["pass"]:
+        return "good", "everything that ran held"
+    return "none", "nothing was shown to hold"
+
+
+def render(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page for *reports* (documents of :mod:`kvmpy.testing.json_report`), the first one's columns
+    first.
+
+    The page loads nothing, and its policy (CSP) lets no script run but its own.
+    """
+    if not reports:
+        raise ReportError("there is no report to show")
+    data = page_data(reports)
+    totals = {
+        verdict.value: sum(report["summary"][verdict.value] for report in reports) for verdict in Verdict
+    }
+    script = _asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    bad = [
+        (data["columns"][cell["c"]], cell)
+        for row in data["rows"]
+        for cell in row["cells"]
+        if cell["v"] in ("fail", "lost")
+    ]
+    tone, headline = _headline(totals)
+    template = _environment().from_string(_asset("page.html.j2"))
+    return template.render(
+        version=__version__,
+        runs=data["runs"],
+        totals=totals,
+        words={verdict.value: word for verdict, word in WORDS.items()},
+        tests=sum(totals.values()),
+        tone=tone,
+        headline=headline,
+        bad=bad,
+        # Markup by hand: style and script are kvmpy's own files, the data cannot leave its element.
+        css=_asset("page.css"),
+        script=script,
+        script_hash=digest,
+        data=script_json(data),
+    )
