@@ -184,7 +184,7 @@ class VmPrivate(Vm):
     def _private_in_tables(self, private: BitMap, frames: BitMap) -> BitMap:
         # Pages that the tables do not map, and tables out of the host's reach, contradict nobody.
         answer = BitMap(private)
-        if self.memory.seal is not None and self.memory.is_private(self.from_raw_cr3()):
+        if self.memory.seal is not None and self.memory.is_private(self.page_table_root):
             return answer
         for start, gpa, length in self._known:
             for offset in range(0, length, PAGE_SIZE):
@@ -201,7 +201,8 @@ class VmPrivate(Vm):
                     answer.discard(gfn)
         return answer
 
-    def from_raw_cr3(self) -> Gpa:
-        """Return where the root of the guest's page tables lies."""
+    @property
+    def page_table_root(self) -> Gpa:
+        """Where the root of the guest's page tables lies."""
         raw = self.pages.cr3
         return Gpa(int(raw)) if self.encryption is None else self.encryption.from_raw(raw)[0]

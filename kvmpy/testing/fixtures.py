@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvmpy.core.backing import Backing
     from kvmpy.core.vm import Vm
     from kvmpy.guest.program import GuestProgram
+    from kvmpy.guest.protection import Traits
     from kvmpy.guest.vm import GuestVm
     from kvmpy.uapi.structs import kvm_cpuid2
 
@@ -81,6 +82,13 @@ class MakeVm:
         )
         self.made.append(vm)
         return vm
+
+    @property
+    def traits(self) -> Traits:
+        """What the test's protection can and cannot do."""
+        from kvmpy.coco import ladder
+
+        return ladder.get(self.protection).traits
 
     def close(self) -> None:
         """Close every VM, the youngest first; vCPUs that a failed test left running are stopped."""
