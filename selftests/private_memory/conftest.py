@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest that accesses memory as it is told, and a range of its memory that is slots with a guest_memfd."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import pytest
+
+from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa, Gva
+from kvmpy.core.backing import Anonymous, Mapping
+from kvmpy.core.exits import MemoryFaultExit
+from kvmpy.core.gmem import GuestMemfd
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE
+
+PRIVATE = KVM_MEMORY_ATTRIBUTE_PRIVATE
+GPA = Gpa(0x8000_0000)
+GVA = Gva(0x70_0000_0000)
+FIRST_SLOT = 1000
+
+READ, WRITE, FETCH, FILL, CHECK, HYPERCALL, SPIN, ZEROES = range(8)
+
+# Each vCPU does what its order says and shows the result; addresses are guest-virtual.
+GUEST = """
+#include <kvmpy/guest.h>
+
+enum { READ, WRITE, FETCH, FILL, CHECK, HYPERCALL, SPIN, ZEROES };
+
+struct order {
+	u64 what;
+	u64 address;
+	u64 value;
+	u64 size;
+};
+
+GUEST_SHARED struct order orders[8];
+/* How often a vCPU went round in SPIN, and its end. */
+GUEST_SHARED volatile u64 rounds[8];
+GUEST_SHARED volatile u64 stop;
+
+static u64 map_gpa_range(u64 gpa, u64 pages, u64 attributes)
+{
+	u64 result = 12; /* KVM_HC_MAP_GPA_RANGE */
+
+	/* "Auth": AMD's instruction is another one. */
+	if (cpuid(0, 0).ebx == 0x68747541)
+		asm volatile("vmmcall" : "+a"(result) : "b"(gpa), "c"(pages), "d"(attributes) : "memory");
+	else
+		asm volatile("vmcall" : "+a"(result) : "b"(gpa), "c"(pages), "d"(attributes) : "memory");
+	return result;
+}
+
+/* The first and the last word of each page: @value plus the number of the page. */
+static void fill(u64 address, u64 size, u64 value)
+{
+	for (u64 i = 0; i < size; i += 4096) {
+		*(volatile u64 *)(address + i) = value + i / 4096;
+		*(volatile u64 *)(address + i + 4088) = value + i / 4096;
+	}
+}
+
+/* How many pages are not as fill() left them; the first of them plus one in the upper half. */
+static u64 check(u64 address, u64 size, u64 value, u64 step)
+{
+	u64 bad = 0, first = 0;
+
+	for (u64 i = 0; i < size; i += 4096) {
+		u64 want = value + step * (i / 4096);
+
+		if (*(volatile u64 *)(address + i) == want && *(volatile u64 *)(address + i + 4088) == want)
+			continue;
+		if (!bad++)
+			first = i / 4096 + 1;
+	}
+	return bad | first << 32;
+}
+
+/* Reads @address until @stop; the number of values that were neither 0, @a nor @b. */
+static u64 spin(u64 address, u64 a, u64 b)
+{
+	u64 strange = 0;
+
+	while (!stop) {
+		u64 value = *(volatile u64 *)address;
+
+		strange += value != 0 && value != a && value != b;
+		rounds[guest_cpu_index()]++;
+	}
+	return strange;
+}
+
+void guest_main(void)
+{
+	struct order *shared = &orders[guest_cpu_index()];
+
+	GUEST_SYNC();
+	for (;;) {
+		struct order o = *(volatile struct order *)shared;
+		u64 result = 0;
+
+		switch (o.what) {
+		case READ:
+			result = *(volatile u64 *)o.address;
+			break;
+		case WRITE:
+			*(volatile u64 *)o.address = o.value;
+			break;
+		case FETCH:
+			result = ((u64 (*)(void))o.address)();
+			break;
+		case FILL:
+			fill(o.address, o.size, o.value);
+			break;
+		case CHECK:
+			result = check(o.address, o.size, o.value, 1);
+			break;
+		case HYPERCALL:
+			result = map_gpa_range(o.address, o.size, o.value);
+			break;
+		case SPIN:
+			result = spin(o.address, o.value, o.size);
+			break;
+		case ZEROES:
+			result = check(o.address, o.size, 0, 0);
+			break;
+		}
+		GUEST_SYNC(result);
+	}
+}
+"""
+
+
+@dataclass
+class Part:
+    """One slot of the range: *pages* pages at *first*, backed by *gmem* from *offset* on (None: plain)."""
+
+    slot: int
+    first: int
+    pages: int
+    mapping: Mapping
+    gmem: GuestMemfd | None
+    offset: int = 0
+
+
+@dataclass
+class Region:
+    """Pages of guest memory at GPA, numbered from 0, that a guest with one or more vCPUs accesses.
+
+    Every slot has host memory for shared pages and, mostly, a guest_memfd for private ones.  The first
+    access launches the VM.
+    """
+
+    vm: GuestVm
+    pages: int
+    parts: list[Part] = field(default_factory=list)
+
+    # The guest's side.
+
+    def order(self, what: int, address: int, value: int = 0, size: int = PAGE_SIZE, *, cpu: int = 0) -> None:
+        """Tell a vCPU what to do; it does it when it runs."""
+        self.launch()
+        orders = self.vm.symbol("orders")
+        packed = bytearray(orders.bytes)
+        struct.pack_into("<4Q", packed, 32 * cpu, what, address, value, size)
+        orders.bytes = bytes(packed)
+
+    def launch(self) -> None:
+        """Launch the VM, once, and run every vCPU to where it waits for orders."""
+        if not self.vm.launched:
+            self.vm.launch()
+            for vcpu in self.vm.vcpus:
+                vcpu.sync()
+
+    def result(self, cpu: int = 0) -> int:
+        """Run a vCPU to the end of its order and return the result."""
+        return self.vm.vcpus[cpu].sync().args[0]
+
+    def do(
+        self, what: int, page: int, value: int = 0, *, pages: int = 1, offset: int = 0, cpu: int = 0
+    ) -> int:
+        """Let a vCPU do one thing to pages of the range, to its end."""
+        self.order(what, int(self.gva(page)) + offset, value, pages * PAGE_SIZE, cpu=cpu)
+        return self.result(cpu)
+
+    def read(self, page: int, offset: int = 0, *, cpu: int = 0) -> int:
+        """What the guest reads."""
+        return self.do(READ, page, offset=offset, cpu=cpu)
+
+    def write(self, page: int, value: int, offset: int = 0, *, cpu: int = 0) -> None:
+        """Let the guest write."""
+        self.do(WRITE, page, value, offset=offset, cpu=cpu)
+
+    def fill(self, first: int, pages: int, value: int) -> None:
+        """Let the guest write *value*, counting up from page to page, into the ends of pages."""
+        self.do(FILL, first, value, pages=pages)
+
+    def check(self, first: int, pages: int, value: int) -> None:
+        """Let the guest find what :meth:`fill` wrote."""
+        bad = self.do(CHECK, first, value, pages=pages)
+        assert bad == 0, f"{bad & 0xFFFF_FFFF} of {pages} pages differ, page {first + (bad >> 32) - 1} first"
+
+    def check_zero(self, first: int, pages: int) -> None:
+        """Let the guest find nothing but zeroes at the ends of pages."""
+        bad = self.do(ZEROES, first, pages=pages)
+        assert bad == 0, (
+            f"{bad & 0xFFFF_FFFF} of {pages} pages are not zero, page {first + (bad >> 32) - 1} first"
+        )
+
+    def fault(
+        self, what: int, page: int, value: int = 0, *, offset: int = 0, cpu: int = 0
+    ) -> MemoryFaultExit:
+        """Let the guest access a page, and return the memory fault that this must end in."""
+        self.order(what, int(self.gva(page)) + offset, value, cpu=cpu)
+        return self.vm.vcpus[cpu].expect(MemoryFaultExit)
+
+    # The host's side.
+
+    def gpa(self, page: int) -> Gpa:
+        """The guest-physical address of a page."""
+        return GPA + page * PAGE_SIZE
+
+    def gva(self, page: int) -> Gva:
+        """The guest-virtual address of a page."""
+        return GVA + page * PAGE_SIZE
+
+    def part(self, page: int) -> Part:
+        """The slot that holds a page."""
+        return next(part for part in self.parts if part.first <= page < part.first + part.pages)
+
+    def host(self, page: int, size: int = PAGE_SIZE, offset: int = 0) -> memoryview:
+        """The shared memory of a page as the host sees it."""
+        part = self.part(page)
+        return part.mapping.view((page - part.first) * PAGE_SIZE + offset, size)
+
+    def host_read(self, page: int, offset: int = 0) -> int:
+        """A word of the shared memory of a page."""
+        return int.from_bytes(self.host(page, 8, offset), "little")
+
+    def host_write(self, page: int, value: int, offset: int = 0) -> None:
+        """Write a word of the shared memory of a page."""
+        self.host(page, 8, offset)[:] = value.to_bytes(8, "little")
+
+    def convert(self, first: int, pages: int, *, private: bool) -> None:
+        """Make pages private or shared in KVM: one ioctl, whatever slots they lie in."""
+        self.vm.set_memory_attributes(self.gpa(first), pages * PAGE_SIZE, PRIVATE if private else 0)
+
+    def _in_files(self, first: int, pages: int) -> Iterator[tuple[GuestMemfd, int, int]]:
+        for part in self.parts:
+            start, end = max(first, part.first), min(first + pages, part.first + part.pages)
+            if start < end and part.gmem is not None:
+                yield part.gmem, part.offset + (start - part.first) * PAGE_SIZE, (end - start) * PAGE_SIZE
+
+    def punch(self, first: int, pages: int) -> None:
+        """Give the private memory of pages back."""
+        for gmem, offset, size in self._in_files(first, pages):
+            gmem.punch_hole(offset, size)
+
+    def allocate(self, first: int, pages: int) -> None:
+        """Allocate the private memory of pages in advance."""
+        for gmem, offset, size in self._in_files(first, pages):
+            gmem.allocate(offset, size)
+
+    def bind(self, part: Part) -> None:
+        """Give a slot to KVM (again)."""
+        flags = 0 if part.gmem is None else KVM_MEM_GUEST_MEMFD
+        self.vm.set_user_memory_region2(
+            part.slot,
+            self.gpa(part.first),
+            part.pages * PAGE_SIZE,
+            part.mapping.hva,
+            flags,
+            gmem=part.gmem,
+            gmem_offset=part.offset,
+        )
+
+    def unbind(self, part: Part) -> None:
+        """Take a slot from KVM; its memory stays."""
+        self.vm.set_user_memory_region(part.slot, self.gpa(part.first), 0, 0)
+
+    def add(
+        self,
+        first: int,
+        pages: int,
+        *,
+        gmem: GuestMemfd | bool = True,
+        offset: int = 0,
+        huge: str = "never",
+    ) -> Part:
+        """Add a slot: with a guest_memfd of its own, the given one, or none."""
+        made = self.vm.create_guest_memfd(pages * PAGE_SIZE) if gmem is True else gmem or None
+        mapping = self.vm.own(Anonymous(huge).map(pages * PAGE_SIZE))
+        part = Part(FIRST_SLOT + len(self.parts), first, pages, mapping, made, offset)
+        self.bind(part)
+        self.parts.append(part)
+        return part
+
+    def stats(self) -> dict[str, int]:
+        """The counters of the VM and of its first vCPU that have one value."""
+        found = {**self.vm.get_stats(), **self.vm.vcpus[0].get_stats()}
+        return {name: value.value for name, value in found.items() if len(value.values) == 1}
+
+
+class MakeRegion(Protocol):
+    """Makes a range of *pages* pages, in slots of the given sizes (default: one)."""
+
+    def __call__(
+        self,
+        pages: int = 16,
+        *,
+        slots: Sequence[int] | None = None,
+        vcpus: int = 1,
+        gmem: bool = True,
+        huge: str = "never",
+        mapped: int | None = None,
+        program: str = GUEST,
+    ) -> Region: ...
+
+
+def map_region(region: Region, pages: int) -> None:
+    """Map the range for the guest, in 4 KiB pages, executable."""
+    region.vm.map(GVA, GPA, pages * PAGE_SIZE, page_size=PAGE_SIZE, private=False)
+
+
+@pytest.fixture
+def make_region(make_vm: MakeVm) -> MakeRegion:
+    """Make a VM whose guest has a range of memory that can be private, beside its own memory."""
+
+    def make(
+        pages: int = 16,
+        *,
+        slots: Sequence[int] | None = None,
+        vcpus: int = 1,
+        gmem: bool = True,
+        huge: str = "never",
+        mapped: int | None = None,
+        program: str = GUEST,
+    ) -> Region:
+        vm = make_vm(program, vcpus=vcpus, memory=16 << 20)
+        region = Region(vm, pages)
+        first = 0
+        for size in slots if slots is not None else [pages]:
+            region.add(first, size, gmem=gmem, huge=huge)
+            first += size
+        map_region(region, mapped or pages)
+        return region
+
+    return make
+
+
+@pytest.fixture
+def region(make_region: MakeRegion) -> Region:
+    """Sixteen pages in one slot."""
+    return make_region()
+
+
+ADD_RETURN = bytes.fromhex("48b8") + (0x600DC0DE).to_bytes(8, "little") + b"\xc3"
+"""mov $0x600dc0de, %rax; ret"""
+
+ALIGNED_PAGES = SIZE_2M // PAGE_SIZE
+
+Check = Callable[[Region], None]
