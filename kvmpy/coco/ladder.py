@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 from kvmpy.coco.cbit import EmulatedEncryptionBit
 from kvmpy.coco.none import NoProtection
+from kvmpy.coco.sev import Sev, SevEs
+from kvmpy.coco.snp import Snp
 from kvmpy.coco.sw_protected import SoftwareProtected
 from kvmpy.core.errors import MissingError
 from kvmpy.core.kvm import Kvm
 from kvmpy.guest.protection import Availability, Protection
 
 _LADDER: tuple[type[Protection], ...] = (
+    Snp,
+    SevEs,
+    Sev,
     SoftwareProtected,
     EmulatedEncryptionBit,
     NoProtection,

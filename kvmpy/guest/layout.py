@@ -153,6 +153,11 @@ def pack_guest_cpu(
     return bytes(page)
 
 
+def self_map_entry(cr3: int) -> bytes:
+    """Return the top-level entry that maps the tables themselves: writable, not executable."""
+    return (cr3 & ~0xFFF | 0x63 | 1 << 63).to_bytes(8, "little")
+
+
 def ucall_id(index: int, slot: int = 0) -> int:
     """Return the value that the guest writes to the port for slot *slot* of vCPU *index*.
 

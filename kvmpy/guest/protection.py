@@ -28,7 +28,9 @@ class Traits:
     *host_sees_private*: the host may read and write private pages after launch.  *private_is_fd_backed*:
     private pages live in a guest_memfd.  *really_encrypts*: host and guest see different bytes of a private
     page because of encryption.  *emulator_reads_private*: KVM's instruction emulator sees private pages, so
-    that code, page tables and the operands of emulated instructions may lie there.  *policies*: which parts
+    that code, page tables and the operands of emulated instructions may lie there.  *has_ghcb*: what would be
+    intercepted is a #VC in the guest, whose handler asks the hypervisor through a shared page.
+    *must_validate*: the guest accepts each page that becomes private with PVALIDATE.  *policies*: which parts
     of a VM can be private, the default first (see ``GuestVm.policy``).  *emulated*: a stand-in, said so
     wherever a result of it is shown.
     """
@@ -40,6 +42,8 @@ class Traits:
     private_is_fd_backed: bool = False
     really_encrypts: bool = False
     emulator_reads_private: bool = True
+    has_ghcb: bool = False
+    must_validate: bool = False
     policies: tuple[str, ...] = ()
     emulated: bool = False
 
@@ -60,6 +64,8 @@ class Protection(ABC):
     vm_type: ClassVar[int] = 0
     traits: ClassVar[Traits]
     label: ClassVar[str] = ""
+    guest_sev: ClassVar[int] = 0
+    """What the guest's runtime is told: ``layout.SEV_*`` bits."""
 
     @classmethod
     @abstractmethod

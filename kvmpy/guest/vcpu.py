@@ -49,6 +49,7 @@ class GuestVcpu(Vcpu):
         self.stack_top = Gva(0)
         self.percpu = Gva(0)
         self.percpu_gpa = Gpa(0)
+        self.ghcb_gpa: Gpa | None = None
         self.done = False
 
     # Before launch.

@@ -91,6 +91,8 @@ class GuestVm(VmPrivate):
         self.policy = policy
         self.strict_private = strict_private
         self.launched = False
+        # What the protection's launch has come to: a state of its own, for those that have some.
+        self.launch_state: object = None
         self.encryption: EncryptionBit | None = protection.encryption_bit(kvm)
         self._console: list[str] = []
         self._known: list[tuple[int, int, int]] = []
@@ -219,6 +221,7 @@ class GuestVm(VmPrivate):
         self._place(Gva(layout.PERCPU_BASE), areas, count * percpu)
         self._place(Gva(layout.UCALL_BASE), ucalls, count * PAGE_SIZE)
         stacks = areas + count * percpu
+        ghcbs = self._add_ghcbs(count) if self.protection.traits.has_ghcb else None
         for index, vcpu_id in enumerate(ids):
             vcpu = cast(GuestVcpu, self.create_vcpu(vcpu_id))
             vcpu.stack_top = Gva(layout.STACK_BASE + (index + 1) * layout.STACK_SIZE)
@@ -231,9 +234,19 @@ class GuestVm(VmPrivate):
                 page, index, int(ucall_gpa), layout.UCALL_BASE + index * layout.UCALL_PAGE_SIZE
             )
             vcpu.attach_ucalls(ucall_gpa, page)
+            if ghcbs is not None:
+                vcpu.ghcb_gpa = ghcbs + index * PAGE_SIZE
             table = guest_cpuid(self.kvm, vcpu_id)
             vcpu.set_cpuid2(cpuid(table.copy()) if cpuid is not None else table)
             self.memory.write(vcpu.percpu_gpa + layout.PERCPU_TSS, tss_page(vcpu.percpu))
+
+    def _add_ghcbs(self, count: int) -> Gpa:
+        ghcbs = self.allocator.alloc(count, private=False)
+        self._place(Gva(layout.GHCB_BASE), ghcbs, count * PAGE_SIZE)
+        # The #VC handler looks up the address of an MMIO access in the tables: they map themselves.
+        root = self.from_raw_cr3()
+        self.memory.write(root + layout.SELF_MAP_SLOT * 8, layout.self_map_entry(int(self.pages.cr3)))
+        return ghcbs
 
     # Launch.
 
@@ -260,6 +273,10 @@ class GuestVm(VmPrivate):
                     stack_top=int(vcpu.stack_top),
                     entry=int(entry),
                     args=vcpu.args,
+                    ghcb=0 if vcpu.ghcb_gpa is None else layout.GHCB_BASE + vcpu.index * PAGE_SIZE,
+                    ghcb_gpa=0 if vcpu.ghcb_gpa is None else int(vcpu.ghcb_gpa),
+                    sev=self.protection.guest_sev,
+                    encryption_mask=self.encryption.mask if self.encryption is not None else 0,
                 ),
             )
             initial_sregs(vcpu, self.pages)

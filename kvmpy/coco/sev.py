@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Protections ``sev`` and ``sev-es``: memory encrypted in place; with ES, registers too.
+
+Private and shared pages lie in the same host memory, which the launch encrypts where pages are private.  What
+the host reads there afterwards is ciphertext.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from kvmpy.coco import sev_platform
+from kvmpy.coco.policy import SevPolicy
+from kvmpy.coco.sev_launch import SevInitialised, SevRunning
+from kvmpy.core.address import EncryptionBit, Gpa
+from kvmpy.core.backing import Backing
+from kvmpy.core.errors import MissingError
+from kvmpy.core.kvm import Kvm
+from kvmpy.core.slots import MemorySlot
+from kvmpy.guest import layout
+from kvmpy.guest.errors import LaunchError
+from kvmpy.guest.protection import Availability, Protection, Traits
+from kvmpy.guest.vm import GuestVm
+from kvmpy.uapi.constants import VmType
+
+_SOFTWARE = sev_platform.software_platform()
+_LABEL = sev_platform.SOFTWARE if _SOFTWARE else ""
+
+
+def encryption_bit(kvm: Kvm) -> EncryptionBit:
+    """Return the C-bit as KVM_GET_SUPPORTED_CPUID has it; MissingError without SEV."""
+    found = sev_platform.sev_cpuid(kvm)
+    if found is None or not found.c_bit:
+        raise MissingError("CPUID 0x8000001F in KVM_GET_SUPPORTED_CPUID", "a KVM with SEV")
+    return EncryptionBit(found.c_bit, set_means_private=True)
+
+
+def availability(kvm: Kvm, kind: VmType) -> Availability:
+    """Tell whether *kvm* launches guests of this type."""
+    missing = sev_platform.missing_pieces(kvm, kind)
+    return Availability(not missing, tuple(missing), note="" if missing else sev_platform.describe(kvm))
+
+
+class Sev(Protection):
+    """SEV: encrypted memory, registers in clear.
+
+    *policy* and the owner's *dh_certificate* and *session* go into LAUNCH_START.
+    """
+
+    name = "sev"
+    vm_type = int(VmType.KVM_X86_SEV_VM)
+    label = _LABEL
+    traits = Traits(
+        has_encryption_bit=True,
+        has_private_memory=True,
+        host_sees_private=False,
+        emulator_reads_private=False,
+        really_encrypts=not _SOFTWARE,
+        policies=("all",),
+        emulated=_SOFTWARE,
+    )
+    es: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        policy: SevPolicy | int | None = None,
+        *,
+        vmsa_features: int = 0,
+        ghcb_version: int = 0,
+        dh_certificate: bytes = b"",
+        session: bytes = b"",
+    ) -> None:
+        self.policy = SevPolicy(es=self.es) if policy is None else policy
+        self.vmsa_features = vmsa_features
+        self.ghcb_version = ghcb_version
+        self.dh_certificate = dh_certificate
+        self.session = session
+
+    @classmethod
+    def availability(cls, kvm: Kvm) -> Availability:
+        """Needs the VM type, /dev/sev and a firmware that answers."""
+        return availability(kvm, VmType(cls.vm_type))
+
+    def encryption_bit(self, kvm: Kvm) -> EncryptionBit:
+        """The C-bit."""
+        return encryption_bit(kvm)
+
+    def created(self, vm: GuestVm) -> None:
+        """Make it an SEV guest (KVM_SEV_INIT2)."""
+        vm.launch_state = SevInitialised.init2(
+            vm, es=self.es, vmsa_features=self.vmsa_features, ghcb_version=self.ghcb_version
+        )
+
+    def add_memory(
+        self,
+        vm: GuestVm,
+        gpa: Gpa,
+        size: int,
+        *,
+        backing: Backing | None,
+        slot: int | None,
+        flags: int,
+        private: bool,
+    ) -> MemorySlot:
+        """Add an ordinary slot: private pages are those of it that are encrypted."""
+        encryption_bit(vm.kvm).check(gpa)
+        return vm.add_slot(gpa, size, backing=backing, slot=slot, flags=flags, always_shared=not private)
+
+    def launch(self, vm: GuestVm) -> None:
+        """Encrypt and measure the private pages, with ES the vCPUs, and let the guest run."""
+        state = vm.launch_state
+        if not isinstance(state, SevInitialised):
+            raise LaunchError(f"{vm.name} is in state {type(state).__name__}, not ready to launch")
+        launching = state.start(self.policy, dh_certificate=self.dh_certificate, session=self.session)
+        vm.launch_state = launching
+        for gpa, size in vm.private_image():
+            # Encryption depends on the physical address: from here on the pages stay where they are.
+            vm.memory_encrypt_reg_region(vm.memory.hva(gpa, private=False), size)
+            launching.update_data(gpa, size)
+        if self.es:
+            launching.update_vmsa()
+        measured = launching.measure()
+        vm.launch_state = measured
+        vm.launch_state = measured.finish()
+
+
+class SevEs(Sev):
+    """SEV-ES: encrypted memory and registers; the guest talks through its GHCB."""
+
+    name = "sev-es"
+    vm_type = int(VmType.KVM_X86_SEV_ES_VM)
+    traits = Traits(
+        has_encryption_bit=True,
+        has_private_memory=True,
+        can_read_registers=False,
+        host_sees_private=False,
+        emulator_reads_private=False,
+        has_ghcb=True,
+        really_encrypts=not _SOFTWARE,
+        policies=("all",),
+        emulated=_SOFTWARE,
+    )
+    es = True
+    guest_sev = layout.SEV_ES
+
+
+def running(vm: GuestVm) -> SevRunning:
+    """Return the launched SEV or SEV-ES guest of *vm*: status, debugging, attestation report."""
+    state = vm.launch_state
+    if not isinstance(state, SevRunning):
+        raise LaunchError(f"{vm.name} is no launched SEV guest: {type(state).__name__}")
+    return state
+
+
+__all__ = ["Sev", "SevEs", "availability", "encryption_bit", "running"]
