@@ -7,17 +7,21 @@ one holds a copy loop, its list of jobs and page tables that map everything at i
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
 from kvmpy.core.backing import Anonymous, Mapping
+from kvmpy.core.errors import KvmError
 from kvmpy.core.exits import IoExit
 from kvmpy.core.memory import GuestMemory, PageAllocator, Segment
+from kvmpy.core.slots import MemorySlot
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.guest.vm import GuestVm
+from kvmpy.uapi.constants import KVM_CAP_NR_MEMSLOTS
 from kvmpy.uapi.structs import kvm_regs
 from kvmpy.x86 import segments
 from kvmpy.x86.paging import PageTables
@@ -26,6 +30,7 @@ from kvmpy.x86.paging import PageTables
 TIMEOUT = 120.0
 # Guest-physical addresses below are taken: memory, APICs, what KVM keeps below 4 GiB.
 FIRST_BASE = 4 * SIZE_1G
+PLACES = 60  # up to 64 GiB, which every CPU with 64-bit mode can address
 RFLAGS_RESERVED = 2
 DONE_PORT = 0x80
 
@@ -50,8 +55,9 @@ def copy_in(vm: GuestVm, vcpu: GuestVcpu, image: Sequence[tuple[Gpa, int]]) -> N
         for segment in vm.memory.segments():
             if segment.private is None or segment.private is segment.shared:
                 continue
-            base = _free_base(vm, segment.size)
-            undo.callback(vm.add_alias(base, segment.size, segment.private).delete)
+            slot = _add_beside(vm, segment.size, segment.private)
+            undo.callback(slot.delete)
+            base = slot.gpa
             staged[int(segment.gpa)] = (base, segment)
         jobs = []
         for gpa, size in image:
@@ -68,17 +74,26 @@ def copy_in(vm: GuestVm, vcpu: GuestVcpu, image: Sequence[tuple[Gpa, int]]) -> N
         area_size = _area_size(len(work), jobs)
         area = Anonymous().map(area_size)
         undo.callback(area.close)
-        place = Gpa(_free_base(vm, area_size))
-        undo.callback(vm.add_alias(int(place), area_size, area).delete)
-        _run(vm, vcpu, place, area, work, jobs)
+        slot = _add_beside(vm, area_size, area)
+        undo.callback(slot.delete)
+        _run(vm, vcpu, Gpa(slot.gpa), area, work, jobs)
 
 
-def _free_base(vm: GuestVm, size: int) -> int:
-    base = FIRST_BASE
-    for slot in sorted(vm.slots.values(), key=lambda slot: slot.gpa):
-        if slot.gpa < base + size and base < slot.gpa + slot.size:
-            base = -(-(slot.gpa + slot.size) // SIZE_1G) * SIZE_1G
-    return base
+def _add_beside(vm: GuestVm, size: int, mapping: Mapping) -> MemorySlot:
+    # Numbers from the end and addresses by trial: a test may have made slots that nobody else knows of.
+    number = vm.check_extension(KVM_CAP_NR_MEMSLOTS) - 1
+    while number in vm.slots:
+        number -= 1
+    for base in range(FIRST_BASE, FIRST_BASE + PLACES * SIZE_1G, SIZE_1G):
+        try:
+            return vm.add_alias(base, size, mapping, slot=number)
+        except KvmError as error:
+            if error.errno != errno.EEXIST:
+                raise
+    raise LaunchError(
+        f"{vm.name}: no room for {size:#x} bytes beside guest memory from {FIRST_BASE:#x} on, "
+        f"in {PLACES} places 1 GiB apart"
+    )
 
 
 def _area_size(work: int, jobs: Sequence[tuple[int, int, int]]) -> int:

@@ -115,7 +115,7 @@ def test_deleted_memory_is_outside(guest: GuestVm) -> None:
 @pytest.mark.protections("all")
 def test_moved_memory_is_found_where_it_went(guest: GuestVm) -> None:
     """After a slot moved, its memory has its new addresses and lost the old ones."""
-    slot = guest.add_memory(GPA, PAGE_SIZE)
+    slot = guest.add_memory(GPA, PAGE_SIZE, private=False)
     slot.move(GPA + 16 * PAGE_SIZE)
     assert guest.gpa_to_hva(GPA + 16 * PAGE_SIZE) == slot.hva
     with pytest.raises(ValueError, match="is outside guest memory"):
