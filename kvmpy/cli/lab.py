@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,22 @@ def _say(text: str) -> None:
     click.echo(f"kvmpy lab: {text}", err=True)
 
 
+@contextlib.contextmanager
+def lab_errors() -> Iterator[None]:
+    """Print a LabError as a message, and end with exit status 3."""
+    try:
+        yield
+    except LabError as error:
+        _say(str(error))
+        sys.exit(3)
+
+
 class _Lab(click.Group):
-    """Prints a LabError as a message, with exit status 3."""
+    """Prints every LabError as a message."""
 
     def invoke(self, ctx: click.Context) -> object:
-        try:
+        with lab_errors():
             return super().invoke(ctx)
-        except LabError as error:
-            _say(str(error))
-            sys.exit(3)
 
 
 @click.group(cls=_Lab)
@@ -122,9 +130,16 @@ def _machine(kernel: str | None, cpus: int, memory: str, accel: str) -> Options:
 @_machine_options
 @click.option("--matrix", metavar="A,B", help="Several kernels, and one table with a column for each.")
 @click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as in pytest -k.")
+@click.option(
+    "-n",
+    "--machines",
+    type=click.IntRange(1, 64),
+    help="How many kernels at once (default: one for each CPU, as far as memory lasts).",
+)
 @click.option("--json", metavar="FILE", help="Write the verdicts as JSON.")
 @click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
 @click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
+@click.option("--html", metavar="FILE", help="Write one HTML page; not with --matrix.")
 @click.option("--protection", metavar="P[,P]", help="Only under these protections.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a run's random choices.")
 @click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
@@ -133,52 +148,86 @@ def _machine(kernel: str | None, cpus: int, memory: str, accel: str) -> Options:
 @click.pass_context
 def run_inside(ctx: click.Context, /, paths: tuple[str, ...], **values: Any) -> None:
     """Run the selftests, or the tests in PATHS, inside a kernel under QEMU; dangerous ones are included."""
-    from kvmpy.lab import kernels
-    from kvmpy.lab.runs import Request, run
-    from kvmpy.lab.session import Limits
+    sys.exit(run_tests(paths, values, extra_arguments(ctx)))
 
-    if values["may_build"] and not values["kernel"] and not kernels.cached():
+
+DEFAULTS: Mapping[str, Any] = {
+    "kernel": None,
+    "cpus": 2,
+    "memory": "4G",
+    "accel": "auto",
+    "matrix": None,
+    "machines": None,
+    "timeout": 4 * 3600.0,
+    "may_build": False,
+}
+
+
+def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
+    """Run tests inside as the options *values* say, and return the exit status of the command."""
+    from kvmpy.lab.lane import Limits
+    from kvmpy.lab.runs import Request, machines, run
+
+    values = {**DEFAULTS, **values}
+    if values["may_build"] and not values["kernel"] and not values["matrix"]:
+        _build_if_none()
+    if values["matrix"]:
+        from kvmpy.lab import kernels
+        from kvmpy.lab.matrix import run_matrix
+
+        names = [name.strip() for name in values["matrix"].split(",") if name.strip()]
+        found = [kernels.find(name) for name in names]
+        targets = {name: values[name] for name in ("json", "ktap", "junit") if values[name] is not None}
+        at_once = values["machines"] or machines(parse_memory(values["memory"]))
+        return run_matrix(found, matrix_arguments(paths, values), extra, targets, at_once, _say)
+    inside = {name: values[name] for name in ("expression", "protection", "deadline")}
+    reports = []
+    for name, flag in _REPORTS:
+        if values.get(name) is not None:
+            reports += [flag, values[name]]
+    machine = _machine(values["kernel"], values["cpus"], values["memory"], values["accel"])
+    request = Request(
+        machine,
+        pytest_args(suite_folder(), inside, paths),
+        reports,
+        [*extra, *(["--kvmpy-evidence"] if values.get("html") else [])],
+        int(values["seed"]) if values["seed"] is not None else None,
+        Limits(total=values["timeout"]),
+        values["machines"] or machines(machine.memory),
+    )
+    code = run(request, _say)
+    if code == NOTHING_SELECTED:
+        _say("no test matches")
+    return code
+
+
+def _build_if_none() -> None:
+    from kvmpy.lab import kernels
+
+    if not kernels.cached():
         from kvmpy.lab import build as builds
         from kvmpy.lab.debian import DEFAULT_SUITE
 
         _say("there is no lab kernel yet: building one, which takes some minutes")
         builds.from_debian(DEFAULT_SUITE, _say)
-    extra = extra_arguments(ctx)
-    if values["matrix"]:
-        from kvmpy.lab.matrix import run_matrix
-
-        names = [name.strip() for name in values["matrix"].split(",") if name.strip()]
-        found = [kernels.find(name) for name in names]
-        sys.exit(run_matrix(found, matrix_arguments(paths, values, extra), values["json"], _say))
-    inside = {name: values[name] for name in ("expression", "protection", "deadline")}
-    reports = []
-    for name, flag in (("json", "--kvmpy-json"), ("ktap", "--ktap"), ("junit", "--junitxml")):
-        if values[name] is not None:
-            reports += [flag, values[name]]
-    request = Request(
-        _machine(values["kernel"], values["cpus"], values["memory"], values["accel"]),
-        pytest_args(suite_folder(), inside, paths),
-        reports,
-        extra,
-        values["seed"],
-        Limits(total=values["timeout"]),
-    )
-    code = run(request, _say)
-    if code == NOTHING_SELECTED:
-        _say("no test matches")
-    sys.exit(code)
 
 
-def matrix_arguments(paths: tuple[str, ...], values: dict[str, Any], extra: list[str]) -> list[str]:
+def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:
     """Return the arguments of ``kvmpy lab run`` for one kernel of a matrix, without the kernel."""
     args = [*paths]
-    for name, flag in (("expression", "-k"), *((n, f"--{n}") for n in _EACH)):
+    for name, flag in (("expression", "-k"), *((name, f"--{name}") for name in _EACH)):
         if values[name] is not None:
             args += [flag, str(values[name])]
-    return [*args, *(["--", *extra] if extra else [])]
+    return args
 
 
 _EACH = ("cpus", "memory", "accel", "protection", "seed", "deadline", "timeout")
+_REPORTS = (
+    ("json", "--kvmpy-json"),
+    ("ktap", "--ktap"),
+    ("junit", "--junitxml"),
+    ("html", "--kvmpy-html"),
+)
 
 
 @lab.command("shell", cls=SplitCommand, epilog="What follows -- is run instead of a shell.")

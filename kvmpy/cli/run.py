@@ -103,6 +103,33 @@ def _list(args: list[str]) -> int:
     return result.returncode
 
 
+def why_lab(choice: str) -> str:
+    """Return why tests run in the lab and not here, empty where they run here."""
+    from kvmpy.testing import gate, host
+
+    if choice == "always":
+        return "as asked for"
+    # Who insists on KVM wants to hear that it is missing; inside the lab there is no other one.
+    if choice == "never" or host.platform_name() != "host" or {"all", "kvm"} & gate.required_names():
+        return ""
+    missing = host.kvm_missing()
+    return f"KVM cannot be used here ({missing.what})" if missing is not None else ""
+
+
+def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[str]) -> int:
+    from kvmpy.cli.lab import lab_errors, run_tests
+
+    for name in ("record", "record_dir"):
+        if options[name] is not None:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is not for the lab, whose file system is read-only"
+            )
+    workers = str(options["workers"] or "")
+    machines = int(workers) if workers.isdigit() else None
+    with lab_errors():
+        return run_tests(paths, {**options, "machines": machines, "may_build": True}, extra)
+
+
 @click.command(cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
 @click.argument("paths", nargs=-1)
 @click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as in pytest -k.")
@@ -122,11 +149,21 @@ def _list(args: list[str]) -> int:
 )
 @click.option("--record-dir", metavar="DIR", help="Where records go (default kvmpy-records).")
 @click.option("--dangerous", is_flag=True, help="Also run what can crash an unfixed host.")
+@click.option(
+    "--lab",
+    type=click.Choice(["auto", "never", "always"]),
+    default="auto",
+    show_default=True,
+    help="Run in a kernel under QEMU: where KVM cannot be used here, never, or always.",
+)
 @click.pass_context
 def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> None:
     """Run the selftests, or the tests in PATHS (of the suite, or files of your own)."""
     from kvmpy.testing.supervisor import run_unsupervised, supervise
 
+    if not options["listing"] and (why := why_lab(str(options["lab"]))):
+        click.echo(f"kvmpy run: {why}: the selftests run in the lab", err=True)
+        sys.exit(_in_lab(paths, options, extra_arguments(ctx)))
     suite = suite_folder()
     args = [*pytest_args(suite, options, paths), *extra_arguments(ctx)]
     # Compiled tests are kept out of the installed package.

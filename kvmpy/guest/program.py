@@ -9,7 +9,8 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -31,6 +32,8 @@ _lock = threading.RLock()
 _known: dict[tuple[object, ...], GuestProgram] = {}
 
 StrPath = str | os.PathLike[str]
+# Who puts a program into the cache where compiling takes long: called with its key and recipe before gcc is.
+elsewhere: Callable[[str, Mapping[str, Any]], None] | None = None
 
 
 class GuestProgram:
@@ -43,6 +46,7 @@ class GuestProgram:
         self.entry = Gva(image.entry)
         self._image = image
         self._inputs: tuple[tuple[str, tuple[int, int] | None], ...] = ()
+        self._key = ""
 
     @classmethod
     def from_c(
@@ -255,12 +259,37 @@ def _load_or_build(
     program = _load(key, name)
     if program is None:
         cache.drop(key)
+        if elsewhere is not None:
+            elsewhere(key, _recipe(name, inline, files, cflags))
+            program = _load(key, name)
+    if program is None:
         cache.create(key, lambda workdir: _build(workdir, tools, name, inline, files, cflags))
         program = _load(key, name)
         if program is None:
             raise GuestImageError(f"guest program {name} cannot be read back from {cache.entry(key)}")
     program._inputs += tuple((str(path), _stamp(path)) for path in files)
+    program._key = key
     return program
+
+
+def _recipe(
+    name: str, inline: _Source | None, files: list[Path], cflags: tuple[str, ...]
+) -> dict[str, Any]:
+    recipe: dict[str, Any] = {"name": name, "files": [str(path) for path in files], "cflags": list(cflags)}
+    if inline is not None:
+        recipe["inline"] = {"text": inline.text, "suffix": inline.suffix, "where": asdict(inline.where)}
+    return recipe
+
+
+def build_recipe(recipe: Mapping[str, Any]) -> str:
+    """Compile what another process's `elsewhere` was called with, into this one's cache; return its key."""
+    inline = None
+    if "inline" in recipe:
+        part = recipe["inline"]
+        inline = _Source(part["text"], part["suffix"], origin.Origin(**part["where"]))
+    files = [Path(name) for name in recipe["files"]]
+    with _lock:
+        return _load_or_build(recipe["name"], inline, files, tuple(recipe["cflags"]))._key
 
 
 def _load(key: str, name: str) -> GuestProgram | None:

@@ -1,52 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin for the session inside: tells the host what was collected, leaves out what is done."""
+"""A pytest plugin for the session inside: runs the shares of tests that the host hands out, one by one."""
 
 from __future__ import annotations
 
 import json
-import os
+import time
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvmpy.guest import program
+from kvmpy.lab import bytecode, programs
+from kvmpy.lab.lane import INSIDE
 from kvmpy.testing import host
 from kvmpy.testing.journal import Journal
 
-DONE_VARIABLE = "KVMPY_LAB_DONE"
+_POLL = 0.01
+# Nobody answers: the host's end would have ended this machine.
+_PATIENCE = 3600.0
 
 
-def _journal(config: pytest.Config) -> Journal:
+class Worker:
+    """Plugin object of the session inside; *folder* is where the host puts its answers."""
+
+    def __init__(self, journal: Journal, folder: Path) -> None:
+        self._journal = journal
+        self._folder = folder
+        self._nodes: dict[Path, pytest.Collector] = {}
+        self._uncollected: list[pytest.CollectReport] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        """Describe this machine."""
+        program.elsewhere = lambda key, recipe: programs.ask(
+            self._journal.write, self._folder / "programs", key, recipe
+        )
+        self._journal.write({"event": "host", "summary": asdict(host.summarize())})
+
+    def pytest_sessionfinish(self) -> None:
+        """Tell what took long for want of bytecode."""
+        program.elsewhere = None
+        if missed := bytecode.uncompiled():
+            self._journal.write({"event": "uncompiled", "files": missed})
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collect_directory(
+        self, path: Path
+    ) -> Generator[None, pytest.Collector | None, pytest.Collector | None]:
+        """Keep one node for a folder: the fixtures of its conftest belong to that one."""
+        made = yield
+        if made is None:
+            return None
+        kept = self._nodes.get(path)
+        if kept is not None and kept.parent is made.parent:
+            return kept
+        self._nodes[path] = made
+        return made
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self, session: pytest.Session) -> bool:
+        """Collect nothing yet: the first test need not wait for the last file."""
+        session.items = []
+        return True
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep what could not be collected until the share is complete."""
+        if report.outcome != "passed":
+            self._uncollected.append(report)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run share after share until there are no more."""
+        number = 1
+        self._ask(number)
+        while True:
+            share = self._answer(number)
+            if share.get("end"):
+                return True
+            # Asked for in time, so that nobody waits.
+            self._ask(number + 1)
+            items = self._collect(session, share)
+            self._journal.write({"event": "collected", "number": number, "ids": [i.nodeid for i in items]})
+            for at, item in enumerate(items):
+                following = items[at + 1] if at + 1 < len(items) else None
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if session.shouldfail:
+                    raise session.Failed(session.shouldfail)
+                if session.shouldstop:
+                    raise session.Interrupted(session.shouldstop)
+            self._journal.write({"event": "done", "number": number})
+            number += 1
+
+    def _ask(self, number: int) -> None:
+        self._journal.write({"event": "ready", "number": number})
+
+    def _answer(self, number: int) -> dict[str, Any]:
+        file = self._folder / "work" / str(number)
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            try:
+                share: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                time.sleep(_POLL)
+            else:
+                return share
+        return {"end": True}
+
+    def _collect(self, session: pytest.Session, share: dict[str, Any]) -> list[pytest.Item]:
+        self._uncollected.clear()
+        found = session.perform_collect(share["args"])
+        for report in self._uncollected:
+            data = session.config.hook.pytest_report_to_serializable(config=session.config, report=report)
+            self._journal.write({"event": "uncollected", "data": data})
+        if "only" in share:
+            wanted = set(share["only"])
+            return [item for item in found if item.nodeid in wanted]
+        skipped = set(share["skip"])
+        return [item for item in found if item.nodeid not in skipped]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the plugin object; the journal is the channel to the host."""
     journal = config.pluginmanager.get_plugin("kvmpy-journal")
     if not isinstance(journal, Journal):
         raise pytest.UsageError("kvmpy.lab.inside needs --kvmpy-journal")
-    return journal
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Describe this machine."""
-    _journal(session.config).write({"event": "host", "summary": asdict(host.summarize())})
-
-
-def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """Keep what could not be collected for `pytest_collection_modifyitems`, which has the configuration."""
-    if report.outcome != "passed":
-        _UNCOLLECTED.append(report)
-
-
-_UNCOLLECTED: list[pytest.CollectReport] = []
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tell what was selected, and drop what an earlier boot has done."""
-    journal = _journal(config)
-    for report in _UNCOLLECTED:
-        data = config.hook.pytest_report_to_serializable(config=config, report=report)
-        journal.write({"event": "uncollected", "data": data})
-    journal.write({"event": "collected", "ids": [item.nodeid for item in items]})
-    name = os.environ.get(DONE_VARIABLE)
-    if name:
-        done = set(json.loads(Path(name).read_text(encoding="utf-8")))
-        items[:] = [item for item in items if item.nodeid not in done]
+    config.pluginmanager.register(Worker(journal, Path(INSIDE)), "kvmpy-lab-inside")

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same tests in several kernels: one run after another, and one table with a column for each kernel."""
+"""The same tests in several kernels, side by side, and one table with a column for each kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import xml.etree.ElementTree as ElementTree
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,9 @@ from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import dies_with_parent
 
 SCHEMA = "kvmpy-lab-matrix/1"
+INTERRUPTED = 2
 NO_REPORT = 3
+_REPORTS = ("json", "ktap", "junit")
 
 
 def merge(reports: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
@@ -47,25 +55,137 @@ def table(kernels: Sequence[str], verdicts: Mapping[str, Mapping[str, str]]) -> 
     return made
 
 
-def run_matrix(kernels: Sequence[Kernel], args: Sequence[str], target: str | None, say: Say) -> int:
-    """Run ``kvmpy lab run`` for each kernel, print the table, and return the worst exit status."""
-    reports: dict[str, dict[str, Any]] = {}
-    codes = []
-    with tempfile.TemporaryDirectory(prefix="kvmpy-matrix-") as folder:
-        for number, kernel in enumerate(kernels):
-            say(f"kernel {kernel.name} ({number + 1} of {len(kernels)})")
-            file = Path(folder) / f"{number}.json"
-            command = [sys.executable, "-m", "kvmpy", "lab", "run", "--kernel", kernel.name]
-            with subprocess.Popen(
-                [*command, "--json", str(file), *args],
-                preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there
-            ) as child:
-                codes.append(child.wait())
-            reports[kernel.name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    names = [kernel.name for kernel in kernels]
-    Console().print(table(names, merge(reports)))
-    if target is not None:
-        Path(target).write_text(
-            json.dumps({"schema": SCHEMA, "reports": reports}, indent=2) + "\n", encoding="utf-8"
+def merged_ktap(texts: Mapping[str, str]) -> str:
+    """Return one KTAP document with a nested one for each kernel; empty: a kernel without a report."""
+    lines = ["KTAP version 1", f"1..{len(texts)}"]
+    for number, (kernel, text) in enumerate(texts.items(), 1):
+        head, *rest = text.splitlines() or ["KTAP version 1", "1..0"]
+        lines += [f"  {line}" for line in (head, f"# Subtest: {kernel}", *rest)]
+        bad = not text or any(line.startswith("not ok ") for line in rest)
+        lines.append(f"{'not ok' if bad else 'ok'} {number} {kernel}")
+    return "\n".join(lines) + "\n"
+
+
+def merged_junit(texts: Mapping[str, str]) -> str:
+    """Return one JUnit document with a test suite for each kernel; one without a report has an error."""
+    root = ElementTree.Element("testsuites")
+    for kernel, text in texts.items():
+        # What kvmpy has written itself, moments ago.
+        suites = list(ElementTree.fromstring(text)) if text else []  # noqa: S314
+        if not suites:
+            suites = [ElementTree.Element("testsuite", tests="1", errors="1", failures="0", skipped="0")]
+            case = ElementTree.SubElement(suites[0], "testcase", classname=kernel, name="report")
+            ElementTree.SubElement(case, "error", message="no report came back")
+        for suite in suites:
+            suite.set("name", kernel)
+            root.append(suite)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+class _Run:
+    """``kvmpy lab run`` for one kernel, as a process whose lines are marked with the kernel's name."""
+
+    def __init__(self, kernel: Kernel, args: Sequence[str], folder: Path) -> None:
+        self.kernel = kernel
+        self.folder = folder
+        folder.mkdir()
+        command = [sys.executable, "-m", "kvmpy", "lab", "run", "--kernel", kernel.name]
+        for name in _REPORTS:
+            command += [f"--{name}", str(folder / name)]
+        # A session of its own: Ctrl-C reaches it once, through us.
+        self.process = subprocess.Popen(
+            [*command, *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=dies_with_parent(signal.SIGTERM),  # noqa: PLW1509 - no other thread is there
         )
+        self._rest = b""
+
+    def fileno(self) -> int:
+        """Return the file descriptor of what the process prints."""
+        return self.process.stdout.fileno() if self.process.stdout is not None else -1
+
+    def pass_on(self) -> bool:
+        """Print what has come, line by line; False at the end."""
+        data = os.read(self.fileno(), 1 << 16)
+        *lines, self._rest = (self._rest + data).split(b"\n") if data else (self._rest, b"")
+        for line in lines:
+            print(f"[{self.kernel.release}] {line.decode('utf-8', 'replace')}", flush=True)
+        return bool(data)
+
+    def text(self, name: str) -> str:
+        """Return one of its reports, empty when it left none."""
+        file = self.folder / name
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+@contextlib.contextmanager
+def _interrupts_passed_on(running: Sequence[_Run]) -> Iterator[list[int]]:
+    seen: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        seen.append(number)
+        for entry in running:
+            entry.process.send_signal(signal.SIGINT)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def run_matrix(
+    kernels: Sequence[Kernel],
+    args: Sequence[str],
+    extra: Sequence[str],
+    targets: Mapping[str, str],
+    at_once: int,
+    say: Say,
+) -> int:
+    """Run ``kvmpy lab run`` for each kernel, print the table, and return the worst exit status.
+
+    *targets* has the files for the reports ``json``, ``ktap`` and ``junit``; *at_once* machines run at a
+    time, shared by the kernels.
+    """
+    waiting = deque(enumerate(kernels))
+    together = max(1, min(at_once, len(kernels)))
+    each = [*args, "--machines", str(max(1, at_once // together)), *(["--", *extra] if extra else [])]
+    say(f"{len(kernels)} kernels, {together} at a time")
+    running: list[_Run] = []
+    ended: dict[str, _Run] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="kvmpy-matrix-") as folder,
+        _interrupts_passed_on(running) as interrupts,
+    ):
+        while (waiting and not interrupts) or running:
+            while waiting and len(running) < together and not interrupts:
+                number, kernel = waiting.popleft()
+                running.append(_Run(kernel, each, Path(folder) / str(number)))
+            ready, _, _ = select.select(running, [], [])
+            for entry in ready:
+                if not entry.pass_on():
+                    entry.process.wait()
+                    running.remove(entry)
+                    ended[entry.kernel.name] = entry
+        names = [kernel.name for kernel in kernels]
+        texts = {
+            report: {name: ended[name].text(report) if name in ended else "" for name in names}
+            for report in _REPORTS
+        }
+    reports = {name: json.loads(text) if text else {} for name, text in texts["json"].items()}
+    Console().print(table(names, merge(reports)))
+    whole = {
+        "json": json.dumps({"schema": SCHEMA, "reports": reports}, indent=2) + "\n",
+        "ktap": merged_ktap(texts["ktap"]),
+        "junit": merged_junit(texts["junit"]),
+    }
+    for report, target in targets.items():
+        Path(target).write_text(whole[report], encoding="utf-8")
+    codes = [entry.process.returncode for entry in ended.values()]
+    if interrupts or len(ended) < len(kernels):
+        codes.append(INTERRUPTED)
     return max((code if code >= 0 else NO_REPORT for code in codes), default=NO_REPORT)

@@ -131,6 +131,8 @@ class Machine:
     def __init__(self, options: Options, folder: Path) -> None:
         self._folder = folder
         self._read = 0
+        self._seen = 0
+        self._trouble = ""
         self._errors = (folder / "qemu").open("wb")
         try:
             self._process = subprocess.Popen(
@@ -205,7 +207,9 @@ class Machine:
 
     def trouble(self) -> str:
         """Return the first line of the console that tells of a panic, oops or warning; empty without one."""
-        for line in self.console().splitlines():
-            if _TROUBLE.search(line):
-                return line.strip()
-        return ""
+        size = (self._folder / "console").stat().st_size
+        if not self._trouble and size != self._seen:
+            self._seen = size
+            lines = self.console().splitlines()
+            self._trouble = next((line.strip() for line in lines if _TROUBLE.search(line)), "")
+        return self._trouble

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -12,26 +13,34 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
-from kvmpy.lab import places, tools
+from kvmpy.lab import bytecode, places, tools
 from kvmpy.lab.kernels import Say
+from kvmpy.lab.lane import Limits
+from kvmpy.lab.listing import Listing
 from kvmpy.lab.process import dies_with_parent
 from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
-from kvmpy.lab.session import LabSession, Limits
+from kvmpy.lab.session import LabSession, Setup
 from kvmpy.testing.host import PLATFORM_VARIABLE
 
+_PLUGINS = ("kvmpy.testing.plugin", "pytest_timeout")
 _KEPT_SECONDS = 7 * 86400.0
 _PASSED_ON = ("KVMPY_REQUIRE", "PYTHONPATH", "VIRTUAL_ENV", "HYPOTHESIS_PROFILE")
+MAX_MACHINES = 8
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run: *inside* are the arguments of pytest there, *reports* those for report files here."""
+    """What to run: *inside* are the arguments of pytest there, *reports* those for report files here.
+
+    *machines* is how many kernels may run at once.
+    """
 
     options: Options
     inside: Sequence[str]
@@ -39,6 +48,7 @@ class Request:
     extra: Sequence[str] = ()
     seed: int | None = None
     limits: Limits = field(default_factory=Limits)
+    machines: int = 1
 
 
 def accelerator(wanted: str) -> str:
@@ -46,6 +56,15 @@ def accelerator(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "kvm" if nested_works() and os.access("/dev/kvm", os.R_OK | os.W_OK) else "tcg"
+
+
+def machines(memory: int, meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Return how many machines with *memory* MiB this host bears: one for each CPU, while memory lasts."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    available = int(found[1]) >> 10 if found is not None else 0
+    # Half of it is touched at most, by experience.
+    fitting = 2 * available // (3 * memory) if available else 1
+    return max(1, min(len(os.sched_getaffinity(0)), fitting, MAX_MACHINES))
 
 
 def _folder() -> Path:
@@ -58,25 +77,23 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="run-", dir=root))
 
 
+# Emulated, the import of a plugin that no selftest needs takes as long as the kernel's boot.
+_COMMON = {PLATFORM_VARIABLE: "lab", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
 def _job(command: Sequence[str], *, interactive: bool = False) -> Job:
     package = Path(kvmpy.__file__).resolve().parent
+    bytecode.folder().mkdir(parents=True, exist_ok=True)
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environment |= _COMMON | bytecode.environment(writing=False)
     environment |= {
-        PLATFORM_VARIABLE: "lab",
-        "PYTHONDONTWRITEBYTECODE": "1",
         "XDG_CACHE_HOME": "/tmp/cache",  # noqa: S108 - a tmpfs inside
+        "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     }
     needed = [Path(sys.prefix), Path(sys.base_prefix), package.parent, Path.cwd(), places.files()]
-    compiled = programs.folder()
-    return Job(
-        command,
-        environment,
-        Path.cwd(),
-        [*dict.fromkeys(needed)],
-        compiled if compiled.is_dir() else None,
-        interactive,
-    )
+    needed.append(bytecode.folder())
+    return Job(command, environment, Path.cwd(), [*dict.fromkeys(needed)], programs.folder(), interactive)
 
 
 def run(request: Request, say: Say) -> int:
@@ -86,29 +103,22 @@ def run(request: Request, say: Say) -> int:
     seed = ["--kvmpy-seed", str(secrets.randbits(32) if request.seed is None else request.seed)]
     suite = Path(kvmpy.__file__).resolve().parent / "testing" / "suite.ini"
     common = ["-p", "no:xdist", *seed, *request.extra]
-    inside = [sys.executable, "-m", "pytest", *request.inside, *common, "-p", "kvmpy.lab.inside"]
-    inside += ["--kvmpy-journal", "/dev/kvmpy.journal"]
-    here = [
-        "-c",
-        str(suite),
-        "--rootdir",
-        str(Path.cwd()),
-        "--noconftest",
-        "--assert=plain",
-        *request.reports,
-        *common,
-    ]
+    command = [sys.executable, "-m", "pytest", *(f"-p{name}" for name in _PLUGINS), *request.inside, *common]
+    inside = [*command, "-p", "kvmpy.lab.inside", "--kvmpy-journal", "/dev/kvmpy.journal"]
+    here = ["-c", str(suite), "--rootdir", str(Path.cwd()), "--noconftest", "--assert=plain"]
     folder = _folder()
-    session = LabSession(request.options, _job(inside), folder, request.limits, say)
+    listing = partial(Listing, command, _COMMON, folder)
+    setup = Setup(request.options, request.machines, _job(inside), listing, folder, request.limits)
+    session = LabSession(setup, say)
     code = 3
     try:
-        code = int(pytest.main(here, plugins=[session]))
+        code = int(pytest.main([*here, *request.reports, *common], plugins=[session]))
     finally:
         session.close()
         if code in (0, 5):
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            say(f"console and output of the last boot: {folder}")
+            say(f"consoles and output: {folder}")
     if session.first_test is not None:
         say(f"boot to first test: {session.first_test:.1f} s ({request.options.accel})")
     return code

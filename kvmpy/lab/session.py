@@ -6,69 +6,61 @@ The session collects nothing itself. Terminal, table and report files see the re
 
 from __future__ import annotations
 
-import json
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
-from kvmpy.lab import inside
-from kvmpy.lab.errors import LabError
-from kvmpy.lab.qemu import Job, Machine, Options, excerpt, prepare
-from kvmpy.testing.host import ACCELERATOR_VARIABLE, HostSummary
+from kvmpy.lab import bytecode, programs
+from kvmpy.lab.kernels import Say
+from kvmpy.lab.lane import Lane, Limits, Running
+from kvmpy.lab.listing import Listing
+from kvmpy.lab.qemu import Job, Options
+from kvmpy.lab.work import MIN_SHARE, Queue
+from kvmpy.testing.host import HostSummary
 from kvmpy.testing.journal import from_json, lost_report
 
 MAX_BOOTS = 50
 FAILED = 3
-_POLL = 0.05
+_POLL = 0.02
+# Below that another machine's boot takes longer than what it would save.
+_WORTH_A_MACHINE = 4 * MIN_SHARE
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Seconds: for a boot up to the first test, beyond a test's own time-out, between tests, and overall."""
+class Setup:
+    """What a run needs: machines and how many at most, what runs inside, how the host lists the tests."""
 
-    boot: float = 300.0
-    grace: float = 60.0
-    idle: float = 120.0
-    total: float = 4 * 3600.0
-
-
-@dataclass
-class _Running:
-    nodeid: str
-    location: tuple[str, int | None, str]
-    since: float
-    limit: float
-
-
-Say = Callable[[str], None]
+    options: Options
+    machines: int
+    job: Job
+    listing: Callable[[], Listing]
+    folder: Path
+    limits: Limits
 
 
 class LabSession:
-    """Plugin object that boots the lab as often as needed and passes the reports on."""
+    """Plugin object that boots machines as often as needed and passes their reports on."""
 
-    def __init__(self, options: Options, job: Job, folder: Path, limits: Limits, say: Say) -> None:
-        self._options = options
-        self._job = job
-        self._folder = folder
-        self._limits = limits
+    def __init__(self, setup: Setup, say: Say) -> None:
+        self._setup = setup
         self._say = say
-        self._machine: Machine | None = None
-        self._running: _Running | None = None
-        self._last: _Running | None = None
+        self._options = setup.options
+        self._lanes: list[Lane] = []
+        self._queue: Queue | None = None
+        self._listing: Listing | None = None
         self._done: set[str] = set()
-        self._selected: list[str] | None = None
+        self._selected: list[str] = []
         self._host: HostSummary | None = None
         self._uncollected: set[str] = set()
-        self._pending: deque[dict[str, Any]] = deque()
-        self._ended = False
-        self._exit: int | None = None
-        self._heard = self._started = time.monotonic()
-        self._boots = 0
+        self._uncompiled: set[str] = set()
+        self._session: Any = None
+        self._started = time.monotonic()
+        self._why = ""
         self.first_test: float | None = None
 
     @property
@@ -80,229 +72,279 @@ class LabSession:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
-        """Boot; the header is about the kernel inside."""
-        reporter: Any = session.config.pluginmanager.get_plugin("kvmpy-session")
+        """Boot the first machine, and collect meanwhile; the header is about the kernel inside."""
+        self._session = session
         options = self._options
+        reporter: Any = session.config.pluginmanager.get_plugin("kvmpy-session")
         text = f"{options.kernel.release} x86_64"
         reporter.describe(  # until it answers
             HostSummary(text, "", (), "lab", False, "it did not come up", accelerator=options.accel)
         )
-        self._boot()
-        self._until(session, lambda: self._host is not None)
+        self._say(
+            f"booting {options.kernel.name} ({options.accel}, {options.cpus} CPUs, {options.memory} MiB)"
+        )
+        lane = self._add_lane()
+        self._listing = self._setup.listing()
+        self._until(lane, lambda: self._host is not None)
         if self._host is not None and not self._host.kvm and options.accel == "kvm":
             self._say("there is no usable KVM inside with -accel kvm: booting again with tcg")
-            self._options = replace(options, accel="tcg")
+            self._options = lane.options = replace(options, accel="tcg")
             self._host = None
-            self._boot()
-            self._until(session, lambda: self._host is not None)
+            lane.boot()
+            self._until(lane, lambda: self._host is not None)
         # Without an answer pytest goes on to the collection: it writes no report file if it ends before.
         if self._host is not None:
             reporter.describe(self._host)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self, session: pytest.Session) -> bool:
-        """Wait for what the session inside has selected."""
+        """Wait for what the collection on the host has found."""
         session.items = []
-        if self._host is not None:
-            self._until(session, lambda: self._selected is not None)
-        if self._selected is None:
-            self._give_up()
-        session.testscollected = len(self._selected)
-        results: Any = session.config.pluginmanager.get_plugin("kvmpy-results")
-        results.select(self._selected)
+        listing = self._listing
+        if listing is None:
+            raise RuntimeError("there is no collection to wait for")
+        # A wrong argument is known at once, whatever became of the kernel.
+        self._until(self._lanes[0], listing.poll, whatever=True)
+        if (failure := listing.failure()) is not None:
+            text, status = failure
+            pytest.exit(text, returncode=status if status in (2, 4, 5) else FAILED)
+        if self._host is None:
+            self._give_up(self._lanes[0])
+        files = listing.files()
+        self._selected = [nodeid for _, ids in files for nodeid in ids]
+        self._queue = Queue(files)
+        self._count()
         return True
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Pass the reports on; boot again when the kernel is lost."""
-        wasted = 0
+        """Pass the reports on; boot again when a kernel is lost."""
+        del session
         while True:
-            before = len(self._done)
-            reason = self._until(session, lambda: self._ended)
-            if self._ended:
-                if self._machine is not None:
-                    self._machine.wait(self._limits.grace)
+            for lane in list(self._lanes):
+                if not lane.retired:
+                    self._step(lane)
+            if all(lane.retired for lane in self._lanes):
                 return True
-            self._lose(session, reason or "the lab ended")
-            if not set(self._selected or []) - self._done:
-                return True
-            wasted = wasted + 1 if len(self._done) == before else 0
-            if wasted > 1 or self._boots >= MAX_BOOTS:
-                self._give_up(f"{self._boots} boots, and no way on: ")
-            self._say("booting again for the rest")
-            self._boot()
+            self._grow()
+            time.sleep(_POLL)
 
     def pytest_unconfigure(self) -> None:
         """Leave no QEMU behind."""
         self.close()
 
     def close(self) -> None:
-        """End the machine, if there is one."""
-        if self._machine is not None:
-            self._machine.stop()
+        """End every machine, and keep what the sessions inside have taught."""
+        for lane in self._lanes:
+            lane.stop()
+        if self._listing is not None:
+            self._listing.close()
+        bytecode.compile_files(sorted(self._uncompiled))
+        self._uncompiled.clear()
 
-    # ---- one boot
+    # ---- machines
 
-    def _boot(self) -> None:
-        self.close()
-        self._boots += 1
-        self._pending.clear()
-        self._ended, self._exit, self._running, self._last = False, None, None, None
-        job = self._job
-        done = self._folder / "job" / "done.json"
-        environment = {
-            **job.environment,
-            ACCELERATOR_VARIABLE: self._options.accel,
-            inside.DONE_VARIABLE: "/run/kvmpy/job/done.json",
-        }
-        prepare(self._folder, replace(job, environment=environment))
-        done.write_text(json.dumps(sorted(self._done)), encoding="utf-8")
-        self._heard = time.monotonic()
-        self._machine = Machine(self._options, self._folder)
+    def _add_lane(self) -> Lane:
+        number = len(self._lanes)
+        folder = self._setup.folder / f"machine{number}"
+        lane = Lane(number, self._options, self._setup.job, folder, self._setup.limits)
+        self._lanes.append(lane)
+        lane.boot()
+        return lane
 
-    def _until(self, session: pytest.Session, satisfied: Callable[[], bool]) -> str | None:
-        """Handle events until *satisfied*; otherwise end the machine and return why there is no more."""
-        machine = self._machine
-        if machine is None:
-            return "there is no machine"
-        while True:
-            over = machine.status is not None
-            if self._drain(session, machine, satisfied):
-                return None
-            reason = self._why_over(machine) if over else self._why_stop(machine)
-            if reason:
-                machine.stop()
-                return None if self._drain(session, machine, satisfied) else reason
-            machine.wait(_POLL)
+    def _grow(self) -> None:
+        # The first machine has its first test before another one takes CPU time away.
+        if self.first_test is None or self._queue is None or len(self._lanes) >= self._setup.machines:
+            return
+        if self._queue.waiting() >= _WORTH_A_MACHINE:
+            self._add_lane()
 
-    def _drain(self, session: pytest.Session, machine: Machine, satisfied: Callable[[], bool]) -> bool:
-        # One by one: what follows the awaited event belongs to pytest's next phase.
-        self._pending.extend(machine.events())
+    def _active(self) -> int:
+        return sum(not lane.retired for lane in self._lanes)
+
+    def _until(self, lane: Lane, satisfied: Callable[[], bool], *, whatever: bool = False) -> None:
+        """Handle events of *lane* until *satisfied* or, unless *whatever*, until it comes to an end."""
         while not satisfied():
-            if not self._pending:
-                return False
-            self._handle(session, self._pending.popleft())
-        return True
+            over = "" if whatever else lane.why() or self._overall()
+            self._drain(lane)
+            if satisfied():
+                return
+            failed = self._listing.failure() if self._listing is not None else None
+            if over or failed is not None:
+                self._why = over
+                lane.stop()
+                self._drain(lane)
+                return
+            time.sleep(_POLL)
 
-    def _why_over(self, machine: Machine) -> str:
-        if machine.trouble():
-            return machine.trouble()
-        if self._exit is not None:
-            if self._exit > 128:
-                return f"the test process was killed by signal {self._exit - 128}"
-            return f"the test process ended itself with status {self._exit}"
-        if machine.status:
-            return f"QEMU ended with status {machine.status}: {machine.complaints() or 'without a word'}"
-        return "the kernel ended without a word"
+    def _drain(self, lane: Lane) -> None:
+        for event in lane.events():
+            handler = getattr(self, f"_on_{event['event']}", None)
+            if handler is not None:
+                handler(lane, event)
 
-    def _why_stop(self, machine: Machine) -> str:
-        now = time.monotonic()
-        if now - self._started > self._limits.total:
-            return f"the run took longer than {self._limits.total:.0f} s"
-        trouble = machine.trouble()
-        if trouble:
-            # A panic ends QEMU by itself, with all of its text.
-            machine.wait(5.0)
-            return trouble
-        silence = now - self._heard
-        if self._running is not None:
-            limit = self._running.limit + self._limits.grace
-            if silence > limit:
-                return f"hung: no sign of life for {silence:.0f} s; QEMU was ended"
-        elif silence > (self._limits.idle if self._last else self._limits.boot):
-            return f"no test began for {silence:.0f} s; QEMU was ended"
-        return ""
+    def _step(self, lane: Lane) -> None:
+        over = lane.why()
+        self._drain(lane)
+        if overall := self._overall():
+            self._stop_all(overall)
+        if over:
+            by_itself = lane.machine is not None and lane.machine.status is not None
+            lane.stop()
+            self._drain(lane)
+            # Its last words may explain more than what was known before them.
+            self._ended(lane, lane.why() if by_itself else over)
+        elif lane.wants is not None and self._queue is not None and not lane.finished:
+            share = self._queue.take(max(self._setup.machines, self._active()))
+            if share is None:
+                lane.dismiss()
+            else:
+                lane.give(share, self._done)
+
+    def _ended(self, lane: Lane, reason: str) -> None:
+        """The machine of *lane* is gone: it was done, or its tests go on in a fresh boot."""
+        clean = lane.ended and not lane.shares and lane.machine is not None
+        if clean and not (lane.machine and (lane.machine.trouble() or lane.machine.status)):
+            lane.retired = True
+            return
+        self._lose(lane, reason)
+        queue = self._queue
+        if queue is None:
+            return
+        for number in sorted(lane.shares, reverse=True):
+            share = lane.shares[number]
+            if share.first or set(share.ids) - self._done:  # what a first share holds is known inside alone
+                queue.give_back(share)
+        if not queue:
+            lane.retired = True
+            return
+        lane.wasted = 0 if lane.progress else lane.wasted + 1
+        if lane.wasted > 1 and self._active() > 1:
+            self._say(f"machine {lane.number} does not come up: {reason}; the others go on")
+            lane.retired = True
+            return
+        if lane.wasted > 1 or sum(entry.boots for entry in self._lanes) >= MAX_BOOTS:
+            self._why = f"{lane.boots} boots, and no way on: {reason}"
+            self._give_up(lane)
+        self._say("booting again for the rest")
+        lane.boot()
 
     # ---- events
 
-    def _handle(self, session: pytest.Session, event: dict[str, Any]) -> None:
-        self._heard = time.monotonic()
-        handler = getattr(self, f"_on_{event['event']}", None)
-        if handler is not None:
-            handler(session, event)
-
-    def _on_host(self, _session: pytest.Session, event: dict[str, Any]) -> None:
+    def _on_host(self, _lane: Lane, event: dict[str, Any]) -> None:
         known = {entry.name for entry in fields(HostSummary)}
         values = {name: value for name, value in event["summary"].items() if name in known}
         for name in ("vendor_modules", "vm_types"):
             values[name] = tuple(values[name])
         self._host = HostSummary(**values)
 
-    def _on_uncollected(self, session: pytest.Session, event: dict[str, Any]) -> None:
+    def _on_ready(self, lane: Lane, event: dict[str, Any]) -> None:
+        lane.wants = int(event["number"])
+
+    def _on_uncollected(self, _lane: Lane, event: dict[str, Any]) -> None:
         if event["data"]["nodeid"] in self._uncollected:
             return
         self._uncollected.add(event["data"]["nodeid"])
-        report = self._report(session, event["data"])
-        session.config.hook.pytest_collectreport(report=report)
+        self._session.config.hook.pytest_collectreport(report=self._report(None, event["data"]))
 
-    def _on_collected(self, _session: pytest.Session, event: dict[str, Any]) -> None:
-        if self._selected is None:
-            self._selected = list(event["ids"])
+    def _on_collected(self, lane: Lane, event: dict[str, Any]) -> None:
+        """The selection as the machine sees it is the one that counts."""
+        share = lane.shares[event["number"]]
+        inside = set(event["ids"])
+        known = set(self._selected)
+        gone = set(share.ids) - inside - self._done
+        if gone:
+            self._selected = [nodeid for nodeid in self._selected if nodeid not in gone]
+        self._selected += [nodeid for nodeid in event["ids"] if nodeid not in known]
+        lane.shares[event["number"]] = replace(share, ids=tuple(event["ids"]), first=False)
+        if gone or inside - known:
+            self._count()
 
-    def _on_start(self, session: pytest.Session, event: dict[str, Any]) -> None:
+    def _on_done(self, lane: Lane, event: dict[str, Any]) -> None:
+        lane.shares.pop(event["number"], None)
+        lane.progress += 1
+
+    def _on_program(self, lane: Lane, event: dict[str, Any]) -> None:
+        programs.answer(lane.folder / "job" / "programs", event)
+
+    def _on_uncompiled(self, _lane: Lane, event: dict[str, Any]) -> None:
+        self._uncompiled.update(map(str, event["files"]))
+
+    def _on_start(self, lane: Lane, event: dict[str, Any]) -> None:
         if self.first_test is None:
             self.first_test = time.monotonic() - self._started
         path, line, domain = event["location"]
-        self._running = _Running(event["nodeid"], (path, line, domain), time.monotonic(), event["limit"])
-        session.config.hook.pytest_runtest_logstart(nodeid=event["nodeid"], location=self._running.location)
+        lane.running = Running(event["nodeid"], (path, line, domain), event["limit"])
+        if self._setup.machines == 1:
+            hook = self._session.config.hook
+            hook.pytest_runtest_logstart(nodeid=event["nodeid"], location=lane.running.location)
 
-    def _on_report(self, session: pytest.Session, event: dict[str, Any]) -> None:
-        session.config.hook.pytest_runtest_logreport(report=self._report(session, event["data"]))
+    def _on_report(self, lane: Lane, event: dict[str, Any]) -> None:
+        self._session.config.hook.pytest_runtest_logreport(report=self._report(lane, event["data"]))
 
-    def _on_finish(self, session: pytest.Session, event: dict[str, Any]) -> None:
-        running, self._running = self._running, None
-        self._last = running or self._last
+    def _on_finish(self, lane: Lane, event: dict[str, Any]) -> None:
+        running, lane.running = lane.running, None
+        lane.last = running or lane.last
+        lane.progress += 1
         self._done.add(event["nodeid"])
         if running is not None:
-            hook = session.config.hook
+            hook = self._session.config.hook
             hook.pytest_runtest_logfinish(nodeid=running.nodeid, location=running.location)
-        if session.shouldfail:
-            raise session.Failed(session.shouldfail)
-        if session.shouldstop:
-            raise session.Interrupted(session.shouldstop)
+        if self._session.shouldfail:
+            raise self._session.Failed(self._session.shouldfail)
+        if self._session.shouldstop:
+            raise self._session.Interrupted(self._session.shouldstop)
 
-    def _on_end(self, _session: pytest.Session, _event: dict[str, Any]) -> None:
-        self._ended = True
+    def _on_end(self, lane: Lane, _event: dict[str, Any]) -> None:
+        lane.ended = True
 
-    def _on_exit(self, _session: pytest.Session, event: dict[str, Any]) -> None:
-        self._exit = int(event["status"])
+    def _on_exit(self, lane: Lane, event: dict[str, Any]) -> None:
+        lane.exit = int(event["status"])
 
-    @staticmethod
-    def _report(session: pytest.Session, data: dict[str, Any]) -> Any:
-        hook = session.config.hook
-        return hook.pytest_report_from_serializable(config=session.config, data=from_json(data))
+    def _report(self, lane: Lane | None, data: dict[str, Any]) -> Any:
+        hook = self._session.config.hook
+        report = hook.pytest_report_from_serializable(config=self._session.config, data=from_json(data))
+        if lane is not None and self._setup.machines > 1:
+            # What the terminal looks for when reports of several processes come in one stream.
+            report.node = SimpleNamespace(gateway=SimpleNamespace(id=f"machine{lane.number}"))
+        return report
+
+    def _count(self) -> None:
+        self._session.testscollected = len(self._selected)
+        results: Any = self._session.config.pluginmanager.get_plugin("kvmpy-results")
+        results.select(self._selected)
 
     # ---- losses
 
-    def _evidence(self) -> str:
-        if self._machine is None:
-            return ""
-        console = excerpt(self._machine.console())
-        return f"console:\n{console}" if console else "the console is empty"
+    def _overall(self) -> str:
+        total = self._setup.limits.total
+        return f"the run took longer than {total:.0f} s" if time.monotonic() - self._started > total else ""
 
-    def _lose(self, session: pytest.Session, reason: str) -> None:
+    def _stop_all(self, reason: str) -> NoReturn:
+        for lane in self._lanes:
+            lane.last = None
+            if not lane.retired and lane.running is not None:
+                self._lose(lane, reason)
+        raise self._session.Failed(reason)
+
+    def _lose(self, lane: Lane, reason: str) -> None:
         """Give the verdict "lost" to the test that was running, or to the last one before the kernel died."""
-        overall = time.monotonic() - self._started > self._limits.total
-        victim = self._running or (None if overall else self._last)
-        if victim is not None:
-            late = "" if self._running is not None else "right after this test: "
-            self._say(f"{late}{reason}, in {victim.nodeid}; that test is lost")
-            text = f"{late}{reason}\n{self._evidence()}"
-            hook = session.config.hook
-            hook.pytest_runtest_logreport(report=lost_report(victim.nodeid, victim.location, text))
-            hook.pytest_runtest_logfinish(nodeid=victim.nodeid, location=victim.location)
-            self._done.add(victim.nodeid)
-            self._running = None
-        else:
+        victim = lane.running or lane.last
+        if victim is None:
             self._say(reason)
-        if overall:
-            raise session.Failed(reason)
+            return
+        late = "" if lane.running is not None else "right after this test: "
+        self._say(f"{late}{reason}, in {victim.nodeid}; that test is lost")
+        hook = self._session.config.hook
+        text = f"{late}{reason}\n{lane.evidence()}"
+        hook.pytest_runtest_logreport(report=lost_report(victim.nodeid, victim.location, text))
+        hook.pytest_runtest_logfinish(nodeid=victim.nodeid, location=victim.location)
+        self._done.add(victim.nodeid)
+        lane.running = None
+        lane.progress += 1
 
-    def _give_up(self, before: str = "") -> NoReturn:
-        machine = self._machine
-        if machine is None:
-            raise LabError("there is no machine")
-        lines = [f"{before}{self._why_over(machine)}"]
-        lines += machine.output().strip().splitlines()[-40:] or [self._evidence()]
-        code = self._exit if self._exit in (2, 4, 5) else FAILED
+    def _give_up(self, lane: Lane) -> NoReturn:
+        lines = [self._why or "the kernel did not come up"]
+        lines += lane.output().strip().splitlines()[-40:] or [lane.evidence()]
+        code = lane.exit if lane.exit in (2, 4, 5) else FAILED
         pytest.exit("\n".join(lines), returncode=code or FAILED)

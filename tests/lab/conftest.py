@@ -11,11 +11,25 @@ import pytest
 FAKE = Path(__file__).parent / "fake_qemu.py"
 
 
+@pytest.fixture(scope="session")
+def pycache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for bytecode that all tests share: it takes long to make, and does not tell them apart."""
+    return tmp_path_factory.mktemp("pycache")
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache; the lab's folder in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "kvmpy" / "lab"
+
+
+@pytest.fixture
+def warm(cache: Path, pycache: Path) -> Path:
+    """The cache, with bytecode in it."""
+    cache.mkdir(parents=True)
+    (cache / "pycache").symlink_to(pycache)
+    return cache
 
 
 def make_image(path: Path, release: str = "7.2.13-test", tail: bytes = b"") -> Path:

@@ -26,12 +26,12 @@ import sys
 from pathlib import Path
 from kvmpy.lab.kernels import find
 from kvmpy.lab.qemu import Options
+from kvmpy.lab.lane import Limits
 from kvmpy.lab.runs import Request, run
-from kvmpy.lab.session import Limits
 
 limits = Limits(boot=60, grace=float(sys.argv[2]), idle=20, total=float(sys.argv[3]))
 reports = ["--kvmpy-json", "out.json", "--ktap", "out.ktap", "--junitxml", "out.xml"]
-request = Request(Options(find(sys.argv[1])), ["--version"], reports, sys.argv[4:], 1, limits)
+request = Request(Options(find(sys.argv[1])), ["selftests"], reports, sys.argv[4:], 1, limits)
 sys.exit(run(request, lambda text: print("SAID", text, flush=True)))
 """
 
@@ -67,6 +67,14 @@ class Lab:
         self.image = image
         (folder / "bin").mkdir()
         (folder / "bin" / "qemu-system-x86_64").symlink_to(FAKE)
+        (folder / "selftests" / "area").mkdir(parents=True)
+        self.tests("test_a", "test_b", "test_c")
+
+    def tests(self, *names: str) -> None:
+        """Make the file with the tests that the collection on the host finds."""
+        text = "\n".join(f"def {name}():\n    raise RuntimeError('not on the host')\n" for name in names)
+        (self.folder / "selftests" / "area" / "test_a.py").write_text(text)
+        self.count = len(names)
 
     def start(
         self, plan: Plan, *extra: str, total: float = 100.0, grace: float = 1.0
@@ -75,6 +83,7 @@ class Lab:
         environment = os.environ | {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "FAKE_QEMU_PLAN": str(self.folder / "plan.json"),
+            "FAKE_QEMU_TESTS": str(self.count),
             "PYTHONPATH": str(ROOT),
         }
         return subprocess.Popen(
@@ -95,7 +104,7 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, cache: Path, image: Path) -> Lab:
+def lab(tmp_path: Path, warm: Path, image: Path) -> Lab:
     return Lab(tmp_path, image)
 
 
@@ -163,6 +172,7 @@ def test_a_test_process_that_dies(lab: Lab) -> None:
 
 def test_qemu_that_dies_keeps_the_results_so_far(lab: Lab) -> None:
     dying: list[list[object]] = [["silent"], ["die", 9]]
+    lab.tests("test_a", "test_b")
     ended = lab.run([[["test", "test_a", "passed"], ["start", "test_b"], ["die", 9]], dying, dying, dying])
     # The plan's tests are all done or lost after the first boot.
     assert ended.verdicts() == {"test_a": "pass", "test_b": "lost"}

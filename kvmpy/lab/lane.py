@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One machine of a run: its boots, the tests it has been given, and why it has come to an end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvmpy.lab.qemu import Job, Machine, Options, excerpt, prepare
+from kvmpy.lab.work import Share
+from kvmpy.testing.host import ACCELERATOR_VARIABLE
+
+# Inside, where the folder with job and shares is to be seen.
+INSIDE = "/run/kvmpy/job"
+_LOG_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds: for a boot up to the first test, beyond a test's own time-out, between tests, and overall."""
+
+    boot: float = 300.0
+    grace: float = 60.0
+    idle: float = 120.0
+    total: float = 4 * 3600.0
+
+
+@dataclass
+class Running:
+    """A test that has begun; times are in seconds."""
+
+    nodeid: str
+    location: tuple[str, int | None, str]
+    limit: float
+
+
+class Lane:
+    """A machine that boots as often as needed; *number* tells it from the others of the run."""
+
+    def __init__(self, number: int, options: Options, job: Job, folder: Path, limits: Limits) -> None:
+        self.number = number
+        self.options = options
+        self.folder = folder
+        self.boots = 0
+        self.wasted = 0
+        self.retired = False
+        self._job = job
+        self._limits = limits
+        self.machine: Machine | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.shares: dict[int, Share] = {}
+        self.wants: int | None = None
+        self.running: Running | None = None
+        self.last: Running | None = None
+        self.finished = False
+        self.ended = False
+        self.exit: int | None = None
+        self.progress = 0
+        self._heard = time.monotonic()
+
+    # ---- the machine
+
+    def boot(self) -> None:
+        """Start QEMU; what an earlier boot said is kept beside it."""
+        self.stop()
+        if self.boots:
+            console = self.folder / "console"
+            if console.exists():
+                shutil.copy(console, self.folder / f"console-{self.boots}")
+        shutil.rmtree(self.folder / "job", ignore_errors=True)  # with the answers of an earlier boot
+        self.boots += 1
+        self._reset()
+        environment = {**self._job.environment, ACCELERATOR_VARIABLE: self.options.accel}
+        prepare(self.folder, replace(self._job, environment=environment))
+        self.machine = Machine(self.options, self.folder)
+
+    def stop(self) -> None:
+        """End QEMU, if it runs."""
+        if self.machine is not None:
+            self.machine.stop()
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what the session inside has said since the last call."""
+        found = self.machine.events() if self.machine is not None else []
+        if found:
+            self._heard = time.monotonic()
+        return found
+
+    # ---- shares
+
+    def give(self, share: Share, done: Iterable[str]) -> None:
+        """Answer the wish for more tests."""
+        if self.wants is not None:
+            self.shares[self.wants] = share
+            self._answer(share.message(done))
+
+    def dismiss(self) -> None:
+        """Answer that there are no more tests."""
+        self.finished = True
+        self._answer({"end": True})
+
+    def _answer(self, message: dict[str, Any]) -> None:
+        folder = self.folder / "job" / "work"
+        folder.mkdir(exist_ok=True)
+        target = folder / str(self.wants)
+        made = folder / f".{self.wants}"
+        made.write_text(json.dumps(message), encoding="utf-8")
+        os.replace(made, target)
+        self.wants = None
+
+    # ---- the end
+
+    def why(self) -> str:
+        """Return why this boot is over or must end, empty while all is well."""
+        if self.machine is None:
+            return "there is no machine"
+        return (
+            self._why_over(self.machine) if self.machine.status is not None else self._why_stop(self.machine)
+        )
+
+    def _why_over(self, machine: Machine) -> str:
+        if machine.trouble():
+            return machine.trouble()
+        if self.exit is not None:
+            if self.exit > 128:
+                return f"the test process was killed by signal {self.exit - 128}"
+            return f"the test process ended itself with status {self.exit}"
+        if machine.status:
+            return f"QEMU ended with status {machine.status}: {machine.complaints() or 'without a word'}"
+        return "the kernel ended without a word"
+
+    def _why_stop(self, machine: Machine) -> str:
+        trouble = machine.trouble()
+        if trouble:
+            # A panic ends QEMU by itself, with all of its text.
+            machine.wait(_LOG_SECONDS)
+            return trouble
+        silence = time.monotonic() - self._heard
+        if self.ended:
+            return "the kernel did not end" if silence > self._limits.grace else ""
+        if self.running is not None:
+            if silence > self.running.limit + self._limits.grace:
+                return f"hung: no sign of life for {silence:.0f} s; QEMU was ended"
+        elif silence > (self._limits.idle if self.last else self._limits.boot):
+            return f"no test began for {silence:.0f} s; QEMU was ended"
+        return ""
+
+    def evidence(self) -> str:
+        """Return what the console says about the end."""
+        console = excerpt(self.machine.console()) if self.machine is not None else ""
+        return f"console:\n{console}" if console else "the console is empty"
+
+    def output(self) -> str:
+        """Return what the command inside has printed."""
+        return self.machine.output() if self.machine is not None else ""

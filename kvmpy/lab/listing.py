@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tests there are, found out on the host while the kernel boots; also the pytest plugin that tells it.
+
+The collection leaves the bytecode of all test modules behind, as the sessions inside need it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvmpy.lab import bytecode
+from kvmpy.lab.process import dies_with_parent, end_group
+from kvmpy.lab.work import by_file
+
+FILE_VARIABLE = "KVMPY_LAB_LISTING"
+_SECONDS = 300.0
+_SHOWN_LINES = 40
+
+
+class _Writer:
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._broken: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Remember the files that cannot be collected here; perhaps they can inside."""
+        if report.outcome != "passed" and report.fspath.endswith(".py"):
+            self._broken.append(report.fspath)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Write the arguments and the tests by file."""
+        tests: dict[str, list[str]] = {}
+        for item in session.items:
+            tests.setdefault(str(item.path), []).append(item.nodeid)
+        for name in self._broken:
+            tests.setdefault(str(session.config.rootpath / name), [])
+        text = json.dumps({"args": list(session.config.args), "tests": tests})
+        self._target.write_text(text, encoding="utf-8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the plugin object."""
+    config.pluginmanager.register(_Writer(Path(os.environ[FILE_VARIABLE])), "kvmpy-listing")
+
+
+class Listing:
+    """A collection in a process of its own. *command* is pytest's, as for the session inside."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+        self._file = folder / "listing.json"
+        self._output = folder / "listing.out"
+        self._deadline = time.monotonic() + _SECONDS
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file.unlink(missing_ok=True)
+        own = {**environment, **bytecode.environment(writing=True), FILE_VARIABLE: str(self._file)}
+        with self._output.open("wb") as stream:
+            self._process = subprocess.Popen(
+                [*command, "-p", __name__, "--collect-only", "-q", "--no-header"],
+                env=os.environ | own,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there
+            )
+
+    def close(self) -> None:
+        """End the process, if it still runs."""
+        if self._process.poll() is None:
+            end_group(self._process)
+
+    def poll(self) -> bool:
+        """Whether the collection is over."""
+        if self._process.poll() is None and time.monotonic() > self._deadline:
+            self.close()
+        return self._process.poll() is not None
+
+    def failure(self) -> tuple[str, int] | None:
+        """Return pytest's words and exit status when it could not collect; None while all is well."""
+        if not self.poll() or self._file.exists():
+            return None
+        lines = self._output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return "\n".join(lines[-_SHOWN_LINES:]), self._process.returncode
+
+    def files(self) -> list[tuple[list[str], list[str]]]:
+        """Return pytest's arguments and the tests for each file; only after an end without a failure."""
+        values = json.loads(self._file.read_text(encoding="utf-8"))
+        return by_file(values["args"], values["tests"])
