@@ -21,6 +21,7 @@ COMMANDS = {
     "ps": "every VM on this machine: its process, vCPUs with their threads, memory, exits",
     "report": "SNP attestation reports, shown and verified: no KVM needed",
     "run": "the selftests on this host's KVM, with a verdict table",
+    "trace": "every KVM ioctl of a program and its children, decoded as it happens",
     "top": "the hottest exits of the VMs on this machine, refreshed",
     "watch": "VMs as they are created and destroyed, live",
 }

@@ -72,6 +72,23 @@ const struct kvmpy_plan_node *plan_find(uint64_t request, const struct object *o
 	return low < plan->nr_roots && roots[low].request == request ? &nodes[roots[low].node] : NULL;
 }
 
+/* A request that the plan lacks: its number tells size and direction of the argument. */
+bool plan_guess(uint64_t request, struct kvmpy_plan_node *node)
+{
+	*node = (struct kvmpy_plan_node){
+		.direction = request >> 30 & 3,
+		.base = request >> 16 & 0x3fff,
+		.count = KVMPY_PLAN_NO_FIELD,
+		.unit = 1,
+		.per = 1,
+		.round = 1,
+		.reads = KVMPY_PLAN_NO_FIELD,
+		.when = KVMPY_PLAN_NO_FIELD,
+		.select = KVMPY_PLAN_NO_FIELD,
+	};
+	return node->direction && node->base;
+}
+
 static bool page_readable(uint64_t address)
 {
 	return raw(SYS_rt_sigprocmask, NO_OPERATION, address & ~7ULL, NULL, 8) != -EFAULT;

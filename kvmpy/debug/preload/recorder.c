@@ -77,10 +77,13 @@ static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object 
 {
 	struct object *vcpu = request == REQ_RUN && object->kind == KVMPY_REC_KIND_VCPU ? object : NULL;
 	const struct kvmpy_plan_node *node = vcpu ? NULL : plan_find(request, object);
+	struct kvmpy_plan_node unknown;
 	struct capture capture;
 	uint64_t order, start;
 	long result;
 
+	if (!node && !vcpu && plan_guess(request, &unknown))
+		node = &unknown;
 	if (vcpu && vcpu->vm && control->flags & KVMPY_FLAG_MEMORY && !atomic_load(&vcpu->vm->dumped) &&
 	    !atomic_exchange(&vcpu->vm->dumped, 1))
 		dump_memory(vcpu->vm);

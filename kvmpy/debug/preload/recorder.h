@@ -95,6 +95,7 @@ HIDDEN void frame_simple(uint16_t type, const void *head, uint64_t head_length, 
 HIDDEN bool capture_start(const char *directory);
 HIDDEN uint64_t readable(const void *address, uint64_t length);
 HIDDEN const struct kvmpy_plan_node *plan_find(uint64_t request, const struct object *object);
+HIDDEN bool plan_guess(uint64_t request, struct kvmpy_plan_node *node);
 HIDDEN void capture_begin(struct capture *capture);
 HIDDEN void capture_end(struct capture *capture);
 HIDDEN void capture_in(struct capture *capture, const struct kvmpy_plan_node *node, uint64_t address,

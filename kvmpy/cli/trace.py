@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy trace``: every KVM ioctl of an unmodified program and its children, decoded as it happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from kvmpy.debug.record.writer import RecordWriter
+    from kvmpy.debug.trace_events import Event
+    from kvmpy.debug.trace_output import Filter, Summary
+
+
+class _Output:
+    """Lines or JSON to a stream that may go away."""
+
+    def __init__(
+        self, chosen: Filter, summary: Summary | None, *, as_json: bool, quiet: bool, path: str | None
+    ) -> None:
+        self.chosen = chosen
+        self.summary = summary
+        self.as_json = as_json
+        self.quiet = quiet
+        self.file = open(path, "w") if path else None  # noqa: SIM115 - closed by close()
+        self.start: float | None = None
+        self.gone = False
+
+    def write(self, text: str) -> None:
+        if self.gone:
+            return
+        try:
+            print(text, file=self.file or sys.stderr, flush=self.file is None)
+        except (OSError, ValueError):
+            # Whoever read us has enough; the program goes on.
+            self.gone = True
+
+    def event(self, event: Event) -> None:
+        if self.start is None:
+            self.start = event.seconds
+        if not self.chosen(event):
+            return
+        if self.summary is not None:
+            self.summary.add(event)
+        if event.warning or not self.quiet:
+            self.write(json.dumps(event.json(self.start)) if self.as_json else event.line(self.start))
+
+    def close(self) -> None:
+        if self.summary is not None:
+            if self.as_json:
+                self.write(json.dumps({"summary": self.summary.json()}))
+            else:
+                for line in self.summary.lines():
+                    self.write(line)
+        if self.file is not None:
+            self.file.close()
+
+
+@click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.option("-o", "--output", "record", metavar="REC", help="Write a record, for replay, shrink and repro.")
+@click.option("-t", "--text", metavar="FILE", help="Write the lines to FILE instead of standard error.")
+@click.option("-p", "--pid", type=click.IntRange(min=1), help="Trace a running process through ptrace.")
+@click.option("--ptrace", is_flag=True, help="Use ptrace even where the recorder could be loaded.")
+@click.option("--read", "source", metavar="REC", help="Show a record instead of running something.")
+@click.option(
+    "-f",
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="TERM",
+    help="Show only what matches: [!][ioctl|fd|errno|exit|thread=]PATTERN[,PATTERN...]; all of several.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("-s", "--summary", is_flag=True, help="Counts, time and errors by ioctl at the end, no lines.")
+@click.option("-a", "--all", "full", is_flag=True, help="Shorten no array.")
+@click.option("-q", "--quiet", is_flag=True, help="No lines; for -o.")
+@click.option("--no-memory", is_flag=True, help="Leave guest memory out of the record.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def trace(
+    record: str | None,
+    text: str | None,
+    pid: int | None,
+    ptrace: bool,
+    source: str | None,
+    filters: tuple[str, ...],
+    as_json: bool,
+    summary: bool,
+    full: bool,
+    quiet: bool,
+    no_memory: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Show every KVM, guest_memfd and /dev/sev ioctl of COMMAND and its children, decoded as it happens.
+
+    Lines go to standard error: time, thread, file descriptor, ioctl with its argument before -> after,
+    = result or errno with its meaning, the exit of KVM_RUN, <duration>.  The exit status is COMMAND's.
+
+    Dynamically linked programs are run with a recorder loaded (LD_PRELOAD).  Static ones, and running ones
+    (-p), are traced through ptrace, which is much slower.
+    """
+    if sum((pid is not None, source is not None, bool(command))) != 1:
+        raise click.UsageError("give a command (after --), or -p PID, or --read REC: one of the three")
+    if source is not None and (record or ptrace):
+        raise click.UsageError("--read takes no -o and no --ptrace")
+    from kvmpy.cli.names import decoder
+    from kvmpy.debug.trace_events import Stream
+    from kvmpy.debug.trace_output import Filter, FilterError, Summary
+
+    try:
+        chosen = Filter(filters)
+        output = _Output(
+            chosen, Summary() if summary else None, as_json=as_json, quiet=quiet or summary, path=text
+        )
+    except FilterError as error:
+        raise click.UsageError(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(f"{text}: {error.strerror}") from None
+    stream = Stream(decoder(full=full))
+    emit = output.event if not quiet or summary else _warnings(output)
+    status = 0
+    try:
+        if source is not None:
+            _read(source, stream, emit)
+        else:
+            status = _trace(command, pid, ptrace, stream, emit, record, memory=not no_memory)
+    finally:
+        output.close()
+    sys.exit(status)
+
+
+def _warnings(output: _Output) -> Callable[[Event], None]:
+    def emit(event: Event) -> None:
+        if event.warning:
+            output.event(event)
+
+    return emit
+
+
+def _read(source: str, stream: object, emit: Callable[[Event], None]) -> None:
+    from kvmpy.debug.record.format import RecordError
+    from kvmpy.debug.trace import read_record
+    from kvmpy.debug.trace_events import Stream
+
+    assert isinstance(stream, Stream)
+    try:
+        read_record(source, stream, emit)
+    except OSError as error:
+        raise click.ClickException(f"{source}: {error.strerror}") from None
+    except RecordError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _open(record: str | None, how: str, command: tuple[str, ...], pid: int = 0) -> RecordWriter | None:
+    from kvmpy.debug.trace import open_record
+
+    if record is None:
+        return None
+    try:
+        return open_record(record, how, command, pid)
+    except OSError as error:
+        raise click.ClickException(f"{record}: {error.strerror}") from None
+
+
+def _trace(
+    command: tuple[str, ...],
+    pid: int | None,
+    ptrace: bool,
+    stream: object,
+    emit: Callable[[Event], None],
+    record: str | None,
+    *,
+    memory: bool,
+) -> int:
+    from kvmpy.debug.preload.build import RecorderBuildError
+    from kvmpy.debug.ptrace import PtraceError, attach, launch
+    from kvmpy.debug.trace import PreloadTracer, Sink, reason
+    from kvmpy.debug.trace_events import Stream
+    from kvmpy.debug.trace_program import ProgramError, examine
+
+    assert isinstance(stream, Stream)
+    try:
+        if pid is not None:
+            sink = Sink(stream, emit, None)
+            return attach(pid, sink, lambda: _open(record, "ptrace", (), pid))
+        program = examine(command[0])
+        why = reason(program.static, program.privileged, program.foreign)
+        if program.privileged or program.foreign:
+            raise click.ClickException(
+                f"{program.path} is {why}: it cannot be traced as another user; trace it as that user"
+                if program.privileged
+                else f"{program.path} is {why}: kvmpy traces 64-bit programs only"
+            )
+        if program.static or ptrace:
+            sink = Sink(stream, emit, _open(record, "ptrace", command))
+            if program.static:
+                sink.remark(f"{program.path} is {why}: traced through ptrace, which is much slower")
+            return launch(command, sink)
+        sink = Sink(stream, emit, _open(record, "preload", command))
+        return PreloadTracer(command, sink, memory=memory and record is not None).run()
+    except (ProgramError, RecorderBuildError, PtraceError) as error:
+        raise click.ClickException(str(error)) from None
+    except PermissionError as error:
+        raise click.ClickException(f"{error.filename or os.curdir}: {error.strerror}") from None

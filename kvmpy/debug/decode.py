@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ioctls to words: the name, the argument before and after with what its pointers lead to, the result.
+
+Works on :class:`kvmpy.debug.record.events.Ioctl`, so on anything that was recorded, and on bare bytes. What
+kvmpy does not know is shown raw; nothing is left out.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmpy.debug.record.events import Chunk, Ioctl
+from kvmpy.debug.record.format import CUT, What, When
+from kvmpy.uapi import ffi
+from kvmpy.uapi.buffers import BUFFERS, TDX_BUFFER, Buffer, children_of, field_place, struct_class
+from kvmpy.uapi.constants import ExitReason, VmType
+from kvmpy.uapi.error_hints import EHWPOISON, error_words, hint
+from kvmpy.uapi.field_words import (
+    CAP_ARGUMENTS,
+    DEVICE_ATTRIBUTES,
+    Namer,
+    Words,
+    argument_words,
+    number_words,
+)
+from kvmpy.uapi.ioctl_type import READ, WRITE, decode
+from kvmpy.uapi.ioctls import BY_NR, IOCTLS, KVM_MEMORY_ENCRYPT_OP, KVM_RUN
+from kvmpy.uapi.ioctls import Ioctl as Op
+from kvmpy.uapi.struct_base import FlexStruct, Struct
+from kvmpy.uapi.struct_text import Style, active_member, describe
+from kvmpy.uapi.structs import kvm_run
+
+_SHOWN_BYTES = 32
+# KVM_RUN fails, and yet kvm_run says why.
+_EXIT_BESIDE_ERROR = (errno.EINTR, errno.EFAULT, EHWPOISON)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an ioctl was issued: the *kind* of file descriptor (as in the ioctl table) and its VM's type."""
+
+    kind: str = ""
+    vm_type: int = 0
+
+
+@dataclass
+class Decoded:
+    """An ioctl in words: its argument ``before`` and ``after``, ``nested`` is what pointers lead to."""
+
+    name: str
+    known: bool
+    before: str = ""
+    after: str = ""
+    nested: list[tuple[str, str]] = field(default_factory=list)
+    result: str = ""
+    exit: str = ""
+    remarks: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [self.name]
+        if self.before:
+            parts.append(self.before)
+        if self.after:
+            parts.append(f"-> {self.after}")
+        parts += [f"{name}={text}" for name, text in self.nested]
+        parts += [f"[{text}]" for text in self.remarks]
+        if self.result:
+            parts.append(f"= {self.result}")
+        if self.exit:
+            parts.append(self.exit)
+        return " ".join(parts)
+
+
+def request_words(nr: int) -> str:
+    """Return a request number that has no name by its parts, such as ``_IOWR(0xae, 0x55, 24)``."""
+    request = decode(nr)
+    form = {0: "_IO", WRITE: "_IOW", READ: "_IOR", READ | WRITE: "_IOWR"}[request.direction]
+    size = f", {request.size}" if request.direction or request.size else ""
+    return f"{form}({request.type:#x}, {request.number:#x}{size})"
+
+
+def relatives(nr: int) -> list[Op]:
+    """Return the known ioctls of the same type and number, whose argument has another size or direction."""
+    request = decode(nr)
+    return [
+        op
+        for op in IOCTLS.values()
+        if op.request.type == request.type and op.request.number == request.number and op.nr != nr
+    ]
+
+
+def relative(nr: int) -> Op | None:
+    """Return the known ioctl whose argument is shorter or longer than that of *nr*, None without one."""
+    request = decode(nr)
+    same = [op for op in relatives(nr) if op.request.direction == request.direction and op.struct]
+    return same[0] if request.direction and len(same) == 1 else None
+
+
+def bytes_text(data: bytes, *, full: bool = False) -> str:
+    """Return bytes as hexadecimal digits, shortened unless *full*."""
+    if not any(data):
+        return f"<{len(data)} zero bytes>"
+    if full or len(data) <= _SHOWN_BYTES:
+        return f"<{data.hex()}>"
+    return f"<{data[:_SHOWN_BYTES].hex()}... {len(data)} bytes>"
+
+
+class Decoder:
+    """Turns ioctls into words; *extra* names numbers in fields that the table of this room does not.
+
+    *firmware* tells what a status of the SEV firmware means. With *full* no array is shortened.
+    """
+
+    def __init__(
+        self,
+        extra: Mapping[tuple[str, str], Namer] | None = None,
+        *,
+        firmware: Callable[[int], str] | None = None,
+        full: bool = False,
+    ) -> None:
+        self.full = full
+        self.firmware = firmware
+        self.words = Words(extra)
+        self.style = Style(self.words, full=full)
+
+    # Structs and bytes.
+
+    def struct_text(self, value: Struct, place: Place = Place()) -> str:
+        """Return a struct as ``{field=value, ...}``."""
+        style = self.style
+        if value.NAME == "kvm_device_attr" and place.kind in DEVICE_ATTRIBUTES:
+            style = Style(self._device_words(value, place.kind), full=self.full)
+        text = describe(value, None, style)
+        if value.NAME == "kvm_enable_cap":
+            text += self._cap_arguments(value)
+        return f"{{{text}}}"
+
+    def _cap_arguments(self, value: Any) -> str:
+        kind = CAP_ARGUMENTS.get(value.cap)
+        return f", args[0]: {number_words(kind, value.args[0])}" if kind is not None and value.args[0] else ""
+
+    def _device_words(self, value: Any, kind: str) -> Callable[[Struct, Any, int], str | None]:
+        groups, attributes = DEVICE_ATTRIBUTES[kind]
+
+        def words(struct: Struct, entry: Any, number: int) -> str | None:
+            if struct.NAME == "kvm_device_attr" and entry.name == "group":
+                return number_words(groups, number)
+            if struct.NAME == "kvm_device_attr" and entry.name == "attr" and value.group in attributes:
+                return number_words(attributes[value.group], number)
+            return self.words(struct, entry, number)
+
+        return words
+
+    def content_text(self, struct: str | None, scalar: str | None, data: bytes, place: Place) -> str:
+        """Return the content of a buffer as words; bytes beyond what the struct declares are raw."""
+        if scalar is not None:
+            number = int.from_bytes(data, "little", signed=scalar.startswith("int"))
+            return hex(number) if number > 9 else str(number)
+        if struct is None:
+            return bytes_text(data, full=self.full)
+        value, rest = struct_of(struct, data)
+        text = self.struct_text(value, place)
+        if len(data) < value.SIZE:
+            text += f" (only {len(data)} of {value.SIZE} bytes)"
+        if any(rest):
+            text += f" +{bytes_text(rest, full=self.full)}"
+        return text
+
+    # Ioctls.
+
+    def ioctl(self, event: Ioctl, place: Place = Place()) -> Decoded:
+        """Return *event* in words."""
+        op = BY_NR.get(event.request)
+        made = Decoded(op.name if op is not None else self._unknown(event.request), op is not None)
+        if event.request == KVM_RUN.nr:
+            self._run(made, event)
+        else:
+            self._argument(made, event, op, place)
+        if event.end_order or event.result or event.errno:
+            made.result = self._result(op, event)
+        return made
+
+    @staticmethod
+    def _unknown(nr: int) -> str:
+        like = relative(nr)
+        text = f"{nr:#x} {request_words(nr)}"
+        return f"{text} (like {like.name}, another size)" if like is not None else text
+
+    @staticmethod
+    def _result(op: Op | None, event: Ioctl) -> str:
+        if event.result < 0:
+            return f"-1 {error_words(op.name if op else None, event.errno)}"
+        return hex(event.result) if event.result > 0xFFFF else str(event.result)
+
+    def _argument(self, made: Decoded, event: Ioctl, op: Op | None, place: Place) -> None:
+        if op is not None and op.arg == "int":
+            made.before = argument_words(op, event.arg)
+            return
+        buffer = buffer_of(event.request, place)
+        before, after = event.argument_in, event.argument_out
+        if buffer is None and before is None and after is None:
+            made.before = f"arg={event.arg:#x}" if event.arg else ""
+            return
+        if before is None and after is None:
+            made.before = f"arg={event.arg:#x}" + (" (not readable)" if event.arg else "")
+            return
+        struct, scalar = (buffer.struct, buffer.scalar) if buffer is not None else (None, None)
+        if buffer is None:
+            like = relative(event.request)
+            struct = like.struct if like is not None else None
+        if buffer is not None and buffer.reads is not None and before is not None:
+            made.before = self.content_text(struct, scalar, before[: buffer.reads], place)
+            made.before = made.before.partition(" (only")[0]
+        elif before is not None and (buffer is None or buffer.arg != "out"):
+            made.before = self.content_text(struct, scalar, before, place)
+        if after is not None and after != before:
+            made.after = self.content_text(struct, scalar, after, place)
+        if _cut(event, event.arg):
+            made.remarks.append("the argument could be read in part only")
+        if buffer is not None:
+            made.nested += self._nested(
+                event, buffer, before if before is not None else after or b"", "", place
+            )
+            self._status(made, buffer, after or before or b"")
+
+    def _nested(
+        self, event: Ioctl, buffer: Buffer, content: bytes, prefix: str, place: Place
+    ) -> Iterator[tuple[str, str]]:
+        for child in children_of(buffer, selected_of(buffer, content)):
+            address = number_in(buffer, content, child.pointer)
+            name = f"{prefix}*{child.pointer}"
+            if not address:
+                continue
+            before, after = event.chunk(address, When.IN), event.chunk(address, When.OUT)
+            texts = []
+            if before is not None and child.arg != "out":
+                texts.append(self.content_text(child.struct, child.scalar, before, place))
+            if after is not None and after != before:
+                texts.append(f"-> {self.content_text(child.struct, child.scalar, after, place)}")
+            if texts:
+                yield name, " ".join(texts)
+            inner = before if before is not None else after
+            if inner is not None:
+                yield from self._nested(event, child, inner, f"{prefix}{child.pointer}.", place)
+
+    def _status(self, made: Decoded, buffer: Buffer, content: bytes) -> None:
+        if buffer.struct not in ("kvm_sev_cmd", "sev_issue_cmd") or self.firmware is None:
+            return
+        status = number_in(buffer, content, "error")
+        meaning = self.firmware(status) if status else ""
+        if meaning:
+            made.remarks.append(f"firmware: {meaning}")
+
+    # KVM_RUN.
+
+    def _run(self, made: Decoded, event: Ioctl) -> None:
+        before = [chunk for chunk in event.chunks if chunk.what == What.RUN and chunk.when & When.IN]
+        after = [chunk for chunk in event.chunks if chunk.what == What.RUN and chunk.when & When.OUT]
+        for chunk in before:
+            if len(chunk.data) < _HEAD:
+                made.remarks.append(f"data in {bytes_text(chunk.data, full=self.full)}")
+        head = next((chunk for chunk in before if len(chunk.data) >= _HEAD), None)
+        if head is not None and run_of(head.data).immediate_exit:
+            made.remarks.append("immediate_exit")
+        shown = next((chunk for chunk in after if len(chunk.data) >= _HEAD), None)
+        if shown is None or (event.result < 0 and event.errno not in _EXIT_BESIDE_ERROR):
+            return
+        run = run_of(shown.data)
+        if event.result < 0 and run.exit_reason not in (
+            ExitReason.KVM_EXIT_INTR,
+            ExitReason.KVM_EXIT_MEMORY_FAULT,
+        ):
+            return
+        data = next((chunk for chunk in after if chunk is not shown and len(chunk.data) < _HEAD), None)
+        made.exit = self.exit_text(run, data.data if data is not None else None)
+
+    def exit_text(self, run: kvm_run, data: bytes | None = None) -> str:
+        """Return why KVM_RUN ended: the reason, its payload, and *data* of a port access."""
+        text = number_words(ExitReason, run.exit_reason)
+        member = active_member(run)
+        if member and member in run.FIELDS:
+            payload = getattr(run, member)
+            text += (
+                f" {{{describe(payload, None, self.style)}}}"
+                if isinstance(payload, Struct)
+                else f" {payload:#x}"
+            )
+        elif run.exit_reason not in ExitReason._value2member_map_:
+            text += f" {bytes_text(bytes(run.padding[:256]), full=self.full)}"
+        if run.flags:
+            text += f" flags={self.words(run, run.FIELDS['flags'], run.flags)}"
+        if data is not None:
+            text += f" data={bytes_text(data, full=self.full)}"
+        return text
+
+
+_HEAD = 32 + 256
+
+
+def buffer_of(nr: int, place: Place) -> Buffer | None:
+    """Return what the argument of *nr* is, None where it is no address that kvmpy knows of."""
+    if nr == KVM_MEMORY_ENCRYPT_OP.nr and place.vm_type == VmType.KVM_X86_TDX_VM:
+        return TDX_BUFFER
+    return BUFFERS.get(nr)
+
+
+def struct_of(name: str, data: bytes) -> tuple[Struct, bytes]:
+    """Return *data* as a struct, filled up with zeros, and the bytes that lie beyond it."""
+    kind = struct_class(name)
+    if issubclass(kind, FlexStruct):
+        return kind.from_bytes(data.ljust(kind.SIZE, b"\0")), b""
+    return kind.from_bytes(data[: kind.SIZE].ljust(kind.SIZE, b"\0")), data[kind.SIZE :]
+
+
+def run_of(data: bytes) -> kvm_run:
+    """Return the begin of a run area as a struct kvm_run."""
+    return kvm_run.from_bytes(data[: kvm_run.SIZE].ljust(kvm_run.SIZE, b"\0"))
+
+
+def number_in(buffer: Buffer, content: bytes, name: str) -> int:
+    """Return the number in the field *name* of *content*, 0 where *content* does not reach it."""
+    if buffer.struct is None:
+        return 0
+    offset, size = field_place(buffer.struct, name)
+    return int.from_bytes(content[offset : offset + size], "little")
+
+
+def selected_of(buffer: Buffer, content: bytes) -> int | None:
+    """Return the number of the command in *content*, None where the buffer has none."""
+    return number_in(buffer, content, buffer.select) if buffer.select else None
+
+
+def _cut(event: Ioctl, address: int) -> bool:
+    return any(chunk.flags & CUT and chunk.address == address for chunk in event.chunks)
+
+
+def plain(value: Any) -> Any:
+    """Return the content of a struct as values that JSON has: bytes are hexadecimal digits."""
+    if isinstance(value, Struct):
+        return {key: plain(item) for key, item in value.as_dict().items()}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def _chunk_json(chunk: Chunk, struct: str | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "address": hex(chunk.address),
+        "when": {1: "in", 2: "out", 3: "in, out"}.get(chunk.when, str(chunk.when)),
+        "bytes": chunk.data.hex(),
+    }
+    if struct is not None:
+        row["struct"] = struct
+        row["fields"] = plain(struct_of(struct, chunk.data)[0])
+    return row
+
+
+def as_json(event: Ioctl, decoded: Decoded, place: Place = Place()) -> dict[str, Any]:
+    """Return an ioctl as JSON-ready values: the words, and every chunk with its fields."""
+    row: dict[str, Any] = {
+        "ioctl": decoded.name,
+        "known": decoded.known,
+        "request": hex(event.request),
+        "fd": event.fd,
+        "arg": hex(event.arg),
+        "result": event.result,
+    }
+    if event.errno:
+        row["errno"] = error_words(None, event.errno).partition(" ")[0]
+        row["meaning"] = hint(decoded.name, event.errno)
+    structs: dict[int, str | None] = {}
+    buffer = buffer_of(event.request, place)
+    if buffer is not None:
+        structs[event.arg] = buffer.struct
+        _collect(event, buffer, event.argument_in or event.argument_out or b"", structs)
+    row["chunks"] = [
+        _chunk_json(
+            chunk,
+            ("kvm_run" if len(chunk.data) == _HEAD else None)
+            if chunk.what == What.RUN
+            else structs.get(chunk.address),
+        )
+        for chunk in event.chunks
+    ]
+    if decoded.exit:
+        row["exit"] = decoded.exit.partition(" ")[0]
+    row["text"] = str(decoded)
+    return row
+
+
+def _collect(event: Ioctl, buffer: Buffer, content: bytes, structs: dict[int, str | None]) -> None:
+    for child in children_of(buffer, selected_of(buffer, content)):
+        address = number_in(buffer, content, child.pointer)
+        data = event.chunk(address, When.IN) or event.chunk(address, When.OUT)
+        if address and data is not None:
+            structs[address] = child.struct
+            _collect(event, child, data, structs)
+
+
+def decode_argument(op: Op, data: bytes, decoder: Decoder, place: Place = Place()) -> str:
+    """Return the argument of *op* in words, from its bytes; ValueError when it takes none, or bytes miss."""
+    if op.arg in ("none", "int"):
+        raise ValueError(f"{op.name} takes no struct")
+    size = int(ffi.sizeof(op.scalar)) if op.scalar else struct_class(op.struct or "").SIZE
+    if len(data) < size:
+        raise ValueError(f"{op.name} takes {size} bytes, {len(data)} were given")
+    buffer = buffer_of(op.nr, place)
+    return decoder.content_text(buffer.struct if buffer else None, op.scalar, data, place)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the recorder at its first use and keeps it by the content of its source."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ("recorder.c", "capture.c", "objects.c", "frames.c")
+HEADERS = ("recorder.h", "ring.h", "../record/format.h")
+FLAGS = ("-shared", "-fPIC", "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden")
+LIBRARIES = ("-ldl", "-pthread")
+TARGET = "kvmpy-recorder.so"
+_TIMEOUT_S = 120
+
+
+class RecorderBuildError(RuntimeError):
+    """The recorder cannot be compiled; the text says why and what to do."""
+
+
+def _cache() -> Path:
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(xdg) if Path(xdg).is_absolute() else Path(os.environ.get("HOME") or "/nonexistent") / ".cache"
+    return base / "kvmpy" / "preload"
+
+
+def _key() -> str:
+    digest = hashlib.sha256(" ".join(FLAGS + LIBRARIES).encode())
+    for name in SOURCES + HEADERS:
+        digest.update((HERE / name).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _compile(target: Path) -> None:
+    compiler = os.environ.get("CC") or "gcc"
+    if shutil.which(compiler) is None:
+        raise RecorderBuildError(
+            f"the recorder has to be compiled once, and there is no {compiler}: "
+            "apt-get install gcc libc6-dev, or trace a running program with -p"
+        )
+    command = [compiler, *FLAGS, "-o", str(target), *(str(HERE / name) for name in SOURCES), *LIBRARIES]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=environment
+    )
+    if done.returncode:
+        raise RecorderBuildError(f"{compiler} could not compile the recorder:\n{done.stderr.strip()}")
+
+
+def recorder(fallback: Path) -> Path:
+    """Return the compiled recorder; in *fallback* where the cache folder cannot be written.
+
+    RecorderBuildError when there is no compiler or it fails.
+    """
+    folder = _cache() / _key()
+    target = folder / TARGET
+    if target.is_file():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(handle)
+    except OSError:
+        target = fallback / TARGET
+        _compile(target)
+        return target
+    made = Path(name)
+    try:
+        _compile(made)
+        made.chmod(0o755)
+        made.replace(target)
+    finally:
+        made.unlink(missing_ok=True)
+    return target

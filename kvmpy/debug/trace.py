@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a program with the recorder loaded, and hands on what it and its children ask of KVM."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from kvmpy.debug.preload.build import recorder
+from kvmpy.debug.preload.shared import DUMP, FIRST_ORDER, Shared
+from kvmpy.debug.record.events import MEMORY, Memory, Note, Object, Thread, unpack
+from kvmpy.debug.record.format import MEMORY_INITIAL, PAGE_SIZE, Frame, FrameReader, RecordError
+from kvmpy.debug.record.format import FrameType as Kind
+from kvmpy.debug.record.writer import RecordWriter
+from kvmpy.debug.trace_events import Event, Stream
+from kvmpy.debug.trace_program import ProgramError, examine
+
+_PAUSE_S = 0.002
+_LONGEST_PAUSE_S = 0.02
+
+Emit = Callable[[Event], None]
+
+
+class Sink:
+    """Takes frames as they come: into a record, where there is one, and as events to *emit*.
+
+    With *emit* None nothing is decoded.
+    """
+
+    def __init__(self, stream: Stream, emit: Emit | None, record: RecordWriter | None = None) -> None:
+        self.stream = stream
+        self.emit = emit
+        self.record = record
+        self.start: float | None = None
+        self.frames = 0
+
+    def take(self, frames: Iterable[Frame]) -> int:
+        """Take in *frames* and return how many they were."""
+        count = 0
+        for frame in frames:
+            count += 1
+            if self.start is None:
+                self.start = frame.time_ns / 1e9
+            if frame.type == DUMP:
+                self._memory(frame)
+                continue
+            if self.record is not None:
+                self.record.pid = frame.pid
+                self.record.raw(frame.type, frame.payload, frame.tid, frame.order, frame.time_ns, frame.flags)
+            if self.emit is not None:
+                for event in self.stream.feed(frame):
+                    self.emit(event)
+        self.frames += count
+        return count
+
+    def _memory(self, frame: Frame) -> None:
+        if self.record is None:
+            return
+        address, count, _ = MEMORY.unpack_from(frame.payload)
+        body = frame.payload[MEMORY.size :]
+        pages = [body[at : at + PAGE_SIZE] for at in range(0, count * PAGE_SIZE, PAGE_SIZE)]
+        self.record.pid = frame.pid
+        ids = self.record.page_ids(pages, frame.tid)
+        said = Memory(address, ids, MEMORY_INITIAL)
+        self.record.put(said, tid=frame.tid, order=frame.order, time_ns=frame.time_ns)
+
+    def remark(self, text: str, *, warning: bool = True) -> None:
+        """Emit a line that no frame stands for."""
+        if self.emit is not None:
+            frame = Frame(Kind.NOTE, b"", time_ns=time.monotonic_ns(), pid=os.getpid())
+            self.emit(Event(frame, "kvmpy", "", text=text, warning=warning))
+
+    def finish(self, last_order: int) -> None:
+        """Emit what has not returned, and close the record."""
+        if self.emit is not None:
+            for event in self.stream.unfinished():
+                self.emit(event)
+        if self.record is not None:
+            self.record.order = itertools.count(last_order + 1).__next__
+            self.record.close()
+
+
+def open_record(path: str, how: str, command: Sequence[str], pid: int = 0) -> RecordWriter:
+    """Begin a record at *path*; OSError when that cannot be written."""
+    return RecordWriter(path, recorder=how, command=" ".join(command)[:1000], pid=str(pid or os.getpid()))
+
+
+class PreloadTracer:
+    """Runs *command* under the recorder; :meth:`run` returns its exit status.
+
+    *memory* copies guest memory before a VM runs first, for records that are replayed.
+    ProgramError when it cannot be started, :class:`kvmpy.debug.preload.build.RecorderBuildError` without a
+    compiler.
+    """
+
+    def __init__(self, command: Sequence[str], sink: Sink, *, memory: bool = False) -> None:
+        self.command = list(command)
+        self.sink = sink
+        self.interrupts = 0
+        base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - shared memory is the point
+        self._folder = Path(tempfile.mkdtemp(prefix="kvmpy-trace-", dir=base))
+        try:
+            self._library = recorder(self._folder)
+            self.shared = Shared(self._folder, memory=memory)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        self._warned: set[str] = set()
+
+    def run(self) -> int:
+        """Run the program, and its children that use KVM, to the end; return its status as a shell does."""
+        earlier = signal.signal(signal.SIGINT, self._interrupted)
+        try:
+            return self._run()
+        finally:
+            signal.signal(signal.SIGINT, earlier)
+            self.shared.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        # The program got the signal, too, where it shares our terminal; what it does then is worth seeing.
+        del number, frame
+        self.interrupts += 1
+
+    def _run(self) -> int:
+        environment = dict(os.environ)
+        others = environment.get("LD_PRELOAD", "")
+        environment["LD_PRELOAD"] = f"{self._library}:{others}" if others else str(self._library)
+        environment["KVMPY_TRACE_DIR"] = str(self._folder)
+        try:
+            child = subprocess.Popen(self.command, env=environment)
+        except OSError as error:
+            raise ProgramError(f"{self.command[0]}: {error.strerror}") from None
+        pause = _PAUSE_S
+        status: int | None = None
+        while True:
+            status = child.poll() if status is None else status
+            rest = self.shared.alive if status is not None else []
+            if self._poll():
+                pause = _PAUSE_S
+            elif status is not None and (not rest or self.interrupts):
+                break
+            else:
+                time.sleep(pause)
+                pause = min(pause * 1.5, _LONGEST_PAUSE_S)
+            if self.interrupts > 1:
+                break
+        self._poll()
+        if self.shared.lost:
+            self.sink.remark(f"{self.shared.lost} frames were lost")
+        if status is None:
+            self.sink.remark(f"process {child.pid} runs on, no longer traced")
+            return 130
+        if not self.sink.frames:
+            self.sink.remark("neither the program nor a child issued an ioctl of KVM that the recorder saw")
+        self.sink.finish(max(self.shared.order, FIRST_ORDER))
+        return 128 - status if status < 0 else status
+
+    def _poll(self) -> int:
+        frames = self.shared.poll()
+        for frame in frames:
+            if frame.type == Kind.NOTE:
+                self._exec(frame)
+        return self.sink.take(frames)
+
+    def _exec(self, frame: Frame) -> None:
+        said = unpack(frame)
+        name = said.values.get("exec", "") if isinstance(said, Note) else ""
+        if not name or name in self._warned:
+            return
+        self._warned.add(name)
+        try:
+            program = examine(name)
+        except ProgramError:
+            return
+        why = reason(program.static, program.privileged, program.foreign)
+        if why:
+            text = f"process {frame.pid} executes {program.path}: {why}; from here it is not traced"
+            self.sink.remark(text)
+
+
+def reason(static: bool, privileged: str, foreign: str) -> str:
+    """Return why the recorder cannot be loaded into a program, ``""`` where it can."""
+    if privileged:
+        return f"{privileged}, and such programs ignore LD_PRELOAD"
+    if foreign:
+        return foreign
+    return "statically linked, and nothing can be loaded into it" if static else ""
+
+
+def read_record(path: str, stream: Stream, emit: Emit) -> None:
+    """Emit what a record holds, in order; RecordError when it is none or of another version."""
+    with open(path, "rb") as file:
+        data = file.read()
+    reader = FrameReader(data)
+    reader.check()
+    frames = list(reader)
+    # Objects may stand behind their ioctl.
+    for frame in frames:
+        if frame.type in (Kind.OBJECT, Kind.THREAD):
+            said = unpack(frame)
+            if isinstance(said, Object):
+                stream.objects.setdefault(said.id, said)
+            elif isinstance(said, Thread):
+                stream.threads.setdefault(said.tid, said.name)
+    for frame in sorted(frames, key=lambda each: each.order):
+        if frame.type not in (Kind.HOST, Kind.PAGES, Kind.MEMORY, Kind.MAP, Kind.UNMAP, Kind.END):
+            for event in stream.feed(frame):
+                emit(event)
+    for event in stream.unfinished():
+        emit(event)
+    if reader.problem is not None:
+        raise RecordError(f"{path}: {reader.problem}; what could be read is above")
