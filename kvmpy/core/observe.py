@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -59,6 +60,31 @@ class HostObserver(Protocol):
 
     def event_signalled(self, fd: int, count: int) -> None:
         """The host added *count* to the eventfd *fd*."""
+
+
+class _Inspection(threading.local):
+    depth = 0
+
+
+_inspection = _Inspection()
+
+
+@contextmanager
+def inspecting() -> Iterator[None]:
+    """Mark the ioctls of this thread in a with block as a tool's own look at a VM, such as a post-mortem's.
+
+    Observers hear of them all the same; those that show what led to a failure leave them out.
+    """
+    _inspection.depth += 1
+    try:
+        yield
+    finally:
+        _inspection.depth -= 1
+
+
+def is_inspecting() -> bool:
+    """Whether the calling thread is inside :func:`inspecting`."""
+    return _inspection.depth > 0
 
 
 active: list[Observer] = []

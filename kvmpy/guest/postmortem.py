@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvmpy.core import observe
 from kvmpy.core.address import PAGE_SIZE, Gva
 from kvmpy.core.errors import KvmError, PrivateMemoryError, errno_name
 from kvmpy.guest import ucall
@@ -60,6 +61,11 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
     """Return the post-mortem of *vcpu*, whose run ended with *cause* (and with the ucall *call*, where it
     was one).
     """
+    with observe.inspecting():
+        return _postmortem(vm, vcpu, cause, call)
+
+
+def _postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None) -> str:
     lines: list[str] = []
 
     def section(title: str, make: Callable[[], Iterator[str] | list[str]]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from kvmpy.core import observe
 from kvmpy.core.errors import errno_name
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class IoctlTail:
 
     def ioctl_exit(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno: int) -> None:
         """Keep the ioctl; KVM_RUNs of one vCPU that end alike are one entry with a count."""
+        if observe.is_inspecting():
+            return
         entries = self._entries
         reason = -1
         if op.name == _RUN:

@@ -6,6 +6,7 @@
   const WORDS = { pass: "passed", fail: "failed", skip: "skipped", xfail: "failed as expected", lost: "lost" };
   const ORDER = Object.keys(WORDS);
   const BAD = new Set(["fail", "lost"]);
+  const CARDS = 12; // failures that are listed at once
   const PAGE = 250; // rows that are made at once
   const SVG = "http://www.w3.org/2000/svg";
   const $ = (id) => document.getElementById(id);
@@ -191,10 +192,13 @@
         const one = state(address);
         const joined = one.mapping !== null && one.mapping.page > 4096;
         const x = left + at * cell;
-        shapes.push(s("rect", { x, y, width: joined ? cell : cell - 1, height: joined ? cell : cell - 1, class: `${one.mapping ? "" : "faint "}${one.kind}` }, s("title", {}, told(address, 4096, one))));
+        // Pages of one large page have no gaps between them: a line of them is one shape.
+        const span = joined && address % step === 0 && address + step <= Math.min(end, one.mapping.end) && !one.odd ? wide : 1;
+        shapes.push(s("rect", { x, y, width: joined ? span * cell : cell - 1, height: joined ? cell + 0.3 : cell - 1, class: `${one.mapping ? "" : "faint "}${one.kind}` }, s("title", {}, told(address, span * 4096, one))));
+        if (joined && address % one.mapping.page === 0) bigs.push({ x, y, page: one.mapping.page, set: one.set });
+        at += span - 1;
         if (one.set && !joined) shapes.push(s("circle", { cx: x + (cell - 1) / 2, cy: y + (cell - 1) / 2, r: cell / 6, class: "mark" }));
         if (one.odd) shapes.push(s("rect", { x: x + 0.8, y: y + 0.8, width: cell - 2.6, height: cell - 2.6, class: "odd" }));
-        if (joined && address % one.mapping.page === 0) bigs.push({ x, y, page: one.mapping.page, set: one.set });
       }
       shapes.push(s("text", { x: 0, y: y + cell - 3 }, hex(from)));
       y += cell;
@@ -213,7 +217,7 @@
       shapes.push(s("rect", { x: big.x + 0.7, y: big.y + 0.7, width: wide * cell - 1.4, height: lines * cell - 1.4, class: "big" }));
       if (big.set) shapes.push(s("circle", { cx: big.x + (wide * cell) / 2, cy: big.y + (lines * cell) / 2, r: cell / 2, class: "mark" }));
     }
-    const width = left + wide * cell + (narrow ? 54 : 190);
+    const width = left + wide * cell + (narrow ? 68 : 190);
     const label = `guest memory from ${hex(start)}, ${size(length)}; the same is told below as text`;
     return s("svg", { viewBox: `0 0 ${width} ${y + 4}`, role: "img", "aria-label": label }, shapes);
   }
@@ -236,29 +240,29 @@
   function header() {
     const line = $("columns");
     line.append(h("span", {}));
-    if (data.runs.length > 1) {
+    const emulated = data.runs.filter((run) => run.platform !== "host");
+    if (data.runs.length > 1 || emulated.length) {
       data.runs.forEach((run, number) => {
         const width = data.columns.filter((column) => column.run === number).length;
-        if (width) line.append(h("span", { class: "group", style: `grid-column: span ${width}`, title: `${run.kernel}, ${run.cpu}` }, run.name));
+        if (width) line.append(h("span", { class: `group${run.platform === "host" ? "" : " emulated"}`, style: `grid-column: span ${width}`, title: `${run.kernel}, ${run.cpu}` }, run.name));
       });
       line.append(h("span", {}), h("span", {}));
     }
     data.columns.forEach((column, at) => {
-      const doubts = marks(column);
-      line.append(h("span", { class: `col${doubts.length ? " emulated" : ""}`, title: [columnName(column), ...doubts].join("; ") }, column.name + (doubts.length ? " *" : "")));
+      line.append(h("span", { class: `col${column.label ? " emulated" : ""}`, title: [columnName(column), ...marks(column)].join("; ") }, column.name + (column.label ? " *" : "")));
       if (firstOfRun.has(at)) line.lastChild.classList.add("first");
     });
     line.append(h("span", { class: "time" }, "duration"));
-    const notes = new Map();
-    for (const column of data.columns) for (const mark of marks(column)) notes.set(`${columnName(column)}: ${mark}`, true);
-    if (notes.size) line.after(h("p", { class: "muted", id: "notes" }, `* ${[...notes.keys()].join(" · ")}`));
+    const notes = new Set(data.columns.filter((column) => column.label).map((column) => `* ${column.name}: ${column.label}`));
+    for (const run of emulated) notes.add(`${run.name}: emulated platform ${run.platform}`);
+    if (notes.size) line.after(h("p", { class: "muted", id: "notes" }, [...notes].join(" · ")));
   }
 
   function cellOf(cell, at) {
     const first = firstOfRun.has(at) ? " first" : "";
     if (!cell) return h("span", { class: `cell empty${first}`, "aria-hidden": "true" }, "·");
     const label = columnName(data.columns[at]);
-    const text = `${label}: ${WORDS[cell.v]}, ${seconds(cell.d)}${cell.reason ? `: ${cell.reason}` : ""}`;
+    const text = `${label}: ${WORDS[cell.v]}, ${[seconds(cell.d), ...marks(data.columns[at])].join(", ")}${cell.reason ? `: ${cell.reason}` : ""}`;
     return h("span", { class: `cell v-${cell.v}${first}`, role: "img", "aria-label": text, title: text }, h("span", { class: "glyph", "aria-hidden": "true" }), h("span", { class: "label", "aria-hidden": "true" }, label));
   }
 
@@ -411,9 +415,14 @@
         if (cell.v === "skip") for (const [what, how] of cell.missing || [[cell.reason || "", ""]]) into(skipped, JSON.stringify([what, how]), name);
       }
     }
-    listOf("attention", bad.slice(0, 500).map(([row, cell]) => lazy(
+    const cards = bad.map(([row, cell]) => () => lazy(
       [badge(cell.v), h("span", { class: "mono" }, row.id), " ", h("span", { class: "tag" }, columnName(data.columns[cell.c])), marks(data.columns[cell.c]).map((mark) => [" ", h("span", { class: "tag warn" }, mark)]).flat(), h("span", { class: "reason" }, cell.reason || "")],
-      () => part(cell), bad.length === 1)));
+      () => part(cell), bad.length === 1));
+    listOf("attention", cards.slice(0, CARDS).map((make) => make()));
+    if (cards.length > CARDS) {
+      const more = h("button", { type: "button", class: "nav", on: { click: () => more.replaceWith(...cards.slice(CARDS).map((make) => make())) } }, `show ${many(cards.length - CARDS, "more failure")}`);
+      $("attention").querySelector(".list").append(more);
+    }
     const names = (all) => h("ul", {}, all.map((name) => h("li", { class: "mono" }, name)));
     const sorted = (map) => [...map].sort((a, b) => b[1].length - a[1].length);
     listOf("skips", sorted(skipped).map(([key, all]) => {
