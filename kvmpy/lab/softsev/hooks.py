@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the software AMD-SP into a kernel tree: copies files, and inserts lines beside the kernel's own."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvmpy.lab.errors import LabError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PLACES = ("after-includes", "append", "before", "after")
+_HASH_COMMENTS = ("Makefile", "Kbuild", "Kconfig")
+_INCLUDE = re.compile(r"^#\s*include\b", re.MULTILINE)
+_CONDITION = re.compile(r"^#\s*(if|endif)", re.MULTILINE)
+
+
+class HookError(LabError):
+    """A tree that the hooks do not fit; the message names the hook."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Lines that go beside a line of the kernel's; see the head of hooks.toml for the fields."""
+
+    name: str
+    file: str
+    place: str
+    text: str
+    anchor: str = ""
+    scope: str = ""
+    when: str = ""
+    needs: Sequence[str] = field(default=())
+
+    @property
+    def lines(self) -> str:
+        """What is inserted, between two comments that name the hook and this version of it."""
+        body = self.text.strip("\n")
+        digest = hashlib.sha256(f"{self.place}\0{self.anchor}\0{body}".encode()).hexdigest()[:8]
+        if Path(self.file).name in _HASH_COMMENTS:
+            return f"# softsev: {self.name} {digest}\n{body}\n# softsev: end of {self.name}\n"
+        return f"/* softsev: {self.name} {digest} */\n{body}\n/* softsev: end of {self.name} */\n"
+
+    @property
+    def mark(self) -> str:
+        """The first line of what is inserted."""
+        return self.lines.partition("\n")[0]
+
+    def _fail(self, why: str) -> HookError:
+        return HookError(
+            f"hook {self.name} does not fit {self.file}: {why}",
+            "this kernel differs from those that the software AMD-SP knows; see kernel/hooks.toml",
+        )
+
+    def _scope(self, source: str) -> tuple[int, int]:
+        if not self.scope:
+            return 0, len(source)
+        starts = [
+            found.start()
+            for found in re.finditer(self.scope, source, re.MULTILINE)
+            if not _is_declaration(source, found.start())
+        ]
+        if len(starts) != 1:
+            raise self._fail(f"{len(starts)} places begin like {self.scope}, not one")
+        end = re.compile(r"^\}", re.MULTILINE).search(source, starts[0])
+        if end is None:
+            raise self._fail(f"what begins like {self.scope} does not end")
+        return starts[0], end.start()
+
+    def _position(self, source: str) -> int:
+        if self.place == "append":
+            return len(source)
+        if self.place == "after-includes":
+            return _after_includes(source, self._fail)
+        start, end = self._scope(source)
+        found = list(re.compile(self.anchor, re.MULTILINE).finditer(source, start, end))
+        if not found:
+            raise self._fail(f"nothing there is like {self.anchor}")
+        if len(found) > 1:
+            raise self._fail(f"{len(found)} lines are like {self.anchor}, and it must be one")
+        if self.place == "before":
+            return source.rfind("\n", 0, found[0].start() + 1) + 1
+        return source.find("\n", found[0].end() - 1) + 1
+
+    def insert(self, source: str) -> str:
+        """Return the file's text with the lines; unchanged when they are there, or not for this tree."""
+        if self.mark in source:
+            return source
+        if re.search(rf"softsev: {re.escape(self.name)} ", source):
+            raise HookError(
+                f"{self.file} has hook {self.name} of another version of kvmpy", "start from a clean tree"
+            )
+        if self.when and not re.search(self.when, source, re.MULTILINE):
+            return source
+        for pattern in self.needs:
+            if not re.search(pattern, source, re.MULTILINE):
+                raise self._fail(f"nothing there is like {pattern}")
+        at = self._position(source)
+        head = source[:at]
+        if head and not head.endswith("\n"):
+            head += "\n"
+        return head + self.lines + source[at:]
+
+
+def _is_declaration(source: str, start: int) -> bool:
+    """Whether what begins at *start* ends with a semicolon before any brace: a prototype."""
+    brace, semicolon = source.find("{", start), source.find(";", start)
+    return semicolon != -1 and (brace == -1 or semicolon < brace)
+
+
+def _after_includes(source: str, fail: Any) -> int:
+    """Return the position after the last #include that stands outside of any #if."""
+    depth = 0
+    last = -1
+    for line in re.finditer(r"^.*\n", source, re.MULTILINE):
+        text = line.group()
+        if condition := _CONDITION.match(text):
+            depth += 1 if condition[1] == "if" else -1
+        elif depth == 0 and _INCLUDE.match(text):
+            last = line.end()
+    if last < 0:
+        raise fail("it includes nothing")
+    return last
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A file, or the files of a folder, that come into the tree."""
+
+    source: Path
+    target: str
+
+    def apply(self, tree: Path) -> None:
+        """Copy what differs, so that a second build compiles only that."""
+        pairs = [(self.source, tree / self.target)]
+        if self.source.is_dir():
+            pairs = [(file, tree / self.target / file.name) for file in sorted(self.source.iterdir())]
+        for source, target in pairs:
+            if target.is_file() and target.read_bytes() == source.read_bytes():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+@dataclass(frozen=True)
+class HookList:
+    """All that is done to a tree."""
+
+    copies: Sequence[Copy]
+    hooks: Sequence[Hook]
+
+    @classmethod
+    def load(cls, folder: Path) -> HookList:
+        """Read ``hooks.toml`` of *folder*."""
+        data = tomllib.loads((folder / "hooks.toml").read_text(encoding="utf-8"))
+        hooks = [Hook(**entry) for entry in data.get("hook", [])]
+        for hook in hooks:
+            if hook.place not in PLACES:
+                raise HookError(f"hook {hook.name}: {hook.place!r} is no place")
+            if hook.place in {"before", "after"} and not hook.anchor:
+                raise HookError(f"hook {hook.name} has no anchor")
+        return cls([Copy(folder / entry["from"], entry["to"]) for entry in data.get("copy", [])], hooks)
+
+    def apply(self, tree: Path) -> list[str]:
+        """Change *tree*, or nothing of it when a hook does not fit; return the names of the hooks put in."""
+        texts: dict[str, str] = {}
+        done = []
+        for hook in self.hooks:
+            path = tree / hook.file
+            if hook.file not in texts:
+                try:
+                    texts[hook.file] = path.read_text(encoding="utf-8")
+                except FileNotFoundError as error:
+                    raise HookError(f"hook {hook.name}: this tree has no {hook.file}") from error
+            changed = hook.insert(texts[hook.file])
+            if changed != texts[hook.file]:
+                done.append(hook.name)
+            texts[hook.file] = changed
+        for name, text in texts.items():
+            path = tree / name
+            if path.read_text(encoding="utf-8") != text:
+                # A new file, since the old one may be a hard link into somebody's tree.
+                path.unlink()
+                path.write_text(text, encoding="utf-8")
+        for copy in self.copies:
+            copy.apply(tree)
+        return done

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Software AMD-SP: the reverse map table, and the instructions of the host that change it.
+ *
+ * One entry a page, in chunks of 2M that exist once a page of them was assigned. The generation counts changes that take
+ * something away from a guest: whoever keeps translations drops them when it moved.
+ */
+#define pr_fmt(fmt) "softsev: " fmt
+
+#include <linux/export.h>
+#include <linux/printk.h>
+#include <linux/slab.h>
+#include <linux/spinlock.h>
+#include <linux/string.h>
+#include <linux/xarray.h>
+#include <asm/softsev.h>
+
+#define CHUNK_PAGES	512
+
+struct rmp_chunk {
+	struct softsev_rmp e[CHUNK_PAGES];
+};
+
+static DEFINE_XARRAY(rmp_chunks);
+static DEFINE_RAW_SPINLOCK(rmp_lock);
+static u64 rmp_generation = 1;
+
+static struct softsev_rmp *rmp_entry(u64 pfn)
+{
+	struct rmp_chunk *chunk = xa_load(&rmp_chunks, pfn / CHUNK_PAGES);
+
+	return chunk ? &chunk->e[pfn % CHUNK_PAGES] : NULL;
+}
+
+static struct softsev_rmp *rmp_entry_make(u64 pfn)
+{
+	unsigned long at = pfn / CHUNK_PAGES;
+	struct rmp_chunk *chunk, *old;
+
+	if (!xa_load(&rmp_chunks, at)) {
+		chunk = kzalloc(sizeof(*chunk), GFP_ATOMIC);
+		if (!chunk)
+			return NULL;
+		old = xa_cmpxchg(&rmp_chunks, at, NULL, chunk, GFP_ATOMIC);
+		if (old)
+			kfree(chunk);
+		if (xa_is_err(old))
+			return NULL;
+	}
+	return rmp_entry(pfn);
+}
+
+/* The entry that answers for a page: the 2M entry at its head, or its own. */
+static struct softsev_rmp *rmp_authority(u64 pfn)
+{
+	struct softsev_rmp *head = rmp_entry(ALIGN_DOWN(pfn, CHUNK_PAGES));
+
+	return head && head->assigned && head->large ? head : rmp_entry(pfn);
+}
+
+/* softsev_rmp_read - the RMP's opinion of one 4K page; a page inside a 2M entry has its own guest address */
+void softsev_rmp_read(u64 pfn, struct softsev_rmp *e)
+{
+	struct softsev_rmp *from;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&rmp_lock, flags);
+	from = rmp_authority(pfn);
+	if (from) {
+		*e = *from;
+		if (e->assigned && e->large)
+			e->gpa += (pfn % CHUNK_PAGES) << PAGE_SHIFT;
+	} else {
+		memset(e, 0, sizeof(*e));
+	}
+	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+}
+EXPORT_SYMBOL_GPL(softsev_rmp_read);
+
+/* softsev_rmp_write - change an entry past all checks, as the firmware and the processor do; never splits or joins */
+void softsev_rmp_write(u64 pfn, const struct softsev_rmp *e)
+{
+	struct softsev_rmp *to;
+	unsigned long flags;
+	u64 gpa;
+
+	if (!rmp_entry_make(pfn))
+		return;
+	raw_spin_lock_irqsave(&rmp_lock, flags);
+	to = rmp_authority(pfn);
+	gpa = to->gpa;
+	if (to->validated && !e->validated)
+		rmp_generation++;
+	*to = *e;
+	if (to->assigned && to->large)
+		to->gpa = gpa;
+	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+}
+EXPORT_SYMBOL_GPL(softsev_rmp_write);
+
+u64 softsev_rmp_generation(void)
+{
+	return READ_ONCE(rmp_generation);
+}
+EXPORT_SYMBOL_GPL(softsev_rmp_generation);
+
+static int rmp_check_update(u64 pfn, bool large)
+{
+	struct softsev_rmp *head = rmp_entry(ALIGN_DOWN(pfn, CHUNK_PAGES)), *own = rmp_entry(pfn);
+	int i;
+
+	if (!large) {
+		if (head && head->assigned && head->large && pfn % CHUNK_PAGES)
+			return SOFTSEV_RMP_FAIL_OVERLAP;
+		return own && own->immutable ? SOFTSEV_RMP_FAIL_PERMISSION : SOFTSEV_RMP_OK;
+	}
+	if (pfn % CHUNK_PAGES)
+		return SOFTSEV_RMP_FAIL_INPUT;
+	if (own && own->assigned && own->large)
+		return own->immutable ? SOFTSEV_RMP_FAIL_PERMISSION : SOFTSEV_RMP_OK;
+	for (i = 0; own && i < CHUNK_PAGES; i++)
+		if (own[i].assigned)
+			return SOFTSEV_RMP_FAIL_OVERLAP;
+	return SOFTSEV_RMP_OK;
+}
+
+/* softsev_rmpupdate - RMPUPDATE: the new entry is neither validated nor a VMSA */
+int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, bool immutable)
+{
+	struct softsev_rmp *e;
+	unsigned long flags;
+	int ret;
+
+	if (!assigned && !rmp_entry(pfn))
+		return SOFTSEV_RMP_OK;
+	if (!rmp_entry_make(pfn))
+		return SOFTSEV_RMP_FAIL_INUSE;
+
+	raw_spin_lock_irqsave(&rmp_lock, flags);
+	ret = rmp_check_update(pfn, large);
+	if (!ret) {
+		e = rmp_entry(pfn);
+		if (e->assigned)
+			rmp_generation++;
+		memset(e, 0, sizeof(*e));
+		if (assigned) {
+			e->gpa = gpa;
+			e->asid = asid;
+			e->assigned = 1;
+			e->large = large;
+			e->immutable = immutable;
+		}
+	}
+	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+	if (ret)
+		pr_warn("RMPUPDATE of PFN %#llx (%s, %s) fails with %d\n", pfn, large ? "2M" : "4K",
+			assigned ? "assigned" : "shared", ret);
+	/* The kernel repeats an overlap for ever, expecting another processor to resolve it: there is none here. */
+	return ret == SOFTSEV_RMP_FAIL_OVERLAP ? SOFTSEV_RMP_FAIL_INUSE : ret;
+}
+
+/* softsev_psmash - PSMASH: a 2M entry becomes 512 that keep its validation and permissions */
+int softsev_psmash(u64 pfn)
+{
+	struct softsev_rmp *e, one;
+	unsigned long flags;
+	int i, ret = SOFTSEV_RMP_FAIL_INPUT;
+
+	if (pfn % CHUNK_PAGES)
+		return ret;
+	raw_spin_lock_irqsave(&rmp_lock, flags);
+	e = rmp_entry(pfn);
+	if (e && e->assigned && e->large) {
+		one = *e;
+		one.large = 0;
+		for (i = 0; i < CHUNK_PAGES; i++, one.gpa += PAGE_SIZE)
+			e[i] = one;
+		rmp_generation++;
+		ret = SOFTSEV_RMP_OK;
+	}
+	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+	return ret;
+}
+
+/* softsev_rmp_reset - what SNP_INIT does: every page is the hypervisor's */
+void softsev_rmp_reset(void)
+{
+	struct rmp_chunk *chunk;
+	unsigned long at, flags;
+
+	raw_spin_lock_irqsave(&rmp_lock, flags);
+	xa_for_each(&rmp_chunks, at, chunk)
+		memset(chunk, 0, sizeof(*chunk));
+	rmp_generation++;
+	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+}
+EXPORT_SYMBOL_GPL(softsev_rmp_reset);

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks of the software AMD-SP, on small trees and on a real one where the lab's cache has it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kvmpy.lab import places, softsev
+from kvmpy.lab.softsev.hooks import Copy, Hook, HookError, HookList
+
+SOURCE = """\
+#include <linux/first.h>
+#ifdef CONFIG_X
+#include <linux/conditional.h>
+#endif
+#include "last.h"
+
+static int other(int a);
+static int work(int a);
+
+static int other(int a)
+{
+	do_it(a);
+	return a;
+}
+
+static int work(int a)
+{
+	if (a)
+		do_it(a);
+	return a;
+}
+"""
+
+
+def put(folder: Path, source: str, *hooks: Hook) -> str:
+    """Apply *hooks* to a tree with one file, and return what the file then holds."""
+    (folder / "a.c").write_text(source)
+    HookList([], hooks).apply(folder)
+    return (folder / "a.c").read_text()
+
+
+def hook(**fields: object) -> Hook:
+    """A hook with usual fields, some replaced."""
+    usual: dict[str, object] = {
+        "name": "one",
+        "file": "a.c",
+        "place": "before",
+        "scope": r"^static int work\(",
+        "anchor": r"^\treturn a;$",
+        "text": "\tNEW();",
+    }
+    return Hook(**(usual | fields))  # type: ignore[arg-type]
+
+
+def test_before_a_line_of_the_named_function_only(tmp_path: Path) -> None:
+    lines = put(tmp_path, SOURCE, hook()).splitlines()
+
+    at = lines.index("\tNEW();")
+    assert lines[at + 2] == "\treturn a;"
+    assert lines.count("\tNEW();") == 1
+    assert at > lines.index("static int work(int a)")
+
+
+def test_after_a_line(tmp_path: Path) -> None:
+    lines = put(tmp_path, SOURCE, hook(place="after", anchor=r"^\t\tdo_it")).splitlines()
+
+    assert lines[lines.index("\tNEW();") - 2] == "\t\tdo_it(a);"
+
+
+def test_after_the_includes_that_are_not_conditional(tmp_path: Path) -> None:
+    lines = put(tmp_path, SOURCE, hook(place="after-includes", scope="", anchor="")).splitlines()
+
+    assert lines[lines.index("\tNEW();") - 2] == '#include "last.h"'
+
+
+def test_appended_to_a_makefile_with_its_own_kind_of_comment(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text("obj-y += a.o")  # no newline at the end
+
+    HookList([], [hook(file="Makefile", place="append", text="obj-y += b.o")]).apply(tmp_path)
+
+    lines = (tmp_path / "Makefile").read_text().splitlines()
+    assert lines[0] == "obj-y += a.o"
+    assert lines[2] == "obj-y += b.o"
+    assert lines[1].startswith("# softsev: one ")
+
+
+def test_twice_is_once(tmp_path: Path) -> None:
+    once = put(tmp_path, SOURCE, hook())
+    listed = HookList([], [hook()])
+
+    assert listed.apply(tmp_path) == []
+    assert (tmp_path / "a.c").read_text() == once
+
+
+def test_another_version_of_the_same_hook_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, SOURCE, hook())
+
+    with pytest.raises(HookError, match="another version"):
+        HookList([], [hook(text="\tNEWER();")]).apply(tmp_path)
+
+
+def test_missing_anchor_names_the_hook_and_the_file(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match=r"hook one does not fit a\.c: nothing there is like"):
+        put(tmp_path, SOURCE, hook(anchor=r"^\treturn b;$"))
+
+
+def test_ambiguous_anchor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match="2 lines are like"):
+        put(tmp_path, SOURCE, hook(scope="", anchor=r"^\treturn a;$"))
+
+
+def test_missing_function_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match="0 places begin like"):
+        put(tmp_path, SOURCE, hook(scope=r"^static int gone\("))
+
+
+def test_prototype_is_no_function(tmp_path: Path) -> None:
+    assert "NEW" in put(tmp_path, SOURCE, hook(scope=r"^static int other\("))
+
+
+def test_what_a_hook_needs_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match="hook one does not fit"):
+        put(tmp_path, SOURCE, hook(needs=[r"\bundo_it\("]))
+
+
+def test_a_hook_for_other_versions_leaves_this_one_alone(tmp_path: Path) -> None:
+    assert put(tmp_path, SOURCE, hook(when=r"^int newer\(", scope=r"^int newer\(")) == SOURCE
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match=r"this tree has no b\.c"):
+        put(tmp_path, SOURCE, hook(file="b.c"))
+
+
+def test_one_hook_that_does_not_fit_leaves_the_whole_tree(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match="hook two"):
+        put(tmp_path, SOURCE, hook(), hook(name="two", anchor="nowhere"))
+
+    assert (tmp_path / "a.c").read_text() == SOURCE
+
+
+def test_the_file_behind_a_hard_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "theirs.c").write_text(SOURCE)
+    (tmp_path / "a.c").hardlink_to(tmp_path / "theirs.c")
+
+    HookList([], [hook()]).apply(tmp_path)
+
+    assert (tmp_path / "theirs.c").read_text() == SOURCE
+    assert "NEW" in (tmp_path / "a.c").read_text()
+
+
+def test_copies_only_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "x.c").write_text("1")
+    listed = HookList([Copy(tmp_path / "from", "to")], [])
+    listed.apply(tmp_path)
+    before = (tmp_path / "to" / "x.c").stat().st_mtime_ns
+
+    listed.apply(tmp_path)
+    assert (tmp_path / "to" / "x.c").stat().st_mtime_ns == before
+
+    (tmp_path / "from" / "x.c").write_text("2")
+    listed.apply(tmp_path)
+    assert (tmp_path / "to" / "x.c").read_text() == "2"
+
+
+def test_place_must_be_known(tmp_path: Path) -> None:
+    (tmp_path / "hooks.toml").write_text('[[hook]]\nname="x"\nfile="a"\nplace="beside"\ntext=""\n')
+
+    with pytest.raises(HookError, match="beside"):
+        HookList.load(tmp_path)
+
+
+def test_the_projects_own_list_is_whole() -> None:
+    listed = HookList.load(softsev.FOLDER)
+
+    assert len({one.name for one in listed.hooks}) == len(listed.hooks)
+    assert all(copy.source.exists() for copy in listed.copies)
+
+
+def test_every_kernel_file_is_gpl() -> None:
+    files = [file for file in softsev.FOLDER.rglob("*") if file.is_file()]
+
+    assert files
+    assert [file.name for file in files if "GPL-2.0-only" not in file.read_text().partition("\n")[0]] == []
+
+
+def trees() -> list[Path]:
+    """The kernel trees of the lab's cache that were not changed."""
+    return sorted(
+        path.parent
+        for path in (places.cache() / "trees").glob("*/Kbuild")
+        if not (path.parent / "arch/x86/include/asm/softsev.h").exists()
+    )
+
+
+@pytest.mark.skipif(
+    not trees(), reason="no unpacked kernel tree in the lab's cache: `kvmpy lab build` makes one"
+)
+def test_fits_the_trees_of_the_cache(tmp_path: Path) -> None:
+    listed = HookList.load(softsev.FOLDER)
+    for tree in trees():
+        copy = tmp_path / tree.name
+        for name in {one.file for one in listed.hooks}:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tree / name, copy / name)
+
+        assert "kvm-exit" in softsev.apply(copy)
+        assert softsev.apply(copy) == []
