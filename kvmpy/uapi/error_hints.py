@@ -89,7 +89,7 @@ HINTS: dict[tuple[str | None, int], str] = {
     (
         "KVM_GET_SUPPORTED_CPUID",
         _errno.E2BIG,
-    ): "nent is too small: nent holds what is needed, or give more room",
+    ): "nent is too small: give more room",
     ("KVM_GET_EMULATED_CPUID", _errno.E2BIG): "nent is too small: give more room",
     ("KVM_GET_CPUID2", _errno.E2BIG): "nent is too small: it holds the number of entries now",
     ("KVM_GET_MSR_INDEX_LIST", _errno.E2BIG): "nmsrs is too small: it holds the number that is needed now",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmpy.debug.preload.plan import compile_plan
-from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, Frame, padded
+from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, Frame, FrameType, padded
 
 CONTROL_SIZE = 4096
 RING_HEADER = 4096
@@ -134,7 +134,8 @@ class Shared:
         self._numbers[1] += 1
         self._discover()
         found = [frame for ring in list(self.rings.values()) for frame in self._drain(ring)]
-        found.sort(key=lambda frame: frame.order)
+        # A thread announces itself with its first frame, whose number may be an earlier one.
+        found.sort(key=lambda frame: (frame.type != FrameType.THREAD, frame.order))
         return found
 
     def _drain(self, ring: Ring) -> Iterator[Frame]:
