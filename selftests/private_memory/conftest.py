@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -282,6 +282,18 @@ class Region:
         """Take a slot from KVM; its memory stays."""
         self.vm.set_user_memory_region(part.slot, self.gpa(part.first), 0, 0)
 
+    def renew(self, slot: int) -> None:
+        """Delete the slot of this number in the range and give it to KVM again."""
+        self.unbind(self.parts[slot])
+        self.bind(self.parts[slot])
+
+    def pre_fault(self, first: int, pages: int) -> None:
+        """Map pages in advance, all of them."""
+        gpa, left = int(self.gpa(first)), pages * PAGE_SIZE
+        self.launch()
+        while left:
+            gpa, left = self.vm.vcpus[0].pre_fault_memory(gpa, left)
+
     def add(
         self,
         first: int,
@@ -362,5 +374,3 @@ ADD_RETURN = bytes.fromhex("48b8") + (0x600DC0DE).to_bytes(8, "little") + b"\xc3
 """mov $0x600dc0de, %rax; ret"""
 
 ALIGNED_PAGES = SIZE_2M // PAGE_SIZE
-
-Check = Callable[[Region], None]
