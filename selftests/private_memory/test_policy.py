@@ -8,12 +8,13 @@ import errno
 import pytest
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, Gpa, Gva
-from kvmpy.core.errors import KvmError, PrivateMemoryError
+from kvmpy.core.errors import KvmError
 from kvmpy.core.exits import IoExit, MmioExit
 from kvmpy.guest import layout
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+from kvmpy.x86.paging_errors import TableAccessError
 
 FD_BACKED = {"private_is_fd_backed": True}
 PLAIN = Gpa(8 * SIZE_1G)
@@ -42,7 +43,7 @@ void guest_main(u64 mmio)
 	wrmsr(0x174, 0x10);
 	GUEST_ASSERT_EQ(rdmsr(0x174), 0x10);
 	GUEST_ASSERT_NE(cpuid(0, 0).eax, 0);
-	GUEST_SYNC(mmio_read32(mmio));
+	GUEST_SYNC(mmio_read32((void *)mmio));
 }
 """
 
@@ -257,7 +258,7 @@ def test_private_tables_cannot_be_edited_after_launch(make_vm: MakeVm) -> None:
     """
     vm = make_vm(GUEST, private="all")
     vm.launch()
-    with pytest.raises(PrivateMemoryError, match=vm.protection.name):
+    with pytest.raises(TableAccessError, match=vm.protection.name):
         vm.alloc(PAGE_SIZE)
     assert vm.compare_private() == []
     vm.vcpus[0].sync()
