@@ -192,3 +192,20 @@ def _flat(value: object, name: str) -> Iterator[tuple[str, str]]:
     else:
         for number, item in enumerate(value):  # type: ignore[arg-type,var-annotated]
             yield from _flat(item, f"{name}[{number}]")
+
+
+def comparable(step: Step, after: bytes) -> Iterator[tuple[str, int]]:
+    """Yield the numbers of an argument, by their path in C, that have to be the same every time."""
+    node = step.argument.node if step.argument is not None else None
+    if node is None or node.struct is None:
+        return
+    kind = struct_class(node.struct)
+    references = {ref.offset for ref in node.refs}
+    pointers = {name for name, (offset, _) in kind.fields().items() if offset in references}
+    volatile = _volatile(step)
+    value = _make(kind, after)
+    for name, text in _flat(value, ""):
+        top = re.split(r"[.\[]", name)[0]
+        if top in volatile or top in pointers or _POINTER.search(name) or not text.startswith("0x"):
+            continue
+        yield name, int(text, 16)

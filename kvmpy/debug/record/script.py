@@ -7,7 +7,7 @@ Replay executes a script, the C writer prints it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvmpy.debug.record.events import (
     Chunk,
@@ -362,3 +362,9 @@ def is_kind(script: Script, ident: int, kind: ObjectKind) -> bool:
     """Tell whether the object *ident* is of *kind*."""
     found = script.objects.get(ident)
     return found is not None and found.kind == kind
+
+
+def select(script: Script, steps: list[Step]) -> Script:
+    """Return the script of *steps* alone, numbered anew, with their order between threads."""
+    chosen = [replace(step, index=number) for number, step in enumerate(steps)]
+    return Script(script.record, chosen, script.regions, script.objects, _order(chosen))

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which bytes of recorded guest memory are code: follows the vCPUs from where they begin, through page tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmpy.debug.record.script import Region, Step
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.structs import kvm_regs, kvm_sregs
+
+_CR0_PE, _CR0_PG = 1, 1 << 31
+_CR4_PAE, _CR4_LA57 = 1 << 5, 1 << 12
+_EFER_LMA = 1 << 10
+_PRESENT, _LARGE = 1, 1 << 7
+_FRAME = 0x000F_FFFF_FFFF_F000
+_MOST_INSTRUCTIONS = 20000
+_TARGET = re.compile(r"(0x[0-9a-f]+|\d+)$")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction as it lies in host memory."""
+
+    offset: int
+    raw: bytes
+    gva: int
+    text: str
+
+
+@dataclass
+class Slot:
+    """A memory slot: guest-physical range and where it lies."""
+
+    gpa: int
+    size: int
+    region: Region
+    offset: int
+
+
+@dataclass
+class GuestView:
+    """Guest-physical memory as it was when the VM first ran."""
+
+    slots: list[Slot] = field(default_factory=list)
+    content: dict[Region, bytearray] = field(default_factory=dict)
+
+    def find(self, gpa: int) -> tuple[Region, int] | None:
+        """Return the region and offset of *gpa*."""
+        for slot in self.slots:
+            if slot.gpa <= gpa < slot.gpa + slot.size:
+                return slot.region, slot.offset + gpa - slot.gpa
+        return None
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return what lies at *gpa*, as much as one region has."""
+        place = self.find(gpa)
+        if place is None:
+            return b""
+        region, offset = place
+        return bytes(self.content.get(region, b"")[offset : offset + size])
+
+
+@dataclass
+class Cpu:
+    """The registers that say where a vCPU begins."""
+
+    sregs: kvm_sregs
+    regs: kvm_regs
+
+    @property
+    def bits(self) -> int:
+        """The mode of the code: 16, 32 or 64."""
+        if self.sregs.efer & _EFER_LMA and self.sregs.cs.l:
+            return 64
+        return 32 if self.sregs.cs.db else 16
+
+    @property
+    def start(self) -> int:
+        """The linear address of the first instruction."""
+        return int(self.regs.rip + (0 if self.bits == 64 else self.sregs.cs.base))
+
+    def translate(self, view: GuestView, linear: int) -> int | None:
+        """Return the guest-physical address of *linear*, None where it has none that can be found."""
+        sregs = self.sregs
+        if not sregs.cr0 & _CR0_PG:
+            return linear
+        if not (sregs.efer & _EFER_LMA):
+            return None
+        levels = 5 if sregs.cr4 & _CR4_LA57 else 4
+        table = int(sregs.cr3) & ~0xFFF
+        for level in range(levels, 0, -1):
+            shift = 12 + 9 * (level - 1)
+            raw = view.read(table + (linear >> shift & 511) * 8, 8)
+            entry = int.from_bytes(raw, "little")
+            if len(raw) < 8 or not entry & _PRESENT:
+                return None
+            if level == 1 or (level <= 3 and entry & _LARGE):
+                mask = (1 << shift) - 1
+                return (entry & _FRAME & ~mask) | (linear & mask)
+            table = entry & _FRAME
+        return None
+
+
+def view_of(steps: Iterable[Step]) -> GuestView:
+    """Return guest memory as *steps* set it up, with the content that it began with."""
+    view = GuestView()
+    for step in steps:
+        what = step.ioctl
+        node = step.argument.node if step.argument is not None else None
+        if what is None or node is None or what.result < 0:
+            continue
+        if step.request in (
+            ioctls.KVM_SET_USER_MEMORY_REGION.nr,
+            ioctls.KVM_SET_USER_MEMORY_REGION2.nr,
+        ):
+            gpa, size, address = (int.from_bytes(node.data[at : at + 8], "little") for at in (8, 16, 24))
+            region = next((ref.region for ref in node.refs if ref.region is not None), None)
+            if region is None or not size:
+                continue
+            view.slots.append(Slot(gpa, size, region, address - region.start))
+            if region not in view.content:
+                end = max((offset + len(data) for offset, data in region.initial), default=0)
+                content = bytearray(end)
+                for offset, data in region.initial:
+                    content[offset : offset + len(data)] = data
+                view.content[region] = content
+    return view
+
+
+def cpus_of(steps: Iterable[Step]) -> list[Cpu]:
+    """Return the state in which each vCPU first ran."""
+    sregs: dict[int, kvm_sregs] = {}
+    regs: dict[int, kvm_regs] = {}
+    found: dict[int, Cpu] = {}
+    for step in steps:
+        what = step.ioctl
+        if what is None:
+            continue
+        node = step.argument.node if step.argument is not None else None
+        if node is not None and what.result >= 0:
+            # kvm_sregs2 begins like kvm_sregs, as far as is looked at here.
+            if step.request in (ioctls.KVM_SET_SREGS.nr, ioctls.KVM_SET_SREGS2.nr, ioctls.KVM_GET_SREGS.nr):
+                data = node.after if node.after is not None else node.data
+                sregs[what.object] = kvm_sregs.from_bytes(data[: kvm_sregs.SIZE].ljust(kvm_sregs.SIZE, b"\0"))
+            elif step.request == ioctls.KVM_SET_REGS.nr:
+                regs[what.object] = kvm_regs.from_bytes(node.data[: kvm_regs.SIZE])
+        elif step.request == ioctls.KVM_RUN.nr and what.object not in found and what.object in sregs:
+            found[what.object] = Cpu(sregs[what.object], regs.get(what.object, kvm_regs(rflags=2)))
+    return list(found.values())
+
+
+def discover(steps: list[Step]) -> dict[Region, dict[int, Instruction]]:
+    """Return the instructions that can be reached from where the vCPUs begin, by region and offset."""
+    view = view_of(steps)
+    found: dict[Region, dict[int, Instruction]] = {}
+    for cpu in cpus_of(steps):
+        _follow(view, cpu, found)
+    return found
+
+
+def _follow(view: GuestView, cpu: Cpu, found: dict[Region, dict[int, Instruction]]) -> None:
+    decoder = _decoder(cpu.bits)
+    work = [cpu.start]
+    seen: set[int] = set()
+    while work and len(seen) < _MOST_INSTRUCTIONS:
+        linear = work.pop()
+        while linear not in seen:
+            seen.add(linear)
+            place = _fetch(view, cpu, linear)
+            if place is None:
+                break
+            region, offset, raw = place
+            decoded = next(iter(decoder.disasm(raw, linear, 1)), None)
+            if decoded is None:
+                break
+            text = f"{decoded.mnemonic} {decoded.op_str}".strip()
+            found.setdefault(region, {})[offset] = Instruction(offset, raw[: decoded.size], linear, text)
+            target = _TARGET.fullmatch(decoded.op_str)
+            flow = decoded.mnemonic
+            if target is not None and (flow.startswith(("j", "call", "loop"))):
+                work.append(int(target[1], 0))
+            if flow in ("jmp", "ret", "iretq", "iretd", "iret", "sysretq", "ud2", "retf"):
+                break
+            linear += decoded.size
+
+
+def _fetch(view: GuestView, cpu: Cpu, linear: int) -> tuple[Region, int, bytes] | None:
+    gpa = cpu.translate(view, linear)
+    place = view.find(gpa) if gpa is not None else None
+    if place is None or gpa is None:
+        return None
+    raw = view.read(gpa, min(15, 4096 - gpa % 4096))
+    if len(raw) < 15:
+        following = cpu.translate(view, linear + len(raw))
+        if following is not None and raw:
+            raw += view.read(following, 15 - len(raw))
+    return (*place, raw) if raw else None
+
+
+def _decoder(bits: int) -> Any:
+    import capstone
+
+    modes = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
+    return capstone.Cs(capstone.CS_ARCH_X86, modes[bits])

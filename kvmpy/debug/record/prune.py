@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which steps of a script matter for one of them: the same VM, before it, and not mere questions."""
+
+from __future__ import annotations
+
+from kvmpy.debug.record.events import Close, Deadline, Kick
+from kvmpy.debug.record.format import ObjectKind
+from kvmpy.debug.record.model import request_name
+from kvmpy.debug.record.script import Node, Script, Step, select
+from kvmpy.uapi import ioctls
+
+# Reading these changes something, or makes something.
+_NO_QUESTIONS = {
+    "KVM_GET_DIRTY_LOG",
+    "KVM_GET_STATS_FD",
+}
+_EINTR = 4
+
+
+def is_question(step: Step) -> bool:
+    """Tell whether *step* only asks, so that leaving it out changes nothing for the others."""
+    what = step.ioctl
+    if what is None:
+        return False
+    name = request_name(what)
+    if name in _NO_QUESTIONS:
+        return False
+    return "_GET_" in name or name in ("KVM_CHECK_EXTENSION", "KVM_TRANSLATE", "KVM_HAS_DEVICE_ATTR")
+
+
+def target_of(script: Script) -> Step:
+    """Return the step that a reproducer is about: the last ioctl that failed or did more than ask.
+
+    ValueError where the record has no ioctl.
+    """
+    asked = None
+    for step in reversed(script.steps):
+        what = step.ioctl
+        if what is None:
+            continue
+        asked = asked or step
+        if not is_question(step) or (what.result < 0 and what.errno != _EINTR):
+            return step
+    if asked is None:
+        raise ValueError("the record holds no ioctl that returned")
+    return asked
+
+
+def references(node: Node | None) -> set[int]:
+    """Return the ids of the objects that an argument names."""
+    found: set[int] = set()
+    for ref in node.refs if node is not None else ():
+        if ref.object:
+            found.add(ref.object)
+        found |= references(ref.node)
+    return found
+
+
+def prune(script: Script, target: Step) -> Script:
+    """Return the steps that may matter for *target*, which comes last of those that are waited for."""
+    family = _family(script, target)
+    kept = []
+    for step in script.steps:
+        what = step.entry.what
+        # Closing what belongs to the target comes after it; what was closed before is left open.
+        if step.index > target.index or isinstance(what, (Deadline, Close)):
+            continue
+        if step.ioctl is not None:
+            if step.ioctl.object not in family or (is_question(step) and step is not target):
+                continue
+            if step.ioctl.result < 0 and step is not target and not step.request == ioctls.KVM_RUN.nr:
+                continue
+        elif isinstance(what, Kick) and what.object not in family:
+            continue
+        kept.append(step)
+    return select(script, kept)
+
+
+def _family(script: Script, target: Step) -> set[int]:
+    # The target's VM with all its objects, the VMs that those name, and what belongs to no VM.
+    members = {target.ioctl.object} if target.ioctl is not None else set()
+    objects = script.objects
+    while True:
+        before = len(members)
+        for ident, each in objects.items():
+            above = objects.get(each.parent)
+            if each.kind in (ObjectKind.SYSTEM, ObjectKind.SEV):
+                members.add(ident)
+            elif ident in members and above is not None and above.kind != ObjectKind.SYSTEM:
+                members.add(above.id)
+            elif above is not None and above.kind != ObjectKind.SYSTEM and above.id in members:
+                members.add(ident)
+        for step in script.steps:
+            if step.ioctl is not None and step.ioctl.object in members and step.argument is not None:
+                members |= references(step.argument.node)
+        if len(members) == before:
+            return members

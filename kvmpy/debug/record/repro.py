@@ -1,0 +1,673 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A record as one C file that does the same and says whether the same came of it."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+
+import kvmpy
+from kvmpy.debug.record import ctext
+from kvmpy.debug.record.cmemory import pieces
+from kvmpy.debug.record.compare import (
+    VOLATILE,
+    exit_payload,
+    exit_reason,
+    reason_text,
+    recorded_outcome,
+    result_text,
+)
+from kvmpy.debug.record.csource import (
+    UnspeakableError,
+    Vocabulary,
+    byte_rows,
+    initializer,
+    make_struct,
+    number,
+)
+from kvmpy.debug.record.events import Event, FileCall, Ioctl, Kick, Memory, Object, Write
+from kvmpy.debug.record.format import EVENT_WRITTEN, FILE_FALLOCATE, ObjectKind
+from kvmpy.debug.record.guestcode import discover
+from kvmpy.debug.record.model import request_name
+from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.constants import ExitReason
+from kvmpy.uapi.field_words import ARGUMENTS
+
+LIMIT = 30
+_RUN = ioctls.KVM_RUN.nr
+_READS_MEMORY = {_RUN, ioctls.KVM_TRANSLATE.nr, ioctls.KVM_MEMORY_ENCRYPT_OP.nr}
+_HEADERS = (
+    "errno.h", "fcntl.h", "pthread.h", "signal.h", "stddef.h", "stdint.h", "stdio.h", "stdlib.h", "string.h",
+    "unistd.h", "linux/falloc.h", "linux/kvm.h", "sys/eventfd.h", "sys/ioctl.h", "sys/mman.h",
+)  # fmt: skip
+_MOST_CHECKS = 400
+
+
+class _Parts:
+    """Which of the common parts the file needs."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+
+    def __call__(self, name: str) -> None:
+        self.used.add(name)
+
+
+class CFile:
+    """Writes the C file for *script*, which ends in step *target*."""
+
+    def __init__(self, script: Script, target: Step) -> None:
+        self.script = script
+        self.target = target
+        self.words = Vocabulary()
+        self.need = _Parts()
+        self.names: dict[int, str] = {}
+        self.regions: dict[Region, str] = {}
+        self.threaded = len(script.threads) > 1
+        self.statics: list[str] = []
+        self._label = 0
+        self._run_areas: set[int] = set()
+        self._interrupted = any(
+            step.request == _RUN and step.ioctl is not None and step.ioctl.errno == errno.EINTR
+            for step in script.steps
+        )
+        self._name_objects()
+
+    # Names.
+
+    def _name_objects(self) -> None:
+        counts: dict[str, int] = {}
+        kinds = {
+            ObjectKind.SYSTEM: "kvm", ObjectKind.VM: "vm", ObjectKind.VCPU: "vcpu", ObjectKind.GMEM: "gmem",
+            ObjectKind.DEVICE: "device", ObjectKind.STATS: "stats", ObjectKind.SEV: "sev",
+            ObjectKind.EVENTFD: "eventfd", ObjectKind.MEMFD: "memfd",
+        }  # fmt: skip
+        present = self._objects_used()
+        single = sum(1 for i in present if self.script.objects[i].kind == ObjectKind.VM) < 2
+        for ident in sorted(present):
+            each = self.script.objects[ident]
+            base = kinds.get(ObjectKind(each.kind), "fd")
+            if each.kind in (ObjectKind.VCPU, ObjectKind.GMEM) and not single:
+                base = f"{self.names.get(each.parent, 'vm')}_{base}"
+            count = counts.get(base, 0)
+            counts[base] = count + 1
+            alone = each.kind in (ObjectKind.SYSTEM, ObjectKind.SEV) or (
+                each.kind == ObjectKind.VM and single
+            )
+            self.names[ident] = base if alone and not count else f"{base}{count}"
+
+    def _objects_used(self) -> set[int]:
+        found: set[int] = set()
+        for step in self.script.steps:
+            what = step.entry.what
+            if isinstance(what, Ioctl):
+                found.add(what.object)
+                if step.makes:
+                    found.add(step.makes)
+            elif isinstance(what, Object):
+                found.add(what.id)
+        return found & self.script.objects.keys()
+
+    def fd(self, ident: int) -> str:
+        """Return the C variable of an object's descriptor."""
+        return self.names.get(ident, "-1")
+
+    def region(self, region: Region) -> str:
+        """Return the C variable of a memory region."""
+        if region not in self.regions:
+            owner = self.script.objects.get(region.object)
+            if owner is not None and owner.kind == ObjectKind.VCPU:
+                self.regions[region] = f"{self.fd(region.object)}_run"
+            else:
+                self.regions[region] = f"mem{sum(1 for n in self.regions.values() if n.startswith('mem'))}"
+        return self.regions[region]
+
+    def label(self, base: str) -> str:
+        """Return a new C name."""
+        self._label += 1
+        return f"{base}_{self._label}"
+
+    # Arguments.
+
+    def value(self, ref: Ref, before: list[str], after: list[str], indent: str) -> str:
+        """Return the C expression for what *ref* names; *before* gets declarations that it needs."""
+        if ref.region is not None:
+            delta = ref.value - ref.region.start
+            name = self.region(ref.region)
+            base = f"(unsigned char *){name}" if name.endswith("_run") else name
+            return f"({base} + {delta:#x})" if delta else f"{name}"
+        if ref.node is not None:
+            name = self.node(ref.node, before, after, indent)
+            return name if ref.node.struct is None else f"&{name}"
+        if ref.object:
+            return f"(uint32_t){self.fd(ref.object)}" if ref.size < 8 else f"(uint64_t){self.fd(ref.object)}"
+        if 0x1000 <= ref.value < 1 << 47:
+            self.need("bad")
+            return f"(bad_address + {ref.value & 0xFFF:#x})" if ref.value & 0xFFF else "bad_address"
+        return number(ref.value)
+
+    def node(self, node: Node, before: list[str], after: list[str], indent: str) -> str:
+        """Declare the memory of *node* and return its name."""
+        inner = {ref.offset: self.value(ref, before, after, indent) for ref in node.refs}
+        if node.struct is None:
+            name = self.label("data")
+            if node.what is not None and node.what.scalar and not inner:
+                raw = int.from_bytes(node.data, "little")
+                before.append(f"{indent}__u{8 * len(node.data)} {name}[] = {{ {number(raw)} }};")
+            elif any(node.data):
+                rows = byte_rows(node.data.rstrip(b"\0"), indent + "\t")
+                size = len(node.data)
+                before += [f"{indent}unsigned char {name}[{size}] = {{", *rows, f"{indent}}};"]
+            else:
+                before.append(f"{indent}unsigned char {name}[{max(1, len(node.data))}] = {{ 0 }};")
+            return name
+        name = self.label(node.struct.removeprefix("kvm_"))
+        try:
+            value = make_struct(node.struct, node.data)
+            lines = initializer(value, self.words, lambda at: inner.get(at), indent + "\t")
+            if value.nbytes > value.SIZE and len(node.data) > value.SIZE and not self._speaks_length(node):
+                raise UnspeakableError(node.struct)
+        except (UnspeakableError, ValueError):
+            return self._raw(node, name, inner, before, indent)
+        kind = self.words.struct(node.struct)
+        # An open array takes an initialiser only where the variable is static.
+        static = "static " if value.nbytes > value.SIZE else ""
+        if static and inner:
+            return self._raw(node, name, inner, before, indent)
+        if lines:
+            before += [f"{indent}{static}{kind} {name} = {{", *lines, f"{indent}}};"]
+        else:
+            before.append(f"{indent}{static}{kind} {name} = {{ 0 }};")
+        return name
+
+    @staticmethod
+    def _speaks_length(node: Node) -> bool:
+        # The initialiser of an open array gives it room for the entries that it names, not for more.
+        value = make_struct(node.struct or "", node.data)
+        count = len(value) if hasattr(value, "__len__") else 0
+        entry = getattr(value, "ENTRY_SIZE", 1)
+        return len(node.data) <= getattr(value, "OPEN_OFFSET", value.SIZE) + count * entry and count > 0
+
+    def _raw(self, node: Node, name: str, inner: dict[int, str], before: list[str], indent: str) -> str:
+        kind = self.words.struct(node.struct or "")
+        size = len(node.data)
+        rows = byte_rows(node.data.rstrip(b"\0"), indent + "\t") or [indent + "\t0"]
+        store = f"{name}_raw"
+        before += [
+            f"{indent}static unsigned char {store}[{size}] __attribute__((aligned(16))) = {{",
+            *rows,
+            f"{indent}}};",
+            f"{indent}{kind} *{name}_at = (void *){store};",
+        ]
+        for ref in node.refs:
+            kind_of = f"uint{8 * ref.size}_t"
+            text = inner[ref.offset]
+            before.append(f"{indent}{kind_of} {name}_{ref.offset} = ({kind_of})(uintptr_t){text};")
+        for ref in node.refs:
+            at = f"{store} + {ref.offset}"
+            before.append(f"{indent}\x00memcpy({at}, &{name}_{ref.offset}, {ref.size});")
+        return f"(*{name}_at)"
+
+    # Steps.
+
+    def step_lines(self, step: Step) -> Iterator[str]:
+        """Yield the lines of one step."""
+        what = step.entry.what
+        if self.threaded:
+            for other in (*step.after,):
+                yield f"\tawait(&ended[{other}]);"
+            for other in step.during:
+                yield f"\tawait(&begun[{other}]);"
+        if isinstance(what, Ioctl):
+            yield from self._run(step, what) if what.request == _RUN else self._ioctl(step, what)
+        elif isinstance(what, Object):
+            yield from self._object(what)
+        elif step.region is not None and not step.data:
+            name = self.region(step.region)
+            if not name.endswith("_run"):
+                self.need("map_fd")
+                yield (
+                    f"\t{name} = map_fd({self.fd(step.region.object)}, {step.region.size:#x}, "
+                    f"{step.region.offset:#x});"
+                )
+                yield from self._fill(step.region)
+        elif isinstance(what, (Write, Memory)) and step.region is not None:
+            yield from self._write(step, what.address - step.region.start)
+        elif isinstance(what, Kick):
+            self.need("kick")
+            name = f"{self.fd(what.object)}_run"
+            self._run_areas.add(what.object)
+            yield f"\tkick({name}, {self.fd(what.object)}_thread, {1 if what.how & 2 else 0});"
+        elif isinstance(what, FileCall) and what.call == FILE_FALLOCATE:
+            yield (
+                f'\tneed({step.index}, "fallocate", fallocate({self.fd(what.object)}, {what.mode:#x}, '
+                f"{what.offset:#x}, {what.length:#x}), {what.result}, {_errno(what.errno)});"
+            )
+            self.need("need")
+        elif isinstance(what, Event) and what.what == EVENT_WRITTEN:
+            yield f"\teventfd_write({self.fd(what.object)}, {what.value});"
+        if self.threaded:
+            yield f"\tset(&ended[{step.index}]);"
+
+    def _object(self, what: Object) -> Iterator[str]:
+        name = self.fd(what.id)
+        if what.kind == ObjectKind.EVENTFD:
+            yield f"\t{name} = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);"
+            return
+        path = {ObjectKind.SYSTEM: "/dev/kvm", ObjectKind.SEV: "/dev/sev"}.get(
+            ObjectKind(what.kind), what.name if what.name.startswith("/dev/") else "/dev/null"
+        )
+        yield f'\t{name} = open("{path}", O_RDWR | O_CLOEXEC);'
+        yield f"\tif ({name} < 0) {{"
+        yield f'\t\tperror("{path}");'
+        yield "\t\texit(2);"
+        yield "\t}"
+
+    def _write(self, step: Step, offset: int) -> Iterator[str]:
+        name = self.region(step.region) if step.region is not None else "mem0"
+        data = step.data
+        if len(data) <= 8:
+            value = number(int.from_bytes(data, "little"))
+            yield f"\t/* The host writes guest memory. */"  # noqa: F541
+            yield f"\tmemcpy({name} + {offset:#x}, &(unsigned long long){{ {value} }}, {len(data)});"
+            return
+        label = self.label("written")
+        self.statics += [f"static const unsigned char {label}[] = {{", *byte_rows(data), "};", ""]
+        yield f"\tmemcpy({name} + {offset:#x}, {label}, sizeof({label}));"
+
+    def _argument(self, step: Step, what: Ioctl, before: list[str]) -> str:
+        if step.argument is None:
+            op = ioctls.BY_NR.get(what.request)
+            kind = ARGUMENTS.get(op.name) if op is not None else None
+            if kind is not None:
+                return self.words.words(kind, what.arg)
+            return number(what.arg) if what.arg else "NULL" if op and op.arg != "int" else "0"
+        text = self.value(step.argument, before, [], "\t\t")
+        return text.replace("&(*", "(").replace("_at)", "_at)") if text.startswith("&(*") else text
+
+    def _ioctl(self, step: Step, what: Ioctl) -> Iterator[str]:
+        op = ioctls.BY_NR.get(what.request)
+        name = self.words.request(op) if op is not None else number(what.request)
+        lines: list[str] = []
+        argument = self._argument(step, what, lines)
+        call = f"ioctl({self.fd(what.object)}, {name}, {argument})"
+        if what.request == ioctls.KVM_RESET_DIRTY_RINGS.nr:
+            call = f"({self._collect(what.result)}, {call})"
+        yield f"\t/* {step.index}: {self._comment(step)} */"
+        wrapped = bool(lines)
+        indent = "\t\t" if wrapped else "\t"
+        if wrapped:
+            yield "\t{"
+            late = [line.replace("\x00", "") for line in lines if "\x00" in line]
+            yield from (line for line in lines if "\x00" not in line)
+            yield ""
+            yield from late
+        result = "ANY" if step.makes or _any_result(what) else str(what.result)
+        verdict = f'{step.index}, "{name}", %s, {result}, {_errno(what.errno)}'
+        if step is self.target:
+            yield from self._judge(step, verdict % call, indent, argument)
+        elif step.makes and what.request == ioctls.KVM_CREATE_DEVICE.nr:
+            yield f"{indent}need({verdict % call});"
+            yield f"{indent}{self.fd(step.makes)} = {argument.removeprefix('&')}.fd;"
+        elif step.makes:
+            yield f"{indent}{self.fd(step.makes)} = need({verdict % call});"
+        else:
+            yield f"{indent}need({verdict % call});"
+        self.need("need")
+        if wrapped:
+            yield "\t}"
+        if step.makes and self.script.objects[step.makes].kind == ObjectKind.VCPU:
+            yield from self._map_run(step.makes)
+
+    def _collect(self, count: int) -> str:
+        self.need("ring")
+        left = str(count)
+        for ident in [i for i, each in self.script.objects.items() if each.kind == ObjectKind.VCPU]:
+            if ident in self.names:
+                self._run_areas.add(ident)
+                left = f"collect({self.fd(ident)}_run, run_size, {left})"
+        return f"(void){left}"
+
+    def _map_run(self, ident: int) -> Iterator[str]:
+        if ident in self._runs_used():
+            self.need("map_fd")
+            self._run_areas.add(ident)
+            yield f"\t{self.fd(ident)}_run = map_fd({self.fd(ident)}, run_size, 0);"
+
+    def _runs_used(self) -> set[int]:
+        found = set()
+        for step in self.script.steps:
+            what = step.entry.what
+            if isinstance(what, Ioctl) and what.request in (_RUN, ioctls.KVM_RESET_DIRTY_RINGS.nr):
+                found |= (
+                    {what.object}
+                    if what.request == _RUN
+                    else {i for i, o in self.script.objects.items() if o.kind == ObjectKind.VCPU}
+                )
+            elif isinstance(what, Kick):
+                found.add(what.object)
+        return found
+
+    def _comment(self, step: Step) -> str:
+        what = step.ioctl
+        if what is None:
+            return ""
+        op = ioctls.BY_NR.get(what.request)
+        about = op.doc.rstrip(".") if op is not None else "an ioctl that kvmpy does not know"
+        outcome = recorded_outcome(step)
+        ended = "" if what.result >= 0 else f" Recorded: {result_text(outcome)[3:]}."
+        return f"{self.fd(what.object)}: {about}.{ended}"
+
+    def _judge(self, step: Step, arguments: str, indent: str, argument: str) -> Iterator[str]:
+        self.need("same")
+        checks = self._after_checks(step, argument, indent + "\t")
+        if checks:
+            self.need("value")
+            yield f"{indent}if (same({arguments})) {{"
+            yield from checks
+            yield f"{indent}}}"
+        else:
+            yield f"{indent}same({arguments});"
+        yield f"{indent}verdict();"
+
+    def _after_checks(self, step: Step, argument: str, indent: str) -> list[str]:
+        node = step.argument.node if step.argument is not None else None
+        what = step.ioctl
+        name = request_name(step.entry.what)
+        if node is None or node.after is None or node.struct is None or what is None or what.result < 0:
+            return []
+        if "" in VOLATILE.get(name, ()) or not argument.startswith("&"):
+            return []
+        from kvmpy.debug.record.compare import comparable
+
+        lines = []
+        for path, value in comparable(step, node.after):
+            shown = f"{argument.removeprefix('&')}.{path}"
+            lines.append(f'{indent}value({step.index}, "{path}", {shown}, {number(value)});')
+        return lines[:_MOST_CHECKS]
+
+    # KVM_RUN.
+
+    def _run(self, step: Step, what: Ioctl) -> Iterator[str]:
+        vcpu = self.fd(what.object)
+        run = f"{vcpu}_run"
+        self._run_areas.add(what.object)
+        outcome = recorded_outcome(step)
+        interrupted = what.result < 0 and what.errno == errno.EINTR
+        reason = exit_reason(outcome)
+        ending = f"ends with {reason_text(reason)}" if what.result >= 0 else result_text(outcome)[3:]
+        yield f"\t/* {step.index}: {vcpu} runs; {ending}. */"
+        for offset, data in step.run_in:
+            yield from self._run_input(run, offset, data)
+        if self.threaded:
+            yield f"\t{vcpu}_thread = pthread_self();"
+            yield f"\tset(&begun[{step.index}]);"
+        call = f"ioctl({vcpu}, KVM_RUN, NULL)"
+        if interrupted:
+            if self._kicked(step):
+                self.need("signals")
+            else:
+                self.need("interrupt")
+                took = max(1, min(2000, (what.end_ns - step.entry.frame.time_ns) // 1_000_000))
+                call = f"run_for({vcpu}, {run}, {took})"
+        arguments = f'{step.index}, "KVM_RUN", {call}, {what.result}, {_errno(what.errno)}'
+        final = step is self.target
+        fault = what.result < 0 and reason == ExitReason.KVM_EXIT_MEMORY_FAULT
+        if what.result >= 0 or fault:
+            lines = self._exit_checks(step, run, "\t\t")
+        else:
+            lines = []
+        self.need("same")
+        if lines:
+            yield f"\tif (same({arguments})) {{"
+            yield from lines
+            yield "\t}"
+        else:
+            yield f"\tsame({arguments});"
+        if interrupted:
+            yield f"\t{run}->immediate_exit = 0;"
+        if final:
+            yield "\tverdict();"
+
+    def _kicked(self, step: Step) -> bool:
+        what = step.ioctl
+        return what is not None and any(
+            isinstance(each.entry.what, Kick)
+            and each.entry.what.object == what.object
+            and each.entry.order < what.end_order
+            for each in self.script.steps
+        )
+
+    def _run_input(self, run: str, offset: int, data: bytes) -> Iterator[str]:
+        if not any(data) and len(data) <= 8 and offset == 1:
+            yield f"\t{run}->immediate_exit = 0;"
+        elif offset == 1 and len(data) == 1:
+            yield f"\t{run}->immediate_exit = {data[0]};"
+        elif len(data) <= 8:
+            value = number(int.from_bytes(data, "little"))
+            yield (f"\tmemcpy((char *){run} + {offset:#x}, &(unsigned long long){{ {value} }}, {len(data)});")
+        else:
+            label = self.label("run_input")
+            self.statics += [f"static const unsigned char {label}[] = {{", *byte_rows(data), "};", ""]
+            yield f"\tmemcpy((char *){run} + {offset:#x}, {label}, sizeof({label}));"
+
+    def _exit_checks(self, step: Step, run: str, indent: str) -> list[str]:
+        outcome = recorded_outcome(step)
+        reason = exit_reason(outcome)
+        if reason is None:
+            return []
+        self.need("value")
+        words = self.words.words(ExitReason, reason) if reason in set(ExitReason) else number(reason)
+        lines = [f'{indent}value({step.index}, "exit_reason", {run}->exit_reason, {words});']
+        for path, text in exit_payload(outcome).items():
+            lines += self._payload_check(step, run, path, text, indent)
+        return lines
+
+    def _payload_check(self, step: Step, run: str, path: str, text: str, indent: str) -> list[str]:
+        if path.startswith("memory_fault."):
+            self.need("fault")
+            name = path.partition(".")[2]
+            return [f'{indent}value({step.index}, "{path}", memory_fault({run}).{name}, {text});']
+        if path == "io.data":
+            data = bytes.fromhex(text)
+            shown = f"(char *){run} + {run}->io.data_offset"
+            return self._bytes_check(step, path, shown, data, indent)
+        if not text.startswith("0x"):
+            return self._bytes_check(step, path, f"{run}->{path}", bytes.fromhex(text), indent)
+        value = int(text, 16)
+        return [f'{indent}value({step.index}, "{path}", {run}->{path}, {number(value)});']
+
+    def _bytes_check(self, step: Step, path: str, shown: str, data: bytes, indent: str) -> list[str]:
+        if not data:
+            return []
+        label = self.label("expected")
+        self.statics += [f"static const unsigned char {label}[] = {{", *byte_rows(data), "};", ""]
+        return [
+            f'{indent}value({step.index}, "{path}, memcmp()", memcmp({shown}, {label}, sizeof({label})) != 0, 0);'
+        ]
+
+    # Memory.
+
+    def _fill(self, region: Region) -> Iterator[str]:
+        if not any(step.request in _READS_MEMORY for step in self.script.steps):
+            return
+        name = self.region(region)
+        code = self._code.get(region, {})
+        for piece in pieces(name, region.initial, code):
+            if piece.words:
+                self.need("words")
+            self.statics += [*piece.definition, ""]
+            yield "\t" + piece.statement
+
+    # The file.
+
+    def text(self) -> str:
+        """Return the C file."""
+        self._code = discover(self.script.steps)
+        lanes: list[list[str]] = [[] for _ in self.script.threads]
+        for step in self.script.steps:
+            lanes[step.thread] += [*self.step_lines(step), ""]
+        setup = []
+        for region, name in list(self.regions.items()):
+            if region.object == 0:
+                self.need("memory")
+                setup.append(f"\t{name} = map_memory({region.size:#x});")
+                setup += self._fill(region)
+        lines = [*self._header(), "", *self._includes(), ""]
+        lines += self._common()
+        lines += self._variables()
+        lines += self.statics
+        lines += self._verdict()
+        for lane, body in enumerate(lanes):
+            if lane:
+                lines += [f"static void *thread{lane}(void *arg)", "{", "\t(void)arg;", "", *body[:-1]]
+                lines += ["\treturn NULL;", "}", ""]
+        lines += self._main(lanes, setup)
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+    def _header(self) -> list[str]:
+        host = self.script.record.host
+        what = self.target.ioctl
+        outcome = recorded_outcome(self.target)
+        point = f"{request_name(self.target.entry.what)} on {self.fd(what.object if what else 0)}"
+        if outcome.result < 0:
+            point += f" fails with {errno.errorcode.get(outcome.errno, outcome.errno)}"
+        elif self.target.request == _RUN:
+            point += f" ends with {reason_text(exit_reason(outcome))}"
+        else:
+            point += f" returns {outcome.result}"
+        rows = [
+            ("What it shows", point),
+            ("Recorded from", host.get("test") or host.get("command", "?")),
+            ("When", host.get("started", "?")),
+            ("Kernel", " ".join(filter(None, (host.get("kernel"), host.get("machine"))))),
+            ("KVM module", " ".join(filter(None, (host.get("module"), host.get("params"))))),
+            ("CPU", host.get("cpu", "?")),
+            ("Platform", host.get("platform", "?")),
+            ("Written by", f"kvmpy {kvmpy.__version__}, from a record of kvmpy {host.get('kvmpy', '?')}"),
+        ]
+        lines = ["/*", " * A KVM reproducer.", " *"]
+        for label, text in rows:
+            clean = text.replace("*/", "* /").replace("\n", " ")
+            lines.append(f" * {label + ':':<15}{clean[:400]}".rstrip())
+        return [
+            *lines,
+            " *",
+            " * Compile:  gcc -O2 -Wall -Wextra -Werror -o bug bug.c -pthread",
+            " *           (kernel headers of Linux 6.1 or newer; what those lack is defined below)",
+            " * Run:      ./bug; exit status 0: reproduced, 1: not reproduced, 2: it could not get that far",
+            " */",
+            "#define _GNU_SOURCE",
+        ]
+
+    def _includes(self) -> list[str]:
+        headers = list(_HEADERS)
+        if any(name.startswith("sev_") for name in self.words.structs):
+            headers.insert(headers.index("linux/kvm.h") + 1, "linux/psp-sev.h")
+        definitions = list(self.words.definitions())
+        if definitions:
+            definitions = ["", "/* What older kernel headers lack. */", *definitions]
+        return [*(f"#include <{name}>" for name in headers), *definitions]
+
+    def _common(self) -> list[str]:
+        lines = [
+            "/* What a file descriptor or a frequency is differs from run to run. */",
+            "#define ANY (-2)",
+            f"#define LIMIT {LIMIT}",
+            f'#define LIMIT_TEXT "{LIMIT}"',
+        ]
+        if self.threaded:
+            lines.append(f"#define STEPS {len(self.script.steps)}")
+        lines.append("")
+        parts = [
+            (True, ctext.CHECK),
+            ("need" in self.need.used, ctext.NEED),
+            ("value" in self.need.used, ctext.VALUE),
+            ("memory" in self.need.used, ctext.MEMORY),
+            ("map_fd" in self.need.used, ctext.MAP_FD),
+            ("words" in self.need.used, ctext.WORDS),
+            (self._signals(), ctext.SIGNALS),
+            ("interrupt" in self.need.used, ctext.INTERRUPT),
+            ("kick" in self.need.used, ctext.KICK),
+            ("fault" in self.need.used, ctext.FAULT),
+            ("ring" in self.need.used, ctext.RESET_RING),
+            (True, ctext.LATE),
+            (self.threaded, ctext.ORDER),
+        ]
+        for used, text in parts:
+            if used:
+                lines += [*text.splitlines(), ""]
+        return lines
+
+    def _signals(self) -> bool:
+        return bool({"interrupt", "kick", "signals"} & self.need.used)
+
+    def _variables(self) -> list[str]:
+        lines = []
+        if self.names:
+            lines.append(f"static int {', '.join(self.names[i] for i in sorted(self.names))};")
+        runs = [self.fd(i) for i in sorted(self._run_areas)]
+        if runs:
+            lines.append(f"static struct kvm_run *{', *'.join(f'{name}_run' for name in runs)};")
+            lines.append("static size_t run_size;")
+        if runs and self.threaded:
+            lines.append(f"static pthread_t {', '.join(f'{name}_thread' for name in runs)};")
+        for region, name in self.regions.items():
+            if name.startswith("mem"):
+                lines.append(f"static unsigned char *{name};	/* {region.size:#x} bytes */")
+        if "bad" in self.need.used:
+            lines.append("static unsigned char *bad_address;	/* nobody can read or write there */")
+        return [*lines, ""]
+
+    @staticmethod
+    def _verdict() -> list[str]:
+        return [
+            "static void __attribute__((noreturn)) verdict(void)",
+            "{",
+            '\tputs(differences ? "not reproduced" : "reproduced");',
+            "\texit(differences ? 1 : 0);",
+            "}",
+            "",
+        ]
+
+    def _main(self, lanes: list[list[str]], setup: list[str]) -> list[str]:
+        lines = ["int main(void)", "{"]
+        others = [lane for lane in range(1, len(lanes))]
+        if others:
+            lines += [f"\tpthread_t threads[{len(others)}];", ""]
+        lines += ["\tsetvbuf(stdout, NULL, _IOLBF, 0);", "\tsignal(SIGALRM, late);", "\talarm(LIMIT);"]
+        if self._signals():
+            lines += [
+                "\t/* Without SA_RESTART: the signal ends KVM_RUN. */",
+                "\tsigaction(SIGUSR1, &(struct sigaction){ .sa_handler = woken }, NULL);",
+            ]
+        if "bad" in self.need.used:
+            lines.append("\tbad_address = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);")
+        lines += setup
+        body = list(lanes[0])
+        if self._run_areas:
+            at = next((n for n, line in enumerate(body) if "/dev/kvm" in line and "perror" in line), -1)
+            size = "\trun_size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);"
+            body.insert(at + 3, size)
+        for number_, lane in enumerate(others):
+            lines += [f"\tif (pthread_create(&threads[{number_}], NULL, thread{lane}, NULL))", "\t\texit(2);"]
+        lines += ["", *body]
+        for number_ in range(len(others)):
+            lines.append(f"\tpthread_join(threads[{number_}], NULL);")
+        lines += ["\tverdict();", "}"]
+        return lines
+
+
+def _errno(value: int) -> str:
+    return errno.errorcode.get(value, str(value)) if value else "0"
+
+
+def _any_result(what: Ioctl) -> bool:
+    return "" in VOLATILE.get(request_name(what), ()) and what.result >= 0
+
+
+def write_c(script: Script, target: Step) -> str:
+    """Return the C file that carries *script* out, and whose verdict is about *target*, one of its steps."""
+    return CFile(script, target).text()
