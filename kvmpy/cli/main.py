@@ -13,7 +13,9 @@ import kvmpy
 COMMANDS = {
     "abi": "the KVM ABI as kvmpy knows it, and its check against kernel headers",
     "bench": "what kvmpy costs beside bare C loops, in one run",
+    "decode": "ioctls, structs, exits, error codes, MSRs, CPUID, SEV's numbers and pages: to words",
     "doctor": "what this host offers, protection by protection, and what is missing",
+    "encode": "the same from words: numbers and bytes",
     "faults": "page faults and conversions of a VM as KVM sees them, live and decoded",
     "html": "JSON reports, of one kernel or several, as one HTML page",
     "lab": "kernels under QEMU, and the selftests inside them: no /dev/kvm needed",
