@@ -244,7 +244,7 @@ class GuestVm(VmPrivate):
         ghcbs = self.allocator.alloc(count, private=False)
         self._place(Gva(layout.GHCB_BASE), ghcbs, count * PAGE_SIZE)
         # The #VC handler looks up the address of an MMIO access in the tables: they map themselves.
-        root = self.from_raw_cr3()
+        root = self.page_table_root
         self.memory.write(root + layout.SELF_MAP_SLOT * 8, layout.self_map_entry(int(self.pages.cr3)))
         return ghcbs
 
