@@ -12,6 +12,7 @@ from typing import ClassVar
 from kvmpy.coco import sev_platform
 from kvmpy.coco.policy import SevPolicy
 from kvmpy.coco.sev_launch import SevInitialised, SevRunning
+from kvmpy.coco.sev_prediction import PredictedLaunch
 from kvmpy.core.address import EncryptionBit, Gpa
 from kvmpy.core.backing import Backing
 from kvmpy.core.errors import MissingError
@@ -44,7 +45,9 @@ def availability(kvm: Kvm, kind: VmType) -> Availability:
 class Sev(Protection):
     """SEV: encrypted memory, registers in clear.
 
-    *policy* and the owner's *dh_certificate* and *session* go into LAUNCH_START.
+    *policy* and the owner's *dh_certificate* and *session* go into LAUNCH_START.  Without a session the
+    launch is given one of kvmpy's own, if the platform exports its key, and LaunchError says when it
+    measures anything else than was predicted; *compare* False leaves that out.
     """
 
     name = "sev"
@@ -69,12 +72,14 @@ class Sev(Protection):
         ghcb_version: int = 0,
         dh_certificate: bytes = b"",
         session: bytes = b"",
+        compare: bool = True,
     ) -> None:
         self.policy = SevPolicy(es=self.es) if policy is None else policy
         self.vmsa_features = vmsa_features
         self.ghcb_version = ghcb_version
         self.dh_certificate = dh_certificate
         self.session = session
+        self.compare = compare and not session
 
     @classmethod
     def availability(cls, kvm: Kvm) -> Availability:
@@ -111,16 +116,30 @@ class Sev(Protection):
         state = vm.launch_state
         if not isinstance(state, SevInitialised):
             raise LaunchError(f"{vm.name} is in state {type(state).__name__}, not ready to launch")
-        launching = state.start(self.policy, dh_certificate=self.dh_certificate, session=self.session)
+        predicted = PredictedLaunch.of(int(self.policy)) if self.compare else None
+        launching = state.start(
+            self.policy,
+            dh_certificate=predicted.dh_certificate if predicted else self.dh_certificate,
+            session=predicted.session if predicted else self.session,
+        )
         vm.launch_state = launching
         for gpa, size in vm.private_image():
             # Encryption depends on the physical address: from here on the pages stay where they are.
             vm.memory_encrypt_reg_region(vm.memory.hva(gpa, private=False), size)
+            if predicted:
+                predicted.digest.add(vm.memory.view(gpa, size))
             launching.update_data(gpa, size)
         if self.es:
+            if predicted:
+                predicted.add_vcpus(vm, self.vmsa_features)
             launching.update_vmsa()
         measured = launching.measure()
         vm.launch_state = measured
+        if predicted:
+            try:
+                predicted.check(measured.measurement)
+            except ValueError as error:
+                raise LaunchError(f"{vm.name}: {error}") from None
         vm.launch_state = measured.finish()
 
 

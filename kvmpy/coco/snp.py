@@ -10,6 +10,7 @@ from kvmpy.coco import sev, sev_platform
 from kvmpy.coco.fd_backed import FdBackedProtection
 from kvmpy.coco.policy import SnpPolicy
 from kvmpy.coco.snp_launch import HOST_DATA_SIZE, IdBlockPair, SnpInitialised, SnpRunning, cpuid_page
+from kvmpy.coco.snp_prediction import predicted_id_block
 from kvmpy.core.address import PAGE_SIZE, EncryptionBit, Gpa, Gva
 from kvmpy.core.kvm import Kvm
 from kvmpy.guest import layout
@@ -63,8 +64,9 @@ class Snp(FdBackedProtection):
     """SEV-SNP.
 
     *policy*, *gosvw* go into LAUNCH_START, *host_data*, *vcek_disabled* and *id_block* into LAUNCH_FINISH.
-    *id_block* may be a function that makes one from the launch's plan: the way to let the firmware check a
-    predicted digest.  *req_certs* lets extended guest requests exit to user space.
+    *id_block* may be a function that makes one from the launch's plan: by default one with the predicted
+    digest, so that the firmware refuses a launch that measures anything else.  *req_certs* lets extended
+    guest requests exit to user space.
     """
 
     name = "snp"
@@ -94,7 +96,7 @@ class Snp(FdBackedProtection):
         gosvw: bytes = bytes(16),
         host_data: bytes = bytes(HOST_DATA_SIZE),
         vcek_disabled: bool = False,
-        id_block: IdBlockPair | IdBlockMaker | None = None,
+        id_block: IdBlockPair | IdBlockMaker | None = predicted_id_block,
         req_certs: bool = False,
     ) -> None:
         self.policy = SnpPolicy() if policy is None else policy

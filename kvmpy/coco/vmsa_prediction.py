@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The save area that KVM makes of a vCPU when a launch encrypts its state, read from the vCPU before.
+
+Linux: sev_es_sync_vmsa(), and what SVM's setters keep in the save area (EFER.SVME, the host's CR4.MCE, CR0
+without CD and NW). A segment is what KVM_SET_SREGS was given: KVM's own reset state lacks the accessed bit
+that KVM_GET_SREGS shows, so a vCPU must have had its segments set.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmpy.uapi.constants import KVM_CAP_XCRS
+from kvmpy.uapi.structs import kvm_segment
+from kvmpy.x86.cpuid import Cpuid
+from kvmpy.x86.vmsa import VMSA, SevFeature
+from kvmpy.x86.xsave import AVX, PKRU, Layout, XsaveArea
+
+if TYPE_CHECKING:
+    from kvmpy.core.vcpu import Vcpu
+
+_EFER_SVME = 1 << 12
+_CR4_MCE = 1 << 6
+_CR0_CACHE_BITS = 3 << 29
+_DR7_INIT = 0x400
+_GENERAL = (
+    *("rax", "rbx", "rcx", "rdx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags"),
+    *(f"r{number}" for number in range(8, 16)),
+)
+_MSRS = {
+    "star": 0xC0000081,
+    "lstar": 0xC0000082,
+    "cstar": 0xC0000083,
+    "sfmask": 0xC0000084,
+    "kernel_gs_base": 0xC0000102,
+    "sysenter_cs": 0x174,
+    "sysenter_esp": 0x175,
+    "sysenter_eip": 0x176,
+    "g_pat": 0x277,
+    "xss": 0xDA0,
+}
+_MACHINE_CHECKS = Path("/sys/devices/system/machinecheck")
+
+# Offsets in the XSAVE area's legacy part (AMD APM volume 2, figure 11-10).
+_FCW, _FSW, _FTW, _FOP, _FIP, _FDP, _MXCSR, _ST, _XMM, _XSTATE_BV = 0, 2, 4, 6, 8, 16, 24, 32, 160, 512
+_YMM = 576  # where every processor has it (CPUID leaf 0xD, subleaf 2)
+
+
+def host_has_machine_checks() -> bool:
+    """Tell whether this host runs with CR4.MCE, which KVM adds to every guest's CR4."""
+    return _MACHINE_CHECKS.is_dir()
+
+
+def predict(
+    vcpu: Vcpu, vmsa_features: int, *, snp: bool = False, fpu: bool = True, machine_checks: bool | None = None
+) -> bytes:
+    """Return the 4096 bytes of *vcpu*'s save area; before the command that encrypts it.
+
+    *vmsa_features* are those of KVM_SEV_INIT2. *fpu* is False for VMs of KVM_SEV_ES_INIT, whose save areas
+    hold no FPU state. *machine_checks* is :func:`host_has_machine_checks` unless given.
+    """
+    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    mce = host_has_machine_checks() if machine_checks is None else machine_checks
+    fields: dict[str, int | bytes] = {name: int(getattr(regs, name)) for name in _GENERAL}
+    for name in ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr"):
+        fields.update(_segment(name, getattr(sregs, "ldt" if name == "ldtr" else name)))
+    for name, table in (("gdtr", sregs.gdt), ("idtr", sregs.idt)):
+        fields |= {f"{name}.limit": int(table.limit), f"{name}.base": int(table.base)}
+    fields |= {
+        "cpl": int(sregs.ss.dpl),
+        "efer": int(sregs.efer) | _EFER_SVME,
+        "cr0": int(sregs.cr0) & ~_CR0_CACHE_BITS,
+        "cr2": int(sregs.cr2),
+        "cr3": int(sregs.cr3),
+        "cr4": int(sregs.cr4) | (_CR4_MCE if mce else 0),
+        "dr6": int(vcpu.get_debugregs().dr6),
+        "dr7": _DR7_INIT,
+        "sev_features": vmsa_features | (SevFeature.SNP_ACTIVE if snp else 0),
+    }
+    fields |= _msrs(vcpu)
+    xsave = vcpu.get_xsave2().to_bytes()
+    fields |= _extended_state(vcpu, xsave)
+    if fpu:
+        fields |= _fpu(xsave)
+    return VMSA.pack(fields)
+
+
+def _segment(name: str, segment: kvm_segment) -> dict[str, int | bytes]:
+    attributes = (
+        segment.type
+        | segment.s << 4
+        | segment.dpl << 5
+        | (segment.present and not segment.unusable) << 7
+        | segment.avl << 8
+        | segment.l << 9
+        | segment.db << 10
+        | segment.g << 11
+    )
+    return {
+        f"{name}.selector": int(segment.selector),
+        f"{name}.attrib": int(attributes),
+        f"{name}.limit": int(segment.limit),
+        f"{name}.base": int(segment.base),
+    }
+
+
+def _msrs(vcpu: Vcpu) -> dict[str, int | bytes]:
+    """Return what the save area holds of the MSRs; one that the vCPU does not have is zero there."""
+    values = vcpu.get_msrs_offered(_MSRS.values())
+    return {name: values.get(index, 0) for name, index in _MSRS.items()}
+
+
+def _extended_state(vcpu: Vcpu, xsave: bytes) -> dict[str, int | bytes]:
+    fields: dict[str, int | bytes] = {"xcr0": 1}
+    if vcpu.vm.kvm.check_extension(KVM_CAP_XCRS):
+        xcrs = vcpu.get_xcrs()
+        values = {int(xcr.xcr): int(xcr.value) for xcr in xcrs.xcrs[: xcrs.nr_xcrs]}
+        fields["xcr0"] = values.get(0, 1)
+    layout = Layout.from_cpuid(Cpuid.from_struct(vcpu.get_cpuid2()))
+    if PKRU in layout.components:
+        fields["pkru"] = XsaveArea(xsave, layout).pkru
+    return fields
+
+
+def _fpu(area: bytes) -> dict[str, int | bytes]:
+    """Return the x87, SSE and AVX state; x87 registers lie as eight mantissas, then eight exponents."""
+    registers = [area[_ST + 16 * number : _ST + 16 * number + 10] for number in range(8)]
+    (components,) = struct.unpack_from("<Q", area, _XSTATE_BV)
+    has_ymm = components >> AVX & 1 and len(area) >= _YMM + 256
+    return {
+        "x87_fcw": int.from_bytes(area[_FCW : _FCW + 2], "little"),
+        "x87_fsw": int.from_bytes(area[_FSW : _FSW + 2], "little"),
+        "x87_ftw": int.from_bytes(area[_FTW : _FTW + 2], "little"),
+        "x87_fop": int.from_bytes(area[_FOP : _FOP + 2], "little"),
+        "x87_rip": int.from_bytes(area[_FIP : _FIP + 8], "little"),
+        "x87_dp": int.from_bytes(area[_FDP : _FDP + 8], "little"),
+        "mxcsr": int.from_bytes(area[_MXCSR : _MXCSR + 4], "little"),
+        "fpreg_x87": b"".join(part[:8] for part in registers) + b"".join(part[8:] for part in registers),
+        "fpreg_xmm": area[_XMM : _XMM + 256],
+        "fpreg_ymm": area[_YMM : _YMM + 256] if has_ymm else bytes(256),
+    }
