@@ -141,9 +141,9 @@ def accessor(make_vm: MakeVm, ring: int) -> Accessor:
 
 
 @pytest.fixture
-def open_memory(protection: str) -> None:
-    """Skip under protections that keep private memory, page tables among it, from the host after launch."""
+def open_tables(protection: str) -> None:
+    """Skip under protections that keep code, page and descriptor tables from the host after launch."""
     from kvmpy.coco import ladder
 
-    if not ladder.get(protection).traits.host_sees_private:
-        pytest.skip(f"protection {protection} keeps private memory from the host")
+    if not ladder.get(protection).traits.host_sees_tables:
+        pytest.skip(f"protection {protection} keeps code and page tables from the host")

@@ -47,6 +47,13 @@ class Traits:
     policies: tuple[str, ...] = ()
     emulated: bool = False
 
+    @property
+    def host_sees_tables(self) -> bool:
+        """Whether the host may read and write code, page tables and descriptor tables after launch, under
+        the default policy.
+        """
+        return self.host_sees_private or self.policies[:1] == ("data",)
+
 
 @dataclass(frozen=True)
 class Availability:

@@ -9,7 +9,6 @@ skipped with that reason under the others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -43,7 +42,7 @@ def with_traits(names: Sequence[str], traits: Mapping[str, object]) -> list[str]
     from kvmpy.coco import ladder
     from kvmpy.guest.protection import Traits
 
-    known = [field.name for field in fields(Traits)]
+    known = sorted(name for name in vars(Traits) if not name.startswith("_"))
     unknown = [trait for trait in traits if trait not in known]
     if unknown:
         raise pytest.UsageError(f"unknown trait {', '.join(unknown)}; there are {', '.join(known)}")

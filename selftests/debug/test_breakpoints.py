@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_SET_GUEST_DEBUG"),
-    pytest.mark.usefixtures("open_registers", "open_memory"),
+    pytest.mark.usefixtures("open_registers", "open_tables"),
 ]
 rings = pytest.mark.parametrize("ring", ["kernel", "user"])
 

@@ -29,7 +29,7 @@ from kvmpy.x86.exceptions import Vector
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_SET_GUEST_DEBUG"),
-    pytest.mark.usefixtures("open_registers", "open_memory"),
+    pytest.mark.usefixtures("open_registers", "open_tables"),
 ]
 
 DR6_ACTIVE_LOW = 0xFFFF_0FF0

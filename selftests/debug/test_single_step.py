@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_SET_GUEST_DEBUG"),
-    pytest.mark.usefixtures("open_registers", "open_memory"),
+    pytest.mark.usefixtures("open_registers", "open_tables"),
 ]
 
 STEP = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_SET_GUEST_DEBUG"),
-    pytest.mark.usefixtures("open_registers", "open_memory", "debug_registers"),
+    pytest.mark.usefixtures("open_registers", "open_tables", "debug_registers"),
 ]
 rings = pytest.mark.parametrize("ring", ["kernel", "user"])
 
@@ -24,6 +24,7 @@ UNTOUCHED = (3, 0, 0, 0, 0)
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:host_sees_private")
 @rings
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_write(line: LineMaker, ring: str, size: int) -> None:

@@ -167,7 +167,7 @@ def test_debug_exception_with_payload(event_guest: EventGuestMaker, bits: int) -
 
 
 @pytest.mark.protections("all")
-@pytest.mark.usefixtures("open_memory")
+@pytest.mark.usefixtures("open_tables")
 def test_double_fault(event_guest: EventGuestMaker) -> None:
     """An injected page fault whose gate is not present ends in #DF with error code 0.
 

@@ -150,7 +150,7 @@ def test_walks_show_the_encryption_bit(make_vm: MakeVm) -> None:
     error = failure(vm)
     walk = re.search(r"page-table walk of RIP .*?\n(.*?)---", error.postmortem, re.DOTALL)
     assert walk is not None
-    if not vm.protection.traits.host_sees_private:
+    if not vm.protection.traits.host_sees_tables:
         assert "hidden" in walk.group(1)
         return
     entries = [int(value, 16) for value in re.findall(r"= (0x[0-9a-f]{16})", walk.group(1))]
@@ -201,11 +201,10 @@ def test_hidden_is_said_to_be_hidden(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:host_sees_private")
 def test_backtrace_of_small_functions(make_vm: MakeVm) -> None:
     """A function without locals and the function whose last statement calls it are both in the backtrace."""
     vm = make_vm(SMALL)
-    if not vm.protection.traits.host_sees_private:
-        pytest.skip("needs a protection under which the host sees the guest's stack")
     trace = re.search(r"--- backtrace\n(.*?)---", failure(vm).postmortem, re.DOTALL)
     assert trace is not None
     frames = [line.split()[2].split("+")[0] for line in trace.group(1).splitlines()]

@@ -334,6 +334,5 @@ def live_tables(protection: str) -> None:
     """Page tables that the host can change while the guest runs."""
     from kvmpy.coco import ladder
 
-    traits = ladder.get(protection).traits
-    if traits.has_private_memory and not traits.host_sees_private:
+    if not ladder.get(protection).traits.host_sees_tables:
         pytest.skip(f"protection {protection} keeps the page tables from the host")

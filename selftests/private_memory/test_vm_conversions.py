@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversions the way tests make them, vm.set_private(), vm.set_shared() and the guest's hypercall, and whether
-the bitmap, KVM and the guest agree afterwards.
+"""Conversions the way tests make them, by vm.set_private(), vm.set_shared() and the guest's hypercall, and
+whether the bitmap, KVM and the guest agree.
 """
 
 from __future__ import annotations

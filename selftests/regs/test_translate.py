@@ -34,7 +34,7 @@ def vm(make_vm: MakeVm) -> GuestVm:
     return made
 
 
-pytestmark = pytest.mark.usefixtures("open_registers", "open_memory")
+pytestmark = pytest.mark.usefixtures("open_registers", "open_tables")
 
 
 @pytest.mark.protections("all")
