@@ -33,7 +33,8 @@ def extents(content: list[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
             before[offset - start : offset - start + len(data)] = data
         else:
             merged.append((offset, bytearray(data)))
-    for offset, data in merged:
+    for offset, gathered in merged:
+        data = bytes(gathered)
         at = 0
         while at < len(data):
             if not data[at]:

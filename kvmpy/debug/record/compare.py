@@ -34,6 +34,7 @@ VOLATILE: dict[str, tuple[str, ...]] = {
 }
 # TSC, APERF and MPERF, TSC deadline, Hyper-V's reference counters.
 _VOLATILE_MSRS = {0x10, 0xE7, 0xE8, 0x6E0, 0x4000_0010, 0x4000_0020, 0x4000_0022}
+_PAD = re.compile(r"\b(pad|padding|reserved)\d*(\[|$)")
 _POINTER = re.compile(r"(uaddr|userspace_addr|address|addr|dirty_bitmap|bitmap)(_\w+)?$")
 
 
@@ -131,7 +132,7 @@ def exit_payload(outcome: Outcome) -> dict[str, str]:
         # The words behind the suberror are for people; some of them are addresses of this boot.
         fields = {name: text for name, text in fields.items() if name == "internal.suberror"}
     fields.pop("fail_entry.cpu", None)
-    return fields
+    return {name: text for name, text in fields.items() if not _PAD.search(name)}
 
 
 def _run_differences(then: Outcome, now: Outcome) -> Iterator[Difference]:

@@ -182,7 +182,7 @@ def _fields(
 
 
 def _is_number(expression: str) -> bool:
-    return expression.startswith("(uint32_t)") or expression.lstrip("-").isalnum()
+    return expression.startswith(("(uint32_t)", "(uint64_t)")) or expression[0].isdigit()
 
 
 def _named_zero(value: Struct, field: Field) -> bool:
@@ -210,7 +210,7 @@ def _compound(
         member = active_member(value) if content.IS_UNION else None
         lines = list(_fields(content, words, reference, deeper, at, covered, member))
         if lines:
-            yield from _braces(head, lines, indent)
+            yield from braces(head, lines, indent)
         return
     if isinstance(content, StructArray):
         yield from _struct_array(value, field, content, words, reference, indent, at, covered)
@@ -226,7 +226,7 @@ def _compound(
         first = next(place for place, byte in enumerate(raw) if byte)
         if end - first <= 8:
             items = [f"[{place}] = 0x{raw[place]:02x}," for place in range(first, end) if raw[place]]
-            yield from _braces(head, [deeper + item for item in items], indent)
+            yield from braces(head, [deeper + item for item in items], indent)
         else:
             yield from [head + "{", *byte_rows(raw[:end], deeper), indent + "},"]
         return
@@ -241,7 +241,7 @@ def _compound(
                 words.words(kind, item) if kind is not None and place == 0 else number(item)
             )
             items.append(f"{deeper}[{place}] = {text},")
-    yield from _braces(head, items, indent)
+    yield from braces(head, items, indent)
 
 
 def _struct_array(
@@ -266,12 +266,13 @@ def _struct_array(
         lines = list(_fields(item, words, reference, deeper + "\t", start, covered))
         label = "" if flexible else f"[{place}] = "
         if lines or flexible:
-            rows += _braces(deeper + label, lines, deeper)
+            rows += braces(deeper + label, lines, deeper)
     if rows:
         yield from [f"{indent}.{field.name} = {{", *rows, indent + "},"]
 
 
-def _braces(head: str, lines: list[str], indent: str) -> list[str]:
+def braces(head: str, lines: list[str], indent: str) -> list[str]:
+    """Return *lines* in braces behind *head*, on one line where they fit."""
     flat = head + "{ " + " ".join(line.strip() for line in lines).rstrip(",") + " },"
     if len(flat.expandtabs(8)) <= _WIDTH and "{" not in "".join(lines):
         return [flat if lines else head + "{ 0 },"]

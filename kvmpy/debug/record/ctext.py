@@ -14,7 +14,7 @@ static int same(int step, const char *what, long now, long recorded, int error)
 	if (number == error && (now == recorded || (now >= 0 && recorded == ANY)))
 		return 1;
 	printf("step %d, %s: recorded %s%s, now %s%s\\n", step, what, error ? "failure: " : "success",
-	       error ? strerror(error) : "", number ? "failure: " : "result ", number ? strerror(number) : "");
+		error ? strerror(error) : "", number ? "failure: " : "result ", number ? strerror(number) : "");
 	if (!number)
 		printf("\\tresult %ld, recorded %ld\\n", now, recorded);
 	differences++;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes of recorded guest memory are code: follows the vCPUs from where they begin, through page tables."""
+"""Which bytes of recorded guest memory are code: follows vCPUs from where they begin."""
 
 from __future__ import annotations
 

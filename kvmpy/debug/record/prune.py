@@ -68,7 +68,7 @@ def prune(script: Script, target: Step) -> Script:
         if step.ioctl is not None:
             if step.ioctl.object not in family or (is_question(step) and step is not target):
                 continue
-            if step.ioctl.result < 0 and step is not target and not step.request == ioctls.KVM_RUN.nr:
+            if step.ioctl.result < 0 and step is not target and step.request != ioctls.KVM_RUN.nr:
                 continue
         elif isinstance(what, Kick) and what.object not in family:
             continue

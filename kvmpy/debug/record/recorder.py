@@ -103,7 +103,7 @@ class Recorder:
         self._follow = Follower(self.memory.peek, self.memory.holds)
         self._ids: dict[KvmFd, int] = {}
         self._by_number: dict[int, int] = {}
-        self._made: dict[int, int] = {}
+        self._made: dict[int, tuple[int, int]] = {}
         self._next_id = itertools.count(1).__next__
         self._areas: dict[KvmFd, RunArea] = {}
         self._deadlines: dict[KvmFd, int] = {}
@@ -175,11 +175,12 @@ class Recorder:
         with self._lock:
             if fd in self._ids:
                 return self._ids[fd]
-            parent = getattr(fd, "vm", None) or getattr(fd, "kvm", None)
-            above = self._object(parent) if parent is not None and parent is not fd else 0
             tid = self._tid()
             number = fd.fd
-            made_by = self._made.pop(number, 0)
+            made_by, above = self._made.pop(number, (0, 0))
+            parent = getattr(fd, "vm", None) or getattr(fd, "kvm", None)
+            if not above and parent is not None and parent is not fd:
+                above = self._object(parent)
             ident = self._next_id()
             kind = _KINDS.get(fd.kind, ObjectKind.OTHER)
             flags = SYNTHETIC if late and not made_by else 0
@@ -323,7 +324,7 @@ class Recorder:
             if nr == ioctls.KVM_CREATE_DEVICE.nr:
                 number = int.from_bytes(content_of(chunks[-1])[4:8], "little")
             self._by_number.pop(number, None)
-            self._made[number] = order
+            self._made[number] = (order, self._ids[fd])
         elif nr in _SLOT_OPS and chunks:
             content = content_of(chunks[0])
             slot = int.from_bytes(content[:4], "little")

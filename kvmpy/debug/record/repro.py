@@ -21,6 +21,7 @@ from kvmpy.debug.record.compare import (
 from kvmpy.debug.record.csource import (
     UnspeakableError,
     Vocabulary,
+    braces,
     byte_rows,
     initializer,
     make_struct,
@@ -34,6 +35,7 @@ from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import ExitReason
 from kvmpy.uapi.field_words import ARGUMENTS
+from kvmpy.uapi.struct_base import FlexStruct
 
 LIMIT = 30
 _RUN = ioctls.KVM_RUN.nr
@@ -69,10 +71,8 @@ class CFile:
         self.statics: list[str] = []
         self._label = 0
         self._run_areas: set[int] = set()
-        self._interrupted = any(
-            step.request == _RUN and step.ioctl is not None and step.ioctl.errno == errno.EINTR
-            for step in script.steps
-        )
+        self._watched = {other for step in script.steps for other in step.during}
+        self._awaited = {other for step in script.steps for other in step.after}
         self._name_objects()
 
     # Names.
@@ -166,29 +166,51 @@ class CFile:
         name = self.label(node.struct.removeprefix("kvm_"))
         try:
             value = make_struct(node.struct, node.data)
+            if isinstance(value, FlexStruct) and len(node.data) > value.SIZE:
+                return self._open_array(value, name, before, indent)
             lines = initializer(value, self.words, lambda at: inner.get(at), indent + "\t")
-            if value.nbytes > value.SIZE and len(node.data) > value.SIZE and not self._speaks_length(node):
-                raise UnspeakableError(node.struct)
         except (UnspeakableError, ValueError):
             return self._raw(node, name, inner, before, indent)
         kind = self.words.struct(node.struct)
-        # An open array takes an initialiser only where the variable is static.
-        static = "static " if value.nbytes > value.SIZE else ""
-        if static and inner:
-            return self._raw(node, name, inner, before, indent)
         if lines:
-            before += [f"{indent}{static}{kind} {name} = {{", *lines, f"{indent}}};"]
+            before += [f"{indent}{kind} {name} = {{", *lines, f"{indent}}};"]
         else:
-            before.append(f"{indent}{static}{kind} {name} = {{ 0 }};")
+            before.append(f"{indent}{kind} {name} = {{ 0 }};")
         return name
 
-    @staticmethod
-    def _speaks_length(node: Node) -> bool:
-        # The initialiser of an open array gives it room for the entries that it names, not for more.
-        value = make_struct(node.struct or "", node.data)
-        count = len(value) if hasattr(value, "__len__") else 0
-        entry = getattr(value, "ENTRY_SIZE", 1)
-        return len(node.data) <= getattr(value, "OPEN_OFFSET", value.SIZE) + count * entry and count > 0
+    def _open_array(self, value: FlexStruct, name: str, before: list[str], indent: str) -> str:
+        # Headers differ in whether an open array may be initialised: give it an array behind the struct.
+        item = value.FIELDS[value.OPEN[-1]].ctype.item if len(value.OPEN) == 1 else None
+        if item is None or value.COUNT is None or value.OPEN_OFFSET != value.SIZE:
+            raise UnspeakableError(value.NAME)
+        count = min(len(value), value.room)
+        head = type(value).from_bytes(value.to_bytes()[: value.SIZE])
+        deeper = indent + "\t"
+        kind = self.words.struct(value.NAME)
+        if item.kind == "struct":
+            entry = self.words.struct(item.cname.removeprefix("struct "))
+        else:
+            entry = item.cname.replace("uint", "__u").removesuffix("_t")
+        before += [
+            f"{indent}static struct {{",
+            f"{deeper}{kind} head;",
+            f"{deeper}{entry} {value.OPEN[-1]}[{max(1, count)}];",
+            f"{indent}}} {name} = {{",
+            f"{deeper}.head = {{",
+            *initializer(head, self.words, lambda _: None, deeper + "\t"),
+            f"{deeper}}},",
+        ]
+        if count:
+            before.append(f"{deeper}.{value.OPEN[-1]} = {{")
+            for each in value.entries_list():
+                if isinstance(each, int):
+                    before.append(f"{deeper}\t{number(each)},")
+                    continue
+                lines = initializer(each, self.words, lambda _: None, deeper + "\t\t")
+                before += braces(deeper + "\t", lines, deeper + "\t")
+            before.append(f"{deeper}}},")
+        before.append(f"{indent}}};")
+        return name
 
     def _raw(self, node: Node, name: str, inner: dict[int, str], before: list[str], indent: str) -> str:
         kind = self.words.struct(node.struct or "")
@@ -216,10 +238,12 @@ class CFile:
         """Yield the lines of one step."""
         what = step.entry.what
         if self.threaded:
-            for other in (*step.after,):
+            for other in step.after:
                 yield f"\tawait(&ended[{other}]);"
             for other in step.during:
                 yield f"\tawait(&begun[{other}]);"
+            if step.index in self._watched and step.request != _RUN:
+                yield f"\tset(&begun[{step.index}]);"
         if isinstance(what, Ioctl):
             yield from self._run(step, what) if what.request == _RUN else self._ioctl(step, what)
         elif isinstance(what, Object):
@@ -248,7 +272,7 @@ class CFile:
             self.need("need")
         elif isinstance(what, Event) and what.what == EVENT_WRITTEN:
             yield f"\teventfd_write({self.fd(what.object)}, {what.value});"
-        if self.threaded:
+        if step.index in self._awaited:
             yield f"\tset(&ended[{step.index}]);"
 
     def _object(self, what: Object) -> Iterator[str]:
@@ -403,7 +427,8 @@ class CFile:
             yield from self._run_input(run, offset, data)
         if self.threaded:
             yield f"\t{vcpu}_thread = pthread_self();"
-            yield f"\tset(&begun[{step.index}]);"
+            if step.index in self._watched:
+                yield f"\tset(&begun[{step.index}]);"
         call = f"ioctl({vcpu}, KVM_RUN, NULL)"
         if interrupted:
             if self._kicked(step):
@@ -415,10 +440,7 @@ class CFile:
         arguments = f'{step.index}, "KVM_RUN", {call}, {what.result}, {_errno(what.errno)}'
         final = step is self.target
         fault = what.result < 0 and reason == ExitReason.KVM_EXIT_MEMORY_FAULT
-        if what.result >= 0 or fault:
-            lines = self._exit_checks(step, run, "\t\t")
-        else:
-            lines = []
+        lines = self._exit_checks(step, run, "\t\t") if what.result >= 0 or fault else []
         self.need("same")
         if lines:
             yield f"\tif (same({arguments})) {{"
@@ -484,9 +506,8 @@ class CFile:
             return []
         label = self.label("expected")
         self.statics += [f"static const unsigned char {label}[] = {{", *byte_rows(data), "};", ""]
-        return [
-            f'{indent}value({step.index}, "{path}, memcmp()", memcmp({shown}, {label}, sizeof({label})) != 0, 0);'
-        ]
+        compared = f"memcmp({shown}, {label}, sizeof({label})) != 0"
+        return [f'{indent}value({step.index}, "{path} differs", {compared}, 0);']
 
     # Memory.
 
@@ -516,15 +537,13 @@ class CFile:
                 setup.append(f"\t{name} = map_memory({region.size:#x});")
                 setup += self._fill(region)
         lines = [*self._header(), "", *self._includes(), ""]
-        lines += self._common()
-        lines += self._variables()
-        lines += self.statics
-        lines += self._verdict()
+        functions = [*self.statics, *self._verdict()]
         for lane, body in enumerate(lanes):
             if lane:
-                lines += [f"static void *thread{lane}(void *arg)", "{", "\t(void)arg;", "", *body[:-1]]
-                lines += ["\treturn NULL;", "}", ""]
-        lines += self._main(lanes, setup)
+                functions += [f"static void *thread{lane}(void *arg)", "{", "\t(void)arg;", "", *body[:-1]]
+                functions += ["\treturn NULL;", "}", ""]
+        functions += self._main(lanes, setup)
+        lines += [*self._common(), *self._variables("\n".join(functions)), *functions]
         return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
     def _header(self) -> list[str]:
@@ -543,7 +562,7 @@ class CFile:
             ("Recorded from", host.get("test") or host.get("command", "?")),
             ("When", host.get("started", "?")),
             ("Kernel", " ".join(filter(None, (host.get("kernel"), host.get("machine"))))),
-            ("KVM module", " ".join(filter(None, (host.get("module"), host.get("params"))))),
+            ("KVM module", " ".join([host.get("module", "?"), *_own_params(host)])),
             ("CPU", host.get("cpu", "?")),
             ("Platform", host.get("platform", "?")),
             ("Written by", f"kvmpy {kvmpy.__version__}, from a record of kvmpy {host.get('kvmpy', '?')}"),
@@ -604,10 +623,12 @@ class CFile:
     def _signals(self) -> bool:
         return bool({"interrupt", "kick", "signals"} & self.need.used)
 
-    def _variables(self) -> list[str]:
+    def _variables(self, functions: str) -> list[str]:
         lines = []
-        if self.names:
-            lines.append(f"static int {', '.join(self.names[i] for i in sorted(self.names))};")
+        names = [self.names[i] for i in sorted(self.names)]
+        used = [name for name in names if re.search(rf"\b{name}\b", functions)]
+        if used:
+            lines.append(f"static int {', '.join(used)};")
         runs = [self.fd(i) for i in sorted(self._run_areas)]
         if runs:
             lines.append(f"static struct kvm_run *{', *'.join(f'{name}_run' for name in runs)};")
@@ -634,7 +655,7 @@ class CFile:
 
     def _main(self, lanes: list[list[str]], setup: list[str]) -> list[str]:
         lines = ["int main(void)", "{"]
-        others = [lane for lane in range(1, len(lanes))]
+        others = list(range(1, len(lanes)))
         if others:
             lines += [f"\tpthread_t threads[{len(others)}];", ""]
         lines += ["\tsetvbuf(stdout, NULL, _IOLBF, 0);", "\tsignal(SIGALRM, late);", "\talarm(LIMIT);"]
@@ -658,6 +679,11 @@ class CFile:
             lines.append(f"\tpthread_join(threads[{number_}], NULL);")
         lines += ["\tverdict();", "}"]
         return lines
+
+
+def _own_params(host: dict[str, str]) -> list[str]:
+    # What the kernel's own defaults are is not known here: the vendor module's, and few.
+    return [text for text in host.get("params", "").split() if not text.startswith("kvm.")][:12]
 
 
 def _errno(value: int) -> str:
