@@ -5,41 +5,64 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from kvmpy.coco.kvm import Kvm
+    from kvmpy.testing.bench.figures import Figure
+
 MIN_ROUNDS = 3
+GROUPS = ("core", "launch")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--rounds", type=click.IntRange(MIN_ROUNDS, 1000), default=11, show_default=True)
-def bench(as_json: bool, rounds: int) -> None:
+@click.option(
+    "--only", type=click.Choice(GROUPS), multiple=True, help="Measure this group of figures (default: all)."
+)
+def bench(as_json: bool, rounds: int, only: tuple[str, ...]) -> None:
     """Measure kvmpy beside bare C loops that do the same: medians, and ratios within each round.
 
     A benchmark and no test: a target that is missed is shown, and the exit status stays 0.
     """
     from kvmpy.coco.kvm import Kvm
     from kvmpy.core.errors import MissingError
-    from kvmpy.testing.bench.figures import Figure, measure
 
     try:
         with Kvm() as kvm:
-            offered = {name: answer for name, answer in kvm.protections().items() if answer.available}
-            names = tuple(name for name in offered if name in ("cbit", "none"))
             figures: list[Figure] = []
-            for figure in measure(kvm, rounds, names):
+            for figure in _figures(kvm, rounds, only or GROUPS):
                 figures.append(figure)
                 if not as_json:
                     _show(figure)
     except MissingError as error:
         click.echo(f"kvmpy bench: {error}", err=True)
         sys.exit(1)
+    if not figures:
+        click.echo("nothing to measure: no protection here keeps private memory from the host", err=True)
     if as_json:
         click.echo(
             json.dumps({"rounds": rounds, "figures": [asdict(figure) for figure in figures]}, indent=2)
         )
+
+
+def _figures(kvm: Kvm, rounds: int, groups: Sequence[str]) -> Iterator[Figure]:
+    from kvmpy.coco import ladder
+    from kvmpy.testing.bench.figures import measure
+    from kvmpy.testing.bench.launch import measure_launch
+
+    offered = tuple(name for name, answer in kvm.protections().items() if answer.available)
+    if "core" in groups:
+        yield from measure(kvm, rounds, tuple(name for name in offered if name in ("cbit", "none")))
+    if "launch" in groups:
+        # Where the host writes private memory itself, there is nothing to bring in.
+        hidden = tuple(name for name in offered if not ladder.get(name).traits.host_sees_private)
+        yield from measure_launch(kvm, MIN_ROUNDS, hidden)
 
 
 def _show(figure: object) -> None:
