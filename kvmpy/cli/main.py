@@ -23,8 +23,9 @@ COMMANDS = {
     "ps": "every VM on this machine: its process, vCPUs with their threads, memory, exits",
     "report": "SNP attestation reports, shown and verified: no KVM needed",
     "run": "the selftests on this host's KVM, with a verdict table",
-    "trace": "every KVM ioctl of a program and its children, decoded as it happens",
+    "timeline": "a record as a timeline with a track for each thread and vCPU",
     "top": "the hottest exits of the VMs on this machine, refreshed",
+    "trace": "every KVM ioctl of a program and its children, decoded as it happens",
     "watch": "VMs as they are created and destroyed, live",
 }
 

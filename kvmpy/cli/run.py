@@ -78,6 +78,7 @@ def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ..
         ("ktap", "--ktap"),
         ("junit", "--junitxml"),
         ("html", "--kvmpy-html"),
+        ("timeline", "--kvmpy-timeline"),
         ("protection", "--protection"),
         ("seed", "--kvmpy-seed"),
         ("deadline", "--deadline"),
@@ -138,6 +139,7 @@ def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[s
 @click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
 @click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
 @click.option("--html", metavar="FILE", help="Write one HTML page: verdicts, reasons, memory maps, ioctls.")
+@click.option("--timeline", metavar="FILE", help="Write what threads and vCPUs did, for Perfetto's viewer.")
 @click.option("--list", "listing", is_flag=True, help="List the tests, run none.")
 @click.option("--protection", metavar="P[,P]", help="Only under these protections.")
 @click.option("--seed", metavar="N", help="Repeat a run's random choices.")
@@ -169,6 +171,9 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> Non
     # Compiled tests are kept out of the installed package.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache / "kvmpy" / "pycache"))
+    if options["timeline"] is not None:
+        # Test processes add to it, one after another.
+        Path(str(options["timeline"])).unlink(missing_ok=True)
     if options["listing"]:
         code = _list(args)
     elif options["workers"] is not None:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from kvmpy.core.coalesced import VmCoalesced
@@ -51,6 +54,12 @@ class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, V
     def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
         """Wrap the file descriptor of a new vCPU; subclasses return their own kind."""
         return Vcpu(self, fd, vcpu_id)
+
+    def timeline(self, path: str | os.PathLike[str]) -> AbstractContextManager[object]:
+        """Write what this VM does within a with block to *path*, for Perfetto's viewer (docs/timeline.md)."""
+        # By name: what is observed does not know its observers.
+        made: AbstractContextManager[object] = import_module("kvmpy.debug.timeline").Timeline(path, vm=self)
+        return made
 
     def get_clock(self) -> kvm_clock_data:
         """Return kvmclock's time in ns with its flags (KVM_GET_CLOCK)."""

@@ -241,6 +241,17 @@ class GuestVcpu(Vcpu):
             entries.append((int(entry.exit_reason), command, data))
         return entries
 
+    def last_exit(self) -> tuple[str, dict[str, object]]:
+        """Return name and main numbers of the exit that the last KVM_RUN ended with; a ucall by its name."""
+        native = self._native
+        if native is not None and native.trail_next:
+            entry = native.trail[(native.trail_next - 1) % 16]
+            if entry.what:
+                count = entry.what >> layout.UCALL_NARGS_SHIFT & 0xFF
+                words = [hex(entry.data[number]) for number in range(min(count, 4))]
+                return f"ucall {ucall.command_name(entry.what & 0xFFFF)}", {"args": words}
+        return super().last_exit()
+
     def close(self) -> None:
         """Let the ucall page go and close."""
         super().close()

@@ -48,6 +48,7 @@ class Settings:
     ktap: Path | None
     html: Path | None
     evidence: bool
+    timeline: Path | None
     journal: Path | None
     errata: tuple[Path, ...]
 
@@ -97,6 +98,9 @@ def add_options(parser: pytest.Parser) -> None:
         "--kvmpy-evidence",
         action="store_true",
         help="keep memory maps of all tests' VMs and the last ioctls of failures (--kvmpy-html does so, too)",
+    )
+    group.addoption(
+        "--kvmpy-timeline", metavar="FILE", help="write what threads and vCPUs did, for Perfetto's viewer"
     )
     group.addoption("--kvmpy-table", action="store_true", help="print the verdict table at the end")
     group.addoption(
@@ -166,6 +170,7 @@ def read_settings(config: pytest.Config) -> Settings:
         json=_path(config.getoption("--kvmpy-json")),
         ktap=_path(config.getoption("--ktap")),
         html=_path(config.getoption("--kvmpy-html")),
+        timeline=_path(config.getoption("--kvmpy-timeline")),
         evidence=bool(config.getoption("--kvmpy-evidence") or config.getoption("--kvmpy-html")),
         journal=_path(config.getoption("--kvmpy-journal")),
         errata=tuple(Path(name).absolute() for name in config.getoption("--kvmpy-errata")),

@@ -51,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
     tail = _attach_tail(config) if settings.evidence else None
     config.pluginmanager.register(ItemReports(settings, errata, host.facts(), tail), "kvmpy-items")
     recording.register(config)
+    if settings.timeline is not None:
+        from kvmpy.testing import timelines
+
+        timelines.attach(config, settings.timeline)
     if hasattr(config, "workerinput"):
         return
     config.pluginmanager.register(Session(config, settings), "kvmpy-session")

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy timeline``: a record as a timeline for Perfetto's viewer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("record", metavar="REC", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, metavar="FILE", help="The timeline, Trace Event JSON.")
+def timeline(record: Path, output: str) -> None:
+    """Write the timeline of the record REC, with a track for each thread and each vCPU.
+
+    Open it in Perfetto's viewer (Open trace file) or in Chrome's.
+    """
+    from kvmpy.debug.record.format import RecordError
+    from kvmpy.debug.record.model import Record
+    from kvmpy.debug.timeline import TimelineError
+    from kvmpy.debug.timeline_record import write_timeline
+
+    try:
+        found = Record.load(record)
+    except OSError as error:
+        raise click.ClickException(f"{record} cannot be read: {error.strerror}") from None
+    except RecordError as error:
+        raise click.ClickException(f"{record}: {error}") from None
+    try:
+        count = write_timeline(found, output)
+    except TimelineError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{output}: {count} events of {found.describe()}")
