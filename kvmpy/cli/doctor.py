@@ -98,6 +98,7 @@ def examine() -> dict[str, Any]:
         },
     }
     if missing is None:
+        from kvmpy.coco import ladder
         from kvmpy.coco.kvm import Kvm
 
         with Kvm() as kvm:
@@ -105,6 +106,7 @@ def examine() -> dict[str, Any]:
             found["vm_types"] = [host.vm_type_name(number) for number in sorted(kvm.vm_types())]
             found["guest_memfd_flags"] = _gmem_flags(found["capabilities"]["KVM_CAP_GUEST_MEMFD_FLAGS"])
             found["protections"] = _protections(kvm)
+            found["auto"] = ladder.choose(kvm).name
             found["measured"] = _measured(kvm)
     return found
 
@@ -163,6 +165,7 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
     console.print("guest_memfd flags: " + _words(found["guest_memfd_flags"]))
     console.print("protections, strongest first:")
     _print_protections(console, found["protections"])
+    console.print(f"  auto takes {found['auto']}")
     console.print("measured:")
     _print_measured(console, found["measured"])
     offered = {name: value for name, value in found["capabilities"].items() if value}
