@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Protocol
 
 import pytest
 
 from kvmpy.core.errors import MissingError
 from kvmpy.core.gmem import GuestMemfd
+from kvmpy.core.kvm import Kvm
 from kvmpy.core.vm import Vm
 from kvmpy.uapi.constants import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
     KVM_CAP_GUEST_MEMFD,
     KVM_CAP_GUEST_MEMFD_FLAGS,
+    VmType,
 )
 
 # Maps a file descriptor that it inherited and accesses one byte; a signal ends it where there is none.
@@ -53,9 +56,22 @@ def need_gmem(vm: Vm, flags: int = 0) -> Vm:
 
 
 @pytest.fixture
-def gmem_vm(vm: Vm) -> Vm:
+def default_vm(vm: Vm) -> Vm:
     """A bare VM of the default type that offers guest_memfd."""
     return need_gmem(vm)
+
+
+@pytest.fixture(params=["default", "sw-protected"])
+def gmem_vm(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[Vm]:
+    """A bare VM that offers guest_memfd, of each type that needs no hardware."""
+    vm_type = VmType.KVM_X86_DEFAULT_VM
+    if request.param == "sw-protected":
+        vm_type = VmType.KVM_X86_SW_PROTECTED_VM
+        if vm_type not in kvm.vm_types():
+            how = "CONFIG_KVM_SW_PROTECTED_VM and kvm.tdp_mmu=Y, as in `kvmpy lab run`"
+            raise MissingError(f"VM type {vm_type.name}", how)
+    with kvm.create_vm(vm_type) as bare:
+        yield need_gmem(bare)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.errors import KvmError
+from kvmpy.core.errors import KvmError, MissingError
 from kvmpy.core.vm import Vm
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import (
@@ -71,6 +71,35 @@ def test_every_flag_on_offer_is_accepted(gmem_vm: Vm) -> None:
         assert os.fstat(gmem_vm.create_guest_memfd(PAGE_SIZE, flags).fd).st_size == PAGE_SIZE
 
 
+def test_flags_of_each_vm_type(gmem_vm: Vm) -> None:
+    """A VM without private memory offers INIT_SHARED, one with private memory does not; INIT_SHARED comes
+    with MMAP only.
+
+    Documentation/virt/kvm/api.rst 4.142; kvm_arch_supports_gmem_init_shared(), arch/x86/kvm/x86.c.
+    """
+    offered = gmem_vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS)
+    if not offered:
+        raise MissingError("KVM_CAP_GUEST_MEMFD_FLAGS", "Linux 6.18 or newer")
+    private = gmem_vm.check_extension(KVM_CAP_MEMORY_ATTRIBUTES) & KVM_MEMORY_ATTRIBUTE_PRIVATE
+    assert offered & GUEST_MEMFD_FLAG_MMAP
+    assert bool(offered & GUEST_MEMFD_FLAG_INIT_SHARED) == (not private)
+
+
+@pytest.mark.parametrize("flags", range(4), ids=["none", "mmap", "init-shared", "mmap-init-shared"])
+def test_every_combination_of_flags(gmem_vm: Vm, flags: int) -> None:
+    """Any combination of the flags on offer makes a file, any other is EINVAL, for every VM type.
+
+    Documentation/virt/kvm/api.rst 4.142.
+    """
+    assert GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED == 3
+    if flags & ~gmem_vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS):
+        with pytest.raises(KvmError) as caught:
+            gmem_vm.create_guest_memfd(PAGE_SIZE, flags)
+        assert caught.value.errno == errno.EINVAL
+    else:
+        assert os.fstat(gmem_vm.create_guest_memfd(PAGE_SIZE, flags).fd).st_size == PAGE_SIZE
+
+
 def test_the_file_has_the_size_asked_for(gmem_vm: Vm) -> None:
     """A guest_memfd is a file of the given size, in blocks of a page.
 
@@ -110,13 +139,13 @@ def test_another_process_cannot_create_one(gmem_vm: Vm) -> None:
     assert done.stdout == f"{errno.EIO}\n"
 
 
-def test_a_default_vm_has_no_private_memory(gmem_vm: Vm) -> None:
+def test_a_default_vm_has_no_private_memory(default_vm: Vm) -> None:
     """KVM_CAP_MEMORY_ATTRIBUTES "precisely returns the attributes supported by that VM": none by default.
 
     Documentation/virt/kvm/api.rst 4.141; setting PRIVATE is EINVAL, or ENOTTY where no VM has attributes.
     """
-    assert gmem_vm.check_extension(KVM_CAP_MEMORY_ATTRIBUTES) == 0
-    anywhere = gmem_vm.kvm.check_extension(KVM_CAP_MEMORY_ATTRIBUTES)
+    assert default_vm.check_extension(KVM_CAP_MEMORY_ATTRIBUTES) == 0
+    anywhere = default_vm.kvm.check_extension(KVM_CAP_MEMORY_ATTRIBUTES)
     with pytest.raises(KvmError) as caught:
-        gmem_vm.set_memory_attributes(0, PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        default_vm.set_memory_attributes(0, PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
     assert caught.value.errno == (errno.EINVAL if anywhere else errno.ENOTTY)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import signal
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.address import PAGE_SIZE, SIZE_2M
 from kvmpy.core.backing import Mapping
 from kvmpy.core.errors import MissingError
 from kvmpy.core.vm import Vm
@@ -19,6 +20,7 @@ from kvmpy.uapi.constants import (
     GUEST_MEMFD_FLAG_MMAP,
     KVM_CAP_GUEST_MEMFD_FLAGS,
 )
+from selftests.guest_memfd.place import Reserved
 
 if TYPE_CHECKING:
     from selftests.guest_memfd.conftest import Touch
@@ -40,7 +42,8 @@ def test_without_the_flag_there_is_no_mmap(gmem_vm: Vm, flags: int) -> None:
     Documentation/virt/kvm/api.rst 4.142; mmap(2), ENODEV.
     """
     if flags & ~gmem_vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS):
-        raise MissingError("GUEST_MEMFD_FLAG_INIT_SHARED", "Linux 6.18 or newer (KVM_CAP_GUEST_MEMFD_FLAGS)")
+        how = "Linux 6.18 or newer, and a VM type without private memory (KVM_CAP_GUEST_MEMFD_FLAGS)"
+        raise MissingError("GUEST_MEMFD_FLAG_INIT_SHARED", how)
     with pytest.raises(OSError) as caught:
         gmem_vm.create_guest_memfd(SIZE, flags).map()
     assert caught.value.errno == errno.ENODEV
@@ -173,11 +176,34 @@ def test_behind_the_end_is_a_bus_error(mmap_vm: Vm, touch: Touch, value: int) ->
 
 
 @pytest.mark.parametrize("value", [-1, 1], ids=["read", "write"])
-def test_private_memory_is_a_bus_error(mmap_vm: Vm, touch: Touch, value: int) -> None:
+def test_private_memory_is_a_bus_error(gmem_vm: Vm, touch: Touch, value: int) -> None:
     """Memory "created without INIT_SHARED" is private, and private memory cannot be faulted in: SIGBUS.
 
     Documentation/virt/kvm/api.rst 4.142.
     """
-    gmem = mmap_vm.create_guest_memfd(SIZE, GUEST_MEMFD_FLAG_MMAP)
+    if not gmem_vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
+        raise MissingError("GUEST_MEMFD_FLAG_MMAP", "Linux 6.18 or newer (KVM_CAP_GUEST_MEMFD_FLAGS)")
+    gmem = gmem_vm.create_guest_memfd(SIZE, GUEST_MEMFD_FLAG_MMAP)
     assert touch(gmem, SIZE, 0, value) == BUS_ERROR
     assert touch(gmem, SIZE, SIZE - 1, value) == BUS_ERROR
+
+
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
+
+
+def test_pages_are_not_collapsed(mmap_vm: Vm) -> None:
+    """Large pages may be advised, not forced: MADV_COLLAPSE is EINVAL, and the memory stays as it is.
+
+    madvise(2), MADV_COLLAPSE (Linux 6.1): EINVAL where memory "is not THP eligible".
+    """
+    gmem = mmap_vm.create_guest_memfd(SIZE_2M, BOTH)
+    with Reserved(2 * SIZE_2M) as place:
+        aligned = -(-place.address // SIZE_2M) * SIZE_2M
+        place.map_fixed(aligned, SIZE_2M, gmem.fd)
+        area = (ctypes.c_ubyte * SIZE_2M).from_address(aligned)
+        area[0], area[SIZE_2M - 1] = 7, 9
+        if place.madvise(aligned, SIZE_2M, MADV_HUGEPAGE) == errno.EINVAL:
+            raise MissingError("transparent huge pages", "a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y")
+        assert place.madvise(aligned, SIZE_2M, MADV_COLLAPSE) == errno.EINVAL
+        assert place.madvise(aligned, SIZE_2M, mmap.MADV_DONTNEED) == 0
+        assert (area[0], area[1], area[SIZE_2M - 1]) == (7, 0, 9)
