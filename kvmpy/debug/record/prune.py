@@ -62,8 +62,9 @@ def prune(script: Script, target: Step) -> Script:
     kept = []
     for step in script.steps:
         what = step.entry.what
-        # Closing what belongs to the target comes after it; what was closed before is left open.
-        if step.index > target.index or isinstance(what, (Deadline, Close)):
+        if step.index > target.index or isinstance(what, Deadline):
+            continue
+        if isinstance(what, Close) and not _matters(script, what.object, family):
             continue
         if step.ioctl is not None:
             if step.ioctl.object not in family or (is_question(step) and step is not target):
@@ -74,6 +75,12 @@ def prune(script: Script, target: Step) -> Script:
             continue
         kept.append(step)
     return select(script, kept)
+
+
+def _matters(script: Script, ident: int, family: set[int]) -> bool:
+    # Closing a vCPU or VM changes nothing for the others; memory goes with the last who has it open.
+    each = script.objects.get(ident)
+    return each is not None and ident in family and each.kind == ObjectKind.GMEM
 
 
 def _family(script: Script, target: Step) -> set[int]:

@@ -32,6 +32,8 @@ from kvmpy.debug.record.runarea import RunArea
 from kvmpy.debug.record.tracker import MemoryTracker
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.uapi import ioctls
+from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD
+from kvmpy.uapi.structs import kvm_userspace_memory_region2
 
 if TYPE_CHECKING:
     from kvmpy.core.fd import KvmFd
@@ -51,7 +53,7 @@ _KINDS = {
 _FOREIGN_KINDS = {
     "anon_inode:[eventfd]": ObjectKind.EVENTFD,
     "anon_inode:[userfaultfd]": ObjectKind.UFFD,
-    "anon_inode:kvm-vm": ObjectKind.VM,
+    "anon_inode:[kvm-gmem]": ObjectKind.GMEM,
 }
 _RUN = ioctls.KVM_RUN.nr
 _SLOT_OPS = {ioctls.KVM_SET_USER_MEMORY_REGION.nr, ioctls.KVM_SET_USER_MEMORY_REGION2.nr}
@@ -73,6 +75,7 @@ _FOREIGN: dict[int, tuple[int, ...]] = {
     ioctls.KVM_IRQFD.nr: (0, 12),
     ioctls.KVM_IOEVENTFD.nr: (20,),
     ioctls.KVM_HYPERV_EVENTFD.nr: (4,),
+    ioctls.KVM_SET_USER_MEMORY_REGION2.nr: (kvm_userspace_memory_region2.fields()["guest_memfd"][0],),
 }
 _SPECIAL = {_RUN, *_SLOT_OPS, *_MAKERS, *_READERS, *_FOREIGN}
 _pack = Packing("<IiQQqIHHQQ").pack
@@ -105,6 +108,7 @@ class Recorder:
         self._by_number: dict[int, int] = {}
         self._made: dict[int, tuple[int, int]] = {}
         self._next_id = itertools.count(1).__next__
+        self._inodes: dict[int, int] = {}
         self._areas: dict[KvmFd, RunArea] = {}
         self._deadlines: dict[KvmFd, int] = {}
         self._mine = _Mine()
@@ -186,19 +190,29 @@ class Recorder:
             flags = SYNTHETIC if late and not made_by else 0
             self.writer.put(Object(ident, above, number, kind, made_by, fd.name), tid=tid, flags=flags)
             self._ids[fd] = self._by_number[number] = ident
+            if kind == ObjectKind.GMEM:
+                self._inodes[ident] = os.fstat(number).st_ino
         return ident
 
     def _foreign(self, number: int) -> None:
         with self._lock:
-            try:
-                name = os.readlink(f"/proc/self/fd/{number}")
-            except OSError:
-                return
             if number in self._by_number:
                 return
-            ident = self._by_number[number] = self._next_id()
+            try:
+                name = os.readlink(f"/proc/self/fd/{number}")
+                same = os.fstat(number)
+            except OSError:
+                return
+            ident = self._next_id()
             kind = _FOREIGN_KINDS.get(name, ObjectKind.OTHER)
-            self.writer.put(Object(ident, 0, number, kind, 0, name), tid=self._tid())
+            parent = 0
+            if kind == ObjectKind.GMEM:
+                parent = next((i for i, inode in self._inodes.items() if inode == same.st_ino), 0)
+            self._by_number[number] = ident
+            self.writer.put(Object(ident, parent, number, kind, 0, name), tid=self._tid())
+            count = _event_count(number) if kind == ObjectKind.EVENTFD else 0
+            if count:
+                self.writer.put(Event(ident, EVENT_WRITTEN, count), tid=self._tid())
 
     def fd_opened(self, fd: KvmFd) -> None:
         """Write the object."""
@@ -262,8 +276,9 @@ class Recorder:
         chunks = [] if arg is None else self._before(fd, nr, arg)
         if nr in _FOREIGN and chunks:
             content = content_of(chunks[0])
-            for offset in _FOREIGN[nr]:
-                self._foreign(int.from_bytes(content[offset : offset + 4], "little"))
+            if nr not in _SLOT_OPS or int.from_bytes(content[4:8], "little") & KVM_MEM_GUEST_MEMFD:
+                for offset in _FOREIGN[nr]:
+                    self._foreign(int.from_bytes(content[offset : offset + 4], "little"))
         return chunks
 
     def _area(self, fd: KvmFd) -> RunArea:
@@ -370,6 +385,14 @@ class Recorder:
         ident = self._by_number.get(fd)
         if ident is not None:
             self.writer.put(Event(ident, EVENT_WRITTEN, count), tid=self._tid())
+
+
+def _event_count(number: int) -> int:
+    try:
+        with open(f"/proc/self/fdinfo/{number}") as lines:
+            return next((int(line.split()[1], 16) for line in lines if line.startswith("eventfd-count")), 0)
+    except (OSError, ValueError):
+        return 0
 
 
 def _value(arg: Struct | int | None) -> int:

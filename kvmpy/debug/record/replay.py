@@ -44,7 +44,10 @@ class Result:
 
 
 class Replay:
-    """Replays *script* up to step *until* (exclusive); *each* is told of every ioctl."""
+    """Replays *script* up to step *until* (exclusive); *each* is told of every ioctl.
+
+    A run of a vCPU that takes *patience* seconds longer than it did is ended.
+    """
 
     def __init__(
         self,
@@ -54,12 +57,14 @@ class Replay:
         stop_on_difference: bool = False,
         each: Callable[[Played], None] | None = None,
         device: str = "/dev/kvm",
+        patience: float = PATIENCE_NS / 1e9,
     ) -> None:
         self._script = script
         self._steps = script.steps if until is None else script.steps[:until]
         self._stop = stop_on_difference
         self._each = each
         self._device = device
+        self._patience_ns = int(patience * 1e9)
         self._begun = [False] * len(script.steps)
         self._ended = [False] * len(script.steps)
         self._turn = threading.Condition()
@@ -68,7 +73,7 @@ class Replay:
 
     def run(self) -> Result:
         """Carry all steps out and return what happened; OSError when KVM cannot be opened."""
-        world = World(self._script, self._device)
+        world = World(self._script, self._device, self._patience_ns)
         try:
             self._all(world)
         finally:

@@ -27,7 +27,7 @@ from kvmpy.debug.record.csource import (
     make_struct,
     number,
 )
-from kvmpy.debug.record.events import Event, FileCall, Ioctl, Kick, Memory, Object, Write
+from kvmpy.debug.record.events import Close, Event, FileCall, Ioctl, Kick, Memory, Object, Write
 from kvmpy.debug.record.format import EVENT_WRITTEN, FILE_FALLOCATE, ObjectKind
 from kvmpy.debug.record.guestcode import discover
 from kvmpy.debug.record.model import request_name
@@ -270,6 +270,8 @@ class CFile:
                 f"{what.offset:#x}, {what.length:#x}), {what.result}, {_errno(what.errno)});"
             )
             self.need("need")
+        elif isinstance(what, Close):
+            yield f"\tclose({self.fd(what.object)});"
         elif isinstance(what, Event) and what.what == EVENT_WRITTEN:
             yield f"\teventfd_write({self.fd(what.object)}, {what.value});"
         if step.index in self._awaited:
@@ -279,6 +281,9 @@ class CFile:
         name = self.fd(what.id)
         if what.kind == ObjectKind.EVENTFD:
             yield f"\t{name} = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);"
+            return
+        if what.kind == ObjectKind.GMEM:
+            yield f"\t{name} = dup({self.fd(what.parent)});"
             return
         path = {ObjectKind.SYSTEM: "/dev/kvm", ObjectKind.SEV: "/dev/sev"}.get(
             ObjectKind(what.kind), what.name if what.name.startswith("/dev/") else "/dev/null"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import mmap
 
 from kvmpy.debug.record.arguments import chunk
-from kvmpy.debug.record.format import What, When
+from kvmpy.debug.record.format import PAGE_SIZE, What, When
 from kvmpy.debug.record.tracker import address_of, differing
 from kvmpy.uapi.constants import KVM_EXIT_IO
 from kvmpy.uapi.structs import kvm_run
@@ -22,6 +22,7 @@ _IO = _FIELDS["io"][0]
 _NO_SYNC = bytes(_SYNC.stop - _SYNC.start)
 _EXIT_IO = bytes([KVM_EXIT_IO, 0, 0, 0])
 _IN, _OUT, _RUN = int(When.IN), int(When.OUT), int(What.RUN)
+_RING = 2 * PAGE_SIZE
 # A data area longer than this is not one.
 _MOST_IO = 4096
 
@@ -29,7 +30,7 @@ _MOST_IO = 4096
 class RunArea:
     """One vCPU's run area."""
 
-    __slots__ = ("_area", "_io", "_last", "address", "size")
+    __slots__ = ("_area", "_io", "_last", "_ring", "address", "size")
 
     def __init__(self, area: mmap.mmap) -> None:
         self._area = area
@@ -37,6 +38,11 @@ class RunArea:
         self.size = len(area)
         self._last = bytes(HEAD)
         self._io: tuple[int, bytes] | None = None
+        # What the host has taken out of the ring of coalesced writes.
+        self._ring = self._first()
+
+    def _first(self) -> bytes:
+        return self._area[_RING : _RING + 4] if self.size > _RING else b""
 
     def before(self) -> list[bytes]:
         """Return chunks for what the host changed since the last run."""
@@ -55,6 +61,10 @@ class RunArea:
             answer = area[offset : offset + len(data)]
             if answer != data:
                 found.append(chunk(self.address + offset, answer, _IN, _RUN))
+        first = self._first()
+        if first != self._ring:
+            self._ring = first
+            found.append(chunk(self.address + _RING, first, _IN, _RUN))
         return found
 
     def after(self) -> list[bytes]:

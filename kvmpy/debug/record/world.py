@@ -33,8 +33,9 @@ class ReplayError(RuntimeError):
 class World:
     """Carries out the steps of *script* one by one, on request of whoever keeps the order."""
 
-    def __init__(self, script: Script, device: str = "/dev/kvm") -> None:
+    def __init__(self, script: Script, device: str = "/dev/kvm", patience_ns: int = PATIENCE_NS) -> None:
         self.script = script
+        self._patience = patience_ns
         self._device = device
         self.fds: dict[int, int] = {}
         self._areas: dict[Region, mmap.mmap] = {}
@@ -114,6 +115,8 @@ class World:
         elif what.kind == ObjectKind.SEV:
             with contextlib.suppress(OSError):
                 self.fds[what.id] = os.open("/dev/sev", os.O_RDWR | os.O_CLOEXEC)
+        elif what.kind == ObjectKind.GMEM and what.parent in self.fds:
+            self.fds[what.id] = os.dup(self.fds[what.parent])
         elif what.kind == ObjectKind.MEMFD:
             self.fds[what.id] = os.memfd_create("kvmpy", os.MFD_CLOEXEC)
         elif what.kind == ObjectKind.OTHER and what.name.startswith("/dev/"):
@@ -215,9 +218,9 @@ class World:
             area[offset : offset + len(data)] = data
         took = max(0, what.end_ns - step.entry.frame.time_ns)
         interrupted = what.result < 0 and what.errno == errno.EINTR
-        patience = max(2 * took, 1_000_000) if interrupted else PATIENCE_NS + 20 * took
+        patience = max(2 * took, 1_000_000) if interrupted else self._patience + 20 * took
         if interrupted and self._will_be_kicked(step):
-            patience += PATIENCE_NS
+            patience += self._patience
         lib.kvmpy_vcpu_deadline(vcpu, patience)
         how = int(lib.kvmpy_vcpu_run(vcpu))
         number = 0 if how in (_RUN_EXIT, _RUN_UCALL) else int(vcpu.err)

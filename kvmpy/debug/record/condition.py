@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to stay true while a record is cut down: an expression, the recorded outcome, or a command."""
+
+from __future__ import annotations
+
+import errno
+import operator
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvmpy.debug.record.worker import Answer, Player, Replayed
+from kvmpy.uapi import constants
+from kvmpy.uapi.ioctls import IOCTLS
+
+_OPERATORS: dict[str, Callable[[int, int], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+_TERM = re.compile(r"(errno|result|exit)\s*(==|!=|<=|>=|<|>)\s*([-\w]+)$")
+
+
+class ConditionError(ValueError):
+    """An expression that cannot be understood; the text says which part and what is possible."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One comparison."""
+
+    field: str
+    compare: Callable[[int, int], bool]
+    value: int
+
+    def holds(self, each: Replayed) -> bool:
+        """Tell whether it is true of an ioctl that was replayed."""
+        found = {"errno": each.errno, "result": each.result, "exit": each.exit}[self.field]
+        return found is not None and self.compare(found, self.value)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """Terms joined by "and", at one ioctl or at any: true where one replayed ioctl fits them all."""
+
+    terms: tuple[Term, ...]
+    ioctl: str | None
+
+    def match(self, answer: Answer) -> Replayed | None:
+        """Return the last replayed ioctl that fits."""
+        for each in reversed(answer.ioctls):
+            if self.ioctl in (None, each.name) and all(term.holds(each) for term in self.terms):
+                return each
+        return None
+
+
+def parse(text: str) -> Expression:
+    """Return the expression *text*, such as ``errno==EINVAL at KVM_SET_SREGS``; ConditionError."""
+    terms_text, mark, ioctl = text.partition(" at ")
+    name = ioctl.strip() if mark else None
+    if name is not None and name not in IOCTLS:
+        raise ConditionError(f"{name} is no ioctl that kvmpy knows")
+    terms = []
+    for part in re.split(r"\s+and\s+|&&", terms_text.strip()):
+        found = _TERM.match(part.strip())
+        if found is None:
+            raise ConditionError(
+                f"{part.strip()!r}: expected errno, result or exit, a comparison and a value, as in "
+                "'errno==EINVAL at KVM_SET_SREGS' or 'exit==KVM_EXIT_SHUTDOWN'"
+            )
+        terms.append(Term(found[1], _OPERATORS[found[2]], _value(found[3])))
+    return Expression(tuple(terms), name)
+
+
+def _value(text: str) -> int:
+    number = getattr(errno, text, None)
+    if isinstance(number, int):
+        return number
+    if text in constants.ALL:
+        return constants.ALL[text]
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise ConditionError(f"{text!r} is no number, errno or constant of KVM") from None
+
+
+class Condition:
+    """Tells whether the record at a path still shows what matters."""
+
+    def holds(self, path: str) -> bool:
+        """Try the record at *path*."""
+        raise NotImplementedError
+
+
+class UntilExpression(Condition):
+    """An expression holds for some ioctl of the replay."""
+
+    def __init__(self, player: Player, expression: Expression) -> None:
+        self._player = player
+        self.expression = expression
+
+    def holds(self, path: str) -> bool:
+        """Try the record at *path*."""
+        return self.expression.match(self._player.play(path)) is not None
+
+
+class SameOutcome(Condition):
+    """Every ioctl that is left ends as it was recorded, and the one with order number *order* is there."""
+
+    def __init__(self, player: Player, order: int) -> None:
+        self._player = player
+        self._order = order
+
+    def holds(self, path: str) -> bool:
+        """Try the record at *path*."""
+        answer = self._player.play(path)
+        if answer.failure or any(each.differs for each in answer.ioctls):
+            return False
+        return any(each.order == self._order for each in answer.ioctls)
+
+
+class ShellTest(Condition):
+    """A command exits with status 0; ``{}`` in it is the path of the record, which else comes last."""
+
+    def __init__(self, command: str, timeout: float = 60.0) -> None:
+        self._command = command
+        self._timeout = timeout
+
+    def holds(self, path: str) -> bool:
+        """Try the record at *path*; False for a command that takes too long."""
+        quoted = shlex.quote(path)
+        text = self._command.replace("{}", quoted) if "{}" in self._command else f"{self._command} {quoted}"
+        try:
+            done = subprocess.run(
+                ["/bin/sh", "-c", text],
+                check=False,
+                timeout=self._timeout,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
