@@ -11,14 +11,21 @@ NATIVE_SOURCES := kvmpy/uapi/build.py $(wildcard kvmpy/uapi/cdef/* kvmpy/uapi/na
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format wheel docs clean check-host
+.PHONY: help run lab kernel test lint format wheel docs clean check-host
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "ARGS='...' is passed on by run (kvmpy run) and test (pytest); PYTHON=python3.12 picks the interpreter."
+	@echo "ARGS='...' is passed on by run, lab (kvmpy run, kvmpy lab run) and test (pytest)."
+	@echo "PYTHON=python3.12 picks the interpreter."
 
-run: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests on this host's KVM, with a verdict table
+run: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests on this host's KVM, or in the lab where it has none
 	@$(BIN)/kvmpy run $(ARGS)
+
+lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests in a kernel under QEMU, built first when there is none
+	@$(BIN)/kvmpy lab run --build $(ARGS)
+
+kernel: $(VENV)/.kvmpy-run $(NATIVE) ## a kernel for the lab, unless there is one
+	@$(BIN)/kvmpy lab build --missing
 
 test: $(VENV)/.kvmpy-dev $(NATIVE) ## kvmpy's own tests, then the selftests
 	@$(BIN)/python -m pytest $(ARGS)

@@ -1,9 +1,18 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Says what a build of kvmpy lacks on this machine and which command installs it; exit 1 when something is missing.
-# With --packages it prints the missing Debian packages on one line instead.
+# With --packages it prints the missing Debian packages on one line instead. With the word lab, also what the lab
+# needs to build and boot kernels.
 set -u
 python=${PYTHON:-python3}
+packages='' lab=''
+for word; do
+	case $word in
+	--packages) packages=1 ;;
+	lab) lab=1 ;;
+	*) echo "usage: prerequisites.sh [--packages] [lab]" >&2 && exit 2 ;;
+	esac
+done
 missing='' debian='' fedora=''
 
 lacks() { # what, Debian packages, Fedora packages
@@ -29,7 +38,28 @@ command -v "${CC:-gcc}" >/dev/null 2>&1 || lacks "a C compiler (${CC:-gcc})" 'gc
 command -v as >/dev/null 2>&1 && command -v ld >/dev/null 2>&1 || lacks 'as and ld, of binutils' binutils binutils
 command -v make >/dev/null 2>&1 || lacks make make make
 
-if [ "${1:-}" = --packages ]; then
+has_header() {
+	# Without a compiler there is no telling, and that one is named already.
+	! command -v "${CC:-gcc}" >/dev/null 2>&1 ||
+		echo "#include <$1>" | "${CC:-gcc}" -E - >/dev/null 2>&1
+}
+
+if [ -n "$lab" ]; then
+	command -v qemu-system-x86_64 >/dev/null 2>&1 ||
+		lacks qemu-system-x86_64 qemu-system-x86 qemu-system-x86-core
+	for tool in flex bison bc rsync; do
+		command -v $tool >/dev/null 2>&1 || lacks $tool $tool $tool
+	done
+	command -v xz >/dev/null 2>&1 || lacks xz xz-utils xz
+	has_header gelf.h || lacks 'gelf.h, of libelf' libelf-dev elfutils-libelf-devel
+	has_header openssl/opensslv.h || lacks 'openssl/opensslv.h, of OpenSSL' libssl-dev openssl-devel
+	if command -v apt-get >/dev/null 2>&1; then
+		[ -e "${KEYRING:-/usr/share/keyrings/debian-archive-keyring.gpg}" ] ||
+			lacks "Debian's archive keys" debian-archive-keyring ''
+	fi
+fi
+
+if [ -n "$packages" ]; then
 	echo "${debian# }"
 	exit 0
 fi

@@ -49,13 +49,18 @@ def lab() -> None:
 @click.option("--source", metavar="TREE", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--debian", metavar="SUITE", help="A Debian suite with linux-source-X.Y (default: sid).")
 @click.option("--kernel", metavar="BZIMAGE", type=click.Path(path_type=Path), help="One that is built.")
-def build(source: Path | None, debian: str | None, kernel: Path | None) -> None:
+@click.option("--missing", is_flag=True, help="Only when the cache has no kernel.")
+def build(source: Path | None, debian: str | None, kernel: Path | None, missing: bool) -> None:
     """Put a lab kernel into the cache: from a Debian suite, a tree of your own, or a bzImage."""
     from kvmpy.lab import build as builds
+    from kvmpy.lab import kernels
     from kvmpy.lab.debian import DEFAULT_SUITE
 
     if sum(given is not None for given in (source, debian, kernel)) > 1:
         raise click.UsageError("--source, --debian and --kernel exclude each other")
+    if missing and (present := kernels.cached()):
+        click.echo(present[0].name)
+        return
     if kernel is not None:
         made = builds.from_image(kernel)
     elif source is not None:

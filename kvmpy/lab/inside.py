@@ -122,6 +122,7 @@ class Worker:
         return [item for item in found if item.nodeid not in skipped]
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Register the plugin object; the journal is the channel to the host."""
     journal = config.pluginmanager.get_plugin("kvmpy-journal")

@@ -93,4 +93,5 @@ def call(
                 if tick is not None:
                     tick(passed)
     finally:
+        # Also what the child has left in its group: the shell may be gone before the rest.
         end_group(child)
