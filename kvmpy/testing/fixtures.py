@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvmpy.core.backing import Backing
     from kvmpy.core.vm import Vm
     from kvmpy.guest.program import GuestProgram
-    from kvmpy.guest.protection import Traits
+    from kvmpy.guest.protection import Protection, Traits
     from kvmpy.guest.vm import GuestVm
     from kvmpy.uapi.structs import kvm_cpuid2
 
@@ -45,7 +45,7 @@ class MakeVm:
         *,
         vcpus: int = 1,
         memory: int | None = None,
-        protection: str | None = None,
+        protection: Protection | str | None = None,
         backing: Backing | None = None,
         levels: int = 4,
         irqchip: str | None = "split",
