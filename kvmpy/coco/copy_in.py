@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
 from kvmpy.core.backing import Anonymous, Mapping
@@ -21,7 +21,7 @@ from kvmpy.core.slots import MemorySlot
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.guest.vm import GuestVm
-from kvmpy.uapi.constants import KVM_CAP_NR_MEMSLOTS
+from kvmpy.uapi.constants import KVM_CAP_NR_MEMSLOTS, KVM_CAP_PRE_FAULT_MEMORY
 from kvmpy.uapi.structs import kvm_regs
 from kvmpy.x86 import segments
 from kvmpy.x86.paging import PageTables
@@ -128,6 +128,10 @@ def _run(
     segments.long_mode_sregs(copying, cr3=pages.cr3, gdt=int(base), idt=int(base), tss=int(base))
     vcpu.set_sregs(copying)
     vcpu.set_regs(kvm_regs(rip=int(code), rbx=int(list_at), rflags=RFLAGS_RESERVED))
+    if vm.check_extension(KVM_CAP_PRE_FAULT_MEMORY):
+        for source, target, size in jobs:
+            _pre_fault(vcpu, source, size)
+            _pre_fault(vcpu, target, size)
     got = vcpu.run(TIMEOUT)
     if not isinstance(got, IoExit) or got.port != DONE_PORT:
         where = vcpu.get_regs()
@@ -139,3 +143,10 @@ def _run(
     vcpu.set_deadline(None)
     vcpu.set_sregs(sregs)
     vcpu.set_regs(regs)
+
+
+def _pre_fault(vcpu: GuestVcpu, start: int, size: int) -> None:
+    # One ioctl for what would be an exit for each page. Where it stops, the copy itself goes on or says why.
+    with suppress(KvmError):
+        while size:
+            start, size = vcpu.pre_fault_memory(start, size)
