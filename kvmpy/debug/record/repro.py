@@ -682,8 +682,9 @@ class CFile:
         lines += ["", *body]
         for number_ in range(len(others)):
             lines.append(f"\tpthread_join(threads[{number_}], NULL);")
-        lines += ["\tverdict();", "}"]
-        return lines
+        if body[-2:-1] != ["\tverdict();"]:
+            lines.append("\tverdict();")
+        return [*lines, "}"]
 
 
 def _own_params(host: dict[str, str]) -> list[str]:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy repro``: a record as one C file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kvmpy.cli.replay import load, script_of, step_index
+
+if TYPE_CHECKING:
+    from kvmpy.debug.record.model import Entry, Record
+    from kvmpy.debug.record.script import Script
+
+
+@click.command()
+@click.argument("record", type=click.Path())
+@click.option("-o", "--output", metavar="FILE", default="-", help="The C file (default: standard output).")
+@click.option(
+    "--at", type=int, metavar="N", help="The file is about ioctl N (default: the last that matters)."
+)
+@click.option("--shrink/--no-shrink", default=None, help="Remove what is not needed, by trying on this KVM.")
+@click.option("--attempts", type=int, default=300, show_default=True, help="How long to try.")
+@click.option("--all", "everything", is_flag=True, help="Leave no ioctl out.")
+def repro(
+    record: str, output: str, at: int | None, shrink: bool | None, attempts: int, everything: bool
+) -> None:
+    """Write RECORD as a self-contained C file that tells whether it reproduces.
+
+    It is cut down first where this host's KVM repeats what was recorded.
+    """
+    from kvmpy.debug.record.prune import prune, target_of
+    from kvmpy.debug.record.repro import write_c
+    from kvmpy.debug.record.script import select
+
+    loaded = load(record)
+    script = script_of(loaded, record)
+    target = script.steps[step_index(script, at)] if at is not None else target_of(script)
+    if everything:
+        chosen = select(script, script.steps[: target.index + 1])
+    else:
+        chosen = prune(script, target)
+        loaded = loaded.with_entries(chosen_entries(loaded, chosen))
+        if shrink is not False and os.access(
+            os.environ.get("KVMPY_DEV_KVM") or "/dev/kvm", os.R_OK | os.W_OK
+        ):
+            loaded = _cut(loaded, target.entry.order, attempts, insist=bool(shrink))
+        elif shrink:
+            raise click.ClickException("--shrink needs a KVM that can be opened")
+        script = script_of(loaded, record)
+        target = next(step for step in script.steps if step.entry.order == target.entry.order and step.ioctl)
+        chosen = prune(script, target)
+    final = next(s for s in chosen.steps if s.entry.order == target.entry.order and s.ioctl is not None)
+    text = write_c(chosen, final)
+    if output == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(output).write_text(text)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+    name = Path(output).stem
+    click.echo(f"gcc -O2 -Wall -Wextra -Werror -o {name} {output} -pthread && ./{name}")
+
+
+def chosen_entries(record: Record, chosen: Script) -> list[Entry]:
+    """Return the entries of *record* that *chosen*, a script, consists of, with objects and memory."""
+    from kvmpy.debug.record.events import Map, Memory, Object
+
+    kept = {id(step.entry) for step in chosen.steps}
+    return [e for e in record.entries if id(e) in kept or isinstance(e.what, (Map, Memory, Object))]
+
+
+def _cut(record: Record, order: int, attempts: int, *, insist: bool) -> Record:
+    from kvmpy.debug.record.condition import SameOutcome
+    from kvmpy.debug.record.shrink import Shrinker, consistent
+    from kvmpy.debug.record.worker import Player
+
+    record = record.with_entries(consistent(record.entries))
+    with (
+        Player() as player,
+        Shrinker(
+            record,
+            SameOutcome(player, order),
+            limit=attempts,
+            progress=lambda text: click.echo(text, err=True),
+        ) as shrinker,
+    ):
+        if not shrinker.holds():
+            if insist:
+                raise click.ClickException("this host's KVM does not repeat what was recorded")
+            click.echo("this host's KVM does not repeat what was recorded: nothing is left out", err=True)
+            return record
+        try:
+            return shrinker.run()
+        except KeyboardInterrupt:
+            return shrinker.best

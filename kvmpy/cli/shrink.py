@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmpy shrink``: a record without what is not needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from kvmpy.cli.replay import load, script_of, step_index
+
+
+@click.command()
+@click.argument("record", type=click.Path())
+@click.option(
+    "--until", metavar="EXPR", help="What has to stay true, such as 'errno==EINVAL at KVM_SET_SREGS'."
+)
+@click.option("--test", metavar="CMD", help="A command that exits with 0 for a record that still shows it.")
+@click.option("--at", type=int, metavar="N", help="Keep ioctl N, and everything that ends as recorded.")
+@click.option("-o", "--output", metavar="FILE", help="Where the result goes (default RECORD with .small).")
+@click.option("--attempts", type=int, default=5000, show_default=True, help="Give up after so many attempts.")
+def shrink(
+    record: str, until: str | None, test: str | None, at: int | None, output: str | None, attempts: int
+) -> None:
+    """Remove from RECORD what is not needed: ioctls, pages, bytes of memory, fields of structs.
+
+    Without --until and --test, the last ioctl that matters has to end as it was recorded. On Ctrl-C the
+    smallest record so far is kept.
+    """
+    from kvmpy.debug.record.condition import (
+        Condition,
+        ConditionError,
+        SameOutcome,
+        ShellTest,
+        UntilExpression,
+        parse,
+    )
+    from kvmpy.debug.record.prune import target_of
+    from kvmpy.debug.record.shrink import Shrinker, save, size_text
+    from kvmpy.debug.record.worker import Player
+
+    if sum(option is not None for option in (until, test, at)) > 1:
+        raise click.UsageError("--until, --test and --at: only one of them")
+    loaded = load(record)
+    script = script_of(loaded, record)
+    target = output or str(Path(record).with_suffix(".small.rec"))
+    with Player() as player:
+        condition: Condition
+        if test is not None:
+            condition = ShellTest(test)
+        elif until is not None:
+            try:
+                condition = UntilExpression(player, parse(until))
+            except ConditionError as error:
+                raise click.BadParameter(str(error), param_hint="--until") from error
+        else:
+            step = script.steps[step_index(script, at)] if at is not None else target_of(script)
+            condition = SameOutcome(player, step.entry.order)
+        with Shrinker(
+            loaded, condition, limit=attempts, progress=lambda text: click.echo(text, err=True)
+        ) as shrinker:
+            click.echo(f"at first: {size_text(loaded)}", err=True)
+            if not shrinker.holds():
+                raise click.ClickException(f"{record} as it is does not show it: nothing to cut down")
+            stopped = False
+            try:
+                shrinker.run()
+            except KeyboardInterrupt:
+                stopped = True
+            save(shrinker.best, target)
+            click.echo(f"{target}: {size_text(shrinker.best)}, {shrinker.attempts} attempts")
+            if stopped:
+                click.echo("interrupted: this is the smallest so far", err=True)
+                sys.exit(130)
