@@ -119,7 +119,7 @@ class MakeWriters:
     ) -> Writers:
         """Make the VM, add the region and launch."""
         vm = self._make_vm(GUEST, vcpus=vcpus, before_vcpus=before_vcpus)
-        region = vm.add_memory(REGION_GPA, pages * PAGE_SIZE, flags=flags, backing=backing)
+        region = vm.add_memory(REGION_GPA, pages * PAGE_SIZE, flags=flags, backing=backing, private=False)
         vm.map(
             REGION_GVA, REGION_GPA, pages * PAGE_SIZE, page_size=page_size, user=True, nx=True, private=False
         )

@@ -103,7 +103,9 @@ def test_every_slot_has_its_own_log(make_writers: MakeWriters) -> None:
     api.rst 4.8 KVM_GET_DIRTY_LOG: bits are relative to the slot given.
     """
     writers = make_writers()
-    other = writers.vm.add_memory(Gpa(0x3000_0000), 64 * PAGE_SIZE, flags=KVM_MEM_LOG_DIRTY_PAGES)
+    other = writers.vm.add_memory(
+        Gpa(0x3000_0000), 64 * PAGE_SIZE, flags=KVM_MEM_LOG_DIRTY_PAGES, private=False
+    )
     writers.write([100])
     assert list(writers.vm.get_dirty_log(other.slot)) == []
     assert writers.log() == [100]
