@@ -6,6 +6,7 @@
 #define MSR_UNKNOWN		1	/* no GPA: not page aligned, and no request either */
 #define SAVED_HEAD		0x400
 #define RFLAGS_IF		(1ul << 9)
+#define CR4_LA57		(1ul << 12)
 
 _Static_assert(SAVED_HEAD + GHCB_SHARED_BUFFER_SIZE <= KVMPY_PERCPU_GHCB_SAVE_SIZE, "room for a GHCB");
 
@@ -136,7 +137,7 @@ struct ghcb_answer ghcb_call(void *ghcb, u64 exit_code, u64 info_1, u64 info_2)
 }
 
 /* The tables map themselves: the entry for @gva at @level (1: page) of a tree of @levels. */
-static u64 entry_of(u64 gva, int level, int levels)
+static volatile u64 *entry_of(u64 gva, int level, int levels)
 {
 	u64 address = gva;
 
@@ -146,17 +147,27 @@ static u64 entry_of(u64 gva, int level, int levels)
 	}
 	/* Sign-extended, as every linear address. */
 	address = (u64)((s64)(address << (52 - 9 * levels)) >> (52 - 9 * levels));
-	return *(volatile u64 *)address;
+	return (volatile u64 *)address;
+}
+
+static int table_levels(void)
+{
+	return read_cr4() & CR4_LA57 ? 5 : 4;
+}
+
+volatile u64 *guest_table_entry(const volatile void *gva, int level)
+{
+	return entry_of((u64)gva, level, table_levels());
 }
 
 u64 guest_translate(const volatile void *gva, bool *private)
 {
 	struct guest_cpu *cpu = guest_cpu();
 	u64 address = (u64)gva;
-	int levels = read_cr4() & 1ul << 12 ? 5 : 4;
+	int levels = table_levels();
 
 	for (int level = levels; level; level--) {
-		u64 entry = entry_of(address, level, levels);
+		u64 entry = *entry_of(address, level, levels);
 		int shift = 3 + 9 * level;
 
 		if (!(entry & 1))

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* What only SNP guests ask for: page states, further vCPUs, messages to the firmware. */
+#include <kvmpy/hypercall.h>
 #include <kvmpy/layout.h>
 #include <kvmpy/sev.h>
 #include <kvmpy/string.h>
@@ -15,6 +16,7 @@ _Static_assert(sizeof(struct psc_entry) == 8, "struct psc_entry");
 _Static_assert(sizeof(struct psc_buffer) == GHCB_SHARED_BUFFER_SIZE, "struct psc_buffer");
 
 #define PSC_TOO_MANY		(~0ul)
+#define PSC_NOT_VALIDATED	(~1ul)
 
 u64 psc_call(const struct psc_entry *entries, u32 count)
 {
@@ -44,6 +46,51 @@ u32 psc_msr_call(u64 gpa, u32 operation)
 	u64 answer = ghcb_msr_call((gpa & ~0xffful) | (u64)operation << 52 | GHCB_MSR_PSC_REQ);
 
 	return GHCB_MSR_INFO(answer) == GHCB_MSR_PSC_RESP ? answer >> 32 : ~0u;
+}
+
+static void set_entry(u8 *page, bool private)
+{
+	volatile u64 *entry = guest_table_entry(page, 1);
+	u64 mask = guest_cpu()->encryption_mask;
+
+	*entry = private ? *entry | mask : *entry & ~mask;
+	invlpg(page);
+}
+
+/* One page at a time, as the pages of a range need not be contiguous for the hypervisor. */
+static u64 set_page(u8 *page, bool private)
+{
+	u64 gpa = guest_translate(page, NULL);
+	struct psc_entry entry = {
+		.gfn = gpa >> 12,
+		.operation = private ? PSC_PRIVATE : PSC_SHARED,
+	};
+	u64 error;
+
+	if (!sev_snp_active()) {
+		error = guest_map_gpa_range(gpa, 4096, private);
+		if (!error)
+			set_entry(page, private);
+		return error;
+	}
+	if (!private && pvalidate(page, false, false).code)
+		return PSC_NOT_VALIDATED;
+	error = psc_call(&entry, 1);
+	if (error)
+		return error;
+	set_entry(page, private);
+	return private && pvalidate(page, false, true).code ? PSC_NOT_VALIDATED : 0;
+}
+
+u64 guest_set_private(void *gva, u64 size, bool private)
+{
+	for (u64 at = 0; at < size; at += 4096) {
+		u64 error = set_page((u8 *)gva + at, private);
+
+		if (error)
+			return error;
+	}
+	return 0;
 }
 
 u64 snp_ap_create(u32 request, u32 apic_id, u64 vmsa_gpa, u64 sev_features)

@@ -33,6 +33,7 @@ from kvmpy.uapi.structs import (
 )
 
 RETRY_SECONDS = 5.0
+SILENT_RETRIES = 3
 HOST_DATA_SIZE = 32
 
 
@@ -110,10 +111,15 @@ class SnpLaunching(LaunchState):
         self._check("update()")
         arg = kvm_sev_snp_launch_update(gfn_start=gpa.gfn, uaddr=source, len=size, type=int(page_type))
         until = time.monotonic() + RETRY_SECONDS
+        silent = 0
         while True:
             before = int(arg.len)
             result = self.vm.sev_command_raw("SNP_LAUNCH_UPDATE", arg)
             retry = result.errno == errno.EAGAIN and time.monotonic() < until
+            if result.errno == errno.EIO and not result.firmware and silent < SILENT_RETRIES:
+                # A signal that waits for this thread ends in the same EIO as a page that is not ready.
+                silent += 1
+                retry = True
             if result.ok and not arg.len:
                 return self
             if not retry and (not result.ok or int(arg.len) >= before):

@@ -137,6 +137,23 @@ def test_try_again() -> None:
     assert vm.sent.count("SNP_LAUNCH_UPDATE") == 3
 
 
+def test_a_signal_in_between() -> None:
+    """KVM gives EIO without a firmware status when a signal waits: that alone ends no launch."""
+    results = [SevResult(-1, errno.EIO, 0), SevResult(-1, errno.EIO, 0)]
+
+    def later(arg: Any) -> SevResult:
+        if results:
+            return results.pop()
+        arg.len = 0
+        return OK
+
+    _, launching = snp(SNP_LAUNCH_UPDATE=later)
+    launching.update_zero(Gpa(0x1000), 0x1000)
+    _, launching = snp(SNP_LAUNCH_UPDATE=lambda _arg: SevResult(-1, errno.EIO, 0))
+    with pytest.raises(SevError, match="EIO"):
+        launching.update_zero(Gpa(0x1000), 0x1000)
+
+
 def test_no_progress_is_an_error() -> None:
     """A command that succeeds and does nothing would go on for ever."""
     _, launching = snp(SNP_LAUNCH_UPDATE=lambda _arg: OK)

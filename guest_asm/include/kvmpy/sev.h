@@ -151,8 +151,21 @@ __noreturn void ghcb_terminate(u32 set, u32 code);
 /* The features of the hypervisor (event HV_FEATURES). */
 u64 ghcb_hv_features(void);
 
-/* The guest-physical address behind @gva and, where @private is not NULL, whether it is private; ~0 unmapped. */
+/* The guest-physical address behind @gva, ~0 where there is none; @private may be NULL. */
 u64 guest_translate(const volatile void *gva, bool *private);
+
+/*
+ * The entry of @gva at @level (1: of its 4 KiB page), through the tables' own
+ * mapping; the entries above it must be present.
+ */
+volatile u64 *guest_table_entry(const volatile void *gva, int level);
+
+/*
+ * Make whole 4 KiB pages private or shared: tell the hypervisor, change the
+ * entries, and accept or give up the pages under SNP. Returns 0 or the
+ * hypervisor's error. The content is lost under encryption.
+ */
+u64 guest_set_private(void *gva, u64 size, bool private);
 
 /* Page state changes: SNP only. */
 #define PSC_PRIVATE		1

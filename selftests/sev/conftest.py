@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bare VMs of the SEV types: no guest program, a little memory, launched step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+import pytest
+
+from kvmpy.coco.kvm import Kvm
+from kvmpy.coco.launch_state import LaunchState
+from kvmpy.coco.policy import SevPolicy, SnpPolicy
+from kvmpy.coco.sev_launch import SevInitialised, SevLaunching
+from kvmpy.coco.snp_launch import SnpInitialised, SnpLaunching
+from kvmpy.core.address import PAGE_SIZE, Gpa
+from kvmpy.core.sev_errors import SevResult
+from kvmpy.core.vm import Vm
+from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP, KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
+from kvmpy.uapi.structs import Struct
+
+KINDS = tuple(
+    pytest.param(kind, marks=pytest.mark.requires(f"protection:{kind}"), id=kind)
+    for kind in ("sev", "sev-es", "snp")
+)
+IN_PLACE = KINDS[:2]
+TYPES = {
+    "sev": VmType.KVM_X86_SEV_VM,
+    "sev-es": VmType.KVM_X86_SEV_ES_VM,
+    "snp": VmType.KVM_X86_SNP_VM,
+}
+MEMORY = Gpa(0x10_0000)
+PAGES = 16
+
+
+@dataclass
+class Bare:
+    """A VM of one SEV type with PAGES pages at MEMORY; *state* is where its launch stands."""
+
+    vm: Vm
+    kind: str
+    state: LaunchState | None = None
+
+    def raw(self, command: str | int, arg: Struct | int | None = None) -> tuple[int, int]:
+        """Issue a command; return (errno, firmware status)."""
+        result: SevResult = self.vm.sev_command_raw(command, arg)
+        return result.errno, result.firmware
+
+    @property
+    def hva(self) -> int:
+        """Where the host has MEMORY."""
+        return self.vm.memory.hva(MEMORY, private=False)
+
+
+class BareMaker(Protocol):
+    """What the fixture ``bare`` gives."""
+
+    def __call__(self, kind: str, *, init: bool = True, vcpus: int = 0, memory: bool = True) -> Bare:
+        """Make a VM of *kind*, after INIT2 unless *init* is False."""
+
+
+@pytest.fixture
+def bare(kvm: Kvm) -> Iterator[BareMaker]:
+    """Make bare VMs, closed when the test ends."""
+    with ExitStack() as stack:
+
+        def make(kind: str, *, init: bool = True, vcpus: int = 0, memory: bool = True) -> Bare:
+            vm = stack.enter_context(kvm.create_vm(int(TYPES[kind])))
+            made = Bare(vm, kind)
+            if init:
+                made.state = (
+                    SnpInitialised.init2(vm)
+                    if kind == "snp"
+                    else SevInitialised.init2(vm, es=kind == "sev-es")
+                )
+            if memory:
+                gmem = vm.create_guest_memfd(PAGES * PAGE_SIZE) if kind == "snp" else None
+                vm.add_slot(MEMORY, PAGES * PAGE_SIZE, gmem=gmem)
+            if vcpus:
+                vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
+                for _ in range(vcpus):
+                    vm.create_vcpu().set_cpuid2(kvm.supported_cpuid)
+            return made
+
+        yield make
+
+
+def start_snp(made: Bare, policy: SnpPolicy | int | None = None) -> SnpLaunching:
+    """Go on to SNP_LAUNCH_START, with all pages private."""
+    state = made.state
+    assert isinstance(state, SnpInitialised)
+    launching = state.start(SnpPolicy() if policy is None else policy)
+    made.vm.set_memory_attributes(int(MEMORY), PAGES * PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+    made.state = launching
+    return launching
+
+
+def start_sev(made: Bare, policy: SevPolicy | int | None = None) -> SevLaunching:
+    """Go on to LAUNCH_START, with the memory registered."""
+    state = made.state
+    assert isinstance(state, SevInitialised)
+    launching = state.start(SevPolicy(es=state.es) if policy is None else policy)
+    made.vm.memory_encrypt_reg_region(made.hva, PAGES * PAGE_SIZE)
+    made.state = launching
+    return launching

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launch of SEV and SEV-ES guests: the states in order, and what is refused out of order."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.coco.kvm import Kvm
+from kvmpy.coco.policy import SevPolicy
+from kvmpy.coco.sev_launch import GuestState, SevInitialised
+from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.sev_errors import SevError
+from kvmpy.uapi.constants import KVM_GUESTDBG_ENABLE, SevRet
+from kvmpy.uapi.structs import (
+    kvm_sev_dbg,
+    kvm_sev_launch_measure,
+    kvm_sev_launch_start,
+    kvm_sev_launch_update_data,
+)
+from selftests.sev.conftest import IN_PLACE, MEMORY, PAGES, Bare, BareMaker, start_sev
+
+EINVAL = (errno.EINVAL, 0)
+WRONG_STATE = (errno.EIO, int(SevRet.SEV_RET_INVALID_GUEST_STATE))
+needs_sev = pytest.mark.requires("protection:sev")
+needs_es = pytest.mark.requires("protection:sev-es")
+
+
+def data(made: Bare, offset: int = 0, size: int = PAGE_SIZE) -> kvm_sev_launch_update_data:
+    """Return the argument that encrypts a part of the memory."""
+    return kvm_sev_launch_update_data(uaddr=made.hva + offset, len=size)
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_states(bare: BareMaker, kind: str) -> None:
+    """GUEST_STATUS follows the launch: LUPDATE, LSECRET after the measurement, RUNNING at the end."""
+    made = bare(kind, vcpus=1)
+    launching = start_sev(made)
+    status = launching.status()
+    assert (status.state, status.policy, status.handle) == (
+        GuestState.LUPDATE,
+        4 if kind == "sev-es" else 0,
+        launching.handle,
+    )
+    launching.update_data(MEMORY, PAGE_SIZE)
+    if kind == "sev-es":
+        launching.update_vmsa()
+    assert launching.state == GuestState.LUPDATE
+    measured = launching.measure()
+    assert measured.state == GuestState.LSECRET
+    assert measured.finish().state == GuestState.RUNNING
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_two_guests_have_two_handles(bare: BareMaker, kind: str) -> None:
+    """The firmware gives each guest a handle of its own, other than 0."""
+    handles = [start_sev(bare(kind)).handle for _ in range(2)]
+    assert 0 not in handles
+    assert handles[0] != handles[1]
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_handle_that_is_none(bare: BareMaker, kind: str) -> None:
+    """LAUNCH_START with the handle of a guest that does not exist is refused with INVALID_GUEST."""
+    made = bare(kind)
+    arg = kvm_sev_launch_start(handle=0x7FFF_FFFF, policy=4 if kind == "sev-es" else 0)
+    assert made.raw("LAUNCH_START", arg) == (errno.EIO, int(SevRet.SEV_RET_INVALID_GUEST))
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_finish_without_a_measurement(bare: BareMaker, kind: str) -> None:
+    """LAUNCH_FINISH before LAUNCH_MEASURE is refused with INVALID_GUEST_STATE."""
+    made = bare(kind)
+    start_sev(made)
+    assert made.raw("LAUNCH_FINISH") == WRONG_STATE
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_data_after_the_measurement(bare: BareMaker, kind: str) -> None:
+    """LAUNCH_UPDATE_DATA after LAUNCH_MEASURE is refused with INVALID_GUEST_STATE."""
+    made = bare(kind)
+    start_sev(made).update_data(MEMORY, PAGE_SIZE).measure()
+    assert made.raw("LAUNCH_UPDATE_DATA", data(made, PAGE_SIZE)) == WRONG_STATE
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_nothing_after_the_end(bare: BareMaker, kind: str) -> None:
+    """After LAUNCH_FINISH every step of the launch is refused with INVALID_GUEST_STATE."""
+    made = bare(kind)
+    start_sev(made).measure().finish()
+    assert made.raw("LAUNCH_UPDATE_DATA", data(made)) == WRONG_STATE
+    assert made.raw("LAUNCH_FINISH") == WRONG_STATE
+    measure = kvm_sev_launch_measure(uaddr=made.hva, len=48)
+    assert made.raw("LAUNCH_MEASURE", measure) == WRONG_STATE
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_the_size_of_a_measurement(bare: BareMaker, kind: str) -> None:
+    """LAUNCH_MEASURE without a buffer tells how long one must be, with INVALID_LEN, and changes no state."""
+    made = bare(kind)
+    launching = start_sev(made)
+    assert launching.measurement_size() == 48
+    assert launching.state == GuestState.LUPDATE
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_measurement_of_silly_size(bare: BareMaker, kind: str) -> None:
+    """LAUNCH_MEASURE into more than 16 KiB gives EINVAL, into less than 48 bytes INVALID_LEN."""
+    made = bare(kind)
+    start_sev(made)
+    arg = kvm_sev_launch_measure(uaddr=made.hva, len=(16 << 10) + 1)
+    assert made.raw("LAUNCH_MEASURE", arg) == EINVAL
+    arg = kvm_sev_launch_measure(uaddr=made.hva, len=16)
+    assert made.raw("LAUNCH_MEASURE", arg) == (errno.EIO, int(SevRet.SEV_RET_INVALID_LEN))
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_no_data(bare: BareMaker, kind: str) -> None:
+    """LAUNCH_UPDATE_DATA of no bytes gives EINVAL."""
+    made = bare(kind)
+    start_sev(made)
+    assert made.raw("LAUNCH_UPDATE_DATA", data(made, size=0)) == EINVAL
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_data_that_is_not_mapped(bare: BareMaker, kind: str) -> None:
+    """LAUNCH_UPDATE_DATA of memory that cannot be pinned gives ENOMEM."""
+    made = bare(kind)
+    start_sev(made)
+    arg = kvm_sev_launch_update_data(uaddr=PAGE_SIZE, len=PAGE_SIZE)
+    assert made.raw("LAUNCH_UPDATE_DATA", arg) == (errno.ENOMEM, 0)
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_data_of_all_memory(bare: BareMaker, kind: str) -> None:
+    """LAUNCH_UPDATE_DATA takes a range of many pages at once."""
+    made = bare(kind)
+    launching = start_sev(made)
+    launching.update_data(MEMORY, PAGES * PAGE_SIZE)
+    assert launching.measure().finish().state == GuestState.RUNNING
+
+
+# Registered regions.
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_regions(bare: BareMaker, kind: str) -> None:
+    """A region is registered and given back by its bounds; giving it back twice gives EINVAL."""
+    vm = bare(kind).vm
+    hva = vm.memory.hva(MEMORY, private=False)
+    vm.memory_encrypt_reg_region(hva, 4 * PAGE_SIZE)
+    with pytest.raises(OSError, match="EINVAL"):
+        vm.memory_encrypt_unreg_region(hva, 2 * PAGE_SIZE)
+    vm.memory_encrypt_unreg_region(hva, 4 * PAGE_SIZE)
+    with pytest.raises(OSError, match="EINVAL"):
+        vm.memory_encrypt_unreg_region(hva, 4 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_regions_before_init(bare: BareMaker, kind: str) -> None:
+    """Regions belong to SEV guests: ENOTTY before KVM_SEV_INIT2."""
+    vm = bare(kind, init=False).vm
+    hva = vm.memory.hva(MEMORY, private=False)
+    with pytest.raises(OSError, match="ENOTTY"):
+        vm.memory_encrypt_reg_region(hva, PAGE_SIZE)
+    with pytest.raises(OSError, match="ENOTTY"):
+        vm.memory_encrypt_unreg_region(hva, PAGE_SIZE)
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_region_that_is_not_mapped(bare: BareMaker, kind: str) -> None:
+    """A region that cannot be pinned gives ENOMEM, one of no bytes EINVAL."""
+    vm = bare(kind).vm
+    with pytest.raises(OSError, match="ENOMEM"):
+        vm.memory_encrypt_reg_region(PAGE_SIZE, PAGE_SIZE)
+    with pytest.raises(OSError, match="EINVAL"):
+        vm.memory_encrypt_reg_region(vm.memory.hva(MEMORY, private=False), 0)
+
+
+# VMSAs.
+
+
+@needs_sev
+def test_vmsa_without_es(bare: BareMaker) -> None:
+    """LAUNCH_UPDATE_VMSA on a plain SEV VM gives ENOTTY."""
+    made = bare("sev", vcpus=1)
+    start_sev(made)
+    assert made.raw("LAUNCH_UPDATE_VMSA") == (errno.ENOTTY, 0)
+
+
+@needs_es
+def test_vmsa_twice(bare: BareMaker) -> None:
+    """A vCPU's state is encrypted once: EINVAL afterwards."""
+    made = bare("sev-es", vcpus=2)
+    start_sev(made)
+    assert made.raw("LAUNCH_UPDATE_VMSA") == (0, 0)
+    assert made.raw("LAUNCH_UPDATE_VMSA") == EINVAL
+
+
+@needs_es
+def test_vmsa_of_a_vcpu_that_is_debugged(bare: BareMaker) -> None:
+    """LAUNCH_UPDATE_VMSA with guest debugging on gives EINVAL, and works when it is off again."""
+    made = bare("sev-es", vcpus=1)
+    start_sev(made)
+    vcpu = made.vm.vcpus[0]
+    vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE)
+    assert made.raw("LAUNCH_UPDATE_VMSA") == EINVAL
+    vcpu.set_guest_debug(0)
+    assert made.raw("LAUNCH_UPDATE_VMSA") == (0, 0)
+
+
+@needs_es
+def test_vmsa_with_breakpoints(bare: BareMaker) -> None:
+    """LAUNCH_UPDATE_VMSA with a breakpoint enabled in DR7 gives EINVAL."""
+    made = bare("sev-es", vcpus=1)
+    start_sev(made)
+    vcpu = made.vm.vcpus[0]
+    registers = vcpu.get_debugregs()
+    registers.dr7 = 0x400 | 3
+    vcpu.set_debugregs(registers)
+    assert made.raw("LAUNCH_UPDATE_VMSA") == EINVAL
+
+
+# Debugging.
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_dbg(bare: BareMaker, kind: str) -> None:
+    """DBG_DECRYPT shows what was launched, DBG_ENCRYPT changes it, at any address and size."""
+    made = bare(kind)
+    text = bytes(range(256)) * 32
+    made.vm.memory.write(MEMORY, text)
+    guest = start_sev(made).update_data(MEMORY, 2 * PAGE_SIZE).measure().finish()
+    for offset, size in ((0, PAGE_SIZE), (16, 32), (5, 3), (PAGE_SIZE - 7, 20)):
+        assert guest.dbg_decrypt(MEMORY + offset, size) == text[offset : offset + size]
+    for offset, new in ((0, b"a" * 64), (PAGE_SIZE - 3, b"hello"), (100, b"x")):
+        guest.dbg_encrypt(MEMORY + offset, new)
+        text = text[:offset] + new + text[offset + len(new) :]
+    assert guest.dbg_decrypt(MEMORY, 2 * PAGE_SIZE) == text
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_dbg_against_the_policy(bare: BareMaker, kind: str) -> None:
+    """A policy that forbids debugging makes the firmware refuse it with POLICY_FAILURE."""
+    made = bare(kind)
+    policy = SevPolicy(no_debug=True, es=kind == "sev-es")
+    guest = start_sev(made, policy).update_data(MEMORY, PAGE_SIZE).measure().finish()
+    for attempt in (
+        lambda: guest.dbg_decrypt(MEMORY, 16),
+        lambda: guest.dbg_encrypt(MEMORY, bytes(16)),
+    ):
+        with pytest.raises(SevError) as caught:
+            attempt()
+        assert (caught.value.errno, caught.value.firmware) == (
+            errno.EIO,
+            SevRet.SEV_RET_POLICY_FAILURE,
+        )
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize("command", ["DBG_DECRYPT", "DBG_ENCRYPT"])
+def test_dbg_of_nothing(bare: BareMaker, kind: str, command: str) -> None:
+    """Debugging no bytes, or from or to the null pointer, or around the end of the address space: EINVAL."""
+    made = bare(kind)
+    start_sev(made)
+    here = made.hva
+    for source, target, size in (
+        (here, here, 0),
+        (0, here, 16),
+        (here, 0, 16),
+        ((1 << 64) - 8, here, 16),
+        (here, (1 << 64) - 8, 16),
+    ):
+        arg = kvm_sev_dbg(src_uaddr=source, dst_uaddr=target, len=size)
+        assert made.raw(command, arg) == EINVAL
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_old_init_launches(kvm: Kvm, kind: str) -> None:
+    """A default VM that KVM_SEV_INIT or ES_INIT made a guest goes through the same states."""
+    with kvm.create_vm() as vm:
+        state = SevInitialised.legacy_init(vm, es=kind == "sev-es")
+        measured = state.start(SevPolicy(es=kind == "sev-es")).measure()
+        assert measured.finish().state == GuestState.RUNNING

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SNP_LAUNCH_START, UPDATE and FINISH: the order, the page types, and what is refused with which error."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.coco import sev_platform, snp_cpuid
+from kvmpy.coco.kvm import Kvm
+from kvmpy.coco.policy import SnpPolicy
+from kvmpy.coco.snp_cpuid import CpuidFunction
+from kvmpy.coco.snp_launch import IdBlockPair, cpuid_page
+from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.sev_errors import SevError
+from kvmpy.uapi.constants import KVM_MEMORY_ATTRIBUTE_PRIVATE, SevRet, SnpPageType
+from kvmpy.uapi.structs import (
+    kvm_sev_snp_launch_finish,
+    kvm_sev_snp_launch_start,
+    kvm_sev_snp_launch_update,
+)
+from selftests.sev.conftest import MEMORY, PAGES, Bare, BareMaker, start_snp
+
+pytestmark = pytest.mark.requires("protection:snp")
+
+EINVAL = (errno.EINVAL, 0)
+POLICY = 0x30000
+NORMAL = SnpPageType.KVM_SEV_SNP_PAGE_TYPE_NORMAL
+ZERO = SnpPageType.KVM_SEV_SNP_PAGE_TYPE_ZERO
+CPUID = SnpPageType.KVM_SEV_SNP_PAGE_TYPE_CPUID
+
+
+def update(made: Bare, page: int = 0, pages: int = 1, **fields: int) -> kvm_sev_snp_launch_update:
+    """Return the argument that adds *pages* pages from page number *page* of MEMORY on."""
+    arg = kvm_sev_snp_launch_update(
+        gfn_start=MEMORY.gfn + page,
+        uaddr=made.hva + page * PAGE_SIZE,
+        len=pages * PAGE_SIZE,
+        type=int(NORMAL),
+    )
+    for name, value in fields.items():
+        setattr(arg, name, value)
+    return arg
+
+
+# START.
+
+
+def test_start_twice(bare: BareMaker) -> None:
+    """SNP_LAUNCH_START succeeds once; the second gives EINVAL."""
+    made = bare("snp")
+    arg = kvm_sev_snp_launch_start(policy=POLICY)
+    assert made.raw("SNP_LAUNCH_START", arg) == (0, 0)
+    assert made.raw("SNP_LAUNCH_START", arg) == EINVAL
+
+
+@pytest.mark.parametrize("flags", [1, 0x8000])
+def test_start_flags(bare: BareMaker, flags: int) -> None:
+    """SNP_LAUNCH_START has no flags: EINVAL, and the launch can still begin."""
+    made = bare("snp")
+    assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY, flags=flags)) == EINVAL
+    assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY)) == (0, 0)
+
+
+def test_start_without_bit_17(bare: BareMaker) -> None:
+    """A policy without its reserved bit 17, which must be one, gives EINVAL."""
+    assert bare("snp").raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=1 << 16)) == EINVAL
+
+
+def test_start_with_unknown_policy_bits(kvm: Kvm, bare: BareMaker) -> None:
+    """Each policy bit that KVM_X86_SNP_POLICY_BITS lacks gives EINVAL."""
+    offered = sev_platform.snp_policy_bits(kvm)
+    assert offered & int(SnpPolicy(smt=False)), "bit 17 must be on offer"
+    made = bare("snp")
+    refused = [bit for bit in range(64) if not offered >> bit & 1]
+    assert refused
+    for bit in refused:
+        arg = kvm_sev_snp_launch_start(policy=POLICY | 1 << bit)
+        assert made.raw("SNP_LAUNCH_START", arg) == EINVAL, f"bit {bit}"
+    assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY)) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["debug", "migrate_ma", "single_socket"])
+def test_start_with_a_known_policy(kvm: Kvm, bare: BareMaker, name: str) -> None:
+    """A policy bit that KVM offers reaches the firmware: it launches, or the firmware refuses it."""
+    policy = int(SnpPolicy(**{name: True}))
+    if policy & ~sev_platform.snp_policy_bits(kvm):
+        pytest.skip(f"KVM_X86_SNP_POLICY_BITS lacks {name}")
+    answer = bare("snp").raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=policy))
+    assert answer in ((0, 0), (errno.EIO, int(SevRet.SEV_RET_POLICY_FAILURE)))
+
+
+def test_a_policy_for_later_firmware(bare: BareMaker) -> None:
+    """A policy whose ABI version is above the firmware's is refused by it with POLICY_FAILURE."""
+    policy = int(SnpPolicy(abi_major=255, abi_minor=255))
+    answer = bare("snp").raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=policy))
+    assert answer == (errno.EIO, int(SevRet.SEV_RET_POLICY_FAILURE))
+
+
+# UPDATE.
+
+
+def test_update_before_start(bare: BareMaker) -> None:
+    """SNP_LAUNCH_UPDATE before START gives EINVAL."""
+    made = bare("snp")
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == EINVAL
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"len": 0},
+        {"len": 1},
+        {"len": PAGE_SIZE + 8},
+        {"flags": 1},
+        {"flags": 0x8000},
+        {"type": 0},
+        {"type": 2},
+        {"type": 7},
+        {"type": 255},
+    ],
+    ids=str,
+)
+def test_update_with_a_bad_field(bare: BareMaker, fields: dict[str, int]) -> None:
+    """Lengths that are no pages, flags, and page types that are none (VMSA among them) give EINVAL."""
+    made = bare("snp")
+    start_snp(made)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made, **fields)) == EINVAL
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+
+
+def test_update_from_an_unaligned_source(bare: BareMaker) -> None:
+    """The source begins a page: EINVAL otherwise, but for ZERO, which has none."""
+    made = bare("snp")
+    start_snp(made)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made, uaddr=made.hva + 8)) == EINVAL
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made, uaddr=8, type=int(ZERO))) == (0, 0)
+
+
+def test_update_outside_memory(bare: BareMaker) -> None:
+    """A GFN without a memory slot, or in one without a guest_memfd, gives EINVAL."""
+    made = bare("snp")
+    start_snp(made)
+    shared = made.vm.add_slot(MEMORY + PAGES * PAGE_SIZE, PAGE_SIZE)
+    for gfn in (0, MEMORY.gfn - 1, shared.gpa // PAGE_SIZE):
+        assert made.raw("SNP_LAUNCH_UPDATE", update(made, gfn_start=gfn)) == EINVAL
+
+
+def test_update_of_a_shared_page(bare: BareMaker) -> None:
+    """A page without KVM_MEMORY_ATTRIBUTE_PRIVATE gives EIO without a firmware status."""
+    made = bare("snp")
+    start_snp(made)
+    made.vm.set_memory_attributes(int(MEMORY), PAGE_SIZE, 0)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (errno.EIO, 0)
+    made.vm.set_memory_attributes(int(MEMORY), PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+
+
+def test_update_of_the_same_page(bare: BareMaker) -> None:
+    """A page that is part of the guest already gives EIO without a firmware status."""
+    made = bare("snp")
+    start_snp(made)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    for kind in (NORMAL, ZERO):
+        assert made.raw("SNP_LAUNCH_UPDATE", update(made, type=int(kind))) == (errno.EIO, 0)
+
+
+def test_update_from_nowhere(bare: BareMaker) -> None:
+    """A source that is not mapped gives EIO without a firmware status."""
+    made = bare("snp")
+    start_snp(made)
+    # The first page of the address space is never mapped.
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made, uaddr=PAGE_SIZE)) == (errno.EIO, 0)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+
+
+def test_update_stops_at_the_end_of_the_slot(bare: BareMaker) -> None:
+    """A range that runs over the end of its slot is done up to there, and the argument names the rest."""
+    made = bare("snp")
+    start_snp(made)
+    arg = update(made, PAGES - 2, 5)
+    assert made.raw("SNP_LAUNCH_UPDATE", arg) == (0, 0)
+    assert (arg.gfn_start, arg.len) == (MEMORY.gfn + PAGES, 3 * PAGE_SIZE)
+    assert arg.uaddr == made.hva + PAGES * PAGE_SIZE
+    assert made.raw("SNP_LAUNCH_UPDATE", arg) == EINVAL
+
+
+def test_update_stops_at_a_page_that_fails(bare: BareMaker) -> None:
+    """A range with a bad page is done up to it; SevError names the page and how far the range got."""
+    made = bare("snp")
+    launching = start_snp(made)
+    bad = MEMORY + 3 * PAGE_SIZE
+    made.vm.set_memory_attributes(int(bad), PAGE_SIZE, 0)
+    with pytest.raises(SevError) as caught:
+        launching.update(MEMORY, 6 * PAGE_SIZE, NORMAL, made.hva)
+    error = caught.value
+    assert (error.errno, error.gpa, error.done) == (errno.EIO, int(bad), 3 * PAGE_SIZE)
+    made.vm.set_memory_attributes(int(bad), PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+    launching.update(bad, 3 * PAGE_SIZE, NORMAL, made.hva + 3 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SnpPageType if kind])
+def test_page_types(bare: BareMaker, kind: SnpPageType) -> None:
+    """Every page type is taken, and the argument says that nothing is left."""
+    made = bare("snp")
+    start_snp(made)
+    if kind == CPUID:
+        made.vm.memory.write(MEMORY, cpuid_page(made.vm))
+    arg = update(made, type=int(kind))
+    first = arg.uaddr
+    answer = made.raw("SNP_LAUNCH_UPDATE", arg)
+    if kind == CPUID and answer == (errno.EIO, int(SevRet.SEV_RET_INVALID_PARAM)):
+        # What the firmware corrected it takes.
+        answer = made.raw("SNP_LAUNCH_UPDATE", arg)
+    assert answer == (0, 0)
+    assert (arg.gfn_start, arg.len) == (MEMORY.gfn + 1, 0)
+    assert arg.uaddr == (first if kind == ZERO else first + PAGE_SIZE)
+
+
+def test_a_cpuid_page_that_the_firmware_corrects(bare: BareMaker) -> None:
+    """A CPUID page that claims too much comes back corrected in its source, and is accepted then."""
+    made = bare("snp")
+    launching = start_snp(made)
+    boast = [CpuidFunction(0x8000_0008, 0, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF)]
+    page = snp_cpuid.pack(boast)
+    accepted = launching.update_cpuid(MEMORY, page)
+    found = snp_cpuid.unpack(accepted)
+    assert [function.leaf for function in found] == [0x8000_0008]
+    assert snp_cpuid.corrections(boast, found) != []
+
+
+def test_a_cpuid_page_of_too_many_functions(bare: BareMaker) -> None:
+    """A CPUID page that counts more than 64 functions is refused with INVALID_PARAM."""
+    made = bare("snp")
+    start_snp(made)
+    made.vm.memory.write(MEMORY, (65).to_bytes(4, "little"))
+    answer = made.raw("SNP_LAUNCH_UPDATE", update(made, type=int(CPUID)))
+    assert answer == (errno.EIO, int(SevRet.SEV_RET_INVALID_PARAM))
+
+
+# FINISH.
+
+
+def test_finish_before_start(bare: BareMaker) -> None:
+    """SNP_LAUNCH_FINISH before START gives EINVAL."""
+    assert bare("snp", vcpus=1).raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish()) == EINVAL
+
+
+@pytest.mark.parametrize("flags", [1, 0x8000])
+def test_finish_flags(bare: BareMaker, flags: int) -> None:
+    """SNP_LAUNCH_FINISH has no flags: EINVAL, and the launch can still end."""
+    made = bare("snp", vcpus=1)
+    start_snp(made)
+    assert made.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish(flags=flags)) == EINVAL
+    assert made.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish()) == (0, 0)
+
+
+@pytest.mark.parametrize("vcpus", [0, 1, 4])
+def test_finish(bare: BareMaker, vcpus: int) -> None:
+    """A launch ends with any number of vCPUs, and takes no pages afterwards."""
+    made = bare("snp", vcpus=vcpus)
+    launching = start_snp(made)
+    launching.update(MEMORY, 2 * PAGE_SIZE, NORMAL, made.hva)
+    launching.finish()
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made, 4)) == (
+        errno.EIO,
+        int(SevRet.SEV_RET_INVALID_GUEST_STATE),
+    )
+
+
+def test_finish_with_an_id_block_from_nowhere(bare: BareMaker) -> None:
+    """An ID block or its authentication that cannot be read gives EFAULT."""
+    made = bare("snp")
+    start_snp(made)
+    readable = made.hva
+    for block, auth in ((8, readable), (readable, 8)):
+        arg = kvm_sev_snp_launch_finish(id_block_en=1, id_block_uaddr=block, id_auth_uaddr=auth)
+        assert made.raw("SNP_LAUNCH_FINISH", arg) == (errno.EFAULT, 0)
+
+
+def test_finish_with_a_wrong_id_block(bare: BareMaker) -> None:
+    """An ID block that is not signed for this launch is refused by the firmware."""
+    made = bare("snp")
+    launching = start_snp(made)
+    launching.update(MEMORY, PAGE_SIZE, NORMAL, made.hva)
+    with pytest.raises(SevError) as caught:
+        launching.finish(id_block=IdBlockPair(b"\x5a" * 96, bytes(4096)))
+    assert caught.value.errno == errno.EIO
+    assert caught.value.firmware in (
+        SevRet.SEV_RET_BAD_MEASUREMENT,
+        SevRet.SEV_RET_BAD_SIGNATURE,
+        SevRet.SEV_RET_INVALID_PARAM,
+        SevRet.SEV_RET_POLICY_FAILURE,
+        SevRet.SEV_RET_INVALID_KEY,
+    )
+
+
+@pytest.mark.dangerous
+def test_finish_twice(bare: BareMaker) -> None:
+    """A second SNP_LAUNCH_FINISH gives EINVAL: the vCPUs are measured already."""
+    made = bare("snp", vcpus=1)
+    start_snp(made).finish()
+    assert made.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish()) == EINVAL
+
+
+def test_host_data(bare: BareMaker) -> None:
+    """Host data and the choice of key are taken by SNP_LAUNCH_FINISH."""
+    made = bare("snp", vcpus=1)
+    start_snp(made).finish(host_data=bytes(range(32)), vcek_disabled=False)
+
+
+def test_req_certs_after_a_vcpu(bare: BareMaker) -> None:
+    """SNP_ENABLE_REQ_CERTS comes before the first vCPU: EINVAL afterwards."""
+    assert bare("snp", vcpus=1).raw("SNP_ENABLE_REQ_CERTS") == EINVAL
+    assert bare("snp").raw("SNP_ENABLE_REQ_CERTS") == (0, 0)
+
+
+def test_a_launch_that_is_given_up(bare: BareMaker) -> None:
+    """A VM closed in the middle of its launch gives its ASID and its pages back."""
+    for _ in range(40):
+        made = bare("snp", vcpus=1)
+        start_snp(made).update(MEMORY, PAGES * PAGE_SIZE, NORMAL, made.hva)
+        made.vm.close()
