@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvmpy.debug.record.script import Step
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.buffers import struct_class
-from kvmpy.uapi.constants import KVM_EXIT_IO, KVM_EXIT_MMIO, ExitReason
+from kvmpy.uapi.constants import KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_INTERNAL_ERROR_EMULATION, ExitReason
 from kvmpy.uapi.struct_base import FlexStruct, Struct
 from kvmpy.uapi.struct_text import EXIT_MEMBERS
 from kvmpy.uapi.structs import kvm_run
@@ -49,12 +49,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an ioctl did: the argument behind it, and for KVM_RUN the pieces of the run area."""
+    """What an ioctl did: the argument behind it, and for KVM_RUN the pieces of the run area.
+
+    *rip* is where the guest stood after it, where that was asked for.
+    """
 
     result: int
     errno: int
     after: bytes | None = None
     run: tuple[tuple[int, bytes], ...] = ()
+    rip: int | None = None
 
 
 def recorded_outcome(step: Step) -> Outcome:
@@ -131,6 +135,9 @@ def exit_payload(outcome: Outcome) -> dict[str, str]:
     elif member == "internal":
         # The words behind the suberror are for people; some of them are addresses of this boot.
         fields = {name: text for name, text in fields.items() if name == "internal.suberror"}
+        failure = run.emulation_failure
+        if run.internal.suberror == KVM_INTERNAL_ERROR_EMULATION and failure.flags & 1:
+            fields["emulation_failure.insn_bytes"] = failure.insn_bytes[: failure.insn_size].hex()
     fields.pop("fail_entry.cpu", None)
     return {name: text for name, text in fields.items() if not _PAD.search(name)}
 

@@ -187,6 +187,8 @@ class Recorder:
                 above = self._object(parent)
             ident = self._next_id()
             kind = _KINDS.get(fd.kind, ObjectKind.OTHER)
+            if kind == ObjectKind.GMEM and not made_by:
+                above = self._same_file(number)
             flags = SYNTHETIC if late and not made_by else 0
             self.writer.put(Object(ident, above, number, kind, made_by, fd.name), tid=tid, flags=flags)
             self._ids[fd] = self._by_number[number] = ident
@@ -194,20 +196,21 @@ class Recorder:
                 self._inodes[ident] = os.fstat(number).st_ino
         return ident
 
+    def _same_file(self, number: int) -> int:
+        inode = os.fstat(number).st_ino
+        return next((ident for ident, each in self._inodes.items() if each == inode), 0)
+
     def _foreign(self, number: int) -> None:
         with self._lock:
             if number in self._by_number:
                 return
             try:
                 name = os.readlink(f"/proc/self/fd/{number}")
-                same = os.fstat(number)
             except OSError:
                 return
             ident = self._next_id()
             kind = _FOREIGN_KINDS.get(name, ObjectKind.OTHER)
-            parent = 0
-            if kind == ObjectKind.GMEM:
-                parent = next((i for i, inode in self._inodes.items() if inode == same.st_ino), 0)
+            parent = self._same_file(number) if kind == ObjectKind.GMEM else 0
             self._by_number[number] = ident
             self.writer.put(Object(ident, parent, number, kind, 0, name), tid=self._tid())
             count = _event_count(number) if kind == ObjectKind.EVENTFD else 0

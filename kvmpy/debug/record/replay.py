@@ -46,7 +46,8 @@ class Result:
 class Replay:
     """Replays *script* up to step *until* (exclusive); *each* is told of every ioctl.
 
-    A run of a vCPU that takes *patience* seconds longer than it did is ended.
+    A run of a vCPU that takes *patience* seconds longer than it did is ended.  With
+    *probe* every run is followed by a look at the guest's RIP.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Replay:
         each: Callable[[Played], None] | None = None,
         device: str = "/dev/kvm",
         patience: float = PATIENCE_NS / 1e9,
+        probe: bool = False,
     ) -> None:
         self._script = script
         self._steps = script.steps if until is None else script.steps[:until]
         self._stop = stop_on_difference
         self._each = each
         self._device = device
+        self._probe = probe
         self._patience_ns = int(patience * 1e9)
         self._begun = [False] * len(script.steps)
         self._ended = [False] * len(script.steps)
@@ -73,7 +76,7 @@ class Replay:
 
     def run(self) -> Result:
         """Carry all steps out and return what happened; OSError when KVM cannot be opened."""
-        world = World(self._script, self._device, self._patience_ns)
+        world = World(self._script, self._device, self._patience_ns, probe=self._probe)
         try:
             self._all(world)
         finally:

@@ -29,7 +29,7 @@ PATIENCE = 0.2
 
 @dataclass(frozen=True)
 class Replayed:
-    """What became of one ioctl: its order number in the record, name, result, errno, exit, what differs."""
+    """What became of one ioctl, and where the guest stood after it."""
 
     order: int
     name: str
@@ -37,6 +37,7 @@ class Replayed:
     errno: int
     exit: int | None
     differs: bool
+    rip: int | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Answer:
 def play(path: str) -> Answer:
     """Replay the record at *path* in this process."""
     try:
-        result = Replay(build(Record.load(path)), patience=PATIENCE).run()
+        result = Replay(build(Record.load(path)), patience=PATIENCE, probe=True).run()
     except (RecordError, OSError, ValueError, KeyError) as error:
         return Answer((), f"{type(error).__name__}: {error}")
     return Answer(
@@ -62,6 +63,7 @@ def play(path: str) -> Answer:
                 each.now.errno,
                 exit_reason(each.now) if each.now.run else None,
                 bool(each.differences),
+                each.now.rip,
             )
             for each in sorted(result.played, key=lambda each: each.step.index)
         ),
@@ -130,7 +132,7 @@ class Player:
 def _lines(answers: Iterator[str]) -> Iterator[str]:
     for line in answers:
         answer = play(line.rstrip("\n"))
-        rows = [[e.order, e.name, e.result, e.errno, e.exit, e.differs] for e in answer.ioctls]
+        rows = [[e.order, e.name, e.result, e.errno, e.exit, e.differs, e.rip] for e in answer.ioctls]
         yield json.dumps({"ioctls": rows, "failure": answer.failure})
 
 

@@ -14,7 +14,7 @@ from kvmpy.debug.record.events import Event, FileCall, Kick, Object
 from kvmpy.debug.record.format import FILE_FALLOCATE, ObjectKind
 from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
 from kvmpy.uapi import ffi, ioctls, lib
-from kvmpy.uapi.structs import kvm_run
+from kvmpy.uapi.structs import kvm_regs, kvm_run
 
 _NORESERVE = 0x4000
 _UNION_END = kvm_run.fields()["kvm_valid_regs"][0]
@@ -33,8 +33,16 @@ class ReplayError(RuntimeError):
 class World:
     """Carries out the steps of *script* one by one, on request of whoever keeps the order."""
 
-    def __init__(self, script: Script, device: str = "/dev/kvm", patience_ns: int = PATIENCE_NS) -> None:
+    def __init__(
+        self,
+        script: Script,
+        device: str = "/dev/kvm",
+        patience_ns: int = PATIENCE_NS,
+        *,
+        probe: bool = False,
+    ) -> None:
         self.script = script
+        self._probe = probe
         self._patience = patience_ns
         self._device = device
         self.fds: dict[int, int] = {}
@@ -224,7 +232,14 @@ class World:
         lib.kvmpy_vcpu_deadline(vcpu, patience)
         how = int(lib.kvmpy_vcpu_run(vcpu))
         number = 0 if how in (_RUN_EXIT, _RUN_UCALL) else int(vcpu.err)
-        return Outcome(-1 if number else 0, number, None, tuple(self._pieces(area)))
+        rip = self._rip(what.object) if self._probe else None
+        return Outcome(-1 if number else 0, number, None, tuple(self._pieces(area)), rip)
+
+    def _rip(self, ident: int) -> int | None:
+        regs = kvm_regs()
+        if lib.kvmpy_ioctl_ptr(self.fds[ident], ioctls.KVM_GET_REGS.nr, regs.cdata):
+            return None
+        return int(regs.rip)
 
     def _will_be_kicked(self, step: Step) -> bool:
         what = step.ioctl
