@@ -13,7 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from kvmpy.coco.kvm import Kvm
-    from kvmpy.testing.bench.figures import Figure
+    from kvmpy.testing.bench.samples import Figure
 
 MIN_ROUNDS = 3
 GROUPS = ("core", "launch")
@@ -66,12 +66,14 @@ def _figures(kvm: Kvm, rounds: int, groups: Sequence[str]) -> Iterator[Figure]:
 
 
 def _show(figure: object) -> None:
-    from kvmpy.testing.bench.figures import Figure
+    from kvmpy.testing.bench.samples import Figure
 
     if not isinstance(figure, Figure):
         raise TypeError(f"a Figure is shown, not {type(figure).__name__}")
     verdict = {True: "holds", False: "MISSED", None: figure.note}[figure.holds]
-    numbers = f"{figure.kvmpy:9.2f} {figure.unit:<10} bare {figure.bare:9.2f}  ratio {figure.ratio:5.2f}"
+    numbers = (
+        f"{figure.kvmpy:9.2f} {figure.unit:<10} {figure.beside} {figure.bare:9.2f}  ratio {figure.ratio:5.2f}"
+    )
     target = f"{figure.target}: {verdict}" if figure.target else ""
     click.echo(f"{figure.name:<24} {numbers}  {target}".rstrip())
     click.echo(f"    {figure.what}")

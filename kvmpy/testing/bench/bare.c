@@ -130,3 +130,29 @@ uint64_t bare_copy(void *to, const void *from, uint64_t size, uint64_t count)
 	}
 	return now() - start;
 }
+
+/* Pages made private and shared in turn, @count conversions in all. */
+uint64_t bare_convert(int vm, uint64_t request, uint64_t address, uint64_t size, uint64_t count)
+{
+	struct kvm_memory_attributes attributes = { .address = address, .size = size };
+	uint64_t start = now();
+
+	for (uint64_t i = 0; i < count; i++) {
+		attributes.attributes = i & 1 ? 0 : 8; /* KVM_MEMORY_ATTRIBUTE_PRIVATE */
+		if (ioctl(vm, request, &attributes))
+			return 0;
+	}
+	return now() - start;
+}
+
+/* The rest of a range is asked for until there is none. */
+uint64_t bare_pre_fault(int vcpu, uint64_t request, uint64_t gpa, uint64_t size)
+{
+	struct kvm_pre_fault_memory range = { .gpa = gpa, .size = size };
+	uint64_t start = now();
+
+	while (range.size)
+		if (ioctl(vcpu, request, &range))
+			return 0;
+	return now() - start;
+}

@@ -43,6 +43,8 @@ uint64_t bare_run(int vcpu, uint64_t request, uint64_t count);
 uint64_t bare_life(const struct bare_life *l);
 uint64_t bare_fill(uint64_t count);
 uint64_t bare_copy(void *to, const void *from, uint64_t size, uint64_t count);
+uint64_t bare_convert(int vm, uint64_t request, uint64_t address, uint64_t size, uint64_t count);
+uint64_t bare_pre_fault(int vcpu, uint64_t request, uint64_t gpa, uint64_t size);
 """
 
 
@@ -96,6 +98,16 @@ class Bare:
         """Copy *source* over *to*, *count* times."""
         target, origin = self._ffi.from_buffer(to), self._ffi.from_buffer(source)
         return self._took(self._lib.bare_copy(target, origin, len(source), count), "copy")
+
+    def convert(self, vm: int, gpa: int, size: int, count: int) -> int:
+        """Make *size* bytes private and shared in turn, *count* ioctls in all."""
+        number = ioctls.KVM_SET_MEMORY_ATTRIBUTES.nr
+        return self._took(self._lib.bare_convert(vm, number, gpa, size, count), "conversion loop")
+
+    def pre_fault(self, vcpu: int, gpa: int, size: int) -> int:
+        """Map a range in advance."""
+        number = ioctls.KVM_PRE_FAULT_MEMORY.nr
+        return self._took(self._lib.bare_pre_fault(vcpu, number, gpa, size), "KVM_PRE_FAULT_MEMORY")
 
     def life(self, model: GuestVm) -> Life:
         """Take what a VM like *model* (launched, one vCPU, not yet run) is made of."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 from kvmpy.coco.kvm import Kvm
 from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.core.backing import Anonymous
 from kvmpy.core.memory import GuestMemory, PageAllocator, Segment
 from kvmpy.guest.program import GuestProgram
+from kvmpy.testing.bench import private
 from kvmpy.testing.bench.bare import Bare
+from kvmpy.testing.bench.samples import Figure, Samples
 from kvmpy.x86.paging import PageTables
+
+__all__ = ["Figure", "measure"]
 
 _SYNC = """
 #include <kvmpy/guest.h>
@@ -47,56 +50,11 @@ _MAP_PAGES = 1 << 22
 _TABLE_MEMORY = 64 << 20
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One figure: medians over the rounds in *unit*, and the median of the ratios of each round.
-
-    *target* is what is asked for, as text; *holds* whether it is met (None where nothing is asked).
-    """
-
-    name: str
-    what: str
-    unit: str
-    kvmpy: float
-    bare: float
-    ratio: float
-    target: str = ""
-    holds: bool | None = None
-    note: str = ""
-
-
-@dataclass
-class _Samples:
-    kvmpy: list[float] = field(default_factory=list)
-    bare: list[float] = field(default_factory=list)
-
-    def add(self, kvmpy: float, bare: float) -> None:
-        self.kvmpy.append(kvmpy)
-        self.bare.append(bare)
-
-    def figure(
-        self, name: str, what: str, unit: str, target: str = "", check: Callable[[Figure], bool] | None = None
-    ) -> Figure:
-        ratios = [mine / bare for mine, bare in zip(self.kvmpy, self.bare, strict=True)]
-        made = Figure(
-            name,
-            what,
-            unit,
-            statistics.median(self.kvmpy),
-            statistics.median(self.bare),
-            statistics.median(ratios),
-            target,
-        )
-        if check is None:
-            return made
-        return Figure(**{**made.__dict__, "holds": check(made)})
-
-
 def _exits(kvm: Kvm, bare: Bare, rounds: int, protection: str) -> Iterator[Figure]:
     port, sync = GuestProgram.from_c(_PORT), GuestProgram.from_c(_SYNC)
     # Short stretches in turn: what disturbs one side of a figure disturbs the other.
     count = 200
-    plain, call, own = _Samples(), _Samples(), _Samples()
+    plain, call, own = Samples(), Samples(), Samples()
     with (
         kvm.create_vm(port, protection=protection) as port_vm,
         kvm.create_vm(sync, protection=protection) as sync_vm,
@@ -154,7 +112,7 @@ def _lives(kvm: Kvm, bare: Bare, rounds: int, protection: str) -> Iterator[Figur
     with kvm.create_vm(program, protection="none") as model:
         model.launch()
         life = bare.life(model)
-    samples = _Samples()
+    samples = Samples()
     for _ in range(rounds * 10):
         alone = life.once() / 1e6
         start = time.perf_counter()
@@ -172,7 +130,7 @@ def _lives(kvm: Kvm, bare: Bare, rounds: int, protection: str) -> Iterator[Figur
 
 
 def _mapping(bare: Bare, rounds: int) -> Iterator[Figure]:
-    samples = _Samples()
+    samples = Samples()
     for _ in range(rounds):
         backing = Anonymous().map(_TABLE_MEMORY)
         memory = GuestMemory()
@@ -198,7 +156,7 @@ def _views(bare: Bare, rounds: int) -> Iterator[Figure]:
     memory = GuestMemory()
     memory.add(Segment(Gpa(0), size, backing, backing))
     source = memoryview(bytearray(size))
-    samples = _Samples()
+    samples = Samples()
     memory.view(Gpa(0), size)[:] = source
     for _ in range(rounds):
         start = time.perf_counter()
@@ -215,7 +173,7 @@ def _views(bare: Bare, rounds: int) -> Iterator[Figure]:
 
 def measure(kvm: Kvm, rounds: int, protections: tuple[str, ...]) -> Iterator[Figure]:
     """Measure every figure in *rounds* rounds, both sides in turn; exits and lives under each of
-    *protections*.
+    *protections*; those of private memory where *kvm* has it.
     """
     bare = Bare()
     for protection in protections:
@@ -223,3 +181,5 @@ def measure(kvm: Kvm, rounds: int, protections: tuple[str, ...]) -> Iterator[Fig
         yield from _lives(kvm, bare, rounds, protection)
     yield from _mapping(bare, rounds)
     yield from _views(bare, rounds)
+    if private.offered(kvm):
+        yield from private.measure(kvm, bare, rounds)
