@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvmpy.testing.bench.samples import Figure
 
 MIN_ROUNDS = 3
-GROUPS = ("core", "launch")
+GROUPS = ("core", "private", "launch")
 
 
 @click.command()
@@ -53,12 +53,15 @@ def bench(as_json: bool, rounds: int, only: tuple[str, ...]) -> None:
 
 def _figures(kvm: Kvm, rounds: int, groups: Sequence[str]) -> Iterator[Figure]:
     from kvmpy.coco import ladder
+    from kvmpy.testing.bench import private
     from kvmpy.testing.bench.figures import measure
     from kvmpy.testing.bench.launch import measure_launch
 
     offered = tuple(name for name, answer in kvm.protections().items() if answer.available)
     if "core" in groups:
         yield from measure(kvm, rounds, tuple(name for name in offered if name in ("cbit", "none")))
+    if "private" in groups and private.PROTECTION in offered:
+        yield from private.measure(kvm, rounds)
     if "launch" in groups:
         # Where the host writes private memory itself, there is nothing to bring in.
         hidden = tuple(name for name in offered if not ladder.get(name).traits.host_sees_private)

@@ -12,7 +12,6 @@ from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.core.backing import Anonymous
 from kvmpy.core.memory import GuestMemory, PageAllocator, Segment
 from kvmpy.guest.program import GuestProgram
-from kvmpy.testing.bench import private
 from kvmpy.testing.bench.bare import Bare
 from kvmpy.testing.bench.samples import Figure, Samples
 from kvmpy.x86.paging import PageTables
@@ -173,7 +172,7 @@ def _views(bare: Bare, rounds: int) -> Iterator[Figure]:
 
 def measure(kvm: Kvm, rounds: int, protections: tuple[str, ...]) -> Iterator[Figure]:
     """Measure every figure in *rounds* rounds, both sides in turn; exits and lives under each of
-    *protections*; those of private memory where *kvm* has it.
+    *protections*.
     """
     bare = Bare()
     for protection in protections:
@@ -181,5 +180,3 @@ def measure(kvm: Kvm, rounds: int, protections: tuple[str, ...]) -> Iterator[Fig
         yield from _lives(kvm, bare, rounds, protection)
     yield from _mapping(bare, rounds)
     yield from _views(bare, rounds)
-    if private.offered(kvm):
-        yield from private.measure(kvm, bare, rounds)

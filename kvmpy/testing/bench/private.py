@@ -35,11 +35,6 @@ void guest_main(u64 address, u64 pages)
 """
 
 
-def offered(kvm: Kvm) -> bool:
-    """Whether *kvm* has private memory that needs no hardware."""
-    return kvm.protections()[PROTECTION].available
-
-
 def _vm(kvm: Kvm) -> GuestVm:
     vm = kvm.create_vm(GuestProgram.from_c(_TOUCH), protection=PROTECTION)
     vm.add_memory(_GPA, _SIZE, backing=Anonymous("never"))
@@ -123,8 +118,9 @@ def _pre_fault(vm: GuestVm, bare: Bare, rounds: int) -> Iterator[Figure]:
     )
 
 
-def measure(kvm: Kvm, bare: Bare, rounds: int) -> Iterator[Figure]:
-    """Measure the figures in *rounds* rounds, both sides in turn."""
+def measure(kvm: Kvm, rounds: int) -> Iterator[Figure]:
+    """Measure the figures in *rounds* rounds, both sides in turn; *kvm* must have sw-protected VMs."""
+    bare = Bare()
     with _vm(kvm) as vm:
         yield from _conversions(vm, bare, rounds)
         yield from _first_touch(vm, rounds)
