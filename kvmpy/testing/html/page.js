@@ -52,7 +52,7 @@
         h("td", {}, entry.fd),
         h("td", {}, entry.ioctl + (entry.count > 1 ? ` ×${entry.count}` : "")),
         h("td", {}, entry.result),
-        h("td", { class: "arg" }, entry.arg))))));
+        h("td", { class: "arg" }, entry.meaning ? h("div", { class: "meaning" }, entry.meaning) : null, entry.arg))))));
   }
 
   function part(cell) {
