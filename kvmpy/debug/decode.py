@@ -204,7 +204,7 @@ class Decoder:
         if buffer is None and before is None and after is None:
             made.before = f"arg={event.arg:#x}" if event.arg else ""
             return
-        if before is None and after is None:
+        if not before and not after:
             made.before = f"arg={event.arg:#x}" + (" (not readable)" if event.arg else "")
             return
         struct, scalar = (buffer.struct, buffer.scalar) if buffer is not None else (None, None)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from kvmpy.debug import ptrace_calls as pt
 from kvmpy.debug.ptrace_ioctls import IoctlWatcher
@@ -22,6 +23,10 @@ from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.debug.trace import Sink
 
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DETACH_S = 2.0
+_PAUSE_S = 0.005
+_PF_USER_WORKER = 0x4000
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -46,6 +51,8 @@ class Tracer:
         self.threads: dict[int, _Thread] = {}
         self.processes: dict[int, Process] = {}
         self.root_status: int | None = None
+        self.stopping = False
+        self.waiting = False
         self._order = itertools.count(1)
         self.watcher = IoctlWatcher(self.put, self.order)
 
@@ -94,12 +101,22 @@ class Tracer:
 
     def run(self, root: int) -> None:
         """Follow until no thread is left; KeyboardInterrupt passes through."""
-        while self.threads:
+        while self.threads and not self.stopping:
+            self.waiting = True
             try:
                 tid, status = os.waitpid(-1, pt.WALL)
             except ChildProcessError:
                 return
+            finally:
+                self.waiting = False
             self.handle(tid, status, root)
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """End :meth:`run` between two reports; a signal handler."""
+        del number, frame
+        self.stopping = True
+        if self.waiting:
+            raise KeyboardInterrupt
 
     def handle(self, tid: int, status: int, root: int) -> None:
         """Deal with one report of waitpid()."""
@@ -146,19 +163,31 @@ class Tracer:
 
     def detach(self) -> None:
         """Let every thread run on untraced."""
+        running = []
         for tid in list(self.threads):
-            with contextlib.suppress(OSError):
-                pt.call(pt.INTERRUPT, tid)
+            try:
+                # What stands still already would not stop once more.
+                pt.call(pt.DETACH, tid)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    pt.call(pt.INTERRUPT, tid)
+                running.append(tid)
+        deadline = time.monotonic() + _DETACH_S
+        for tid in running:
+            self._detach_one(tid, deadline)
         for tid in list(self.threads):
-            self._detach_one(tid)
             self.forget(tid)
 
-    def _detach_one(self, tid: int) -> None:
-        while True:
+    def _detach_one(self, tid: int, deadline: float) -> None:
+        # Whoever does not stop in time is detached by the kernel when this process ends.
+        while time.monotonic() < deadline:
             try:
-                _, status = os.waitpid(tid, pt.WALL)
+                found, status = os.waitpid(tid, pt.WALL | os.WNOHANG)
             except ChildProcessError:
                 return
+            if not found:
+                time.sleep(_PAUSE_S)
+                continue
             if not os.WIFSTOPPED(status):
                 return
             number = os.WSTOPSIG(status)
@@ -166,7 +195,7 @@ class Tracer:
             passed = 0 if status >> 16 or number == signal.SIGTRAP | pt.SYSCALL_STOP else number
             with contextlib.suppress(OSError):
                 pt.call(pt.DETACH, tid, 0, passed)
-                return
+            return
 
 
 def _ids(tid: int) -> tuple[int, int]:
@@ -212,7 +241,17 @@ def _refusal(pid: int, error: OSError) -> str:
 def _threads_of(pid: int) -> Iterator[int]:
     with contextlib.suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/task"):
-            yield int(name)
+            if not _worker(int(name)):
+                yield int(name)
+
+
+def _worker(tid: int) -> bool:
+    """Whether the thread is one of the kernel's (KVM has such in a VM's process): it runs no program."""
+    try:
+        fields = Path(f"/proc/{tid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return bool(int(fields[6]) & _PF_USER_WORKER)
 
 
 def attach(pid: int, sink: Sink, record: Callable[[], RecordWriter | None]) -> int:
@@ -240,6 +279,8 @@ def attach(pid: int, sink: Sink, record: Callable[[], RecordWriter | None]) -> i
     sink.record = record()
     text = f"attached to process {pid_of} ({len(known)} threads); it is slow from here on; Ctrl-C detaches"
     sink.remark(text)
+    # Also where a shell started us with SIGINT ignored.
+    earlier = {number: signal.signal(number, tracer.stop) for number in _ENDS}
     try:
         for tid in known:
             tracer.add(tid)
@@ -247,10 +288,16 @@ def attach(pid: int, sink: Sink, record: Callable[[], RecordWriter | None]) -> i
         tracer.watcher.existing(tracer.processes[pid_of])
         tracer.run(pid_of)
     except KeyboardInterrupt:
-        sink.remark("detached")
+        pass
     finally:
+        if tracer.stopping:
+            sink.remark("detached")
+        for number in _ENDS:
+            signal.signal(number, signal.SIG_IGN)
         tracer.detach()
         sink.finish(tracer.order())
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -12,7 +12,7 @@ from kvmpy.debug.record.arguments import Follower, chunk, content_of, plan_of
 from kvmpy.debug.record.events import IOCTL, Close, Map, Object
 from kvmpy.debug.record.format import MAP_SHARED, FrameType, ObjectKind, What, When
 from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import KVM_CAP_XSAVE2, KVM_CREATE_DEVICE_TEST, KVM_EXIT_IO
+from kvmpy.uapi.constants import KVM_CAP_XSAVE2, KVM_CREATE_DEVICE_TEST, KVM_EXIT_IO, KVM_EXIT_IO_IN
 from kvmpy.uapi.structs import kvm_create_device, kvm_run, kvm_userspace_memory_region
 
 _IOCTL, _CLOSE, _MMAP, _MUNMAP, _DUP, _DUP2, _FCNTL, _DUP3, _CLOSE_RANGE = 16, 3, 9, 11, 32, 33, 72, 292, 436
@@ -223,9 +223,13 @@ class IoctlWatcher:
         if not known.run:
             return []
         now = process.peek(known.run, _RUN_HEAD)
-        if len(now) < _RUN_HEAD or now == known.shadow or (not known.shadow and not any(now)):
-            return []
-        return [chunk(known.run, now, When.IN, What.RUN)]
+        found = []
+        if len(now) == _RUN_HEAD and now != (known.shadow or bytes(_RUN_HEAD)):
+            found.append(chunk(known.run, now, When.IN, What.RUN))
+        address, size = known.answer
+        if size:
+            found.append(chunk(address, process.peek(address, size), When.IN, What.RUN))
+        return found
 
     def _run_out(self, process: Process, known: Known) -> list[bytes]:
         if not known.run:
@@ -237,9 +241,12 @@ class IoctlWatcher:
         known.shadow = now[:_RUN_HEAD]
         found = [chunk(known.run, now if run.kvm_valid_regs else known.shadow, When.OUT, What.RUN)]
         size = run.io.size * run.io.count
+        known.answer = (0, 0)
         if run.exit_reason == KVM_EXIT_IO and 0 < size <= _MOST_IO and run.io.data_offset < known.run_length:
             address = known.run + run.io.data_offset
             found.append(chunk(address, process.peek(address, size), When.OUT, What.RUN))
+            if run.io.direction == KVM_EXIT_IO_IN:
+                known.answer = (address, size)
         return found
 
     def _happened(

@@ -29,6 +29,8 @@ class Known:
     run: int = 0
     run_length: int = 0
     shadow: bytes = b""
+    answer: tuple[int, int] = (0, 0)
+    """Address and size of the data that the guest reads from a port with its next run."""
     gmems: int = 0
 
     @property

@@ -166,10 +166,11 @@ class PreloadTracer:
 
     def _poll(self) -> int:
         frames = self.shared.poll()
+        count = self.sink.take(frames)
         for frame in frames:
             if frame.type == Kind.NOTE:
                 self._exec(frame)
-        return self.sink.take(frames)
+        return count
 
     def _exec(self, frame: Frame) -> None:
         said = unpack(frame)
