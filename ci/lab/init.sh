@@ -2,22 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # The first process of a lab kernel. The root is the host's, read-only; the share "kvmpyjob" says what to run.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp/home LANG=C.UTF-8 TERM="${TERM:-linux}"
-mount -t proc proc /proc
-mount -t sysfs sys /sys
 [ -c /dev/null ] || mount -t devtmpfs dev /dev
-mount -t tmpfs -o mode=755 run /run
-mkdir -p /run/kvmpy/job /run/kvmpy/root /dev/pts /dev/shm
-mount -t devpts -o ptmxmode=666 pts /dev/pts
-mount -t tmpfs shm /dev/shm
-mount -t 9p -o trans=virtio,version=9p2000.L,msize=524288,ro kvmpyjob /run/kvmpy/job
-mount --bind / /run/kvmpy/root
-mount -t tmpfs tmp /tmp
-mkdir -p "$HOME" /tmp/cache/kvmpy
-mount -t debugfs debug /sys/kernel/debug 2>/dev/null
-ip link set lo up 2>/dev/null
+mount -n -t proc proc /proc
+mount -a -T "${0%/*}/fstab"
+mkdir -p "$HOME" /tmp/cache/kvmpy/guest
+ip link set lo up 2>/dev/null &
 
 for port in /sys/class/virtio-ports/*; do
-	[ -e "$port/name" ] && ln -s "${port##*/}" "/dev/$(cat "$port/name")"
+	read -r name <"$port/name" && ln -s "${port##*/}" "/dev/$name"
 done
 
 # Sets the environment and the command, as "$@".
@@ -34,11 +26,10 @@ for path in $KVMPY_LAB_KEEP; do
 done
 
 # Guest programs that the host has compiled: the cache is in memory, its entries are names by content.
+case $KVMPY_LAB_PROGRAMS in
+/tmp/* | /run/*) KVMPY_LAB_PROGRAMS=/run/kvmpy/root$KVMPY_LAB_PROGRAMS ;;
+esac
 if [ -d "${KVMPY_LAB_PROGRAMS:-}" ]; then
-	case $KVMPY_LAB_PROGRAMS in
-	/tmp/* | /run/*) KVMPY_LAB_PROGRAMS=/run/kvmpy/root$KVMPY_LAB_PROGRAMS ;;
-	esac
-	mkdir -p /tmp/cache/kvmpy/guest
 	ln -s "$KVMPY_LAB_PROGRAMS"/[0-9a-f]* /tmp/cache/kvmpy/guest/ 2>/dev/null
 fi
 

@@ -17,7 +17,7 @@ from kvmpy.lab.errors import LabError
 from kvmpy.lab.kernels import Kernel
 from kvmpy.lab.process import dies_with_parent, end_group
 
-_ROOT_FLAGS = "trans=virtio,version=9p2000.L,msize=524288,cache=loose"
+_ROOT_FLAGS = "trans=virtio,version=9p2000.L,msize=500000,cache=loose"
 _CPU = {"tcg": "EPYC,+svm,+npt", "kvm": "host"}
 _ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
 # Emulated, the first calibration of the TSC and the refined one differ by more than 250 ppm when the host is

@@ -306,7 +306,10 @@ class LabSession:
         report = hook.pytest_report_from_serializable(config=self._session.config, data=from_json(data))
         if lane is not None and self._setup.machines > 1:
             # What the terminal looks for when reports of several processes come in one stream.
-            report.node = SimpleNamespace(gateway=SimpleNamespace(id=f"machine{lane.number}"))
+            name = f"machine{lane.number}"
+            report.node = SimpleNamespace(
+                gateway=SimpleNamespace(id=name), _workerinfocache=f"[{name}]", workerinfo={}
+            )
         return report
 
     def _count(self) -> None:
