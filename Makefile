@@ -11,10 +11,10 @@ NATIVE_SOURCES := kvmpy/uapi/build.py $(wildcard kvmpy/uapi/cdef/* kvmpy/uapi/na
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run lab kernel test lint format wheel docs clean check-host
+.PHONY: help run hardware lab kernel test lint format wheel docs clean check-host
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "ARGS='...' is passed on by run, lab (kvmpy run, kvmpy lab run) and test (pytest)."
 	@echo "PYTHON=python3.12 picks the interpreter."
 
@@ -23,6 +23,9 @@ run: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests on this host's KVM, or in the
 
 lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests in a kernel under QEMU, built first when there is none
 	@$(BIN)/kvmpy lab run --build $(ARGS)
+
+hardware: $(VENV)/.kvmpy-run $(NATIVE) ## on a machine with SEV: doctor, the suite, bench, and one archive of it all
+	@$(BIN)/kvmpy hardware $(ARGS)
 
 kernel: $(VENV)/.kvmpy-run $(NATIVE) ## a kernel for the lab, unless there is one
 	@$(BIN)/kvmpy lab build --missing

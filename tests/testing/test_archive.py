@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archive of a run: what goes in, what is taken out, and the command that makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvmpy.cli.hardware import hardware
+from kvmpy.testing import archive
+from kvmpy.testing.archive import KernelLog, Scrubber
+
+
+def test_names_are_taken_out() -> None:
+    scrub = Scrubber(host="epyc7.lab.example", user="jdoe", home="/home/jdoe")
+    text = b"jdoe@epyc7: /home/jdoe/x on epyc7.lab.example, 10.1.2.3 (aa:BB:cc:00:11:22), jdoes epyc72"
+    assert scrub.text(text) == b"<user>@<host>: ~/x on <host>, <ip> (<mac>), jdoes epyc72"
+
+
+@pytest.mark.parametrize("text", [b"6.18.2.1-rc1", b"version 1.2.3", b"0xffff:00", b"300.1.1.1"])
+def test_what_is_no_name_stays(text: bytes) -> None:
+    assert Scrubber(host="", user="", home="").text(text) == text
+
+
+def test_nobody_special_is_not_taken_out() -> None:
+    scrub = Scrubber(host="localhost", user="root", home="/root")
+    assert scrub.text(b"run as root on localhost") == b"run as root on localhost"
+
+
+def test_a_record_of_the_kernel_reads_as_in_dmesg() -> None:
+    record = b"6,1234,5012345,-;kvm_amd: SEV enabled (ASIDs 33 - 64)\n SUBSYSTEM=x\n"
+    assert archive.message(record) == "[    5.012345] kvm_amd: SEV enabled (ASIDs 33 - 64)"
+
+
+def test_without_permission_the_log_says_why(tmp_path: Path) -> None:
+    log = KernelLog(tmp_path / "none")
+    assert log.read() == ""
+    assert "No such file" in log.missing
+    log.close()
+
+
+def test_the_archive_has_files_and_folders_and_no_leftover(tmp_path: Path) -> None:
+    records = tmp_path / "records"
+    (records / "deep").mkdir(parents=True)
+    (records / "deep" / "one.rec").write_bytes(b"\x00jdoe")
+    (records / "link").symlink_to("/etc/passwd")
+    target = tmp_path / "out.tar.gz"
+    scrub = Scrubber(host="", user="jdoe", home="")
+    names = archive.write(target, {"a.txt": b"by jdoe"}, [("records", records)], scrub)
+    assert names == ["a.txt", "records/deep/one.rec"]
+    with tarfile.open(target) as made:
+        assert made.getnames() == ["out/a.txt", "out/records/deep/one.rec"]
+        assert made.extractfile("out/a.txt").read() == b"by <user>"  # type: ignore[union-attr]
+        assert made.extractfile("out/records/deep/one.rec").read() == b"\x00jdoe"  # type: ignore[union-attr]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tar.gz", "records"]
+
+
+def test_the_machine_is_described_without_its_serial_numbers() -> None:
+    found = archive.machine()
+    assert found["kernel"] == os.uname().release
+    assert not {"product_serial", "board_serial", "product_uuid", "chassis_serial"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(["-o", "x.zip"], "ends in .tar.gz"), (["-o", "/nonexistent/x.tar.gz"], "no folder /nonexistent")],
+)
+def test_a_bad_target_is_refused_before_anything_runs(arguments: list[str], text: str) -> None:
+    result = CliRunner().invoke(hardware, arguments)
+    assert result.exit_code == 2
+    assert text in result.output
+
+
+def test_a_run_ends_in_one_archive_and_the_suites_status(tmp_path: Path) -> None:
+    test = tmp_path / "test_two.py"
+    test.write_text(
+        "def test_good():\n    pass\n\n\ndef test_bad():\n    raise ValueError\n", encoding="utf-8"
+    )
+    target = tmp_path / "made.tar.gz"
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "kvmpy",
+            "hardware",
+            "-o",
+            str(target),
+            "--require",
+            "",
+            "--no-bench",
+            str(test),
+        ],
+        capture_output=True,
+        timeout=110,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1, result.stderr
+    with tarfile.open(target) as made:
+        names = {name.removeprefix("made/") for name in made.getnames()}
+        verdicts = json.load(made.extractfile("made/verdicts.json"))  # type: ignore[arg-type]
+    assert {"machine.json", "doctor.txt", "run.txt", "verdicts.json", "verdicts.ktap", "dmesg.txt"} <= names
+    assert sorted(entry["verdict"] for entry in verdicts["tests"]) == ["fail", "pass"]
