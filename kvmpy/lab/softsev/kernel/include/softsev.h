@@ -21,7 +21,13 @@
 struct cpuinfo_x86;
 
 #ifdef CONFIG_SOFTSEV
-bool softsev_enabled(void);
+extern bool softsev_on;
+
+static __always_inline bool softsev_enabled(void)
+{
+	return softsev_on;
+}
+
 void softsev_cpu_init(struct cpuinfo_x86 *c);
 unsigned int softsev_cbit(void);
 

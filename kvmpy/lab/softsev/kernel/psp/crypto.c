@@ -115,18 +115,36 @@ int softsev_kdf(u8 *out, unsigned int len, const u8 *key, unsigned int key_len, 
 	return 0;
 }
 
+/* Kernels have one of two types of key; the makefile looks which. */
+struct aes_key_schedule {
+#ifdef SOFTSEV_AES_ENCKEY
+	struct aes_enckey key;
+#else
+	struct crypto_aes_ctx key;
+#endif
+};
+
+static void expand_key(struct aes_key_schedule *to, const u8 *key)
+{
+#ifdef SOFTSEV_AES_ENCKEY
+	aes_prepareenckey(&to->key, key, KEY128);
+#else
+	aes_expandkey(&to->key, key, KEY128);
+#endif
+}
+
 void softsev_aes_ctr(const u8 *key, const u8 *iv, const u8 *in, u8 *out, unsigned int len)
 {
 	u8 counter[AES_BLOCK_SIZE], stream[AES_BLOCK_SIZE];
-	struct crypto_aes_ctx ctx;
+	struct aes_key_schedule ctx;
 	unsigned int i;
 	int at;
 
 	memcpy(counter, iv, sizeof(counter));
-	aes_expandkey(&ctx, key, KEY128);
+	expand_key(&ctx, key);
 	for (i = 0; i < len; i++) {
 		if (i % AES_BLOCK_SIZE == 0) {
-			aes_encrypt(&ctx, stream, counter);
+			aes_encrypt(&ctx.key, stream, counter);
 			for (at = AES_BLOCK_SIZE - 1; at >= 0 && !++counter[at]; at--)
 				;
 		}

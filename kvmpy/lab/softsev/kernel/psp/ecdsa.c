@@ -5,10 +5,11 @@
  * The kernel has no signing. Numbers are arrays of native digits, lowest first: on x86 the same bytes as the firmware's
  * little-endian fields.
  */
+#include <linux/kernel.h>
+#include <linux/random.h>
 #include <crypto/ecc_curve.h>
 #include <crypto/ecdh.h>
 #include <crypto/internal/ecc.h>
-#include <linux/random.h>
 #include "psp.h"
 
 static const struct ecc_curve *p384(void)

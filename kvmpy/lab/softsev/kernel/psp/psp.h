@@ -7,8 +7,11 @@
 #ifndef __SOFTSEV_PSP_H
 #define __SOFTSEV_PSP_H
 
-#include <linux/psp-sev.h>
+#include <linux/bitfield.h>
+#include <linux/fs.h>
+#include <linux/kernel.h>
 #include <linux/mm.h>
+#include <linux/psp-sev.h>
 #include <linux/string.h>
 #include <crypto/hash.h>
 #include <asm/softsev.h>

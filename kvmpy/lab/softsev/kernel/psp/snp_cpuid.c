@@ -3,8 +3,7 @@
  * Software AMD-SP: the CPUID page (SNP firmware ABI, 8.17.2.6). The firmware compares it with what this CPU can do and,
  * when it says more, corrects it and refuses.
  */
-#include <asm/cpufeature.h>
-#include <asm/processor.h>
+#include <linux/kernel.h>
 #include "psp.h"
 
 #define CPUID_ENTRIES	64
@@ -64,7 +63,7 @@ static u32 xsave_size(u64 xcr0)
 	for (i = 2; i < 63; i++) {
 		if (!(xcr0 & BIT_ULL(i)))
 			continue;
-		cpuid_count(0xd, i, &eax, &ebx, &ecx, &edx);
+		softsev_cpuid_count(0xd, i, &eax, &ebx, &ecx, &edx);
 		size = max(size, eax + ebx);
 	}
 	return size;

@@ -7,8 +7,7 @@
 #include <linux/mm.h>
 #include <linux/printk.h>
 #include <linux/random.h>
-#include <asm/cpufeature.h>
-#include <asm/processor.h>
+#include <linux/topology.h>
 #include "psp.h"
 
 #define POLICY_KNOWN	GENMASK_ULL(25, 0)
@@ -38,7 +37,7 @@ u32 softsev_snp_launch_start(void *buf)
 		return SEV_RET_POLICY_FAILURE;
 	if (policy & POLICY_UNAVAILABLE)
 		return SEV_RET_POLICY_FAILURE;
-	if (!(policy & BIT_ULL(16)) && topology_smt_supported())
+	if (!(policy & BIT_ULL(16)) && topology_max_smt_threads() > 1)
 		return SEV_RET_POLICY_FAILURE;
 
 	c->policy = policy;
@@ -86,7 +85,7 @@ static void fill_secrets(struct softsev_gctx *c, void *page)
 	memset(page, 0, PAGE_SIZE);
 	s->version = 3;
 	s->imi = c->imi;
-	s->fms = cpuid_eax(1);
+	s->fms = softsev_cpuid_eax(1);
 	memcpy(s->gosvw, c->gosvw, sizeof(s->gosvw));
 	memcpy(s->vmpck, c->vmpck, sizeof(s->vmpck));
 }

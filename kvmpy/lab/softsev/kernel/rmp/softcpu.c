@@ -7,24 +7,30 @@
 #include <linux/cache.h>
 #include <linux/cc_platform.h>
 #include <linux/export.h>
+#include <linux/init.h>
 #include <linux/kernel.h>
 #include <linux/printk.h>
-#include <asm/cpufeature.h>
 #include <asm/cmdline.h>
+#include <asm/cpufeature.h>
 #include <asm/processor.h>
 #include <asm/setup.h>
 #include <asm/softsev.h>
+#if __has_include(<asm/cpuid/api.h>)
+#include <asm/cpuid/api.h>
+#endif
 
 #define CPUID_SEV	0x8000001f
 #define CPUID_EXT_MAX	0x80000000
 
-static bool softsev_on __ro_after_init;
+bool softsev_on __ro_after_init;
+EXPORT_SYMBOL_GPL(softsev_on);
 
-bool softsev_enabled(void)
+/* Read long before parameters are: this only makes it a known one. */
+static int __init softsev_parameter(char *value)
 {
-	return softsev_on;
+	return 1;
 }
-EXPORT_SYMBOL_GPL(softsev_enabled);
+__setup("softsev", softsev_parameter);
 
 /* softsev_cpu_init - called while a processor is identified, so that its features are there from the beginning */
 void softsev_cpu_init(struct cpuinfo_x86 *c)

@@ -46,7 +46,7 @@ struct softsev_vcpu {
 	struct softsev_fault fault;
 	u64 cr0, cr4, efer;
 	struct vmcb_save_area save;
-	unsigned long regs[NR_VCPU_REGS];
+	typeof_member(struct kvm_vcpu_arch, regs) regs;
 	struct softsev_fpu fpu;
 };
 

@@ -9,7 +9,6 @@
 #include <linux/kvm_host.h>
 #include <asm/svm.h>
 #include "x86.h"
-#include "kvm_cache_regs.h"
 #include "softsev.h"
 
 #define VC_MMIO		SVM_EXIT_NPF
@@ -89,7 +88,7 @@ static bool softsev_own_msr(struct kvm_vcpu *vcpu)
 	struct vmcb_control_area *c = &svm->vmcb->control;
 	bool es = softsev_is_es(svm), write = c->exit_info_1;
 	struct sev_es_save_area *v = es ? softsev_vmsa(svm) : NULL;
-	u32 msr = es ? v->rcx : kvm_rcx_read(vcpu);
+	u32 msr = es ? v->rcx : vcpu->arch.regs[VCPU_REGS_RCX];
 	u64 value;
 
 	if (msr == MSR_AMD64_SEV && !write) {
@@ -107,8 +106,8 @@ static bool softsev_own_msr(struct kvm_vcpu *vcpu)
 		v->rax = (u32)value;
 		v->rdx = value >> 32;
 	} else {
-		kvm_rax_write(vcpu, (u32)value);
-		kvm_rdx_write(vcpu, value >> 32);
+		vcpu->arch.regs[VCPU_REGS_RAX] = (u32)value;
+		vcpu->arch.regs[VCPU_REGS_RDX] = value >> 32;
 	}
 	if (es)
 		v->rip += 2;

@@ -2,6 +2,7 @@
 /*
  * Software AMD-SP: the instructions with which an SNP guest changes the RMP's entries of its own pages (APM volume 3).
  */
+#include <linux/bitfield.h>
 #include <linux/bitops.h>
 #include <linux/kvm_host.h>
 #include "x86.h"
