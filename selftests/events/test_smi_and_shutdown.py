@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmpy.core.address import Gpa
-from kvmpy.core.errors import KvmError
+from kvmpy.core.errors import KvmError, MissingError
 from kvmpy.core.exits import IoExit, ShutdownExit
 from kvmpy.core.vm import Vm
 from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import (
+    KVM_CAP_MULTI_ADDRESS_SPACE,
     KVM_CAP_X86_SMM,
     KVM_CAP_X86_TRIPLE_FAULT_EVENT,
     KVM_RUN_X86_SMM,
@@ -39,6 +40,9 @@ def with_smm_handler(event_guest: EventGuestMaker) -> EventGuest:
     """Return a guest whose SMM handler writes to a port and resumes."""
     guest = event_guest()
     vm = guest.vm
+    if vm.check_extension(KVM_CAP_MULTI_ADDRESS_SPACE) < 2:
+        # kvm_arch_nr_memslot_as_ids(): one for VMs with private memory, which have no SMM.
+        raise MissingError("an address space of its own for SMM", "a VM type without private memory in KVM")
     vm.memory.shared_view(SMM_ENTRY, len(SMM_CODE))[:] = SMM_CODE
     # lifetime: the slot shows guest memory, which the VM keeps.
     vm.set_user_memory_region(
