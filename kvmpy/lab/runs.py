@@ -26,7 +26,7 @@ from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
 from kvmpy.lab.process import dies_with_parent
 from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
-from kvmpy.lab.session import LabSession, Setup
+from kvmpy.lab.session import WITHOUT_TRACE, LabSession, Setup
 from kvmpy.testing.host import PLATFORM_VARIABLE
 
 _PLUGINS = ("kvmpy.testing.plugin", "pytest_timeout")
@@ -115,12 +115,10 @@ def run(request: Request, say: Say) -> int:
         code = int(pytest.main([*here, *request.reports, *common], plugins=[session]))
     finally:
         session.close()
-        if code in (0, 5):
+        if code in WITHOUT_TRACE:
             shutil.rmtree(folder, ignore_errors=True)
-        else:
+        elif not session.told:
             say(f"consoles and output: {folder}")
-    if session.first_test is not None:
-        say(f"boot to first test: {session.first_test:.1f} s ({request.options.accel})")
     return code
 
 

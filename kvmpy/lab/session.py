@@ -26,6 +26,8 @@ from kvmpy.testing.journal import from_json, lost_report
 
 MAX_BOOTS = 50
 FAILED = 3
+# Exit statuses of pytest after which nobody wants to see a console.
+WITHOUT_TRACE = (0, 5)
 _POLL = 0.02
 # Below that another machine's boot takes longer than what it would save.
 _WORTH_A_MACHINE = 4 * MIN_SHARE
@@ -62,6 +64,8 @@ class LabSession:
         self._started = time.monotonic()
         self._why = ""
         self.first_test: float | None = None
+        # Whether the terminal's summary says where the consoles are.
+        self.told = False
 
     @property
     def host(self) -> HostSummary | None:
@@ -128,6 +132,16 @@ class LabSession:
                 return True
             self._grow()
             time.sleep(_POLL)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+        """Say how long it took to begin, and where the consoles of a run that failed are."""
+        about = f"{len(self._lanes)} machines, {sum(lane.boots for lane in self._lanes)} boots"
+        if self.first_test is not None:
+            about += f", boot to first test {self.first_test:.1f} s"
+        terminalreporter.write_line(f"kvmpy lab: {self._options.accel}, {about}")
+        if int(exitstatus) not in WITHOUT_TRACE:
+            terminalreporter.write_line(f"kvmpy lab: consoles and output: {self._setup.folder}")
+            self.told = True
 
     def pytest_unconfigure(self) -> None:
         """Leave no QEMU behind."""
