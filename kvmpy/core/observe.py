@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from kvmpy.core.fd import KvmFd
+    # By this name an observer outside of this room knows what it is told of.
+    from kvmpy.core.fd import KvmFd as KvmFd  # noqa: PLC0414
     from kvmpy.uapi.ioctls import Ioctl
     from kvmpy.uapi.structs import Struct
 

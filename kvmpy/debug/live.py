@@ -16,7 +16,7 @@ from kvmpy.debug.record.format import What, When
 from kvmpy.uapi import ffi
 
 if TYPE_CHECKING:
-    from kvmpy.core.fd import KvmFd
+    from kvmpy.core.observe import KvmFd
     from kvmpy.uapi.ioctls import Ioctl as Op
     from kvmpy.uapi.structs import Struct
 

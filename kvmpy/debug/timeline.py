@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from kvmpy.core import observe
 
 if TYPE_CHECKING:
-    from kvmpy.core.fd import KvmFd
+    from kvmpy.core.observe import KvmFd
     from kvmpy.uapi.ioctls import Ioctl
     from kvmpy.uapi.structs import Struct
 
