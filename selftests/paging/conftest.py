@@ -247,10 +247,16 @@ class Prober:
 
     def page(self, gva: Gva, content: int | bytes = 0, *, private: bool | None = None, **how: bool) -> Gpa:
         """Map a new page (for both rings unless user=False) that begins with *content*."""
-        gpa = self.vm.allocator.alloc(1, private=private)
+        gpa = self.new(private=private)
         self.vm.memory.write(gpa, content.to_bytes(8, "little") if isinstance(content, int) else content)
         self.vm.map(gva, gpa, PAGE_SIZE, page_size=PAGE_SIZE, **{"user": True, **how})
         return gpa
+
+    def new(self, pages: int = 1, *, private: bool | None = None, align: int = PAGE_SIZE) -> Gpa:
+        """Allocate pages that the host can write: shared ones once private memory is out of its reach."""
+        if private is None and self.vm.memory.seal is not None:
+            private = False
+        return self.vm.allocator.alloc(pages, private=private, align=align)
 
     def entry(self, gva: Gva, level: int) -> WalkStep:
         """Return the entry of *level* (1 = PTE) that *gva* uses."""

@@ -31,7 +31,7 @@ def u(ring: int) -> int:
 
 def another_page(prober: Prober, content: int) -> Gpa:
     """A page of the default kind that is not mapped yet."""
-    gpa = prober.vm.allocator.alloc(1)
+    gpa = prober.new()
     prober.vm.memory.write(gpa, content.to_bytes(8, "little"))
     return gpa
 
@@ -173,7 +173,7 @@ def test_small_pages_that_become_a_large_one(prober: Prober) -> None:
     for page in (0, 3, 511):
         prober.page(GVA + page * PAGE_SIZE, MARK + page)
         assert prober.read(GVA + page * PAGE_SIZE) == MARK + page
-    gpa = vm.allocator.alloc(512, align=SIZE_2M)
+    gpa = prober.new(512, align=SIZE_2M)
     for page in (0, 3, 511):
         vm.memory.write(gpa + page * PAGE_SIZE, (MARK - page).to_bytes(8, "little"))
     prober.edit(lambda: vm.map(GVA, gpa, SIZE_2M, page_size=SIZE_2M, user=True, overwrite=True), GVA)
