@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _WAIT = """
 import os, sys
 gate = int(sys.argv[1])
-os.read(gate, 1)
+if not os.read(gate, 1):
+    sys.exit()
 os.close(gate)
 os.execvp(sys.argv[2], sys.argv[2:])
 """

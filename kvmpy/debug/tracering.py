@@ -227,4 +227,4 @@ class PageLayout:
                 if length < 0 or start + length > end:
                     raise FormatError(f"a record of {length} bytes at {start} ends outside its page")
                 yield now, page[start : start + length]
-                at = start + (length + 3 & ~3)
+                at = start + length
