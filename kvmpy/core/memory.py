@@ -237,7 +237,7 @@ class GuestMemory:
         first, last = int(gpa) >> PAGE_SHIFT, (int(gpa) + max(size, 1) - 1) >> PAGE_SHIFT
         count = self.private.range_cardinality(first, last + 1)
         if count == 0:
-            return segment.shared.view(segment.shared_offset + offset, size)
+            return segment.shared.look(segment.shared_offset + offset, size)
         if segment.private is not segment.shared and count != last + 1 - first:
             raise ValueError(
                 f"gpa {int(gpa):#x}, {size:#x} bytes: {count} of {last + 1 - first} pages are private, "
@@ -252,15 +252,19 @@ class GuestMemory:
             raise PrivateMemoryError(
                 f"gpa {int(gpa):#x}, {size:#x} bytes is private, and the host has no mapping of it"
             )
-        return segment.private.view(segment.private_offset + offset, size)
+        return segment.private.look(segment.private_offset + offset, size)
 
     def shared_view(self, gpa: Gpa, size: int) -> memoryview:
         """Return what the guest sees through the shared alias of *gpa*, whatever the page is now."""
-        segment = self.find(gpa, size)
-        found = segment.shared.view(segment.shared_offset + int(gpa) - int(segment.gpa), size)
+        found = self.shared_look(gpa, size)
         if observe.host:
             _shown(found)
         return found
+
+    def shared_look(self, gpa: Gpa, size: int) -> memoryview:
+        """Return the same for a caller who tells observers itself what it writes."""
+        segment = self.find(gpa, size)
+        return segment.shared.look(segment.shared_offset + int(gpa) - int(segment.gpa), size)
 
     def private_view(self, gpa: Gpa, size: int) -> memoryview:
         """Return what the guest sees through the private alias of *gpa*; PrivateMemoryError where the host

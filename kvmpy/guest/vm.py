@@ -229,7 +229,7 @@ class GuestVm(VmPrivate):
             vcpu.percpu = Gva(layout.PERCPU_BASE + index * percpu)
             vcpu.percpu_gpa = areas + index * percpu
             ucall_gpa = ucalls + index * PAGE_SIZE
-            page = self.memory.shared_view(ucall_gpa, PAGE_SIZE)
+            page = self.memory.shared_look(ucall_gpa, PAGE_SIZE)
             layout.fill_ucall_page(
                 page, index, int(ucall_gpa), layout.UCALL_BASE + index * layout.UCALL_PAGE_SIZE
             )

@@ -135,7 +135,6 @@ ORDER = """\
 /* The recorded order between threads. */
 static pthread_mutex_t order_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t order_changed = PTHREAD_COND_INITIALIZER;
-static unsigned char begun[STEPS], ended[STEPS];
 
 static void set(unsigned char *flag)
 {
@@ -192,12 +191,9 @@ static struct memory_fault memory_fault(const struct kvm_run *run)
 
 RESET_RING = """\
 /* What a program does that collects entries of a dirty ring: marks them, here the first @count of them. */
-static long collect(struct kvm_run *run, size_t size, long count)
+static long collect(struct kvm_dirty_gfn *ring, size_t size, long count)
 {
-	struct kvm_dirty_gfn *ring = (void *)((char *)run + KVM_DIRTY_LOG_PAGE_OFFSET * 4096);
-	size_t entries = (size - KVM_DIRTY_LOG_PAGE_OFFSET * 4096) / sizeof(*ring);
-
-	for (size_t i = 0; i < entries && count > 0; i++) {
+	for (size_t i = 0; i < size / sizeof(*ring) && count > 0; i++) {
 		if (ring[i].flags == KVM_DIRTY_GFN_F_DIRTY) {
 			ring[i].flags |= KVM_DIRTY_GFN_F_RESET;
 			count--;

@@ -33,6 +33,7 @@ from kvmpy.debug.record.guestcode import discover
 from kvmpy.debug.record.model import request_name
 from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
 from kvmpy.uapi import ioctls
+from kvmpy.uapi.buffers import struct_class
 from kvmpy.uapi.constants import ExitReason
 from kvmpy.uapi.field_words import ARGUMENTS
 from kvmpy.uapi.struct_base import FlexStruct
@@ -60,8 +61,9 @@ class _Parts:
 class CFile:
     """Writes the C file for *script*, which ends in step *target*."""
 
-    def __init__(self, script: Script, target: Step) -> None:
+    def __init__(self, script: Script, target: Step, limit: int = LIMIT) -> None:
         self.script = script
+        self.limit = limit
         self.target = target
         self.words = Vocabulary()
         self.need = _Parts()
@@ -71,6 +73,7 @@ class CFile:
         self.statics: list[str] = []
         self._label = 0
         self._run_areas: set[int] = set()
+        self._rings: dict[str, int] = {}
         self._watched = {other for step in script.steps for other in step.during}
         self._awaited = {other for step in script.steps for other in step.after}
         self._name_objects()
@@ -119,7 +122,7 @@ class CFile:
         if region not in self.regions:
             owner = self.script.objects.get(region.object)
             if owner is not None and owner.kind == ObjectKind.VCPU:
-                self.regions[region] = f"{self.fd(region.object)}_run"
+                self.regions[region] = f"{self.fd(region.object)}_{'ring' if region.offset else 'run'}"
             else:
                 self.regions[region] = f"mem{sum(1 for n in self.regions.values() if n.startswith('mem'))}"
         return self.regions[region]
@@ -249,14 +252,7 @@ class CFile:
         elif isinstance(what, Object):
             yield from self._object(what)
         elif step.region is not None and not step.data:
-            name = self.region(step.region)
-            if not name.endswith("_run"):
-                self.need("map_fd")
-                yield (
-                    f"\t{name} = map_fd({self.fd(step.region.object)}, {step.region.size:#x}, "
-                    f"{step.region.offset:#x});"
-                )
-                yield from self._fill(step.region)
+            yield from self._map_step(step.region)
         elif isinstance(what, (Write, Memory)) and step.region is not None:
             yield from self._write(step, what.address - step.region.start)
         elif isinstance(what, Kick):
@@ -276,6 +272,16 @@ class CFile:
             yield f"\teventfd_write({self.fd(what.object)}, {what.value});"
         if step.index in self._awaited:
             yield f"\tset(&ended[{step.index}]);"
+
+    def _map_step(self, region: Region) -> Iterator[str]:
+        name = self.region(region)
+        if name.endswith("_run"):
+            return
+        if name.endswith("_ring"):
+            self._rings[name] = region.size
+        self.need("map_fd")
+        yield f"\t{name} = map_fd({self.fd(region.object)}, {region.size:#x}, {region.offset:#x});"
+        yield from self._fill(region)
 
     def _object(self, what: Object) -> Iterator[str]:
         name = self.fd(what.id)
@@ -353,10 +359,8 @@ class CFile:
     def _collect(self, count: int) -> str:
         self.need("ring")
         left = str(count)
-        for ident in [i for i, each in self.script.objects.items() if each.kind == ObjectKind.VCPU]:
-            if ident in self.names:
-                self._run_areas.add(ident)
-                left = f"collect({self.fd(ident)}_run, run_size, {left})"
+        for name, size in self._rings.items():
+            left = f"collect({name}, {size:#x}, {left})"
         return f"(void){left}"
 
     def _map_run(self, ident: int) -> Iterator[str]:
@@ -369,13 +373,7 @@ class CFile:
         found = set()
         for step in self.script.steps:
             what = step.entry.what
-            if isinstance(what, Ioctl) and what.request in (_RUN, ioctls.KVM_RESET_DIRTY_RINGS.nr):
-                found |= (
-                    {what.object}
-                    if what.request == _RUN
-                    else {i for i, o in self.script.objects.items() if o.kind == ObjectKind.VCPU}
-                )
-            elif isinstance(what, Kick):
+            if isinstance(what, Kick) or (isinstance(what, Ioctl) and what.request == _RUN):
                 found.add(what.object)
         return found
 
@@ -413,7 +411,11 @@ class CFile:
 
         lines = []
         for path, value in comparable(step, node.after):
-            shown = f"{argument.removeprefix('&')}.{path}"
+            place = argument.removeprefix("&")
+            # An open array lies behind its struct: see _open_array().
+            if issubclass(struct_class(node.struct), FlexStruct) and not path.startswith("entries["):
+                place += ".head"
+            shown = f"{place}.{path}"
             lines.append(f'{indent}value({step.index}, "{path}", {shown}, {number(value)});')
         return lines[:_MOST_CHECKS]
 
@@ -548,7 +550,8 @@ class CFile:
                 functions += [f"static void *thread{lane}(void *arg)", "{", "\t(void)arg;", "", *body[:-1]]
                 functions += ["\treturn NULL;", "}", ""]
         functions += self._main(lanes, setup)
-        lines += [*self._common(), *self._variables("\n".join(functions)), *functions]
+        text = "\n".join(functions)
+        lines += [*self._common(text), *self._variables(text), *functions]
         return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
     def _header(self) -> list[str]:
@@ -595,30 +598,37 @@ class CFile:
             definitions = ["", "/* What older kernel headers lack. */", *definitions]
         return [*(f"#include <{name}>" for name in headers), *definitions]
 
-    def _common(self) -> list[str]:
+    def _common(self, functions: str) -> list[str]:
         lines = [
             "/* What a file descriptor or a frequency is differs from run to run. */",
             "#define ANY (-2)",
-            f"#define LIMIT {LIMIT}",
-            f'#define LIMIT_TEXT "{LIMIT}"',
+            f"#define LIMIT {self.limit}",
+            f'#define LIMIT_TEXT "{self.limit}"',
         ]
         if self.threaded:
             lines.append(f"#define STEPS {len(self.script.steps)}")
         lines.append("")
+
+        def called(name: str) -> bool:
+            return f"{name}(" in functions
+
+        waits = called("await")
         parts = [
             (True, ctext.CHECK),
-            ("need" in self.need.used, ctext.NEED),
-            ("value" in self.need.used, ctext.VALUE),
-            ("memory" in self.need.used, ctext.MEMORY),
-            ("map_fd" in self.need.used, ctext.MAP_FD),
-            ("words" in self.need.used, ctext.WORDS),
+            (called("need"), ctext.NEED),
+            (called("value"), ctext.VALUE),
+            (called("map_memory"), ctext.MEMORY),
+            (called("map_fd"), ctext.MAP_FD),
+            (called("put_words"), ctext.WORDS),
             (self._signals(), ctext.SIGNALS),
-            ("interrupt" in self.need.used, ctext.INTERRUPT),
-            ("kick" in self.need.used, ctext.KICK),
-            ("fault" in self.need.used, ctext.FAULT),
-            ("ring" in self.need.used, ctext.RESET_RING),
+            (called("run_for"), ctext.INTERRUPT),
+            (called("kick"), ctext.KICK),
+            (called("memory_fault"), ctext.FAULT),
+            (called("collect"), ctext.RESET_RING),
             (True, ctext.LATE),
-            (self.threaded, ctext.ORDER),
+            (waits, ctext.ORDER),
+            (waits and "&begun[" in functions, "static unsigned char begun[STEPS];\n"),
+            (waits and "&ended[" in functions, "static unsigned char ended[STEPS];\n"),
         ]
         for used, text in parts:
             if used:
@@ -643,6 +653,8 @@ class CFile:
         for region, name in self.regions.items():
             if name.startswith("mem"):
                 lines.append(f"static unsigned char *{name};	/* {region.size:#x} bytes */")
+            elif name.endswith("_ring"):
+                lines.append(f"static struct kvm_dirty_gfn *{name};")
         if "bad" in self.need.used:
             lines.append("static unsigned char *bad_address;	/* nobody can read or write there */")
         return [*lines, ""]
@@ -700,6 +712,9 @@ def _any_result(what: Ioctl) -> bool:
     return "" in VOLATILE.get(request_name(what), ()) and what.result >= 0
 
 
-def write_c(script: Script, target: Step) -> str:
-    """Return the C file that carries *script* out, and whose verdict is about *target*, one of its steps."""
-    return CFile(script, target).text()
+def write_c(script: Script, target: Step, limit: int = LIMIT) -> str:
+    """Return the C file that carries *script* out, and whose verdict is about *target*, one of its steps.
+
+    It gives up after *limit* seconds.
+    """
+    return CFile(script, target, limit).text()

@@ -301,7 +301,12 @@ class _Builder:
             self.numbers[self.objects[step.makes].fd] = step.makes
         if what.request == ioctls.KVM_RUN.nr:
             area = next(
-                (r for r in self.regions if r.object == what.object and r.since <= what.end_order), None
+                (
+                    r
+                    for r in self.regions
+                    if r.object == what.object and not r.offset and r.since <= what.end_order
+                ),
+                None,
             )
             start = area.start if area is not None else 0
             chunks = [each for each in what.chunks if each.what == What.RUN]

@@ -20,6 +20,9 @@ from kvmpy.uapi import ffi
 # Present or swapped out: the two highest bits of a page's entry, whose last byte this is.
 _POPULATED = re.compile(rb"[\x40-\xff]+")
 _RUN_PAGES = 1024
+# Views that are compared before every run; larger ones are compared before the next run alone.
+_LARGEST_VIEW = 64 << 10
+_MOST_VIEWS = 64
 
 
 def address_of(view: memoryview) -> int:
@@ -127,6 +130,7 @@ class MemoryTracker:
             for address, size in fresh:
                 self._read(address, size, 0 if state.ran else MEMORY_INITIAL, tid)
             state.ran = True
+            self.look_again()
 
     def _read(self, address: int, size: int, flags: int, tid: int) -> None:
         count = size // PAGE_SIZE
@@ -195,13 +199,18 @@ class MemoryTracker:
             return
         address = address_of(view)
         with self._lock:
-            if not self._watched(address):
+            large = view.nbytes > _LARGEST_VIEW
+            once = once or large
+            if not (self._watched(address) if once else self.holds(address)):
                 return
             for each in self.shown:
                 if each.address == address and len(each.content) == view.nbytes:
                     each.once = each.once and once
                     return
             self.shown.append(Shown(address, view, once, view.tobytes()))
+            if len(self.shown) > _MOST_VIEWS and not once:
+                # The oldest is the one that is least likely to be written again.
+                self.shown.remove(next(each for each in self.shown if not each.once))
 
     def compare(self, tid: int) -> None:
         """Write what changed under the views since they were looked at last; a vCPU is about to run."""

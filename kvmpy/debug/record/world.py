@@ -192,7 +192,7 @@ class World:
     def _vcpu(self, step: Step) -> tuple[Any, mmap.mmap]:
         what = step.ioctl
         ident = what.object if what is not None else 0
-        region = next((r for r in self._areas if r.object == ident), None)
+        region = next((r for r in self._areas if r.object == ident and not r.offset), None)
         if region is None:
             region = Region(0, self._mmap_size(), ident)
             if ident not in self.fds:
@@ -269,7 +269,7 @@ class World:
             owner = self.script.objects.get(region.object)
             if owner is None or owner.kind != ObjectKind.VCPU:
                 continue
-            at = _DIRTY_RING_PAGE * 4096
+            at = max(0, _DIRTY_RING_PAGE * 4096 - region.offset)
             while at + 16 <= len(area) and count > 0:
                 if area[at] & 3 == 1:
                     area[at] = area[at] | 2
