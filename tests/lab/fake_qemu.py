@@ -37,7 +37,7 @@ SUMMARY = {
 
 
 def node(name: str) -> str:
-    return f"selftests/area/test_a.py::{name}"
+    return f"{os.environ.get('FAKE_QEMU_FOLDER', 'selftests/area')}/test_a.py::{name}"
 
 
 def write(name: str, text: str) -> None:

@@ -59,7 +59,7 @@ def test_c_fails():
 
 def test_d_warns():
     # What a WARN prints; the kernel offers no way to have a real one.
-    Path("/dev/kmsg").write_text("<4>WARNING: CPU: 0 PID: 1 at kernel/own.c:1 own+0x1/0x2")
+    Path("/dev/kmsg").write_text("<4>WARNING: CPU: 0 PID: 1 at kernel/own.c:1 own+0x1/0x2\\n")
     time.sleep(60)
 
 

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host does for the sessions inside: it compiles their guest programs and their modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmpy.guest import GuestProgram, cache, program
+from kvmpy.guest.errors import GuestBuildError
+from kvmpy.lab import bytecode, programs
+
+SOURCE = """
+#include <kvmpy/guest.h>
+void guest_main(void)
+{
+	GUEST_SYNC(%d);
+}
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Two caches, of a host and of a session inside, and requests that the host answers at once."""
+    host, inside, answers = tmp_path / "host", tmp_path / "inside", tmp_path / "answers"
+    monkeypatch.setenv(programs.CACHE_VARIABLE, str(host / "kvmpy" / "guest"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(inside))
+    monkeypatch.setattr(program, "_known", {})
+    events: list[dict[str, Any]] = []
+
+    def write(event: dict[str, Any]) -> None:
+        events.append(event)
+        with monkeypatch.context() as there:
+            there.setenv("XDG_CACHE_HOME", str(host))
+            there.setattr(program, "elsewhere", None)
+            programs.answer(answers, event)
+
+    monkeypatch.setattr(program, "elsewhere", lambda key, recipe: programs.ask(write, answers, key, recipe))
+    return events
+
+
+def test_the_host_compiles_and_the_session_inside_finds_it(elsewhere: list[dict[str, Any]]) -> None:
+    made = []
+    for _ in range(2):
+        made.append(GuestProgram.from_c(SOURCE % 5, cflags=["-DX=1"]))
+        program._known.clear()
+    (event,) = elsewhere  # the second time it is in the cache
+    assert cache.entry(event["key"]).is_symlink()
+    assert made[0].symbol("guest_main").gva
+    assert made[0].elf == made[1].elf
+
+
+def test_what_does_not_compile_is_explained_inside(elsewhere: list[dict[str, Any]]) -> None:
+    with pytest.raises(GuestBuildError, match="expected"):
+        GuestProgram.from_c("#include <kvmpy/guest.h>\nvoid guest_main(void) { broken here }\n")
+    assert len(elsewhere) == 1
+
+
+def test_a_name_that_leads_elsewhere_is_not_written(tmp_path: Path) -> None:
+    programs.answer(tmp_path / "answers", {"key": "../out", "recipe": {}})
+    assert not (tmp_path / "out").exists()
+
+
+def test_missed_modules_are_compiled_for_the_next_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "own_module.py"
+    file.write_text("raise RuntimeError('only compiled')\n")
+    bytecode.compile_files([str(file), "/does/not/exist.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "pycache_prefix", str(bytecode.folder()))
+    assert Path(importlib.util.cache_from_source(str(file))).is_file()
+
+
+def test_uncompiled_modules_are_told(tmp_path: Path) -> None:
+    (tmp_path / "own_module.py").write_text("")
+    code = "import own_module\nfrom kvmpy.lab.bytecode import uncompiled\nprint([*uncompiled()])"
+    for dont, wanted in (("1", True), ("", False)):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONPATH": f"{tmp_path}:{Path.cwd()}", "PYTHONDONTWRITEBYTECODE": dont},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert (str(tmp_path / "own_module.py") in result.stdout) is wanted
