@@ -54,11 +54,13 @@ static void *map_file(const char *name, uint64_t size, bool create)
 		uint8_t *place = mmap(NULL, KVMPY_RING_HEADER + 2 * size, PROT_NONE,
 				      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 		int protection = PROT_READ | PROT_WRITE;
+		/* Populated: page faults would be part of what an ioctl costs. */
+		int shared = MAP_SHARED | MAP_FIXED | MAP_POPULATE;
 
 		if (place != MAP_FAILED &&
-		    mmap(place, KVMPY_RING_HEADER + size, protection, MAP_SHARED | MAP_FIXED, (int)fd, 0) != MAP_FAILED &&
-		    mmap(place + KVMPY_RING_HEADER + size, size, protection, MAP_SHARED | MAP_FIXED, (int)fd,
-			 KVMPY_RING_HEADER) != MAP_FAILED)
+		    mmap(place, KVMPY_RING_HEADER + size, protection, shared, (int)fd, 0) != MAP_FAILED &&
+		    mmap(place + KVMPY_RING_HEADER + size, size, protection, shared, (int)fd, KVMPY_RING_HEADER) !=
+			    MAP_FAILED)
 			map = place;
 	}
 	raw(SYS_close, fd, 0, 0, 0);
@@ -140,19 +142,31 @@ uint64_t now_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
 }
 
+/* Whether a frame that ends there does not fit. Others may have moved head and tail beyond it meanwhile. */
+static bool lacks_room(struct kvmpy_ring *ring, uint64_t end)
+{
+	return (int64_t)(end - atomic_load_explicit(&ring->tail, memory_order_acquire)) > (int64_t)ring->size;
+}
+
+/* The heartbeat, and 1, at which waiting was given up: nobody waits again before it moved on. */
+static _Atomic uint64_t given_up;
+
 /* Wait until kvmpy made room; false once it shows no sign of life for as long as patience goes. */
 static bool wait_for_room(struct kvmpy_ring *ring, uint64_t end)
 {
 	uint64_t seen = atomic_load(&control->heartbeat), since = now_ns();
 
-	while (end - atomic_load_explicit(&ring->tail, memory_order_acquire) > ring->size) {
+	while (lacks_room(ring, end)) {
 		struct timespec pause = { 0, WAIT_NS };
 		uint64_t beat = atomic_load(&control->heartbeat), now = now_ns();
 
+		if (beat + 1 == atomic_load(&given_up))
+			return false;
 		if (beat != seen) {
 			seen = beat;
 			since = now;
 		} else if (now - since > control->patience_ns) {
+			atomic_store(&given_up, beat + 1);
 			return false;
 		}
 		raw(SYS_nanosleep, &pause, 0, 0, 0);
@@ -169,8 +183,7 @@ static uint8_t *reserve(uint16_t type, uint64_t length, uint64_t order, uint64_t
 
 	do {
 		if (whole > ring->size ||
-		    (head + whole - atomic_load_explicit(&ring->tail, memory_order_acquire) > ring->size &&
-		     !wait_for_room(ring, head + whole))) {
+		    (lacks_room(ring, head + whole) && !wait_for_room(ring, head + whole))) {
 			atomic_fetch_add(&ring->lost, 1);
 			return NULL;
 		}

@@ -112,11 +112,12 @@ class Ring:
 class Shared:
     """The folder that recorded processes find through KVMPY_TRACE_DIR."""
 
-    def __init__(self, folder: Path, *, memory: bool = False, ring_size: int = 16 << 20) -> None:
+    def __init__(self, folder: Path, *, memory: bool = False, ring_size: int = 8 << 20) -> None:
         if ring_size & (ring_size - 1) or ring_size < mmap.PAGESIZE:
             raise ValueError(f"a ring of {ring_size} bytes: a power of two, at least {mmap.PAGESIZE}")
         self.folder = folder
         self.rings: dict[str, Ring] = {}
+        self._lost = 0
         (folder / "plan").write_bytes(compile_plan())
         content = CONTROL.pack(FIRST_ORDER, 0, 0, 0, 0, FLAG_MEMORY if memory else 0, ring_size, PATIENCE_NS)
         (folder / "control").write_bytes(content.ljust(CONTROL_SIZE, b"\0"))
@@ -142,6 +143,10 @@ class Shared:
         # Asked before reading: what a process wrote before it ended is there afterwards.
         dead = not ring.alive
         yield from ring.frames(abandoned=dead)
+        if dead:
+            self._lost += ring.lost
+            del self.rings[ring.path.name]
+            ring.close()
 
     def _discover(self) -> None:
         with os.scandir(self.folder) as items:
@@ -167,7 +172,7 @@ class Shared:
     @property
     def lost(self) -> int:
         """Frames that processes had to drop."""
-        return sum(ring.lost for ring in self.rings.values())
+        return self._lost + sum(ring.lost for ring in self.rings.values())
 
     def close(self) -> None:
         """Unmap everything; the folder is the caller's."""

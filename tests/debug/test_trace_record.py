@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvmpy trace -o`: records that hold what happened and what guest memory held; filters; summaries; -p."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmpy.debug.record.events import Ioctl, Memory, Object, Pages, unpack
+from kvmpy.debug.record.format import FrameReader, FrameType, ObjectKind, parse_lines
+from tests.debug.tracing import ROOT, Trace, compile_program, kvmpy, kvmpy_command, need_kvm
+
+CODE = bytes.fromhex("b042e610e411f4")
+SHELL = 10
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program, dynamically linked."""
+    need_kvm()
+    return compile_program(tmp_path_factory.mktemp("dynamic"))
+
+
+@pytest.fixture(scope="module")
+def record(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A record of the mode fork."""
+    path = tmp_path_factory.mktemp("record") / "fork.rec"
+    done = kvmpy("trace", "-q", "-o", path, "--", program, "fork")
+    assert (done.returncode, done.stderr) == (0, "")
+    return path
+
+
+def reader_of(path: Path) -> FrameReader:
+    return FrameReader(path.read_bytes())
+
+
+def test_records_are_whole(record: Path) -> None:
+    reader = reader_of(record)
+    reader.check()
+    frames = list(reader)
+    assert reader.problem is None
+    assert frames[0].type == FrameType.HOST
+    assert parse_lines(frames[0].payload)["recorder"] == "preload"
+    assert frames[-1].type == FrameType.END
+    orders = [frame.order for frame in frames if frame.type not in (FrameType.ENTER, FrameType.PAGES)]
+    assert len(orders) == len(set(orders))
+
+
+def test_objects_have_their_parents(record: Path) -> None:
+    objects = [said for frame in reader_of(record) if isinstance(said := unpack(frame), Object)]
+    by_id = {each.id: each for each in objects}
+    assert len(by_id) == len(objects)
+    rows = {(each.name, by_id[each.parent].name if each.parent else "", each.kind) for each in objects}
+    assert rows == {
+        ("kvm", "", ObjectKind.SYSTEM),
+        ("vm0", "kvm", ObjectKind.VM),
+        ("vm1", "kvm", ObjectKind.VM),
+        ("vm1/vcpu0", "vm1", ObjectKind.VCPU),
+        ("vm0/vcpu5", "vm0", ObjectKind.VCPU),
+    }
+    made = {frame.order: said for frame in reader_of(record) if isinstance(said := unpack(frame), Ioctl)}
+    assert all(made[each.made_by].result == each.fd for each in objects if each.made_by)
+
+
+def test_guest_memory_is_in_the_record(record: Path) -> None:
+    """What a VM's slots hold before it runs first: the code at 0x1000."""
+    pages: dict[int, bytes] = {}
+    held: dict[int, bytes] = {}
+    for frame in reader_of(record):
+        said = unpack(frame)
+        if isinstance(said, Pages):
+            pages |= {said.first + number: page for number, page in enumerate(said.pages)}
+        elif isinstance(said, Memory):
+            assert said.flags == 1
+            held |= {said.address + 4096 * n: pages.get(ident, b"") for n, ident in enumerate(said.ids)}
+    slots = [
+        said.argument_in
+        for frame in reader_of(record)
+        if isinstance(said := unpack(frame), Ioctl) and said.request == 0x4020AE46
+    ]
+    bases = [int.from_bytes((slot or b"")[24:32], "little") for slot in slots]
+    assert len(bases) == 2
+    assert [held[base + 0x1000][: len(CODE)] for base in bases] == [CODE, CODE]
+    # The pages are the same: one content in the file.
+    assert len(pages) == 1
+
+
+def test_records_can_be_shown(record: Path) -> None:
+    trace = Trace("--read", record)
+    assert [row["target"] for row in trace.named("KVM_RUN")] == ["vm1/vcpu0"] * 3 + ["vm0/vcpu5"] * 3
+    text = kvmpy("trace", "--read", record).stderr
+    assert "KVM_EXIT_IO {direction=KVM_EXIT_IO_OUT" in text
+
+
+def test_damaged_records_show_what_can_be_read(record: Path, tmp_path: Path) -> None:
+    raw = record.read_bytes()
+    cut = tmp_path / "cut.rec"
+    cut.write_bytes(raw[: len(raw) - 700])
+    done = kvmpy("trace", "--read", cut)
+    assert done.returncode == 1
+    assert "KVM_CREATE_VM KVM_X86_DEFAULT_VM" in done.stderr
+    assert "what could be read is above" in done.stderr
+    none = tmp_path / "none.rec"
+    none.write_text("hello")
+    assert "this is no record" in kvmpy("trace", "--read", none).stderr
+    assert "No such file" in kvmpy("trace", "--read", tmp_path / "absent").stderr
+
+
+def test_filters(record: Path) -> None:
+    def names(*filters: str) -> set[tuple[str, str]]:
+        arguments = [part for text in filters for part in ("-f", text)]
+        trace = Trace(*arguments, "--read", record)
+        return {(row["ioctl"], row["target"]) for row in trace.rows}
+
+    assert names("run") == {("KVM_RUN", "vm1/vcpu0"), ("KVM_RUN", "vm0/vcpu5")}
+    assert names("exit=hlt", "fd=vm1*") == {("KVM_RUN", "vm1/vcpu0")}
+    assert names("errno=*") == {("KVM_CREATE_VCPU", "vm0")}
+    assert names("errno=EIO,EINVAL") == {("KVM_CREATE_VCPU", "vm0")}
+    assert names("get_*,KVM_SET_REGS", "!fd=vm0/*") == {
+        ("KVM_GET_SREGS", "vm1/vcpu0"),
+        ("KVM_SET_REGS", "vm1/vcpu0"),
+    }
+    assert names("exit=MMIO") == set()
+
+
+def test_summary(program: Path) -> None:
+    done = kvmpy("trace", "--summary", "--", program, "basic")
+    lines = done.stderr.splitlines()
+    assert any(line.endswith("KVM_SET_USER_MEMORY_REGION  (1 EINVAL)") for line in lines)
+    assert lines[-1] == "exits of KVM_RUN: 2 KVM_EXIT_IO, 1 KVM_EXIT_HLT"
+    assert not any("KVM_CREATE_VM KVM_X86_DEFAULT_VM" in line for line in lines)
+    done = kvmpy("trace", "--summary", "--json", "--", program, "basic")
+    summary = json.loads(done.stderr.splitlines()[-1])["summary"]
+    assert summary["exits"] == {"KVM_EXIT_IO": 2, "KVM_EXIT_HLT": 1}
+    assert summary["ioctls"]["KVM_SET_REGS"]["errors"] == {"EFAULT": 1}
+
+
+def test_text_goes_to_a_file(program: Path, tmp_path: Path) -> None:
+    target = tmp_path / "lines"
+    done = kvmpy("trace", "-t", target, "--", program, "basic")
+    assert done.stderr == ""
+    assert target.read_text().count("KVM_RUN") == 3
+
+
+@pytest.fixture
+def looping(program: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program that runs a vCPU again and again."""
+    child = subprocess.Popen([program, "loop"], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline().startswith("ready")
+    yield child
+    child.kill()
+    child.wait(SHELL)
+    child.stdout.close()
+
+
+def _tracer_of(pid: int) -> str:
+    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(row.split()[1] for row in rows if row.startswith("TracerPid:"))
+
+
+def test_attach_and_detach(looping: subprocess.Popen[str], tmp_path: Path) -> None:
+    """A running program is traced, and runs on when the tracer goes."""
+    record = tmp_path / "attached.rec"
+    tracer = subprocess.Popen(
+        [*kvmpy_command(), "trace", "-p", str(looping.pid), "-o", str(record)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert tracer.stderr is not None
+    lines = []
+    for line in tracer.stderr:
+        lines.append(line)
+        if sum("KVM_EXIT_HLT" in each for each in lines) == 3:
+            break
+    tracer.send_signal(signal.SIGINT)
+    rest = tracer.stderr.read()
+    tracer.stderr.close()
+    assert tracer.wait(SHELL) == 0
+    assert "attached to process" in lines[0]
+    assert rest.splitlines()[-1].endswith("detached")
+    assert any("vm0/vcpu0 KVM_SET_REGS {rip=0x1000, rflags=0x2} = 0" in line for line in lines)
+    assert looping.poll() is None
+    assert _tracer_of(looping.pid) == "0"
+    frames = list(reader_of(record))
+    assert frames[-1].type == FrameType.END
+    assert sum(frame.type == FrameType.IOCTL for frame in frames) >= 12
+
+
+def test_attach_is_refused_with_the_reason(looping: subprocess.Popen[str]) -> None:
+    assert "there is no process 4194999" in kvmpy("trace", "-p", "4194999").stderr
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    script = (
+        "import os\nos.setgid(65534)\nos.setuid(65534)\n"
+        "from kvmpy.debug.ptrace import PtraceError, attach\n"
+        "try:\n"
+        f"    attach({looping.pid}, None, None)\n"
+        "except PtraceError as error:\n"
+        "    print(error)\n"
+    )
+    preload = "import kvmpy.debug.ptrace\n"
+    done = subprocess.run(
+        [kvmpy_command()[0], "-c", preload + script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SHELL,
+        cwd=ROOT,
+    )
+    assert f"no permission to trace process {looping.pid}" in done.stdout, done.stderr
+    assert "CAP_SYS_PTRACE" in done.stdout
+    assert looping.poll() is None
