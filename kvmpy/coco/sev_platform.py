@@ -33,12 +33,7 @@ _LAB = "or `kvmpy lab run --soft-sev`, a kernel with a software AMD-SP"
 @functools.cache
 def software_platform() -> bool:
     """Tell whether the secure processor of this kernel is the lab's software one: nothing is encrypted."""
-    if any(Path("/sys/bus/platform/devices").glob("softpsp*")):
-        return True
-    try:
-        return "softpsp" in Path("/proc/cmdline").read_text(encoding="ascii", errors="replace").split()
-    except OSError:
-        return False
+    return any(Path("/sys/bus/platform/devices").glob("softsev*"))
 
 
 @dataclass(frozen=True)

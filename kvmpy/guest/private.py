@@ -133,7 +133,8 @@ class VmPrivate(Vm):
             else:
                 self.set_shared(Gpa(call.args[0]), size)
         except ValueError:
-            call.respond(-_EINVAL)
+            # A page state change of SNP takes the number as it is, and KVM no other than EINVAL and EAGAIN.
+            call.respond(_EINVAL if self.protection.traits.must_validate else -_EINVAL)
         else:
             call.respond(0)
         return True

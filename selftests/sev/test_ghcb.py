@@ -495,11 +495,11 @@ def test_psc_of_other_operations(make_vm: MakeVm) -> None:
 
 @with_snp
 def test_psc_that_user_space_refuses(make_vm: MakeVm) -> None:
-    """A refusal of user space reaches the guest as a generic error."""
+    """A refusal of user space (EINVAL, a positive number here) reaches the guest as a generic error."""
     talk = talker(make_vm)
 
     def refuse(_vcpu: object, call: HypercallExit) -> bool:
-        call.respond(-22)
+        call.respond(22)
         return True
 
     talk.vm.on_hypercall = refuse
