@@ -239,6 +239,8 @@ class Recorder:
     def ioctl_enter(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None) -> None:
         """Copy what the kernel is about to read."""
         nr = op.nr
+        if fd not in self._ids:
+            self._object(fd)
         if nr in _SPECIAL:
             chunks = self._special_before(fd, nr, arg)
         elif arg is None:

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the recorder writes: every ioctl with its bytes, memory, order; what it survives and what it costs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvmpy import Kvm
+from kvmpy.core import observe
+from kvmpy.core.address import Gpa
+from kvmpy.core.errors import KvmError
+from kvmpy.core.vcpu import Vcpu
+from kvmpy.debug.record.events import Ioctl, Kick, Memory, Object, Write
+from kvmpy.debug.record.format import MEMORY_INITIAL, FrameReader, When
+from kvmpy.debug.record.model import Record, request_name
+from kvmpy.debug.record.recorder import Recorder
+from kvmpy.uapi import ioctls
+from tests.debug.record_scenarios import SCENARIOS, machine
+
+PAGE = 4096
+
+
+def names(record: Record) -> list[str]:
+    """Return the names of the ioctls in *record*."""
+    return [request_name(each.what) for each in record.ioctls]
+
+
+def test_every_ioctl_with_its_bytes(kvm: Kvm, tmp_path: Path) -> None:
+    """Name, result, errno, input and output of each ioctl are there, objects by their names."""
+    path = tmp_path / "a.rec"
+    with Recorder(path, test="this one"), Kvm() as own, own.create_vm() as vm:
+        vcpu = vm.create_vcpu()
+        regs = vcpu.get_regs()
+        regs.rax = 0x1122
+        vcpu.set_regs(regs)
+        with pytest.raises(KvmError):
+            vm.create_vcpu(0)
+    record = Record.load(path)
+    assert record.complete
+    assert not record.problems
+    assert record.host["test"] == "this one"
+    assert record.host["kernel"] == os.uname().release
+    assert names(record) == [
+        "KVM_GET_API_VERSION", "KVM_CREATE_VM", "KVM_CREATE_VCPU", "KVM_GET_VCPU_MMAP_SIZE", "KVM_GET_REGS",
+        "KVM_SET_REGS", "KVM_CREATE_VCPU",
+    ]  # fmt: skip
+    get, put, again = (each.what for each in record.ioctls[-3:])
+    assert isinstance(get, Ioctl)
+    assert isinstance(put, Ioctl)
+    assert isinstance(again, Ioctl)
+    assert get.argument_in is None
+    assert len(get.argument_out or b"") == 144
+    assert (put.argument_in or b"")[:8] == (0x1122).to_bytes(8, "little")
+    assert (again.result, again.errno) == (-1, 17)
+    kinds = {each.name.partition("/")[2] or each.name[:2]: each.parent for each in record.objects.values()}
+    assert kinds == {"kv": 0, "vm": 1, "vcpu0": 2}
+
+
+def test_nested_pointers(kvm: Kvm, tmp_path: Path) -> None:
+    """What a pointer in an argument leads to is there, under the pointer's value."""
+    path = tmp_path / "a.rec"
+    with Recorder(path), Kvm() as own:
+        SCENARIOS["dirty_log"](own)
+    last = [e.what for e in Record.load(path).ioctls if request_name(e.what) == "KVM_GET_DIRTY_LOG"][-1]
+    assert isinstance(last, Ioctl)
+    pointer = int.from_bytes((last.argument_in or b"")[8:16], "little")
+    bitmap = last.chunk(pointer, When.OUT)
+    assert bitmap is not None
+    assert int.from_bytes(bitmap, "little") & 0b101000 == 0b101000
+
+
+def test_memory_is_sparse_and_told_once(kvm: Kvm, tmp_path: Path) -> None:
+    """Initial content: the pages that hold something, equal ones once, large empty memory for nothing."""
+    path = tmp_path / "a.rec"
+    with Recorder(path), Kvm() as own, machine(own, b"\xf4", size=256 << 20) as vm:
+        for page in range(64):
+            vm.memory.write(Gpa(0x10_0000 + page * PAGE), b"\xab" * PAGE)
+        vm.vcpus[0].run(5)
+    record = Record.load(path)
+    initial = [e.what for e in record.entries if isinstance(e.what, Memory)]
+    assert all(each.flags & MEMORY_INITIAL for each in initial)
+    assert sum(len(each.ids) for each in initial) < 80
+    assert len(record.pages) == 2
+    assert path.stat().st_size < 20000
+
+
+def test_later_writes(kvm: Kvm, tmp_path: Path) -> None:
+    """What the host writes after the first run stands where it was written, nothing before it does."""
+    path = tmp_path / "a.rec"
+    with Recorder(path), Kvm() as own:
+        SCENARIOS["host_writes"](own)
+    record = Record.load(path)
+    runs = [e.order for e in record.ioctls if request_name(e.what) == "KVM_RUN"]
+    writes = [e for e in record.entries if isinstance(e.what, Write)]
+    assert [e.what.data for e in writes if isinstance(e.what, Write)] == [b"\x5a"]
+    assert runs[0] < writes[0].order < runs[1]
+
+
+def test_order_between_threads(kvm: Kvm, tmp_path: Path) -> None:
+    """A kick from another thread lies within the run that it ends."""
+    path = tmp_path / "a.rec"
+    with Recorder(path), Kvm() as own:
+        SCENARIOS["kicked"](own)
+    record = Record.load(path)
+    run = next(e for e in record.ioctls if request_name(e.what) == "KVM_RUN")
+    kick = next(e for e in record.entries if isinstance(e.what, Kick))
+    assert isinstance(run.what, Ioctl)
+    assert run.order < kick.order < run.what.end_order
+    assert run.frame.tid != kick.frame.tid
+
+
+def test_nothing_when_off(kvm: Kvm, tmp_path: Path) -> None:
+    """A recorder that was stopped leaves no observer behind."""
+    before = list(observe.active), list(observe.host)
+    recorder = Recorder(tmp_path / "a.rec").start()
+    assert (observe.active, observe.host) != before
+    recorder.stop()
+    recorder.stop()
+    assert (observe.active, observe.host) == before
+
+
+def test_objects_from_before(kvm: Kvm, tmp_path: Path) -> None:
+    """Objects that existed before are told of, as such."""
+    path = tmp_path / "a.rec"
+    with machine(kvm, b"\xf4") as vm, Recorder(path):
+        vm.vcpus[0].run(5)
+        vm.vcpus[0].get_regs()
+    record = Record.load(path)
+    assert names(record) == ["KVM_RUN", "KVM_GET_REGS"]
+    made = [e for e in record.entries if isinstance(e.what, Object)]
+    assert len(made) == 3
+    assert all(each.frame.synthetic for each in made)
+
+
+KILLED = """
+import os, signal, sys
+from kvmpy import Kvm
+from kvmpy.debug.record.recorder import Recorder
+Recorder(sys.argv[1], eager=sys.argv[2] == "eager").start()
+with Kvm() as kvm, kvm.create_vm() as vm:
+    vcpu = vm.create_vcpu()
+    for number in range(500):
+        vcpu.set_regs(vcpu.get_regs())
+    vm.check_extension(0x4b56)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "eager"])
+def test_sigkill(how: str, kvm: Kvm, tmp_path: Path) -> None:
+    """A process that is killed leaves a record with every ioctl that had returned."""
+    path = tmp_path / "a.rec"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), how], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    record = Record.load(path)
+    assert not record.complete
+    assert not record.problems
+    assert names(record).count("KVM_SET_REGS") == 500
+    assert names(record)[-1] == "KVM_CHECK_EXTENSION"
+    assert not record.in_flight
+
+
+IN_FLIGHT = """
+import os, signal, sys, threading
+from kvmpy import Kvm
+from kvmpy.debug.record.recorder import Recorder
+from tests.debug.record_scenarios import machine
+Recorder(sys.argv[1], eager=True).start()
+with Kvm() as kvm, machine(kvm, b"\\xeb\\xfe") as vm:
+    vcpu = vm.vcpus[0]
+    threading.Thread(target=vcpu.run, daemon=True).start()
+    while not vcpu.running:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_was_in_flight(kvm: Kvm, tmp_path: Path) -> None:
+    """An eager recorder tells which ioctl had not returned when the process was killed."""
+    path = tmp_path / "a.rec"
+    subprocess.run([sys.executable, "-c", IN_FLIGHT, str(path)], timeout=60, check=False)
+    record = Record.load(path)
+    assert [request_name(each.what) for each in record.in_flight] == ["KVM_RUN"]
+    assert "KVM_RUN in flight" in record.describe()
+
+
+def test_fork(kvm: Kvm, tmp_path: Path) -> None:
+    """A child of a recorded process writes nothing into the record."""
+    path = tmp_path / "a.rec"
+    code = (
+        "import os, sys\nfrom kvmpy import Kvm\nfrom kvmpy.debug.record.recorder import Recorder\n"
+        "with Recorder(sys.argv[1]):\n    child = os.fork()\n    with Kvm() as kvm:\n"
+        "        [kvm.check_extension(1) for _ in range(50)]\n"
+        "    if child == 0:\n        os._exit(0)\n    os.waitpid(child, 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], timeout=60, check=True)
+    record = Record.load(path)
+    assert names(record).count("KVM_CHECK_EXTENSION") == 50
+    assert not record.problems
+
+
+FULL = """
+import resource, signal, sys
+from kvmpy import Kvm
+from kvmpy.debug.record.recorder import Recorder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+with Recorder(sys.argv[1]), Kvm() as kvm:
+    print(sum(kvm.check_extension(0) for _ in range(500)))
+"""
+
+
+def test_no_space(kvm: Kvm, tmp_path: Path) -> None:
+    """A full disk stops the record, not the recorded program; what was written can be read."""
+    path = tmp_path / "a.rec"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], timeout=60, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip().isdigit()
+    record = Record.load(path)
+    assert 10 < names(record).count("KVM_CHECK_EXTENSION") < 200
+    assert not record.complete
+
+
+def _cost(vcpu: Vcpu, count: int) -> float:
+    regs = vcpu.get_regs()
+    begin = time.perf_counter()
+    for _ in range(count):
+        vcpu.set_regs(regs)
+    return (time.perf_counter() - begin) / count
+
+
+def test_cost(kvm: Kvm, tmp_path: Path) -> None:
+    """Recording costs at most 5 us an ioctl, in the best of several rounds against the best without."""
+    with kvm.create_vm() as vm:
+        vcpu = vm.create_vcpu()
+        plain = recorded = 1.0
+        for _ in range(30):
+            plain = min(plain, _cost(vcpu, 300))
+            with Recorder(tmp_path / "a.rec"):
+                recorded = min(recorded, _cost(vcpu, 300))
+            if recorded - plain < 4.5e-6:
+                break
+        assert recorded - plain < 5e-6
+
+
+def test_threads_at_once(kvm: Kvm, tmp_path: Path) -> None:
+    """Many threads write one record without damage, each frame with the thread that did it."""
+    path = tmp_path / "a.rec"
+
+    def work(device: Kvm) -> None:
+        for _ in range(200):
+            device.check_extension(1)
+
+    with Recorder(path), Kvm() as own:
+        threads = [threading.Thread(target=work, args=(own,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    reader = FrameReader(path.read_bytes())
+    frames = list(reader)
+    assert reader.problem is None
+    record = Record.load(path)
+    by_thread = [e.frame.tid for e in record.ioctls if request_name(e.what) == "KVM_CHECK_EXTENSION"]
+    assert sorted(by_thread.count(tid) for tid in set(by_thread)) == [200] * 4
+    orders = [frame.order for frame in frames]
+    assert len(set(orders)) == len(orders)
+    assert ioctls.KVM_CHECK_EXTENSION.nr

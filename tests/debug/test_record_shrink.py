@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records are cut down to what a condition needs, and no further."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmpy import Kvm
+from kvmpy.core.address import Gpa
+from kvmpy.debug.record.condition import (
+    Condition,
+    ConditionError,
+    SameOutcome,
+    ShellTest,
+    UntilExpression,
+    parse,
+)
+from kvmpy.debug.record.events import Ioctl, Memory
+from kvmpy.debug.record.model import Record, request_name
+from kvmpy.debug.record.prune import target_of
+from kvmpy.debug.record.recorder import Recorder
+from kvmpy.debug.record.script import build
+from kvmpy.debug.record.shrink import Shrinker, ddmin, leaves
+from kvmpy.debug.record.worker import Player
+from kvmpy.uapi.structs import kvm_sregs
+from tests.debug.record_scenarios import SCENARIOS, machine
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_ddmin_finds_what_is_needed(needed: set[int]) -> None:
+    """Of many things exactly those remain without which it does not work."""
+    assert set(ddmin(range(61), lambda part: needed <= set(part))) == needed
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_ddmin_either(one: int, other: int) -> None:
+    """Where either of two things suffices, one remains."""
+    kept = ddmin(range(31), lambda part: one in part or other in part)
+    assert len(kept) == 1
+    assert kept[0] in (one, other)
+
+
+def record_with_noise(folder: Path) -> Path:
+    """Record system registers that are refused, among much else."""
+    path = folder / "a.rec"
+    with Recorder(path), Kvm() as own, machine(own, b"\xb0\x01\xe6\x10\xf4", vcpus=2) as vm:
+        vm.add_slot(Gpa(0x100_0000), 4096)
+        vm.vcpus[0].run(5)
+        vm.vcpus[1].set_cpuid2(own.get_supported_cpuid())
+        SCENARIOS["set_sregs"](own)
+        own.check_extension(1)
+    return path
+
+
+def test_shrink_to_an_error(kvm: Kvm, tmp_path: Path) -> None:
+    """What is left of a record with a refused KVM_SET_SREGS: a VM, a vCPU, one wrong field."""
+    record = Record.load(record_with_noise(tmp_path))
+    said: list[str] = []
+    with Player() as player:
+        condition = UntilExpression(player, parse("errno==EINVAL at KVM_SET_SREGS"))
+        with Shrinker(record, condition, progress=said.append) as shrinker:
+            assert shrinker.holds()
+            small = shrinker.run()
+    assert [request_name(e.what) for e in small.ioctls] == [
+        "KVM_CREATE_VM",
+        "KVM_CREATE_VCPU",
+        "KVM_SET_SREGS",
+    ]
+    assert not any(isinstance(e.what, Memory) for e in small.entries)
+    last = small.ioctls[-1].what
+    assert isinstance(last, Ioctl)
+    sregs = kvm_sregs.from_bytes(last.argument_in or b"")
+    assert sum(1 for at, size in leaves(sregs) if any(sregs.to_bytes()[at : at + size])) == 1
+    assert said[0].startswith("ioctls: 3 ioctls")
+
+
+def test_memory_that_matters(kvm: Kvm, tmp_path: Path) -> None:
+    """Of a page full of code and data, what the guest executes and reads remains."""
+    path = tmp_path / "a.rec"
+    with Recorder(path), Kvm() as own, machine(own, b"\xa0\x00\x30\xe6\x10\xf4".ljust(4096, b"\x90")) as vm:
+        for page in range(2, 12):
+            vm.memory.write(Gpa(page * 4096), bytes([page]) * 4096)
+        vm.vcpus[0].run(5)
+    record = Record.load(path)
+    with Player() as player:
+        order = target_of(build(record)).entry.order
+        with Shrinker(record, SameOutcome(player, order)) as shrinker:
+            small = shrinker.run()
+    left = [page for page in small.pages.values() if any(page)]
+    used = {i for e in small.entries if isinstance(e.what, Memory) for i in e.what.ids if i}
+    assert len(used) == 2
+    assert sum(4096 - small.page(i).count(0) for i in used) <= 48
+    assert left
+
+
+def test_attempts_are_bounded(kvm: Kvm, tmp_path: Path) -> None:
+    """No more attempts are made than were allowed, and the best so far is what remains."""
+    record = Record.load(record_with_noise(tmp_path))
+    with Player() as player:
+        condition = UntilExpression(player, parse("errno==EINVAL at KVM_SET_SREGS"))
+        with Shrinker(record, condition, limit=5) as shrinker:
+            small = shrinker.run()
+            assert shrinker.attempts == 5
+    assert len(small.ioctls) <= len(record.ioctls)
+
+
+class Interrupted(Condition):
+    """Holds a few times, and then Ctrl-C comes."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def holds(self, path: str) -> bool:
+        """Count down."""
+        assert path
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return True
+
+
+def test_interrupted(kvm: Kvm, tmp_path: Path) -> None:
+    """Ctrl-C leaves the best record so far."""
+    record = Record.load(record_with_noise(tmp_path))
+    with Shrinker(record, Interrupted()) as shrinker:
+        with pytest.raises(KeyboardInterrupt):
+            shrinker.run()
+        assert len(shrinker.best.entries) < len(record.entries)
+
+
+def test_shell_test(tmp_path: Path) -> None:
+    """A command decides by its exit status, with the path where it wants it; one that hangs says no."""
+    record = tmp_path / "a.rec"
+    record.write_bytes(b"x")
+    assert ShellTest("test -s").holds(str(record))
+    assert ShellTest("test -s {} -a 1 = 1").holds(str(record))
+    assert not ShellTest("test -d").holds(str(record))
+    assert not ShellTest("read x < /dev/zero; :", timeout=0.05).holds(str(record))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("errno=EINVAL", "expected errno"),
+        ("errno==EWHAT", "no number, errno or constant"),
+        ("errno==EINVAL at KVM_WHAT", "no ioctl"),
+        ("", "expected errno"),
+        ("errno==1 and", "expected errno"),
+    ],
+)
+def test_expressions_that_are_none(text: str, says: str) -> None:
+    """An expression that cannot be understood is refused with what was expected."""
+    with pytest.raises(ConditionError, match=says):
+        parse(text)
+
+
+def test_expression_terms() -> None:
+    """Terms are joined by "and"; exits and errors have their names."""
+    found = parse("result < 0 and errno == EFAULT and exit == KVM_EXIT_MEMORY_FAULT at KVM_RUN")
+    assert [(t.field, t.value) for t in found.terms] == [("result", 0), ("errno", 14), ("exit", 39)]
+    assert found.ioctl == "KVM_RUN"
