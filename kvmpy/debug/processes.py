@@ -217,11 +217,10 @@ def _read(path: str) -> str:
 
 
 def _threads(
-    pid: int, folder: StatsFolder | None, vcpus: Mapping[int, int], only: bool
+    pid: int, folder: StatsFolder | None, by_fd: Mapping[int, int], only: bool
 ) -> dict[int, tuple[int, str]]:
     """Return ``(thread, how that is known)`` by vCPU id. *only*: the process has no other VM."""
     found: dict[int, tuple[int, str]] = {}
-    by_fd = {fd: number for number, fd in vcpus.items()}
     try:
         tasks = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except OSError:

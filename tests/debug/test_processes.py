@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import select
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +53,18 @@ with Kvm() as kvm, kvm.create_vm(GuestProgram.from_c(GUEST), vcpus=2) as vm:
         for _ in range(int(line)):
             vm.vcpus[1].sync()
         print("ran", flush=True)
+"""
+
+HALTED = """
+import threading
+from kvmpy import Kvm
+from kvmpy.guest import GuestProgram
+
+GUEST = '#include <kvmpy/guest.h>\\nvoid guest_main(void) { for (;;) asm volatile("cli; hlt"); }'
+with Kvm() as kvm, kvm.create_vm(GuestProgram.from_c(GUEST), deadline=90) as vm:
+    vm.launch()
+    print(threading.get_native_id(), vm.vcpus[0].fd, flush=True)
+    vm.vcpus[0].next()
 """
 
 
@@ -144,6 +158,32 @@ def test_threads_and_exits(child: Child) -> None:
 
 
 @pytest.mark.requires("kvm")
+def test_a_worker_is_no_vcpu(child: Child) -> None:
+    """KVM's own thread in the process, which has a copy of a vCPU's registers, is not taken for one."""
+    (vm,) = [vm for vm in survey().vms if vm.pid == child.process.pid]
+    by_fd = {fd: vcpu.id for vcpu in vm.vcpus for fd in (vcpu.fd, vcpu.fd + 1)}
+    # Without debugfs, and while the only thread that runs them waits for a line.
+    assert processes._threads(child.process.pid, None, by_fd, only=True) == {}
+
+
+@pytest.mark.requires("kvm")
+@pytest.mark.skipif(os.geteuid() != 0, reason="the system call of another process's thread needs root")
+def test_a_thread_that_waits_in_the_guest() -> None:
+    """Without debugfs a halted vCPU's thread is known by the system call that it waits in."""
+    with subprocess.Popen([sys.executable, "-c", HALTED], stdout=subprocess.PIPE, text=True) as halted:
+        try:
+            assert halted.stdout is not None
+            thread, fd = map(int, halted.stdout.readline().split())
+            found: dict[int, tuple[int, str]] = {}
+            end = time.monotonic() + 30
+            while not found and time.monotonic() < end:
+                found = processes._threads(halted.pid, None, {fd: 0, fd + 1: 0}, only=True)
+            assert found == {0: (thread, "syscall")}
+        finally:
+            halted.kill()
+
+
+@pytest.mark.requires("kvm")
 def test_the_command(child: Child) -> None:
     """`kvmpy ps` names the VM, as a table and as JSON, and what it could not see."""
     result = CliRunner().invoke(main, ["ps", "--interval", "0.05"])
@@ -231,7 +271,8 @@ def test_watch() -> None:
             assert watch.stderr is not None
             assert watch.stdout is not None
             assert watch.stderr.readline().startswith("watching")
-            source = "from kvmpy import Kvm\nwith Kvm() as kvm, kvm.create_vm() as vm: print(vm.fd)"
+            # The kernel takes the VM away after the process has lost its command line.
+            source = "import os, kvmpy; print(kvmpy.Kvm().create_vm().fd, flush=True); os._exit(0)"
             made = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
             fd = int(made.communicate(timeout=30)[0])
             events: list[dict[str, Any]] = []
@@ -278,6 +319,29 @@ def test_thread_names(name: str) -> None:
     """The thread names of known VMMs tell the vCPU."""
     assert processes._thread_by_name(name) == 3
     assert processes._thread_by_name("worker 3") is None
+
+
+def test_a_thread_with_a_name() -> None:
+    """Where neither debugfs nor a system call tells, a thread's name does; not in a process with several VMs."""
+    named, over = threading.Event(), threading.Event()
+    ids: list[int] = []
+
+    def run() -> None:
+        ctypes.CDLL(None).prctl(15, b"CPU 1/KVM", 0, 0, 0)
+        ids.append(threading.get_native_id())
+        named.set()
+        over.wait(60)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert named.wait(30)
+        found = processes._threads(os.getpid(), None, {77: 1, 78: 2}, only=True)
+        assert found == {1: (ids[0], "name")}
+        assert processes._threads(os.getpid(), None, {77: 1, 78: 2}, only=False) == {}
+    finally:
+        over.set()
+        thread.join(30)
 
 
 def test_rates() -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table, JSON, KTAP and JUnit of one session say the same."""
+"""Table, JSON, KTAP, JUnit and the HTML page of one session say the same."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from xml.etree.ElementTree import Element
@@ -207,6 +208,11 @@ def check(outcome: Outcome) -> None:
         assert f"{len(group['tests']):5}  {group['missing']}" in outcome.text
 
 
+def from_page(text: str) -> dict[str, str]:
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    return {cell["id"]: cell["v"] for row in data["rows"] for cell in row["cells"]}
+
+
 def write(suite: Suite) -> None:
     suite.add("memory/test_first.py", FIRST)
     suite.add("test_second.py", SECOND)
@@ -217,8 +223,9 @@ def write(suite: Suite) -> None:
 
 def test_all_four_agree_with_xdist(suite: Suite) -> None:
     write(suite)
-    outcome = suite.run("-n2")
+    outcome = suite.run("-n2", "--kvmpy-html=out.html")
     check(outcome)
+    assert from_page((suite.folder / "out.html").read_text(encoding="utf-8")) == EXPECTED
     assert "crashed while running" in next(
         test["reason"] for test in outcome.report["tests"] if test["id"].endswith("test_lost")
     )
@@ -230,9 +237,10 @@ def test_all_four_agree_under_the_supervisor(
     write(suite)
     monkeypatch.chdir(suite.folder)
     said: list[str] = []
-    status = supervise(suite.arguments(), said.append)
+    status = supervise([*suite.arguments(), "--kvmpy-html=out.html"], said.append)
     outcome = suite.outcome(status, capfd.readouterr().out)
     check(outcome)
+    assert from_page((suite.folder / "out.html").read_text(encoding="utf-8")) == EXPECTED
     assert [line.partition(", in ")[0] for line in said] == [
         "kvmpy run: the test process ended itself with status 7",
         "kvmpy run: the test process was killed by SIGSEGV",
