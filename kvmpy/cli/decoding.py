@@ -133,6 +133,10 @@ def number_lines(nr: int, args: Sequence[str], *, full: bool) -> list[str]:
 
 def struct_lines(name: str, args: Sequence[str], *, full: bool, as_words: bool) -> list[str]:
     """Return a struct's content in words."""
+    if not args:
+        kind = struct_class(name)
+        fields = [f"  {each.offset:#6x} {each.size:5} {each.name}" for each in kind.FIELDS.values()]
+        return [f"struct {name}, {kind.SIZE} bytes:", *fields]
     data = content(_one(args, f"the bytes of struct {name}"))
     value, rest = struct_of(name, data)
     if as_words:
