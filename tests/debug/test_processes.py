@@ -322,7 +322,7 @@ def test_thread_names(name: str) -> None:
 
 
 def test_a_thread_with_a_name() -> None:
-    """Where neither debugfs nor a system call tells, a thread's name does; not in a process with several VMs."""
+    """Where neither debugfs nor a system call tells, a thread's name does, but not among several VMs."""
     named, over = threading.Event(), threading.Event()
     ids: list[int] = []
 
