@@ -120,7 +120,7 @@ def trace(
         raise click.UsageError(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"{text}: {error.strerror}") from None
-    stream = Stream(decoder(full=full))
+    stream = Stream(decoder(full=full), quiet=quiet and not summary)
     emit = output.event if not quiet or summary else _warnings(output)
     status = 0
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvmpy.debug.decode import Decoded, Decoder, Place, as_json
 from kvmpy.debug.record.events import Close, Enter, FileCall, Ioctl, Lost, Note, Object, Thread, unpack
-from kvmpy.debug.record.format import Frame, ObjectKind, RecordError
+from kvmpy.debug.record.format import Frame, FrameType, ObjectKind, RecordError
 from kvmpy.uapi.error_hints import error_words
 from kvmpy.uapi.ioctls import KVM_CREATE_VM
 
@@ -76,10 +76,14 @@ class Event:
 
 
 class Stream:
-    """Keeps what frames say about objects and threads, and yields an :class:`Event` for each ioctl."""
+    """Keeps what frames say about objects and threads, and yields an :class:`Event` for each ioctl.
 
-    def __init__(self, decoder: Decoder) -> None:
+    With *quiet* it yields warnings and remarks alone, which costs next to nothing.
+    """
+
+    def __init__(self, decoder: Decoder, *, quiet: bool = False) -> None:
         self.decoder = decoder
+        self.quiet = quiet
         self.objects: dict[int, Object] = {}
         self.types: dict[int, int] = {}
         self.threads: dict[int, str] = {}
@@ -88,6 +92,8 @@ class Stream:
 
     def feed(self, frame: Frame) -> Iterator[Event]:
         """Take in a frame and yield what it says."""
+        if self.quiet and frame.type not in (FrameType.NOTE, FrameType.LOST):
+            return
         try:
             said = unpack(frame)
         except RecordError as error:
