@@ -88,7 +88,7 @@ def test_pvalidate(make_vm: MakeVm) -> None:
 
 @with_snp
 def test_pvalidate_of_a_size_that_is_not_there(make_vm: MakeVm) -> None:
-    """A 2 MiB validation of a 4 KiB page fails with FAIL_SIZEMISMATCH, or FAIL_INPUT where it is unaligned."""
+    """A 2 MiB validation of a 4 KiB page fails: FAIL_SIZEMISMATCH, or FAIL_INPUT where it is unaligned."""
     vm = make_vm(VALIDATE)
     gva = vm.alloc(PAGE_SIZE)
     vm.vcpus[0].set_entry("guest_main", int(gva))
