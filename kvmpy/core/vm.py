@@ -83,6 +83,16 @@ class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, V
         """Return the default TSC frequency in kHz (KVM_GET_TSC_KHZ on the VM)."""
         return self.ioctl(ioctls.KVM_GET_TSC_KHZ)
 
+    def record(self, path: str | os.PathLike[str]) -> AbstractContextManager[object]:
+        """Record what this process asks of KVM into *path*, for a with block that gets the recorder.
+
+        The record begins with what brings a VM into this one's present state, as far as KVM can be asked
+        about it: see :func:`kvmpy.coco.recording.record`.
+        """
+        # By name: what is observed does not know its observers.
+        made: AbstractContextManager[object] = import_module("kvmpy.coco.recording").record(self, path)
+        return made
+
     def stop(self, timeout: float = 5.0) -> None:
         """Kick the vCPUs until none runs in any thread; VcpuBusyError when one still does after *timeout*
         seconds.

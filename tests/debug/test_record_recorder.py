@@ -17,11 +17,14 @@ from kvmpy import Kvm
 from kvmpy.core import observe
 from kvmpy.core.address import Gpa
 from kvmpy.core.errors import KvmError
+from kvmpy.core.exits import IoExit
 from kvmpy.core.vcpu import Vcpu
 from kvmpy.debug.record.events import Ioctl, Kick, Memory, Object, Write
 from kvmpy.debug.record.format import MEMORY_INITIAL, FrameReader, When
 from kvmpy.debug.record.model import Record, request_name
 from kvmpy.debug.record.recorder import Recorder
+from kvmpy.debug.record.replay import Replay
+from kvmpy.debug.record.script import build
 from kvmpy.uapi import ioctls
 from tests.debug.record_scenarios import SCENARIOS, machine
 
@@ -275,3 +278,25 @@ def test_threads_at_once(kvm: Kvm, tmp_path: Path) -> None:
     orders = [frame.order for frame in frames]
     assert len(set(orders)) == len(orders)
     assert ioctls.KVM_CHECK_EXTENSION.nr
+
+
+def test_record_of_a_vm_that_exists(kvm: Kvm, tmp_path: Path) -> None:
+    """vm.record() begins with what makes the VM as it is, and can be replayed from there."""
+    path = tmp_path / "a.rec"
+    with machine(kvm, b"\xe4\x20\x04\x01\xe6\x21\xf4") as vm:
+        first = vm.vcpus[0].run(5)
+        assert isinstance(first, IoExit)
+        first.respond(b"\x37")
+        with vm.record(path):
+            vm.vcpus[0].run(5)
+            vm.memory.write(Gpa(0x3000), b"\x01")
+            vm.vcpus[0].run(5)
+    record = Record.load(path)
+    synthetic = [request_name(e.what) for e in record.ioctls if e.frame.synthetic]
+    assert synthetic[0] == "KVM_CREATE_VM"
+    assert {"KVM_CREATE_VCPU", "KVM_SET_REGS", "KVM_SET_SREGS"} < set(synthetic)
+    real = [request_name(e.what) for e in record.ioctls if not e.frame.synthetic]
+    assert real == ["KVM_RUN", "KVM_RUN"]
+    result = Replay(build(record)).run()
+    assert result.stopped == ""
+    assert result.first_difference is None

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import kvmpy.uapi
 from kvmpy.uapi import constants
 from kvmpy.uapi.buffers import struct_class
 from kvmpy.uapi.field_words import CAP_ARGUMENTS, FIELDS, Kind, number_words
@@ -114,7 +113,7 @@ class Vocabulary:
 
 def declaration(name: str) -> list[str]:
     """Return the lines of a struct's declaration, with the kernel's types; KeyError when there is none."""
-    folder = Path(kvmpy.uapi.__file__).parent / "cdef"
+    folder = Path(constants.__file__).parents[1] / "cdef"
     for path in sorted(folder.glob("*.h")):
         found = re.search(rf"^struct {name} \{{.*?^\}};", path.read_text(), re.MULTILINE | re.DOTALL)
         if found:

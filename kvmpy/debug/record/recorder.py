@@ -10,6 +10,8 @@ import errno
 import itertools
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from struct import Struct as Packing
 from time import monotonic_ns
 from types import TracebackType
@@ -36,7 +38,7 @@ from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD
 from kvmpy.uapi.structs import kvm_userspace_memory_region2
 
 if TYPE_CHECKING:
-    from kvmpy.core.fd import KvmFd
+    from kvmpy.core.observe import KvmFd
     from kvmpy.uapi.ioctls import Ioctl
     from kvmpy.uapi.structs import Struct
 
@@ -114,6 +116,7 @@ class Recorder:
         self._mine = _Mine()
         self._lock = threading.RLock()
         self._attached = False
+        self._flags = 0
         os.register_at_fork(after_in_child=self._forked)
 
     # Life.
@@ -162,6 +165,26 @@ class Recorder:
         """Add a remark to the record."""
         self.writer.put(Note(values), tid=self._tid())
 
+    @contextmanager
+    def introducing(self) -> Iterator[None]:
+        """Within the block nothing is recorded but what :meth:`tell` tells, as SYNTHETIC."""
+        observing, self._attached = self._attached, False
+        if observing:
+            observe.remove(self)
+            observe.host.remove(self)
+        self._flags = SYNTHETIC
+        try:
+            yield
+        finally:
+            self._flags = 0
+            if observing:
+                self.start()
+
+    def tell(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int = 0) -> None:
+        """Write an ioctl as if it had been issued now."""
+        self.ioctl_enter(fd, op, arg)
+        self.ioctl_exit(fd, op, arg, result, 0)
+
     # Objects.
 
     def _tid(self) -> int:
@@ -189,7 +212,7 @@ class Recorder:
             kind = _KINDS.get(fd.kind, ObjectKind.OTHER)
             if kind == ObjectKind.GMEM and not made_by:
                 above = self._same_file(number)
-            flags = SYNTHETIC if late and not made_by else 0
+            flags = SYNTHETIC if late and not made_by else self._flags
             self.writer.put(Object(ident, above, number, kind, made_by, fd.name), tid=tid, flags=flags)
             self._ids[fd] = self._by_number[number] = ident
             if kind == ObjectKind.GMEM:
@@ -318,7 +341,7 @@ class Recorder:
         head = _pack(ident, fd.fd, nr, _value(arg), result, errno_, len(chunks), 0, writer.order(), end)
         if not mine.told:
             self._tid()
-        writer.raw(_IOCTL, head + b"".join(chunks), mine.tid, order, begin)
+        writer.raw(_IOCTL, head + b"".join(chunks), mine.tid, order, begin, self._flags)
         if nr in _SPECIAL and result >= 0:
             self._special_after(fd, nr, chunks, result, order, mine.tid)
 

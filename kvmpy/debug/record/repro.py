@@ -7,7 +7,6 @@ import errno
 import re
 from collections.abc import Iterator
 
-import kvmpy
 from kvmpy.debug.record import ctext
 from kvmpy.debug.record.cmemory import pieces
 from kvmpy.debug.record.compare import (
@@ -32,6 +31,7 @@ from kvmpy.debug.record.format import EVENT_WRITTEN, FILE_FALLOCATE, ObjectKind
 from kvmpy.debug.record.guestcode import discover
 from kvmpy.debug.record.model import request_name
 from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
+from kvmpy.debug.record.writer import version
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.buffers import struct_class
 from kvmpy.uapi.constants import ExitReason
@@ -573,7 +573,7 @@ class CFile:
             ("KVM module", " ".join([host.get("module", "?"), *_own_params(host)])),
             ("CPU", host.get("cpu", "?")),
             ("Platform", host.get("platform", "?")),
-            ("Written by", f"kvmpy {kvmpy.__version__}, from a record of kvmpy {host.get('kvmpy', '?')}"),
+            ("Written by", f"kvmpy {version()}, from a record of kvmpy {host.get('kvmpy', '?')}"),
         ]
         lines = ["/*", " * A KVM reproducer.", " *"]
         for label, text in rows:
