@@ -7,6 +7,7 @@ The format is described in docs/errata.md. Pure: no KVM, no pytest.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -76,8 +77,14 @@ class Erratum:
 
 def glob_match(pattern: str, text: str) -> bool:
     """Match a pattern where ``*`` and ``?`` are wild and brackets stand for themselves."""
+    return _compiled(pattern).fullmatch(text) is not None
+
+
+# Every test is compared with every entry.
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
     expression = "".join({"*": ".*", "?": "."}.get(char) or re.escape(char) for char in pattern)
-    return re.fullmatch(expression, text, re.DOTALL) is not None
+    return re.compile(expression, re.DOTALL)
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -228,8 +228,10 @@ class ItemReports:
             report.longrepr = f"{reason} ({gate.VARIABLE}=all insists on it)"
 
     def _apply_errata(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        if report.skipped or (report.passed and report.when != "call"):
+            return
         entry = find(self._errata, suite_id(item.nodeid), self._facts, protections.of_item(item))
-        if entry is None or report.skipped or (report.passed and report.when != "call"):
+        if entry is None:
             return
         if report.passed:
             report.outcome = "failed"
