@@ -216,11 +216,11 @@ def test_an_end_from_outside_leaves_no_qemu(tmp_path: Path, kernel: Kernel, numb
         until(child, "test_b_waits")
         qemu = qemu_of(child)
         child.send_signal(number)
-        child.communicate(timeout=120)
+        text, _ = child.communicate(timeout=120)
     _, alive = psutil.wait_procs([qemu], timeout=30)
     assert alive == []
     if number is signal.SIGINT:
-        assert child.returncode == 2
+        assert child.returncode == 2, text
         assert report(tmp_path)["a"]["verdict"] == "pass"
 
 
