@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What continuous integration runs, as far as it can be seen without running it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_workflow_is_the_one_in_ci() -> None:
+    # GitHub reads no symbolic link.
+    used = ROOT / ".github" / "workflows" / "ci.yml"
+    assert used.read_text() == (ROOT / "ci" / "github-workflow.yml").read_text()
+
+
+def test_every_step_is_limited_and_all_take_less_than_90_minutes() -> None:
+    steps = re.findall(r"^timeout (\d+) make (\w+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    # The kernel is there before the tests that boot it; the lab's summary comes last.
+    assert [target for _, target in steps] == ["lint", "kernel", "test", "lab"]
+    assert sum(int(seconds) for seconds, _ in steps) < 90 * 60
+
+
+@pytest.mark.parametrize("step", ["lint", "kernel", "test", "lab"])
+def test_a_step_that_fails_ends_it_all(tmp_path: Path, step: str) -> None:
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / "ci").mkdir()
+    (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
+    (tmp_path / "ci" / "prerequisites.sh").write_text("")
+    targets = "".join(
+        f"{name}:\n\t@echo {name}\n" for name in ("lint", "kernel", "test", "lab") if name != step
+    )
+    (tmp_path / "Makefile").write_text(f"{targets}{step}:\n\t@echo {step}; exit 3\n")
+    result = subprocess.run(
+        ["sh", str(tmp_path / ".ci" / "run")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode != 0
+    assert result.stdout.split()[-1] == step
+
+
+def test_the_prerequisites_of_the_lab_are_named(tmp_path: Path) -> None:
+    (tmp_path / "id").symlink_to("/usr/bin/id")
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    result = subprocess.run(
+        ["/bin/sh", str(ROOT / "ci" / "prerequisites.sh"), "--packages", "lab"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    packages = result.stdout.split()
+    assert {"qemu-system-x86", "flex", "bison", "bc", "xz-utils"} <= set(packages)
+    result = subprocess.run(
+        ["/bin/sh", str(ROOT / "ci" / "prerequisites.sh"), "nonsense"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
