@@ -49,8 +49,11 @@ def lab() -> None:
 @click.option("--source", metavar="TREE", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--debian", metavar="SUITE", help="A Debian suite with linux-source-X.Y (default: sid).")
 @click.option("--kernel", metavar="BZIMAGE", type=click.Path(path_type=Path), help="One that is built.")
-@click.option("--missing", is_flag=True, help="Only when the cache has no kernel.")
-def build(source: Path | None, debian: str | None, kernel: Path | None, missing: bool) -> None:
+@click.option("--missing", is_flag=True, help="Only when the cache has no such kernel.")
+@click.option("--soft-sev", is_flag=True, help="With the software AMD-SP: SEV, SEV-ES and SNP inside.")
+def build(
+    source: Path | None, debian: str | None, kernel: Path | None, missing: bool, soft_sev: bool
+) -> None:
     """Put a lab kernel into the cache: from a Debian suite, a tree of your own, or a bzImage."""
     from kvmpy.lab import build as builds
     from kvmpy.lab import kernels
@@ -58,15 +61,16 @@ def build(source: Path | None, debian: str | None, kernel: Path | None, missing:
 
     if sum(given is not None for given in (source, debian, kernel)) > 1:
         raise click.UsageError("--source, --debian and --kernel exclude each other")
-    if missing and (present := kernels.cached()):
+    present = [cached for cached in kernels.cached() if cached.soft_sev or not soft_sev]
+    if missing and present:
         click.echo(present[0].name)
         return
     if kernel is not None:
-        made = builds.from_image(kernel)
+        made = builds.from_image(kernel, soft_sev=soft_sev)
     elif source is not None:
-        made = builds.from_source(source, _say)
+        made = builds.from_source(source, _say, soft_sev=soft_sev)
     else:
-        made = builds.from_debian(debian or DEFAULT_SUITE, _say)
+        made = builds.from_debian(debian or DEFAULT_SUITE, _say, soft_sev=soft_sev)
     click.echo(made.name)
 
 
@@ -109,6 +113,7 @@ def _machine_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--cpus", type=click.IntRange(1, 255), default=2, show_default=True),
         click.option("--memory", metavar="SIZE", default="4G", show_default=True, help="Such as 512M or 6G."),
         click.option("--accel", type=click.Choice(["auto", "tcg", "kvm"]), default="auto", show_default=True),
+        click.option("--soft-sev", is_flag=True, help="A kernel with the software AMD-SP."),
     ):
         command = option(command)
     return command
@@ -122,12 +127,17 @@ def parse_memory(text: str) -> int:
     return int(number) * (1024 if unit == "G" else 1)
 
 
-def _machine(kernel: str | None, cpus: int, memory: str, accel: str) -> Options:
-    from kvmpy.lab import kernels
+def _machine(kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: bool) -> Options:
+    from kvmpy.lab import kernels, softsev
     from kvmpy.lab.qemu import Options
     from kvmpy.lab.runs import accelerator
 
-    return Options(kernels.find(kernel), cpus, parse_memory(memory), accelerator(accel))
+    found = kernels.find(kernel, soft_sev=soft_sev)
+    if not found.soft_sev:
+        return Options(found, cpus, parse_memory(memory), accelerator(accel))
+    # It stands for a processor without SEV: it has been tried on an emulated one only.
+    chosen = "tcg" if accel == "auto" else accel
+    return Options(found, cpus, parse_memory(memory), chosen, (softsev.PARAMETER,))
 
 
 @lab.command("run", cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
@@ -161,6 +171,7 @@ DEFAULTS: Mapping[str, Any] = {
     "cpus": 2,
     "memory": "4G",
     "accel": "auto",
+    "soft_sev": False,
     "matrix": None,
     "machines": None,
     "timeout": 4 * 3600.0,
@@ -175,7 +186,7 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
 
     values = {**DEFAULTS, **values}
     if values["may_build"] and not values["kernel"] and not values["matrix"]:
-        _build_if_none()
+        _build_if_none(values["soft_sev"])
     if values["matrix"]:
         from kvmpy.lab import kernels
         from kvmpy.lab.matrix import run_matrix
@@ -190,7 +201,9 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
     for name, flag in _REPORTS:
         if values.get(name) is not None:
             reports += [flag, values[name]]
-    machine = _machine(values["kernel"], values["cpus"], values["memory"], values["accel"])
+    machine = _machine(
+        values["kernel"], values["cpus"], values["memory"], values["accel"], values["soft_sev"]
+    )
     request = Request(
         machine,
         pytest_args(suite_folder(), inside, paths),
@@ -206,15 +219,15 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
     return code
 
 
-def _build_if_none() -> None:
+def _build_if_none(soft_sev: bool) -> None:
     from kvmpy.lab import kernels
 
-    if not kernels.cached():
+    if not [kernel for kernel in kernels.cached() if kernel.soft_sev or not soft_sev]:
         from kvmpy.lab import build as builds
         from kvmpy.lab.debian import DEFAULT_SUITE
 
         _say("there is no lab kernel yet: building one, which takes some minutes")
-        builds.from_debian(DEFAULT_SUITE, _say)
+        builds.from_debian(DEFAULT_SUITE, _say, soft_sev=soft_sev)
 
 
 def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:
@@ -238,9 +251,11 @@ _REPORTS = (
 @lab.command("shell", cls=SplitCommand, epilog="What follows -- is run instead of a shell.")
 @_machine_options
 @click.pass_context
-def interactive(ctx: click.Context, /, kernel: str | None, cpus: int, memory: str, accel: str) -> None:
+def interactive(
+    ctx: click.Context, /, kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: bool
+) -> None:
     """Open a shell inside; its end ends the lab."""
     from kvmpy.lab.runs import shell
 
     command = extra_arguments(ctx) or ["/bin/bash" if Path("/bin/bash").exists() else "/bin/sh", "-i"]
-    sys.exit(shell(_machine(kernel, cpus, memory, accel), command))
+    sys.exit(shell(_machine(kernel, cpus, memory, accel, soft_sev), command))

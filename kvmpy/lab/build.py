@@ -31,7 +31,7 @@ _FIRST_ERROR = re.compile(
 )
 _MAKE_ERROR = re.compile(r"^make.*\*\*\*")
 _SHOWN_LINES = 6
-_PATCH_SUFFIXES = (".c", ".h", ".py", ".cocci", ".patch", ".inc", ".S")
+_PATCH_SUFFIXES = (".c", ".h", ".py", ".cocci", ".patch", ".inc", ".S", ".toml")
 _CONFIG_SECONDS = 600.0
 BUILD_SECONDS = 4 * 3600.0
 

@@ -15,6 +15,7 @@ import pytest
 from kvmpy.guest import program
 from kvmpy.lab import bytecode, programs
 from kvmpy.lab.lane import INSIDE
+from kvmpy.lab.softsev import log
 from kvmpy.testing import host
 from kvmpy.testing.journal import Journal
 
@@ -129,3 +130,5 @@ def pytest_configure(config: pytest.Config) -> None:
     if not isinstance(journal, Journal):
         raise pytest.UsageError("kvmpy.lab.inside needs --kvmpy-journal")
     config.pluginmanager.register(Worker(journal, Path(INSIDE)), "kvmpy-lab-inside")
+    if (kernel_log := log.plugin()) is not None:
+        config.pluginmanager.register(kernel_log, "kvmpy-lab-softsev")

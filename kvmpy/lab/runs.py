@@ -20,7 +20,7 @@ import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
-from kvmpy.lab import bytecode, places, tools
+from kvmpy.lab import bytecode, places, softsev, tools
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
@@ -77,15 +77,21 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="run-", dir=root))
 
 
-# Emulated, the import of a plugin that no selftest needs takes as long as the kernel's boot.
-_COMMON = {PLATFORM_VARIABLE: "lab", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+def platform(options: Options) -> str:
+    """Return the platform that every verdict of a run is marked with."""
+    return f"lab, {softsev.PLATFORM}" if options.kernel.soft_sev else "lab"
 
 
-def _job(command: Sequence[str], *, interactive: bool = False) -> Job:
+def _common(options: Options) -> dict[str, str]:
+    # Emulated, the import of a plugin that no selftest needs takes as long as the kernel's boot.
+    return {PLATFORM_VARIABLE: platform(options), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def _job(options: Options, command: Sequence[str], *, interactive: bool = False) -> Job:
     package = Path(kvmpy.__file__).resolve().parent
     bytecode.folder().mkdir(parents=True, exist_ok=True)
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    environment |= _COMMON | bytecode.environment(writing=False)
+    environment |= _common(options) | bytecode.environment(writing=False)
     environment |= {
         "XDG_CACHE_HOME": "/tmp/cache",  # noqa: S108 - a tmpfs inside
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108
@@ -99,7 +105,7 @@ def _job(command: Sequence[str], *, interactive: bool = False) -> Job:
 def run(request: Request, say: Say) -> int:
     """Run the tests inside and return pytest's exit status; the reports are those of a run on the host."""
     tools.need(tools.RUN, "the lab")
-    os.environ[PLATFORM_VARIABLE] = "lab"
+    os.environ[PLATFORM_VARIABLE] = platform(request.options)
     seed = ["--kvmpy-seed", str(secrets.randbits(32) if request.seed is None else request.seed)]
     suite = Path(kvmpy.__file__).resolve().parent / "testing" / "suite.ini"
     common = ["-p", "no:xdist", *seed, *request.extra]
@@ -107,8 +113,10 @@ def run(request: Request, say: Say) -> int:
     inside = [*command, "-p", "kvmpy.lab.inside", "--kvmpy-journal", "/dev/kvmpy.journal"]
     here = ["-c", str(suite), "--rootdir", str(Path.cwd()), "--noconftest", "--assert=plain"]
     folder = _folder()
-    listing = partial(Listing, command, _COMMON, folder)
-    setup = Setup(request.options, request.machines, _job(inside), listing, folder, request.limits)
+    listing = partial(Listing, command, _common(request.options), folder)
+    setup = Setup(
+        request.options, request.machines, _job(request.options, inside), listing, folder, request.limits
+    )
     session = LabSession(setup, say)
     code = 3
     try:
@@ -127,7 +135,7 @@ def shell(options: Options, command: Sequence[str]) -> int:
     tools.need(tools.RUN, "the lab")
     folder = _folder()
     try:
-        prepare(folder, _job(command, interactive=True))
+        prepare(folder, _job(options, command, interactive=True))
         child = subprocess.Popen(
             command_line(options, folder, interactive=True),
             preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there

@@ -21,7 +21,7 @@ from kvmpy.lab.lane import Lane, Limits, Running
 from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options
 from kvmpy.lab.work import MIN_SHARE, Queue
-from kvmpy.testing.host import HostSummary
+from kvmpy.testing.host import HostSummary, platform_name
 from kvmpy.testing.journal import from_json, lost_report
 
 MAX_BOOTS = 50
@@ -82,7 +82,7 @@ class LabSession:
         reporter: Any = session.config.pluginmanager.get_plugin("kvmpy-session")
         text = f"{options.kernel.release} x86_64"
         reporter.describe(  # until it answers
-            HostSummary(text, "", (), "lab", False, "it did not come up", accelerator=options.accel)
+            HostSummary(text, "", (), platform_name(), False, "it did not come up", accelerator=options.accel)
         )
         self._say(
             f"booting {options.kernel.name} ({options.accel}, {options.cpus} CPUs, {options.memory} MiB)"

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--soft-sev``: the kernel chosen, its parameter, how verdicts are marked, the AMD-SP's log in reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from kvmpy.cli import lab as cli
+from kvmpy.lab import kernels, runs
+from kvmpy.lab.errors import LabError
+from kvmpy.lab.qemu import Job, Options, command_line, prepare
+from kvmpy.lab.softsev import log
+from kvmpy.testing.host import PLATFORM_VARIABLE
+
+
+def kernel(name: str, soft_sev: bool) -> kernels.Kernel:
+    """A kernel as the cache describes it."""
+    return kernels.Kernel(name, "7.2.13", "test", "0" * 64, "", Path("nowhere"), soft_sev)
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Kernel]:
+    """The kernels of the cache."""
+    have = [kernel("plain", False), kernel("other-softsev", True)]
+    monkeypatch.setattr(kernels, "cached", lambda: have)
+    return have
+
+
+def test_soft_sev_chooses_such_a_kernel_and_its_parameter(
+    cache: list[kernels.Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "nested_works", lambda: True)
+    machine = cli._machine(None, 2, "1G", "auto", True)
+
+    assert machine.kernel.name == "other-softsev"
+    assert tuple(machine.parameters) == ("softsev",)
+    assert machine.accel == "tcg"
+
+
+def test_without_it_the_other_kernel_boots_plainly(cache: list[kernels.Kernel]) -> None:
+    machine = cli._machine(None, 2, "1G", "tcg", False)
+
+    assert machine.kernel.name == "plain"
+    assert tuple(machine.parameters) == ()
+
+
+def test_a_kernel_that_has_it_is_booted_with_it(cache: list[kernels.Kernel]) -> None:
+    assert tuple(cli._machine("other-softsev", 2, "1G", "tcg", False).parameters) == ("softsev",)
+
+
+def test_without_such_a_kernel_the_command_that_builds_one_is_named(cache: list[kernels.Kernel]) -> None:
+    del cache[1]
+
+    with pytest.raises(LabError, match="kvmpy lab build --soft-sev"):
+        cli._machine(None, 2, "1G", "tcg", True)
+
+
+def test_missing_builds_only_when_no_kernel_has_it(
+    cache: list[kernels.Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvmpy.lab import build
+
+    built: list[bool] = []
+
+    def from_debian(suite: str, say: object, *, soft_sev: bool) -> kernels.Kernel:
+        built.append(soft_sev)
+        return kernel("new", soft_sev)
+
+    monkeypatch.setattr(build, "from_debian", from_debian)
+
+    there = CliRunner().invoke(cli.lab, ["build", "--missing", "--soft-sev"])
+    assert (there.output.strip(), built) == ("other-softsev", [])
+
+    del cache[1]
+    made = CliRunner().invoke(cli.lab, ["build", "--missing", "--soft-sev"])
+    assert (made.output.strip(), built) == ("new", [True])
+
+
+def test_the_parameter_reaches_the_kernels_command_line(tmp_path: Path) -> None:
+    options = Options(kernel("k-softsev", True), parameters=("softsev",))
+    prepare(tmp_path, Job(["true"], {}, tmp_path))
+
+    command = command_line(options, tmp_path)
+
+    assert command[command.index("-append") + 1].endswith(" softsev")
+
+
+@pytest.mark.parametrize(("soft_sev", "platform"), [(False, "lab"), (True, "lab, software AMD-SP")])
+def test_the_platform_names_it(soft_sev: bool, platform: str) -> None:
+    options = Options(kernel("k", soft_sev))
+
+    assert runs.platform(options) == platform
+    assert runs._job(options, ["true"]).environment[PLATFORM_VARIABLE] == platform
+
+
+def test_log_has_only_what_is_new_and_the_software_s(tmp_path: Path) -> None:
+    path = tmp_path / "kmsg"
+    path.write_text("6,1,10,-;softsev: before\n")
+    reader = log.KernelLog(path)
+    try:
+        with path.open("a") as stream:
+            stream.write("6,2,11,-;kvm_amd: other\n6,3,12,-;softsev: guest 1: launched\n SUBSYSTEM=x\n")
+
+        assert reader.lines() == ["softsev: guest 1: launched"]
+        assert reader.lines() == []
+    finally:
+        reader.close()
+
+
+def test_log_becomes_a_section_of_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "kmsg"
+    path.touch()
+    reader = log.KernelLog(path)
+    report = SimpleNamespace(when="call", sections=[])
+    try:
+        step: Any = reader.pytest_runtest_makereport()
+        next(step)
+        path.write_text("6,1,10,-;softsev: SNP_LAUNCH_FINISH: error 0xb\n")
+        with pytest.raises(StopIteration) as done:
+            step.send(report)
+    finally:
+        reader.close()
+
+    assert done.value.value is report
+    assert report.sections == [("software AMD-SP, call", "softsev: SNP_LAUNCH_FINISH: error 0xb")]
+
+
+def test_log_is_for_kernels_with_the_software_only(tmp_path: Path) -> None:
+    assert log.plugin(tmp_path, tmp_path / "kmsg") is None
+
+    (tmp_path / "softsev").mkdir()
+    assert log.plugin(tmp_path, tmp_path / "kmsg") is None  # no log
+
+    (tmp_path / "kmsg").touch()
+    made = log.plugin(tmp_path, tmp_path / "kmsg")
+    assert isinstance(made, log.KernelLog)
+    made.close()
