@@ -252,6 +252,7 @@ void guest_main(void)
 
 @pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
+@pytest.mark.requires("trait:host_sees_private")
 def test_redirected(make_vm: MakeVm) -> None:
     """A vCPU whose RIP and argument registers the host changed goes on there.
 
