@@ -66,8 +66,8 @@ def test_every_ioctl_is_there_in_order(basic: Trace) -> None:
 
 def test_arguments_are_decoded_with_names(basic: Trace) -> None:
     slot = basic.named("KVM_SET_USER_MEMORY_REGION")[0]
-    assert "{slot=0x3, flags=KVM_MEM_LOG_DIRTY_PAGES, memory_size=0x8000, userspace_addr=0x" in slot["text"]
-    assert slot["chunks"][0]["fields"]["memory_size"] == 0x8000
+    assert "{slot=0x3, flags=KVM_MEM_LOG_DIRTY_PAGES, memory_size=0x108000, userspace_addr=0x" in slot["text"]
+    assert slot["chunks"][0]["fields"]["memory_size"] == 0x108000
     assert "KVM_CREATE_VM KVM_X86_DEFAULT_VM = " in basic.rows[0]["text"]
     assert "[{index=0xc0000080 (MSR_EFER)}]" in basic.named("KVM_GET_MSRS")[0]["text"]
 
@@ -105,8 +105,8 @@ def test_bad_pointers_and_unknown_ioctls_are_shown_raw(basic: Trace) -> None:
 def test_pointers_are_followed(basic: Trace) -> None:
     (log,) = basic.named("KVM_GET_DIRTY_LOG")
     assert "*dirty_bitmap=" in log["text"]
-    # 8 pages: one quadword.
-    assert [len(chunk["bytes"]) for chunk in log["chunks"]] == [32, 16]
+    # 264 pages: five quadwords.
+    assert [len(chunk["bytes"]) // 2 for chunk in log["chunks"]] == [16, 40]
     (command,) = basic.named("KVM_MEMORY_ENCRYPT_OP")
     assert "{id=KVM_SEV_SNP_LAUNCH_START," in command["text"]
     assert "*data={policy=0x30000 (smt)}" in command["text"]
@@ -161,9 +161,11 @@ def test_signal_handlers_may_issue_ioctls(program: Path) -> None:
     trace = Trace("--", program, "signals")
     assert trace.status == 0
     rounds, ticks = map(int, trace.stdout.split())
-    assert len(trace.named("KVM_GET_SUPPORTED_CPUID")) == rounds
-    assert len(trace.named("KVM_CHECK_EXTENSION")) >= ticks
-    assert all("KVM_CAP_NR_MEMSLOTS = " in row["text"] for row in trace.named("KVM_CHECK_EXTENSION"))
+    asked = Counter((row["chunks"][0]["fields"]["nent"], row.get("errno", "")) for row in trace.rows)
+    assert asked[1, "E2BIG"] >= ticks
+    # A call that a signal cut short is issued again, and counts.
+    assert asked[128, ""] + asked[128, "EINTR"] == rounds
+    assert set(asked) <= {(1, "E2BIG"), (128, ""), (128, "EINTR")}
 
 
 def test_what_a_killed_program_did_is_there(program: Path) -> None:
@@ -253,7 +255,8 @@ def test_python_programs(tmp_path: Path) -> None:
         "    vm.launch()\n"
         "    print([call.args[0] for call in vm.vcpus[0].syncs(timeout=20)])\n"
     )
-    trace = Trace("--", sys.executable, script)
+    # An empty cache: the compiler is a child of vfork(), before the first ioctl.
+    trace = Trace("--", sys.executable, script, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
     assert trace.stdout == "[7]\n", trace.other
     runs = trace.named("KVM_RUN")
     assert {row["target"] for row in runs} == {"vm0/vcpu0"}

@@ -143,3 +143,15 @@ def test_the_doctor_looks_at_this_host(installed: Installed, empty: Path) -> Non
     answer = json.loads(result.stdout)
     assert answer["kernel"]["release"] == os.uname().release
     assert answer["kvm"]["usable"] is (kvm_missing() is None)
+
+
+def test_the_recorder_is_compiled_from_the_wheel(installed: Installed, empty: Path) -> None:
+    """`kvmpy trace` finds its C source where it was installed."""
+    preload = installed.packages / "kvmpy" / "debug" / "preload"
+    shipped = {path.name for path in preload.iterdir() if path.suffix in (".c", ".h")}
+    assert shipped == {
+        path.name for path in (ROOT / "kvmpy/debug/preload").iterdir() if path.suffix in (".c", ".h")
+    }
+    result = run([installed.command, "trace", "--", "sh", "-c", "exit 5"], empty)
+    assert result.returncode == 5, result.stderr
+    assert "issued an ioctl of KVM that the recorder saw" in result.stderr

@@ -84,3 +84,10 @@ def test_the_kernel_reads_counts_alone_where_it_fills_entries() -> None:
     assert BUFFERS[ioctls.KVM_GET_SUPPORTED_CPUID.nr].reads == 8
     assert BUFFERS[ioctls.KVM_GET_MSR_INDEX_LIST.nr].reads == 4
     assert BUFFERS[ioctls.KVM_GET_MSRS.nr].reads is None
+
+
+def test_bitmaps_are_whole_quadwords() -> None:
+    (bitmap,) = BUFFERS[ioctls.KVM_CLEAR_DIRTY_LOG.nr].children
+    assert [bitmap.size.bytes(pages) for pages in (1, 64, 65)] == [8, 8, 16]
+    ranges = BUFFERS[ioctls.KVM_X86_SET_MSR_FILTER.nr].children
+    assert [each.size.bytes(9) for each in ranges] == [8] * 16

@@ -76,6 +76,7 @@ bool frames_start(const char *directory)
 	if (process == MAP_FAILED)
 		return false;
 	madvise(process, PAGE, MADV_WIPEONFORK);
+	process->pid = (uint32_t)raw(SYS_getpid, 0, 0, 0, 0);
 	control = map_file("control", PAGE, false);
 	return control != NULL;
 }
@@ -86,7 +87,9 @@ static void make_ring(void)
 	uint64_t size = control->ring_size;
 	uint32_t number = atomic_fetch_add(&control->rings, 1);
 
-	process->pid = (uint32_t)raw(SYS_getpid, 0, 0, 0, 0);
+	/* Known already but in a forked child. The child of a vfork() runs in its parent's memory, for the parent. */
+	if (!process->pid)
+		process->pid = (uint32_t)raw(SYS_getpid, 0, 0, 0, 0);
 	snprintf(name, sizeof name, "ring.%u.%u", process->pid, number);
 	uint8_t *map = map_file(name, size, true);
 
@@ -221,8 +224,11 @@ static void announce_thread(void)
 
 uint8_t *frame_begin(uint16_t type, uint64_t length, uint64_t order, uint64_t time_ns)
 {
-	if (thread_pid != process->pid)
+	if (thread_pid != process->pid) {
+		if ((uint32_t)raw(SYS_getpid, 0, 0, 0, 0) != process->pid)
+			return reserve(type, length, order, time_ns, process->pid);
 		announce_thread();
+	}
 	return reserve(type, length, order, time_ns, thread_id);
 }
 
