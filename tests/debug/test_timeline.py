@@ -171,6 +171,7 @@ def test_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             thread.join(60)
     events = events_of(tmp_path / "t.json")
     assert len(named(events, "KVM_RUN")) == len(named(events, "in guest")) == 4 * 300
+    assert len({event["tid"] for event in named(events, "in guest")}) == 4
 
 
 def test_a_child_writes_nothing(tmp_path: Path) -> None:

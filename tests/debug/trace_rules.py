@@ -38,7 +38,7 @@ def problems(events: list[dict[str, Any]]) -> list[str]:
             found.append(f"time of {event}")
         if phase != "E" and not (event.get("name") and event.get("cat")):
             found.append(f"no name or category: {event}")
-    tids = [tid for _, tid in threads]
+    tids = [event["tid"] for event in events if event.get("name") == "thread_name"]
     if len(set(tids)) != len(tids):
         found.append("a thread id stands for two tracks")
     for track, entries in tracks.items():
