@@ -2,7 +2,7 @@
 """What a guest wrote into its GHCB, and what is wrong with it.
 
 AMD's GHCB specification (56421): section 2.6 for the page, 4.1 for the events.  KVM clears the valid bitmap
-when it takes a request: what is read at an exit is decoded with *taken*, which does without.
+when it takes a request, and answers in the words of the event: what is read at an exit is decoded as *taken*.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kvmpy.x86.ghcb import (
     BITMAP_END,
@@ -22,6 +23,10 @@ from kvmpy.x86.ghcb import (
     is_valid,
     valid_fields,
 )
+
+if TYPE_CHECKING:
+    from kvmpy.guest.vcpu import GuestVcpu
+    from kvmpy.guest.vm import GuestVm
 
 VERSIONS = range(1, 4)
 MAX_PSC_ENTRIES = 253
@@ -203,13 +208,17 @@ def _ap_creation(info_1: int, info_2: int) -> tuple[list[str], tuple[str, ...]]:
     return problems, ()
 
 
+def _unknown(code: int) -> str:
+    return f"exit code {code:#x} is none that a guest may send"
+
+
 def _event(page: memoryview, gpa: int | None, version: int) -> tuple[list[str], tuple[str, ...]]:
     """Return what is wrong with the event's own words, and the fields that it needs."""
     code, info_1, info_2 = (_number(page, name) for name in _COMMON)
     needs = _REQUIRED.get(code, ())
     problems: list[str] = []
     if code not in _KNOWN:
-        problems.append(f"exit code {code:#x} is none that a guest may send")
+        problems.append(_unknown(code))
     elif code == _SVM_IOIO:
         problems, needs, size = _ioio(info_1, info_2)
         if info_1 & 4:
@@ -233,12 +242,25 @@ def _event(page: memoryview, gpa: int | None, version: int) -> tuple[list[str], 
     return problems, needs
 
 
+def about(vm: GuestVm, vcpu: GuestVcpu) -> Iterator[str]:
+    """Yield what the GHCB of *vcpu* holds, as far as KVM left it there."""
+    if vcpu.ghcb_gpa is None:
+        return
+    page = vm.memory.shared_view(vcpu.ghcb_gpa, GHCB_SIZE)
+    if not any(page[GHCB["protocol_version"].offset : GHCB["protocol_version"].offset + 2]):
+        yield f"gpa {vcpu.ghcb_gpa}: never used"
+        return
+    yield f"gpa {vcpu.ghcb_gpa}, last request:"
+    yield from decode(page, gpa=int(vcpu.ghcb_gpa), taken=True).lines()
+
+
 def decode(
     page: bytes | bytearray | memoryview, *, gpa: int | None = None, taken: bool = False
 ) -> GhcbRequest:
     """Decode a GHCB of 4096 bytes as the guest filled it, at *gpa* where that is known.
 
-    *taken*: KVM has the request already, and cleared the bitmap; ValueError for a page cut short.
+    *taken*: KVM has the request already: it cleared the bitmap and put its answer into both words, so only
+    the page itself is checked.  ValueError for a page cut short.
     """
     if len(page) != GHCB_SIZE:
         raise ValueError(f"a GHCB has {GHCB_SIZE} bytes, not {len(page)}")
@@ -250,8 +272,12 @@ def decode(
     if usage:
         problems.append(f"usage {usage:#x} is not 0, the only one that is defined")
     problems += _reserved(view)
-    wrong, needs = _event(view, gpa, version)
-    problems += wrong
+    code = _number(view, "sw_exit_code")
+    if not taken:
+        wrong, needs = _event(view, gpa, version)
+        problems += wrong
+    elif code not in _KNOWN:
+        problems.append(_unknown(code))
     named = [place.name for place in GHCB.places.values() if place.offset < BITMAP_END]
     if not taken:
         problems += [

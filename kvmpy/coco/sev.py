@@ -7,9 +7,10 @@ the host reads there afterwards is ciphertext.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
-from kvmpy.coco import sev_platform
+from kvmpy.coco import ghcb, sev_platform
 from kvmpy.coco.policy import SevPolicy
 from kvmpy.coco.sev_launch import SevInitialised, SevRunning
 from kvmpy.coco.sev_prediction import PredictedLaunch
@@ -21,6 +22,7 @@ from kvmpy.core.slots import MemorySlot
 from kvmpy.guest import layout
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.protection import Availability, Protection, Traits
+from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.guest.vm import GuestVm
 from kvmpy.uapi.constants import VmType
 
@@ -85,6 +87,10 @@ class Sev(Protection):
     def availability(cls, kvm: Kvm) -> Availability:
         """Needs the VM type, /dev/sev and a firmware that answers."""
         return availability(kvm, VmType(cls.vm_type))
+
+    def about_vcpu(self, vm: GuestVm, vcpu: GuestVcpu) -> Iterator[str]:
+        """What the vCPU's GHCB holds."""
+        return ghcb.about(vm, vcpu)
 
     def encryption_bit(self, kvm: Kvm) -> EncryptionBit:
         """The C-bit."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from kvmpy.coco import sev, sev_platform
+from kvmpy.coco import ghcb, sev, sev_platform
 from kvmpy.coco.fd_backed import FdBackedProtection
 from kvmpy.coco.policy import SnpPolicy
 from kvmpy.coco.snp_launch import HOST_DATA_SIZE, IdBlockPair, SnpInitialised, SnpRunning, cpuid_page
@@ -16,6 +16,7 @@ from kvmpy.core.kvm import Kvm
 from kvmpy.guest import layout
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.protection import Availability, Traits
+from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.guest.vm import GuestVm
 from kvmpy.uapi import ffi
 from kvmpy.uapi.constants import (
@@ -117,6 +118,10 @@ class Snp(FdBackedProtection):
             *cls.missing_capabilities(kvm, "a kernel with KVM_AMD_SEV, 6.11 or newer"),
         ]
         return Availability(not missing, tuple(missing), note=answer.note)
+
+    def about_vcpu(self, vm: GuestVm, vcpu: GuestVcpu) -> Iterator[str]:
+        """What the vCPU's GHCB holds."""
+        return ghcb.about(vm, vcpu)
 
     def encryption_bit(self, kvm: Kvm) -> EncryptionBit:
         """The C-bit."""

@@ -82,6 +82,8 @@ def _postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None) ->
     section("vm", lambda: _about(vm))
     state: list[tuple[kvm_regs, kvm_sregs]] = []
     section("registers", lambda: _registers(vm, vcpu, state))
+    if vcpu.ghcb_gpa is not None:
+        section("GHCB", lambda: list(vm.protection.about_vcpu(vm, vcpu)))
     place = _place(state, call)
     if place is not None:
         section("code", lambda: _code(vm, place))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,6 +17,7 @@ from kvmpy.core.slots import MemorySlot
 
 if TYPE_CHECKING:
     from kvmpy.core.kvm import Kvm
+    from kvmpy.guest.vcpu import GuestVcpu
     from kvmpy.guest.vm import GuestVm
 
 
@@ -114,6 +116,10 @@ class Protection(ABC):
         Called only where :attr:`Traits.private_is_fd_backed`.
         """
         raise NotImplementedError(f"protection {self.name} has no conversions in KVM")
+
+    def about_vcpu(self, vm: GuestVm, vcpu: GuestVcpu) -> Iterable[str]:  # noqa: ARG002 - for subclasses
+        """Return what a post-mortem says of *vcpu* that only this protection knows."""
+        return ()
 
     def private_in_kvm(self, vm: GuestVm, gpa: Gpa, size: int) -> BitMap | None:  # noqa: ARG002
         """Return the frames of a range that KVM itself treats as private now; None where it cannot be
