@@ -14,6 +14,9 @@
 
 #define SOFTSEV_PASS	2	/* the exit is KVM's */
 
+/* Whether a nested fault met the guest's own access, or the walk of its page tables. */
+#define SOFTSEV_FAULT_STAGE	(PFERR_GUEST_FINAL_MASK | PFERR_GUEST_PAGE_MASK)
+
 /* Error code of #VC where a private page was not validated (APM 15.36.10). */
 #define SOFTSEV_VC_NOT_VALIDATED	0x404
 

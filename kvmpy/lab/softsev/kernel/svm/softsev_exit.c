@@ -60,7 +60,7 @@ static int softsev_npf(struct kvm_vcpu *vcpu)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);
 	struct vmcb_control_area *c = &svm->vmcb->control;
-	u64 access = c->exit_info_1 & (PFERR_WRITE_MASK | PFERR_FETCH_MASK | PFERR_GUEST_FAULT_STAGE_MASK);
+	u64 access = c->exit_info_1 & (PFERR_WRITE_MASK | PFERR_FETCH_MASK | SOFTSEV_FAULT_STAGE);
 	int ret;
 
 	ret = softsev_tlb_fill(vcpu, c->exit_info_2, access);

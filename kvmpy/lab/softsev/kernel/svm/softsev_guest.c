@@ -4,6 +4,7 @@
  */
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
+#include <asm/trapnr.h>
 #include "softsev.h"
 
 #define PT_PRESENT	BIT_ULL(0)
@@ -126,12 +127,12 @@ int softsev_deliver_vc(struct kvm_vcpu *vcpu, u32 error)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);
 	struct sev_es_save_area *v = softsev_vmsa(svm);
-	u64 at = v->idtr.base + VC_VECTOR * sizeof(struct idt_gate), frame[6], rsp;
+	u64 at = v->idtr.base + X86_TRAP_VC * sizeof(struct idt_gate), frame[6], rsp;
 	struct idt_gate gate;
 	u32 pf_error;
 	int ret;
 
-	if (!(v->efer & EFER_LMA) || v->idtr.limit < (VC_VECTOR + 1) * sizeof(gate) - 1)
+	if (!(v->efer & EFER_LMA) || v->idtr.limit < (X86_TRAP_VC + 1) * sizeof(gate) - 1)
 		return -EOPNOTSUPP;
 	ret = softsev_guest_rw(vcpu, at, &gate, sizeof(gate), false, &pf_error);
 	if (ret)

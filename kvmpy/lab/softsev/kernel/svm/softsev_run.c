@@ -11,8 +11,6 @@
 #include "x86.h"
 #include "softsev.h"
 
-void __svm_vcpu_run(struct vcpu_svm *svm, unsigned int flags);
-
 #define MSRPM_SEV_BYTE	(0x1000 + ((MSR_AMD64_SEV_ES_GHCB & 0x1fff) * 2) / 8)
 #define MSRPM_SEV_BITS	0x0f	/* reads and writes of the GHCB's and the status MSR */
 

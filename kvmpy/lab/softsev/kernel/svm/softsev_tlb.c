@@ -202,7 +202,7 @@ static u64 rmp_check(struct kvm_vcpu *vcpu, u64 raw, u64 hpa, u64 access, int le
 static int npt_translate(struct kvm_vcpu *vcpu, u64 raw, u64 access, struct npt_leaf *leaf, u64 *hpa)
 {
 	struct softsev_fault *fault = &to_svm(vcpu)->softsev->fault;
-	u64 stage = access & PFERR_GUEST_FAULT_STAGE_MASK, gpa = raw & ~softsev_cmask();
+	u64 stage = access & SOFTSEV_FAULT_STAGE, gpa = raw & ~softsev_cmask();
 	u64 kind = access & (PFERR_WRITE_MASK | PFERR_FETCH_MASK);
 	u64 error;
 
