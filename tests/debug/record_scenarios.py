@@ -6,13 +6,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 from kvmpy import Kvm
 from kvmpy.core.address import Gpa
 from kvmpy.core.backing import MappedGuestMemfd
 from kvmpy.core.errors import KvmError
 from kvmpy.core.eventfd import EventFd
-from kvmpy.core.exits import IoExit, MmioExit, ShutdownExit
+from kvmpy.core.exits import IoExit, MemoryFaultExit, MmioExit, ShutdownExit
 from kvmpy.core.irq import Msi, MsiRoute
 from kvmpy.core.msr_filter import MsrFilter
 from kvmpy.core.vcpu import Vcpu, VcpuKickedError, VcpuTimeoutError
@@ -26,7 +29,9 @@ from kvmpy.uapi.constants import (
     KVM_GUESTDBG_SINGLESTEP,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_MSR_EXIT_REASON_UNKNOWN,
+    VmType,
 )
 from kvmpy.uapi.structs import kvm_msr_entry, kvm_msr_filter, kvm_msrs, kvm_userspace_memory_region2
 
@@ -37,6 +42,12 @@ Scenario = Callable[[Kvm], None]
 SCENARIOS: dict[str, Scenario] = {}
 # Name of a scenario -> what its C file says it shows.
 SHOWS: dict[str, str] = {}
+
+
+def names() -> list[Any]:
+    """Return the names of all scenarios as pytest's parameters, with what some of them need."""
+    need = pytest.mark.requires("protection:sw-protected")
+    return [pytest.param(name, marks=[need] if name in PRIVATE else []) for name in sorted(SCENARIOS)]
 
 
 def scenario(shows: str) -> Callable[[Scenario], Scenario]:
@@ -530,3 +541,41 @@ def sync_regs(kvm: Kvm) -> None:
         vcpu.sync_regs.regs.rax = 0x99
         vcpu.mark_sync_regs_dirty(1)
         assert vcpu.run(5).data == b"\x99"  # type: ignore[attr-defined]
+
+
+# Private memory: where the host has KVM_X86_SW_PROTECTED_VM.
+
+PRIVATE = {"private_fault", "private_read", "private_program"}
+
+
+@scenario("KVM_RUN on vcpu0 fails with EFAULT")
+def private_fault(kvm: Kvm) -> None:
+    """A page is private and has nothing private behind it: mov 0x3000, %al"""
+    with kvm.create_vm(int(VmType.KVM_X86_SW_PROTECTED_VM)) as vm:
+        vm.add_slot(Gpa(0), 16 * PAGE)
+        vm.memory.write(CODE, b"\xa0\x00\x30\xe6\x10\xf4")
+        vm.set_memory_attributes(0x3000, PAGE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        vcpu = vm.create_vcpu()
+        _real(vcpu)
+        assert isinstance(vcpu.run(5), MemoryFaultExit)
+
+
+@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_IO")
+def private_read(kvm: Kvm) -> None:
+    """What the guest writes to a private page is not what the host sees, and comes back to the guest."""
+    code = b"\xc6\x06\x00\x30\x5d\xa0\x00\x30\xe6\x10\xf4"
+    with kvm.create_vm(int(VmType.KVM_X86_SW_PROTECTED_VM)) as vm:
+        vm.add_slot(Gpa(0), 16 * PAGE, gmem=vm.create_guest_memfd(16 * PAGE))
+        vm.memory.write(CODE, code)
+        vm.set_memory_attributes(0x3000, PAGE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        vcpu = vm.create_vcpu()
+        _real(vcpu)
+        assert vcpu.run(5).data == b"\x5d"  # type: ignore[attr-defined]
+
+
+@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_IO")
+def private_program(kvm: Kvm) -> None:
+    """A guest program that lies in private memory, from its launch to DONE."""
+    with kvm.create_vm(GuestProgram.from_c(COUNTER), protection="sw-protected") as vm:
+        vm.launch()
+        assert [call.args[0] for call in vm.vcpus[0].syncs()] == [0, 1, 2]

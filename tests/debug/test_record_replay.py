@@ -17,7 +17,7 @@ from kvmpy.debug.record.replay import Replay
 from kvmpy.debug.record.script import build
 from kvmpy.debug.record.worker import Player
 from kvmpy.uapi import ioctls
-from tests.debug.record_scenarios import SCENARIOS, machine
+from tests.debug.record_scenarios import SCENARIOS, machine, names
 
 
 def record_of(name: str, folder: Path) -> Record:
@@ -28,7 +28,7 @@ def record_of(name: str, folder: Path) -> Record:
     return Record.load(path)
 
 
-@pytest.mark.parametrize("name", sorted(SCENARIOS))
+@pytest.mark.parametrize("name", names())
 def test_same_again(name: str, kvm: Kvm, tmp_path: Path) -> None:
     """Every ioctl of every scenario ends as recorded."""
     record = record_of(name, tmp_path)

@@ -19,7 +19,7 @@ from kvmpy.debug.record.recorder import Recorder
 from kvmpy.debug.record.repro import write_c
 from kvmpy.debug.record.script import Script, Step, build
 from kvmpy.uapi import ioctls
-from tests.debug.record_scenarios import SCENARIOS, SHOWS
+from tests.debug.record_scenarios import SCENARIOS, SHOWS, names
 
 GCC = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
 ABOUT_A_QUESTION = {"registers": "KVM_GET_REGS"}
@@ -86,7 +86,7 @@ def falsified(record: Record, name: str) -> Record:
     return record.with_entries(entries)
 
 
-@pytest.mark.parametrize("name", sorted(SCENARIOS))
+@pytest.mark.parametrize("name", names())
 def test_reproduces(name: str, kvm: Kvm, tmp_path: Path) -> None:
     """The C file of a scenario says what it shows, compiles cleanly and reproduces."""
     text = c_file(record_of(name, kvm, tmp_path), name)
@@ -98,7 +98,7 @@ def test_reproduces(name: str, kvm: Kvm, tmp_path: Path) -> None:
     assert status == 0
 
 
-@pytest.mark.parametrize("name", sorted(SCENARIOS))
+@pytest.mark.parametrize("name", names())
 def test_a_false_record_is_not_reproduced(name: str, kvm: Kvm, tmp_path: Path) -> None:
     """The C file of a record with another outcome says "not reproduced"."""
     text = c_file(falsified(record_of(name, kvm, tmp_path), name), name)
