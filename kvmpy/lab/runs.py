@@ -29,7 +29,9 @@ from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
 from kvmpy.lab.session import WITHOUT_TRACE, LabSession, Setup
 from kvmpy.testing.host import PLATFORM_VARIABLE
 
+# Emulated, every import counts: what the suite needs, and what of pytest's own it does not.
 _PLUGINS = ("kvmpy.testing.plugin", "pytest_timeout")
+_NOT = ("junitxml", "doctest", "legacypath", "pastebin", "xdist")
 _KEPT_SECONDS = 7 * 86400.0
 _PASSED_ON = ("KVMPY_REQUIRE", "PYTHONPATH", "VIRTUAL_ENV", "HYPOTHESIS_PROFILE")
 MAX_MACHINES = 8
@@ -108,8 +110,9 @@ def run(request: Request, say: Say) -> int:
     os.environ[PLATFORM_VARIABLE] = platform(request.options)
     seed = ["--kvmpy-seed", str(secrets.randbits(32) if request.seed is None else request.seed)]
     suite = Path(kvmpy.__file__).resolve().parent / "testing" / "suite.ini"
-    common = ["-p", "no:xdist", *seed, *request.extra]
-    command = [sys.executable, "-m", "pytest", *(f"-p{name}" for name in _PLUGINS), *request.inside, *common]
+    common = [*seed, *request.extra]
+    plugins = [*(f"-p{name}" for name in _PLUGINS), *(f"-pno:{name}" for name in _NOT)]
+    command = [sys.executable, "-m", "pytest", *plugins, *request.inside, *common]
     inside = [*command, "-p", "kvmpy.lab.inside", "--kvmpy-journal", "/dev/kvmpy.journal"]
     here = ["-c", str(suite), "--rootdir", str(Path.cwd()), "--noconftest", "--assert=plain"]
     folder = _folder()
@@ -120,7 +123,7 @@ def run(request: Request, say: Say) -> int:
     session = LabSession(setup, say)
     code = 3
     try:
-        code = int(pytest.main([*here, *request.reports, *common], plugins=[session]))
+        code = int(pytest.main([*here, *request.reports, "-pno:xdist", *common], plugins=[session]))
     finally:
         session.close()
         if code in WITHOUT_TRACE:
