@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvmpy.debug.record.csource import byte_rows, number
-from kvmpy.debug.record.guestcode import Instruction
+from kvmpy.debug.record.format import PAGE_SIZE
+from kvmpy.debug.record.guestcode import Instruction, sweep
 
 # Fewer words than this part of an extent: list them with their places.
 _SPARSE = 3
@@ -83,22 +84,34 @@ def pieces(name: str, content: list[tuple[int, bytes]], code: dict[int, Instruct
 def _code(name: str, offset: int, data: bytes, code: dict[int, Instruction]) -> Iterator[Piece]:
     label = f"{name}_code_{offset:x}"
     rows: list[str] = []
-    at = offset
     end = offset + len(data)
-    plain_from = at
+    at = plain_from = offset
+    last: Instruction | None = None
     while at < end:
         found = code.get(at)
         if found is None or at + len(found.raw) > end:
             at += 1
             continue
-        rows += byte_rows(data[plain_from - offset : at - offset])
-        text = "\t" + ", ".join(f"0x{byte:02x}" for byte in found.raw) + ","
-        fill = max(1, _COMMENT_AT - len(text))
-        rows.append(f"{text}{' ' * fill}/* {found.gva:#x}: {found.text} */")
+        rows += _between(data[plain_from - offset : at - offset], plain_from, found)
+        rows.append(_row(found))
         at += len(found.raw)
-        plain_from = at
-    rows += byte_rows(data[plain_from - offset : end - offset])
+        plain_from, last = at, found
+    rest = data[plain_from - offset :]
+    rows += _between(rest, plain_from, last) if last is not None else byte_rows(rest)
     yield Piece(
         [f"static const unsigned char {label}[] = {{", *rows, "};"],
         f"memcpy({name} + {offset:#x}, {label}, sizeof({label}));",
     )
+
+
+def _between(raw: bytes, offset: int, near: Instruction) -> list[str]:
+    # What no jump leads to may be code all the same: the target of a pointer, a handler.
+    same_page = offset // PAGE_SIZE == near.offset // PAGE_SIZE
+    found = sweep(raw, offset, near) if raw and same_page else []
+    return [_row(each) for each in found] or byte_rows(raw)
+
+
+def _row(each: Instruction) -> str:
+    text = "\t" + ", ".join(f"0x{byte:02x}" for byte in each.raw) + ","
+    fill = max(1, _COMMENT_AT - len(text))
+    return f"{text}{' ' * fill}/* {each.gva:#x}: {each.text} */"

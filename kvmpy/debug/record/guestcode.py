@@ -29,6 +29,7 @@ class Instruction:
     raw: bytes
     gva: int
     text: str
+    bits: int = 64
 
 
 @dataclass
@@ -178,7 +179,9 @@ def _follow(view: GuestView, cpu: Cpu, found: dict[Region, dict[int, Instruction
             if decoded is None:
                 break
             text = f"{decoded.mnemonic} {decoded.op_str}".strip()
-            found.setdefault(region, {})[offset] = Instruction(offset, raw[: decoded.size], linear, text)
+            found.setdefault(region, {})[offset] = Instruction(
+                offset, raw[: decoded.size], linear, text, cpu.bits
+            )
             target = _TARGET.fullmatch(decoded.op_str)
             flow = decoded.mnemonic
             if target is not None and (flow.startswith(("j", "call", "loop"))):
@@ -186,6 +189,18 @@ def _follow(view: GuestView, cpu: Cpu, found: dict[Region, dict[int, Instruction
             if flow in ("jmp", "ret", "iretq", "iretd", "iret", "sysretq", "ud2", "retf"):
                 break
             linear += decoded.size
+
+
+def sweep(raw: bytes, offset: int, near: Instruction) -> list[Instruction]:
+    """Return the instructions in *raw*, which lies at *offset* near *near*; none where they do not fill it."""
+    start = near.gva + offset - near.offset
+    found = []
+    at = 0
+    for each in _decoder(near.bits).disasm(raw, start):
+        text = f"{each.mnemonic} {each.op_str}".strip()
+        found.append(Instruction(offset + at, raw[at : at + each.size], start + at, text, near.bits))
+        at += each.size
+    return found if at == len(raw) else []
 
 
 def _fetch(view: GuestView, cpu: Cpu, linear: int) -> tuple[Region, int, bytes] | None:

@@ -23,7 +23,7 @@ from kvmpy.debug.record.events import (
     Unmap,
     Write,
 )
-from kvmpy.debug.record.format import MEMORY_INITIAL, ObjectKind, What, When
+from kvmpy.debug.record.format import MEMORY_INITIAL, What, When
 from kvmpy.debug.record.model import Entry, Record
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.buffers import BUFFERS, Buffer, children_of, field_place
@@ -361,12 +361,6 @@ def build(record: Record) -> Script:
     steps = list(builder.steps())
     threads = _order(steps)
     return Script(record, steps, builder.regions, builder.objects, threads)
-
-
-def is_kind(script: Script, ident: int, kind: ObjectKind) -> bool:
-    """Tell whether the object *ident* is of *kind*."""
-    found = script.objects.get(ident)
-    return found is not None and found.kind == kind
 
 
 def select(script: Script, steps: list[Step]) -> Script:
