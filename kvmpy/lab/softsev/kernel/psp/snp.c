@@ -12,6 +12,7 @@
 #define RANGES_MAX	((PAGE_SIZE - sizeof(struct sev_data_range_list)) / sizeof(struct sev_data_range))
 #define LARGE_PAGE	BIT(0)
 #define PAGES_2M	512
+#define POLICY_DEBUG	BIT_ULL(19)
 
 static struct softsev_platform *p = &softsev_platform;
 static unsigned int contexts;
@@ -394,7 +395,7 @@ static u32 debug_copy(struct sev_data_snp_dbg *d, u64 guest_pa)
 		return ret;
 	if (!c->asid)
 		return SEV_RET_INACTIVE;
-	if (!(c->policy & SNP_POLICY_MASK_DEBUG))
+	if (!(c->policy & POLICY_DEBUG))
 		return SEV_RET_POLICY_FAILURE;
 	if (!PAGE_ALIGNED(softsev_pa(d->src_addr)) || !PAGE_ALIGNED(softsev_pa(d->dst_addr)) ||
 	    !softsev_pa_valid(d->src_addr, PAGE_SIZE) || !softsev_pa_valid(d->dst_addr, PAGE_SIZE))
