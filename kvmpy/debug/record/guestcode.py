@@ -192,7 +192,7 @@ def _follow(view: GuestView, cpu: Cpu, found: dict[Region, dict[int, Instruction
 
 
 def sweep(raw: bytes, offset: int, near: Instruction) -> list[Instruction]:
-    """Return the instructions in *raw*, which lies at *offset* near *near*; none where they do not fill it."""
+    """Return the instructions in *raw*, which lies at *offset*; none where they do not fill it."""
     start = near.gva + offset - near.offset
     found = []
     at = 0
