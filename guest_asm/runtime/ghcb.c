@@ -4,27 +4,8 @@
 #include <kvmpy/string.h>
 
 #define MSR_UNKNOWN		1	/* no GPA: not page aligned, and no request either */
-#define SAVED_HEAD		0x400
 #define RFLAGS_IF		(1ul << 9)
 #define CR4_LA57		(1ul << 12)
-
-_Static_assert(SAVED_HEAD + GHCB_SHARED_BUFFER_SIZE <= KVMPY_PERCPU_GHCB_SAVE_SIZE, "room for a GHCB");
-
-static void save(struct guest_cpu *cpu)
-{
-	u8 *to = (u8 *)cpu + KVMPY_PERCPU_GHCB_SAVE;
-
-	memcpy(to, cpu->ghcb, SAVED_HEAD);
-	memcpy(to + SAVED_HEAD, (u8 *)cpu->ghcb + GHCB_SHARED_BUFFER, GHCB_SHARED_BUFFER_SIZE);
-}
-
-static void restore(struct guest_cpu *cpu)
-{
-	const u8 *from = (u8 *)cpu + KVMPY_PERCPU_GHCB_SAVE;
-
-	memcpy(cpu->ghcb, from, SAVED_HEAD);
-	memcpy((u8 *)cpu->ghcb + GHCB_SHARED_BUFFER, from + SAVED_HEAD, GHCB_SHARED_BUFFER_SIZE);
-}
 
 static void set_msr(struct guest_cpu *cpu, u64 value)
 {
@@ -83,40 +64,37 @@ static void set_up(struct guest_cpu *cpu)
 	set_msr(cpu, cpu->ghcb_gpa);
 }
 
-struct ghcb_use ghcb_begin(void)
+void ghcb_begin(struct ghcb_use *use)
 {
 	struct guest_cpu *cpu = guest_cpu();
-	struct ghcb_use use = { .ghcb = cpu->ghcb, .rflags = read_rflags() };
 	u64 *valid = (u64 *)((u8 *)cpu->ghcb + GHCB_VALID_BITMAP);
 
+	use->ghcb = cpu->ghcb;
+	use->rflags = read_rflags();
 	cli();
-	if (cpu->ghcb_depth++) {
-		/* An NMI or a machine check: nothing else comes in between. */
-		if (cpu->ghcb_saved)
-			ghcb_terminate(GHCB_TERM_SET_KVMPY, GHCB_TERM_NESTED);
-		cpu->ghcb_saved = true;
-		use.nested = true;
-		use.msr = rdmsr(MSR_SEV_ES_GHCB);
-		save(cpu);
+	use->nested = cpu->ghcb_depth++;
+	if (use->nested) {
+		use->msr = rdmsr(MSR_SEV_ES_GHCB);
+		memcpy(use->fields, cpu->ghcb, sizeof(use->fields));
+		memcpy(use->buffer, (u8 *)cpu->ghcb + GHCB_SHARED_BUFFER, sizeof(use->buffer));
 	}
 	if (!cpu->ghcb_msr)
 		set_up(cpu);
 	valid[0] = 0;
 	valid[1] = 0;
-	return use;
 }
 
-void ghcb_end(struct ghcb_use use)
+void ghcb_end(struct ghcb_use *use)
 {
 	struct guest_cpu *cpu = guest_cpu();
 
-	if (use.nested) {
-		restore(cpu);
-		set_msr(cpu, use.msr);
-		cpu->ghcb_saved = false;
+	if (use->nested) {
+		memcpy(cpu->ghcb, use->fields, sizeof(use->fields));
+		memcpy((u8 *)cpu->ghcb + GHCB_SHARED_BUFFER, use->buffer, sizeof(use->buffer));
+		set_msr(cpu, use->msr);
 	}
 	cpu->ghcb_depth--;
-	if (use.rflags & RFLAGS_IF)
+	if (use->rflags & RFLAGS_IF)
 		sti();
 }
 
@@ -186,9 +164,11 @@ u64 guest_translate(const volatile void *gva, bool *private)
 
 u64 ghcb_hv_features(void)
 {
-	struct ghcb_use use = ghcb_begin();
-	struct ghcb_answer answer = ghcb_call(use.ghcb, GHCB_EXIT_HV_FEATURES, 0, 0);
+	struct ghcb_answer answer;
+	struct ghcb_use use;
 
-	ghcb_end(use);
+	ghcb_begin(&use);
+	answer = ghcb_call(use.ghcb, GHCB_EXIT_HV_FEATURES, 0, 0);
+	ghcb_end(&use);
 	return answer.status ? 0 : answer.info;
 }

@@ -6,6 +6,7 @@
 #include <kvmpy/exception.h>
 
 void guest_exception(struct exception_frame *frame);
+void guest_nmi(struct exception_frame *frame);
 void guest_vc(struct exception_frame *frame);
 
 /* ring3.S: into ring 3; back, as if from guest_user_enter(); where functions there return to. */

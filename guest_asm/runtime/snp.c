@@ -27,7 +27,7 @@ u64 psc_call(const struct psc_entry *entries, u32 count)
 	if (!count || count > PSC_MAX_ENTRIES)
 		return PSC_TOO_MANY;
 
-	use = ghcb_begin();
+	ghcb_begin(&use);
 	buffer = (struct psc_buffer *)((u8 *)use.ghcb + GHCB_SHARED_BUFFER);
 	memset(buffer, 0, 8);
 	buffer->end_entry = count - 1;
@@ -37,7 +37,7 @@ u64 psc_call(const struct psc_entry *entries, u32 count)
 		ghcb_put(use.ghcb, GHCB_SW_SCRATCH, guest_cpu()->ghcb_gpa + GHCB_SHARED_BUFFER);
 		answer = ghcb_call(use.ghcb, GHCB_EXIT_PSC, 0, 0);
 	} while (!answer.status && !answer.info && READ_ONCE(buffer->cur_entry) < count);
-	ghcb_end(use);
+	ghcb_end(&use);
 	return answer.status ? answer.status : answer.info;
 }
 
@@ -95,12 +95,13 @@ u64 guest_set_private(void *gva, u64 size, bool private)
 
 u64 snp_ap_create(u32 request, u32 apic_id, u64 vmsa_gpa, u64 sev_features)
 {
-	struct ghcb_use use = ghcb_begin();
 	struct ghcb_answer answer;
+	struct ghcb_use use;
 
+	ghcb_begin(&use);
 	ghcb_put(use.ghcb, GHCB_RAX, sev_features);
 	answer = ghcb_call(use.ghcb, GHCB_EXIT_AP_CREATION, (u64)apic_id << 32 | request, vmsa_gpa);
-	ghcb_end(use);
+	ghcb_end(&use);
 	return answer.status ? (u64)answer.status << 32 | answer.info : 0;
 }
 
@@ -205,23 +206,25 @@ static u64 result_of(struct ghcb_answer answer)
 
 u64 snp_guest_request(u64 request_gpa, u64 response_gpa)
 {
-	struct ghcb_use use = ghcb_begin();
 	struct ghcb_answer answer;
+	struct ghcb_use use;
 
+	ghcb_begin(&use);
 	answer = ghcb_call(use.ghcb, GHCB_EXIT_GUEST_REQUEST, request_gpa, response_gpa);
-	ghcb_end(use);
+	ghcb_end(&use);
 	return result_of(answer);
 }
 
 u64 snp_extended_request(u64 request_gpa, u64 response_gpa, u64 data_gpa, u64 *pages)
 {
-	struct ghcb_use use = ghcb_begin();
 	struct ghcb_answer answer;
+	struct ghcb_use use;
 
+	ghcb_begin(&use);
 	ghcb_put(use.ghcb, GHCB_RAX, data_gpa);
 	ghcb_put(use.ghcb, GHCB_RBX, *pages);
 	answer = ghcb_call(use.ghcb, GHCB_EXIT_EXT_REQUEST, request_gpa, response_gpa);
 	*pages = ghcb_get(use.ghcb, GHCB_RBX);
-	ghcb_end(use);
+	ghcb_end(&use);
 	return result_of(answer);
 }

@@ -329,25 +329,47 @@ static enum vc_end emulate(struct exception_frame *frame, const struct insn *ins
 	}
 }
 
+/* Apart, for its struct takes most of the stack that NMIs have on other VMs. */
+static __attribute__((noinline)) void nmi_complete(void)
+{
+	struct ghcb_use use;
+
+	ghcb_begin(&use);
+	ghcb_call(use.ghcb, GHCB_EXIT_NMI_COMPLETE, 0, 0);
+	ghcb_end(&use);
+}
+
+/*
+ * Called by the stub of vector 2. A hypervisor cannot see the IRET of an SEV-ES
+ * guest, so it is told that the next NMI may come; that one comes at once, on
+ * this stack.
+ */
+void guest_nmi(struct exception_frame *frame)
+{
+	guest_exception(frame);
+	if (guest_cpu()->ghcb)
+		nmi_complete();
+}
+
+/* Carry the instruction out; false where the frame holds an exception for the test. */
+static __attribute__((noinline)) bool carry_out(struct exception_frame *frame)
+{
+	struct insn insn = insn_decode(frame);
+	struct ghcb_use use;
+	enum vc_end end;
+
+	ghcb_begin(&use);
+	end = emulate(frame, &insn, use.ghcb);
+	ghcb_end(&use);
+	if (end == VC_DONE)
+		frame->rip += insn.length;
+	return end == VC_DONE || end == VC_AGAIN;
+}
+
 /* Called by the stub of vector 29, on every kind of VM. */
 void guest_vc(struct exception_frame *frame)
 {
-	struct ghcb_use use;
-	struct insn insn;
-	enum vc_end end;
-
 	/* #VC of page states and of what is not known here is for the test. */
-	if (!guest_cpu()->ghcb || frame->error_code == SVM_EXIT_NOT_VALIDATED) {
-		guest_exception(frame);
-		return;
-	}
-
-	insn = insn_decode(frame);
-	use = ghcb_begin();
-	end = emulate(frame, &insn, use.ghcb);
-	ghcb_end(use);
-	if (end == VC_DONE)
-		frame->rip += insn.length;
-	else if (end != VC_AGAIN)
+	if (!guest_cpu()->ghcb || frame->error_code == SVM_EXIT_NOT_VALIDATED || !carry_out(frame))
 		guest_exception(frame);
 }

@@ -57,8 +57,10 @@ guest_vectors:
 	.endif
 	pushq	$vector
 	/* What may arrive between an entry from ring 3 and its swapgs. */
-	.if	vector == 1 || vector == 2 || vector == 8 || vector == 18
+	.if	vector == 1 || vector == 8 || vector == 18
 	jmp	entry_paranoid
+	.elseif	vector == 2
+	jmp	entry_nmi
 	.elseif	vector == 29
 	jmp	entry_vc
 	.else
@@ -89,8 +91,9 @@ guest_vectors:
 	entry	entry_common, guest_exception
 	entry	entry_vc, guest_vc
 
-	.type	entry_paranoid, @function
-entry_paranoid:
+	.macro	paranoid_entry name, handler
+	.type	\name, @function
+\name:
 	save_registers
 	/* Is GS the per-CPU area already? */
 	movl	$MSR_GS_BASE, %ecx
@@ -105,12 +108,16 @@ entry_paranoid:
 	incl	%ebx
 2:	cld
 	movq	%rsp, %rdi
-	call	guest_exception
+	call	\handler
 	testl	%ebx, %ebx
 	jz	3f
 	swapgs
 3:	restore_registers
 	iretq
-	.size	entry_paranoid, . - entry_paranoid
+	.size	\name, . - \name
+	.endm
+
+	paranoid_entry	entry_paranoid, guest_exception
+	paranoid_entry	entry_nmi, guest_nmi
 
 	.section .note.GNU-stack, "", @progbits

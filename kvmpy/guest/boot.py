@@ -29,14 +29,19 @@ RFLAGS_RESERVED = 0x2
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(stubs: int) -> tuple[bytes, bytes]:
-    ist = {DOUBLE_FAULT_VECTOR: IST_DOUBLE_FAULT, NMI_VECTOR: IST_NMI}
+def _tables(stubs: int, nested_nmis: bool) -> tuple[bytes, bytes]:
+    ist = {DOUBLE_FAULT_VECTOR: IST_DOUBLE_FAULT}
+    if not nested_nmis:
+        ist[NMI_VECTOR] = IST_NMI
     return segments.gdt(), segments.idt(stubs, stride=layout.VECTOR_STRIDE, ist=ist)
 
 
-def system_tables(program: GuestProgram) -> tuple[bytes, bytes]:
-    """Return the GDT and the IDT of *program*, whose vector stubs lie at ``layout.VECTORS_SYMBOL``."""
-    return _tables(int(program.symbol(layout.VECTORS_SYMBOL).gva))
+def system_tables(program: GuestProgram, *, nested_nmis: bool = False) -> tuple[bytes, bytes]:
+    """Return the GDT and the IDT of *program*, whose vector stubs lie at ``layout.VECTORS_SYMBOL``.
+
+    With *nested_nmis* an NMI has no stack of its own: the next may come before it has returned.
+    """
+    return _tables(int(program.symbol(layout.VECTORS_SYMBOL).gva), nested_nmis)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -199,7 +199,7 @@ class GuestVm(VmPrivate):
                 user=segment.user,
             )
         gpa = self.allocator.alloc(2, private=False if self.policy == "data" else None)
-        gdt, idt = system_tables(self.program)
+        gdt, idt = system_tables(self.program, nested_nmis=self.protection.traits.has_ghcb)
         self.memory.write(gpa, gdt)
         self.memory.write(gpa + PAGE_SIZE, idt)
         self._place(Gva(layout.GDT_GVA), gpa, 2 * PAGE_SIZE)

@@ -85,10 +85,11 @@ void guest_main(void)
 		} else if (order.what == TERMINATE) {
 			ghcb_terminate(order.info_1, order.info_2);
 		} else {
-			struct ghcb_use use = ghcb_begin();
+			struct ghcb_use use;
 
+			ghcb_begin(&use);
 			send(use.ghcb);
-			ghcb_end(use);
+			ghcb_end(&use);
 		}
 	}
 }

@@ -25,6 +25,7 @@ from kvmpy.uapi.structs import (
     kvm_sregs,
     kvm_sregs2,
     kvm_xcrs,
+    kvm_xsave,
 )
 
 hidden = pytest.mark.protections("all", can_read_registers=False)
@@ -159,6 +160,11 @@ VALUES = {
 GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 
 
+def xmm(number: int) -> bytes:
+    """Return what the test puts into an XMM register."""
+    return bytes(number + 16 * byte & 0xFF for byte in range(16))
+
+
 def launched(make_vm: MakeVm) -> tuple[GuestVm, tuple[int, ...], bytes]:
     """Launch with known values in every register; return what the guest found in them."""
     program = GuestProgram.from_asm(REGISTERS)
@@ -176,12 +182,13 @@ def launched(make_vm: MakeVm) -> tuple[GuestVm, tuple[int, ...], bytes]:
         sregs = vcpu.get_sregs()
         sregs.fs.base = 0x7766_5544
         vcpu.set_sregs(sregs)
-        fpu = vcpu.get_fpu()
-        fpu.mxcsr = 0x1F00
-        fpu.fcw = 0x27F
+        area = bytearray(vcpu.get_xsave().to_bytes())
+        struct.pack_into("<H", area, 0, 0x27F)
+        struct.pack_into("<I", area, 24, 0x1F00)
         for number in (0, 7, 15):
-            fpu.xmm[number][:] = [number + 16 * at & 0xFF for at in range(16)]
-        vcpu.set_fpu(fpu)
+            area[160 + 16 * number : 176 + 16 * number] = xmm(number)
+        area[512] |= 3  # x87 and SSE are not in their initial state
+        vcpu.set_xsave(kvm_xsave.from_bytes(bytes(area)))
 
     # After kvmpy has set the registers that its runtime wants, and before the state is encrypted.
     protection = vm.protection
@@ -224,10 +231,9 @@ def test_system_registers_reach_the_guest(make_vm: MakeVm) -> None:
 
 @hidden
 def test_fpu_state_reaches_the_guest(make_vm: MakeVm) -> None:
-    """XMM registers, MXCSR and the x87 control word are those of KVM_SET_FPU."""
+    """XMM registers, MXCSR and the x87 control word are those of KVM_SET_XSAVE."""
     _, _, raw = launched(make_vm)
     for number, at in ((0, 28), (7, 30), (15, 32)):
-        expected = bytes(number + 16 * byte & 0xFF for byte in range(16))
-        assert raw[8 * at : 8 * at + 16] == expected, f"xmm{number}"
+        assert raw[8 * at : 8 * at + 16] == xmm(number), f"xmm{number}"
     assert struct.unpack_from("<I", raw, 8 * 34)[0] == 0x1F00
     assert struct.unpack_from("<H", raw, 8 * 35)[0] == 0x27F

@@ -33,7 +33,7 @@ struct guest_cpu {
 	u64 user_rsp;		/* where guest_user_run() left its stack, or 0 */
 	u64 user_exit;		/* its struct guest_user_exit */
 	u32 x2apic;
-	u32 ghcb_saved;		/* a use of the GHCB lies in the save area */
+	u32 reserved;
 	void *ghcb;		/* this vCPU's GHCB, or NULL where there are none */
 	u64 ghcb_gpa;
 	u32 sev;		/* KVMPY_SEV_* */

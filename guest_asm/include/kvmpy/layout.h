@@ -67,10 +67,6 @@
 #define KVMPY_CPU_SIZE			256
 #define KVMPY_CPU_NR_ARGS		6
 
-/* In the first per-CPU page: where a nested use of the GHCB puts what it finds there. */
-#define KVMPY_PERCPU_GHCB_SAVE		0x400
-#define KVMPY_PERCPU_GHCB_SAVE_SIZE	0xc00
-
 /* Bits of guest_cpu.sev, and the top-level page table entry that maps the tables themselves. */
 #define KVMPY_SEV_ES			1
 #define KVMPY_SEV_SNP			2

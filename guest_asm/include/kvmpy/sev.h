@@ -95,8 +95,7 @@
 #define GHCB_TERM_GENERAL	0
 #define GHCB_TERM_PROTOCOL	1
 #define GHCB_TERM_SET_KVMPY	5
-#define GHCB_TERM_NESTED	1
-#define GHCB_TERM_REGISTER	2
+#define GHCB_TERM_REGISTER	1
 
 /* The GHCB protocol that the runtime speaks. */
 #define GHCB_PROTOCOL_MIN	1
@@ -127,17 +126,20 @@ struct ghcb_answer {
 
 /*
  * Between these two the vCPU's GHCB is the caller's, with interrupts off. They
- * nest once: an NMI may come while the interrupted code uses the GHCB.
+ * nest: an NMI may come while the interrupted code uses the GHCB, and leaves it
+ * as it was.
  */
 struct ghcb_use {
 	void *ghcb;
 	u64 rflags;
-	u64 msr;		/* of the interrupted use */
+	u64 msr;		/* of the interrupted use, like the rest */
 	bool nested;
+	u8 fields[0x400];
+	u8 buffer[GHCB_SHARED_BUFFER_SIZE];
 };
 
-struct ghcb_use ghcb_begin(void);
-void ghcb_end(struct ghcb_use use);
+void ghcb_begin(struct ghcb_use *use);
+void ghcb_end(struct ghcb_use *use);
 
 /* Leave for the hypervisor with what was put into the GHCB since ghcb_begin(). */
 struct ghcb_answer ghcb_call(void *ghcb, u64 exit_code, u64 info_1, u64 info_2);
