@@ -285,3 +285,13 @@ def test_the_mirror_is_the_machines_own(tmp_path: Path) -> None:
     (parts / "debian.sources").unlink()
     with pytest.raises(LabError, match="KVMPY_DEBIAN_MIRROR"):
         debian.machine_mirror((tmp_path / "sources.list", parts))
+
+
+def test_kernels_with_the_software_amd_sp_are_told_apart(image: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(LabError, match=r"software AMD-SP[\s\S]*kvmpy lab build --soft-sev"):
+        kernels.find(soft_sev=True)
+    soft = kernels.register(make_image(tmp_path / "new", "9.9.9"), "file new", soft_sev=True)
+    assert soft.name.endswith("-softsev")
+    assert kernels.find().name == soft.name  # better than none
+    plain = kernels.register(image, "file")
+    assert (kernels.find().name, kernels.find(soft_sev=True).name) == (plain.name, soft.name)
