@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kvmpy.debug.record.format import ObjectKind
 
-_MAPS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+\s+(.*)$", re.MULTILINE)
+_MAPS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ *(.*)$", re.MULTILINE)
 _NAMED = {"/dev/kvm": (ObjectKind.SYSTEM, "kvm"), "/dev/sev": (ObjectKind.SEV, "sev")}
 RUN_MAPPING_MIN = 4096
 
