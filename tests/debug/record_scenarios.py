@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from kvmpy.core.irq import Msi, MsiRoute
 from kvmpy.core.msr_filter import MsrFilter
 from kvmpy.core.vcpu import Vcpu, VcpuKickedError, VcpuTimeoutError
 from kvmpy.core.vm import Vm
+from kvmpy.debug.record.tracker import address_of
 from kvmpy.guest.program import GuestProgram
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import (
@@ -249,7 +251,7 @@ def pio_in(kvm: Kvm) -> None:
 
 
 @scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_MMIO")
-def mmio(kvm: Kvm) -> None:
+def mmio_read(kvm: Kvm) -> None:
     """A read of no memory, whose answer is written to no memory: mov 0x9000 to %al and back, both outside."""
     code = b"\xb8\x00\xf0\x8e\xd8\xa0\x00\x10\x04\x02\xa2\x00\x20\xf4"
     with machine(kvm, code, size=8 * PAGE) as vm:
@@ -456,6 +458,19 @@ def reply(kvm: Kvm) -> None:
         vm.launch()
         vm.vcpus[0].sync().reply(41)
         assert vm.vcpus[0].sync().args == (42,)
+
+
+@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_MMIO")
+def no_access(kvm: Kvm) -> None:
+    """A slot whose memory nobody may touch: mov 0x3000, %al"""
+    with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0) as nothing, kvm.create_vm() as vm:
+        vm.add_slot(Gpa(0), 3 * PAGE)
+        vm.memory.write(CODE, b"\xa0\x00\x30\xe6\x10\xf4")
+        vm.set_user_memory_region(1, 3 * PAGE, PAGE, address_of(memoryview(nothing)))
+        vcpu = vm.create_vcpu()
+        _real(vcpu)
+        with contextlib.suppress(KvmError):
+            vcpu.run(5)
 
 
 # guest_memfd and the dirty log.

@@ -111,18 +111,28 @@ def sample() -> bytes:
 def test_c_and_python_agree(tmp_path: Path) -> None:
     """format.h has the sizes, offsets and numbers of format.py."""
     structs = {
-        "file_header": format.FILE_HEADER, "frame": format.FRAME_HEADER, "thread": events.THREAD,
-        "object": events.OBJECT, "close": events.CLOSE, "ioctl": events.IOCTL, "chunk": events.CHUNK,
-        "map": events.MAP, "pages": events.PAGES, "memory": events.MEMORY, "write": events.WRITE,
-        "kick": events.KICK, "deadline": events.DEADLINE, "file": events.FILE, "event": events.EVENT,
-        "end": events.END, "lost": events.LOST,
-    }  # fmt: skip
-    text = HEADER.read_text()
+        "file_header": (format.FILE_HEADER, "magic major minor arch page_size flags reserved crc"),
+        "frame": (format.FRAME_HEADER, "magic crc length type flags tid pid order time_ns"),
+        "thread": (events.THREAD, "tid pid ppid reserved"),
+        "object": (events.OBJECT, "id parent fd kind made_by"),
+        "close": (events.CLOSE, "object reserved"),
+        "ioctl": (events.IOCTL, "object fd request arg result error chunks reserved end_order end_ns"),
+        "chunk": (events.CHUNK, "address length when what flags"),
+        "map": (events.MAP, "address length offset object flags"),
+        "pages": (events.PAGES, "first count codec stored"),
+        "memory": (events.MEMORY, "address count flags"),
+        "write": (events.WRITE, "address"),
+        "kick": (events.KICK, "object how signal tid"),
+        "deadline": (events.DEADLINE, "object reserved ns"),
+        "file": (events.FILE, "object call mode offset length result error reserved"),
+        "event": (events.EVENT, "object what value"),
+        "end": (events.END, "frames"),
+        "lost": (events.LOST, "frames"),
+    }
+    assert set(re.findall(r"struct kvmpy_rec_(\w+) \{", HEADER.read_text())) == set(structs)
     lines = []
-    for name, packing in structs.items():
-        body = re.search(rf"struct kvmpy_rec_{name} \{{(.*?)\}};", text, re.DOTALL)
-        assert body is not None, name
-        members = re.findall(r"(\w+)(?:\[8\])?;", body[1])
+    for name, (packing, expected) in structs.items():
+        members = expected.split()
         offsets = [struct.calcsize("<" + "".join(codes)) for codes in _prefixes(packing.format)]
         assert len(members) == len(offsets), name
         lines.append(f'_Static_assert(sizeof(struct kvmpy_rec_{name}) == {packing.size}, "{name}");')
@@ -136,7 +146,8 @@ def test_c_and_python_agree(tmp_path: Path) -> None:
         lines.append(f'_Static_assert(KVMPY_REC_KIND_{each.name} == {each.value}, "{each.name}");')
     for name in (
         "MAJOR", "MINOR", "X86_64", "PAGE_SIZE", "MAX_PAYLOAD", "CHECKED_FROM", "SYNTHETIC", "CUT",
-        "MAP_SHARED", "MAP_HUGETLB", "MAP_THP", "MAP_NO_THP", "MEMORY_INITIAL", "KICK_IMMEDIATE_EXIT",
+        "MAP_SHARED", "MAP_HUGETLB", "MAP_THP", "MAP_NO_THP", "MAP_NO_READ", "MAP_NO_WRITE",
+        "MEMORY_INITIAL", "KICK_IMMEDIATE_EXIT",
         "KICK_SIGNAL", "FILE_FALLOCATE", "FILE_FTRUNCATE", "FILE_MADVISE", "EVENT_WRITTEN", "EVENT_READ",
         "CODEC_RAW", "CODEC_ZLIB", "FRAME_MAGIC",
     ):  # fmt: skip

@@ -47,9 +47,9 @@ static int value(int step, const char *what, unsigned long long now, unsigned lo
 """
 
 MEMORY = """\
-static unsigned char *map_memory(size_t size)
+static unsigned char *map_memory(size_t size, int rights, int flags)
 {
-	void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	void *p = mmap(NULL, size, rights, flags | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 	if (p == MAP_FAILED) {
 		perror("mmap");

@@ -23,7 +23,14 @@ from kvmpy.debug.record.csource import (
     number,
 )
 from kvmpy.debug.record.events import Close, Event, FileCall, Ioctl, Kick, Memory, Object, Write
-from kvmpy.debug.record.format import EVENT_WRITTEN, FILE_FALLOCATE, ObjectKind
+from kvmpy.debug.record.format import (
+    EVENT_WRITTEN,
+    FILE_FALLOCATE,
+    MAP_NO_READ,
+    MAP_NO_WRITE,
+    MAP_SHARED,
+    ObjectKind,
+)
 from kvmpy.debug.record.guestcode import discover
 from kvmpy.debug.record.model import request_name
 from kvmpy.debug.record.script import Region, Script, Step
@@ -364,7 +371,7 @@ class CFile(CArguments):
         for region, name in list(self.regions.items()):
             if region.object == 0:
                 self.need("memory")
-                setup.append(f"\t{name} = map_memory({region.size:#x});")
+                setup.append(f"\t{name} = map_memory({region.size:#x}, {_mapping(region.flags)});")
                 setup += self._fill(region)
         lines = [*self._header(), "", *self._includes(), ""]
         functions = [*self.statics, *self._verdict()]
@@ -520,6 +527,12 @@ class CFile(CArguments):
         if body[-2:-1] != ["\tverdict();"]:
             lines.append("\tverdict();")
         return [*lines, "}"]
+
+
+def _mapping(flags: int) -> str:
+    rights = [] if flags & MAP_NO_READ else ["PROT_READ"]
+    rights += [] if flags & MAP_NO_WRITE else ["PROT_WRITE"]
+    return f"{' | '.join(rights) or 'PROT_NONE'}, {'MAP_SHARED' if flags & MAP_SHARED else 'MAP_PRIVATE'}"
 
 
 def _own_params(host: dict[str, str]) -> list[str]:

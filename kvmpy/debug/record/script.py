@@ -65,6 +65,7 @@ class Region:
     until: int = 1 << 63
     initial: list[tuple[int, bytes]] = field(default_factory=list, repr=False)
     number: int = 0
+    flags: int = 0
 
     @property
     def size(self) -> int:
@@ -156,7 +157,7 @@ class _Builder:
                     ):
                         region.until = entry.order
             elif isinstance(what, Map):
-                self._claim(what.address, what.length, entry.order, what.object, what.offset)
+                self._claim(what.address, what.length, entry.order, what.object, what.offset, what.flags)
             elif isinstance(what, Ioctl) and what.request in _SLOT_OPS and what.argument_in:
                 raw = what.argument_in
                 size, address = (int.from_bytes(raw[at : at + 8], "little") for at in (16, 24))
@@ -170,7 +171,9 @@ class _Builder:
         for number, region in enumerate(self.regions):
             region.number = number
 
-    def _claim(self, start: int, size: int, order: int, ident: int = 0, offset: int = 0) -> None:
+    def _claim(
+        self, start: int, size: int, order: int, ident: int = 0, offset: int = 0, flags: int = 0
+    ) -> None:
         end = start + size
         for region in self.regions:
             if region.until <= order or end <= region.start or region.end <= start:
@@ -183,8 +186,10 @@ class _Builder:
             added = region.start - min(region.start, start)
             region.initial = [(at + added, data) for at, data in region.initial]
             region.start, region.end = min(region.start, start), max(region.end, end)
+            # The slot's ioctl comes first, what the memory is like behind it.
+            region.flags |= flags
             return
-        self.regions.append(Region(start, end, ident, offset, order))
+        self.regions.append(Region(start, end, ident, offset, order, flags=flags))
 
     def region_at(self, address: int, order: int) -> Region | None:
         for region in self.regions:

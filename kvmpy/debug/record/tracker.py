@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass, field
 
 from kvmpy.debug.record.events import Map, Memory, Unmap, Write
-from kvmpy.debug.record.format import MEMORY_INITIAL, PAGE_SIZE
+from kvmpy.debug.record.format import MAP_NO_READ, MAP_NO_WRITE, MAP_SHARED, MEMORY_INITIAL, PAGE_SIZE
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.uapi import ffi
 
@@ -80,7 +80,7 @@ class MemoryTracker:
                 self._regions[region] = {vm}
                 self._fresh.append(region)
                 if address not in self._mapped:
-                    self._writer.put(Map(address, size), tid=tid)
+                    self._writer.put(Map(address, size, flags=_protection(address)), tid=tid)
 
     def mapped(self, address: int) -> None:
         """Memory at *address* was told of by a MAP frame."""
@@ -238,6 +238,19 @@ class MemoryTracker:
                 setattr(self, name, -1)
                 if fd >= 0:
                     os.close(fd)
+
+
+def _protection(address: int) -> int:
+    # As one mapping: memory whose parts are protected differently is told as its first part.
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            span, rights = line.split(" ", 2)[:2]
+            start, _, end = span.partition("-")
+            if int(start, 16) <= address < int(end, 16):
+                found = 0 if rights[0] == "r" else MAP_NO_READ
+                found |= 0 if rights[1] == "w" else MAP_NO_WRITE
+                return found | (MAP_SHARED if rights[3] == "s" else 0)
+    return MAP_NO_READ | MAP_NO_WRITE
 
 
 def differing(old: bytes, new: bytes) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvmpy.debug.record.compare import Outcome
 from kvmpy.debug.record.events import Event, FileCall, Kick, Object
-from kvmpy.debug.record.format import FILE_FALLOCATE, ObjectKind
+from kvmpy.debug.record.format import FILE_FALLOCATE, MAP_NO_READ, MAP_NO_WRITE, MAP_SHARED, ObjectKind
 from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
 from kvmpy.uapi import ffi, ioctls, lib
 from kvmpy.uapi.structs import kvm_regs, kvm_run
@@ -57,8 +57,10 @@ class World:
 
     def _map(self, region: Region, fd: int) -> None:
         if fd < 0:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-            area = mmap.mmap(-1, region.size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+            kind = mmap.MAP_SHARED if region.flags & MAP_SHARED else mmap.MAP_PRIVATE
+            rights = 0 if region.flags & MAP_NO_READ else mmap.PROT_READ
+            rights |= 0 if region.flags & MAP_NO_WRITE else mmap.PROT_WRITE
+            area = mmap.mmap(-1, region.size, kind | mmap.MAP_ANONYMOUS | _NORESERVE, rights)
         else:
             area = mmap.mmap(
                 fd, region.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=region.offset
