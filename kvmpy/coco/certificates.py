@@ -31,27 +31,34 @@ _HWID = f"{_AMD}.4"
 
 @dataclass(frozen=True)
 class Chain:
-    """Certificates from the signer of reports up to the root, which signs itself."""
+    """Certificates from the signer of reports up to the root, which signs itself.
+
+    AMD has an intermediate (ASK or ASVK); the lab's software AMD-SP has none.
+    """
 
     leaf: x509.Certificate
-    intermediate: x509.Certificate
+    intermediate: x509.Certificate | None
     root: x509.Certificate
 
     @classmethod
     def of(cls, certificates: Iterable[x509.Certificate]) -> Chain:
-        """Order three certificates by who signs whom; raises ReportError."""
+        """Order two or three certificates by who signs whom; raises ReportError."""
         given = list(certificates)
-        if len(given) != 3:
+        if len(given) not in (2, 3):
             raise ReportError(
-                f"a chain is the VCEK or VLEK, the ASK or ASVK and the ARK: 3 certificates, not {len(given)}"
+                "a chain is the VCEK or VLEK, the ASK or ASVK and the ARK: "
+                f"3 certificates (2 without an intermediate), not {len(given)}"
             )
         roots = [certificate for certificate in given if certificate.subject == certificate.issuer]
         if len(roots) != 1:
             raise ReportError(f"{len(roots)} of the certificates sign themselves; the ARK alone does")
-        rest = [certificate for certificate in given if certificate is not roots[0]]
-        for leaf, intermediate in (rest, rest[::-1]):
-            if leaf.issuer == intermediate.subject and intermediate.issuer == roots[0].subject:
-                return cls(leaf, intermediate, roots[0])
+        root = roots[0]
+        rest = [certificate for certificate in given if certificate is not root]
+        if len(rest) == 1 and rest[0].issuer == root.subject:
+            return cls(rest[0], None, root)
+        for leaf, intermediate in (rest, rest[::-1]) if len(rest) > 1 else ():
+            if leaf.issuer == intermediate.subject and intermediate.issuer == root.subject:
+                return cls(leaf, intermediate, root)
         names = ", ".join(_name(certificate) for certificate in given)
         raise ReportError(f"these certificates are no chain: {names}")
 
@@ -64,12 +71,10 @@ class Chain:
             raise ReportError(
                 f"the chain ends in {_name(self.root)}, which is not the trusted root {_name(root)}"
             )
-        for certificate, signer in (
-            (self.root, self.root),
-            (self.intermediate, self.root),
-            (self.leaf, self.intermediate),
-        ):
-            _verify_signed_by(certificate, signer)
+        _verify_signed_by(self.root, self.root)
+        if self.intermediate is not None:
+            _verify_signed_by(self.intermediate, self.root)
+        _verify_signed_by(self.leaf, self.intermediate or self.root)
 
     def verify_report(self, report: Report, root: x509.Certificate | None = None) -> None:
         """Check the chain, the report's signature, and that leaf and report name one chip and one TCB."""

@@ -130,6 +130,14 @@ def test_only_the_trusted_root_is_trusted() -> None:
         chain(authority()).verify(root=Authority().root)
 
 
+def test_a_chain_may_have_no_intermediate() -> None:
+    mine = authority()
+    short = Chain.of([mine.intermediate, mine.root])
+    short.verify(root=mine.root)
+    with pytest.raises(ReportError, match="CN=ASK is not signed by CN=ARK"):
+        Chain(Authority().intermediate, None, mine.root).verify()
+
+
 @pytest.mark.parametrize("place", ["leaf", "intermediate"])
 def test_a_certificate_of_another_issuer_with_the_same_name_is_noticed(place: str) -> None:
     mine, other = authority(), Authority()
@@ -140,7 +148,9 @@ def test_a_certificate_of_another_issuer_with_the_same_name_is_noticed(place: st
 
 def test_certificates_of_no_chain_are_listed() -> None:
     mine = authority()
-    with pytest.raises(ReportError, match="3 certificates, not 2"):
+    with pytest.raises(ReportError, match=r"3 certificates .*, not 1"):
+        Chain.of([mine.root])
+    with pytest.raises(ReportError, match="are no chain: CN=VCEK, CN=ARK"):
         Chain.of([mine.leaf, mine.root])
     with pytest.raises(ReportError, match="0 of the certificates sign themselves"):
         Chain.of([mine.leaf, mine.leaf, mine.intermediate])
