@@ -111,6 +111,7 @@ def test_the_page_itself(name: str) -> None:
         (page(VmgExit.MMIO_WRITE, 0, 4, sw_scratch=GPA), "outside the shared buffer"),
         (page(VmgExit.MMIO_READ, 0, 4), "sw_scratch is not declared valid"),
         (psc(PscEntry(0x201, 1, True, 0)), "gfn 0x201 does not begin"),
+        (psc(PscEntry(0x300, 1, True, 0)), "gfn 0x300 does not begin"),
         (psc(PscEntry(1, 7, False, 0)), "operation 7 is unknown"),
         (psc(PscEntry(1, 1, False, 2)), "2 pages are said to be done"),
         (psc(1 << 63 | int(PscEntry(1, 1, False, 0))), "reserved bits are set"),
