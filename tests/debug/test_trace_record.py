@@ -218,3 +218,12 @@ def test_attach_is_refused_with_the_reason(looping: subprocess.Popen[str]) -> No
     assert f"no permission to trace process {looping.pid}" in done.stdout, done.stderr
     assert "CAP_SYS_PTRACE" in done.stdout
     assert looping.poll() is None
+
+
+def test_a_traced_program_can_be_replayed(program: Path, tmp_path: Path) -> None:
+    """A record of a C program is as good as one of kvmpy: every ioctl ends as it did."""
+    record = tmp_path / "basic.rec"
+    assert kvmpy("trace", "-q", "-o", record, "--", program, "basic").returncode == 0
+    done = kvmpy("replay", record)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "17 ioctls issued, 0 ended otherwise than recorded" in done.stdout
