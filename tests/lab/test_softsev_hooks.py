@@ -13,10 +13,10 @@ from kvmpy.lab.softsev.hooks import Copy, Hook, HookError, HookList
 
 SOURCE = """\
 #include <linux/first.h>
+#include "last.h"
 #ifdef CONFIG_X
 #include <linux/conditional.h>
 #endif
-#include "last.h"
 
 static int other(int a);
 static int work(int a);
