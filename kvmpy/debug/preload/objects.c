@@ -126,6 +126,8 @@ struct object *object_find(int fd)
 	}
 	if (strstr(target, "guest_memfd") || strstr(target, "kvm-gmem"))
 		return object_new(fd, KVMPY_REC_KIND_GMEM, NULL, 0, "vm?/gmem?");
+	if (!strcmp(target, "anon_inode:[eventfd]"))
+		return object_new(fd, KVMPY_REC_KIND_EVENTFD, NULL, 0, "eventfd");
 	if (!strncmp(target, "anon_inode:kvm-", 15))
 		return object_new(fd, KVMPY_REC_KIND_DEVICE, NULL, 0, target + 11);
 	uint16_t unknown = 0;

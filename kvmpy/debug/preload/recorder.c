@@ -73,6 +73,16 @@ static bool watched(int fd, uint64_t request, struct object **object)
 	return *object != NULL && recording();
 }
 
+/* An eventfd becomes an object when it is given to KVM first. */
+static void name_eventfd(uint64_t request, uint64_t arg)
+{
+	const uint32_t *words = (const uint32_t *)arg;
+	int at = request == REQ_IRQFD ? 0 : request == REQ_IOEVENTFD ? 5 : -1;
+
+	if (at >= 0 && readable(words, 24) == 24 && !object_of((int)words[at]))
+		object_find((int)words[at]);
+}
+
 static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object *object)
 {
 	struct object *vcpu = request == REQ_RUN && object->kind == KVMPY_REC_KIND_VCPU ? object : NULL;
@@ -87,6 +97,7 @@ static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object 
 	if (vcpu && vcpu->vm && control->flags & KVMPY_FLAG_MEMORY && !atomic_load(&vcpu->vm->dumped) &&
 	    !atomic_exchange(&vcpu->vm->dumped, 1))
 		dump_memory(vcpu->vm);
+	name_eventfd(request, arg);
 	capture_begin(&capture);
 	if (node)
 		capture_in(&capture, node, arg, object);

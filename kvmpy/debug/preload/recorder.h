@@ -25,6 +25,8 @@
 #define REQ_CREATE_DEVICE 0xc00caee0u
 #define REQ_RUN 0xae80u
 #define REQ_ENCRYPT_OP 0xc008aebau
+#define REQ_IRQFD 0x4020ae76u
+#define REQ_IOEVENTFD 0x4040ae79u
 #define CAP_XSAVE2 208
 #define TDX_VM_TYPE 5
 
