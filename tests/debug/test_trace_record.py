@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -227,3 +228,17 @@ def test_a_traced_program_can_be_replayed(program: Path, tmp_path: Path) -> None
     done = kvmpy("replay", record)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "17 ioctls issued, 0 ended otherwise than recorded" in done.stdout
+
+
+def test_qemu_can_be_replayed(tmp_path: Path) -> None:
+    """What QEMU asks of KVM before its machine starts, eventfds included."""
+    need_kvm()
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu is None:
+        pytest.skip("qemu-system-x86_64 is not installed (apt-get install qemu-system-x86)")
+    record = tmp_path / "qemu.rec"
+    machine = ("-accel", "kvm", "-M", "microvm", "-m", "32M", "-nodefaults", "-display", "none", "-S")
+    kvmpy("trace", "-q", "-o", record, "--", "timeout", "5", qemu, *machine)
+    done = kvmpy("replay", record)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 ended otherwise than recorded" in done.stdout
