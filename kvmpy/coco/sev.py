@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+from pyroaring import BitMap
+
 from kvmpy.coco import ghcb, sev_platform
 from kvmpy.coco.policy import SevPolicy
 from kvmpy.coco.sev_launch import SevInitialised, SevRunning
 from kvmpy.coco.sev_prediction import PredictedLaunch
-from kvmpy.core.address import EncryptionBit, Gpa
+from kvmpy.core.address import PAGE_SHIFT, EncryptionBit, Gpa
 from kvmpy.core.backing import Backing
-from kvmpy.core.errors import MissingError
+from kvmpy.core.errors import MissingError, PrivateMemoryError
 from kvmpy.core.kvm import Kvm
 from kvmpy.core.slots import MemorySlot
 from kvmpy.guest import layout
 from kvmpy.guest.errors import LaunchError
+from kvmpy.guest.private import frame_runs
 from kvmpy.guest.protection import Availability, Protection, Traits
 from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.guest.vm import GuestVm
@@ -42,6 +45,32 @@ def availability(kvm: Kvm, kind: VmType) -> Availability:
     """Tell whether *kvm* launches guests of this type."""
     missing = sev_platform.missing_pieces(kvm, kind)
     return Availability(not missing, tuple(missing), note="" if missing else sev_platform.describe(kvm))
+
+
+class _Pinned:
+    """The pages that are registered: encryption depends on the physical address, so they must not move."""
+
+    def __init__(self, vm: GuestVm) -> None:
+        self._vm = vm
+        self._frames = BitMap()
+
+    def add(self, gpa: Gpa, size: int) -> None:
+        """Register what is not registered yet of a range."""
+        frames = BitMap()
+        frames.add_range(gpa.gfn, gpa.gfn + (size >> PAGE_SHIFT))
+        ends = [segment.gpa.gfn for segment in self._vm.memory.segments()]
+        for at, length in frame_runs(frames - self._frames, ends):
+            self._vm.memory_encrypt_reg_region(self._vm.memory.hva(at, private=False), length)
+        self._frames |= frames
+
+    def convert(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
+        """Pin what becomes private; KVM has nothing to convert."""
+        if discard and not private:
+            raise PrivateMemoryError(
+                f"gpa {gpa}, {size:#x} bytes is encrypted in place: the host clears none"
+            )
+        if private:
+            self.add(gpa, size)
 
 
 class Sev(Protection):
@@ -129,9 +158,9 @@ class Sev(Protection):
             session=predicted.session if predicted else self.session,
         )
         vm.launch_state = launching
+        pinned = _Pinned(vm)
         for gpa, size in vm.private_image():
-            # Encryption depends on the physical address: from here on the pages stay where they are.
-            vm.memory_encrypt_reg_region(vm.memory.hva(gpa, private=False), size)
+            pinned.add(gpa, size)
             if predicted:
                 predicted.digest.add(vm.memory.view(gpa, size))
             launching.update_data(gpa, size)
@@ -147,6 +176,7 @@ class Sev(Protection):
             except ValueError as error:
                 raise LaunchError(f"{vm.name}: {error}") from None
         vm.launch_state = measured.finish()
+        vm.memory.convert = pinned.convert
 
 
 class SevEs(Sev):
