@@ -185,7 +185,7 @@ def test_a_file_that_is_no_secure_processor(bare: BareMaker, kind: str) -> None:
     name, arg = (
         ("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=0x30000))
         if kind == "snp"
-        else ("LAUNCH_START", kvm_sev_launch_start())
+        else ("LAUNCH_START", kvm_sev_launch_start(policy=4 if kind == "sev-es" else 0))
     )
     # The context is created first, and that is what fails for SNP.
     wanted = errno.ENOTTY if kind == "snp" else errno.EBADF

@@ -69,6 +69,13 @@ def test_a_handle_that_is_none(bare: BareMaker, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_policy_of_the_other_kind(bare: BareMaker, kind: str) -> None:
+    """A policy with ES on a plain SEV VM, or without on an SEV-ES VM, meets the wrong ASID: INVALID_ASID."""
+    arg = kvm_sev_launch_start(policy=0 if kind == "sev-es" else 4)
+    assert bare(kind).raw("LAUNCH_START", arg) == (errno.EIO, int(SevRet.SEV_RET_INVALID_ASID))
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
 def test_finish_without_a_measurement(bare: BareMaker, kind: str) -> None:
     """LAUNCH_FINISH before LAUNCH_MEASURE is refused with INVALID_GUEST_STATE."""
     made = bare(kind)
