@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_2M
-from kvmpy.core.errors import KvmError
+from kvmpy.core.errors import KvmError, MissingError
 from kvmpy.core.threads import VcpuThread
 from kvmpy.core.vm import Vm
 from kvmpy.uapi import ioctls
@@ -321,3 +321,41 @@ def test_the_vm_says_that_it_can(region: Region) -> None:
     vm: Vm = region.vm
     assert vm.check_extension(KVM_CAP_PRE_FAULT_MEMORY) == 1
     assert vm.kvm.check_extension(KVM_CAP_PRE_FAULT_MEMORY) == 1
+
+
+PLAIN = pytest.mark.protections("none", "cbit", "sw-protected")
+
+
+@PLAIN
+def test_plain_slots(make_region: MakeRegion) -> None:
+    """It works on slots without guest_memfd, for VMs of every type: no fault afterwards, ENOENT behind them.
+
+    Documentation/virt/kvm/api.rst 4.143.
+    """
+    region = make_region(64, gmem=False, mapped=65)
+    region.check_zero(63, 1)
+    assert pre_fault(region, 0, 65) == (64, PAGE_SIZE)
+    before = region.stats()["pf_taken"]
+    region.check_zero(0, 64)
+    assert region.stats()["pf_taken"] == before
+    assert refused(region, int(region.gpa(64)), PAGE_SIZE) == errno.ENOENT
+
+
+@PLAIN
+@pytest.mark.parametrize(("first", "pages"), [(0, HUGE), (100, 1), (0, 1), (HUGE - 1, 1), (10, HUGE - 10)])
+def test_one_large_page(make_region: MakeRegion, first: int, pages: int) -> None:
+    """Any part of 2 MiB that the host has as one page is mapped by one page of 2 MiB; only the part is told.
+
+    Documentation/virt/kvm/api.rst 4.143: "the input values are updated to point to the remaining range".
+    """
+    region = make_region(HUGE, gmem=False, huge="thp")
+    region.host_write(0, VALUE)
+    region.launch()
+    before = region.stats()
+    assert pre_fault(region, first, pages) == (first + pages, 0)
+    after = region.stats()
+    if after["pages_2m"] == before["pages_2m"]:
+        raise MissingError(
+            "transparent huge pages", "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        )
+    assert (after["pages_2m"], after["pages_4k"]) == (before["pages_2m"] + 1, before["pages_4k"])
