@@ -131,12 +131,13 @@ def test_log_becomes_a_section_of_the_report(tmp_path: Path) -> None:
 
 
 def test_log_is_for_kernels_with_the_software_only(tmp_path: Path) -> None:
-    assert log.plugin(tmp_path, tmp_path / "kmsg") is None
+    log_file = tmp_path / "kmsg"
+    log_file.touch()
+    assert log.plugin(tmp_path / "devices", log_file) is None
 
     (tmp_path / "softsev").mkdir()
-    assert log.plugin(tmp_path, tmp_path / "kmsg") is None  # no log
+    assert log.plugin(tmp_path, tmp_path / "gone") is None
 
-    (tmp_path / "kmsg").touch()
-    made = log.plugin(tmp_path, tmp_path / "kmsg")
+    made = log.plugin(tmp_path, log_file)
     assert isinstance(made, log.KernelLog)
     made.close()
