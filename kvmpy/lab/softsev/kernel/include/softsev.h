@@ -72,6 +72,9 @@ void softsev_rmp_read(u64 pfn, struct softsev_rmp *e);
 void softsev_rmp_write(u64 pfn, const struct softsev_rmp *e);
 void softsev_rmp_reset(void);
 u64 softsev_rmp_generation(void);
+
+struct seq_file;
+int softsev_rmp_show(struct seq_file *m);
 #endif
 
 #endif

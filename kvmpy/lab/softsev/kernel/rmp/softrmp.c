@@ -9,6 +9,7 @@
 
 #include <linux/export.h>
 #include <linux/printk.h>
+#include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
 #include <linux/string.h>
@@ -195,3 +196,24 @@ void softsev_rmp_reset(void)
 	raw_spin_unlock_irqrestore(&rmp_lock, flags);
 }
 EXPORT_SYMBOL_GPL(softsev_rmp_reset);
+
+/* softsev_rmp_show - the entries of all assigned pages: PFN, guest address, ASID, size, what else holds */
+int softsev_rmp_show(struct seq_file *m)
+{
+	struct rmp_chunk *chunk;
+	struct softsev_rmp e;
+	unsigned long at;
+	int i;
+
+	xa_for_each(&rmp_chunks, at, chunk) {
+		for (i = 0; i < CHUNK_PAGES; i++) {
+			e = chunk->e[i];
+			if (e.assigned)
+				seq_printf(m, "%#lx %#llx %u %s%s%s%s\n", at * CHUNK_PAGES + i, e.gpa, e.asid,
+					   e.large ? "2M" : "4K", e.validated ? " validated" : "",
+					   e.immutable ? " immutable" : "", e.vmsa ? " vmsa" : "");
+		}
+	}
+	return 0;
+}
+EXPORT_SYMBOL_GPL(softsev_rmp_show);

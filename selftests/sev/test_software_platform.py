@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's software AMD-SP: its reverse map table, and the keys that sign its reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from kvmpy.core.address import PAGE_SIZE
+from kvmpy.uapi.constants import SnpPageType
+from selftests.sev.conftest import MEMORY, BareMaker, start_snp
+from selftests.sev.test_snp_launch import update
+
+FOLDER = Path("/sys/kernel/debug/softsev")
+
+pytestmark = [
+    pytest.mark.requires("protection:snp"),
+    pytest.mark.skipif(
+        not FOLDER.is_dir(), reason="no software AMD-SP in debugfs: `kvmpy lab run --soft-sev`"
+    ),
+]
+
+
+class Entry(NamedTuple):
+    """A line of the RMP."""
+
+    gpa: int
+    asid: int
+    size: str
+    states: frozenset[str]
+
+
+def rmp() -> dict[int, Entry]:
+    """Return the entry of every assigned page, by page frame number."""
+    found = {}
+    for line in (FOLDER / "rmp").read_text(encoding="ascii").splitlines():
+        pfn, gpa, asid, size, *states = line.split()
+        found[int(pfn, 16)] = Entry(int(gpa, 16), int(asid), size, frozenset(states))
+    return found
+
+
+def guest_pages() -> list[Entry]:
+    """Return the entries that belong to guests."""
+    return [entry for entry in rmp().values() if entry.asid]
+
+
+def test_launched_pages_are_the_guests_and_valid(bare: BareMaker) -> None:
+    """Each page of SNP_LAUNCH_UPDATE has an entry: its address, one ASID, validated, not immutable."""
+    before = rmp()
+    made = bare("snp")
+    start_snp(made)
+
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made, pages=3)) == (0, 0)
+
+    new = [entry for pfn, entry in rmp().items() if pfn not in before and entry.asid]
+    assert sorted(entry.gpa for entry in new) == [int(MEMORY) + page * PAGE_SIZE for page in range(3)]
+    assert {entry.asid for entry in new} <= set(range(1, 33))
+    assert len({entry.asid for entry in new}) == 1
+    assert {(entry.size, entry.states) for entry in new} == {("4K", frozenset({"validated"}))}
+
+
+def test_a_refused_page_goes_back_to_the_hypervisor(bare: BareMaker) -> None:
+    """A CPUID page with too many entries is refused, and its entry is gone."""
+    made = bare("snp")
+    start_snp(made)
+    made.vm.memory.write(MEMORY, (65).to_bytes(4, "little"))
+    before = len(guest_pages())
+
+    kind = int(SnpPageType.KVM_SEV_SNP_PAGE_TYPE_CPUID)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made, type=kind)) != (0, 0)
+
+    assert len(guest_pages()) == before
+
+
+def test_pages_of_a_guest_that_ended_are_the_hypervisors(bare: BareMaker) -> None:
+    """The table has as many guest pages after a VM as before it."""
+    before = len(guest_pages())
+    made = bare("snp")
+    start_snp(made)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made, pages=2)) == (0, 0)
+    assert len(guest_pages()) == before + 2
+
+    made.vm.close()
+
+    assert len(guest_pages()) == before
+
+
+@pytest.mark.parametrize("name", ["vcek", "vlek"])
+def test_report_keys_say_that_they_are_no_amd_keys(name: str) -> None:
+    """The certificates are those of P-384 keys, issued by the software's root, and named as software."""
+    root = x509.load_der_x509_certificate((FOLDER / "root.der").read_bytes())
+    leaf = x509.load_der_x509_certificate((FOLDER / f"{name}.der").read_bytes())
+
+    leaf.verify_directly_issued_by(root)
+    root.verify_directly_issued_by(root)
+    key = leaf.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert key.curve.name == "secp384r1"
+    assert "software" in leaf.subject.rfc4514_string()
+    assert "not AMD" in leaf.subject.rfc4514_string()
