@@ -101,6 +101,12 @@ class Sequences(RuleBasedStateMachine):
             page = where[0] + number
             self.words[self.private[page]][page] = value + number
 
+    @rule(where=_RANGES, private=st.booleans(), value=_VALUE)
+    def convert_and_fill(self, where: tuple[int, int], private: bool, value: int) -> None:
+        """Convert a range and write into it: what most of the wrong memories need first."""
+        self.convert(where, private)
+        self.fill(where, value)
+
     @rule(page=_PAGE, value=_VALUE)
     def host_write(self, page: int, value: int) -> None:
         """Write shared memory."""

@@ -81,7 +81,7 @@ class RenewsPrivate(Memory):
 def found(memory: Memory, seed: int = 1) -> tuple[list[str], str]:
     told: list[str] = []
     with pytest.raises(AssertionError):
-        machine.run(memory, seed, examples=60, steps=12, tell=told.append)
+        machine.run(memory, seed, examples=100, steps=20, tell=told.append)
     (text,) = told
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     return lines[1:], text
@@ -90,7 +90,7 @@ def found(memory: Memory, seed: int = 1) -> tuple[list[str], str]:
 def test_right_memory_passes() -> None:
     """Memory that does what is promised passes, and nothing is told."""
     told: list[str] = []
-    machine.run(Memory(), 1, examples=30, steps=12, tell=told.append)
+    machine.run(Memory(), 1, examples=30, steps=20, tell=told.append)
     assert told == []
 
 
@@ -100,7 +100,7 @@ def test_right_memory_passes() -> None:
         (ForgetsTheLastPage, 10, "convert"),
         (ClearsOnTheWay, 10, "convert"),
         (PunchesShared, 10, "punch"),
-        (RenewsPrivate, 10, "renew"),
+        (RenewsPrivate, 16, "renew"),
     ],
 )
 def test_wrong_memory_is_found(memory: type[Memory], longest: int, word: str) -> None:
