@@ -98,7 +98,7 @@ static bool memory_operand(struct cursor *c, const struct prefixes *p, const str
 	bool rip_relative = false;
 
 	insn->reg = (modrm >> 3 & 7) | (p->rex & 4 ? 8 : 0);
-	if (mod == 3 || p->segment || p->address)
+	if (mod == 3 || p->segment)
 		return false;
 
 	if (rm == 4) {
@@ -125,7 +125,8 @@ static bool memory_operand(struct cursor *c, const struct prefixes *p, const str
 		address += next_signed(c, 4);
 	if (rip_relative)
 		address += (u64)c->at + imm_size;
-	insn->address = address;
+	/* With the prefix for 32-bit addresses, which compilers use for small ones, the sum is cut off. */
+	insn->address = p->address ? (u32)address : address;
 	return true;
 }
 

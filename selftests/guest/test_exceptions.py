@@ -312,7 +312,10 @@ def test_nmis(make_vm: MakeVm) -> None:
     """NMIs run on their own stack, and with the right GS base even where SWAPGS is about to come."""
     vm = make_vm(NMIS)
     vm.launch()
-    assert [call.args for call in vm.vcpus[0].syncs()] == [(1, 3), (2, 0)]
+    (hits, stack_page), second = (call.args for call in vm.vcpus[0].syncs())
+    # With a GHCB the next NMI may come before this one has returned: they share the ordinary stack.
+    assert (hits, stack_page == 3) == (1, not vm.protection.traits.has_ghcb)
+    assert second == (2, 0)
 
 
 VECTORS = """

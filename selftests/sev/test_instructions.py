@@ -16,6 +16,7 @@ everywhere = pytest.mark.protections("all")
 
 MMIO_GVA = Gva(0x70_0000_0000)
 MMIO_GPA = Gpa(0xC000_0000)
+LOW_GVA = Gva(0x7000_0000)
 
 PORTS = """
 #include <kvmpy/guest.h>
@@ -160,6 +161,7 @@ void guest_main(u8 *p)
 	asm volatile("movl $0x12345678, 8(%0)" : : "r"(p) : "memory");
 	asm volatile("movq $-2, 8(%0)" : : "r"(p) : "memory");
 	asm volatile("movabs %%al, 0x7000000010" : : "a"(0x77ul) : "memory");
+	asm volatile("movb %%al, 0x60000000(%k1)" : : "a"(0x66ul), "r"(0xabc10000000ul) : "memory");
 }
 """
 
@@ -169,6 +171,7 @@ def test_mmio_stores(make_vm: MakeVm) -> None:
     """Stores of every size and addressing mode to MMIO give their address and bytes to user space."""
     vm = make_vm(STORES)
     vm.map(MMIO_GVA, MMIO_GPA, 4096, page_size=4096, private=False)
+    vm.map(LOW_GVA, MMIO_GPA, 4096, page_size=4096, private=False)
     vm.vcpus[0].set_entry("guest_main", int(MMIO_GVA))
     vm.launch()
     base = int(MMIO_GPA)
@@ -183,6 +186,7 @@ def test_mmio_stores(make_vm: MakeVm) -> None:
         (8, b"\x78\x56\x34\x12"),
         (8, b"\xfe" + b"\xff" * 7),
         (16, b"\x77"),
+        (0, b"\x66"),
     ):
         exit_ = vm.vcpus[0].expect(MmioExit)
         assert (exit_.phys_addr, exit_.is_write, exit_.data) == (base + offset, True, data)
