@@ -155,7 +155,9 @@ def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[s
     "--lab",
     type=click.Choice(["auto", "never", "always"]),
     default="auto",
+    envvar="KVMPY_LAB",
     show_default=True,
+    show_envvar=True,
     help="Run in a kernel under QEMU: where KVM cannot be used here, never, or always.",
 )
 @click.pass_context

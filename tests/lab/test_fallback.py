@@ -23,7 +23,7 @@ MISSING = Missing("/dev/kvm does not exist", "load a KVM module", ("kvm",))
 @pytest.fixture
 def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "kvm_missing", lambda: MISSING)
-    for variable in (gate.VARIABLE, host.PLATFORM_VARIABLE):
+    for variable in (gate.VARIABLE, host.PLATFORM_VARIABLE, "KVMPY_LAB"):
         monkeypatch.delenv(variable, raising=False)
 
 
@@ -34,6 +34,14 @@ def test_why_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "kvm_missing", lambda: None)
     assert why_lab("auto") == ""
     assert why_lab("always") == "as asked for"
+
+
+@pytest.mark.usefixtures("no_kvm")
+def test_the_environment_chooses_as_the_option_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPY_LAB", "always")
+    monkeypatch.setattr(host, "kvm_missing", lambda: None)
+    assert len(invoke(monkeypatch)[1]) == 1
+    assert not invoke(monkeypatch, "--lab", "never", "--list")[1]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def kvmpy_command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(autouse=True)
 def _no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
+    monkeypatch.setenv("KVMPY_LAB", "never")
     monkeypatch.delenv("KVMPY_REQUIRE", raising=False)
 
 
