@@ -272,9 +272,7 @@ def _load_or_build(
     return program
 
 
-def _recipe(
-    name: str, inline: _Source | None, files: list[Path], cflags: tuple[str, ...]
-) -> dict[str, Any]:
+def _recipe(name: str, inline: _Source | None, files: list[Path], cflags: tuple[str, ...]) -> dict[str, Any]:
     recipe: dict[str, Any] = {"name": name, "files": [str(path) for path in files], "cflags": list(cflags)}
     if inline is not None:
         recipe["inline"] = {"text": inline.text, "suffix": inline.suffix, "where": asdict(inline.where)}
