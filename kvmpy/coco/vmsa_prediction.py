@@ -44,7 +44,7 @@ _MSRS = {
 _MACHINE_CHECKS = Path("/sys/devices/system/machinecheck")
 
 # Offsets in the XSAVE area's legacy part (AMD APM volume 2, figure 11-10).
-_FCW, _FSW, _FTW, _FOP, _FIP, _FDP, _MXCSR, _ST, _XMM, _XSTATE_BV = 0, 2, 4, 6, 8, 16, 24, 32, 160, 512
+_MXCSR, _XSTATE_BV = 24, 512
 _YMM = 576  # where every processor has it (CPUID leaf 0xD, subleaf 2)
 
 
@@ -83,7 +83,7 @@ def predict(
     xsave = vcpu.get_xsave2().to_bytes()
     fields |= _extended_state(vcpu, xsave)
     if fpu:
-        fields |= _fpu(xsave)
+        fields |= _fpu(vcpu, xsave)
     return VMSA.pack(fields)
 
 
@@ -124,20 +124,27 @@ def _extended_state(vcpu: Vcpu, xsave: bytes) -> dict[str, int | bytes]:
     return fields
 
 
-def _fpu(area: bytes) -> dict[str, int | bytes]:
-    """Return the x87, SSE and AVX state; x87 registers lie as eight mantissas, then eight exponents."""
-    registers = [area[_ST + 16 * number : _ST + 16 * number + 10] for number in range(8)]
+def _fpu(vcpu: Vcpu, area: bytes) -> dict[str, int | bytes]:
+    """Return the x87, SSE and AVX state; x87 registers lie as eight mantissas, then eight exponents.
+
+    KVM_GET_FPU has the registers as they are in KVM's memory, which is what KVM copies. KVM_GET_XSAVE shows
+    initial values for components without a bit in XSTATE_BV, which KVM_SET_FPU does not set.
+    """
+    fpu = vcpu.get_fpu()
+    raw = fpu.to_bytes()
+    registers = [raw[16 * number : 16 * number + 10] for number in range(8)]
+    xmm, size = fpu.fields()["xmm"]
     (components,) = struct.unpack_from("<Q", area, _XSTATE_BV)
     has_ymm = components >> AVX & 1 and len(area) >= _YMM + 256
     return {
-        "x87_fcw": int.from_bytes(area[_FCW : _FCW + 2], "little"),
-        "x87_fsw": int.from_bytes(area[_FSW : _FSW + 2], "little"),
-        "x87_ftw": int.from_bytes(area[_FTW : _FTW + 2], "little"),
-        "x87_fop": int.from_bytes(area[_FOP : _FOP + 2], "little"),
-        "x87_rip": int.from_bytes(area[_FIP : _FIP + 8], "little"),
-        "x87_dp": int.from_bytes(area[_FDP : _FDP + 8], "little"),
+        "x87_fcw": int(fpu.fcw),
+        "x87_fsw": int(fpu.fsw),
+        "x87_ftw": int(fpu.ftwx),
+        "x87_fop": int(fpu.last_opcode),
+        "x87_rip": int(fpu.last_ip),
+        "x87_dp": int(fpu.last_dp),
         "mxcsr": int.from_bytes(area[_MXCSR : _MXCSR + 4], "little"),
         "fpreg_x87": b"".join(part[:8] for part in registers) + b"".join(part[8:] for part in registers),
-        "fpreg_xmm": area[_XMM : _XMM + 256],
+        "fpreg_xmm": raw[xmm : xmm + size],
         "fpreg_ymm": area[_YMM : _YMM + 256] if has_ymm else bytes(256),
     }

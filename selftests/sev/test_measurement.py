@@ -75,6 +75,17 @@ def set_fpu(vcpu: GuestVcpu, seed: int) -> None:
     vcpu.set_xsave(kvm_xsave.from_bytes(bytes(area)))
 
 
+def set_fpu_alone(vcpu: GuestVcpu, seed: int) -> None:
+    """Give the x87 and SSE registers values by KVM_SET_FPU, which leaves XSTATE_BV as it is."""
+    fpu = vcpu.get_fpu()
+    fpu.fcw, fpu.fsw, fpu.ftwx, fpu.last_opcode, fpu.last_ip, fpu.last_dp = 0x27F, 0x3800, 0x55, 0x123, 5, 6
+    for register in range(8):
+        fpu.fpr[register] = bytes((register * 16 + byte + seed) & 0xFF for byte in range(10)) + bytes(6)
+    for register in range(16):
+        fpu.xmm[register] = bytes((register + byte * 3 + seed) & 0xFF for byte in range(16))
+    vcpu.set_fpu(fpu)
+
+
 def set_registers(vcpu: GuestVcpu, seed: int) -> None:
     """Give the registers that the entry does not read values of their own."""
     regs = vcpu.get_regs()
@@ -93,7 +104,9 @@ def set_msrs(vcpu: GuestVcpu, seed: int) -> None:
     vcpu.set_msr(0x277, 0x0007_0406_0001_0406)
 
 
-@pytest.mark.parametrize("change", [set_fpu, set_registers, set_msrs], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [set_fpu, set_fpu_alone, set_registers, set_msrs], ids=lambda change: change.__name__
+)
 def test_prediction_of_state_that_is_no_reset_state(
     make_vm: MakeVm, change: Callable[[GuestVcpu, int], None]
 ) -> None:
