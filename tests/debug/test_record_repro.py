@@ -138,3 +138,16 @@ def test_threads_are_threads(kvm: Kvm, tmp_path: Path) -> None:
     text = c_file(record_of("two_vcpus", kvm, tmp_path), "two_vcpus")
     assert "static void *thread1(void *arg)" in text
     assert re.search(r"thread1.*await\(&ended\[\d+\]\);.*KVM_RUN", text, re.DOTALL)
+
+
+@pytest.mark.requires("kvm")
+def test_statistics_that_a_post_mortem_reads_are_nobodys_subject(tmp_path: Path) -> None:
+    """A guest that fails an assertion ends with an exit; what is asked of KVM afterwards explains, and is
+    not shown.
+    """
+    path = tmp_path / "asked.rec"
+    with Recorder(path), Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu() as vcpu:
+        vcpu.set_regs(vcpu.get_regs())
+        vcpu.get_stats_fd().close()
+        vcpu.get_sregs()
+    assert target_of(build(Record.load(path))).request == ioctls.KVM_SET_REGS.nr
