@@ -89,11 +89,11 @@ def test_eoi_exit(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, MsiRoute(GSI, Msi.to(0, VECTOR, level=True)))
     vm.irq_line(GSI, 1)
-    assert word(vm) == "h"
-    got = step(vm)
-    assert isinstance(got, IoapicEoiExit)
-    assert got.vector == VECTOR
-    assert word(vm) == "e"
+    # A KVM whose APIC ends an interrupt with its delivery may exit before the handler's first word.
+    came = [step(vm) for _ in range(3)]
+    exits = [got for got in came if isinstance(got, IoapicEoiExit)]
+    assert [got.vector for got in exits] == [VECTOR]
+    assert [chr(got.args[0]) for got in came if isinstance(got, Ucall)] == ["h", "e"]
 
 
 @pytest.mark.protections("all")

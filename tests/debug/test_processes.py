@@ -272,14 +272,20 @@ def test_watch() -> None:
             assert watch.stdout is not None
             assert watch.stderr.readline().startswith("watching")
             # The kernel takes the VM away after the process has lost its command line.
-            source = "import os, kvmpy; print(kvmpy.Kvm().create_vm().fd, flush=True); os._exit(0)"
-            made = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
-            fd = int(made.communicate(timeout=30)[0])
+            source = "import os, kvmpy; print(kvmpy.Kvm().create_vm().fd, flush=True); input(); os._exit(0)"
+            made = subprocess.Popen(
+                [sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            assert made.stdout is not None
+            fd = int(made.stdout.readline())
             events: list[dict[str, Any]] = []
             while len(events) < 2:
                 event = json.loads(watch.stdout.readline())
-                if event["pid"] == made.pid:
-                    events.append(event)
+                if event["pid"] != made.pid:
+                    continue
+                events.append(event)
+                if len(events) == 1:
+                    made.communicate("go\n", timeout=30)
         finally:
             watch.kill()
     assert [event["event"] for event in events] == ["create", "destroy"]
