@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GRACE = 1.0
+# A VM takes a worker thread of KVM along when it is closed, and on an emulated CPU that takes a while.
+GRACE = 5.0
 _SELF = Path("/proc/self")
 # Mappings whose name tells that a test made them; anonymous ones come and go with the allocators.
 _NAMED = re.compile(r"anon_inode:|/memfd:|/anon_hugepage|/dev/hugepages|/dev/kvm|guest_memfd")
