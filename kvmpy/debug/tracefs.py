@@ -8,7 +8,6 @@ Where tracefs is not mounted it is mounted for this process alone, without a pla
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -19,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from kvmpy.debug.mounts import mount_detached
 from kvmpy.debug.tracering import EventFormat, PageLayout, Record
 
 MOUNTS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
@@ -29,9 +29,6 @@ BUFFER_KIB = 2048
 # CLOCK_MONOTONIC in nanoseconds, that time.monotonic_ns() and the other tools have, too.
 CLOCK = "mono"
 
-_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
-_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
-_FSCONFIG_CMD_CREATE = 6
 _OWNER = re.compile(re.escape(PREFIX) + r"(\d+)-\d+")
 
 
@@ -50,25 +47,6 @@ def _refused(what: str, error: OSError) -> TracefsError:
             f"no permission to {what}", "run as root (sudo); in a container, with CAP_SYS_ADMIN"
         )
     return TracefsError(f"cannot {what} ({error.strerror})", "see dmesg for why the kernel refused")
-
-
-def _syscall(number: int, *args: int | bytes | None) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    result = libc.syscall(ctypes.c_long(number), *args)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return int(result)
-
-
-def _mount_detached() -> int:
-    """Mount tracefs nowhere and return the file descriptor of its root."""
-    context = _syscall(_SYS_FSOPEN, b"tracefs", _FSOPEN_CLOEXEC)
-    try:
-        _syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return _syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
-    finally:
-        os.close(context)
 
 
 class Tracefs:
@@ -109,7 +87,7 @@ class Tracefs:
                 "tracefs", "a kernel with CONFIG_FTRACE=y and CONFIG_EVENT_TRACING (CONFIG_TRACING)"
             )
         try:
-            self._mount = _mount_detached()
+            self._mount = mount_detached("tracefs")
         except OSError as error:
             if error.errno == errno.ENOSYS:
                 raise TracefsError(

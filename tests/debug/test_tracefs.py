@@ -162,11 +162,11 @@ def test_no_tracefs_in_this_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_mounting_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without permission to mount: say so, and what helps."""
 
-    def refuse() -> int:
+    def refuse(kind: str) -> int:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(tracefs, "MOUNTS", (tmp_path / "nowhere",))
-    monkeypatch.setattr(tracefs, "_mount_detached", refuse)
+    monkeypatch.setattr(tracefs, "mount_detached", refuse)
     with pytest.raises(TracefsError, match="no permission to mount tracefs: run as root"):
         Tracefs()
 

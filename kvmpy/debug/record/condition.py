@@ -8,6 +8,7 @@ import operator
 import re
 import shlex
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,12 +90,12 @@ def _value(text: str) -> int:
         raise ConditionError(f"{text!r} is no number, errno or constant of KVM") from None
 
 
-class Condition:
+class Condition(ABC):
     """Tells whether the record at a path still shows what matters."""
 
+    @abstractmethod
     def holds(self, path: str) -> bool:
         """Try the record at *path*."""
-        raise NotImplementedError
 
 
 class UntilExpression(Condition):
