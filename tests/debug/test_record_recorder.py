@@ -25,6 +25,7 @@ from kvmpy.debug.record.model import Record, request_name
 from kvmpy.debug.record.recorder import Recorder
 from kvmpy.debug.record.replay import Replay
 from kvmpy.debug.record.script import build
+from kvmpy.debug.record.tracker import MemoryTracker
 from kvmpy.uapi import ioctls
 from tests.debug.record_scenarios import SCENARIOS, machine
 
@@ -118,6 +119,25 @@ def test_order_between_threads(kvm: Kvm, tmp_path: Path) -> None:
     assert isinstance(run.what, Ioctl)
     assert run.order < kick.order < run.what.end_order
     assert run.frame.tid != kick.frame.tid
+
+
+def test_no_vcpu_runs_while_memory_is_read(
+    kvm: Kvm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the content that a VM begins with is in the record, a vCPU in another thread waits."""
+    seen = []
+    read = MemoryTracker._read
+
+    def spied(tracker: MemoryTracker, address: int, size: int, flags: int, tid: int) -> None:
+        seen.append(tracker.unread)  # what another thread looks at before it runs a vCPU
+        read(tracker, address, size, flags, tid)
+
+    monkeypatch.setattr(MemoryTracker, "_read", spied)
+    with Recorder(tmp_path / "a.rec") as recorder, Kvm() as own, machine(own, b"\xf4") as vm:
+        vm.vcpus[0].run(5)
+        assert not recorder.memory.unread
+    assert seen
+    assert all(seen)
 
 
 def test_nothing_when_off(kvm: Kvm, tmp_path: Path) -> None:

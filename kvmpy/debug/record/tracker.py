@@ -125,10 +125,11 @@ class MemoryTracker:
     def read_fresh(self, vm: object, tid: int) -> None:
         """Write what slots hold that were made since the last call; *vm* is about to look at its memory."""
         with self._lock:
-            fresh, self._fresh = self._fresh, []
             state = self._vms.setdefault(vm, VmMemory())
-            for address, size in fresh:
+            for address, size in self._fresh:
                 self._read(address, size, 0 if state.ran else MEMORY_INITIAL, tid)
+            # Only now: a vCPU in another thread must not run, and write, while this is read.
+            self._fresh = []
             state.ran = True
             self.look_again()
 
