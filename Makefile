@@ -21,14 +21,14 @@ help: ## this list
 run: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests on this host's KVM, or in the lab where it has none
 	@$(BIN)/kvmpy run $(ARGS)
 
-lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests in a kernel under QEMU, built first when there is none
-	@$(BIN)/kvmpy lab run --build $(ARGS)
+lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests under QEMU, in a kernel with a software AMD-SP that is built first when there is none
+	@$(BIN)/kvmpy lab run --soft-sev --build $(ARGS)
 
 hardware: $(VENV)/.kvmpy-run $(NATIVE) ## on a machine with SEV: doctor, the suite, bench, and one archive of it all
 	@$(BIN)/kvmpy hardware $(ARGS)
 
 kernel: $(VENV)/.kvmpy-run $(NATIVE) ## a kernel for the lab, unless there is one
-	@$(BIN)/kvmpy lab build --missing
+	@$(BIN)/kvmpy lab build --soft-sev --missing
 
 test: $(VENV)/.kvmpy-dev $(NATIVE) ## kvmpy's own tests, then the selftests
 	@$(BIN)/python -m pytest $(ARGS)

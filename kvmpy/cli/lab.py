@@ -113,7 +113,11 @@ def _machine_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--cpus", type=click.IntRange(1, 255), default=2, show_default=True),
         click.option("--memory", metavar="SIZE", default="4G", show_default=True, help="Such as 512M or 6G."),
         click.option("--accel", type=click.Choice(["auto", "tcg", "kvm"]), default="auto", show_default=True),
-        click.option("--soft-sev", is_flag=True, help="A kernel with the software AMD-SP."),
+        click.option(
+            "--soft-sev/--no-soft-sev",
+            default=None,
+            help="With or without the software AMD-SP (default: as the kernel has it, one without it first).",
+        ),
     ):
         command = option(command)
     return command
@@ -127,13 +131,13 @@ def parse_memory(text: str) -> int:
     return int(number) * (1024 if unit == "G" else 1)
 
 
-def _machine(kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: bool) -> Options:
+def _machine(kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: bool | None) -> Options:
     from kvmpy.lab import kernels, softsev
     from kvmpy.lab.qemu import Options
     from kvmpy.lab.runs import accelerator
 
-    found = kernels.find(kernel, soft_sev=soft_sev)
-    if not found.soft_sev:
+    found = kernels.find(kernel, soft_sev=bool(soft_sev))
+    if not found.soft_sev or soft_sev is False:
         return Options(found, cpus, parse_memory(memory), accelerator(accel))
     # It stands for a processor without SEV: it has been tried on an emulated one only.
     chosen = "tcg" if accel == "auto" else accel
@@ -171,7 +175,7 @@ DEFAULTS: Mapping[str, Any] = {
     "cpus": 2,
     "memory": "4G",
     "accel": "auto",
-    "soft_sev": False,
+    "soft_sev": None,
     "matrix": None,
     "machines": None,
     "timeout": 4 * 3600.0,
@@ -192,7 +196,7 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
         from kvmpy.lab.matrix import run_matrix
 
         names = [name.strip() for name in values["matrix"].split(",") if name.strip()]
-        found = [kernels.find(name) for name in names]
+        found = [kernels.find(name, soft_sev=bool(values["soft_sev"])) for name in names]
         targets = {name: values[name] for name in ("json", "ktap", "junit") if values[name] is not None}
         at_once = values["machines"] or machines(parse_memory(values["memory"]))
         return run_matrix(found, matrix_arguments(paths, values), extra, targets, at_once, _say)
@@ -219,20 +223,32 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
     return code
 
 
-def _build_if_none(soft_sev: bool) -> None:
+def _build_if_none(soft_sev: bool | None) -> None:
+    """Build a kernel of the wanted kind; when any will do, one that can be both, where the hooks fit."""
     from kvmpy.lab import kernels
 
-    if not [kernel for kernel in kernels.cached() if kernel.soft_sev or not soft_sev]:
-        from kvmpy.lab import build as builds
-        from kvmpy.lab.debian import DEFAULT_SUITE
+    if [kernel for kernel in kernels.cached() if kernel.soft_sev or not soft_sev]:
+        return
+    from kvmpy.lab import build as builds
+    from kvmpy.lab.debian import DEFAULT_SUITE
+    from kvmpy.lab.softsev.hooks import HookError
 
-        _say("there is no lab kernel yet: building one, which takes some minutes")
-        builds.from_debian(DEFAULT_SUITE, _say, soft_sev=soft_sev)
+    _say("there is no lab kernel yet: building one, which takes some minutes")
+    try:
+        builds.from_debian(DEFAULT_SUITE, _say, soft_sev=soft_sev is not False)
+    except HookError as error:
+        if soft_sev:
+            raise
+        _say(f"{error}")
+        _say("building it without the software AMD-SP: there will be no SEV inside")
+        builds.from_debian(DEFAULT_SUITE, _say, soft_sev=False)
 
 
 def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:
     """Return the arguments of ``kvmpy lab run`` for one kernel of a matrix, without the kernel."""
     args = [*paths]
+    if values["soft_sev"] is not None:
+        args.append("--soft-sev" if values["soft_sev"] else "--no-soft-sev")
     for name, flag in (("expression", "-k"), *((name, f"--{name}") for name in _EACH)):
         if values[name] is not None:
             args += [flag, str(values[name])]
@@ -252,7 +268,7 @@ _REPORTS = (
 @_machine_options
 @click.pass_context
 def interactive(
-    ctx: click.Context, /, kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: bool
+    ctx: click.Context, /, kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: bool | None
 ) -> None:
     """Open a shell inside; its end ends the lab."""
     from kvmpy.lab.runs import shell

@@ -81,7 +81,7 @@ def _folder() -> Path:
 
 def platform(options: Options) -> str:
     """Return the platform that every verdict of a run is marked with."""
-    return f"lab, {softsev.PLATFORM}" if options.kernel.soft_sev else "lab"
+    return f"lab, {softsev.PLATFORM}" if softsev.PARAMETER in options.parameters else "lab"
 
 
 def _common(options: Options) -> dict[str, str]:

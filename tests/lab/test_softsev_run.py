@@ -14,7 +14,7 @@ from kvmpy.cli import lab as cli
 from kvmpy.lab import kernels, runs
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.qemu import Job, Options, command_line, prepare
-from kvmpy.lab.softsev import log
+from kvmpy.lab.softsev import HookError, log
 from kvmpy.testing.host import PLATFORM_VARIABLE
 
 
@@ -43,14 +43,52 @@ def test_soft_sev_chooses_such_a_kernel_and_its_parameter(
 
 
 def test_without_it_the_other_kernel_boots_plainly(cache: list[kernels.Kernel]) -> None:
-    machine = cli._machine(None, 2, "1G", "tcg", False)
+    machine = cli._machine(None, 2, "1G", "tcg", None)
 
     assert machine.kernel.name == "plain"
     assert tuple(machine.parameters) == ()
 
 
-def test_a_kernel_that_has_it_is_booted_with_it(cache: list[kernels.Kernel]) -> None:
-    assert tuple(cli._machine("other-softsev", 2, "1G", "tcg", False).parameters) == ("softsev",)
+@pytest.mark.parametrize(("asked", "parameters"), [(None, ("softsev",)), (True, ("softsev",)), (False, ())])
+def test_a_kernel_that_has_it_is_booted_with_it_unless_asked_not_to(
+    asked: bool | None, parameters: tuple[str, ...], cache: list[kernels.Kernel]
+) -> None:
+    assert tuple(cli._machine("other-softsev", 2, "1G", "tcg", asked).parameters) == parameters
+
+
+def test_kernels_of_a_matrix_are_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {**dict.fromkeys(("expression", "protection", "seed", "deadline")), **cli.DEFAULTS}
+
+    assert "--soft-sev" not in cli.matrix_arguments((), values)
+    assert "--soft-sev" in cli.matrix_arguments((), {**values, "soft_sev": True})
+    assert "--no-soft-sev" in cli.matrix_arguments((), {**values, "soft_sev": False})
+
+
+def test_where_the_hooks_do_not_fit_a_kernel_without_them_is_built_unless_they_were_asked_for(
+    cache: list[kernels.Kernel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvmpy.lab import build
+
+    built: list[bool] = []
+
+    def from_debian(suite: str, say: object, *, soft_sev: bool) -> kernels.Kernel:
+        built.append(soft_sev)
+        if soft_sev:
+            raise HookError("hook cpu-features does not fit amd.c")
+        return kernel("new", soft_sev)
+
+    monkeypatch.setattr(build, "from_debian", from_debian)
+    cli._build_if_none(None)
+    assert built == []  # the cache has kernels
+
+    cache.clear()
+    cli._build_if_none(None)
+    assert built == [True, False]
+    assert "cpu-features" in capsys.readouterr().err
+
+    with pytest.raises(HookError):
+        cli._build_if_none(True)
+    assert built == [True, False, True]
 
 
 def test_without_such_a_kernel_the_command_that_builds_one_is_named(cache: list[kernels.Kernel]) -> None:
@@ -92,7 +130,7 @@ def test_the_parameter_reaches_the_kernels_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("soft_sev", "platform"), [(False, "lab"), (True, "lab, software AMD-SP")])
 def test_the_platform_names_it(soft_sev: bool, platform: str) -> None:
-    options = Options(kernel("k", soft_sev))
+    options = Options(kernel("k", True), parameters=("softsev",) if soft_sev else ())
 
     assert runs.platform(options) == platform
     assert runs._job(options, ["true"]).environment[PLATFORM_VARIABLE] == platform
