@@ -12,13 +12,11 @@ from kvmpy.core.errors import KvmError
 from kvmpy.core.gmem import GuestMemfd
 from kvmpy.core.vcpu_state import VcpuState
 from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP
+from kvmpy.uapi.constants import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from kvmpy.uapi.structs import (
     Struct,
     kvm_create_guest_memfd,
-    kvm_enable_cap,
-    kvm_irqchip,
-    kvm_lapic_state,
+    kvm_memory_attributes,
     kvm_msrs,
     kvm_run,
     kvm_userspace_memory_region,
@@ -32,14 +30,19 @@ if TYPE_CHECKING:
     from kvmpy.debug.record.recorder import Recorder
 
 _MMAP = 1  # GUEST_MEMFD_FLAG_MMAP
-_PINS = 24
+_PAGE_SHIFT = 12
+_EVENTFDS = frozenset({ioctls.KVM_IRQFD.nr, ioctls.KVM_IOEVENTFD.nr})
+# What refers to vCPUs, or would act while they are made.
+_AFTER_VCPUS = _EVENTFDS | {ioctls.KVM_SET_GSI_ROUTING.nr, ioctls.KVM_SET_PMU_EVENT_FILTER.nr}
 
 
 @contextmanager
 def record(vm: Vm, path: str | os.PathLike[str]) -> Iterator[Recorder]:
     """Record this process's KVM objects into *path* for the length of a with block, *vm* from its making on.
 
-    What KVM cannot be asked about is missing: enabled capabilities, interrupt routes, eventfds, filters.
+    What KVM cannot be asked about (enabled capabilities, interrupt routes, eventfds, filters) is what was set
+    through this VM's objects.  A note says what is missing: private memory that the host does not see, vCPU
+    state that cannot be read.
     """
     from kvmpy.debug.record.recorder import Recorder
 
@@ -53,23 +56,57 @@ def _introduce(recorder: Recorder, vm: Vm) -> None:
     recorder.fd_opened(vm.kvm)
     recorder.tell(vm.kvm, ioctls.KVM_CREATE_VM, vm.vm_type, vm.fd)
     recorder.fd_opened(vm)
-    if vm.ioctl_raw(ioctls.KVM_GET_IRQCHIP, kvm_irqchip())[1] == 0:
-        recorder.tell(vm, ioctls.KVM_CREATE_IRQCHIP, None)
-    elif vm.vcpus and vm.vcpus[0].ioctl_raw(ioctls.KVM_GET_LAPIC, kvm_lapic_state())[1] == 0:
-        split = kvm_enable_cap(cap=KVM_CAP_SPLIT_IRQCHIP, args=[_PINS])
-        recorder.tell(vm, ioctls.KVM_ENABLE_CAP, split)
+    early = [call for call in vm.settings.calls() if call[0].nr not in _AFTER_VCPUS]
+    late = [call for call in vm.settings.calls() if call[0].nr in _AFTER_VCPUS]
+    for op, arg in early:
+        recorder.tell(vm, op, arg)
     told: set[GuestMemfd] = set()
     for slot in vm.slots.values():
         _slot(recorder, vm, slot, told)
+    _attributes(recorder, vm)
     for vcpu in vm.vcpus:
         recorder.tell(vm, ioctls.KVM_CREATE_VCPU, vcpu.vcpu_id, vcpu.fd)
         recorder.fd_opened(vcpu)
+        for op, arg in vcpu.settings.calls():
+            recorder.tell(vcpu, op, arg)
         try:
             state = vcpu.save()
         except (KvmError, RuntimeError) as error:
             recorder.note(missing=f"the state of {vcpu.name}: {str(error).splitlines()[0]}")
             continue
         _Teller(vcpu, recorder).restore(state)
+    for op, arg in late:
+        if op.nr not in _EVENTFDS or _is_eventfd(getattr(arg, "fd", -1)):
+            recorder.tell(vm, op, arg)
+    if vm.msr_filter is not None:
+        recorder.tell(vm, ioctls.KVM_X86_SET_MSR_FILTER, vm.msr_filter.argument())
+
+
+def _attributes(recorder: Recorder, vm: Vm) -> None:
+    """Tell which pages are private, a call for each stretch."""
+    stretches: list[list[int]] = []
+    for gfn in vm.private_attributes:
+        if stretches and stretches[-1][1] == gfn:
+            stretches[-1][1] = gfn + 1
+        else:
+            stretches.append([gfn, gfn + 1])
+    for first, end in stretches:
+        arg = kvm_memory_attributes(
+            address=first << _PAGE_SHIFT,
+            size=(end - first) << _PAGE_SHIFT,
+            attributes=KVM_MEMORY_ATTRIBUTE_PRIVATE,
+        )
+        recorder.tell(vm, ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
+    if stretches:
+        recorder.note(missing="the content of private memory")
+
+
+def _is_eventfd(number: int) -> bool:
+    # Its owner may have closed it, and KVM keeps using it; the number may be another file's by now.
+    try:
+        return os.readlink(f"/proc/self/fd/{number}") == "anon_inode:[eventfd]"
+    except OSError:
+        return False
 
 
 def _slot(recorder: Recorder, vm: Vm, slot: MemorySlot, told: set[GuestMemfd]) -> None:

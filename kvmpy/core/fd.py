@@ -11,6 +11,7 @@ from typing import ClassVar, TypeVar
 
 from kvmpy.core import observe
 from kvmpy.core.errors import ClosedError, KvmError
+from kvmpy.core.settings import LASTING, Settings
 from kvmpy.uapi import ffi, lib
 from kvmpy.uapi.ioctls import Ioctl
 from kvmpy.uapi.structs import Struct
@@ -29,6 +30,7 @@ class KvmFd:
     def __init__(self, fd: int, name: str) -> None:
         self._fd = fd
         self.name = name
+        self.settings = Settings()
         for observer in observe.active:
             observer.fd_opened(self)
 
@@ -66,6 +68,8 @@ class KvmFd:
         if observe.active:
             for observer in observe.active:
                 observer.ioctl_exit(self, op, arg, result, number)
+        if op.nr in LASTING and result >= 0:
+            self.settings.remember(op, arg)
         return result, number
 
     def ioctl(self, op: Ioctl, arg: Struct | int | None = None) -> int:

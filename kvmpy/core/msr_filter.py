@@ -89,6 +89,21 @@ class MsrFilter:
             raise ValueError("a filter that denies everything needs at least one MSR that it allows")
         return cls(_ranges(read_set, write_set, listed_allowed=True), default_deny=True)
 
+    def argument(self) -> kvm_msr_filter:
+        """Return the kernel's struct, whose pointers lead into this filter: it must live as long.
+
+        ValueError for more ranges than the struct holds.
+        """
+        if len(self.ranges) > MAX_RANGES:
+            raise ValueError(f"{len(self.ranges)} ranges, the kernel's struct holds {MAX_RANGES}")
+        arg = kvm_msr_filter(flags=int(self.default_deny))
+        for slot, item in zip(arg.ranges, self.ranges, strict=False):
+            slot.flags = item.flags
+            slot.nmsrs = item.nmsrs
+            slot.base = item.base
+            slot.bitmap = int(ffi.cast("uintptr_t", ffi.from_buffer(item.bitmap)))
+        return arg
+
     def allows(self, index: int, access: int) -> bool:
         """Tell what the kernel decides for one access (READ or WRITE) to MSR *index*."""
         if index in _X2APIC:
@@ -135,26 +150,17 @@ def _of_one_kind(msrs: set[int], flags: int, listed_allowed: bool) -> list[MsrRa
 class VmMsrFilter(HasCaps):
     """The part of a VM that is about MSR accesses of its guest."""
 
+    # What was set last: KVM cannot be asked.
+    msr_filter: MsrFilter | None = None
+
     def x86_set_msr_filter(self, msr_filter: MsrFilter) -> None:
         """Replace the filter (KVM_X86_SET_MSR_FILTER).
 
         Denied accesses get #GP, or exit as :meth:`enable_user_space_msr` says.
         """
-        if len(msr_filter.ranges) > MAX_RANGES:
-            raise ValueError(f"{len(msr_filter.ranges)} ranges, the kernel's struct holds {MAX_RANGES}")
-        arg = kvm_msr_filter(flags=int(msr_filter.default_deny))
-        # lifetime: `pointers` holds the bitmaps until the ioctl is done.
-        pointers = []
-        for number, item in enumerate(msr_filter.ranges):
-            pointer = ffi.from_buffer(item.bitmap)
-            pointers.append(pointer)
-            slot = arg.ranges[number]
-            slot.flags = item.flags
-            slot.nmsrs = item.nmsrs
-            slot.base = item.base
-            slot.bitmap = int(ffi.cast("uintptr_t", pointer))
-        self.ioctl(ioctls.KVM_X86_SET_MSR_FILTER, arg)
-        del pointers
+        # lifetime: the filter's own bitmaps are pointed at, and it outlives the ioctl.
+        self.ioctl(ioctls.KVM_X86_SET_MSR_FILTER, msr_filter.argument())
+        self.msr_filter = msr_filter
 
     def enable_user_space_msr(self, reasons: MsrExitReason | int) -> None:
         """Exit instead of injecting #GP for these reasons, 0 for none (KVM_CAP_X86_USER_SPACE_MSR)."""

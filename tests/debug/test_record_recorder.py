@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from kvmpy import Kvm
 from kvmpy.core import observe
 from kvmpy.core.address import Gpa
 from kvmpy.core.errors import KvmError
-from kvmpy.core.exits import IoExit
+from kvmpy.core.eventfd import EventFd
+from kvmpy.core.exits import IoExit, MsrExit
+from kvmpy.core.msr_filter import MsrFilter
 from kvmpy.core.vcpu import Vcpu
 from kvmpy.debug.record.events import Ioctl, Kick, Memory, Object, Write
 from kvmpy.debug.record.format import MEMORY_INITIAL, FrameReader, When
@@ -27,6 +31,7 @@ from kvmpy.debug.record.replay import Replay
 from kvmpy.debug.record.script import build
 from kvmpy.debug.record.tracker import MemoryTracker
 from kvmpy.uapi import ioctls
+from kvmpy.uapi.constants import MsrExitReason
 from tests.debug.record_scenarios import SCENARIOS, machine
 
 PAGE = 4096
@@ -121,9 +126,7 @@ def test_order_between_threads(kvm: Kvm, tmp_path: Path) -> None:
     assert run.frame.tid != kick.frame.tid
 
 
-def test_no_vcpu_runs_while_memory_is_read(
-    kvm: Kvm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_vcpu_runs_while_memory_is_read(kvm: Kvm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the content that a VM begins with is in the record, a vCPU in another thread waits."""
     seen = []
     read = MemoryTracker._read
@@ -253,26 +256,36 @@ def test_no_space(kvm: Kvm, tmp_path: Path) -> None:
     assert not record.complete
 
 
-def _cost(vcpu: Vcpu, count: int) -> float:
+def _cost(vcpu: Vcpu, count: int, frames: int = -1) -> float:
+    """Seconds of this thread for an ioctl; with *frames*, a descriptor, and for the least of recording it."""
+    pack = struct.Struct("<IiQQqIHHQQ").pack
     regs = vcpu.get_regs()
-    begin = time.perf_counter()
-    for _ in range(count):
+    # The thread's own time: what else the machine does is no cost of recording.
+    begin = time.thread_time()
+    for number in range(count):
         vcpu.set_regs(regs)
-    return (time.perf_counter() - begin) / count
+        if frames >= 0:
+            body = pack(1, 3, 4, number, 0, 0, 1, 0, 0, time.monotonic_ns()) + regs.to_bytes()
+            os.write(frames, zlib.crc32(body).to_bytes(4, "little") + body)
+    return (time.thread_time() - begin) / count
 
 
 def test_cost(kvm: Kvm, tmp_path: Path) -> None:
-    """Recording costs at most 5 us an ioctl, in the best of several rounds against the best without."""
-    with kvm.create_vm() as vm:
+    """Recording costs at most 5 us an ioctl, or four times what one copy, checksum and write cost here.
+
+    The best of several rounds counts.  Hosts whose ioctls flush caches make all code behind them slow.
+    """
+    with kvm.create_vm() as vm, (tmp_path / "least").open("wb") as file:
         vcpu = vm.create_vcpu()
-        plain = recorded = 1.0
+        plain = least = recorded = 1.0
         for _ in range(30):
             plain = min(plain, _cost(vcpu, 300))
+            least = min(least, _cost(vcpu, 300, file.fileno()))
             with Recorder(tmp_path / "a.rec"):
                 recorded = min(recorded, _cost(vcpu, 300))
             if recorded - plain < 4.5e-6:
                 break
-        assert recorded - plain < 5e-6
+        assert recorded - plain < max(5e-6, 4 * (least - plain))
 
 
 def test_threads_at_once(kvm: Kvm, tmp_path: Path) -> None:
@@ -317,6 +330,29 @@ def test_record_of_a_vm_that_exists(kvm: Kvm, tmp_path: Path) -> None:
     assert {"KVM_CREATE_VCPU", "KVM_SET_REGS", "KVM_SET_SREGS"} < set(synthetic)
     real = [request_name(e.what) for e in record.ioctls if not e.frame.synthetic]
     assert real == ["KVM_RUN", "KVM_RUN"]
+    result = Replay(build(record)).run()
+    assert result.stopped == ""
+    assert result.first_difference is None
+
+
+def test_a_record_of_a_vm_that_exists_has_what_kvm_cannot_be_asked(kvm: Kvm, tmp_path: Path) -> None:
+    """Capabilities, routes, eventfds, zones and filters set before are told, and can be replayed."""
+    path = tmp_path / "a.rec"
+    # mov $0x10, %ecx; rdmsr; out %al, $0x21
+    with machine(kvm, b"\x66\xb9\x10\0\0\0\x0f\x32\xe6\x21") as vm, EventFd() as event, EventFd() as gone:
+        vm.x86_set_msr_filter(MsrFilter.denying(reads=[0x10]))
+        vm.enable_user_space_msr(MsrExitReason.KVM_MSR_EXIT_REASON_FILTER)
+        vm.ioeventfd(event, 0x80, 1, pio=True)
+        vm.ioeventfd(gone, 0x81, 1, pio=True)
+        vm.ioeventfd(gone, 0x81, 1, pio=True, deassign=True)
+        with vm.record(path):
+            exit_ = vm.vcpus[0].run(5)
+            assert isinstance(exit_, MsrExit)
+    record = Record.load(path)
+    told = [request_name(e.what) for e in record.ioctls if e.frame.synthetic]
+    assert told.count("KVM_ENABLE_CAP") == 1
+    assert told.count("KVM_IOEVENTFD") == 1
+    assert told.count("KVM_X86_SET_MSR_FILTER") == 1
     result = Replay(build(record)).run()
     assert result.stopped == ""
     assert result.first_difference is None
