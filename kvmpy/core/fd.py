@@ -56,20 +56,33 @@ class KvmFd:
         *arg* is passed by value when it is an int (None means 0) and by address when it is a struct,
         whatever the ioctl table says: negative tests need the wrong ones too.
         """
-        fd = self.fd
         if observe.active:
-            for observer in observe.active:
-                observer.ioctl_enter(self, op, arg)
-        if arg is None or isinstance(arg, int):
-            result = _ioctl_int(fd, op.nr, arg or 0)
+            result, number = self._observed(op, arg)
         else:
-            result = _ioctl_ptr(fd, op.nr, arg.cdata)
-        number = ffi.errno if result < 0 else 0
-        if observe.active:
-            for observer in observe.active:
-                observer.ioctl_exit(self, op, arg, result, number)
+            result, number = self._issue(op, arg)
         if op.nr in LASTING and result >= 0:
             self.settings.remember(op, arg)
+        return result, number
+
+    def _issue(self, op: Ioctl, arg: Struct | int | None) -> tuple[int, int]:
+        if arg is None or isinstance(arg, int):
+            result = _ioctl_int(self.fd, op.nr, arg or 0)
+        else:
+            result = _ioctl_ptr(self.fd, op.nr, arg.cdata)
+        return result, ffi.errno if result < 0 else 0
+
+    def _observed(self, op: Ioctl, arg: Struct | int | None) -> tuple[int, int]:
+        if observe.issuer is not None:
+            done = observe.issuer(self, op, arg)
+            if done is not None:
+                return done
+        if self.closed:
+            raise ClosedError(f"{self.name} is closed")
+        for observer in observe.active:
+            observer.ioctl_enter(self, op, arg)
+        result, number = self._issue(op, arg)
+        for observer in observe.active:
+            observer.ioctl_exit(self, op, arg, result, number)
         return result, number
 
     def ioctl(self, op: Ioctl, arg: Struct | int | None = None) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -90,16 +90,26 @@ def is_inspecting() -> bool:
 
 active: list[Observer] = []
 host: list[HostObserver] = []
+# ``ioctl_issue`` of the only observer, where it has one: issue an ioctl and note it in one go, and return
+# ``(result, errno)``; None leaves it to the funnel.
+issuer: Callable[[KvmFd, Ioctl, Struct | int | None], tuple[int, int] | None] | None = None
 
 
 def add(observer: Observer) -> None:
     """Attach *observer* to every KVM object of this process."""
     active.append(observer)
+    _choose()
 
 
 def remove(observer: Observer) -> None:
     """Detach *observer*; ValueError when it is not attached."""
     active.remove(observer)
+    _choose()
+
+
+def _choose() -> None:
+    global issuer  # noqa: PLW0603 - the funnel looks at it for every ioctl
+    issuer = getattr(active[0], "ioctl_issue", None) if len(active) == 1 else None
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
@@ -84,7 +83,7 @@ class Sink:
             for event in self.stream.unfinished():
                 self.emit(event)
         if self.record is not None:
-            self.record.order = itertools.count(last_order + 1).__next__
+            self.record.go_on_from(last_order + 1)
             self.record.close()
 
 

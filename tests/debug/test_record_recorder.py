@@ -271,7 +271,7 @@ def _cost(vcpu: Vcpu, count: int, frames: int = -1) -> float:
 
 
 def test_cost(kvm: Kvm, tmp_path: Path) -> None:
-    """Recording costs at most 5 us an ioctl, or four times what one copy, checksum and write cost here.
+    """Recording costs at most 5 us an ioctl, or what a copy, a checksum and a write cost in Python here.
 
     The best of several rounds counts.  Hosts whose ioctls flush caches make all code behind them slow.
     """
@@ -285,7 +285,7 @@ def test_cost(kvm: Kvm, tmp_path: Path) -> None:
                 recorded = min(recorded, _cost(vcpu, 300))
             if recorded - plain < 4.5e-6:
                 break
-        assert recorded - plain < max(5e-6, 4 * (least - plain))
+        assert recorded - plain < max(5e-6, least - plain)
 
 
 def test_threads_at_once(kvm: Kvm, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from kvmpy.uapi.ioctls import KVM_GET_MSRS, KVM_MEMORY_ENCRYPT_OP
 from tests.debug.tracing import compile_program, need_gcc, need_kvm
 
 LIMIT_NS = 2000
-ATTEMPTS = 5
+ATTEMPTS = 15
 TIMEOUT = 60
 
 

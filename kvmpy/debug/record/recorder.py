@@ -33,7 +33,7 @@ from kvmpy.debug.record.format import (
 from kvmpy.debug.record.runarea import RunArea
 from kvmpy.debug.record.tracker import MemoryTracker
 from kvmpy.debug.record.writer import RecordWriter
-from kvmpy.uapi import ioctls
+from kvmpy.uapi import ffi, ioctls, lib
 from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD
 from kvmpy.uapi.structs import kvm_userspace_memory_region2
 
@@ -83,6 +83,22 @@ _SPECIAL = {_RUN, *_SLOT_OPS, *_MAKERS, *_READERS, *_FOREIGN}
 _pack = Packing("<IiQQqIHHQQ").pack
 _IOCTL, _ENTER = int(FrameType.IOCTL), int(FrameType.ENTER)
 _IN, _OUT = int(When.IN), int(When.OUT)
+_cast = ffi.cast
+_record_ioctl = lib.kvmpy_record_ioctl
+_SMALL = lib.KVMPY_RECORD_SMALL
+# How kvmpy_record_ioctl() copies: before, after, once for both.
+_BEFORE, _AFTER, _ONCE = 1, 2, 4
+_direct: dict[int, int] = {}
+
+
+def _copied(nr: int) -> int:
+    """Return how the argument of a request is copied, -1 where there is more to it than the argument."""
+    plan = plan_of(nr)
+    if nr in _SPECIAL or plan.deep:
+        return -1
+    if plan.before and not plan.after:
+        return _ONCE
+    return (_BEFORE if plan.before else 0) | (_AFTER if plan.after else 0)
 
 
 class _Mine(threading.local):
@@ -275,6 +291,27 @@ class Recorder:
             head = _pack(self._object(fd), fd.fd, nr, _value(arg), 0, 0, len(chunks), 0, 0, 0)
             self.writer.raw(_ENTER, head + b"".join(chunks), self._tid(), order, monotonic_ns())
         self._mine.pending.append((order, monotonic_ns(), chunks))
+
+    def ioctl_issue(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None) -> tuple[int, int] | None:
+        """Issue an ioctl and write its frame in one step in C, where its argument is all there is to copy."""
+        nr = op.nr
+        ident = self._ids.get(fd)
+        copied = _direct.get(nr)
+        if copied is None:
+            copied = _direct[nr] = _copied(nr)
+        mine = self._mine
+        if ident is None or copied < 0 or not mine.told or self._eager:
+            return None
+        if arg is None or isinstance(arg, int):
+            if copied and arg:
+                return None  # an address: the generic path probes what lies there
+            place, size = _cast("void *", arg or 0), 0
+        else:
+            place, size = arg.cdata, arg.nbytes
+            if size > _SMALL:
+                return None
+        result = _record_ioctl(self.writer.native, ident, mine.tid, fd.fd, nr, place, size, copied)
+        return result, ffi.errno if result < 0 else 0
 
     def _before(self, fd: KvmFd, nr: int, arg: Struct | int) -> list[bytes]:
         plan = plan_of(nr)

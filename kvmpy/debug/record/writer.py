@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 import platform
-import struct
 import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from zlib import crc32
 
 from kvmpy.debug.record.events import End, Lines, Lost, Pages, Payload
-from kvmpy.debug.record.format import PADDING, PAGE_SIZE, FileHeader
+from kvmpy.debug.record.format import PAGE_SIZE, FileHeader
+from kvmpy.uapi import ffi, lib
 
-_head = struct.Struct("<IHHIIQQ").pack
-_write = os.write
+_order = lib.kvmpy_record_order
+_frame = lib.kvmpy_record_frame
 # Pages of one frame: enough to compress well, little enough to be lost.
 _BATCH = 256
 _ZEROES = bytes(PAGE_SIZE)
@@ -75,34 +73,49 @@ def _cpu() -> str:
 
 
 class RecordWriter:
-    """A record that is being written to *path*, which is replaced; safe for several threads.
-
-    :attr:`order` gives the numbers that put events in order.
-    """
+    """A record that is being written to *path*, which is replaced; safe for several threads."""
 
     def __init__(self, path: str | os.PathLike[str], **about: str) -> None:
         self.path = os.fspath(path)
         self.fd = os.open(
             self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644
         )
-        self.pid = os.getpid()
-        self.order = itertools.count(1).__next__
-        self.frames = 0
-        self.lost = 0
+        # The C side's view of the record: it writes frames of its own accord, too.
+        self.native = ffi.new("struct kvmpy_record *", {"fd": self.fd, "pid": os.getpid(), "order": 1})
         self._ids: dict[bytes, int] = {_ZEROES: 0}
-        _write(self.fd, FileHeader().pack())
+        os.write(self.fd, FileHeader().pack())
         self.put(Lines({**host_summary(), **about}), tid=self.pid)
+
+    def order(self) -> int:
+        """Return the next number that puts events in order."""
+        return int(_order(self.native))
+
+    def go_on_from(self, order: int) -> None:
+        """Let *order* be the next number: frames with lower ones came from elsewhere."""
+        self.native.order = order
+
+    @property
+    def pid(self) -> int:
+        """The process that frames are of."""
+        return int(self.native.pid)
+
+    @pid.setter
+    def pid(self, pid: int) -> None:
+        self.native.pid = pid
+
+    @property
+    def frames(self) -> int:
+        """How many frames were written."""
+        return int(self.native.frames)
+
+    @property
+    def lost(self) -> int:
+        """How many could not be: no space left, or closed meanwhile.  What is recorded goes on."""
+        return int(self.native.lost)
 
     def raw(self, kind: int, payload: bytes, tid: int, order: int, time_ns: int, flags: int = 0) -> None:
         """Write one frame."""
-        size = len(payload)
-        body = _head(size, kind, flags, tid, self.pid, order, time_ns) + payload
-        try:
-            _write(self.fd, b"KVMR" + crc32(body).to_bytes(4, "little") + body + PADDING[size & 7])
-            self.frames += 1
-        except OSError:
-            # No space left, or closed meanwhile: what is recorded must go on.
-            self.lost += 1
+        _frame(self.native, kind, flags, tid, order, time_ns, payload, len(payload))
 
     def put(self, payload: Payload, *, tid: int, order: int = 0, time_ns: int = 0, flags: int = 0) -> None:
         """Write *payload*; order and time default to now."""
@@ -134,4 +147,5 @@ class RecordWriter:
             self.put(Lost(self.lost), tid=self.pid)
         self.put(End(self.frames), tid=self.pid)
         fd, self.fd = self.fd, -1
+        self.native.fd = -1
         os.close(fd)
