@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from kvmpy.coco.policy import SnpPolicy
 from kvmpy.coco.snp_launch import HOST_DATA_SIZE, IdBlockPair, SnpInitialised, SnpRunning, cpuid_page
 from kvmpy.coco.snp_prediction import predicted_id_block
 from kvmpy.core.address import PAGE_SIZE, EncryptionBit, Gpa, Gva
+from kvmpy.core.errors import PrivateMemoryError
+from kvmpy.core.exits import Exit, SnpReqCertsExit
 from kvmpy.core.kvm import Kvm
 from kvmpy.guest import layout
 from kvmpy.guest.errors import LaunchError
@@ -67,7 +70,8 @@ class Snp(FdBackedProtection):
     *policy*, *gosvw* go into LAUNCH_START, *host_data*, *vcek_disabled* and *id_block* into LAUNCH_FINISH.
     *id_block* may be a function that makes one from the launch's plan: by default one with the predicted
     digest, so that the firmware refuses a launch that measures anything else.  *req_certs* lets extended
-    guest requests exit to user space.
+    guest requests exit to user space, where the test answers them; with *certificates*, a table that
+    ``cert_table.pack()`` makes, the VM answers by itself.
     """
 
     name = "snp"
@@ -99,6 +103,7 @@ class Snp(FdBackedProtection):
         vcek_disabled: bool = False,
         id_block: IdBlockPair | IdBlockMaker | None = predicted_id_block,
         req_certs: bool = False,
+        certificates: bytes | None = None,
     ) -> None:
         self.policy = SnpPolicy() if policy is None else policy
         self.vmsa_features = vmsa_features
@@ -107,7 +112,8 @@ class Snp(FdBackedProtection):
         self.host_data = host_data
         self.vcek_disabled = vcek_disabled
         self.id_block = id_block
-        self.req_certs = req_certs
+        self.req_certs = req_certs or certificates is not None
+        self.certificates = certificates
 
     @classmethod
     def availability(cls, kvm: Kvm) -> Availability:
@@ -158,6 +164,26 @@ class Snp(FdBackedProtection):
             id_block=id_block, host_data=self.host_data, vcek_disabled=self.vcek_disabled
         )
         self.drop_staging(vm)
+
+    def answer_exit(self, vm: GuestVm, exit_: Exit) -> bool:
+        """Put the certificates where an extended guest request wants them (KVM_EXIT_SNP_REQ_CERTS).
+
+        The guest is told how many pages it takes where it offers fewer, and of an error where its pages are
+        no shared memory.
+        """
+        if self.certificates is None or not isinstance(exit_, SnpReqCertsExit):
+            return False
+        needed = -(-len(self.certificates) // PAGE_SIZE)
+        if exit_.npages < needed:
+            exit_.respond(errno.ENOSPC, needed)
+            return True
+        try:
+            vm.memory.write(Gpa(exit_.gpa), self.certificates)
+        except (ValueError, PrivateMemoryError):
+            exit_.respond(errno.EIO)
+        else:
+            exit_.respond(0)
+        return True
 
     def plan(self, vm: GuestVm) -> SnpPlan:
         """Return what launch() is going to do; adds the secrets and the CPUID page to the guest."""

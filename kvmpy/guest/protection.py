@@ -16,6 +16,7 @@ from kvmpy.core.errors import MissingError
 from kvmpy.core.slots import MemorySlot
 
 if TYPE_CHECKING:
+    from kvmpy.core.exits import Exit
     from kvmpy.core.kvm import Kvm
     from kvmpy.guest.vcpu import GuestVcpu
     from kvmpy.guest.vm import GuestVm
@@ -116,6 +117,10 @@ class Protection(ABC):
         Called only where :attr:`Traits.private_is_fd_backed`.
         """
         raise NotImplementedError(f"protection {self.name} has no conversions in KVM")
+
+    def answer_exit(self, vm: GuestVm, exit_: Exit) -> bool:  # noqa: ARG002 - for subclasses
+        """Answer an exit that only this protection has, and return whether the vCPU may go on."""
+        return False
 
     def about_vcpu(self, vm: GuestVm, vcpu: GuestVcpu) -> Iterable[str]:  # noqa: ARG002 - for subclasses
         """Return what a post-mortem says of *vcpu* that only this protection knows."""

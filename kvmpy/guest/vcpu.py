@@ -108,6 +108,8 @@ class GuestVcpu(Vcpu):
                     raise self._bad_ucall(exit_)
                 if isinstance(exit_, HypercallExit) and self.vm.answer_hypercall(self, exit_):
                     continue
+                if self.vm.protection.answer_exit(self.vm, exit_):
+                    continue
                 return exit_
             if how == RUN_EINTR:
                 continue

@@ -7,6 +7,7 @@ A requirement is a string or a callable:
 - ``KVM_CAP_X``, ``KVM_CAP_X>=N``, ``KVM_CAP_X&MASK``: a capability, its least value, or bits of it
 - ``ioctl:KVM_X``: the capability that the ioctl table names for it
 - ``vm-type:KVM_X86_SEV_VM``: a VM type
+- ``sev-attr:KVM_X86_SEV_SNP_REQ_CERTS``: an attribute of KVM_X86_GRP_SEV that is not 0
 - ``protection:snp``: a protection of the ladder; ``trait:NAME``: a trait of the test's own protection
 - ``cpuid:xsave``: a feature in KVM_GET_SUPPORTED_CPUID, by Linux's name
 - ``msr:0x4b564d00``: an MSR in KVM_GET_MSR_INDEX_LIST or the feature MSR list
@@ -109,6 +110,20 @@ def _vm_type(kvm: Kvm, name: str) -> Missing | None:
     return Missing(f"VM type {name}", how, (f"vm-type:{name}", name))
 
 
+def _sev_attribute(kvm: Kvm, name: str) -> Missing | None:
+    from kvmpy.core.errors import KvmError
+    from kvmpy.uapi.constants import KVM_X86_GRP_SEV, SevAttr
+
+    if name not in SevAttr.__members__:
+        raise ValueError(f"no attribute of KVM_X86_GRP_SEV named {name}")
+    try:
+        if kvm.get_device_attr_int(KVM_X86_GRP_SEV, SevAttr[name]):
+            return None
+    except KvmError:
+        pass
+    return Missing(f"attribute {name}", "a newer kernel, with SEV", (f"sev-attr:{name}", name))
+
+
 def _protection(kvm: Kvm, name: str) -> Missing | None:
     from kvmpy.coco import ladder
 
@@ -193,6 +208,7 @@ def _stable_tsc(_text: str) -> Missing | None:
 _ASK_KVM: dict[str, Callable[[Kvm, str], Missing | None]] = {
     "ioctl": _ioctl,
     "vm-type": _vm_type,
+    "sev-attr": _sev_attribute,
     "protection": _protection,
     "cpuid": _cpuid,
     "msr": _msr,

@@ -56,17 +56,25 @@ class Attester:
 
     def send(self, sealed: bytes) -> int:
         """Send what is in *sealed* and return the error: 0, or the firmware's in the lower half."""
-        self._vm.memory.write(self._request, sealed.ljust(PAGE_SIZE, b"\0"))
-        self._vm.memory.write(self._response, bytes(PAGE_SIZE))
+        self.put(sealed)
         code = self._vm.vcpus[0].sync().args[0]
         return int(code)
+
+    def put(self, sealed: bytes) -> None:
+        """Lay *sealed* before the guest, and clear the response."""
+        self._vm.memory.write(self._request, sealed.ljust(PAGE_SIZE, b"\0"))
+        self._vm.memory.write(self._response, bytes(PAGE_SIZE))
+
+    def answer(self, *, key: int = 0) -> Message:
+        """Open the response."""
+        return Message.open(self._vm.memory.read(self._response, PAGE_SIZE), self.keys[key])
 
     def ask(self, kind: MessageType, payload: bytes, *, key: int = 0) -> Message:
         """Send one message with VMPCK *key* and return the answer."""
         message = Message(kind, payload, self.sequence[key], vmpck=key)
         code = self.send(message.seal(self.keys[key]))
         assert code == 0, f"the request failed with {code:#x}"
-        answer = Message.open(self._vm.memory.read(self._response, PAGE_SIZE), self.keys[key])
+        answer = self.answer(key=key)
         assert answer.sequence == self.sequence[key] + 1
         self.sequence[key] += 2
         return answer

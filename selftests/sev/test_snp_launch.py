@@ -310,6 +310,7 @@ def test_host_data(bare: BareMaker) -> None:
     start_snp(made).finish(host_data=bytes(range(32)), vcek_disabled=False)
 
 
+@pytest.mark.requires("sev-attr:KVM_X86_SEV_SNP_REQ_CERTS")
 def test_req_certs_after_a_vcpu(bare: BareMaker) -> None:
     """SNP_ENABLE_REQ_CERTS comes before the first vCPU: EINVAL afterwards."""
     assert bare("snp", vcpus=1).raw("SNP_ENABLE_REQ_CERTS") == EINVAL

@@ -94,6 +94,8 @@ KINDS = [
     ("'ioctl:KVM_WALK'", "fail"),
     ("'vm-type:KVM_X86_DEFAULT_VM'", "pass"),
     ("'vm-type:KVM_X86_TDX_VM'", "skip"),
+    ("'sev-attr:KVM_X86_SNP_POLICY_BITS'", "skip"),
+    ("'sev-attr:KVM_X86_NO_SUCH'", "fail"),
     ("'protection:none'", "pass"),
     ("'protection:nonesuch'", "fail"),
     ("'cpuid:cx8'", "pass"),
