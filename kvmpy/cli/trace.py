@@ -80,6 +80,11 @@ class _Output:
 @click.option("-a", "--all", "full", is_flag=True, help="Shorten no array.")
 @click.option("-q", "--quiet", is_flag=True, help="No lines; for -o.")
 @click.option("--no-memory", is_flag=True, help="Leave guest memory out of the record.")
+@click.option(
+    "--host-writes",
+    is_flag=True,
+    help="Record what the program writes to guest memory between runs, too; slow where that is large.",
+)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def trace(
     record: str | None,
@@ -93,6 +98,7 @@ def trace(
     full: bool,
     quiet: bool,
     no_memory: bool,
+    host_writes: bool,
     command: tuple[str, ...],
 ) -> None:
     """Show every KVM, guest_memfd and /dev/sev ioctl of COMMAND and its children, decoded as it happens.
@@ -107,6 +113,8 @@ def trace(
         raise click.UsageError("give a command (after --), or -p PID, or --read REC: one of the three")
     if source is not None and (record or ptrace):
         raise click.UsageError("--read takes no -o and no --ptrace")
+    if host_writes and (no_memory or pid is not None or ptrace or record is None):
+        raise click.UsageError("--host-writes is for -o with the recorder loaded, and not with --no-memory")
     from kvmpy.cli.names import decoder
     from kvmpy.debug.trace_events import Stream
     from kvmpy.debug.trace_output import Filter, FilterError, Summary
@@ -127,7 +135,9 @@ def trace(
         if source is not None:
             _read(source, stream, emit)
         else:
-            status = _trace(command, pid, ptrace, stream, emit, record, memory=not no_memory)
+            status = _trace(
+                command, pid, ptrace, stream, emit, record, memory=not no_memory, writes=host_writes
+            )
     finally:
         output.close()
     sys.exit(status)
@@ -175,6 +185,7 @@ def _trace(
     record: str | None,
     *,
     memory: bool,
+    writes: bool,
 ) -> int:
     from kvmpy.debug.preload.build import RecorderBuildError
     from kvmpy.debug.ptrace import PtraceError, attach, launch
@@ -199,9 +210,12 @@ def _trace(
             sink = Sink(stream, emit, _open(record, "ptrace", command))
             if program.static:
                 sink.remark(f"{program.path} is {why}: traced through ptrace, which is much slower")
+            if writes:
+                sink.remark("what it writes to guest memory between runs is not recorded through ptrace")
             return launch(command, sink)
         sink = Sink(stream, emit, _open(record, "preload", command))
-        return PreloadTracer(command, sink, memory=memory and record is not None).run()
+        recorded = memory and record is not None
+        return PreloadTracer(command, sink, memory=recorded, writes=writes).run()
     except (ProgramError, RecorderBuildError, PtraceError) as error:
         raise click.ClickException(str(error)) from None
     except PermissionError as error:

@@ -16,7 +16,7 @@ from types import FrameType
 from kvmpy.debug.preload.build import recorder
 from kvmpy.debug.preload.shared import DUMP, FIRST_ORDER, Shared
 from kvmpy.debug.record.events import MEMORY, Memory, Note, Object, Thread, unpack
-from kvmpy.debug.record.format import MEMORY_INITIAL, PAGE_SIZE, Frame, FrameReader, RecordError
+from kvmpy.debug.record.format import PAGE_SIZE, Frame, FrameReader, RecordError
 from kvmpy.debug.record.format import FrameType as Kind
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.debug.trace_events import Event, Stream
@@ -63,12 +63,12 @@ class Sink:
     def _memory(self, frame: Frame) -> None:
         if self.record is None:
             return
-        address, count, _ = MEMORY.unpack_from(frame.payload)
+        address, count, flags = MEMORY.unpack_from(frame.payload)
         body = frame.payload[MEMORY.size :]
         pages = [body[at : at + PAGE_SIZE] for at in range(0, count * PAGE_SIZE, PAGE_SIZE)]
         self.record.pid = frame.pid
         ids = self.record.page_ids(pages, frame.tid)
-        said = Memory(address, ids, MEMORY_INITIAL)
+        said = Memory(address, ids, flags)
         self.record.put(said, tid=frame.tid, order=frame.order, time_ns=frame.time_ns)
 
     def remark(self, text: str, *, warning: bool = True) -> None:
@@ -95,12 +95,15 @@ def open_record(path: str, how: str, command: Sequence[str], pid: int = 0) -> Re
 class PreloadTracer:
     """Runs *command* under the recorder; :meth:`run` returns its exit status.
 
-    *memory* copies guest memory before a VM runs first, for records that are replayed.
+    *memory* copies guest memory before a VM runs first, for records that are replayed; *writes* also what the
+    program changes between runs, by hashing all of it around each KVM_RUN.
     ProgramError when it cannot be started, :class:`kvmpy.debug.preload.build.RecorderBuildError` without a
     compiler.
     """
 
-    def __init__(self, command: Sequence[str], sink: Sink, *, memory: bool = False) -> None:
+    def __init__(
+        self, command: Sequence[str], sink: Sink, *, memory: bool = False, writes: bool = False
+    ) -> None:
         self.command = list(command)
         self.sink = sink
         self.interrupts = 0
@@ -108,7 +111,7 @@ class PreloadTracer:
         self._folder = Path(tempfile.mkdtemp(prefix="kvmpy-trace-", dir=base))
         try:
             self._library = recorder(self._folder)
-            self.shared = Shared(self._folder, memory=memory)
+            self.shared = Shared(self._folder, memory=memory, writes=writes)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise

@@ -15,6 +15,9 @@ import pytest
 
 from kvmpy.debug.record.events import Ioctl, Memory, Object, Pages, unpack
 from kvmpy.debug.record.format import FrameReader, FrameType, ObjectKind, parse_lines
+from kvmpy.debug.record.model import Record, request_name
+from kvmpy.debug.record.replay import Replay
+from kvmpy.debug.record.script import build
 from tests.debug.tracing import ROOT, Trace, compile_program, kvmpy, kvmpy_command, need_kvm
 
 CODE = bytes.fromhex("b042e610e411f4")
@@ -90,6 +93,38 @@ def test_guest_memory_is_in_the_record(record: Path) -> None:
     assert [held[base + 0x1000][: len(CODE)] for base in bases] == [CODE, CODE]
     # The pages are the same: one content in the file.
     assert len(pages) == 1
+
+
+def recorded_answers(program: Path, path: Path, *options: str) -> Record:
+    done = kvmpy("trace", "-q", *options, "-o", path, "--", program, "answers")
+    assert (done.returncode, done.stderr) == (0, "")
+    return Record.load(path)
+
+
+def test_what_the_program_writes_between_runs(program: Path, tmp_path: Path) -> None:
+    """--host-writes: pages that the program changed are told before the next run, the guest's own are not."""
+    record = recorded_answers(program, tmp_path / "a.rec", "--host-writes")
+    asked = [e.what for e in record.ioctls if isinstance(e.what, Ioctl) and e.what.request == 0x4020AE46]
+    base = int.from_bytes((asked[0].argument_in or b"")[24:32], "little")
+    later = [e.what for e in record.entries if isinstance(e.what, Memory) and not e.what.flags]
+    assert [(said.address - base, len(said.ids)) for said in later] == [(0x2000, 1)] * 3
+    assert [record.content(said)[0] for said in later] == [0x20, 0x30, 0x40]
+    result = Replay(build(record)).run()
+    assert (result.stopped, result.first_difference) == ("", None)
+
+
+def test_without_them_the_replay_differs(program: Path, tmp_path: Path) -> None:
+    """The same program recorded without --host-writes: the second run sends what the first one sent."""
+    result = Replay(build(recorded_answers(program, tmp_path / "a.rec"))).run()
+    assert result.first_difference is not None
+    assert request_name(result.first_difference.step.entry.what) == "KVM_RUN"
+
+
+def test_host_writes_are_for_records_of_the_recorder(program: Path, tmp_path: Path) -> None:
+    for options in (["--host-writes"], ["--host-writes", "-o", tmp_path / "a.rec", "--ptrace"]):
+        done = kvmpy("trace", *options, "--", program, "nothing")
+        assert done.returncode == 2
+        assert "--host-writes is for -o with the recorder loaded" in done.stderr
 
 
 def test_records_can_be_shown(record: Path) -> None:

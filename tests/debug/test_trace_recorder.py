@@ -53,8 +53,8 @@ def test_layouts_are_those_of_the_header(tmp_path: Path) -> None:
         "offsetof(struct kvmpy_ring, head),"
         "offsetof(struct kvmpy_ring, tail), offsetof(struct kvmpy_ring, lost),"
         "sizeof(struct kvmpy_plan_node), sizeof(struct kvmpy_plan_case), sizeof(struct kvmpy_plan));"
-        'printf("%llx %llx %x %x %x\\n", KVMPY_RING_MAGIC, KVMPY_PLAN_MAGIC, KVMPY_RING_HEADER,'
-        "KVMPY_RING_DUMP, KVMPY_FLAG_MEMORY);return 0; }\n"
+        'printf("%llx %llx %x %x %x %x\\n", KVMPY_RING_MAGIC, KVMPY_PLAN_MAGIC, KVMPY_RING_HEADER,'
+        "KVMPY_RING_DUMP, KVMPY_FLAG_MEMORY, KVMPY_FLAG_WRITES);return 0; }\n"
     )
     subprocess.run(["gcc", "-o", tmp_path / "probe", source], check=True, timeout=TIMEOUT)
     output = subprocess.run([tmp_path / "probe"], check=True, capture_output=True, text=True, timeout=TIMEOUT)
@@ -80,6 +80,7 @@ def test_layouts_are_those_of_the_header(tmp_path: Path) -> None:
         shared.RING_HEADER,
         shared.DUMP,
         shared.FLAG_MEMORY,
+        shared.FLAG_WRITES,
     ]
 
 

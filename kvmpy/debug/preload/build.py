@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("recorder.c", "capture.c", "objects.c", "frames.c")
+SOURCES = ("recorder.c", "capture.c", "memory.c", "objects.c", "frames.c")
 HEADERS = ("recorder.h", "ring.h", "../record/format.h")
 FLAGS = ("-shared", "-fPIC", "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden")
 LIBRARIES = ("-ldl", "-pthread")

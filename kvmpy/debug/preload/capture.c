@@ -20,7 +20,6 @@
 #define SCRATCH (64UL << 10)
 #define MOST_BYTES (1UL << 20) /* of one chunk; what is longer is cut */
 #define NO_OPERATION 99
-#define DUMP_PAGES 64
 #define PROBE_PAGES 16
 
 static const struct kvmpy_plan *plan;
@@ -108,7 +107,7 @@ uint64_t readable(const void *pointer, uint64_t length)
 }
 
 /* Copy what can be read; return how much that was. */
-static uint64_t copy_from(void *to, uint64_t address, uint64_t length)
+uint64_t copy_from(void *to, uint64_t address, uint64_t length)
 {
 	if (length > PROBE_PAGES * PAGE) {
 		struct iovec local = { to, length }, remote = { (void *)address, length };
@@ -416,59 +415,4 @@ void record_ioctl(uint16_t type, const struct object *object, int fd, uint64_t r
 		place += put_chunk(place, pieces[i].address, pieces[i].length, KVMPY_REC_WHEN_OUT, pieces[i].what);
 	/* Fewer bytes than reserved, where memory could not be read after all: readers stop at the count of chunks. */
 	frame_commit(payload);
-}
-
-static bool page_has_content(uint64_t entry, uint64_t address)
-{
-	uint8_t resident = 0;
-
-	if (entry >> 62) /* present or swapped out */
-		return true;
-	return raw(SYS_mincore, address, PAGE, &resident, 0) == 0 && resident & 1;
-}
-
-static void dump_pages(uint64_t address, uint32_t count, uint64_t order)
-{
-	struct kvmpy_rec_memory head = { .address = address, .count = count };
-	uint8_t *place = frame_begin(KVMPY_RING_DUMP, sizeof head + count * PAGE, order, now_ns());
-
-	if (!place)
-		return;
-	memcpy(place, &head, sizeof head);
-	uint64_t got = copy_from(place + sizeof head, address, count * PAGE);
-
-	memset(place + sizeof head + got, 0, count * PAGE - got);
-	frame_commit(place);
-}
-
-/* Copy what the VM's memory slots hold, before it runs first. */
-void dump_memory(struct object *vm)
-{
-	const struct slot *slots = atomic_load(&vm->slots);
-	uint64_t entries[DUMP_PAGES];
-	int map = (int)raw(SYS_openat, AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0);
-
-	for (size_t i = 0; slots && map >= 0 && i < MAX_SLOTS; i++) {
-		if (!slots[i].used)
-			continue;
-		uint64_t end = slots[i].hva + (slots[i].size & ~(PAGE - 1));
-
-		for (uint64_t page = slots[i].hva; page < end; page += DUMP_PAGES * PAGE) {
-			uint64_t left = (end - page) / PAGE, run = 0;
-			uint32_t now = left < DUMP_PAGES ? (uint32_t)left : DUMP_PAGES;
-
-			if (raw(SYS_pread64, map, entries, now * 8, page / PAGE * 8) != now * 8)
-				memset(entries, 0xff, sizeof entries);
-			for (uint32_t j = 0; j <= now; j++) {
-				if (j < now && page_has_content(entries[j], page + j * PAGE)) {
-					run++;
-				} else if (run) {
-					dump_pages(page + (j - run) * PAGE, (uint32_t)run, next_order());
-					run = 0;
-				}
-			}
-		}
-	}
-	if (map >= 0)
-		raw(SYS_close, map, 0, 0, 0);
 }

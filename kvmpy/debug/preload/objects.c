@@ -57,6 +57,7 @@ static void object_release(struct object *object)
 
 		if (slots)
 			raw(SYS_munmap, slots, MAX_SLOTS * sizeof *slots, 0, 0);
+		memory_forget(object);
 		atomic_store(&object->run, NULL);
 	}
 	atomic_fetch_sub(&object->refs, 1);

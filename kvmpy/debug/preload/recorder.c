@@ -94,9 +94,8 @@ static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object 
 
 	if (!node && !vcpu && plan_guess(request, &unknown))
 		node = &unknown;
-	if (vcpu && vcpu->vm && control->flags & KVMPY_FLAG_MEMORY && !atomic_load(&vcpu->vm->dumped) &&
-	    !atomic_exchange(&vcpu->vm->dumped, 1))
-		dump_memory(vcpu->vm);
+	if (vcpu && vcpu->vm)
+		memory_before_run(vcpu->vm);
 	name_eventfd(request, arg);
 	capture_begin(&capture);
 	if (node)
@@ -108,6 +107,8 @@ static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object 
 		record_ioctl(KVMPY_REC_ENTER, object, fd, request, arg, 0, 0, order, start, &capture, vcpu);
 	}
 	result = raw(SYS_ioctl, fd, request, arg, 0);
+	if (vcpu && vcpu->vm)
+		memory_after_run(vcpu->vm);
 	record_ioctl(KVMPY_REC_IOCTL, object, fd, request, arg, result < 0 ? -1 : result, result < 0 ? (int)-result : 0,
 		     order, start, &capture, vcpu);
 	if (result >= 0)

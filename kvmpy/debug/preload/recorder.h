@@ -51,7 +51,10 @@ struct object {
 	_Atomic uint32_t refs;
 	uint32_t vm_type;
 	uint32_t next_gmem;
-	_Atomic uint32_t dumped;
+	_Atomic uint32_t dumped; /* 0: not yet, 1: being done, 2: its initial memory was told */
+	_Atomic uint32_t memory_lock;
+	uint32_t running; /* vCPUs in the guest */
+	struct memory_state *memory;
 	_Atomic(struct slot *) slots; /* MAX_SLOTS of a VM */
 	uint64_t xsave_size;
 	uint8_t *_Atomic run;
@@ -106,7 +109,12 @@ HIDDEN void capture_run_in(struct capture *capture, struct object *vcpu);
 HIDDEN void record_ioctl(uint16_t type, const struct object *object, int fd, uint64_t request, uint64_t arg,
 			 int64_t result, int error, uint64_t order, uint64_t start, struct capture *capture,
 			 struct object *vcpu);
-HIDDEN void dump_memory(struct object *vm);
+HIDDEN uint64_t copy_from(void *to, uint64_t address, uint64_t length);
+
+/* memory.c */
+HIDDEN void memory_before_run(struct object *vm);
+HIDDEN void memory_after_run(struct object *vm);
+HIDDEN void memory_forget(struct object *vm);
 
 /* objects.c */
 HIDDEN struct object *object_of(int fd);

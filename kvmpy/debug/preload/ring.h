@@ -13,8 +13,9 @@
 #define KVMPY_PLAN_MAGIC 0x6e616c705652564bULL
 #define KVMPY_RING_HEADER 4096
 #define KVMPY_FLAG_MEMORY 1u /* copy guest memory before the first KVM_RUN of a VM */
+#define KVMPY_FLAG_WRITES 2u /* and before later ones what the program changed */
 
-/* A frame type of its own, never in a file: u64 address, u32 count, u32 0, then as many pages. */
+/* A frame type of its own, never in a file: u64 address, u32 count, u32 flags of the frame MEMORY, then as many pages. */
 #define KVMPY_RING_DUMP 0xff00
 
 struct kvmpy_control {

@@ -20,6 +20,7 @@ CONTROL_SIZE = 4096
 RING_HEADER = 4096
 RING_MAGIC = 0x676E69725652564B
 FLAG_MEMORY = 1
+FLAG_WRITES = 2
 DUMP = 0xFF00
 
 CONTROL = struct.Struct("<QQIIIIQQ")
@@ -112,14 +113,17 @@ class Ring:
 class Shared:
     """The folder that recorded processes find through KVMPY_TRACE_DIR."""
 
-    def __init__(self, folder: Path, *, memory: bool = False, ring_size: int = 8 << 20) -> None:
+    def __init__(
+        self, folder: Path, *, memory: bool = False, writes: bool = False, ring_size: int = 8 << 20
+    ) -> None:
         if ring_size & (ring_size - 1) or ring_size < mmap.PAGESIZE:
             raise ValueError(f"a ring of {ring_size} bytes: a power of two, at least {mmap.PAGESIZE}")
         self.folder = folder
         self.rings: dict[str, Ring] = {}
         self._lost = 0
         (folder / "plan").write_bytes(compile_plan())
-        content = CONTROL.pack(FIRST_ORDER, 0, 0, 0, 0, FLAG_MEMORY if memory else 0, ring_size, PATIENCE_NS)
+        flags = (FLAG_MEMORY if memory or writes else 0) | (FLAG_WRITES if writes else 0)
+        content = CONTROL.pack(FIRST_ORDER, 0, 0, 0, 0, flags, ring_size, PATIENCE_NS)
         (folder / "control").write_bytes(content.ljust(CONTROL_SIZE, b"\0"))
         with (folder / "control").open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), CONTROL_SIZE)

@@ -137,6 +137,28 @@ static void basic(void)
 	close(vm);
 }
 
+/* The host writes a byte before each run, the guest sends it back, and counts in a page of its own. */
+static void answers(void)
+{
+	static const uint8_t code[] = {
+		0xa0, 0x00, 0x20, /* mov 0x2000, %al */
+		0xe6, 0x10, /* out %al, $0x10 */
+		0xfe, 0x06, 0x00, 0x30, /* incb 0x3000 */
+		0xeb, 0xf5, /* jmp to the first */
+	};
+	uint8_t *memory;
+	struct kvm_run *run;
+	int vm = make_vm(&memory), vcpu = make_vcpu(vm, 0, &run);
+
+	memcpy(memory + 0x1000, code, sizeof code);
+	for (int i = 1; i <= 4; i++) {
+		memory[0x2000] = (uint8_t)(0x10 * i);
+		check(ioctl(vcpu, KVM_RUN, 0) == 0 && run->exit_reason == 2, "KVM_RUN");
+		check(*((uint8_t *)run + run->io.data_offset) == 0x10 * i, "what the guest read");
+	}
+	check(memory[0x3000] == 3, "what the guest counted");
+}
+
 struct worker {
 	pthread_t thread;
 	int vm;
@@ -306,6 +328,8 @@ int main(int argc, char **argv)
 	const char *mode = argc > 1 ? argv[1] : "basic";
 	if (!strcmp(mode, "basic")) {
 		basic();
+	} else if (!strcmp(mode, "answers")) {
+		answers();
 	} else if (!strcmp(mode, "threads")) {
 		threads(argc > 2 ? atoi(argv[2]) : 4, argc > 3 ? atoi(argv[3]) : 10);
 	} else if (!strcmp(mode, "fork")) {
