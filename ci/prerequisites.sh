@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # Says what a build of kvmpy lacks on this machine and which command installs it; exit 1 when something is missing.
 # With --packages it prints the missing Debian packages on one line instead. With the word lab, also what the lab
-# needs to build and boot kernels.
+# needs to build and boot kernels; with the word browser, what the tests of the HTML page need.
 set -u
 python=${PYTHON:-python3}
-packages='' lab=''
+packages='' lab='' browser=''
 for word; do
 	case $word in
 	--packages) packages=1 ;;
 	lab) lab=1 ;;
-	*) echo "usage: prerequisites.sh [--packages] [lab]" >&2 && exit 2 ;;
+	browser) browser=1 ;;
+	*) echo "usage: prerequisites.sh [--packages] [lab] [browser]" >&2 && exit 2 ;;
 	esac
 done
 missing='' debian='' fedora=''
@@ -57,6 +58,11 @@ if [ -n "$lab" ]; then
 		[ -e "${KEYRING:-/usr/share/keyrings/debian-archive-keyring.gpg}" ] ||
 			lacks "Debian's archive keys" debian-archive-keyring ''
 	fi
+fi
+
+if [ -n "$browser" ]; then
+	command -v chromium >/dev/null 2>&1 || lacks chromium chromium chromium
+	command -v chromedriver >/dev/null 2>&1 || lacks chromedriver chromium-driver chromedriver
 fi
 
 if [ -n "$packages" ]; then
