@@ -56,10 +56,7 @@ class KvmFd:
         *arg* is passed by value when it is an int (None means 0) and by address when it is a struct,
         whatever the ioctl table says: negative tests need the wrong ones too.
         """
-        if observe.active:
-            result, number = self._observed(op, arg)
-        else:
-            result, number = self._issue(op, arg)
+        result, number = self._observed(op, arg) if observe.active else self._issue(op, arg)
         if op.nr in LASTING and result >= 0:
             self.settings.remember(op, arg)
         return result, number

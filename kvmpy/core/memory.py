@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pyroaring import BitMap
@@ -133,16 +133,16 @@ class GuestMemory:
         *discard* gives back what the shared pages held, where :attr:`convert` can.  ValueError above 16 TiB
         and where a page is outside guest memory.
         """
-        first, last = self._pages(gpa, size)
-        if last > _GFN_LIMIT:
+        segments = self._covering(gpa, size)
+        if int(gpa) + size > _GFN_LIMIT << PAGE_SHIFT:
             limit = _GFN_LIMIT << PAGE_SHIFT
             raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: private memory lies below {limit:#x}")
-        for segment in self._segments:
-            if segment.always_shared and segment.gpa.gfn < last and first < segment.end_gfn:
+        for segment in segments:
+            if segment.always_shared:
                 raise ValueError(
                     f"gpa {int(gpa):#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
                 )
-        self._assign(first, last, True, discard)
+        self._assign(gpa, size, True, discard)
 
     def set_shared(self, gpa: Gpa, size: int, *, discard: bool = False) -> None:
         """Make *size* bytes (whole pages, also of several ranges) at *gpa* shared.
@@ -150,13 +150,15 @@ class GuestMemory:
         *discard* gives back what the private pages held, where :attr:`convert` can.  ValueError where a page
         is outside guest memory.
         """
-        first, last = self._pages(gpa, size)
-        self._assign(first, last, False, discard)
+        self._covering(gpa, size)
+        self._assign(gpa, size, False, discard)
 
-    def _assign(self, first: int, last: int, private: bool, discard: bool) -> None:
+    def _assign(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
+        first = int(gpa) >> PAGE_SHIFT
+        last = first + (size >> PAGE_SHIFT)
         with self.lock:
             if self.convert is not None:
-                self.convert(Gpa(first << PAGE_SHIFT), (last - first) << PAGE_SHIFT, private, discard)
+                self.convert(gpa, size, private, discard)
             if private:
                 self.private.add_range(first, last)
             else:
@@ -173,23 +175,29 @@ class GuestMemory:
                 if self.convert is None:
                     raise PrivateMemoryError(f"gpa {gpa}, {size:#x} bytes, was used before: {self.seal}")
                 # What was given back comes as zeroes when it is private again.
-                self._assign(first, last, False, True)
+                self._assign(gpa, size, False, True)
             if self.private.range_cardinality(first, last) != (last - first if private else 0):
-                self._assign(first, last, private, False)
+                self._assign(gpa, size, private, False)
             if clear and not (private and self.seal is not None):
                 view = self.view(gpa, size)
                 view[:] = bytes(len(view))
 
-    def _pages(self, gpa: Gpa, size: int) -> tuple[int, int]:
-        if int(gpa) % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
-            raise ValueError(
-                f"gpa {int(gpa):#x}, size {size:#x}: private memory is made of whole 4 KiB pages"
-            )
-        position, end = int(gpa), int(gpa) + size
-        while position < end:
-            segment = self.find(Gpa(position))
-            position = int(segment.gpa) + segment.size
-        return int(gpa) >> PAGE_SHIFT, end >> PAGE_SHIFT
+    def _covering(self, gpa: Gpa, size: int) -> Sequence[Segment]:
+        """Return the ranges that hold whole pages; ValueError for others, and where one is outside."""
+        address = int(gpa)
+        if address % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
+            raise ValueError(f"gpa {address:#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
+        end = address + size
+        found: list[Segment] = []
+        while address < end:
+            at = bisect_right(self._starts, address) - 1
+            segment = self._segments[at] if at >= 0 else self.find(Gpa(address))
+            after = self._starts[at] + segment.size
+            if after <= address:
+                segment = self.find(Gpa(address))  # which says what there is
+            found.append(segment)
+            address = after
+        return found
 
     def runs(self, gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int, bool]]:
         """Split *size* bytes at *gpa* into runs ``(gpa, size, private)`` of pages that agree."""

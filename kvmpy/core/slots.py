@@ -157,7 +157,7 @@ class VmSlots(KvmFd):
 
         KVM has no way to read them back: :attr:`private_attributes` notes what it accepted.
         """
-        arg = kvm_memory_attributes(address=int(gpa), size=size, attributes=attributes, flags=flags)
+        arg = kvm_memory_attributes.of_values(int(gpa), size, attributes, flags)
         self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
         first, last = int(gpa) >> PAGE_SHIFT, min((int(gpa) + size) >> PAGE_SHIFT, _GFN_LIMIT)
         if first < last and attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE:

@@ -62,6 +62,15 @@ class Struct:
         if fields:
             self._fill(fields)
 
+    @classmethod
+    def of_values(cls: type[_S], *values: int) -> _S:
+        """Return a struct with its first fields in the order of the declaration, several times as fast as by
+        name; for structs of numbers.
+        """
+        made = cls.__new__(cls)
+        made.cdata = made._owner = _new(cls._pointer, values)
+        return made
+
     def _fill(self, fields: Mapping[str, object]) -> None:
         for name, value in fields.items():
             if name not in self.FIELDS:
