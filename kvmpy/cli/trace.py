@@ -35,7 +35,11 @@ class _Output:
         if self.gone:
             return
         try:
-            print(text, file=self.file or sys.stderr, flush=self.file is None)
+            # In one piece: the program may write to the same terminal or pipe.
+            stream = self.file or sys.stderr
+            stream.write(text + "\n")
+            if self.file is None:
+                stream.flush()
         except (OSError, ValueError):
             # Whoever read us has enough; the program goes on.
             self.gone = True

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,13 @@ class Trace:
     """A finished `kvmpy trace --json`: ``status``, ``rows`` (ioctls), ``notes`` (other lines)."""
 
     def __init__(self, *arguments: str | Path, **more: Any) -> None:
-        done = kvmpy("trace", "--json", *arguments, **more)
+        # In a file of its own: what the program says is on standard error, too.
+        with tempfile.NamedTemporaryFile("r", prefix="kvmpy-test-", suffix=".json") as file:
+            done = kvmpy("trace", "--json", "-t", file.name, *arguments, **more)
+            every = [json.loads(line) for line in file]
         self.status = done.returncode
         self.stdout = done.stdout
-        lines = [line for line in done.stderr.splitlines() if line.startswith("{")]
-        self.other = [line for line in done.stderr.splitlines() if not line.startswith("{")]
-        every = [json.loads(line) for line in lines]
+        self.other = done.stderr.splitlines()
         self.rows = [row for row in every if "ioctl" in row]
         self.notes = [row for row in every if "note" in row]
 
