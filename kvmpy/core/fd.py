@@ -9,7 +9,7 @@ import os
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
-from kvmpy.core import observe
+from kvmpy.core import observe, recent
 from kvmpy.core.errors import ClosedError, KvmError
 from kvmpy.core.settings import LASTING, Settings
 from kvmpy.uapi import ffi, lib
@@ -20,6 +20,7 @@ _F = TypeVar("_F", bound="KvmFd")
 
 _ioctl_int = lib.kvmpy_ioctl
 _ioctl_ptr = lib.kvmpy_ioctl_ptr
+_remember = recent.calls.append
 
 
 class KvmFd:
@@ -57,6 +58,7 @@ class KvmFd:
         whatever the ioctl table says: negative tests need the wrong ones too.
         """
         result, number = self._observed(op, arg) if observe.active else self._issue(op, arg)
+        _remember((self.name, op, arg, result, number))
         if op.nr in LASTING and result >= 0:
             self.settings.remember(op, arg)
         return result, number

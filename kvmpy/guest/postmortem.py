@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvmpy.core import observe
+from kvmpy.core import observe, recent
 from kvmpy.core.address import PAGE_SIZE, Gva
 from kvmpy.core.errors import KvmError, PrivateMemoryError, errno_name
 from kvmpy.guest import ucall
@@ -61,11 +61,14 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
     """Return the post-mortem of *vcpu*, whose run ended with *cause* (and with the ucall *call*, where it
     was one).
     """
+    asked = list(recent.calls)  # before what is asked here
     with observe.inspecting():
-        return _postmortem(vm, vcpu, cause, call)
+        return _postmortem(vm, vcpu, cause, call, asked)
 
 
-def _postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None) -> str:
+def _postmortem(
+    vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None, asked: list[recent.Call]
+) -> str:
     lines: list[str] = []
 
     def section(title: str, make: Callable[[], Iterator[str] | list[str]]) -> None:
@@ -93,6 +96,7 @@ def _postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None) ->
                 section(f"page-table walk of {name} {address:#x}", lambda address=address: _walk(vm, address))  # type: ignore[misc]
     for other in [vcpu, *(peer for peer in vm.vcpus if peer is not vcpu)][:TRAIL_OF_OTHERS]:
         section(f"last exits of {other.name} ({other.exits} in all)", lambda other=other: _trail(other))  # type: ignore[misc]
+    section(f"last ioctls of {vm.name} (KVM_RUN aside)", lambda: recent.lines(vm.name, asked) or ["none"])
     if vm.console:
         section("console", lambda: vm.console.splitlines()[-20:])
     section("KVM statistics (not zero)", lambda: _stats(vcpu))

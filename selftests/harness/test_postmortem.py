@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvmpy.guest.errors import (
 )
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi import ioctls
 
 ASSERTION = """
 #include <kvmpy/guest.h>
@@ -158,6 +160,26 @@ def test_walks_show_the_encryption_bit(make_vm: MakeVm) -> None:
     mask = vm.encryption.mask if vm.encryption is not None else 0
     assert [entry & mask for entry in entries] == [mask] * 4
     assert walk.group(1).count("private") == (5 if mask else 0)
+
+
+@pytest.mark.protections("all")
+def test_last_ioctls(make_vm: MakeVm) -> None:
+    """What was asked of this VM last stands in the post-mortem with its result, another VM's ioctls do not."""
+    vm, other = make_vm(WILD_WRITE), make_vm(WILD_WRITE)
+    vm.launch()
+    result, number = vm.ioctl_raw(ioctls.KVM_CREATE_VCPU, 0)
+    other.ioctl_raw(ioctls.KVM_CREATE_VCPU, 0)
+    assert (result, number) == (-1, errno.EEXIST)
+    with pytest.raises(GuestError) as caught:
+        vm.vcpus[0].run_to_done()
+    error = caught.value
+    last = re.search(rf"last ioctls of {vm.name} .*?\n(.*?)---", error.postmortem, re.DOTALL)
+    assert last is not None
+    lines = [line.strip() for line in last.group(1).splitlines()]
+    assert f"{vm.name} KVM_CREATE_VCPU 0x0 = -1 EEXIST" in lines
+    assert all(line.split()[0].split("/")[0] == vm.name for line in lines)
+    # The post-mortem's own questions come after the failure.
+    assert not any("KVM_GET_STATS_FD" in line for line in lines)
 
 
 @pytest.mark.protections("all")
