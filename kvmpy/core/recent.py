@@ -14,7 +14,7 @@ _LINE = 160
 
 Call = tuple[str, Ioctl, Struct | int | None, int, int]
 
-# (descriptor's name, ioctl, argument, result, errno). Structs are the callers' own, not copies: a copy would cost
+# (descriptor, ioctl, argument, result, errno). Structs are the callers' own, not copies: those would cost
 # more than the rest.
 calls: deque[Call] = deque(maxlen=_MOST)
 

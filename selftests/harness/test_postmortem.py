@@ -164,7 +164,7 @@ def test_walks_show_the_encryption_bit(make_vm: MakeVm) -> None:
 
 @pytest.mark.protections("all")
 def test_last_ioctls(make_vm: MakeVm) -> None:
-    """What was asked of this VM last stands in the post-mortem with its result, another VM's ioctls do not."""
+    """What this VM was asked last is in the post-mortem with its result, what another was asked is not."""
     vm, other = make_vm(WILD_WRITE), make_vm(WILD_WRITE)
     vm.launch()
     result, number = vm.ioctl_raw(ioctls.KVM_CREATE_VCPU, 0)
