@@ -21,6 +21,7 @@ from kvmpy.lab.process import call
 DEFAULT_SUITE = "sid"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_VARIABLE = "KVMPY_DEBIAN_MIRROR"
+_HELPER = "/usr/lib/apt/apt-helper"
 _SOURCES = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d"))
 _URI = re.compile(r"\bhttps?://\S+/debian/?(?=\s|$)")
 _SUITE = re.compile(r"[a-z][a-z0-9.-]*")
@@ -198,6 +199,14 @@ class Suite:
             _run(["apt-cache", *options, "show", "--no-all-versions", found], f"asking for {found}")
         )
 
+    def _uri(self, package: Package) -> str:
+        wanted = f"{package.name}={package.version}"
+        options = [*apt_options(self._state), "download", "--print-uris", wanted]
+        printed = _run(["apt-get", "-qq", *options], f"asking where {package.origin} is")
+        if (found := re.match(r"'([^']+)' ", printed)) is None:
+            raise LabError(f"apt-get does not tell where {package.origin} is: {printed.strip()!r}")
+        return found[1]
+
     def download(self, package: Package, say: Say) -> Path:
         """Return the package file, downloaded and verified; one that is there is not fetched again."""
         folder = places.cache() / "downloads"
@@ -209,19 +218,17 @@ class Suite:
         megabytes = package.size >> 20
         places.need_space(folder, megabytes + 64, f"downloading {package.file}")
         say(f"downloading {package.file} ({megabytes} MiB)")
-        partial = folder / "partial"
-        partial.mkdir(exist_ok=True)
-        what = f"downloading {package.origin}"
-        wanted = f"{package.name}={package.version}"
+        made = folder / "partial" / package.file
+        made.parent.mkdir(exist_ok=True)
+        # Unlike `apt-get download` the helper goes on where an earlier call stopped.
         _run(
-            ["apt-get", "-q", *apt_options(self._state), "download", wanted],
-            what,
-            partial,
-            _Progress(partial, package.size, say),
+            [_HELPER, *apt_options(self._state), "download-file", self._uri(package), str(made)],
+            f"downloading {package.origin}",
+            made.parent,
+            _Progress(made.parent, package.size, say),
         )
-        made = next(iter(partial.glob(f"{package.name}_*.deb")), None)
-        if made is None:
-            raise LabError(f"{what} left no file")
+        if not made.is_file():
+            raise LabError(f"downloading {package.origin} left no file")
         if _sha256(made) != package.sha256:
             made.unlink()
             raise LabError(f"{package.file} has the wrong SHA-256 after the download", "try again")
