@@ -31,6 +31,8 @@ class Worker:
         self._journal = journal
         self._folder = folder
         self._nodes: dict[Path, pytest.Collector] = {}
+        self._conftests: dict[Path, object] = {}
+        self._collected: set[Path] = set()
         self._uncollected: list[pytest.CollectReport] = []
 
     @pytest.hookimpl(tryfirst=True)
@@ -66,6 +68,11 @@ class Worker:
         """Collect nothing yet: the first test need not wait for the last file."""
         session.items = []
         return True
+
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
+        """Note which folders have their conftest's fixtures."""
+        if isinstance(collector, pytest.Directory):
+            self._collected.add(collector.path)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what could not be collected until the share is complete."""
@@ -110,8 +117,18 @@ class Worker:
                 return share
         return {"end": True}
 
+    def _remember_conftests(self, session: pytest.Session) -> None:
+        # pytest binds the fixtures of a conftest that it loaded for an argument when it collects the folder,
+        # and forgets those whose folder is not in the first collection: here it may be in a later share.
+        fixtures: Any = session.config.pluginmanager.get_plugin("funcmanage")
+        waiting: dict[Path, object] = getattr(fixtures, "_pending_conftests", {})
+        self._conftests.update(waiting)
+        for path in self._conftests.keys() - self._collected:
+            waiting[path] = self._conftests[path]
+
     def _collect(self, session: pytest.Session, share: dict[str, Any]) -> list[pytest.Item]:
         self._uncollected.clear()
+        self._remember_conftests(session)
         found = session.perform_collect(share["args"])
         for report in self._uncollected:
             data = session.config.hook.pytest_report_to_serializable(config=session.config, report=report)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The session inside, run here: shares come from a folder, what it says goes to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = """
+import sys
+import pytest
+from kvmpy.lab import inside
+
+inside.INSIDE = sys.argv[1]
+plugins = [f"-p{name}" for name in ("kvmpy.testing.plugin", "pytest_timeout", "kvmpy.lab.inside")]
+sys.exit(pytest.main([*plugins, "--kvmpy-journal", "journal", "--rootdir", ".", *sys.argv[2:]]))
+"""
+CONFTEST = """
+import pytest
+
+@pytest.fixture
+def where():
+    return "{name}"
+"""
+TEST = """
+def test_first(where):
+    assert where == "{name}"
+
+def test_second(where):
+    assert where == "{name}"
+"""
+
+
+class Inside:
+    """A folder with two areas of tests, each with fixtures of its own, and a session that gets shares."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("one", "two"):
+            area = folder / "suite" / name
+            area.mkdir(parents=True)
+            (area / "conftest.py").write_text(CONFTEST.format(name=name))
+            (area / f"test_{name}.py").write_text(TEST.format(name=name))
+
+    def run(self, args: Sequence[str], shares: Sequence[tuple[str, str]]) -> dict[str, str]:
+        """Run shares (area, test) in a session with *args*; return each test's outcome."""
+        work = self.folder / "job" / "work"
+        work.mkdir(parents=True)
+        for number, (area, test) in enumerate(shares, 1):
+            file = f"suite/{area}/test_{area}.py"
+            share = {"args": [str(self.folder / file)], "only": [f"{file}::{test}"]}
+            (work / str(number)).write_text(json.dumps(share))
+        (work / str(len(shares) + 1)).write_text(json.dumps({"end": True}))
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, str(self.folder / "job"), *args],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        events = [json.loads(line) for line in (self.folder / "journal").read_text().splitlines()]
+        reports = [event["data"] for event in events if event["event"] == "report"]
+        return {
+            report["nodeid"].removeprefix("suite/"): report["outcome"]
+            for report in reports
+            if report["when"] == "call" or report["outcome"] != "passed"
+        }
+
+
+@pytest.fixture
+def inside(tmp_path: Path) -> Inside:
+    return Inside(tmp_path)
+
+
+@pytest.mark.parametrize("args", [["suite"], ["suite/one", "suite/two"], ["suite/two", "suite/one"]])
+def test_every_share_has_its_folders_fixtures(inside: Inside, args: list[str]) -> None:
+    shares = [("one", "test_first"), ("two", "test_first"), ("one", "test_second"), ("two", "test_second")]
+    assert inside.run(args, shares) == {f"{area}/test_{area}.py::{test}": "passed" for area, test in shares}
