@@ -84,6 +84,21 @@ def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
+def _nodes(options: Options) -> list[str]:
+    """Return the words for two NUMA nodes, each with half of the memory and of the CPUs; none for one CPU."""
+    half = options.cpus // 2
+    if not half:
+        return []
+    words = []
+    memory = options.memory // 2
+    for node, (first, end, size) in enumerate(
+        ((0, half, memory), (half, options.cpus, options.memory - memory))
+    ):
+        words += ["-object", f"memory-backend-ram,id=node{node},size={size}M"]
+        words += ["-numa", f"node,nodeid={node},memdev=node{node},cpus={first}-{end - 1}"]
+    return words
+
+
 def command_line(options: Options, folder: Path, *, interactive: bool = False) -> list[str]:
     """Return the command that boots; *folder* holds the job, and gets console, journal and output."""
     init = places.files() / "init.sh"
@@ -103,7 +118,9 @@ def command_line(options: Options, folder: Path, *, interactive: bool = False) -
         "-cpu",
         _CPU[options.accel],
     ]
-    command += ["-smp", str(options.cpus), "-m", f"{options.memory}M", "-no-reboot", "-display", "none"]
+    # A socket for each CPU: a cache that CPUs of two nodes shared would be a warning.
+    command += ["-smp", f"{options.cpus},sockets={options.cpus},cores=1,threads=1"]
+    command += ["-m", f"{options.memory}M", *_nodes(options), "-no-reboot", "-display", "none"]
     command += ["-nodefaults", "-no-user-config", "-kernel", str(options.kernel.image), "-append", append]
     for tag, path in (("/dev/root", Path("/")), ("kvmpyjob", folder / "job")):
         name = tag.rpartition("/")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -226,9 +227,32 @@ def test_the_command_line_shares_read_only(image: Path, cache: Path, tmp_path: P
     shares = [words[at + 1] for at, word in enumerate(words) if word == "-fsdev"]
     assert len(shares) == 2
     assert all("readonly=on" in share for share in shares)
-    assert words[words.index("-smp") + 1] == "3"
+    assert words[words.index("-smp") + 1].split(",")[0] == "3"
     assert words[words.index("-m") + 1] == "512M"
     assert "-no-reboot" in words
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory", "nodes"),
+    [
+        (1, 512, []),
+        (2, 512, [("256M", "0-0"), ("256M", "1-1")]),
+        (3, 513, [("256M", "0-0"), ("257M", "1-2")]),
+        (8, 4096, [("2048M", "0-3"), ("2048M", "4-7")]),
+    ],
+)
+def test_two_cpus_are_two_numa_nodes(
+    image: Path, cache: Path, tmp_path: Path, cpus: int, memory: int, nodes: list[tuple[str, str]]
+) -> None:
+    words = qemu.command_line(qemu.Options(kernels.find(str(image)), cpus, memory), tmp_path)
+    pairs = list(itertools.pairwise(words))
+    backends = [value.split(",") for name, value in pairs if name == "-object"]
+    assert backends == [
+        ["memory-backend-ram", f"id=node{number}", f"size={size}"] for number, (size, _) in enumerate(nodes)
+    ]
+    assert [value for name, value in pairs if name == "-numa"] == [
+        f"node,nodeid={number},memdev=node{number},cpus={range_}" for number, (_, range_) in enumerate(nodes)
+    ]
 
 
 @pytest.mark.parametrize(("value", "works"), [("1", True), ("Y", True), ("0", False), ("N", False)])
