@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from kvmpy.lab import places, softsev
+from kvmpy.cli import lab as cli
+from kvmpy.lab import kernels, places, softsev, tools
+from kvmpy.lab.errors import LabError
 from kvmpy.lab.softsev.hooks import Copy, Hook, HookError, HookList
 
 SOURCE = """\
@@ -198,16 +202,65 @@ def trees() -> list[Path]:
     )
 
 
-@pytest.mark.skipif(
-    not trees(), reason="no unpacked kernel tree in the lab's cache: `kvmpy lab build` makes one"
-)
-def test_fits_the_trees_of_the_cache(tmp_path: Path) -> None:
-    listed = HookList.load(softsev.FOLDER)
-    for tree in trees():
-        copy = tmp_path / tree.name
-        for name in {one.file for one in listed.hooks}:
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(tree / name, copy / name)
+@pytest.fixture
+def plain_trees(tmp_path: Path) -> list[Path]:
+    """Copies of what the hooks touch in the trees of the cache."""
+    found = trees()
+    if not found:
+        pytest.skip("no unpacked kernel tree in the lab's cache: `kvmpy lab build` makes one")
+    files = {one.file for one in HookList.load(softsev.FOLDER).hooks}
+    try:
+        with kernels.build_lock(lambda _: None, patience=0):
+            for tree in found:
+                for name in files:
+                    (tmp_path / tree.name / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(tree / name, tmp_path / tree.name / name)
+    except LabError as error:
+        pytest.skip(f"a build uses the trees of the lab's cache: {error}")
+    return [tmp_path / tree.name for tree in found]
 
-        assert "kvm-exit" in softsev.apply(copy)
-        assert softsev.apply(copy) == []
+
+def test_fits_the_trees_of_the_cache(plain_trees: list[Path]) -> None:
+    for tree in plain_trees:
+        assert "kvm-exit" in softsev.apply(tree)
+        assert softsev.apply(tree) == []
+
+
+def test_a_line_that_a_tree_lacks_is_named_by_its_hook(plain_trees: list[Path]) -> None:
+    for tree in plain_trees:
+        for one in HookList.load(softsev.FOLDER).hooks:
+            path = tree / one.file
+            source = path.read_text()
+            if not one.anchor or (one.when and not re.search(one.when, source, re.MULTILINE)):
+                continue
+            start, end = one._scope(source)
+            found = re.compile(one.anchor, re.MULTILINE).search(source, start, end)
+            assert found is not None
+            path.write_text(source[: found.start()] + "\t/* gone */" + source[found.end() :])
+            before = {file: file.read_bytes() for file in tree.rglob("*") if file.is_file()}
+
+            with pytest.raises(HookError, match=f"hook {one.name} does not fit {re.escape(one.file)}"):
+                softsev.apply(tree)
+
+            assert {file: file.read_bytes() for file in tree.rglob("*") if file.is_file()} == before
+            path.write_text(source)
+
+
+def test_a_build_of_a_tree_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tools, "need", lambda *_: None)
+    tree = tmp_path / "tree"
+    amd = "arch/x86/kernel/cpu/amd.c"
+    (tree / amd).parent.mkdir(parents=True)
+    (tree / "Kbuild").touch()
+    (tree / amd).write_text("#include <linux/a.h>\n\nstatic void early_init_amd(int c)\n{\n\tother(c);\n}\n")
+    before = {file: file.read_bytes() for file in tree.rglob("*") if file.is_file()}
+
+    made = CliRunner().invoke(cli.lab, ["build", "--soft-sev", "--source", str(tree)])
+
+    assert made.exit_code == 3
+    assert f"hook cpu-features does not fit {amd}: nothing there is like" in made.output
+    assert {file: file.read_bytes() for file in tree.rglob("*") if file.is_file()} == before
+    copies = list(places.cache().glob(f"trees/*/{amd}"))
+    assert [copy.read_text() for copy in copies] == [before[tree / amd].decode()]
+    assert kernels.cached() == []
