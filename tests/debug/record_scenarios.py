@@ -6,10 +6,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable
-from typing import Any
-
-import pytest
 
 from kvmpy import Kvm
 from kvmpy.core.address import Gpa
@@ -36,32 +32,10 @@ from kvmpy.uapi.constants import (
     VmType,
 )
 from kvmpy.uapi.structs import kvm_msr_entry, kvm_msr_filter, kvm_msrs, kvm_userspace_memory_region2
+from tests.debug.scenario import fails, scenario
 
 CODE = Gpa(0x1000)
 PAGE = 4096
-
-Scenario = Callable[[Kvm], None]
-SCENARIOS: dict[str, Scenario] = {}
-# Name of a scenario -> what its C file says it shows.
-SHOWS: dict[str, str] = {}
-
-
-def names() -> list[Any]:
-    """Return the names of all scenarios as pytest's parameters, with what some of them need."""
-    need = pytest.mark.requires("protection:sw-protected")
-    return [pytest.param(name, marks=[need] if name in PRIVATE else []) for name in sorted(SCENARIOS)]
-
-
-def scenario(shows: str) -> Callable[[Scenario], Scenario]:
-    """Enter the function as a scenario whose last word is *shows*."""
-
-    def enter(function: Scenario) -> Scenario:
-        name = function.__name__.strip("_")
-        SCENARIOS[name] = function
-        SHOWS[name] = shows
-        return function
-
-    return enter
 
 
 def machine(kvm: Kvm, code: bytes, *, size: int = 16 * PAGE, flags: int = 0, vcpus: int = 1) -> Vm:
@@ -78,15 +52,6 @@ def machine(kvm: Kvm, code: bytes, *, size: int = 16 * PAGE, flags: int = 0, vcp
         regs.rip, regs.rflags, regs.rsp = int(CODE), 2, 0x8000
         vcpu.set_regs(regs)
     return vm
-
-
-def fails(function: Callable[[], object]) -> None:
-    """Call *function*, whose ioctl is refused."""
-    try:
-        function()
-    except KvmError:
-        return
-    raise AssertionError("the ioctl was not refused")
 
 
 # Errors.
@@ -560,10 +525,8 @@ def sync_regs(kvm: Kvm) -> None:
 
 # Private memory: where the host has KVM_X86_SW_PROTECTED_VM.
 
-PRIVATE = {"private_fault", "private_read", "private_program"}
 
-
-@scenario("KVM_RUN on vcpu0 fails with EFAULT")
+@scenario("KVM_RUN on vcpu0 fails with EFAULT", needs="sw-protected")
 def private_fault(kvm: Kvm) -> None:
     """A page is private and has nothing private behind it: mov 0x3000, %al"""
     with kvm.create_vm(int(VmType.KVM_X86_SW_PROTECTED_VM)) as vm:
@@ -575,7 +538,7 @@ def private_fault(kvm: Kvm) -> None:
         assert isinstance(vcpu.run(5), MemoryFaultExit)
 
 
-@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_IO")
+@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_IO", needs="sw-protected")
 def private_read(kvm: Kvm) -> None:
     """What the guest writes to a private page is not what the host sees, and comes back to the guest."""
     code = b"\xc6\x06\x00\x30\x5d\xa0\x00\x30\xe6\x10\xf4"
@@ -588,7 +551,7 @@ def private_read(kvm: Kvm) -> None:
         assert vcpu.run(5).data == b"\x5d"  # type: ignore[attr-defined]
 
 
-@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_IO")
+@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_IO", needs="sw-protected")
 def private_program(kvm: Kvm) -> None:
     """A guest program that lies in private memory, from its launch to DONE."""
     with kvm.create_vm(GuestProgram.from_c(COUNTER), protection="sw-protected") as vm:

@@ -20,7 +20,7 @@ from kvmpy.debug.record.format import FileHeader
 from kvmpy.debug.record.model import Record
 from kvmpy.debug.record.recorder import Recorder
 from kvmpy.testing.recording import file_name
-from tests.debug.record_scenarios import SCENARIOS
+from tests.debug.scenarios import SCENARIOS
 
 
 def call(*arguments: str | Path) -> Result:

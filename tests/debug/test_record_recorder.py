@@ -18,6 +18,7 @@ import pytest
 from kvmpy import Kvm
 from kvmpy.core import observe
 from kvmpy.core.address import Gpa
+from kvmpy.core.backing import Anonymous
 from kvmpy.core.errors import KvmError
 from kvmpy.core.eventfd import EventFd
 from kvmpy.core.exits import IoExit, MsrExit
@@ -32,7 +33,9 @@ from kvmpy.debug.record.script import build
 from kvmpy.debug.record.tracker import MemoryTracker
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import MsrExitReason
-from tests.debug.record_scenarios import SCENARIOS, machine
+from kvmpy.uapi.structs import kvm_sev_snp_launch_update
+from tests.debug.record_scenarios import machine
+from tests.debug.scenarios import SCENARIOS
 
 PAGE = 4096
 
@@ -356,3 +359,38 @@ def test_a_record_of_a_vm_that_exists_has_what_kvm_cannot_be_asked(kvm: Kvm, tmp
     result = Replay(build(record)).run()
     assert result.stopped == ""
     assert result.first_difference is None
+
+
+def test_what_a_launch_copies_is_memory(kvm: Kvm, tmp_path: Path) -> None:
+    """The source of KVM_SEV_SNP_LAUNCH_UPDATE is told once as memory, not again with every argument."""
+    path = tmp_path / "a.rec"
+    source = Anonymous().map(4 * PAGE)
+    source.view(0, 4 * PAGE)[:] = b"\x11" * PAGE + bytes(PAGE) + b"\x33" * PAGE + b"\x44" * PAGE
+    with Recorder(path), Kvm() as own, own.create_vm() as vm:
+        vm.add_slot(Gpa(0), 16 * PAGE)
+        for first, pages in ((0, 2), (2, 2), (0, 4)):
+            arg = kvm_sev_snp_launch_update(
+                gfn_start=first, uaddr=source.hva + first * PAGE, len=pages * PAGE, type=1
+            )
+            # A plain VM refuses it; that the bytes are in the record is what counts here.
+            vm.sev_command_raw("SNP_LAUNCH_UPDATE", arg)
+        source.view(0, 1)[0] = 0x12
+        vm.sev_command_raw("SNP_LAUNCH_UPDATE", kvm_sev_snp_launch_update(
+            uaddr=source.hva, len=PAGE, type=1
+        ))  # fmt: skip
+    source.close()
+    record = Record.load(path)
+    told = [
+        e.what for e in record.entries if isinstance(e.what, Memory) and e.what.address >= source_at(record)
+    ]
+    assert [(m.flags & 1, record.content(m)[0]) for m in told] == [(1, 0x11), (1, 0x33), (1, 0x44), (0, 0x12)]
+    updates = [e.what for e in record.ioctls if request_name(e.what) == "KVM_MEMORY_ENCRYPT_OP"]
+    assert all(len(chunk.data) <= 64 for what in updates if isinstance(what, Ioctl) for chunk in what.chunks)
+
+
+def source_at(record: Record) -> int:
+    """Return where the first source lies."""
+    what = next(e.what for e in record.ioctls if request_name(e.what) == "KVM_MEMORY_ENCRYPT_OP")
+    assert isinstance(what, Ioctl)
+    update = next(chunk for chunk in what.chunks if len(chunk.data) == 64)
+    return int.from_bytes(update.data[8:16], "little")

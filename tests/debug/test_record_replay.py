@@ -17,7 +17,8 @@ from kvmpy.debug.record.replay import Replay
 from kvmpy.debug.record.script import build
 from kvmpy.debug.record.worker import Player
 from kvmpy.uapi import ioctls
-from tests.debug.record_scenarios import SCENARIOS, machine, names
+from tests.debug.record_scenarios import machine
+from tests.debug.scenarios import SCENARIOS, names
 
 
 def record_of(name: str, folder: Path) -> Record:

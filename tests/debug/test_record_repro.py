@@ -19,7 +19,7 @@ from kvmpy.debug.record.recorder import Recorder
 from kvmpy.debug.record.repro import write_c
 from kvmpy.debug.record.script import Script, Step, build
 from kvmpy.uapi import ioctls
-from tests.debug.record_scenarios import SCENARIOS, SHOWS, names
+from tests.debug.scenarios import SCENARIOS, SHOWS, names
 
 GCC = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
 ABOUT_A_QUESTION = {"registers": "KVM_GET_REGS"}
@@ -151,3 +151,13 @@ def test_statistics_that_a_post_mortem_reads_are_nobodys_subject(tmp_path: Path)
         vcpu.get_stats_fd().close()
         vcpu.get_sregs()
     assert target_of(build(Record.load(path))).request == ioctls.KVM_SET_REGS.nr
+
+
+@pytest.mark.requires("protection:snp")
+def test_code_that_a_launch_copies(kvm: Kvm, tmp_path: Path) -> None:
+    """Code of an SNP guest is disassembled where KVM copies it from, and commands have their names."""
+    text = c_file(record_of("snp_program", kvm, tmp_path), "snp_program")
+    assert re.search(r"mem\d+_code_[0-9a-f]+\[\] = \{", text)
+    assert len(re.findall(r"/\* 0x400[0-9a-f]{3}: ", text)) > 100
+    assert '"KVM_SEV_SNP_LAUNCH_FINISH", ioctl(vm, KVM_MEMORY_ENCRYPT_OP' in text
+    assert text.count('open("/dev/sev"') == 1

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvmpy import Kvm
 from kvmpy.core.address import Gpa
+from kvmpy.debug.record.command import command_of
 from kvmpy.debug.record.condition import (
     Condition,
     ConditionError,
@@ -25,9 +28,10 @@ from kvmpy.debug.record.prune import target_of
 from kvmpy.debug.record.recorder import Recorder
 from kvmpy.debug.record.script import build
 from kvmpy.debug.record.shrink import Shrinker, ddmin, leaves
-from kvmpy.debug.record.worker import Player
+from kvmpy.debug.record.worker import Answer, Player, Replayed
 from kvmpy.uapi.structs import kvm_sregs
-from tests.debug.record_scenarios import SCENARIOS, machine
+from tests.debug.record_scenarios import machine
+from tests.debug.scenarios import SCENARIOS
 
 
 @given(st.sets(st.integers(0, 60)))
@@ -162,3 +166,41 @@ def test_expression_terms() -> None:
     found = parse("result < 0 and errno == EFAULT and exit == KVM_EXIT_MEMORY_FAULT at KVM_RUN")
     assert [(t.field, t.value) for t in found.terms] == [("result", 0), ("errno", 14), ("exit", 39)]
     assert found.ioctl == "KVM_RUN"
+
+
+def test_expressions_about_the_secure_processor() -> None:
+    """A SEV command stands for its ioctl, and the firmware's status is compared by name."""
+    found = parse("errno==EIO and firmware==SEV_RET_INVALID_PARAM at KVM_SEV_SNP_LAUNCH_UPDATE")
+    update = Replayed(
+        7, "KVM_MEMORY_ENCRYPT_OP", -1, errno.EIO, None, False, None, "KVM_SEV_SNP_LAUNCH_UPDATE", 0x16
+    )
+    assert found.match(Answer((update,))) is update
+    assert found.match(Answer((replace(update, firmware=0x15),))) is None
+    assert found.match(Answer((replace(update, command="KVM_SEV_SNP_LAUNCH_FINISH"),))) is None
+    assert parse("errno==EIO at KVM_MEMORY_ENCRYPT_OP").match(Answer((update,))) is update
+
+
+@pytest.mark.requires("protection:snp")
+def test_shrink_to_a_firmware_status(kvm: Kvm, tmp_path: Path) -> None:
+    """A launch is cut down to what the refused page needs: the VM, its memory, two commands before it."""
+    path = tmp_path / "a.rec"
+    with Recorder(path), Kvm() as own:
+        SCENARIOS["snp_program"](own)
+        SCENARIOS["snp_cpuid"](own)
+    with Player() as player:
+        condition = UntilExpression(
+            player, parse("firmware==SEV_RET_INVALID_PARAM and errno==EIO at KVM_SEV_SNP_LAUNCH_UPDATE")
+        )
+        with Shrinker(Record.load(path), condition) as shrinker:
+            assert shrinker.holds()
+            shrinker.events()
+    left = [str(command_of(e.what) or request_name(e.what)) for e in shrinker.best.ioctls]
+    assert left == [
+        "KVM_CREATE_VM",
+        "KVM_SEV_INIT2",
+        "KVM_CREATE_GUEST_MEMFD",
+        "KVM_SET_USER_MEMORY_REGION2",
+        "KVM_SET_MEMORY_ATTRIBUTES",
+        "KVM_SEV_SNP_LAUNCH_START",
+        "KVM_SEV_SNP_LAUNCH_UPDATE",
+    ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from kvmpy.debug.record.worker import Answer, Player, Replayed
 from kvmpy.uapi import constants
+from kvmpy.uapi.commands import SEV_COMMANDS, SEV_PLATFORM_COMMANDS
 from kvmpy.uapi.ioctls import IOCTLS
 
 _OPERATORS: dict[str, Callable[[int, int], bool]] = {
@@ -24,7 +25,7 @@ _OPERATORS: dict[str, Callable[[int, int], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_TERM = re.compile(r"(errno|result|exit)\s*(==|!=|<=|>=|<|>)\s*([-\w]+)$")
+_TERM = re.compile(r"(errno|result|exit|firmware)\s*(==|!=|<=|>=|<|>)\s*([-\w]+)$")
 
 
 class ConditionError(ValueError):
@@ -41,13 +42,17 @@ class Term:
 
     def holds(self, each: Replayed) -> bool:
         """Tell whether it is true of an ioctl that was replayed."""
-        found = {"errno": each.errno, "result": each.result, "exit": each.exit}[self.field]
+        found = {
+            "errno": each.errno, "result": each.result, "exit": each.exit, "firmware": each.firmware,
+        }[self.field]  # fmt: skip
         return found is not None and self.compare(found, self.value)
 
 
 @dataclass(frozen=True)
 class Expression:
-    """Terms joined by "and", at one ioctl or at any: true where one replayed ioctl fits them all."""
+    """Terms joined by "and", at one ioctl (or SEV command) or at any: true where one replayed ioctl fits
+    them all.
+    """
 
     terms: tuple[Term, ...]
     ioctl: str | None
@@ -55,7 +60,7 @@ class Expression:
     def match(self, answer: Answer) -> Replayed | None:
         """Return the last replayed ioctl that fits."""
         for each in reversed(answer.ioctls):
-            if self.ioctl in (None, each.name) and all(term.holds(each) for term in self.terms):
+            if self.ioctl in (None, each.name, each.command) and all(term.holds(each) for term in self.terms):
                 return each
         return None
 
@@ -64,15 +69,15 @@ def parse(text: str) -> Expression:
     """Return the expression *text*, such as ``errno==EINVAL at KVM_SET_SREGS``; ConditionError."""
     terms_text, mark, ioctl = text.partition(" at ")
     name = ioctl.strip() if mark else None
-    if name is not None and name not in IOCTLS:
-        raise ConditionError(f"{name} is no ioctl that kvmpy knows")
+    if name is not None and name not in IOCTLS.keys() | SEV_COMMANDS.keys() | SEV_PLATFORM_COMMANDS.keys():
+        raise ConditionError(f"{name} is no ioctl or SEV command that kvmpy knows")
     terms = []
     for part in re.split(r"\s+and\s+|&&", terms_text.strip()):
         found = _TERM.match(part.strip())
         if found is None:
             raise ConditionError(
-                f"{part.strip()!r}: expected errno, result or exit, a comparison and a value, as in "
-                "'errno==EINVAL at KVM_SET_SREGS' or 'exit==KVM_EXIT_SHUTDOWN'"
+                f"{part.strip()!r}: expected errno, result, exit or firmware, a comparison and a value, "
+                "as in 'errno==EINVAL at KVM_SET_SREGS' or 'exit==KVM_EXIT_SHUTDOWN'"
             )
         terms.append(Term(found[1], _OPERATORS[found[2]], _value(found[3])))
     return Expression(tuple(terms), name)
@@ -83,7 +88,8 @@ def _value(text: str) -> int:
     if isinstance(number, int):
         return number
     if text in constants.ALL:
-        return constants.ALL[text]
+        # The firmware's status is unsigned where it is compared.
+        return constants.ALL[text] & 0xFFFF_FFFF if text.startswith("SEV_RET_") else constants.ALL[text]
     try:
         return int(text, 0)
     except ValueError:

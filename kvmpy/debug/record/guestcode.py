@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvmpy.debug.record.script import Region, Step
+from kvmpy.debug.record.format import PAGE_SIZE
+from kvmpy.debug.record.script import Node, Ref, Region, Step
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.structs import kvm_regs, kvm_sregs
 
@@ -50,11 +51,25 @@ class GuestView:
     content: dict[Region, bytearray] = field(default_factory=dict)
 
     def find(self, gpa: int) -> tuple[Region, int] | None:
-        """Return the region and offset of *gpa*."""
-        for slot in self.slots:
-            if slot.gpa <= gpa < slot.gpa + slot.size:
-                return slot.region, slot.offset + gpa - slot.gpa
+        """Return the region and offset of *gpa*, which may carry an encryption bit."""
+        # No memory lies where that bit is, unless it is an emulated one.
+        end = max((slot.gpa + slot.size for slot in self.slots), default=0)
+        for at in dict.fromkeys((gpa, gpa & (1 << end.bit_length()) - 1)):
+            for slot in self.slots:
+                if slot.gpa <= at < slot.gpa + slot.size:
+                    return slot.region, slot.offset + at - slot.gpa
         return None
+
+    def hold(self, slot: Slot, *, first: bool = False) -> None:
+        """Add a slot; with *first* it hides what lies at the same addresses."""
+        self.slots.insert(0 if first else len(self.slots), slot)
+        region = slot.region
+        if region not in self.content:
+            end = max((offset + len(data) for offset, data in region.initial), default=0)
+            content = bytearray(end)
+            for offset, data in region.initial:
+                content[offset : offset + len(data)] = data
+            self.content[region] = content
 
     def read(self, gpa: int, size: int) -> bytes:
         """Return what lies at *gpa*, as much as one region has."""
@@ -120,16 +135,23 @@ def view_of(steps: Iterable[Step]) -> GuestView:
         ):
             gpa, size, address = (int.from_bytes(node.data[at : at + 8], "little") for at in (8, 16, 24))
             region = next((ref.region for ref in node.refs if ref.region is not None), None)
-            if region is None or not size:
-                continue
-            view.slots.append(Slot(gpa, size, region, address - region.start))
-            if region not in view.content:
-                end = max((offset + len(data) for offset, data in region.initial), default=0)
-                content = bytearray(end)
-                for offset, data in region.initial:
-                    content[offset : offset + len(data)] = data
-                view.content[region] = content
+            if region is not None and size:
+                view.hold(Slot(gpa, size, region, address - region.start))
+        for gpa, size, source in _launched(node):
+            if source.region is not None:
+                view.hold(Slot(gpa, size, source.region, source.value - source.region.start), first=True)
     return view
+
+
+def _launched(node: Node) -> Iterator[tuple[int, int, Ref]]:
+    """Yield the pages that an SNP launch copies: guest-physical address, size, and where they come from."""
+    for ref in node.refs:
+        inner = ref.node
+        if inner is None or inner.struct != "kvm_sev_snp_launch_update":
+            continue
+        gfn, _, size = (int.from_bytes(inner.data[at : at + 8], "little") for at in (0, 8, 16))
+        for source in inner.refs:
+            yield gfn * PAGE_SIZE, size, source
 
 
 def cpus_of(steps: Iterable[Step]) -> list[Cpu]:

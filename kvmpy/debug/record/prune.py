@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from kvmpy.debug.record.events import Close, Deadline, Kick
+from kvmpy.debug.record import command
+from kvmpy.debug.record.events import Close, Deadline, Kick, Object
 from kvmpy.debug.record.format import ObjectKind
 from kvmpy.debug.record.model import request_name
 from kvmpy.debug.record.script import Node, Script, Step, select
@@ -25,7 +26,11 @@ def is_question(step: Step) -> bool:
     name = request_name(what)
     if name in _NO_QUESTIONS:
         return False
-    return "_GET_" in name or name in ("KVM_CHECK_EXTENSION", "KVM_TRANSLATE", "KVM_HAS_DEVICE_ATTR")
+    return (
+        "_GET_" in name
+        or name in ("KVM_CHECK_EXTENSION", "KVM_TRANSLATE", "KVM_HAS_DEVICE_ATTR")
+        or command.is_question(what)
+    )
 
 
 def target_of(script: Script) -> Step:
@@ -76,7 +81,15 @@ def prune(script: Script, target: Step) -> Script:
         elif isinstance(what, Kick) and what.object not in family:
             continue
         kept.append(step)
-    return select(script, kept)
+    used = {step.ioctl.object for step in kept if step.ioctl is not None}
+    used |= {ident for step in kept if step.argument is not None for ident in references(step.argument.node)}
+    return select(script, [step for step in kept if not _spare(step, used)])
+
+
+def _spare(step: Step, used: set[int]) -> bool:
+    # A /dev/sev that was opened for questions alone.
+    what = step.entry.what
+    return isinstance(what, Object) and what.kind == ObjectKind.SEV and what.id not in used
 
 
 def _matters(script: Script, ident: int, family: set[int]) -> bool:

@@ -34,8 +34,9 @@ from kvmpy.debug.record.runarea import RunArea
 from kvmpy.debug.record.tracker import MemoryTracker
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.uapi import ffi, ioctls, lib
-from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD
-from kvmpy.uapi.structs import kvm_userspace_memory_region2
+from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD, SnpPageType
+from kvmpy.uapi.constants.coco import SevCmd
+from kvmpy.uapi.structs import kvm_sev_cmd, kvm_sev_snp_launch_update, kvm_userspace_memory_region2
 
 if TYPE_CHECKING:
     from kvmpy.core.observe import KvmFd
@@ -72,6 +73,9 @@ _READERS = {
     ioctls.KVM_TRANSLATE.nr,
     ioctls.KVM_SET_NESTED_STATE.nr,
 }
+_ENCRYPT = ioctls.KVM_MEMORY_ENCRYPT_OP.nr
+# Ioctls after which guest memory is another: what the host finds there then, it did not write.
+_WRITERS = {_RUN, _ENCRYPT}
 # Where an argument holds file descriptors that are no KVM objects.
 _FOREIGN: dict[int, tuple[int, ...]] = {
     ioctls.KVM_IRQFD.nr: (0, 12),
@@ -121,7 +125,7 @@ class Recorder:
         self.writer = RecordWriter(path, **about)
         self.memory = MemoryTracker(self.writer)
         self._eager = eager
-        self._follow = Follower(self.memory.peek, self.memory.holds)
+        self._follow = Follower(self.memory.peek, self.memory.in_record)
         self._ids: dict[KvmFd, int] = {}
         self._by_number: dict[int, int] = {}
         self._made: dict[int, tuple[int, int]] = {}
@@ -338,6 +342,8 @@ class Recorder:
                 self.memory.compare(tid)
         if nr == _RUN:
             return self._area(fd).before()
+        if nr == _ENCRYPT:
+            self._source(fd, arg, tid)
         chunks = [] if arg is None else self._before(fd, nr, arg)
         if nr in _FOREIGN and chunks:
             content = content_of(chunks[0])
@@ -345,6 +351,18 @@ class Recorder:
                 for offset in _FOREIGN[nr]:
                     self._foreign(int.from_bytes(content[offset : offset + 4], "little"))
         return chunks
+
+    def _source(self, fd: KvmFd, arg: Struct | int | None, tid: int) -> None:
+        # Pages that KVM copies into a guest can be many: they are told as memory, not with the argument.
+        command = self.memory.peek(_value(arg), kvm_sev_cmd.SIZE)
+        if len(command) < kvm_sev_cmd.SIZE or command[0] != SevCmd.KVM_SEV_SNP_LAUNCH_UPDATE:
+            return
+        place = int.from_bytes(command[8:16], "little")
+        raw = self.memory.peek(place, kvm_sev_snp_launch_update.SIZE)
+        if len(raw) == kvm_sev_snp_launch_update.SIZE:
+            update = kvm_sev_snp_launch_update.from_bytes(raw)
+            if update.type != SnpPageType.KVM_SEV_SNP_PAGE_TYPE_ZERO:
+                self.memory.source(fd, update.uaddr, update.len, tid)
 
     def _area(self, fd: KvmFd) -> RunArea:
         area = self._areas.get(fd)
@@ -367,12 +385,12 @@ class Recorder:
             if errno_ == errno.EBUSY:
                 return
             chunks += self._areas[fd].after()
-            if self.memory.shown:
-                self.memory.look_again()
         elif arg is not None:
             plan = plan_of(nr)
             if plan.after or plan.deep:
                 self._after(fd, arg, nr, chunks)
+        if nr in _WRITERS and self.memory.shown:
+            self.memory.look_again()
         writer = self.writer
         ident = self._ids.get(fd) or self._object(fd)
         head = _pack(ident, fd.fd, nr, _value(arg), result, errno_, len(chunks), 0, writer.order(), end)
@@ -405,6 +423,9 @@ class Recorder:
                 number = int.from_bytes(content_of(chunks[-1])[4:8], "little")
             self._by_number.pop(number, None)
             self._made[number] = (order, self._ids[fd])
+        elif nr == _ENCRYPT and chunks:
+            if content_of(chunks[0])[0] == SevCmd.KVM_SEV_SNP_LAUNCH_FINISH:
+                self.memory.sources_done(fd, tid)
         elif nr in _SLOT_OPS and chunks:
             content = content_of(chunks[0])
             slot = int.from_bytes(content[:4], "little")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from kvmpy.debug.record import ctext
 from kvmpy.debug.record.carguments import CArguments
 from kvmpy.debug.record.cmemory import pieces
+from kvmpy.debug.record.command import command_of, status_of, status_words
 from kvmpy.debug.record.compare import (
     VOLATILE,
     exit_payload,
@@ -133,6 +134,9 @@ class CFile(CArguments):
     def _write(self, step: Step, offset: int) -> Iterator[str]:
         name = self.region(step.region) if step.region is not None else "mem0"
         data = step.data
+        if isinstance(step.entry.what, Memory) and not any(data):
+            yield f"\tmemset({name} + {offset:#x}, 0, {len(data):#x});"
+            return
         if len(data) <= 8:
             value = number(int.from_bytes(data, "little"))
             yield f"\t/* The host writes guest memory. */"  # noqa: F541
@@ -170,7 +174,8 @@ class CFile(CArguments):
             yield ""
             yield from late
         result = "ANY" if step.makes or _any_result(what) else str(what.result)
-        verdict = f'{step.index}, "{name}", %s, {result}, {_errno(what.errno)}'
+        label = command_of(what) or name
+        verdict = f'{step.index}, "{label}", %s, {result}, {_errno(what.errno)}'
         if step is self.target:
             yield from self._judge(step, verdict % call, indent, argument)
         elif step.makes and what.request == ioctls.KVM_CREATE_DEVICE.nr:
@@ -212,7 +217,8 @@ class CFile(CArguments):
         if what is None:
             return ""
         op = ioctls.BY_NR.get(what.request)
-        about = op.doc.rstrip(".") if op is not None else "an ioctl that kvmpy does not know"
+        known = command_of(what) or op
+        about = known.doc.rstrip(".") if known is not None else "an ioctl that kvmpy does not know"
         outcome = recorded_outcome(step)
         ended = "" if what.result >= 0 else f" Recorded: {result_text(outcome)[3:]}."
         return f"{self.fd(what.object)}: {about}.{ended}"
@@ -233,7 +239,11 @@ class CFile(CArguments):
         node = step.argument.node if step.argument is not None else None
         what = step.ioctl
         name = request_name(step.entry.what)
-        if node is None or node.after is None or node.struct is None or what is None or what.result < 0:
+        if node is None or node.after is None or node.struct is None or what is None:
+            return []
+        # Of what failed, the argument says no more than the status of the secure processor.
+        status = status_of(what.request, node.after)
+        if what.result < 0 and status is None:
             return []
         if "" in VOLATILE.get(name, ()) or not argument.startswith("&"):
             return []
@@ -241,6 +251,8 @@ class CFile(CArguments):
 
         lines = []
         for path, value in comparable(step, node.after):
+            if what.result < 0 and path != "error":
+                continue
             place = argument.removeprefix("&")
             # An open array lies behind its struct: see _open_array().
             if issubclass(struct_class(node.struct), FlexStruct) and not path.startswith("entries["):
@@ -388,13 +400,17 @@ class CFile(CArguments):
         host = self.script.record.host
         what = self.target.ioctl
         outcome = recorded_outcome(self.target)
-        point = f"{request_name(self.target.entry.what)} on {self.fd(what.object if what else 0)}"
+        named = command_of(self.target.entry.what) or request_name(self.target.entry.what)
+        point = f"{named} on {self.fd(what.object if what else 0)}"
+        status = status_of(self.target.request, outcome.after)
         if outcome.result < 0:
             point += f" fails with {errno.errorcode.get(outcome.errno, outcome.errno)}"
         elif self.target.request == _RUN:
             point += f" ends with {reason_text(exit_reason(outcome))}"
         else:
             point += f" returns {outcome.result}"
+        if status:
+            point += f", firmware status {status_words(status)}"
         rows = [
             ("What it shows", point),
             ("Recorded from", host.get("test") or host.get("command", "?")),

@@ -42,10 +42,13 @@ class Shown:
 
 @dataclass
 class VmMemory:
-    """The memory slots of one VM: slot -> (host address, size)."""
+    """The memory of one VM: slot -> (host address, size), and what is copied into it at launch."""
 
     slots: dict[int, tuple[int, int]] = field(default_factory=dict)
     ran: bool = False
+    # What KVM was given to copy into the guest: ranges, and the id of each page's content.
+    sources: list[tuple[int, int]] = field(default_factory=list)
+    source_pages: dict[int, int] = field(default_factory=dict)
 
 
 class MemoryTracker:
@@ -100,9 +103,16 @@ class MemoryTracker:
         """Tell whether *address* is guest memory."""
         return any(a <= address < a + s for a, s in self._regions)
 
+    def in_record(self, address: int) -> bool:
+        """Tell whether what lies at *address* is in the record without being copied with an argument."""
+        return self.holds(address) or any(
+            a <= address < a + s for state in self._vms.values() for a, s in state.sources
+        )
+
     def vm_closed(self, vm: object, tid: int) -> None:
         """A VM is about to be closed: its memory may go, and its addresses may come again."""
         with self._lock:
+            self.sources_done(vm, tid)
             self._vms.pop(vm, None)
             for region, users in list(self._regions.items()):
                 users.discard(vm)
@@ -132,6 +142,49 @@ class MemoryTracker:
             self._fresh = []
             state.ran = True
             self.look_again()
+
+    def source(self, vm: object, address: int, size: int, tid: int) -> None:
+        """Write what lies at *address*, whole pages that *vm* is about to copy into its guest.
+
+        A length that no slot has is a mistake: no more is read than the largest one.
+        """
+        if address % PAGE_SIZE or size <= 0 or self.holds(address):
+            return
+        with self._lock:
+            state = self._vms.setdefault(vm, VmMemory())
+            size = min(size, max((s for _, s in state.slots.values()), default=PAGE_SIZE))
+            for at in range(address, address + size, _RUN_PAGES * PAGE_SIZE):
+                data = self.peek(at, min(_RUN_PAGES * PAGE_SIZE, address + size - at))
+                pages = [data[n : n + PAGE_SIZE] for n in range(0, len(data) - PAGE_SIZE + 1, PAGE_SIZE)]
+                if not pages:
+                    break
+                self._source_pages(state, at, pages, tid)
+
+    def _source_pages(self, state: VmMemory, address: int, pages: list[bytes], tid: int) -> None:
+        ids = self._writer.page_ids(pages, tid)
+        known = state.source_pages
+        places = range(address, address + len(ids) * PAGE_SIZE, PAGE_SIZE)
+        if any(place not in known for place in places):
+            state.sources.append((address, len(places) * PAGE_SIZE))
+            self._writer.put(Map(address, len(places) * PAGE_SIZE, flags=_protection(address)), tid=tid)
+        for fresh, flags in ((True, MEMORY_INITIAL), (False, 0)):
+            for place, ident in zip(places, ids, strict=True):
+                if (place not in known) is fresh and known.get(place, 0) != ident:
+                    self._writer.put(Memory(place, (ident,), flags), tid=tid)
+            if fresh:
+                known.update({place: known.get(place, ids[n]) for n, place in enumerate(places)})
+        known.update(zip(places, ids, strict=True))
+
+    def sources_done(self, vm: object, tid: int) -> None:
+        """*vm* copies nothing any more: the memory may go, and its addresses may come again."""
+        with self._lock:
+            state = self._vms.get(vm)
+            if state is None:
+                return
+            for address, size in state.sources:
+                self._writer.put(Unmap(address, size), tid=tid)
+            state.sources.clear()
+            state.source_pages.clear()
 
     def _read(self, address: int, size: int, flags: int, tid: int) -> None:
         count = size // PAGE_SIZE

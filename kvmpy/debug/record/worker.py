@@ -14,9 +14,10 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import TracebackType
 
+from kvmpy.debug.record.command import command_of, status_of
 from kvmpy.debug.record.compare import exit_reason
 from kvmpy.debug.record.format import RecordError
 from kvmpy.debug.record.model import Record, request_name
@@ -29,7 +30,10 @@ PATIENCE = 0.2
 
 @dataclass(frozen=True)
 class Replayed:
-    """What became of one ioctl, and where the guest stood after it."""
+    """What became of one ioctl, and where the guest stood after it.
+
+    *command* is the SEV command that it carried, *firmware* the status that it came back with.
+    """
 
     order: int
     name: str
@@ -38,6 +42,8 @@ class Replayed:
     exit: int | None
     differs: bool
     rip: int | None
+    command: str | None = None
+    firmware: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ def play(path: str) -> Answer:
                 exit_reason(each.now) if each.now.run else None,
                 bool(each.differences),
                 each.now.rip,
+                str(carried) if (carried := command_of(each.step.entry.what)) is not None else None,
+                status_of(each.step.request, each.now.after),
             )
             for each in sorted(result.played, key=lambda each: each.step.index)
         ),
@@ -132,7 +140,7 @@ class Player:
 def _lines(answers: Iterator[str]) -> Iterator[str]:
     for line in answers:
         answer = play(line.rstrip("\n"))
-        rows = [[e.order, e.name, e.result, e.errno, e.exit, e.differs, e.rip] for e in answer.ioctls]
+        rows = [astuple(each) for each in answer.ioctls]
         yield json.dumps({"ioctls": rows, "failure": answer.failure})
 
 

@@ -44,9 +44,11 @@ def host_summary() -> dict[str, str]:
         "clock": str(time.time_ns() - time.monotonic_ns()),
         "recorder": "kvmpy",
     }
+    # Built in, both vendors' modules have a folder: the CPU tells which of them works.
+    others = {"kvm_intel"} if "AMD" in values["cpu"] else {"kvm_amd"}
     for module in ("kvm_amd", "kvm_intel", "kvm_pvm"):
         folder = Path("/sys/module") / module
-        if folder.is_dir():
+        if folder.is_dir() and module not in others:
             values["module"] = module
             values["params"] = " ".join([*_params(folder), *_params(Path("/sys/module/kvm"), "kvm.")])
     return values

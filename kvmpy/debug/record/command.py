@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands of the AMD secure processor within ioctls: which one was issued, and the firmware's status."""
+
+from __future__ import annotations
+
+from kvmpy.debug.record.events import Ioctl, Payload
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.buffers import field_place
+from kvmpy.uapi.commands import SEV_COMMANDS, SEV_PLATFORM_COMMANDS, Command
+from kvmpy.uapi.constants import SevRet
+
+# Request number -> the struct of its argument, the field with the command's number, and the commands.
+_CARRIERS: dict[int, tuple[str, str, dict[int, Command]]] = {
+    ioctls.KVM_MEMORY_ENCRYPT_OP.nr: ("kvm_sev_cmd", "id", {c.id: c for c in SEV_COMMANDS.values()}),
+    ioctls.SEV_ISSUE_CMD.nr: ("sev_issue_cmd", "cmd", {c.id: c for c in SEV_PLATFORM_COMMANDS.values()}),
+}
+# What only asks.
+_QUESTIONS = {
+    "KVM_SEV_GUEST_STATUS",
+    "KVM_SEV_GET_ATTESTATION_REPORT",
+    "SEV_PLATFORM_STATUS",
+    "SEV_PDH_CERT_EXPORT",
+    "SEV_GET_ID",
+    "SEV_GET_ID2",
+    "SNP_PLATFORM_STATUS",
+}
+
+
+def command_of(what: Payload) -> Command | None:
+    """Return the SEV command that an ioctl carries, None where it carries none that kvmpy knows."""
+    if not isinstance(what, Ioctl) or what.request not in _CARRIERS or not what.argument_in:
+        return None
+    struct, name, commands = _CARRIERS[what.request]
+    return commands.get(_number(what.argument_in, struct, name))
+
+
+def is_question(what: Payload) -> bool:
+    """Tell whether an ioctl carries a command that only asks."""
+    command = command_of(what)
+    return command is not None and command.name in _QUESTIONS
+
+
+def status_of(request: int, after: bytes | None) -> int | None:
+    """Return the firmware's status in the argument behind an ioctl, None where it has none."""
+    if after is None or request not in _CARRIERS:
+        return None
+    return _number(after, _CARRIERS[request][0], "error")
+
+
+def status_words(status: int) -> str:
+    """Return a firmware status by the kernel's name, or as a number."""
+    signed = status - (1 << 32) if status >= 1 << 31 else status
+    return SevRet(signed).name if signed in set(SevRet) else f"{status:#x}"
+
+
+def _number(data: bytes, struct: str, name: str) -> int:
+    offset, size = field_place(struct, name)
+    return int.from_bytes(data[offset : offset + size], "little")
