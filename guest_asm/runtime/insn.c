@@ -209,6 +209,12 @@ static void one_byte(struct cursor *c, const struct prefixes *p, const struct ex
 		if (!insn->port_dx)
 			insn->port = next(c);
 		break;
+	case 0x63:	/* MOVSXD */
+		insn->size = 4;
+		insn->reg_size = operand_size(p);
+		if (memory_operand(c, p, frame, 0, insn))
+			insn->kind = INSN_LOAD_SX;
+		break;
 	case 0x6c ... 0x6f:
 		if (!p->segment && !p->address)
 			insn->kind = op & 2 ? INSN_OUTS : INSN_INS;

@@ -191,6 +191,7 @@ class SevEs(Sev):
         host_sees_private=False,
         emulator_reads_private=False,
         has_ghcb=True,
+        readonly_slots=False,
         really_encrypts=not _SOFTWARE,
         policies=("all",),
         emulated=_SOFTWARE,

@@ -87,6 +87,7 @@ class Snp(FdBackedProtection):
         emulator_reads_private=False,
         has_ghcb=True,
         must_validate=True,
+        readonly_slots=False,
         really_encrypts=not _SOFTWARE,
         policies=("all",),
         emulated=_SOFTWARE,

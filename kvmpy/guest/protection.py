@@ -33,7 +33,8 @@ class Traits:
     page because of encryption.  *emulator_reads_private*: KVM's instruction emulator sees private pages, so
     that code, page tables and the operands of emulated instructions may lie there.  *has_ghcb*: what would be
     intercepted is a #VC in the guest, whose handler asks the hypervisor through a shared page.
-    *must_validate*: the guest accepts each page that becomes private with PVALIDATE.  *policies*: which parts
+    *must_validate*: the guest accepts each page that becomes private with PVALIDATE.  *readonly_slots*: KVM
+    takes KVM_MEM_READONLY: not for guests whose state is protected.  *policies*: which parts
     of a VM can be private, the default first (see ``GuestVm.policy``).  *emulated*: a stand-in, said so
     wherever a result of it is shown.
     """
@@ -47,6 +48,7 @@ class Traits:
     emulator_reads_private: bool = True
     has_ghcb: bool = False
     must_validate: bool = False
+    readonly_slots: bool = True
     policies: tuple[str, ...] = ()
     emulated: bool = False
 
@@ -56,6 +58,23 @@ class Traits:
         the default policy.
         """
         return self.host_sees_private or self.policies[:1] == ("data",)
+
+    @property
+    def kvm_emulates(self) -> bool:
+        """Whether KVM's instruction emulator can carry out whatever the guest does, under the default policy:
+        it reads the guest's code and page tables.
+        """
+        return self.emulator_reads_private or self.policies[:1] == ("data",)
+
+    @property
+    def kvm_decodes_mmio(self) -> bool:
+        """Whether KVM decodes what accesses MMIO, and not the guest's own #VC handler, which knows less."""
+        return not self.has_ghcb
+
+    @property
+    def has_string_io(self) -> bool:
+        """Whether INS and OUTS work: KVM emulates them, or the guest's #VC handler carries them out."""
+        return self.kvm_emulates or self.has_ghcb
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ def test_port_writes_are_collected(guest: GuestVm, ring: CoalescedRing) -> None:
 
 @needs_pio
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:has_string_io")
 def test_string_elements_are_collected(guest: GuestVm, ring: CoalescedRing) -> None:
     """Each element of a REP OUTS to a port zone becomes one entry of the ring.
 

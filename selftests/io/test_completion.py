@@ -128,6 +128,7 @@ def test_read_completes(make_vm: MakeVm, entry: str) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_emulates")
 def test_completion_comes_to_the_next_exit(make_vm: MakeVm) -> None:
     """An instruction with a further access exits for it even though immediate_exit is set.
 

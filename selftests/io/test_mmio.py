@@ -194,6 +194,7 @@ def test_unaligned(make_vm: MakeVm, offset: int, size: int) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_emulates")
 def test_write_across_pages(make_vm: MakeVm) -> None:
     """A write across a page boundary exits once for each page, each part with the address of its own page.
 
@@ -207,6 +208,7 @@ def test_write_across_pages(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_emulates")
 def test_read_across_pages(make_vm: MakeVm) -> None:
     """A read across a page boundary joins the answers for both pages.
 
@@ -220,6 +222,7 @@ def test_read_across_pages(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_emulates")
 def test_write_half_in_memory(make_vm: MakeVm) -> None:
     """Of a write that begins outside of memory slots and ends in one, the exit shows only the part outside.
 
@@ -233,6 +236,7 @@ def test_write_half_in_memory(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_decodes_mmio")
 def test_wide_write(make_vm: MakeVm) -> None:
     """A 16-byte store exits in parts of at most 8 bytes that together are the whole, lowest address first.
 
@@ -252,6 +256,7 @@ def test_wide_write(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_decodes_mmio")
 def test_read_modify_write(make_vm: MakeVm) -> None:
     """An instruction that modifies memory exits for its read, then for its write, and sets its flags.
 
@@ -266,6 +271,7 @@ def test_read_modify_write(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_emulates")
 def test_string_from_mmio(make_vm: MakeVm) -> None:
     """REP MOVS from MMIO reads each element once, in order, and stores it in memory.
 
@@ -282,6 +288,7 @@ def test_string_from_mmio(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:has_string_io")
 def test_string_to_mmio(make_vm: MakeVm) -> None:
     """REP STOS to MMIO writes each element once, in order.
 

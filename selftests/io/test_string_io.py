@@ -116,6 +116,7 @@ def feed(vcpu: GuestVcpu, size: int, source: bytes) -> tuple[int, Ucall]:
 
 @pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.requires("trait:has_string_io")
 def test_outs(make_vm: MakeVm, size: int) -> None:
     """REP OUTS hands all elements to user space once, in ascending order, across a page boundary.
 
@@ -135,6 +136,7 @@ def test_outs(make_vm: MakeVm, size: int) -> None:
 
 @pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.requires("trait:has_string_io")
 def test_outs_backwards(make_vm: MakeVm, size: int) -> None:
     """With the direction flag set REP OUTS goes down in memory, each element itself in memory order.
 
@@ -155,6 +157,7 @@ def test_outs_backwards(make_vm: MakeVm, size: int) -> None:
 
 @pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.requires("trait:has_string_io")
 def test_ins(make_vm: MakeVm, size: int) -> None:
     """REP INS stores exactly the elements that user space gives, across a page boundary.
 
@@ -173,6 +176,7 @@ def test_ins(make_vm: MakeVm, size: int) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:has_string_io")
 def test_ins_backwards(make_vm: MakeVm) -> None:
     """With the direction flag set REP INS stores its elements at falling addresses.
 
@@ -193,6 +197,7 @@ def test_ins_backwards(make_vm: MakeVm) -> None:
 
 @pytest.mark.protections("all")
 @pytest.mark.parametrize("entry", ["rep_outs", "rep_ins"])
+@pytest.mark.requires("trait:has_string_io")
 def test_zero_count(make_vm: MakeVm, entry: str) -> None:
     """A REP string instruction with RCX 0 accesses no port and moves nothing.
 
@@ -204,6 +209,7 @@ def test_zero_count(make_vm: MakeVm, entry: str) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:has_string_io")
 def test_single(make_vm: MakeVm) -> None:
     """Without REP one element is moved, whatever RCX holds.
 
@@ -222,6 +228,7 @@ def test_single(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:has_string_io")
 def test_ins_ends_at_its_count(make_vm: MakeVm) -> None:
     """No exit of a REP INS asks for more elements than are left of its count, however they are bundled.
 

@@ -66,6 +66,7 @@ def test_a_slot_ends_at_its_last_byte(accessor: Accessor) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_emulates")
 def test_a_write_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None:
     """Of a write that ends behind its slot, memory gets the first bytes and user space the rest.
 
@@ -81,6 +82,7 @@ def test_a_write_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:kvm_emulates")
 def test_a_read_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None:
     """Of a read that ends behind its slot, memory gives the first bytes and user space the rest.
 

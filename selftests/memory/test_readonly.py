@@ -17,7 +17,10 @@ from kvmpy.uapi.constants import KVM_MEM_READONLY
 if TYPE_CHECKING:
     from selftests.conftest import Accessor
 
-pytestmark = [pytest.mark.requires("KVM_CAP_READONLY_MEM"), pytest.mark.protections("all")]
+pytestmark = [
+    pytest.mark.requires("KVM_CAP_READONLY_MEM", "trait:readonly_slots"),
+    pytest.mark.protections("all"),
+]
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)
@@ -141,6 +144,7 @@ def test_code_runs_from_it(make_vm: MakeVm) -> None:
     assert vm.vcpus[0].sync().args == (0x600D,)
 
 
+@pytest.mark.requires("trait:kvm_emulates")
 def test_a_string_write_is_posted_element_by_element(make_vm: MakeVm) -> None:
     """A REP string write to a read-only slot exits once for each element, in ascending order.
 

@@ -102,7 +102,9 @@ def test_error_starts_as_zero(msr_guest: MsrGuestMaker) -> None:
     guest.done()
 
 
+# Where registers are the guest's own, so is EFER: no exit.
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:can_read_registers")
 def test_invalid_write(msr_guest: MsrGuestMaker) -> None:
     """A write of reserved bits to a known MSR exits with the reason INVAL and the value that the guest wrote.
 
@@ -123,6 +125,7 @@ def test_invalid_write(msr_guest: MsrGuestMaker) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:can_read_registers")
 def test_only_the_reasons_asked_for(msr_guest: MsrGuestMaker) -> None:
     """Accesses whose reason was not asked for get #GP as without the capability.
 
@@ -164,7 +167,7 @@ def test_known_msrs_stay_with_kvm(msr_guest: MsrGuestMaker) -> None:
 
 @pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
-@pytest.mark.requires("KVM_CAP_IMMEDIATE_EXIT")
+@pytest.mark.requires("KVM_CAP_IMMEDIATE_EXIT", "trait:host_sees_tables")
 def test_immediate_exit_completes(msr_guest: MsrGuestMaker) -> None:
     """KVM_RUN with immediate_exit puts user space's answer into EDX:EAX and RIP behind the RDMSR.
 
