@@ -98,6 +98,13 @@ void ghcb_end(struct ghcb_use *use)
 		sti();
 }
 
+/* Whether the bitmap still declares the exit code: a hypervisor clears it when it takes a request. */
+static bool left_alone(const void *ghcb)
+{
+	return *((const volatile u8 *)ghcb + GHCB_VALID_BITMAP + GHCB_SW_EXIT_CODE / 64) &
+	       1u << GHCB_SW_EXIT_CODE / 8 % 8;
+}
+
 struct ghcb_answer ghcb_call(void *ghcb, u64 exit_code, u64 info_1, u64 info_2)
 {
 	struct guest_cpu *cpu = guest_cpu();
@@ -111,6 +118,11 @@ struct ghcb_answer ghcb_call(void *ghcb, u64 exit_code, u64 info_1, u64 info_2)
 	vmgexit();
 	answer.status = ghcb_get(ghcb, GHCB_SW_EXIT_INFO_1);
 	answer.info = ghcb_get(ghcb, GHCB_SW_EXIT_INFO_2);
+	/* A page that the hypervisor does not read will not do for a ucall either. */
+	if (left_alone(ghcb))
+		ghcb_terminate(GHCB_TERM_SET_KVMPY, GHCB_TERM_NOT_TAKEN);
+	if (answer.status == GHCB_MALFORMED && answer.info == GHCB_ERROR_REGISTERED)
+		ghcb_terminate(GHCB_TERM_SET_KVMPY, GHCB_TERM_REGISTER);
 	return answer;
 }
 

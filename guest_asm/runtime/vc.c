@@ -70,6 +70,8 @@ static enum vc_end port(struct exception_frame *frame, const struct insn *insn, 
 	else
 		ghcb_put(ghcb, GHCB_RAX, frame->rax & mask_of(insn->size));
 	answer = ghcb_call(ghcb, SVM_EXIT_IOIO, info, 0);
+	if (answer.status && number == KVMPY_UCALL_PORT)
+		ghcb_terminate(GHCB_TERM_SET_KVMPY, GHCB_TERM_UCALL);
 	if (!answer.status && insn->kind == INSN_IN)
 		set_register(&frame->rax, insn->size, ghcb_get(ghcb, GHCB_RAX));
 	return end_of(frame, answer);

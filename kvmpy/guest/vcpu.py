@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvmpy.core.address import Gpa, Gva
 from kvmpy.core.errors import KvmError
-from kvmpy.core.exits import Exit, HypercallExit, InternalErrorExit, IoExit, ShutdownExit, read_exit
+from kvmpy.core.exits import (
+    Exit,
+    HypercallExit,
+    InternalErrorExit,
+    IoExit,
+    ShutdownExit,
+    SystemEventExit,
+    read_exit,
+)
 from kvmpy.core.vcpu import (
     RUN_DEADLINE,
     RUN_EINTR,
@@ -27,6 +35,8 @@ from kvmpy.guest.errors import (
     UnexpectedExitError,
 )
 from kvmpy.guest.ucall import Ucall
+from kvmpy.uapi.constants import KVM_SYSTEM_EVENT_SEV_TERM
+from kvmpy.x86.ghcb import termination_words
 
 if TYPE_CHECKING:
     from kvmpy.guest.vm import GuestVm
@@ -154,6 +164,8 @@ class GuestVcpu(Vcpu):
             message += " (triple fault)"
         elif isinstance(got, InternalErrorExit):
             message += f" ({got.name})"
+        elif isinstance(got, SystemEventExit) and got.type == KVM_SYSTEM_EVENT_SEV_TERM:
+            message += f" (the guest ended itself: {termination_words(got.data)})"
         return UnexpectedExitError(
             message, self.vm.postmortem(self, message, got if isinstance(got, Ucall) else None), got
         )

@@ -176,6 +176,9 @@ TERMINATION: dict[tuple[int, int], str] = {
     (1, 10): "Linux: Secure TSC could not be set up",
     (1, 11): "Linux: the SVSM's calling area could not be mapped again",
     (1, 12): "Linux: Secure AVIC failed",
+    (5, 1): "kvmpy: the hypervisor does not know this GHCB's GPA as the registered one",
+    (5, 2): "kvmpy: the hypervisor did not take the request out of the GHCB",
+    (5, 3): "kvmpy: the hypervisor refused the port write of a ucall",
 }
 """Meaning of a termination request by (reason set, reason)."""
 
@@ -186,6 +189,18 @@ _NO_GPA = (1 << 52) - 1
 def termination(reason_set: int, reason: int) -> str:
     """Return what a termination request of the guest says."""
     return TERMINATION.get((reason_set, reason), f"reason {reason:#x} of set {reason_set:#x}")
+
+
+def termination_words(data: tuple[int, ...]) -> str:
+    """Return what the data of KVM_SYSTEM_EVENT_SEV_TERM say: the request in the GHCB MSR, or the GPA of the
+    page that holds it.
+    """
+    value = data[0] if data else 0
+    if value & 0xFFF == MsrInfo.TERM_REQ:
+        return termination(value >> 12 & 0xF, value >> 16 & 0xFF)
+    if value & 0xFFF:
+        return f"the hypervisor refuses its request {msr_words(value)}"
+    return f"by TERM_REQUEST in the GHCB at {value:#x}"
 
 
 def _msr_details(info: int, value: int) -> str:

@@ -75,6 +75,9 @@
 #define GHCB_EXCEPTION		1
 #define GHCB_MALFORMED		2
 
+/* sw_exit_info_2 of GHCB_MALFORMED, as far as the runtime tells them apart. */
+#define GHCB_ERROR_REGISTERED	1
+
 /* The MSR protocol: the low 12 bits say what the rest is. */
 #define GHCB_MSR_SEV_INFO_RESP	0x001
 #define GHCB_MSR_SEV_INFO_REQ	0x002
@@ -95,7 +98,9 @@
 #define GHCB_TERM_GENERAL	0
 #define GHCB_TERM_PROTOCOL	1
 #define GHCB_TERM_SET_KVMPY	5
-#define GHCB_TERM_REGISTER	1
+#define GHCB_TERM_REGISTER	1	/* the GHCB's GPA is refused, or is not the registered one */
+#define GHCB_TERM_NOT_TAKEN	2	/* the hypervisor left the request where it is */
+#define GHCB_TERM_UCALL		3	/* it refuses the port write of a ucall: nothing else can be said */
 
 /* The GHCB protocol that the runtime speaks. */
 #define GHCB_PROTOCOL_MIN	1

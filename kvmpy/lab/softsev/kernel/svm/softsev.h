@@ -107,6 +107,10 @@ int softsev_deliver_vc(struct kvm_vcpu *vcpu, u32 error);
 /* softsev_exit.c */
 int softsev_handle_exit(struct kvm_vcpu *vcpu);
 int softsev_guest_fault(struct kvm_vcpu *vcpu);
+void softsev_trap(struct kvm_vcpu *vcpu, u32 code, int intercept, u64 old, u64 new);
+
+/* softsev_cr.c */
+int softsev_cr_write(struct kvm_vcpu *vcpu, int cr);
 
 /* softsev_rmpinsn.c */
 int softsev_pvalidate(struct kvm_vcpu *vcpu);

@@ -135,7 +135,8 @@ static void softsev_next_rip(struct kvm_vcpu *vcpu, u32 code)
 			to_svm(vcpu)->next_rip = kvm_rip_read(vcpu) + lengths[i].len;
 }
 
-static void softsev_trap(struct kvm_vcpu *vcpu, u32 code, int intercept, u64 old, u64 new)
+/* softsev_trap - the exit behind a write that changed a control register, where KVM asked for it */
+void softsev_trap(struct kvm_vcpu *vcpu, u32 code, int intercept, u64 old, u64 new)
 {
 	struct vmcb_control_area *c = &to_svm(vcpu)->vmcb->control;
 	struct { u64 info_1; typeof(c->exit_code) code; } keep = { c->exit_info_1, c->exit_code };
@@ -248,6 +249,8 @@ int softsev_handle_exit(struct kvm_vcpu *vcpu)
 		return softsev_npf(vcpu);
 	if (code == SVM_EXIT_MSR && softsev_own_msr(vcpu))
 		return 1;
+	if (code == SVM_EXIT_CR0_SEL_WRITE || code == SVM_EXIT_WRITE_CR4)
+		return softsev_cr_write(vcpu, code == SVM_EXIT_WRITE_CR4 ? 4 : 0);
 	if (softsev_is_es(svm))
 		return softsev_es_exit(vcpu, code);
 	softsev_next_rip(vcpu, code);

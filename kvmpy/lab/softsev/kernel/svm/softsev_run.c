@@ -165,14 +165,14 @@ static void softsev_prepare(struct vcpu_svm *svm, struct softsev_vcpu *sv)
 
 	((u8 *)svm->msrpm)[MSRPM_SEV_BYTE] |= MSRPM_SEV_BITS;
 
-	/* No decode assists: control registers are the guest's own. */
+	/* Control registers are the guest's own, but for values that the CPU would not refuse: softsev_cr.c. */
 	vmcb_clr_intercept(c, INTERCEPT_CR0_READ);
 	vmcb_clr_intercept(c, INTERCEPT_CR4_READ);
 	vmcb_clr_intercept(c, INTERCEPT_CR8_READ);
 	vmcb_clr_intercept(c, INTERCEPT_CR0_WRITE);
-	vmcb_clr_intercept(c, INTERCEPT_CR4_WRITE);
 	vmcb_clr_intercept(c, INTERCEPT_CR8_WRITE);
-	vmcb_clr_intercept(c, INTERCEPT_SELECTIVE_CR0);
+	vmcb_set_intercept(c, INTERCEPT_CR4_WRITE);
+	vmcb_set_intercept(c, INTERCEPT_SELECTIVE_CR0);
 	/* The CPU does not know PVALIDATE and RMPADJUST. */
 	if (softsev_is_snp(&svm->vcpu))
 		vmcb_set_intercept(c, INTERCEPT_EXCEPTION_OFFSET + UD_VECTOR);
