@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A launch that fails, wherever it does, leaves nothing taken: as many guests as before can be made."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+
+from kvmpy.coco.kvm import Kvm
+from kvmpy.coco.policy import SevPolicy, SnpPolicy
+from kvmpy.coco.sev_launch import SevInitialised
+from kvmpy.coco.snp_launch import IdBlockPair
+from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.sev_errors import SevError
+from kvmpy.uapi.constants import KVM_SEV_SNP_PAGE_TYPE_CPUID, KVM_SEV_SNP_PAGE_TYPE_NORMAL, SevRet
+from kvmpy.uapi.structs import kvm_sev_init
+from selftests.sev.conftest import IN_PLACE, MEMORY, TYPES, Bare, BareMaker, start_sev, start_snp
+
+LIMIT = 2048
+TIMES = 3
+
+
+def guests(kvm: Kvm, kind: str) -> int:
+    """Return how many guests of *kind* KVM_SEV_INIT2 makes until there is no ASID left."""
+    with ExitStack() as stack:
+        for count in range(LIMIT):
+            vm = stack.enter_context(kvm.create_vm(int(TYPES[kind])))
+            result = vm.sev_command_raw("INIT2", kvm_sev_init())
+            if not result.ok:
+                assert (result.errno, result.firmware) == (errno.EBUSY, 0)
+                return count
+    raise AssertionError("ASIDs do not run out")
+
+
+def bad_policy(made: Bare) -> None:
+    """Meet a policy of the other kind, which the ASID is not for."""
+    assert isinstance(made.state, SevInitialised)
+    made.state.start(SevPolicy(es=not made.state.es))
+
+
+def bad_session(made: Bare) -> None:
+    """Give the firmware a session and a certificate that are none."""
+    assert isinstance(made.state, SevInitialised)
+    made.state.start(SevPolicy(es=made.state.es), dh_certificate=bytes(0x824), session=bytes(128))
+
+
+def early_finish(made: Bare) -> None:
+    """End a launch that was not measured."""
+    start_sev(made).update_data(MEMORY, PAGE_SIZE)
+    made.vm.sev_command("LAUNCH_FINISH")
+
+
+def too_new(made: Bare) -> None:
+    """Ask for a firmware that is newer than any."""
+    start_snp(made, SnpPolicy(abi_major=0xFF, abi_minor=0xFF))
+
+
+def bad_page(made: Bare) -> None:
+    """Give a page twice."""
+    launching = start_snp(made)
+    for _ in range(2):
+        launching.update_bytes(MEMORY, bytes(PAGE_SIZE), KVM_SEV_SNP_PAGE_TYPE_NORMAL)
+
+
+def bad_cpuid(made: Bare) -> None:
+    """Give a CPUID page with more functions than there is room for."""
+    table = (65).to_bytes(4, "little").ljust(PAGE_SIZE, b"\0")
+    start_snp(made).update_bytes(MEMORY, table, KVM_SEV_SNP_PAGE_TYPE_CPUID)
+
+
+def bad_id_block(made: Bare) -> None:
+    """End with an ID block of no version."""
+    start_snp(made).update_bytes(MEMORY, b"\1" * PAGE_SIZE, KVM_SEV_SNP_PAGE_TYPE_NORMAL).finish(
+        id_block=IdBlockPair(bytes(96), bytes(4096))
+    )
+
+
+Failure = Callable[[Bare], None]
+WRONG = SevRet.SEV_RET_INVALID_GUEST_STATE
+
+
+def tear(kvm: Kvm, bare: BareMaker, kind: str, fail: Failure, status: SevRet) -> None:
+    """Fail a few times, and compare what is left."""
+    before = guests(kvm, kind)
+    for _ in range(TIMES):
+        made = bare(kind)
+        with pytest.raises(SevError) as caught:
+            fail(made)
+        assert (caught.value.errno, caught.value.firmware) == (errno.EIO, int(status))
+        made.vm.close()
+    assert guests(kvm, kind) == before
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize(
+    ("fail", "status"),
+    [
+        (bad_policy, SevRet.SEV_RET_INVALID_ASID),
+        (bad_session, SevRet.SEV_RET_INVALID_CERTIFICATE),
+        (early_finish, WRONG),
+    ],
+    ids=["policy", "session", "finish"],
+)
+def test_sev(kvm: Kvm, bare: BareMaker, kind: str, fail: Failure, status: SevRet) -> None:
+    """A launch in place that fails gives its ASID back."""
+    tear(kvm, bare, kind, fail, status)
+
+
+@pytest.mark.requires("protection:snp")
+@pytest.mark.parametrize(
+    ("fail", "status"),
+    [
+        (too_new, SevRet.SEV_RET_POLICY_FAILURE),
+        (bad_page, SevRet.SEV_RET_SUCCESS),
+        (bad_cpuid, SevRet.SEV_RET_INVALID_PARAM),
+        (bad_id_block, SevRet.SEV_RET_INVALID_PARAM),
+    ],
+    ids=["policy", "page", "cpuid", "id-block"],
+)
+def test_snp(kvm: Kvm, bare: BareMaker, fail: Failure, status: SevRet) -> None:
+    """An SNP launch that fails gives its ASID and its pages back."""
+    tear(kvm, bare, "snp", fail, status)
