@@ -195,6 +195,21 @@ static void softsev_enter(struct vcpu_svm *svm, struct softsev_vcpu *sv, unsigne
 	c->nested_cr3 = sv->kvm_root;
 }
 
+/*
+ * INT n and INT3 whose delivery met a nested fault: KVM gives them back, for the processor knows where the next instruction
+ * is. This one would push the address of the instruction itself, so the guest repeats it instead.
+ */
+static void softsev_repeat_soft_event(struct vmcb_control_area *c, u32 injected)
+{
+	u32 event = c->exit_int_info, type = event & SVM_EXITINTINFO_TYPE_MASK;
+	u32 same = SVM_EXITINTINFO_VALID | SVM_EXITINTINFO_TYPE_MASK | SVM_EXITINTINFO_VEC_MASK;
+	bool soft = type == SVM_EXITINTINFO_TYPE_SOFT ||
+		    (type == SVM_EXITINTINFO_TYPE_EXEPT && (event & SVM_EXITINTINFO_VEC_MASK) == BP_VECTOR);
+
+	if ((event & SVM_EXITINTINFO_VALID) && soft && (event & same) != (injected & same))
+		c->exit_int_info = 0;
+}
+
 /* softsev_vcpu_run - for guests without SEV, and with plain SEV */
 void softsev_vcpu_run(struct vcpu_svm *svm, unsigned int flags)
 {
@@ -225,6 +240,7 @@ void softsev_es_vcpu_run(struct vcpu_svm *svm, unsigned int flags)
 	struct softsev_vcpu *sv = softsev_vcpu_get(svm);
 	u64 host_xcr0 = softsev_has_xsave() ? softsev_xgetbv() : 1;
 	struct sev_es_save_area *v;
+	u32 injected;
 	u64 xcr0;
 
 	if (!sv || !softsev_vmsa_usable(svm)) {
@@ -250,7 +266,9 @@ void softsev_es_vcpu_run(struct vcpu_svm *svm, unsigned int flags)
 	if (softsev_has_xsave() && xcr0 != host_xcr0)
 		softsev_xsetbv(xcr0);
 
+	injected = c->event_inj;
 	softsev_enter(svm, sv, flags);
+	softsev_repeat_soft_event(c, injected);
 
 	if (softsev_has_xsave()) {
 		v->xcr0 = softsev_xgetbv();
