@@ -162,6 +162,12 @@ def _machine(kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: b
 @click.option("--protection", metavar="P[,P]", help="Only under these protections.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a run's random choices.")
 @click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
+@click.option(
+    "--record",
+    type=click.Choice(["failures", "all"]),
+    help="Record every test's ioctls and keep the records of failures or of all tests; not with --matrix.",
+)
+@click.option("--record-dir", metavar="DIR", help="Where records go (default kvmpy-records).")
 @click.option("--timeout", type=click.FloatRange(1), default=4 * 3600.0, help="Seconds for the whole run.")
 @click.option("--build", "may_build", is_flag=True, help="Build a kernel first when there is none.")
 @click.pass_context
@@ -180,6 +186,8 @@ DEFAULTS: Mapping[str, Any] = {
     "machines": None,
     "timeout": 4 * 3600.0,
     "may_build": False,
+    "record": None,
+    "record_dir": None,
 }
 
 
@@ -187,8 +195,11 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
     """Run tests inside as the options *values* say, and return the exit status of the command."""
     from kvmpy.lab.lane import Limits
     from kvmpy.lab.runs import Request, machines, run
+    from kvmpy.testing.recording import DEFAULT_FOLDER
 
     values = {**DEFAULTS, **values}
+    if values["record"] and values["matrix"]:
+        raise click.UsageError("--record is not for --matrix: the kernels' records would have the same names")
     if values["may_build"] and not values["kernel"] and not values["matrix"]:
         _build_if_none(values["soft_sev"])
     if values["matrix"]:
@@ -200,7 +211,9 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
         targets = {name: values[name] for name in ("json", "ktap", "junit") if values[name] is not None}
         at_once = values["machines"] or machines(parse_memory(values["memory"]))
         return run_matrix(found, matrix_arguments(paths, values), extra, targets, at_once, _say)
-    inside = {name: values[name] for name in ("expression", "protection", "deadline")}
+    inside = {name: values[name] for name in ("expression", "protection", "deadline", "record")}
+    records = Path(values["record_dir"] or DEFAULT_FOLDER).absolute() if values["record"] else None
+    inside["record_dir"] = records
     reports = []
     for name, flag in _REPORTS:
         if values.get(name) is not None:
@@ -216,6 +229,7 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
         int(values["seed"]) if values["seed"] is not None else None,
         Limits(total=values["timeout"]),
         values["machines"] or machines(machine.memory),
+        records,
     )
     code = run(request, _say)
     if code == NOTHING_SELECTED:

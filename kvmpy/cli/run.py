@@ -120,11 +120,6 @@ def why_lab(choice: str) -> str:
 def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[str]) -> int:
     from kvmpy.cli.lab import lab_errors, run_tests
 
-    for name in ("record", "record_dir"):
-        if options[name] is not None:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} is not for the lab, whose file system is read-only"
-            )
     workers = str(options["workers"] or "")
     machines = int(workers) if workers.isdigit() else None
     with lab_errors():

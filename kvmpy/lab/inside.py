@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from kvmpy.guest import program
-from kvmpy.lab import bytecode, programs
+from kvmpy.lab import bytecode, programs, records
 from kvmpy.lab.lane import INSIDE
 from kvmpy.lab.softsev import log
 from kvmpy.testing import host
 from kvmpy.testing.journal import Journal
+from kvmpy.testing.recording import RECORD
 
 _POLL = 0.01
 # Nobody answers: the host's end would have ended this machine.
@@ -95,6 +96,9 @@ class Worker:
             for at, item in enumerate(items):
                 following = items[at + 1] if at + 1 < len(items) else None
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if RECORD in item.stash:
+                    records.send(self._journal.write, item.stash[RECORD])
+                self._journal.write({"event": "over"})
                 if session.shouldfail:
                     raise session.Failed(session.shouldfail)
                 if session.shouldstop:

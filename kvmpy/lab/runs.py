@@ -20,7 +20,7 @@ import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
-from kvmpy.lab import bytecode, places, softsev, tools
+from kvmpy.lab import bytecode, places, records, softsev, tools
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
@@ -41,7 +41,8 @@ MAX_MACHINES = 8
 class Request:
     """What to run: *inside* are the arguments of pytest there, *reports* those for report files here.
 
-    *machines* is how many kernels may run at once.
+    *machines* is how many kernels may run at once; *records* is where records of tests go
+    that *inside* asks for.
     """
 
     options: Options
@@ -51,6 +52,7 @@ class Request:
     seed: int | None = None
     limits: Limits = field(default_factory=Limits)
     machines: int = 1
+    records: Path | None = None
 
 
 def accelerator(wanted: str) -> str:
@@ -114,11 +116,19 @@ def run(request: Request, say: Say) -> int:
     plugins = [*(f"-p{name}" for name in _PLUGINS), *(f"-pno:{name}" for name in _NOT)]
     command = [sys.executable, "-m", "pytest", *plugins, *request.inside, *common]
     inside = [*command, "-p", "kvmpy.lab.inside", "--kvmpy-journal", "/dev/kvmpy.journal"]
+    if request.records is not None:
+        inside += ["--kvmpy-record-to", records.FOLDER]
     here = ["-c", str(suite), "--rootdir", str(Path.cwd()), "--noconftest", "--assert=plain"]
     folder = _folder()
     listing = partial(Listing, command, _common(request.options), folder)
     setup = Setup(
-        request.options, request.machines, _job(request.options, inside), listing, folder, request.limits
+        request.options,
+        request.machines,
+        _job(request.options, inside),
+        listing,
+        folder,
+        request.limits,
+        request.records,
     )
     session = LabSession(setup, say)
     code = 3

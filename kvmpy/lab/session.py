@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from kvmpy.lab import bytecode, programs
+from kvmpy.lab import bytecode, programs, records
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Lane, Limits, Running
 from kvmpy.lab.listing import Listing
@@ -35,7 +35,10 @@ _WORTH_A_MACHINE = 4 * MIN_SHARE
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run needs: machines and how many at most, what runs inside, how the host lists the tests."""
+    """What a run needs: machines and how many at most, what runs inside, how the host lists the tests.
+
+    *records* is where records of tests go.
+    """
 
     options: Options
     machines: int
@@ -43,6 +46,7 @@ class Setup:
     listing: Callable[[], Listing]
     folder: Path
     limits: Limits
+    records: Path | None = None
 
 
 class LabSession:
@@ -153,6 +157,8 @@ class LabSession:
             lane.stop()
         if self._listing is not None:
             self._listing.close()
+        if self._setup.records is not None:
+            records.clean(self._setup.records)
         bytecode.compile_files(sorted(self._uncompiled))
         self._uncompiled.clear()
 
@@ -304,6 +310,17 @@ class LabSession:
         if running is not None:
             hook = self._session.config.hook
             hook.pytest_runtest_logfinish(nodeid=running.nodeid, location=running.location)
+
+    def _on_record(self, lane: Lane, event: dict[str, Any]) -> None:
+        if self._setup.records is None:
+            return
+        try:
+            records.receive(self._setup.records, event, lane.number)
+        except OSError as error:
+            self._say(f"record {event['name']}: {error}")
+
+    def _on_over(self, _lane: Lane, _event: dict[str, Any]) -> None:
+        """A test and all that belongs to it has come through."""
         if self._session.shouldfail:
             raise self._session.Failed(self._session.shouldfail)
         if self._session.shouldstop:

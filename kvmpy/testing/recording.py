@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Generator
 from pathlib import Path
@@ -34,6 +35,8 @@ def add_options(parser: pytest.Parser) -> None:
         default=DEFAULT_FOLDER,
         help=f"where records go, a file for each test (default {DEFAULT_FOLDER})",
     )
+    # Where somebody else takes them to --record-dir.
+    group.addoption("--kvmpy-record-to", metavar="DIR", help=argparse.SUPPRESS)
 
 
 def register(config: pytest.Config) -> None:
@@ -41,12 +44,13 @@ def register(config: pytest.Config) -> None:
     mode = config.getoption("--record")
     if mode is None:
         return
-    folder = Path(config.getoption("--record-dir")).absolute()
+    shown = Path(config.getoption("--record-dir")).absolute()
+    folder = Path(config.getoption("--kvmpy-record-to") or shown)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise pytest.UsageError(f"--record-dir: {error}") from error
-    config.pluginmanager.register(Recording(folder, mode), "kvmpy-recording")
+    config.pluginmanager.register(Recording(folder, mode, shown), "kvmpy-recording")
 
 
 def file_name(nodeid: str) -> str:
@@ -59,10 +63,12 @@ class Recording:
     """Plugin object of every process that runs tests.
 
     The record is written while the test runs: where the process dies, it is there.
+    Reports name it in *shown*.
     """
 
-    def __init__(self, folder: Path, mode: str) -> None:
+    def __init__(self, folder: Path, mode: str, shown: Path) -> None:
         self._folder = folder
+        self._shown = shown
         self._mode = mode
 
     @pytest.hookimpl(wrapper=True)
@@ -96,6 +102,6 @@ class Recording:
             item.stash[_KEEP] = False
         if report.failed and RECORD in item.stash:
             item.stash[_KEEP] = True
-            path = item.stash[RECORD]
+            path = self._shown / item.stash[RECORD].name
             report.sections.append(("record", f"kvmpy replay {path}\nkvmpy repro {path} -o bug.c"))
         return report

@@ -3,16 +3,19 @@
 """Stands for QEMU: writes console and journal as a lab kernel would, by the plan in $FAKE_QEMU_PLAN.
 
 The plan is a list of boots; each is a list of steps: ["test", name, outcome], ["start", name],
-["console", text], ["output", text], ["exit", status], ["end"], ["hang"], ["die", status]. A test that is not
-among those which the host handed out does not run; ["silent"] at the start: the kernel does not come up.
+["console", text], ["output", text], ["exit", status], ["end"], ["hang"], ["die", status]; ["test", name,
+outcome, texts] leaves a record in so many pieces, too. A test that is not among those which the host handed
+out does not run; ["silent"] at the start: the kernel does not come up.
 """
 
+import base64
 import json
 import os
 import re
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,11 @@ for step in plan_of_this_boot:
         for when in ("setup", "call", "teardown"):
             report(step[1], when, step[2] if when == "call" else "passed")
         event(event="finish", nodeid=node(step[1]))
+        for at, text in enumerate(pieces := step[3] if len(step) > 3 else []):
+            data = base64.b64encode(zlib.compress(text.encode())).decode()
+            ends = {"first": at == 0, "last": at == len(pieces) - 1}
+            event(event="record", name=f"{step[1]}.rec", data=data, **ends)
+        event(event="over")
     elif step[0] == "end":
         event(event="done", number=1)
         assert share(2) == {"end": True}

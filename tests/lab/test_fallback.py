@@ -79,11 +79,11 @@ def test_the_command_goes_on_in_the_lab(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("no_kvm")
-def test_records_are_not_for_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
-    result, calls = invoke(monkeypatch, "--record", "all")
-    assert result.exit_code == 2
-    assert "--record is not for the lab" in result.output
-    assert calls == []
+def test_records_are_asked_for_in_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, calls = invoke(monkeypatch, "--record", "all", "--record-dir", "there")
+    assert result.exit_code == 1
+    ((_, values, _),) = calls
+    assert (values["record"], values["record_dir"]) == ("all", "there")
 
 
 @pytest.mark.usefixtures("no_kvm")

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from kvmpy import Kvm
+from kvmpy.debug.record.format import MAGIC
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
@@ -68,13 +74,16 @@ class Inside:
             check=False,
         )
         assert done.returncode in (0, 1), done.stdout + done.stderr
-        events = [json.loads(line) for line in (self.folder / "journal").read_text().splitlines()]
-        reports = [event["data"] for event in events if event["event"] == "report"]
+        reports = [event["data"] for event in self.events() if event["event"] == "report"]
         return {
             report["nodeid"].removeprefix("suite/"): report["outcome"]
             for report in reports
             if report["when"] == "call" or report["outcome"] != "passed"
         }
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what the session has said."""
+        return [json.loads(line) for line in (self.folder / "journal").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -86,3 +95,32 @@ def inside(tmp_path: Path) -> Inside:
 def test_every_share_has_its_folders_fixtures(inside: Inside, args: list[str]) -> None:
     shares = [("one", "test_first"), ("two", "test_first"), ("one", "test_second"), ("two", "test_second")]
     assert inside.run(args, shares) == {f"{area}/test_{area}.py::{test}": "passed" for area, test in shares}
+
+
+RECORDED = """
+def test_first(kvm):
+    kvm.get_api_version()
+    raise ValueError
+
+def test_second(kvm):
+    kvm.get_api_version()
+"""
+
+
+def test_the_record_of_a_failure_is_sent_before_the_next_test(kvm: Kvm, inside: Inside) -> None:
+    del kvm
+    (inside.folder / "suite" / "one" / "test_one.py").write_text(RECORDED)
+    to = inside.folder / "to"
+    args = ["suite", "--record", "failures", "--record-dir", "/nowhere", "--kvmpy-record-to", str(to)]
+    outcomes = inside.run(args, [("one", "test_first"), ("one", "test_second")])
+    assert list(outcomes.values()) == ["failed", "passed"]
+    assert list(to.iterdir()) == []
+    events = inside.events()
+    kinds = [event["event"] for event in events if event["event"] in ("finish", "record", "over")]
+    assert kinds == ["finish", "record", "over", "finish", "over"]
+    sent = next(event for event in events if event["event"] == "record")
+    assert (sent["first"], sent["last"]) == (True, True)
+    assert zlib.decompress(base64.b64decode(sent["data"])).startswith(MAGIC)
+    failed = next(e["data"] for e in events if e["event"] == "report" and e["data"]["outcome"] == "failed")
+    path = f"/nowhere/{sent['name']}"
+    assert ["record", f"kvmpy replay {path}\nkvmpy repro {path} -o bug.c"] in failed["sections"]

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from kvmpy.lab import records
 from tests.lab.conftest import FAKE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +34,10 @@ from kvmpy.lab.runs import Request, run
 
 limits = Limits(boot=60, grace=float(sys.argv[2]), idle=20, total=float(sys.argv[3]))
 reports = ["--kvmpy-json", "out.json", "--ktap", "out.ktap", "--junitxml", "out.xml"]
-request = Request(Options(find(sys.argv[1])), ["selftests"], reports, sys.argv[4:], 1, limits)
+folder = Path("records") if "--record" in sys.argv else None
+if folder is not None:
+    folder.mkdir()
+request = Request(Options(find(sys.argv[1])), ["selftests"], reports, sys.argv[4:], 1, limits, records=folder)
 sys.exit(run(request, lambda text: print("SAID", text, flush=True)))
 """
 
@@ -120,6 +126,45 @@ def test_results_of_all_kinds_come_through_every_report(lab: Lab) -> None:
     suite = ElementTree.parse(lab.folder / "out.xml").getroot()[0]
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
     assert "platform lab (tcg)" in ended.text
+
+
+def test_records_come_through_whole(lab: Lab) -> None:
+    first: list[list[object]] = [
+        ["test", "test_a", "failed", ["one, ", "two, ", "three"]],
+        ["test", "test_b", "passed", ["../../four"]],
+        ["start", "test_c"],
+        ["console", PANIC],
+        ["die", 0],
+    ]
+    ended = lab.run([first], "--record", "all", "--record-dir", "records")
+    assert ended.status == 1, ended.text
+    found = {path.name: path.read_text() for path in (lab.folder / "records").iterdir()}
+    assert found == {"test_a.rec": "one, two, three", "test_b.rec": "../../four"}
+
+
+@pytest.mark.parametrize("name", ["../outside.rec", "/outside.rec"])
+def test_a_record_stays_in_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "records").mkdir()
+    data = base64.b64encode(zlib.compress(b"x")).decode()
+    records.receive(tmp_path / "records", {"name": name, "first": True, "last": True, "data": data}, 0)
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["outside.rec"]
+
+
+def test_half_a_record_has_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    path.write_bytes(bytes(range(256)) * 4096)
+    events: list[dict[str, Any]] = []
+    records.send(events.append, path)
+    assert len(events) > 2
+    assert not path.exists()
+    for event in events[:-1]:
+        records.receive(tmp_path, event, 0)
+    assert not path.exists()
+    records.clean(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    for event in events:
+        records.receive(tmp_path, event, 0)
+    assert path.read_bytes() == bytes(range(256)) * 4096
 
 
 def test_all_passed_is_status_0_and_leaves_no_folder(lab: Lab, cache: Path) -> None:
