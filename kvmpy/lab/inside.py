@@ -91,7 +91,9 @@ class Worker:
                 return True
             # Asked for in time, so that nobody waits.
             self._ask(number + 1)
-            items = self._collect(session, share)
+            leak_check: Any = session.config.pluginmanager.get_plugin("kvmpy-leaks")
+            with leak_check.collecting():
+                items = self._collect(session, share)
             self._journal.write({"event": "collected", "number": number, "ids": [i.nodeid for i in items]})
             for at, item in enumerate(items):
                 following = items[at + 1] if at + 1 < len(items) else None

@@ -65,6 +65,11 @@ def _children(threads: Sequence[int]) -> dict[int, str]:
     return found
 
 
+def resident() -> int:
+    """Return this process's resident memory in bytes."""
+    return int((_SELF / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def snapshot() -> Snapshot:
     """Look at this process."""
     threads = _threads()
@@ -72,8 +77,7 @@ def snapshot() -> Snapshot:
     # Before and after most tests there is none: one search through all of it is enough.
     lines = maps.splitlines() if _NAMED.search(maps) else []
     named = Counter(line.split(None, 5)[5] for line in lines if _NAMED.search(line))
-    rss = int((_SELF / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return Snapshot(_fds(), threads, _children(tuple(threads)), named, maps.count("\n"), rss)
+    return Snapshot(_fds(), threads, _children(tuple(threads)), named, maps.count("\n"), resident())
 
 
 @dataclass

@@ -17,6 +17,8 @@ import pytest
 
 from kvmpy import Kvm
 from kvmpy.debug.record.format import MAGIC
+from kvmpy.testing.leaks import steady_growth
+from kvmpy.testing.results import GROWTH_NOTED
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
@@ -57,11 +59,16 @@ class Inside:
 
     def run(self, args: Sequence[str], shares: Sequence[tuple[str, str]]) -> dict[str, str]:
         """Run shares (area, test) in a session with *args*; return each test's outcome."""
+        files = [(f"suite/{area}/test_{area}.py", test) for area, test in shares]
+        return self.run_shares(
+            args, [{"args": [str(self.folder / file)], "only": [f"{file}::{test}"]} for file, test in files]
+        )
+
+    def run_shares(self, args: Sequence[str], shares: Sequence[dict[str, list[str]]]) -> dict[str, str]:
+        """Run *shares* as they are; return each test's outcome."""
         work = self.folder / "job" / "work"
         work.mkdir(parents=True)
-        for number, (area, test) in enumerate(shares, 1):
-            file = f"suite/{area}/test_{area}.py"
-            share = {"args": [str(self.folder / file)], "only": [f"{file}::{test}"]}
+        for number, share in enumerate(shares, 1):
             (work / str(number)).write_text(json.dumps(share))
         (work / str(len(shares) + 1)).write_text(json.dumps({"end": True}))
         done = subprocess.run(
@@ -80,6 +87,11 @@ class Inside:
             for report in reports
             if report["when"] == "call" or report["outcome"] != "passed"
         }
+
+    def resident(self) -> list[int]:
+        """Return what the leak check saw after each test, in bytes."""
+        reports = [event["data"] for event in self.events() if event["event"] == "report"]
+        return [report["kvmpy"]["rss"] for report in reports if report["when"] == "teardown"]
 
     def events(self) -> list[dict[str, Any]]:
         """Return what the session has said."""
@@ -124,3 +136,31 @@ def test_the_record_of_a_failure_is_sent_before_the_next_test(kvm: Kvm, inside: 
     failed = next(e["data"] for e in events if e["event"] == "report" and e["data"]["outcome"] == "failed")
     path = f"/nowhere/{sent['name']}"
     assert ["record", f"kvmpy replay {path}\nkvmpy repro {path} -o bug.c"] in failed["sections"]
+
+
+GROWING = """
+import pytest
+
+KEPT = b"x" * (4 << 20)
+
+@pytest.mark.parametrize("number", range(6))
+def test_it(number, request):
+    del number
+    {leak}
+"""
+
+
+@pytest.mark.parametrize(("leak", "grows"), [("pass", False), ("LEAKED.append(b'x' * (1 << 20))", True)])
+def test_growth_is_that_of_tests_not_of_files(inside: Inside, leak: str, grows: bool) -> None:
+    files = 12
+    shares = []
+    for number in range(files):
+        name = f"test_{number}"
+        text = GROWING.format(leak=leak) + "\nLEAKED = []\n"
+        (inside.folder / "suite" / "one" / f"{name}.py").write_text(text)
+        file = f"suite/one/{name}.py"
+        ids = [f"{file}::test_it[{each}]" for each in range(6)]
+        shares.append({"args": [str(inside.folder / file)], "only": ids})
+    outcomes = inside.run_shares(["suite", "-o", "kvmpy_leaks=all"], shares)
+    assert list(outcomes.values()) == ["passed"] * 6 * files
+    assert (steady_growth(inside.resident()) >= GROWTH_NOTED) is grows
