@@ -11,7 +11,7 @@ from types import TracebackType
 _MAP_FIXED = 0x10
 _FAILED = (1 << 64) - 1
 _MBIND, _GET_MEMPOLICY = 237, 239
-_MPOL_F_ADDR = 2
+_MPOL_F_NODE, _MPOL_F_ADDR = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -54,6 +54,13 @@ class Reserved:
 
     def policy(self, address: int) -> tuple[int, int]:
         """Return mode and node mask at an address (get_mempolicy(2)); OSError as that fails."""
+        return self._get_mempolicy(address, _MPOL_F_ADDR)
+
+    def node(self, address: int) -> int:
+        """Touch the page at an address and return its NUMA node; OSError as get_mempolicy(2) fails."""
+        return self._get_mempolicy(address, _MPOL_F_NODE | _MPOL_F_ADDR)[0]
+
+    def _get_mempolicy(self, address: int, flags: int) -> tuple[int, int]:
         mode, mask = ctypes.c_int(-1), ctypes.c_ulong(0)
         failed = _libc.syscall(
             ctypes.c_ulong(_GET_MEMPOLICY),
@@ -61,7 +68,7 @@ class Reserved:
             ctypes.byref(mask),
             ctypes.c_ulong(64),
             ctypes.c_ulong(address),
-            ctypes.c_ulong(_MPOL_F_ADDR),
+            ctypes.c_ulong(flags),
         )
         if failed:
             number = ctypes.get_errno()

@@ -77,6 +77,25 @@ def test_a_policy_belongs_to_the_file(shared_policy: Reserved) -> None:
     assert shared_policy.policy(address + SIZE) == (DEFAULT, 0)
 
 
+@pytest.mark.parametrize("node", [0, 1])
+def test_pages_come_from_the_node_of_their_policy(shared_policy: Reserved, node: int) -> None:
+    """Pages come from the node that the file's policy binds them to, whichever mapping they are touched by.
+
+    kvm_gmem_get_folio(), virt/kvm/guest_memfd.c; mbind(2), MPOL_BIND.
+    """
+    if not Path("/sys/devices/system/node/node1").is_dir():
+        raise MissingError("a second NUMA node", "`kvmpy lab run`, whose machines have two")
+    address = shared_policy.address
+    assert shared_policy.mbind(address, 2 * PAGE_SIZE, BIND, 1 << node) == 0
+    assert shared_policy.mbind(address + 2 * PAGE_SIZE, 2 * PAGE_SIZE, BIND, 2 >> node) == 0
+    assert [shared_policy.node(address + SIZE + page * PAGE_SIZE) for page in range(PAGES)] == [
+        node,
+        node,
+        1 - node,
+        1 - node,
+    ]
+
+
 @pytest.mark.parametrize(
     ("mode", "nodes"), [(999, 1), (BIND, 0), (BIND, 1 << 63)], ids=["mode", "no-node", "absent-node"]
 )
