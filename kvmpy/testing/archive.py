@@ -10,9 +10,13 @@ import os
 import platform
 import re
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from kvmpy.debug.record.anonymous import anonymous
+from kvmpy.debug.record.format import RecordError
 
 _DMI = Path("/sys/class/dmi/id")
 _PUBLIC_DMI = (
@@ -134,7 +138,8 @@ def write(
 ) -> list[str]:
     """Write *files* and what lies in *folders* as a ``.tar.gz``; return the names that went in.
 
-    Texts are scrubbed; binary records are taken as they are: they hold ioctls and memory of guests, no name.
+    Texts are scrubbed, also those in records, which go in without what the firmware says of its chip; a
+    record that cannot be read stays out.
     """
     top = target.name.removesuffix(".tar.gz")
     names: list[str] = []
@@ -147,13 +152,26 @@ def write(
             for name, folder in folders:
                 for path in sorted(folder.rglob("*")):
                     if path.is_file() and not path.is_symlink():
-                        inside = f"{name}/{path.relative_to(folder)}"
-                        _add(archive, f"{top}/{inside}", path.read_bytes())
-                        names.append(inside)
+                        content = _record(path, scrubber) if path.suffix == ".rec" else path.read_bytes()
+                        if content is not None:
+                            inside = f"{name}/{path.relative_to(folder)}"
+                            _add(archive, f"{top}/{inside}", content)
+                            names.append(inside)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return names
+
+
+def _record(path: Path, scrubber: Scrubber) -> bytes | None:
+    """Return a record that names neither the machine nor anybody; None where it cannot be read."""
+    with tempfile.TemporaryDirectory(prefix="kvmpy-archive-") as folder:
+        target = Path(folder) / "record"
+        try:
+            anonymous(path, target, lambda text: scrubber.text(text.encode()).decode())
+        except RecordError:
+            return None
+        return target.read_bytes()
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -14,8 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from kvmpy.cli.hardware import hardware
+from kvmpy.debug.record.events import Chunk, Ioctl
+from kvmpy.debug.record.format import Frame, FrameType, What, When
+from kvmpy.debug.record.model import Entry, Record
 from kvmpy.testing import archive
 from kvmpy.testing.archive import KernelLog, Scrubber
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.ioctls import SEV_PLATFORM_COMMANDS
 
 
 def test_names_are_taken_out() -> None:
@@ -49,17 +54,49 @@ def test_without_permission_the_log_says_why(tmp_path: Path) -> None:
 def test_the_archive_has_files_and_folders_and_no_leftover(tmp_path: Path) -> None:
     records = tmp_path / "records"
     (records / "deep").mkdir(parents=True)
-    (records / "deep" / "one.rec").write_bytes(b"\x00jdoe")
+    (records / "deep" / "one.txt").write_bytes(b"\x00jdoe")
+    (records / "deep" / "broken.rec").write_bytes(b"\x00jdoe")  # may hold anything: it stays out
     (records / "link").symlink_to("/etc/passwd")
     target = tmp_path / "out.tar.gz"
     scrub = Scrubber(host="", user="jdoe", home="")
     names = archive.write(target, {"a.txt": b"by jdoe"}, [("records", records)], scrub)
-    assert names == ["a.txt", "records/deep/one.rec"]
+    assert names == ["a.txt", "records/deep/one.txt"]
     with tarfile.open(target) as made:
-        assert made.getnames() == ["out/a.txt", "out/records/deep/one.rec"]
+        assert made.getnames() == ["out/a.txt", "out/records/deep/one.txt"]
         assert made.extractfile("out/a.txt").read() == b"by <user>"  # type: ignore[union-attr]
-        assert made.extractfile("out/records/deep/one.rec").read() == b"\x00jdoe"  # type: ignore[union-attr]
+        assert made.extractfile("out/records/deep/one.txt").read() == b"\x00jdoe"  # type: ignore[union-attr]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tar.gz", "records"]
+
+
+def sev_record(path: Path, name: str, answer: bytes) -> None:
+    """Write a record of one command of /dev/sev whose *answer* lies behind its pointer."""
+    command = SEV_PLATFORM_COMMANDS[name].id.to_bytes(4, "little") + (0x5000).to_bytes(8, "little") + bytes(4)
+    chunks = (
+        Chunk(0x1000, command, int(When.IN), int(What.ARGUMENT)),
+        Chunk(0x5000, answer, int(When.OUT), int(What.NESTED)),
+    )
+    what = Ioctl(1, 3, ioctls.SEV_ISSUE_CMD.nr, 0x1000, 0, 0, 2, 2, chunks)
+    entries = [Entry(Frame(FrameType.IOCTL, b"", 7, 7, 1, 1), what)]
+    Record({"command": "/home/jdoe/vmm", "kernel": "7.2"}, entries).save(path)
+
+
+@pytest.mark.parametrize(("name", "stays"), [("SEV_GET_ID2", False), ("SNP_PLATFORM_STATUS", True)])
+def test_records_go_in_without_what_names_the_chip(name: str, stays: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    sev_record(folder / "a.rec", name, b"the chip's own id")
+    target = tmp_path / "out.tar.gz"
+    scrub = Scrubber(host="", user="jdoe", home="/home/jdoe")
+    assert archive.write(target, {}, [("records", folder)], scrub) == ["records/a.rec"]
+    with tarfile.open(target) as made:
+        data = made.extractfile("out/records/a.rec").read()  # type: ignore[union-attr]
+    record = Record.from_bytes(data)
+    assert record.host == {"command": "~/vmm", "kernel": "7.2"}
+    what = record.entries[0].what
+    assert isinstance(what, Ioctl)
+    assert (what.chunks[1].data == b"the chip's own id") is stays
+    assert len(what.chunks[1].data) == len(b"the chip's own id")
+    assert (b"the chip's own id" in data) is stays
 
 
 def test_the_machine_is_described_without_its_serial_numbers() -> None:
