@@ -14,6 +14,8 @@ from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD
 
 pytestmark = pytest.mark.protections("all", private_is_fd_backed=True)
+# Elsewhere the firmware brings the image in.
+guest_copies = pytest.mark.requires("trait:host_sees_tables")
 
 POISON = 0xCC
 MARK = 0x5EC2E7
@@ -246,6 +248,7 @@ def test_everybody_agrees_after_launch(make_vm: MakeVm, policy: str) -> None:
     assert vm.compare_private() == []
 
 
+@guest_copies
 def test_copy_that_stops_is_an_error(make_vm: MakeVm) -> None:
     """A launch whose image cannot be brought in says where it stopped, and leaves no memory slot behind.
 
@@ -263,6 +266,7 @@ def test_copy_that_stops_is_an_error(make_vm: MakeVm) -> None:
     assert sorted(vm.slots) == slots
 
 
+@guest_copies
 def test_no_vcpu_no_image(make_vm: MakeVm) -> None:
     """A VM without a vCPU cannot bring its image in, and says so.
 

@@ -17,6 +17,8 @@ from kvmpy.uapi.constants import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from kvmpy.x86.paging_errors import TableAccessError
 
 FD_BACKED = {"private_is_fd_backed": True}
+# Where policy "data" is offered the host can map memory after launch.
+WITH_TABLES = {**FD_BACKED, "host_sees_tables": True}
 PLAIN = Gpa(8 * SIZE_1G)
 NOWHERE = Gpa(9 * SIZE_1G)
 GVA = Gva(0x70_0000_0000)
@@ -169,7 +171,7 @@ def test_emulated_instructions(make_vm: MakeVm) -> None:
     assert vm.vcpus[0].sync().args[0] == 0xFEED
 
 
-@pytest.mark.protections("all", emulator_reads_private=False, can_read_registers=True)
+@pytest.mark.protections("all", emulator_reads_private=False, kvm_emulates=True)
 def test_emulator_reads_the_shared_view(make_vm: MakeVm) -> None:
     """KVM's instruction emulator takes operands from the shared view, also of a private page.
 
@@ -195,7 +197,7 @@ def written(vm: GuestVm) -> bytes:
     return text
 
 
-@pytest.mark.protections("all", **FD_BACKED)
+@pytest.mark.protections("all", **WITH_TABLES)
 def test_memory_allocated_after_launch(make_vm: MakeVm) -> None:
     """What is allocated after launch is private for KVM, too, and zero.
 
@@ -216,7 +218,7 @@ def test_memory_allocated_after_launch(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.parametrize("private", [True, False], ids=["private", "shared"])
-@pytest.mark.protections("all", **FD_BACKED)
+@pytest.mark.protections("all", **WITH_TABLES)
 def test_memory_used_again_is_zero(make_vm: MakeVm, private: bool) -> None:
     """Pages that were given back come as zeroes when they are allocated again, private or shared.
 
@@ -239,7 +241,7 @@ def test_memory_used_again_is_zero(make_vm: MakeVm, private: bool) -> None:
     assert vm.compare_private(gpa, PAGE_SIZE) == []
 
 
-@pytest.mark.protections("all", **FD_BACKED)
+@pytest.mark.protections("all", **WITH_TABLES)
 def test_code_allocated_with_policy_data_is_shared(make_vm: MakeVm) -> None:
     """With policy "data" executable memory is shared: KVM's emulator may have to read it.
 
@@ -265,7 +267,7 @@ def test_private_tables_cannot_be_edited_after_launch(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.parametrize("flag", [KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY], ids=["dirty log", "read-only"])
-@pytest.mark.protections("all", **FD_BACKED)
+@pytest.mark.protections("all", **FD_BACKED, readonly_slots=True)
 def test_plain_slot_takes_every_flag(make_vm: MakeVm, flag: int) -> None:
     """A slot with a guest_memfd refuses dirty logging and read-only memory, a plain one of the same VM has
     both.

@@ -26,7 +26,8 @@ from kvmpy.uapi.constants import (
 )
 from kvmpy.uapi.structs import kvm_memory_attributes
 
-fd_backed = pytest.mark.protections("all", private_is_fd_backed=True)
+# Pages that the guest must validate, too, are those of sev/test_page_states.py.
+fd_backed = pytest.mark.protections("all", private_is_fd_backed=True, must_validate=False)
 
 GPA = Gpa(8 * SIZE_1G)
 GVA = Gva(0x70_0000_0000)
