@@ -21,7 +21,8 @@ def test_the_workflow_is_the_one_in_ci() -> None:
 def test_every_step_is_limited_and_all_take_less_than_90_minutes() -> None:
     steps = re.findall(r"^timeout (\d+) make (\w+)\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     # The kernel is there before the tests that boot it; the lab's summary comes last.
-    assert [target for _, target in steps] == ["lint", "kernel", "test", "lab"]
+    assert list(dict.fromkeys(target for _, target in steps)) == ["lint", "kernel", "test", "lab"]
+    assert steps[-1][1] == "lab"
     assert sum(int(seconds) for seconds, _ in steps) < 90 * 60
 
 
