@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvmpy.testing.bench.samples import Figure
 
 MIN_ROUNDS = 3
-GROUPS = ("core", "private", "launch", "digest")
+GROUPS = ("core", "private", "launch", "sev", "digest")
 
 
 @click.command()
@@ -53,7 +53,7 @@ def bench(as_json: bool, rounds: int, only: tuple[str, ...]) -> None:
 
 def _figures(kvm: Kvm, rounds: int, groups: Sequence[str]) -> Iterator[Figure]:
     from kvmpy.coco import ladder
-    from kvmpy.testing.bench import digest, private
+    from kvmpy.testing.bench import digest, private, sev
     from kvmpy.testing.bench.figures import measure
     from kvmpy.testing.bench.launch import measure_launch
 
@@ -66,6 +66,9 @@ def _figures(kvm: Kvm, rounds: int, groups: Sequence[str]) -> Iterator[Figure]:
         # Where the host writes private memory itself, there is nothing to bring in.
         hidden = tuple(name for name in offered if not ladder.get(name).traits.host_sees_private)
         yield from measure_launch(kvm, MIN_ROUNDS, hidden)
+    if "sev" in groups:
+        guests = tuple(name for name in offered if name in ("sev", "sev-es", "snp"))
+        yield from sev.measure(kvm, MIN_ROUNDS, guests)
     if "digest" in groups:
         yield from digest.measure(MIN_ROUNDS)
 

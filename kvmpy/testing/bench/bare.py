@@ -44,6 +44,9 @@ uint64_t bare_life(const struct bare_life *l);
 uint64_t bare_fill(uint64_t count);
 uint64_t bare_copy(void *to, const void *from, uint64_t size, uint64_t count);
 uint64_t bare_convert(int vm, uint64_t request, uint64_t address, uint64_t size, uint64_t count);
+uint64_t bare_snp_update(int vm, uint64_t request, int sev_fd, uint64_t gfn, const void *source,
+                         uint64_t size);
+uint64_t bare_sev_update(int vm, uint64_t request, int sev_fd, void *memory, uint64_t size);
 uint64_t bare_pre_fault(int vcpu, uint64_t request, uint64_t gpa, uint64_t size);
 """
 
@@ -108,6 +111,20 @@ class Bare:
         """Map a range in advance."""
         number = ioctls.KVM_PRE_FAULT_MEMORY.nr
         return self._took(self._lib.bare_pre_fault(vcpu, number, gpa, size), "KVM_PRE_FAULT_MEMORY")
+
+    def snp_update(self, vm: int, sev_fd: int, gfn: int, source: memoryview) -> int:
+        """Copy *source* into an SNP guest from *gfn* on (KVM_SEV_SNP_LAUNCH_UPDATE)."""
+        number, origin = ioctls.KVM_MEMORY_ENCRYPT_OP.nr, self._ffi.from_buffer(source)
+        return self._took(
+            self._lib.bare_snp_update(vm, number, sev_fd, gfn, origin, len(source)), "SNP_LAUNCH_UPDATE"
+        )
+
+    def sev_update(self, vm: int, sev_fd: int, memory: memoryview) -> int:
+        """Encrypt guest memory in place (KVM_SEV_LAUNCH_UPDATE_DATA)."""
+        number, place = ioctls.KVM_MEMORY_ENCRYPT_OP.nr, self._ffi.from_buffer(memory)
+        return self._took(
+            self._lib.bare_sev_update(vm, number, sev_fd, place, len(memory)), "LAUNCH_UPDATE_DATA"
+        )
 
     def life(self, model: GuestVm) -> Life:
         """Take what a VM like *model* (launched, one vCPU, not yet run) is made of."""
