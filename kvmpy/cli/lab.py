@@ -253,7 +253,7 @@ def _build_if_none(soft_sev: bool | None) -> None:
     except HookError as error:
         if soft_sev:
             raise
-        _say(f"{error}")
+        _say(str(error))
         _say("building it without the software AMD-SP: there will be no SEV inside")
         builds.from_debian(DEFAULT_SUITE, _say, soft_sev=False)
 

@@ -71,6 +71,14 @@ static void each_run(struct object *vm, run_function function)
 		raw(SYS_close, map, 0, 0, 0);
 }
 
+/* Copy *count* pages; what cannot be read is zero. */
+static void copy_pages(uint8_t *to, uint64_t address, uint32_t count)
+{
+	uint64_t got = copy_from(to, address, count * PAGE);
+
+	memset(to + got, 0, count * PAGE - got);
+}
+
 static void put_pages(uint64_t address, uint32_t count, uint32_t flags)
 {
 	struct kvmpy_rec_memory head = { .address = address, .count = count, .flags = flags };
@@ -79,9 +87,7 @@ static void put_pages(uint64_t address, uint32_t count, uint32_t flags)
 	if (!place)
 		return;
 	memcpy(place, &head, sizeof head);
-	uint64_t got = copy_from(place + sizeof head, address, count * PAGE);
-
-	memset(place + sizeof head + got, 0, count * PAGE - got);
+	copy_pages(place + sizeof head, address, count);
 	frame_commit(place);
 }
 
@@ -169,19 +175,11 @@ static bool grow(struct memory_state *state, uint64_t more)
 	return true;
 }
 
-static uint64_t look(struct memory_state *state, uint64_t address, uint32_t count)
-{
-	uint64_t got = copy_from(state->copy, address, count * PAGE);
-
-	memset(state->copy + got, 0, count * PAGE - got);
-	return got;
-}
-
 static void remember_run(struct object *vm, uint64_t address, uint32_t count)
 {
 	struct memory_state *state = vm->memory;
 
-	look(state, address, count);
+	copy_pages(state->copy, address, count);
 	if (!grow(state, count))
 		return;
 	for (uint32_t i = 0; i < count; i++) {
@@ -197,7 +195,7 @@ static void compare_run(struct object *vm, uint64_t address, uint32_t count)
 	struct memory_state *state = vm->memory;
 	uint32_t changed = 0;
 
-	look(state, address, count);
+	copy_pages(state->copy, address, count);
 	for (uint32_t i = 0; i <= count; i++) {
 		const struct page_hash *place = i < count ? place_of(state, address + i * PAGE) : NULL;
 
