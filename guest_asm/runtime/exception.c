@@ -12,6 +12,9 @@ struct fixup {
 
 extern const struct fixup __guest_fixup_start[], __guest_fixup_end[];
 
+/* Where the HLTs of sti_hlt() are. */
+extern const u32 __guest_idle_start[], __guest_idle_end[];
+
 static guest_handler handlers[256];
 
 void guest_exception_install(u8 vector, guest_handler handler)
@@ -67,6 +70,13 @@ __noreturn void guest_exception_unexpected(struct exception_frame *frame)
 			    frame->rsp, read_cr2(), frame->rflags, frame, frame->rbp);
 }
 
+static void leave_idle(struct exception_frame *frame)
+{
+	for (const u32 *idle = __guest_idle_start; idle < __guest_idle_end; idle++)
+		if (frame->rip == *idle)
+			frame->rip++;
+}
+
 /* A handler's ucalls and GUEST_TRY() are its own, not those of the code that it interrupts. */
 static void run_handler(guest_handler handler, struct exception_frame *frame)
 {
@@ -87,6 +97,8 @@ void guest_exception(struct exception_frame *frame)
 
 	if (fix_up(frame))
 		return;
+	if (frame->vector >= 32)
+		leave_idle(frame);
 
 	if (handler)
 		run_handler(handler, frame);

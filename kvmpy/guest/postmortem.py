@@ -16,6 +16,7 @@ from kvmpy.core.address import PAGE_SIZE, Gva
 from kvmpy.core.errors import KvmError, PrivateMemoryError, errno_name
 from kvmpy.guest import ucall
 from kvmpy.guest.disasm import disassemble
+from kvmpy.guest.postmortem_interrupts import interrupts
 from kvmpy.uapi.constants import ExitReason, MpState
 from kvmpy.x86 import registers
 from kvmpy.x86.paging_errors import TableAccessError
@@ -85,6 +86,7 @@ def _postmortem(
     section("vm", lambda: _about(vm))
     state: list[tuple[kvm_regs, kvm_sregs]] = []
     section("registers", lambda: _registers(vm, vcpu, state))
+    section("interrupts", lambda: interrupts(vcpu))
     if vcpu.ghcb_gpa is not None:
         section("GHCB", lambda: list(vm.protection.about_vcpu(vm, vcpu)))
     place = _place(state, call)
@@ -214,7 +216,7 @@ def _frameless_caller(vm: GuestVm, place: _Place) -> int | None:
         back = int.from_bytes(vm.read(Gva(at), 8), "little")
     except ValueError:
         return None
-    return back if vm.program.function(Gva(back - 1)) else None
+    return back if back and vm.program.function(Gva(back - 1)) else None
 
 
 def _frames(vm: GuestVm, place: _Place) -> Iterator[int]:
@@ -231,8 +233,9 @@ def _frames(vm: GuestVm, place: _Place) -> Iterator[int]:
         except ValueError:
             return
         back = int.from_bytes(raw[8:16], "little")
-        # The call is before the return address, which may already belong to the next function.
-        if not vm.program.function(Gva(back - 1)):
+        # The call is before the return address, which may already belong to the next function.  The first
+        # frame returns to nowhere.
+        if not back or not vm.program.function(Gva(back - 1)):
             return
         yield back
         last, frame = frame + 16, int.from_bytes(raw[0:8], "little")

@@ -239,7 +239,6 @@ def test_fields_without_their_flags(vcpu: Vcpu) -> None:
     assert vcpu.get_vcpu_events().nmi.pending == 0
 
 
-@pytest.mark.requires("KVM_CAP_INTR_SHADOW")
 def test_interrupt_shadow(vcpu: Vcpu) -> None:
     """interrupt.shadow is taken over with KVM_VCPUEVENT_VALID_SHADOW and kept without it.
 

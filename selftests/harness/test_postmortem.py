@@ -98,6 +98,19 @@ void guest_main(void)
 }
 """
 
+REQUESTED = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	x2apic_enable();
+	cli();
+	apic_send_self(0x51);
+	apic_send_self(0x52);
+	hlt();
+}
+"""
+
 
 def failure(vm: GuestVm, timeout: float | None = None) -> GuestError:
     vm.launch()
@@ -243,3 +256,37 @@ def test_halted_with_interrupts_off(make_vm: MakeVm) -> None:
         pytest.skip("needs a protection under which the host reads registers")
     postmortem = failure(vm, timeout=0.5).postmortem
     assert "mp state KVM_MP_STATE_HALTED, interrupts off: no interrupt wakes it" in postmortem
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("KVM_CAP_IRQCHIP")
+def test_interrupts_nobody_takes(make_vm: MakeVm) -> None:
+    """The local APIC's requested vectors are told, under every protection: KVM holds them, not the guest."""
+    postmortem = failure(make_vm(REQUESTED), timeout=0.5).postmortem
+    section = postmortem.split("--- interrupts\n")[1].split("---")[0]
+    assert "requested: 81-82\n" in section
+    assert "in service: none\n" in section
+    assert "lvt_timer" in section
+
+
+@pytest.mark.protections("all")
+def test_pending_events(make_vm: MakeVm) -> None:
+    """Events that KVM holds for the vCPU are told, and an APIC as reset leaves it takes one line."""
+    vm = make_vm(HALTED)
+    vm.launch()
+    vcpu = vm.vcpus[0]
+    with pytest.raises(GuestTimeoutError):
+        vcpu.run_to_done(0.5)
+    events = vcpu.get_vcpu_events()
+    events.nmi.masked = 1
+    vcpu.set_vcpu_events(events)
+    with pytest.raises(GuestTimeoutError) as caught:
+        vcpu.run_to_done(0.5)
+    section = caught.value.postmortem.split("--- interrupts\n")[1].split("---")[0]
+    assert section.splitlines() == ["  events: NMI masked", "  local APIC disabled by software"]
+
+
+def test_no_local_apic(make_vm: MakeVm) -> None:
+    """A VM whose local APIC is not KVM's says so."""
+    postmortem = failure(make_vm(WILD_WRITE, irqchip=None)).postmortem
+    assert "  events: none\n  no local APIC in KVM\n" in postmortem

@@ -149,10 +149,18 @@ static __always_inline void hlt(void)
 	asm volatile("hlt" : : : "memory");
 }
 
-/* Wait for an interrupt with no window in which it could be missed. */
+/*
+ * Wait for an interrupt with no window in which it could be missed, also where
+ * STI's shadow gets lost (QEMU without KVM forgets it at VMRUN): one that comes
+ * between the two instructions returns behind the HLT.
+ */
 static __always_inline void sti_hlt(void)
 {
-	asm volatile("sti; hlt" : : : "memory");
+	asm volatile("sti\n"
+		     "771: hlt\n"
+		     ".pushsection .guest_idle, \"a\", @progbits\n"
+		     ".long 771b\n"
+		     ".popsection" : : : "memory");
 }
 
 static __always_inline void cpu_relax(void)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interrupt shadow: no interrupt comes between STI, or a load of SS, and the end of the next instruction.
+
+Intel SDM volume 3, 6.8.3; AMD APM volume 2, 15.21.5 (the shadow as part of a VMCB).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpy.core.exits import IrqWindowOpenExit
+from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import KVM_VCPUEVENT_VALID_SHADOW, ShadowInt
+
+if TYPE_CHECKING:
+    from selftests.events.conftest import EventGuest, EventGuestMaker
+
+pytestmark = pytest.mark.protections("all")
+VECTOR = 0x45
+SHADOWS = {"sti": ShadowInt.KVM_X86_SHADOW_INT_STI, "mov-ss": ShadowInt.KVM_X86_SHADOW_INT_MOV_SS}
+
+GUEST = """
+#include <kvmpy/guest.h>
+
+#define VECTOR	0x45
+
+GUEST_SHARED u64 came_at, allowed;
+static volatile u64 store;
+
+static void note(struct exception_frame *frame)
+{
+	came_at = frame->rip;
+	apic_eoi();
+}
+
+void guest_main(void)
+{
+	u32 index = MSR_IA32_APICBASE;
+
+	guest_exception_install(VECTOR, note);
+	x2apic_enable();
+	cli();
+	apic_send_self(VECTOR);
+	asm volatile("lea 1f(%%rip), %%rax; mov %%rax, %[allowed]; mov $0, %%eax; mov $0, %%edx;"
+		     "sti; @INSTRUCTION@; 1: nop"
+		     : [allowed] "=m"(allowed), [store] "=m"(store), "+c"(index)
+		     : : "rax", "rbx", "rdx");
+	irq_window();
+}
+"""
+
+INSTRUCTIONS = {"nop": "nop", "store": "movq $1, %[store]", "cpuid": "cpuid", "rdmsr": "rdmsr", "hlt": "hlt"}
+
+
+def shadowed(guest: EventGuest, kind: str) -> int:
+    """Stand with interrupts on in a shadow of *kind*; return where."""
+    events = guest.vcpu.get_vcpu_events()
+    events.interrupt.shadow, events.flags = SHADOWS[kind], KVM_VCPUEVENT_VALID_SHADOW
+    guest.vcpu.set_vcpu_events(events)
+    return guest.rip
+
+
+@pytest.mark.usefixtures("open_registers")
+@pytest.mark.parametrize("kind", SHADOWS)
+def test_interrupt_waits(event_guest: EventGuestMaker, kind: str) -> None:
+    """An interrupt of KVM_INTERRUPT comes behind the first instruction in a shadow that user space set.
+
+    Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_SHADOW.
+    """
+    guest = event_guest(interrupts=True)
+    where = shadowed(guest, kind)
+    guest.vcpu.interrupt(VECTOR)
+    guest.go_on()
+    assert guest.counts() == {VECTOR: 1}
+    assert guest.seen(VECTOR).rip != where
+
+
+@pytest.mark.usefixtures("open_registers")
+@pytest.mark.parametrize("kind", SHADOWS)
+def test_window_waits(event_guest: EventGuestMaker, kind: str) -> None:
+    """The interrupt window that user space asked for opens behind the first instruction in a shadow.
+
+    Documentation/virt/kvm/api.rst, 5 The kvm_run structure, request_interrupt_window.
+    """
+    guest = event_guest(irqchip=None, interrupts=True)
+    where = shadowed(guest, kind)
+    guest.vcpu.run_area.request_interrupt_window = 1
+    guest.vcpu.expect(IrqWindowOpenExit)
+    assert guest.rip != where
+
+
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_behind_sti(make_vm: MakeVm, instruction: str) -> None:
+    """An interrupt that is pending at STI comes behind the next instruction, also where that one exits."""
+    vm = make_vm(GUEST.replace("@INSTRUCTION@", INSTRUCTIONS[instruction]))
+    vm.vcpus[0].set_entry("guest_main")
+    vm.launch()
+    vm.vcpus[0].run_to_done()
+    came, allowed = vm.symbol("came_at").u64, vm.symbol("allowed").u64
+    assert came >= allowed > 0
