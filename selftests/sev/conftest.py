@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,8 +20,10 @@ from kvmpy.coco.snp_launch import SnpInitialised, SnpLaunching
 from kvmpy.core.address import PAGE_SIZE, Gpa
 from kvmpy.core.sev_errors import SevResult
 from kvmpy.core.vm import Vm
+from kvmpy.uapi import ffi
 from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP, KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
 from kvmpy.uapi.structs import Struct
+from selftests.sev.transport import Argument
 
 KINDS = tuple(
     pytest.param(kind, marks=pytest.mark.requires(f"protection:{kind}"), id=kind)
@@ -43,15 +47,33 @@ class Bare:
     kind: str
     state: LaunchState | None = None
 
-    def raw(self, command: str | int, arg: Struct | int | None = None) -> tuple[int, int]:
+    def raw(self, command: str | int, arg: Struct | Argument | int | None = None) -> tuple[int, int]:
         """Issue a command; return (errno, firmware status)."""
-        result: SevResult = self.vm.sev_command_raw(command, arg)
+        # lifetime: what an argument of the owner's points to lives as long as the argument.
+        plain = arg.arg if isinstance(arg, Argument) else arg
+        result: SevResult = self.vm.sev_command_raw(command, plain)
         return result.errno, result.firmware
 
     @property
     def hva(self) -> int:
         """Where the host has MEMORY."""
         return self.vm.memory.hva(MEMORY, private=False)
+
+
+@contextmanager
+def read_only(content: bytes) -> Iterator[int]:
+    """Yield the address of a mapping of *content*, whole pages, that this process can only read."""
+    fd = os.memfd_create("read-only", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, content)
+        with mmap.mmap(fd, len(content), mmap.MAP_SHARED, mmap.PROT_READ) as area:
+            place = ffi.from_buffer(area)
+            try:
+                yield int(ffi.cast("uintptr_t", place))
+            finally:
+                ffi.release(place)
+    finally:
+        os.close(fd)
 
 
 class BareMaker(Protocol):

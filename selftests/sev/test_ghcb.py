@@ -10,13 +10,13 @@ import pytest
 
 from kvmpy.core.exits import HypercallExit, IoExit, MmioExit, SystemEventExit
 from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_SYSTEM_EVENT_SEV_TERM
+from kvmpy.uapi.constants import KVM_HC_MAP_GPA_RANGE, KVM_HC_VAPIC_POLL_IRQ, KVM_SYSTEM_EVENT_SEV_TERM
 from kvmpy.x86.ghcb import HvFeature, InputError, MsrInfo, VmgExit
 from selftests.sev.talk import MSR, TERMINATE, Talker, talker
 
 DONE = (0, 0)
 CPUID, IOIO, MSR_ACCESS, RDTSC, INVD, WBINVD = 0x72, 0x7B, 0x7C, 0x6E, 0x76, 0x89
-VMMCALL, READ_DR7, WRITE_DR7 = 0x81, 0x27, 0x37
+VMMCALL, READ_DR7, WRITE_DR7, HLT = 0x81, 0x27, 0x37, 0x78
 UNHANDLED_GPA = 0xC000_0000
 GP = 13
 
@@ -264,6 +264,53 @@ def test_events_without_an_answer(make_vm: MakeVm, code: int) -> None:
 
 
 @with_ghcb
+@pytest.mark.parametrize(
+    ("number", "cpl", "result"),
+    [(KVM_HC_VAPIC_POLL_IRQ, 0, 0), (0x7FFF, 0, -1000), (KVM_HC_VAPIC_POLL_IRQ, 3, -1)],
+    ids=["done", "unknown", "of user mode"],
+)
+def test_vmmcall(make_vm: MakeVm, number: int, cpl: int, result: int) -> None:
+    """VMMCALL is the hypercall in RAX, and RAX has its result: 0, -KVM_ENOSYS, or -KVM_EPERM above CPL 0.
+
+    GHCB specification, 4.1 (VMMCALL); Documentation/virt/kvm/x86/hypercalls.rst.
+    """
+    answer = talker(make_vm).send(VMMCALL, rax=number, cpl=cpl)
+    assert (*answer.outcome, answer.rax) == (*DONE, result & (1 << 64) - 1)
+
+
+@with_ghcb
+def test_a_vmmcall_for_user_space(make_vm: MakeVm) -> None:
+    """A hypercall that user space takes gets its arguments from the GHCB, and its result back into RAX.
+
+    GHCB specification, 4.1 (VMMCALL): RBX, RCX, RDX and RSI are the hypervisor's convention.
+    """
+    talk = talker(make_vm)
+    seen: list[tuple[int, ...]] = []
+
+    def answer(_vcpu: object, call: HypercallExit) -> bool:
+        seen.append((call.nr, *call.args[:3]))
+        call.respond(0x77)
+        return True
+
+    talk.vm.on_hypercall = answer
+    talk.order(VMMCALL, rax=KVM_HC_MAP_GPA_RANGE, rbx=0x30_0000, rcx=3, rdx=ENCRYPTED, rsi=0, cpl=0)
+    talk.vcpu.sync()
+    assert seen == [(KVM_HC_MAP_GPA_RANGE, 0x30_0000, 3, ENCRYPTED)]
+    assert (*talk.reply().outcome, talk.reply().rax) == (*DONE, 0x77)
+
+
+@with_ghcb
+def test_hlt(make_vm: MakeVm) -> None:
+    """HLT is no event, for the processor exits without the guest's help: invalid, and the guest goes on.
+
+    AMD APM volume 2, 15.35.3 (automatic exits); GHCB specification, 4.1 has none of that number.
+    """
+    talk = talker(make_vm)
+    assert talk.send(HLT).outcome == malformed(InputError.INVALID_EVENT)
+    assert talk.send(VmgExit.HV_FEATURES).outcome[0] == 0
+
+
+@with_ghcb
 def test_the_jump_table(make_vm: MakeVm) -> None:
     """The AP jump table's address is kept for all vCPUs; a third request is invalid."""
     talk = talker(make_vm)
@@ -395,6 +442,20 @@ def test_an_ap_that_cannot_be(make_vm: MakeVm, info_1: int, vmsa: int, features:
     """AP creation of what does not exist, from a bad VMSA or with other features is invalid input."""
     answer = talker(make_vm).send(VmgExit.AP_CREATION, info_1, vmsa, rax=features)
     assert answer.outcome == malformed(InputError.INVALID_INPUT)
+
+
+@with_snp
+def test_ap_creation(make_vm: MakeVm) -> None:
+    """AP creation at INIT, at once, and its destruction are done without a word; only creation needs RAX.
+
+    GHCB specification, 4.1.9 (SNP AP creation).
+    """
+    talk = talker(make_vm, vcpus=2)
+    for request in (0, 1):
+        assert talk.send(VmgExit.AP_CREATION, 1 << 32 | request, 0x5000, rax=1).outcome == DONE
+        answer = talk.send(VmgExit.AP_CREATION, 1 << 32 | request, 0x5000)
+        assert answer.outcome == malformed(InputError.MISSING_INPUT)
+    assert talk.send(VmgExit.AP_CREATION, 1 << 32 | 2).outcome == DONE
 
 
 # Page state changes: what reaches user space.

@@ -57,7 +57,7 @@ def receiving(bare: BareMaker, kind: str) -> tuple[Bare, GuestOwner]:
     """Return a guest that packets go into, and their sender."""
     made, sender = bare(kind), GuestOwner()
     made.vm.memory_encrypt_reg_region(made.hva, PAGES * PAGE_SIZE)
-    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind))).arg) == (0, 0)
+    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
     return made, sender
 
 
@@ -95,7 +95,7 @@ def test_the_size_of_a_session(bare: BareMaker, kind: str) -> None:
 def test_the_size_of_a_header(bare: BareMaker, kind: str) -> None:
     """SEND_UPDATE_DATA without lengths tells that of the header, with INVALID_LEN."""
     made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner()).arg) == (0, 0)
+    assert made.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
     arg = kvm_sev_send_update_data()
     assert made.raw("SEND_UPDATE_DATA", arg) == firmware(SevRet.SEV_RET_INVALID_LEN)
     assert arg.hdr_len == HEADER_SIZE
@@ -106,7 +106,7 @@ def test_the_size_of_a_header(bare: BareMaker, kind: str) -> None:
 def test_a_guest_that_must_stay(bare: BareMaker, kind: str) -> None:
     """A policy with NOSEND is refused by SEND_START: POLICY_FAILURE."""
     made = running(bare, kind, no_send=True)
-    assert made.raw("SEND_START", SendStart(GuestOwner()).arg) == firmware(SevRet.SEV_RET_POLICY_FAILURE)
+    assert made.raw("SEND_START", SendStart(GuestOwner())) == firmware(SevRet.SEV_RET_POLICY_FAILURE)
     assert SevGuest(made.vm).state == GuestState.RUNNING
 
 
@@ -124,7 +124,7 @@ def test_send_start_without(bare: BareMaker, kind: str, missing: str) -> None:
 def test_a_session_of_silly_size(bare: BareMaker, kind: str) -> None:
     """SEND_START into more than 16 KiB gives EINVAL."""
     made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner(), 0x4001).arg) == EINVAL
+    assert made.raw("SEND_START", SendStart(GuestOwner(), 0x4001)) == EINVAL
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -144,8 +144,8 @@ def test_a_certificate_that_is_none(bare: BareMaker, kind: str) -> None:
 def test_a_packet_of_two_pages(bare: BareMaker, kind: str, offset: int, size: int) -> None:
     """A packet is of one page: EINVAL beyond."""
     made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner()).arg) == (0, 0)
-    assert made.raw("SEND_UPDATE_DATA", SendUpdate(made.hva + offset, size).arg) == EINVAL
+    assert made.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
+    assert made.raw("SEND_UPDATE_DATA", SendUpdate(made.hva + offset, size)) == EINVAL
 
 
 @needs_no_chain
@@ -158,8 +158,8 @@ def test_a_packet_of_two_pages(bare: BareMaker, kind: str, offset: int, size: in
 def test_a_packet_of_half_a_block(bare: BareMaker, kind: str, offset: int, size: int, status: SevRet) -> None:
     """Packets are whole blocks of 16 bytes: INVALID_ADDRESS or INVALID_LEN otherwise."""
     made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner()).arg) == (0, 0)
-    assert made.raw("SEND_UPDATE_DATA", SendUpdate(made.hva + offset, size).arg) == firmware(status)
+    assert made.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
+    assert made.raw("SEND_UPDATE_DATA", SendUpdate(made.hva + offset, size)) == firmware(status)
 
 
 @needs_no_chain
@@ -167,7 +167,7 @@ def test_a_packet_of_half_a_block(bare: BareMaker, kind: str, offset: int, size:
 def test_a_packet_of_nothing(bare: BareMaker, kind: str) -> None:
     """A packet of no bytes, from nowhere or to nowhere gives EINVAL."""
     made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner()).arg) == (0, 0)
+    assert made.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
     for name in ("guest_uaddr", "guest_len", "hdr_uaddr", "trans_uaddr"):
         update = SendUpdate(made.hva, 16)
         setattr(update.arg, name, 0)
@@ -199,11 +199,11 @@ def test_a_packet_that_was_changed(bare: BareMaker, kind: str, part: str) -> Non
     bad = bytearray(getattr(right, part))
     bad[-1] ^= 1
     wrong = replace(right, **{part: bytes(bad)})
-    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, wrong).arg) == firmware(
+    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, wrong)) == firmware(
         SevRet.SEV_RET_BAD_MEASUREMENT
     )
     assert SevGuest(made.vm).dbg_decrypt(MEMORY, 64) != TEXT[:64]
-    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, right).arg) == (0, 0)
+    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, right)) == (0, 0)
 
 
 @needs_receive_update
@@ -212,7 +212,7 @@ def test_a_packet_of_somebody_else(bare: BareMaker, kind: str) -> None:
     """A packet that was sealed with other keys gives BAD_MEASUREMENT."""
     made, _ = receiving(bare, kind)
     packet = Packet.seal(GuestOwner(), TEXT[:64])
-    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, packet).arg) == firmware(
+    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, packet)) == firmware(
         SevRet.SEV_RET_BAD_MEASUREMENT
     )
 
@@ -224,7 +224,7 @@ def test_a_compressed_packet(bare: BareMaker, kind: str) -> None:
     made, sender = receiving(bare, kind)
     packet = Packet.seal(sender, TEXT[:64])
     packet = replace(packet, header=b"\x01" + packet.header[1:])
-    _, status = made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, packet).arg)
+    _, status = made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, packet))
     assert status in (int(SevRet.SEV_RET_UNSUPPORTED), int(SevRet.SEV_RET_BAD_MEASUREMENT))
 
 
@@ -234,7 +234,7 @@ def test_a_packet_into_two_pages(bare: BareMaker, kind: str, offset: int, size: 
     """A packet goes into one page: EINVAL beyond."""
     made, sender = receiving(bare, kind)
     packet = Packet.seal(sender, (TEXT * 2)[:size])
-    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva + offset, packet).arg) == EINVAL
+    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva + offset, packet)) == EINVAL
 
 
 @needs_receive_update
@@ -256,7 +256,7 @@ def test_receive_without(bare: BareMaker, kind: str) -> None:
         start = ReceiveStart(sender, int(policy(kind)))
         setattr(start.arg, name, 0)
         assert made.raw("RECEIVE_START", start.arg) == EINVAL, name
-    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind))).arg) == (0, 0)
+    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
     for name in ("hdr_uaddr", "hdr_len", "guest_uaddr", "guest_len", "trans_uaddr", "trans_len"):
         update = ReceiveUpdate(made.hva, Packet.seal(sender, TEXT[:16]))
         setattr(update.arg, name, 0)
@@ -270,7 +270,7 @@ def test_a_session_for_another_policy(bare: BareMaker, kind: str) -> None:
     start = ReceiveStart(sender, int(policy(kind)))
     start.arg.policy = int(policy(kind, no_debug=True))
     assert made.raw("RECEIVE_START", start.arg) == firmware(SevRet.SEV_RET_BAD_MEASUREMENT)
-    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind))).arg) == (0, 0)
+    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
 
 
 @needs_receive_update
@@ -288,8 +288,8 @@ def test_there_and_back(bare: BareMaker, kind: str) -> None:
     assert source.raw("SEND_FINISH") == (0, 0)
     tek, tik = open_session(middle, start.session)
     carrier = GuestOwner(tek, tik, middle.dh_key)
-    assert target.raw("RECEIVE_START", ReceiveStart(carrier, int(policy(kind))).arg) == (0, 0)
-    assert target.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(target.hva, update.packet).arg) == (0, 0)
+    assert target.raw("RECEIVE_START", ReceiveStart(carrier, int(policy(kind)))) == (0, 0)
+    assert target.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(target.hva, update.packet)) == (0, 0)
     assert target.raw("RECEIVE_FINISH") == (0, 0)
     assert SevGuest(target.vm).state == GuestState.RUNNING
     assert SevGuest(target.vm).dbg_decrypt(MEMORY, PAGE_SIZE) == TEXT

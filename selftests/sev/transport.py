@@ -96,7 +96,9 @@ def open_session(owner: GuestOwner, session: bytes) -> tuple[bytes, bytes]:
 
 
 class Argument:
-    """An argument whose pointers lead to copies of bytes, which live as long as this object."""
+    """An argument whose pointers lead to copies of bytes, which live as long as this object: ``arg`` keeps
+    them not.
+    """
 
     arg: Struct
 

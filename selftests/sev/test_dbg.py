@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DBG_DECRYPT and DBG_ENCRYPT: any address, any length, across pages, and what is refused.
+
+Documentation/virt/kvm/x86/amd-memory-encryption.rst, KVM_SEV_DBG_DECRYPT and KVM_SEV_DBG_ENCRYPT; SEV API,
+7.1 and 7.2, whose firmware wants blocks of 16 bytes: KVM makes them of whatever it is given.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmpy.coco.policy import SevPolicy
+from kvmpy.coco.sev_launch import SevRunning
+from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.sev_errors import SevError
+from kvmpy.uapi import ffi
+from kvmpy.uapi.constants import SevRet
+from kvmpy.uapi.structs import kvm_sev_dbg
+from selftests.sev.conftest import IN_PLACE, MEMORY, Bare, BareMaker, read_only, start_sev
+
+EINVAL = (errno.EINVAL, 0)
+LAUNCHED_PAGES = 4
+TEXT = bytes((at * 7 + at // 256) & 0xFF for at in range(LAUNCHED_PAGES * PAGE_SIZE))
+NEW = bytes((at * 5 + 0x80) & 0xFF for at in range(3 * PAGE_SIZE))
+
+# Where a range begins in the guest, where the host's buffer begins in its page, and how many bytes.
+RANGES = [
+    pytest.param(0, 0, PAGE_SIZE, id="a page"),
+    pytest.param(16, 0, 32, id="blocks"),
+    pytest.param(5, 0, 3, id="within a block"),
+    pytest.param(15, 1, 2, id="two bytes of two blocks"),
+    pytest.param(1, 3, 1, id="a byte"),
+    pytest.param(PAGE_SIZE - 1, 0, 2, id="the last byte and the first"),
+    pytest.param(PAGE_SIZE - 7, 8, 20, id="across a page"),
+    pytest.param(7, PAGE_SIZE - 5, 23, id="into two pages"),
+    pytest.param(PAGE_SIZE - 3, PAGE_SIZE - 9, 33, id="two borders in different places"),
+    pytest.param(PAGE_SIZE - 16, PAGE_SIZE - 16, 32, id="two borders in the same place"),
+    pytest.param(PAGE_SIZE - 16, PAGE_SIZE - 32, 64, id="blocks over two borders"),
+    pytest.param(9, 9, 2 * PAGE_SIZE + 1, id="an odd number of bytes of three pages"),
+    pytest.param(PAGE_SIZE - 1, 3, 2 * PAGE_SIZE + 2, id="four pages"),
+]
+
+
+class Buffer:
+    """Four pages of the host, of which *offset* is used."""
+
+    def __init__(self, offset: int) -> None:
+        self.bytes = bytearray(b"\xee" * (5 * PAGE_SIZE))
+        self._place = ffi.from_buffer(self.bytes)
+        base = int(ffi.cast("uintptr_t", self._place))
+        self.start = -base % PAGE_SIZE + offset
+        self.address = base + self.start
+
+    def inside(self, size: int) -> bytes:
+        return bytes(self.bytes[self.start : self.start + size])
+
+    def outside(self, size: int) -> set[int]:
+        """Return the values of the bytes around the used ones."""
+        return {*self.bytes[: self.start], *self.bytes[self.start + size :]}
+
+
+def running(bare: BareMaker, kind: str) -> tuple[Bare, SevRunning]:
+    """Return a guest that may be debugged, with TEXT at the begin of its memory."""
+    made = bare(kind)
+    made.vm.memory.write(MEMORY, TEXT)
+    return made, start_sev(made).update_data(MEMORY, len(TEXT)).measure().finish()
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize(("guest", "host", "size"), RANGES)
+def test_decrypt(bare: BareMaker, kind: str, guest: int, host: int, size: int) -> None:
+    """DBG_DECRYPT gives the guest's bytes, and touches no byte of the host's beside them.
+
+    Documentation/virt/kvm/x86/amd-memory-encryption.rst, KVM_SEV_DBG_DECRYPT: "any length".
+    """
+    made, _ = running(bare, kind)
+    buffer = Buffer(host)
+    arg = kvm_sev_dbg(src_uaddr=made.hva + guest, dst_uaddr=buffer.address, len=size)
+    assert made.raw("DBG_DECRYPT", arg) == (0, 0)
+    assert buffer.inside(size) == TEXT[guest : guest + size]
+    assert buffer.outside(size) == {0xEE}
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize(("guest", "host", "size"), RANGES)
+def test_encrypt(bare: BareMaker, kind: str, guest: int, host: int, size: int) -> None:
+    """DBG_ENCRYPT changes the guest's bytes that it names, and no other byte of their blocks and pages.
+
+    Documentation/virt/kvm/x86/amd-memory-encryption.rst, KVM_SEV_DBG_ENCRYPT.
+    """
+    made, state = running(bare, kind)
+    buffer = Buffer(host)
+    buffer.bytes[buffer.start : buffer.start + size] = NEW[:size]
+    arg = kvm_sev_dbg(src_uaddr=buffer.address, dst_uaddr=made.hva + guest, len=size)
+    assert made.raw("DBG_ENCRYPT", arg) == (0, 0)
+    assert state.dbg_decrypt(MEMORY, len(TEXT)) == TEXT[:guest] + NEW[:size] + TEXT[guest + size :]
+    assert buffer.inside(size) == NEW[:size]
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize("odd", [0, 3])
+def test_a_target_that_cannot_be_written(bare: BareMaker, kind: str, odd: int) -> None:
+    """DBG_DECRYPT into a page that can only be read gives ENOMEM: it cannot be pinned for writing.
+
+    DBG_ENCRYPT out of one is fine.  sev_dbg_crypt() in Linux.
+    """
+    made, state = running(bare, kind)
+    with read_only(NEW[:PAGE_SIZE]) as uaddr:
+        arg = kvm_sev_dbg(src_uaddr=made.hva, dst_uaddr=uaddr + odd, len=16)
+        assert made.raw("DBG_DECRYPT", arg) == (errno.ENOMEM, 0)
+        arg = kvm_sev_dbg(src_uaddr=uaddr + odd, dst_uaddr=made.hva, len=16)
+        assert made.raw("DBG_ENCRYPT", arg) == (0, 0)
+    assert state.dbg_decrypt(MEMORY, 32) == NEW[odd : odd + 16] + TEXT[16:32]
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize("command", ["DBG_DECRYPT", "DBG_ENCRYPT"])
+@pytest.mark.parametrize("end", ["src_uaddr", "dst_uaddr"])
+def test_an_address_of_nothing(bare: BareMaker, kind: str, command: str, end: str) -> None:
+    """Source or target that is not mapped gives ENOMEM.
+
+    sev_dbg_crypt() in Linux.
+    """
+    made, state = running(bare, kind)
+    arg = kvm_sev_dbg(src_uaddr=made.hva, dst_uaddr=made.hva, len=16)
+    # The first page of the address space is never mapped.
+    setattr(arg, end, 16)
+    assert made.raw(command, arg) == (errno.ENOMEM, 0)
+    assert state.dbg_decrypt(MEMORY, len(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_dbg_against_the_policy(bare: BareMaker, kind: str) -> None:
+    """A policy that forbids debugging makes the firmware refuse it with POLICY_FAILURE."""
+    made = bare(kind)
+    policy = SevPolicy(no_debug=True, es=kind == "sev-es")
+    guest = start_sev(made, policy).update_data(MEMORY, PAGE_SIZE).measure().finish()
+    for attempt in (
+        lambda: guest.dbg_decrypt(MEMORY, 16),
+        lambda: guest.dbg_encrypt(MEMORY, bytes(16)),
+    ):
+        with pytest.raises(SevError) as caught:
+            attempt()
+        assert (caught.value.errno, caught.value.firmware) == (
+            errno.EIO,
+            SevRet.SEV_RET_POLICY_FAILURE,
+        )
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize("command", ["DBG_DECRYPT", "DBG_ENCRYPT"])
+def test_dbg_of_nothing(bare: BareMaker, kind: str, command: str) -> None:
+    """Debugging no bytes, or from or to the null pointer, or around the end of the address space: EINVAL."""
+    made = bare(kind)
+    start_sev(made)
+    here = made.hva
+    for source, target, size in (
+        (here, here, 0),
+        (0, here, 16),
+        (here, 0, 16),
+        ((1 << 64) - 8, here, 16),
+        (here, (1 << 64) - 8, 16),
+    ):
+        arg = kvm_sev_dbg(src_uaddr=source, dst_uaddr=target, len=size)
+        assert made.raw(command, arg) == EINVAL
