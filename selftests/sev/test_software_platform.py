@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from kvmpy.core.address import PAGE_SIZE
+from kvmpy.lab.softsev.log import KernelLog
 from kvmpy.uapi.constants import SnpPageType
 from selftests.sev.conftest import MEMORY, BareMaker, start_snp
 from selftests.sev.test_snp_launch import update
@@ -87,6 +92,78 @@ def test_pages_of_a_guest_that_ended_are_the_hypervisors(bare: BareMaker) -> Non
     made.vm.close()
 
     assert len(guest_pages()) == before
+
+
+def host_write(pfn: int) -> int:
+    """Have the kernel write to a page, in its direct map, what is there already; return 0 or the errno."""
+    try:
+        fd = os.open(FOLDER / "host_write", os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        pytest.skip("this kernel has no RMP checks of host writes: `kvmpy lab build --soft-sev` makes one")
+    try:
+        os.write(fd, b"%d" % pfn)
+    except OSError as error:
+        return error.errno or -1
+    finally:
+        os.close(fd)
+    return 0
+
+
+@pytest.fixture
+def log() -> Iterator[KernelLog]:
+    """What the software AMD-SP logs during this test."""
+    try:
+        reader = KernelLog()
+    except OSError as error:
+        pytest.skip(f"/dev/kmsg cannot be read: {error.strerror}")
+    with closing(reader):
+        yield reader
+
+
+def test_a_host_write_to_a_guests_page_is_a_violation(bare: BareMaker, log: KernelLog) -> None:
+    """The kernel's write to a private page faults, and the log has the page's RMP entry."""
+    before = rmp()
+    made = bare("snp")
+    start_snp(made)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    [(pfn, entry)] = [one for one in rmp().items() if one[0] not in before and one[1].asid]
+    log.lines()
+
+    assert host_write(pfn) == errno.EFAULT
+
+    first, *others = log.lines()
+    assert first.startswith("softsev: RMP violation: the host writes to ")
+    assert others == [
+        f"softsev: RMP entry of PFN {pfn:#x}: assigned, GPA {entry.gpa:#x}, ASID {entry.asid}, 4K, validated"
+    ]
+
+
+def test_a_host_write_to_a_launch_context_is_a_violation(bare: BareMaker) -> None:
+    """The page that SNP_LAUNCH_START gave to the firmware is closed to the kernel until the VM ends."""
+    before = rmp()
+    made = bare("snp")
+    start_snp(made)
+    now = rmp()
+    [context] = [pfn for pfn in now.keys() - before.keys() if "vmsa" in now[pfn].states]
+
+    assert host_write(context) == errno.EFAULT
+    made.vm.close()
+    assert host_write(context) == 0
+
+
+def test_a_page_that_came_back_is_the_hosts_to_write(bare: BareMaker, log: KernelLog) -> None:
+    """When the VM has ended, the kernel writes to it, and nothing is logged."""
+    before = rmp()
+    made = bare("snp")
+    start_snp(made)
+    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    [pfn] = [pfn for pfn, entry in rmp().items() if pfn not in before and entry.asid]
+    made.vm.close()
+    log.lines()
+
+    assert host_write(pfn) == 0
+
+    assert log.lines() == []
 
 
 @pytest.mark.parametrize("name", ["vcek", "vlek"])

@@ -62,7 +62,6 @@ struct softsev_rmp {
 #define SOFTSEV_RMP_FAIL_OVERLAP	4
 #define SOFTSEV_RMP_FAIL_SIZEMISMATCH	6
 
-#ifdef CONFIG_SOFTSEV
 /* Instructions of the host. */
 int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, bool immutable);
 int softsev_psmash(u64 pfn);
@@ -72,9 +71,15 @@ void softsev_rmp_read(u64 pfn, struct softsev_rmp *e);
 void softsev_rmp_write(u64 pfn, const struct softsev_rmp *e);
 void softsev_rmp_reset(void);
 u64 softsev_rmp_generation(void);
+void *softsev_mem(u64 pa);
+
+/* What the host may do with its memory. */
+int softsev_host_may_write(u64 pfn, bool large, bool may);
+unsigned long softsev_host_fault(unsigned long error, unsigned long address);
+int softsev_host_write(u64 pfn);
+void softsev_rmp_describe(u64 pfn);
 
 struct seq_file;
 int softsev_rmp_show(struct seq_file *m);
-#endif
 
 #endif

@@ -142,7 +142,7 @@ void softsev_device_create(void)
 	soft_sp->clear_psp_master_device = set_master;
 	dev_set_drvdata(&pdev->dev, soft_sp);
 	sp_init(soft_sp);
-	softsev_x509_init();
+	softsev_debugfs_init();
 	pr_notice("software AMD-SP, API %d.%d build %d: nothing is encrypted\n", SOFTSEV_API_MAJOR,
 		  SOFTSEV_API_MINOR, SOFTSEV_BUILD);
 }

@@ -42,7 +42,7 @@ static inline u64 softsev_pa(u64 pa)
 
 static inline void *softsev_va(u64 pa)
 {
-	return __va(softsev_pa(pa));
+	return softsev_mem(softsev_pa(pa));
 }
 
 static inline bool softsev_pa_valid(u64 pa, u64 len)
@@ -283,7 +283,9 @@ u32 softsev_snp_launch_finish(void *buf);
 u32 softsev_cpuid_page(void *page);
 u32 softsev_snp_guest_request(void *buf);
 
-/* x509.c */
-void softsev_x509_init(void);
+/* x509.c, debugfs.c */
+struct dentry;
+void softsev_x509_init(struct dentry *folder);
+void softsev_debugfs_init(void);
 
 #endif

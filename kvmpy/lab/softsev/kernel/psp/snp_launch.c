@@ -112,7 +112,7 @@ static u32 measure(struct softsev_gctx *c, struct sev_data_snp_launch_update *d,
 
 static u32 update_page(struct softsev_gctx *c, struct sev_data_snp_launch_update *d, u64 pa, u64 gpa)
 {
-	void *page = __va(pa);
+	void *page = softsev_va(pa);
 	u32 ret;
 
 	if (d->page_type == SNP_PAGE_TYPE_CPUID) {

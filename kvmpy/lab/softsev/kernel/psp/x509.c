@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Software AMD-SP: X.509 certificates of the keys that sign attestation reports, for whoever checks one. In debugfs, as
- * softsev/{root,vcek,vlek}.der. Their names say that they are no AMD keys. The RMP is shown beside them.
+ * softsev/{root,vcek,vlek}.der. Their names say that they are no AMD keys.
  */
 #include <linux/debugfs.h>
 #include <linux/seq_file.h>
@@ -185,18 +185,9 @@ static int vlek_show(struct seq_file *m, void *v)
 }
 DEFINE_SHOW_ATTRIBUTE(vlek);
 
-static int rmp_show(struct seq_file *m, void *v)
+void softsev_x509_init(struct dentry *folder)
 {
-	return softsev_rmp_show(m);
-}
-DEFINE_SHOW_ATTRIBUTE(rmp);
-
-void softsev_x509_init(void)
-{
-	struct dentry *folder = debugfs_create_dir("softsev", NULL);
-
 	debugfs_create_file("root.der", 0444, folder, NULL, &root_fops);
 	debugfs_create_file("vcek.der", 0444, folder, NULL, &vcek_fops);
 	debugfs_create_file("vlek.der", 0444, folder, NULL, &vlek_fops);
-	debugfs_create_file("rmp", 0400, folder, NULL, &rmp_fops);
 }

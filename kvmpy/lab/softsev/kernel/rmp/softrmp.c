@@ -125,17 +125,11 @@ static int rmp_check_update(u64 pfn, bool large)
 	return SOFTSEV_RMP_OK;
 }
 
-/* softsev_rmpupdate - RMPUPDATE: the new entry is neither validated nor a VMSA */
-int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, bool immutable)
+static int rmp_update(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, bool immutable)
 {
 	struct softsev_rmp *e;
 	unsigned long flags;
 	int ret;
-
-	if (!assigned && !rmp_entry(pfn))
-		return SOFTSEV_RMP_OK;
-	if (!rmp_entry_make(pfn))
-		return SOFTSEV_RMP_FAIL_INUSE;
 
 	raw_spin_lock_irqsave(&rmp_lock, flags);
 	ret = rmp_check_update(pfn, large);
@@ -153,6 +147,28 @@ int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, boo
 		}
 	}
 	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+	return ret;
+}
+
+/* softsev_rmpupdate - RMPUPDATE: the new entry is neither validated nor a VMSA. The caller may sleep. */
+int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, bool immutable)
+{
+	struct softsev_rmp old;
+	int ret;
+
+	if (!assigned && !rmp_entry(pfn))
+		return SOFTSEV_RMP_OK;
+	if (!rmp_entry_make(pfn))
+		return SOFTSEV_RMP_FAIL_INUSE;
+
+	softsev_rmp_read(pfn, &old);
+	ret = rmp_update(pfn, gpa, asid, assigned, large, immutable);
+	if (!ret && old.assigned && (!assigned || (old.large && !large)))
+		softsev_host_may_write(pfn, old.large, true);
+	if (!ret && assigned && softsev_host_may_write(pfn, large, false)) {
+		rmp_update(pfn, 0, 0, false, large, false);
+		return SOFTSEV_RMP_FAIL_INUSE;
+	}
 	if (ret)
 		pr_warn("RMPUPDATE of PFN %#llx (%s, %s) fails with %d\n", pfn, large ? "2M" : "4K",
 			assigned ? "assigned" : "shared", ret);
@@ -183,17 +199,32 @@ int softsev_psmash(u64 pfn)
 	return ret;
 }
 
+static void rmp_clear(struct softsev_rmp *e)
+{
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&rmp_lock, flags);
+	memset(e, 0, sizeof(*e));
+	rmp_generation++;
+	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+}
+
 /* softsev_rmp_reset - what SNP_INIT does: every page is the hypervisor's */
 void softsev_rmp_reset(void)
 {
 	struct rmp_chunk *chunk;
-	unsigned long at, flags;
+	struct softsev_rmp old;
+	unsigned long at;
+	int i;
 
-	raw_spin_lock_irqsave(&rmp_lock, flags);
-	xa_for_each(&rmp_chunks, at, chunk)
-		memset(chunk, 0, sizeof(*chunk));
-	rmp_generation++;
-	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+	xa_for_each(&rmp_chunks, at, chunk) {
+		for (i = 0; i < CHUNK_PAGES; i++) {
+			old = chunk->e[i];
+			rmp_clear(&chunk->e[i]);
+			if (old.assigned)
+				softsev_host_may_write(at * CHUNK_PAGES + i, old.large, true);
+		}
+	}
 }
 EXPORT_SYMBOL_GPL(softsev_rmp_reset);
 

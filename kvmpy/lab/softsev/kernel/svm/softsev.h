@@ -76,7 +76,7 @@ static inline u64 softsev_cmask(void)
 
 static inline struct sev_es_save_area *softsev_vmsa(struct vcpu_svm *svm)
 {
-	return __va(svm->vmcb->control.vmsa_pa);
+	return softsev_mem(svm->vmcb->control.vmsa_pa);
 }
 
 /* The state that both kinds of guest have at the same place: in the VMSA, or in the VMCB. */

@@ -152,7 +152,7 @@ static bool softsev_vmsa_usable(struct vcpu_svm *svm)
 	if (!pa || !PAGE_ALIGNED(pa) || !pfn_valid(PHYS_PFN(pa)))
 		return false;
 	if (!softsev_is_snp(&svm->vcpu))
-		return *(u64 *)(__va(pa) + PAGE_SIZE - 8) == SOFTSEV_VMSA_MARK;
+		return *(u64 *)(softsev_mem(pa) + PAGE_SIZE - 8) == SOFTSEV_VMSA_MARK;
 	softsev_rmp_read(PHYS_PFN(pa), &e);
 	return e.assigned && e.vmsa && e.validated && !e.immutable && e.asid == svm->vmcb->control.asid &&
 	       (softsev_vmsa(svm)->sev_features & SVM_SEV_FEAT_SNP_ACTIVE);

@@ -331,7 +331,7 @@ int softsev_guest_copy(struct kvm_vcpu *vcpu, u64 raw, u64 access, void *buf, un
 		ret = -EFAULT;
 	if (!ret) {
 		if (access & PFERR_WRITE_MASK)
-			memcpy(__va(hpa), buf, len);
+			memcpy(softsev_mem(hpa), buf, len);
 		else
 			memcpy(buf, __va(hpa), len);
 	}
