@@ -23,7 +23,7 @@
 enum vc_end {
 	VC_DONE,		/* go on behind the instruction */
 	VC_AGAIN,		/* the registers say how far it got: run it again */
-	VC_RAISED,		/* the hypervisor wants an exception, which the frame holds */
+	VC_RAISED,		/* an exception, which the frame holds */
 	VC_UNKNOWN,
 };
 
@@ -201,10 +201,15 @@ static enum vc_end debug_register(struct exception_frame *frame, const struct in
 		*reg = cpu->dr7 ? cpu->dr7 : 0x400;
 		return VC_DONE;
 	}
-	ghcb_put(ghcb, GHCB_RAX, (*reg & 0xffffffff) | 0x400);
+	if (*reg >> 32) {
+		frame->vector = GP_VECTOR;
+		frame->error_code = 0;
+		return VC_RAISED;
+	}
+	ghcb_put(ghcb, GHCB_RAX, *reg | 0x400);
 	answer = ghcb_call(ghcb, SVM_EXIT_WRITE_DR7, 0, 0);
 	if (!answer.status)
-		cpu->dr7 = (*reg & 0xffffffff) | 0x400;
+		cpu->dr7 = *reg | 0x400;
 	return end_of(frame, answer);
 }
 

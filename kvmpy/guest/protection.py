@@ -72,6 +72,13 @@ class Traits:
         return not self.has_ghcb
 
     @property
+    def exits_in_place(self) -> bool:
+        """Whether the guest leaves at the instruction that exits, not at a VMGEXIT in its own #VC handler:
+        with another interrupt flag, and less that KVM counts.
+        """
+        return not self.has_ghcb
+
+    @property
     def has_string_io(self) -> bool:
         """Whether INS and OUTS work: KVM emulates them, or the guest's #VC handler carries them out."""
         return self.kvm_emulates or self.has_ghcb

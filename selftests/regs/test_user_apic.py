@@ -91,6 +91,7 @@ def test_apic_base(vcpu: GuestVcpu) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:exits_in_place")
 def test_if_flag(vcpu: GuestVcpu) -> None:
     """kvm_run.if_flag is the guest's interrupt flag at the exit.
 

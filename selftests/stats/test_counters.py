@@ -202,6 +202,7 @@ def test_port_exits(make_vm: MakeVm, name: str) -> None:
 
 
 @pytest.mark.protections("all")
+@pytest.mark.requires("trait:exits_in_place")
 def test_mmio_exits(make_vm: MakeVm) -> None:
     """Every MMIO access that user space has to serve is one in mmio_exits, and an emulated instruction.
 

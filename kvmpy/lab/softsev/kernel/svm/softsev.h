@@ -111,6 +111,11 @@ void softsev_trap(struct kvm_vcpu *vcpu, u32 code, int intercept, u64 old, u64 n
 
 /* softsev_cr.c */
 int softsev_cr_write(struct kvm_vcpu *vcpu, int cr);
+int softsev_cr_read(struct kvm_vcpu *vcpu, int cr);
+
+/* softsev_msr.c */
+void softsev_msr_prepare(struct vcpu_svm *svm);
+int softsev_msr(struct kvm_vcpu *vcpu);
 
 /* softsev_rmpinsn.c */
 int softsev_pvalidate(struct kvm_vcpu *vcpu);

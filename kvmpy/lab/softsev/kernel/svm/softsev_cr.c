@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Software AMD-SP: writes of CR0 and CR4.
+ * Software AMD-SP: CR0 and CR4.
  *
  * An emulated CPU ends VMRUN, or goes on in a state that no processor has, where a guest writes a value that must be
  * refused. So the writes are intercepted: SEV-ES and SNP guests get what a processor would do with them, a SEV guest's go
- * to KVM as with decode assists, for KVM cannot read its instructions.
+ * to KVM as with decode assists, for KVM cannot read its instructions. The same for what a SEV guest reads.
  */
 #include <linux/bitops.h>
 #include <linux/kvm_host.h>
@@ -28,8 +28,11 @@ static const u16 vmsa_gpr[] = {
 #undef GPR
 };
 
-/* MOV to control register @cr in the @len bytes at @insn: its length, or 0; @reg is where the value comes from. */
-static int cr_decode(const u8 *insn, int len, int cr, int *reg)
+#define MOV_FROM_CR	0x20
+#define MOV_TO_CR	0x22
+
+/* @opcode of control register @cr in the @len bytes at @insn: its length, or 0; @reg is the general register. */
+static int cr_decode(const u8 *insn, int len, u8 opcode, int cr, int *reg)
 {
 	int at = 0, rex = 0;
 	u8 modrm;
@@ -38,7 +41,7 @@ static int cr_decode(const u8 *insn, int len, int cr, int *reg)
 		at++;
 	if (at < len && (insn[at] & 0xf0) == 0x40)
 		rex = insn[at++];
-	if (at + 3 > len || insn[at] != 0x0f || insn[at + 1] != 0x22)
+	if (at + 3 > len || insn[at] != 0x0f || insn[at + 1] != opcode)
 		return 0;
 	modrm = insn[at + 2];
 	if (((modrm >> 3 & 7) | (rex & CR_REX_R ? 8 : 0)) != cr)
@@ -135,7 +138,7 @@ int softsev_cr_write(struct kvm_vcpu *vcpu, int cr)
 	len = softsev_guest_fetch(vcpu, insn, sizeof(insn));
 	if (len == -EFAULT)
 		return softsev_guest_fault(vcpu);
-	size = cr_decode(insn, max(len, 0), cr, &reg);
+	size = cr_decode(insn, max(len, 0), MOV_TO_CR, cr, &reg);
 	if (!size)
 		return SOFTSEV_PASS;
 	if (softsev_is_es(svm)) {
@@ -148,4 +151,21 @@ int softsev_cr_write(struct kvm_vcpu *vcpu, int cr)
 	value = kvm_register_read(vcpu, reg);
 	svm->next_rip = kvm_rip_read(vcpu) + size;
 	return kvm_complete_insn_gp(vcpu, cr ? kvm_set_cr4(vcpu, value) : kvm_set_cr0(vcpu, value));
+}
+
+/* softsev_cr_read - MOV from CR0 or CR4 of a SEV guest, where KVM shows another value than it lets the CPU have */
+int softsev_cr_read(struct kvm_vcpu *vcpu, int cr)
+{
+	u8 insn[INSN_MAX];
+	int reg, size, len;
+
+	len = softsev_guest_fetch(vcpu, insn, sizeof(insn));
+	if (len == -EFAULT)
+		return softsev_guest_fault(vcpu);
+	size = cr_decode(insn, max(len, 0), MOV_FROM_CR, cr, &reg);
+	if (!size)
+		return SOFTSEV_PASS;
+	kvm_register_write(vcpu, reg, cr ? kvm_read_cr4(vcpu) : kvm_read_cr0(vcpu));
+	to_svm(vcpu)->next_rip = kvm_rip_read(vcpu) + size;
+	return kvm_skip_emulated_instruction(vcpu);
 }

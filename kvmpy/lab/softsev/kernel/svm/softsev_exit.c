@@ -82,40 +82,6 @@ static int softsev_npf(struct kvm_vcpu *vcpu)
 	return ret;
 }
 
-static bool softsev_own_msr(struct kvm_vcpu *vcpu)
-{
-	struct vcpu_svm *svm = to_svm(vcpu);
-	struct vmcb_control_area *c = &svm->vmcb->control;
-	bool es = softsev_is_es(svm), write = c->exit_info_1;
-	struct sev_es_save_area *v = es ? softsev_vmsa(svm) : NULL;
-	u32 msr = es ? v->rcx : vcpu->arch.regs[VCPU_REGS_RCX];
-	u64 value;
-
-	if (msr == MSR_AMD64_SEV && !write) {
-		value = MSR_AMD64_SEV_ENABLED;
-		if (es)
-			value |= MSR_AMD64_SEV_ES_ENABLED | v->sev_features << 2;
-	} else if (msr == MSR_AMD64_SEV_ES_GHCB && es) {
-		value = c->ghcb_gpa;
-	} else {
-		return false;
-	}
-	if (write)
-		c->ghcb_gpa = v->rdx << 32 | (u32)v->rax;
-	else if (es) {
-		v->rax = (u32)value;
-		v->rdx = value >> 32;
-	} else {
-		vcpu->arch.regs[VCPU_REGS_RAX] = (u32)value;
-		vcpu->arch.regs[VCPU_REGS_RDX] = value >> 32;
-	}
-	if (es)
-		v->rip += 2;
-	else
-		kvm_rip_write(vcpu, kvm_rip_read(vcpu) + 2);
-	return true;
-}
-
 /* KVM cannot decode the instructions of an SEV guest, and the CPU does not say where the next one is. */
 static void softsev_next_rip(struct kvm_vcpu *vcpu, u32 code)
 {
@@ -240,6 +206,7 @@ int softsev_handle_exit(struct kvm_vcpu *vcpu)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);
 	u32 code = svm->vmcb->control.exit_code;
+	int ret;
 
 	if (!softsev_enabled() || !svm->softsev || !softsev_is_sev(svm))
 		return SOFTSEV_PASS;
@@ -247,10 +214,15 @@ int softsev_handle_exit(struct kvm_vcpu *vcpu)
 		softsev_traps(vcpu);
 	if (code == SVM_EXIT_NPF)
 		return softsev_npf(vcpu);
-	if (code == SVM_EXIT_MSR && softsev_own_msr(vcpu))
-		return 1;
+	if (code == SVM_EXIT_MSR) {
+		ret = softsev_msr(vcpu);
+		if (ret != SOFTSEV_PASS)
+			return ret;
+	}
 	if (code == SVM_EXIT_CR0_SEL_WRITE || code == SVM_EXIT_WRITE_CR4)
 		return softsev_cr_write(vcpu, code == SVM_EXIT_WRITE_CR4 ? 4 : 0);
+	if (code == SVM_EXIT_READ_CR0 || code == SVM_EXIT_READ_CR4)
+		return softsev_cr_read(vcpu, code == SVM_EXIT_READ_CR4 ? 4 : 0);
 	if (softsev_is_es(svm))
 		return softsev_es_exit(vcpu, code);
 	softsev_next_rip(vcpu, code);

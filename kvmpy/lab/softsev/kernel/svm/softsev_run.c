@@ -11,9 +11,6 @@
 #include "x86.h"
 #include "softsev.h"
 
-#define MSRPM_SEV_BYTE	(0x1000 + ((MSR_AMD64_SEV_ES_GHCB & 0x1fff) * 2) / 8)
-#define MSRPM_SEV_BITS	0x0f	/* reads and writes of the GHCB's and the status MSR */
-
 static struct softsev_vcpu *softsev_vcpu_get(struct vcpu_svm *svm)
 {
 	struct softsev_vcpu *sv = svm->softsev;
@@ -163,11 +160,13 @@ static void softsev_prepare(struct vcpu_svm *svm, struct softsev_vcpu *sv)
 	struct vmcb_control_area *c = &svm->vmcb->control;
 	u64 generation = softsev_rmp_generation();
 
-	((u8 *)svm->msrpm)[MSRPM_SEV_BYTE] |= MSRPM_SEV_BITS;
+	softsev_msr_prepare(svm);
 
 	/* Control registers are the guest's own, but for values that the CPU would not refuse: softsev_cr.c. */
-	vmcb_clr_intercept(c, INTERCEPT_CR0_READ);
-	vmcb_clr_intercept(c, INTERCEPT_CR4_READ);
+	if (softsev_is_es(svm)) {
+		vmcb_clr_intercept(c, INTERCEPT_CR0_READ);
+		vmcb_clr_intercept(c, INTERCEPT_CR4_READ);
+	}
 	vmcb_clr_intercept(c, INTERCEPT_CR8_READ);
 	vmcb_clr_intercept(c, INTERCEPT_CR0_WRITE);
 	vmcb_clr_intercept(c, INTERCEPT_CR8_WRITE);
