@@ -9,6 +9,7 @@ mkdir -p "$HOME" /tmp/cache/kvmpy/guest
 ip link set lo up 2>/dev/null &
 
 for port in /sys/class/virtio-ports/*; do
+	[ -e "$port/name" ] || continue
 	read -r name <"$port/name" && ln -s "${port##*/}" "/dev/$name"
 done
 

@@ -200,6 +200,8 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
     values = {**DEFAULTS, **values}
     if values["record"] and values["matrix"]:
         raise click.UsageError("--record is not for --matrix: the kernels' records would have the same names")
+    if values["html"] and values["matrix"]:
+        raise click.UsageError("--html is not for --matrix: a page shows one run; --json has them all")
     if values["may_build"] and not values["kernel"] and not values["matrix"]:
         _build_if_none(values["soft_sev"])
     if values["matrix"]:

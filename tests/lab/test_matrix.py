@@ -11,7 +11,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from kvmpy.cli.main import main
 from kvmpy.lab import kernels, matrix
 from tests.lab.conftest import FAKE, make_image
 
@@ -97,3 +99,11 @@ def test_reports_of_kernels_are_put_together() -> None:
     junit = matrix.merged_junit({"k1": '<testsuites><testsuite name="x" tests="1"/></testsuites>', "k2": ""})
     suites = ElementTree.fromstring(junit.partition("?>")[2])
     assert [(suite.get("name"), suite.get("errors")) for suite in suites] == [("k1", None), ("k2", "1")]
+
+
+@pytest.mark.parametrize("option", [("--html", "page.html"), ("--record", "all")])
+def test_what_only_one_kernel_can_have(option: tuple[str, str]) -> None:
+    """Reports that show one run are refused for several, with what to ask for instead or why."""
+    ended = CliRunner().invoke(main, ["lab", "run", "--matrix", "6.12,7.2", *option])
+    assert ended.exit_code == 2
+    assert f"{option[0]} is not for --matrix" in ended.output
