@@ -100,9 +100,9 @@ class FdBackedProtection(Protection):
 
     # Conversions.
 
-    def convert(self, vm: GuestVm, gpa: Gpa, size: int, *, private: bool, discard: bool) -> None:
+    def convert(self, vm: GuestVm, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
         """Set the attributes; with *discard* give back the memory that the pages leave."""
-        vm.set_memory_attributes(int(gpa), size, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0)
+        vm.set_memory_attributes(gpa, size, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0)
         if discard:
             self._discard(vm, gpa, size, shared=private)
 

@@ -17,9 +17,7 @@ from kvmpy.core import observe
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 from kvmpy.core.backing import Mapping
 from kvmpy.core.errors import PrivateMemoryError
-
-# Frame numbers that a BitMap can hold; it ignores larger ones silently.
-_GFN_LIMIT = 1 << 32
+from kvmpy.core.frames import GFN_LIMIT, NotedFrames
 
 
 @dataclass(frozen=True)
@@ -60,19 +58,21 @@ class Segment:
 class GuestMemory:
     """All of a VM's guest memory.
 
-    *private* holds the frame numbers of private pages.  *seal* is the reason for which the host may no
+    *seal* is the reason for which the host may no
     longer touch private pages (None while it may).  *convert*, where there is one, is called with (gpa,
     size, private, discard) before the bitmap changes, and carries the change out in KVM: an exception leaves
     the bitmap as it was.
     """
 
-    private: BitMap = field(default_factory=BitMap, repr=False)
     seal: str | None = None
     convert: Callable[[Gpa, int, bool, bool], None] | None = field(default=None, repr=False)
     # Two threads that convert one range: KVM and the bitmap must see them in the same order.
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _segments: list[Segment] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
+    # Where pages may become private, as far as the last conversion found out; (0, 0): nowhere.
+    _convertible: tuple[int, int] = (0, 0)
+    _noted: NotedFrames = field(default_factory=NotedFrames, repr=False)
 
     def check_free(self, gpa: Gpa, size: int) -> int:
         """Return the place of a new range in the order of addresses.
@@ -103,7 +103,8 @@ class GuestMemory:
         """Take a range out; its pages are no longer private."""
         at = self._segments.index(segment)
         del self._segments[at], self._starts[at]
-        self.private.remove_range(segment.gpa.gfn, segment.gpa.gfn + (segment.size >> PAGE_SHIFT))
+        self._convertible = 0, 0
+        self._noted.note(segment.gpa, segment.size, False)
 
     def segments(self) -> list[Segment]:
         """Return the ranges in the order of their addresses."""
@@ -122,10 +123,15 @@ class GuestMemory:
 
     # Which pages are private.
 
+    @property
+    def private(self) -> BitMap:
+        """The frame numbers of private pages; ask again after a change."""
+        return self._noted.bitmap
+
     def is_private(self, gpa: Gpa) -> bool:
         """Tell whether the page at *gpa* is private."""
         gfn = int(gpa) >> PAGE_SHIFT
-        return gfn < _GFN_LIMIT and gfn in self.private
+        return gfn < GFN_LIMIT and gfn in self.private
 
     def set_private(self, gpa: Gpa, size: int, *, discard: bool = False) -> None:
         """Make *size* bytes (whole pages, also of several ranges) at *gpa* private.
@@ -133,15 +139,6 @@ class GuestMemory:
         *discard* gives back what the shared pages held, where :attr:`convert` can.  ValueError above 16 TiB
         and where a page is outside guest memory.
         """
-        segments = self._covering(gpa, size)
-        if int(gpa) + size > _GFN_LIMIT << PAGE_SHIFT:
-            limit = _GFN_LIMIT << PAGE_SHIFT
-            raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: private memory lies below {limit:#x}")
-        for segment in segments:
-            if segment.always_shared:
-                raise ValueError(
-                    f"gpa {int(gpa):#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
-                )
         self._assign(gpa, size, True, discard)
 
     def set_shared(self, gpa: Gpa, size: int, *, discard: bool = False) -> None:
@@ -150,19 +147,33 @@ class GuestMemory:
         *discard* gives back what the private pages held, where :attr:`convert` can.  ValueError where a page
         is outside guest memory.
         """
-        self._covering(gpa, size)
         self._assign(gpa, size, False, discard)
 
+    def _check_convertible(self, gpa: Gpa, size: int, private: bool) -> None:
+        segments = self._covering(gpa, size)
+        if not private:
+            return
+        limit = GFN_LIMIT << PAGE_SHIFT
+        if int(gpa) + size > limit:
+            raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: private memory lies below {limit:#x}")
+        for segment in segments:
+            if segment.always_shared:
+                raise ValueError(
+                    f"gpa {int(gpa):#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
+                )
+        self._convertible = int(segments[0].gpa), min(segments[-1].end_gfn << PAGE_SHIFT, limit)
+
     def _assign(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
-        first = int(gpa) >> PAGE_SHIFT
-        last = first + (size >> PAGE_SHIFT)
+        # What lies where the last range did that could become private needs no closer look: each page that
+        # is touched between two ioctls costs (docs/bench.md).
+        address = int(gpa)
+        start, end = self._convertible
+        if not start <= address < address + size <= end or (address | size) & (PAGE_SIZE - 1):
+            self._check_convertible(gpa, size, private)
         with self.lock:
             if self.convert is not None:
                 self.convert(gpa, size, private, discard)
-            if private:
-                self.private.add_range(first, last)
-            else:
-                self.private.remove_range(first, last)
+            self._noted.note(gpa, size, private)
 
     def hand_out(self, gpa: Gpa, size: int, *, private: bool, clear: bool) -> None:
         """Make pages that an allocator gives away private or shared, and with *clear* zero.
@@ -185,7 +196,7 @@ class GuestMemory:
     def _covering(self, gpa: Gpa, size: int) -> Sequence[Segment]:
         """Return the ranges that hold whole pages; ValueError for others, and where one is outside."""
         address = int(gpa)
-        if address % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
+        if (address | size) & (PAGE_SIZE - 1) or size <= 0:
             raise ValueError(f"gpa {address:#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
         end = address + size
         found: list[Segment] = []
@@ -327,6 +338,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Forget all ranges (their mappings belong to the memory slots)."""
+        self._convertible = 0, 0
         self._segments.clear()
         self._starts.clear()
 
@@ -393,7 +405,7 @@ class PageAllocator:
             if private and segment.always_shared:
                 continue
             first = max(start, segment.gpa.gfn)
-            limit = min(segment.end_gfn, _GFN_LIMIT)
+            limit = min(segment.end_gfn, GFN_LIMIT)
             first += -first % step
             while first + pages <= limit:
                 if not self.used.range_cardinality(first, first + pages):

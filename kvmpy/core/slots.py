@@ -8,21 +8,22 @@ from dataclasses import dataclass, field, replace
 
 from pyroaring import BitMap
 
-from kvmpy.core.address import PAGE_SHIFT, Gpa
+from kvmpy.core.address import Gpa
 from kvmpy.core.backing import Anonymous, Backing, MappedGuestMemfd, Mapping
 from kvmpy.core.fd import KvmFd
+from kvmpy.core.frames import NotedFrames
 from kvmpy.core.gmem import GuestMemfd
 from kvmpy.core.memory import GuestMemory, Segment
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE
 from kvmpy.uapi.structs import (
     kvm_create_guest_memfd,
-    kvm_memory_attributes,
     kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
 )
 
-_GFN_LIMIT = 1 << 32  # what a BitMap of frame numbers can hold
+# Plain: an operator of a flag takes longer than the ioctl's whole way through Python.
+_PRIVATE = int(KVM_MEMORY_ATTRIBUTE_PRIVATE)
 
 
 @dataclass
@@ -103,8 +104,7 @@ class VmSlots(KvmFd):
         super().__init__(fd, name)
         self.memory = GuestMemory()
         self.slots: dict[int, MemorySlot] = {}
-        # Frames whose last accepted attributes have KVM_MEMORY_ATTRIBUTE_PRIVATE.
-        self.private_attributes = BitMap()
+        self._attributes = NotedFrames()
         self._mappings: list[Mapping] = []
         self._gmems: list[GuestMemfd] = []
 
@@ -157,13 +157,13 @@ class VmSlots(KvmFd):
 
         KVM has no way to read them back: :attr:`private_attributes` notes what it accepted.
         """
-        arg = kvm_memory_attributes.of_values(int(gpa), size, attributes, flags)
-        self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
-        first, last = int(gpa) >> PAGE_SHIFT, min((int(gpa) + size) >> PAGE_SHIFT, _GFN_LIMIT)
-        if first < last and attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE:
-            self.private_attributes.add_range(first, last)
-        elif first < last:
-            self.private_attributes.remove_range(first, last)
+        self.ioctl_words(ioctls.KVM_SET_MEMORY_ATTRIBUTES, gpa, size, attributes, flags)
+        self._attributes.note(gpa, size, int(attributes) & _PRIVATE != 0)
+
+    @property
+    def private_attributes(self) -> BitMap:
+        """Frames whose last accepted attributes have KVM_MEMORY_ATTRIBUTE_PRIVATE, as of now."""
+        return self._attributes.bitmap
 
     def own(self, mapping: Mapping) -> Mapping:
         """Let the VM keep *mapping* alive until it is closed, and return it."""

@@ -137,7 +137,7 @@ class Protection(ABC):
         ready.
         """
 
-    def convert(self, vm: GuestVm, gpa: Gpa, size: int, *, private: bool, discard: bool) -> None:
+    def convert(self, vm: GuestVm, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
         """Carry a conversion of launched memory out in KVM; the caller notes it in the bitmap afterwards.
 
         Called only where :attr:`Traits.private_is_fd_backed`.

@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, EncryptionBit, Gpa, Gva, RawGpa
@@ -284,14 +285,11 @@ class GuestVm(VmPrivate):
         self.protection.launch(self)
         self.launched = True
         if self.protection.traits.private_is_fd_backed:
-            self.memory.convert = self._convert
+            self.memory.convert = partial(self.protection.convert, self)
         if self.strict_private:
             self.memory.seal = "strict_private keeps it from the host, as SEV-SNP would"
         elif not self.protection.traits.host_sees_private:
             self.memory.seal = f"protection {self.protection.name} keeps it from the host after launch"
-
-    def _convert(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
-        self.protection.convert(self, gpa, size, private=private, discard=discard)
 
     # Addresses.
 

@@ -110,6 +110,63 @@ def test_a_range_that_stays_shared_takes_no_private_page(memory: GuestMemory, co
     assert len(converter.calls) == 2
 
 
+Step = tuple[str, int, int]
+steps = st.lists(
+    st.tuples(st.sampled_from(["private", "shared", "add", "remove"]), st.integers(0, 19), st.integers(0, 9)),
+    max_size=30,
+)
+
+
+@given(steps)
+def test_conversions_beside_plain_sets(taken: list[Step]) -> None:
+    """Ranges of four pages come and go, the third of them always shared."""
+    memory, mapping = GuestMemory(), Anonymous().map(4 * PAGE_SIZE)
+    there, private = dict[int, Segment](), set[int]()
+    for what, first, pages in taken:
+        number = first % 4
+        if what == "add" and number not in there:
+            gpa = Gpa(number * 4 * PAGE_SIZE)
+            there[number] = Segment(gpa, 4 * PAGE_SIZE, mapping, mapping, always_shared=number == 2)
+            memory.add(there[number])
+        elif what == "remove" and number in there:
+            memory.remove(there.pop(number))
+            private -= set(range(number * 4, number * 4 + 4))
+        elif what in ("private", "shared"):
+            change = memory.set_private if what == "private" else memory.set_shared
+            wanted = set(range(first, first + pages))
+            covered = {page for at in there for page in range(at * 4, at * 4 + 4)}
+            if not wanted or wanted - covered or (what == "private" and wanted & set(range(8, 12))):
+                with pytest.raises(ValueError, match="gpa"):
+                    change(Gpa(first * PAGE_SIZE), pages * PAGE_SIZE)
+            else:
+                change(Gpa(first * PAGE_SIZE), pages * PAGE_SIZE)
+                private = private | wanted if what == "private" else private - wanted
+        assert set(memory.private) == private
+    mapping.close()
+
+
+def test_a_remembered_range_takes_whole_pages_only(memory: GuestMemory, converter: Converter) -> None:
+    memory.set_private(page(0), PAGES * PAGE_SIZE)
+    for gpa, size in (
+        (page(0) + 1, PAGE_SIZE),
+        (page(0), PAGE_SIZE + 1),
+        (page(0), 0),
+        (page(1), -PAGE_SIZE),
+    ):
+        for change in (memory.set_private, memory.set_shared):
+            with pytest.raises(ValueError, match="whole 4 KiB pages"):
+                change(gpa, size)
+    assert len(converter.calls) == 1
+
+
+def test_closed_memory_converts_nothing(memory: GuestMemory, converter: Converter) -> None:
+    memory.set_private(page(0), PAGE_SIZE)
+    memory.close()
+    with pytest.raises(ValueError, match="outside guest memory"):
+        memory.set_shared(page(0), PAGE_SIZE)
+    assert len(converter.calls) == 1
+
+
 def test_private_allocations_keep_out_of_it(memory: GuestMemory) -> None:
     first, second = memory.segments()
     memory.remove(first)
