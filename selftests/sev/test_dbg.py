@@ -73,7 +73,7 @@ def running(bare: BareMaker, kind: str) -> tuple[Bare, SevRunning]:
 def test_decrypt(bare: BareMaker, kind: str, guest: int, host: int, size: int) -> None:
     """DBG_DECRYPT gives the guest's bytes, and touches no byte of the host's beside them.
 
-    Documentation/virt/kvm/x86/amd-memory-encryption.rst, KVM_SEV_DBG_DECRYPT: "any length".
+    Documentation/virt/kvm/x86/amd-memory-encryption.rst, KVM_SEV_DBG_DECRYPT.
     """
     made, _ = running(bare, kind)
     buffer = Buffer(host)

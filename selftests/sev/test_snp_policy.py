@@ -62,7 +62,7 @@ def sockets() -> int:
 def test_the_version(bare: BareMaker, major: int, minor: int | None, met: bool) -> None:
     """A policy asks for a firmware of its ABI version or a later one: POLICY_FAILURE below it.
 
-    SNP firmware ABI, 4.3: ABI_MAJOR and ABI_MINOR are "the minimum ABI version"; 8.12.
+    SNP firmware ABI, 4.3: ABI_MAJOR and ABI_MINOR are the lowest version that will do; 8.12.
     """
     status = platform_status()
     wanted = int(status.api_major) + major
@@ -91,7 +91,7 @@ def test_hyper_threads_that_are_not_allowed(bare: BareMaker) -> None:
 def test_hyper_threads_that_are_allowed(bare: BareMaker) -> None:
     """A policy with SMT launches whether hyper-threads are on or not.
 
-    SNP firmware ABI, 4.3 (SMT): "allowed", not demanded.
+    SNP firmware ABI, 4.3 (SMT): allowed, not demanded.
     """
     assert start(bare, SnpPolicy(smt=True)) == TAKEN
 

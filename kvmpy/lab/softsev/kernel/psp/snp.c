@@ -7,12 +7,14 @@
 #include <linux/mm.h>
 #include <linux/printk.h>
 #include <linux/random.h>
+#include <linux/topology.h>
 #include "psp.h"
 
 #define RANGES_MAX	((PAGE_SIZE - sizeof(struct sev_data_range_list)) / sizeof(struct sev_data_range))
 #define LARGE_PAGE	BIT(0)
 #define PAGES_2M	512
 #define POLICY_DEBUG	BIT_ULL(19)
+#define POLICY_SINGLE_SOCKET	BIT_ULL(20)
 
 static struct softsev_platform *p = &softsev_platform;
 static unsigned int contexts;
@@ -271,6 +273,8 @@ u32 softsev_snp_activate(void *buf)
 		return SEV_RET_INVALID_GUEST_STATE;
 	if (c->asid)
 		return SEV_RET_ACTIVE;
+	if ((c->policy & POLICY_SINGLE_SOCKET) && topology_max_packages() > 1)
+		return SEV_RET_POLICY_FAILURE;
 	ret = softsev_asid_take(d->asid, 1, SOFTSEV_ASID_MIN_SEV - 1, softsev_pa(d->gctx_paddr));
 	if (!ret)
 		c->asid = d->asid;

@@ -11,7 +11,7 @@
 #include "psp.h"
 
 #define POLICY_KNOWN	GENMASK_ULL(25, 0)
-#define POLICY_UNAVAILABLE	GENMASK_ULL(25, 21)	/* CXL, XTS-256, RAPL, ciphertext hiding, page swap */
+#define POLICY_UNAVAILABLE	GENMASK_ULL(24, 22)	/* XTS-256, RAPL, ciphertext hiding */
 #define ID_ALGO_P384	1
 
 u32 softsev_snp_launch_start(void *buf)
