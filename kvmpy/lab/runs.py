@@ -33,6 +33,7 @@ from kvmpy.testing.host import PLATFORM_VARIABLE
 _PLUGINS = ("kvmpy.testing.plugin", "pytest_timeout")
 _NOT = ("junitxml", "doctest", "legacypath", "pastebin", "xdist")
 _KEPT_SECONDS = 7 * 86400.0
+_NO_PLUGINS = "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
 _PASSED_ON = ("KVMPY_REQUIRE", "PYTHONPATH", "VIRTUAL_ENV", "HYPOTHESIS_PROFILE")
 MAX_MACHINES = 8
 
@@ -88,7 +89,7 @@ def platform(options: Options) -> str:
 
 def _common(options: Options) -> dict[str, str]:
     # Emulated, the import of a plugin that no selftest needs takes as long as the kernel's boot.
-    return {PLATFORM_VARIABLE: platform(options), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return {PLATFORM_VARIABLE: platform(options), _NO_PLUGINS: "1"}
 
 
 def _job(options: Options, command: Sequence[str], *, interactive: bool = False) -> Job:
@@ -96,6 +97,9 @@ def _job(options: Options, command: Sequence[str], *, interactive: bool = False)
     bytecode.folder().mkdir(parents=True, exist_ok=True)
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     environment |= _common(options) | bytecode.environment(writing=False)
+    if interactive:
+        # Who runs pytest there does so without naming the plugins.
+        del environment[_NO_PLUGINS]
     environment |= {
         "XDG_CACHE_HOME": "/tmp/cache",  # noqa: S108 - a tmpfs inside
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108

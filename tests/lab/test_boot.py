@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -224,20 +225,10 @@ def test_an_end_from_outside_leaves_no_qemu(tmp_path: Path, kernel: Kernel, numb
         assert report(tmp_path)["a"]["verdict"] == "pass"
 
 
-def test_a_command_in_the_shell(kernel: Kernel) -> None:
+def test_commands_in_the_shell(kernel: Kernel) -> None:
+    commands = "cat /proc/version; kvmpy run harness/test_counter.py --protection none"
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "kvmpy",
-            "lab",
-            "shell",
-            "--kernel",
-            kernel.name,
-            "--",
-            "cat",
-            "/proc/version",
-        ],
+        [sys.executable, "-m", "kvmpy", "lab", "shell", "--kernel", kernel.name, "--", "sh", "-c", commands],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -245,3 +236,4 @@ def test_a_command_in_the_shell(kernel: Kernel) -> None:
         check=False,
     )
     assert f"Linux version {kernel.release}" in result.stdout, result.stderr
+    assert re.search(r"\b[1-9]\d* passed", result.stdout), result.stdout
