@@ -236,4 +236,4 @@ def test_commands_in_the_shell(kernel: Kernel) -> None:
         check=False,
     )
     assert f"Linux version {kernel.release}" in result.stdout, result.stderr
-    assert re.search(r"\b[1-9]\d* passed", result.stdout), result.stdout
+    assert re.search(r"[1-9]\d* passed", result.stdout), result.stdout
