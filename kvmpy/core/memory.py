@@ -58,10 +58,9 @@ class Segment:
 class GuestMemory:
     """All of a VM's guest memory.
 
-    *seal* is the reason for which the host may no
-    longer touch private pages (None while it may).  *convert*, where there is one, is called with (gpa,
-    size, private, discard) before the bitmap changes, and carries the change out in KVM: an exception leaves
-    the bitmap as it was.
+    *seal* is the reason for which the host may no longer touch private pages (None while it may).  *convert*,
+    where there is one, is called with (gpa, size, private, discard) before the bitmap changes, and carries
+    the change out in KVM: an exception leaves the bitmap as it was.
     """
 
     seal: str | None = None

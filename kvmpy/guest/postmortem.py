@@ -86,7 +86,7 @@ def _postmortem(
     section("vm", lambda: _about(vm))
     state: list[tuple[kvm_regs, kvm_sregs]] = []
     section("registers", lambda: _registers(vm, vcpu, state))
-    section("interrupts", lambda: interrupts(vcpu))
+    section("interrupts", lambda: _unless_running(vcpu, lambda: interrupts(vcpu)))
     if vcpu.ghcb_gpa is not None:
         section("GHCB", lambda: list(vm.protection.about_vcpu(vm, vcpu)))
     place = _place(state, call)
@@ -101,7 +101,7 @@ def _postmortem(
     section(f"last ioctls of {vm.name} (KVM_RUN aside)", lambda: recent.lines(vm.name, asked) or ["none"])
     if vm.console:
         section("console", lambda: vm.console.splitlines()[-20:])
-    section("KVM statistics (not zero)", lambda: _stats(vcpu))
+    section("KVM statistics (not zero)", lambda: _unless_running(vcpu, lambda: _stats(vcpu)))
     return "\n".join(lines)
 
 
@@ -118,14 +118,22 @@ def _about(vm: GuestVm) -> Iterator[str]:
         yield f"memory {segment.gpa}..{end:#x}: {private} of {last - first} pages private"
 
 
+def _unless_running(vcpu: GuestVcpu, ask: Callable[[], Iterator[str]]) -> Iterator[str]:
+    # Its ioctls would wait until the guest leaves.
+    if vcpu.running:
+        yield f"not available: {vcpu.name} is running in thread {vcpu.thread_id}"
+    else:
+        yield from ask()
+
+
 def _registers(vm: GuestVm, vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sregs]]) -> Iterator[str]:
     if vm.launched and not vm.protection.traits.can_read_registers:
         yield f"hidden: protection {vm.protection.name} keeps registers from the host after launch"
         return
-    if vcpu.running:
-        # Its ioctls would wait until the guest leaves.
-        yield f"not available: {vcpu.name} is running in thread {vcpu.thread_id}"
-        return
+    yield from _unless_running(vcpu, lambda: _state(vcpu, state))
+
+
+def _state(vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sregs]]) -> Iterator[str]:
     regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
     state.append((regs, sregs))
     yield from registers.format_regs(regs).splitlines()
@@ -273,9 +281,6 @@ def _trail(vcpu: GuestVcpu) -> Iterator[str]:
 
 
 def _stats(vcpu: GuestVcpu) -> Iterator[str]:
-    if vcpu.running:
-        yield f"not available: {vcpu.name} is running in thread {vcpu.thread_id}"
-        return
     words = []
     for name, value in vcpu.get_stats().items():
         if not value.is_histogram and value.value:

@@ -20,9 +20,6 @@ _SHADOWS = {ShadowInt.KVM_X86_SHADOW_INT_MOV_SS: "MOV SS", ShadowInt.KVM_X86_SHA
 
 def interrupts(vcpu: GuestVcpu) -> Iterator[str]:
     """Yield the events of *vcpu* (KVM_GET_VCPU_EVENTS) and the state of its local APIC, where KVM has one."""
-    if vcpu.running:
-        yield f"not available: {vcpu.name} is running in thread {vcpu.thread_id}"
-        return
     yield from _events(vcpu.get_vcpu_events())
     try:
         state = apic.LapicState(vcpu.get_lapic().to_bytes())

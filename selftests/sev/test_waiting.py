@@ -134,6 +134,15 @@ def holding(make_vm: MakeVm, *, by_msr: bool) -> Pair:
     return Pair(vm)
 
 
+def held(make_vm: MakeVm, *, by_msr: bool) -> Pair:
+    """Return a VM whose vCPU 1 was started, and holds for the first time."""
+    pair = holding(make_vm, by_msr=by_msr)
+    pair.send(INIT, STARTUP)
+    assert pair.target.sync().args == (0,)
+    wait_for(pair.target, KVM_MP_STATE_AP_RESET_HOLD)
+    return pair
+
+
 @with_ghcb
 def test_the_first_start(make_vm: MakeVm) -> None:
     """The first INIT and SIPI start an AP in the state it was launched with, whatever the vector says.
@@ -170,10 +179,7 @@ def test_a_hold_ends_with_an_nmi(make_vm: MakeVm, by_msr: bool) -> None:
 
     GHCB specification, 4.1 (AP reset hold): a guest that is told zero asks again.
     """
-    pair = holding(make_vm, by_msr=by_msr)
-    pair.send(INIT, STARTUP)
-    assert pair.target.sync().args == (0,)
-    wait_for(pair.target, KVM_MP_STATE_AP_RESET_HOLD)
+    pair = held(make_vm, by_msr=by_msr)
     pair.target.nmi()
     assert pair.target.sync().args == answer_of(by_msr, started=False)
     assert pair.vm.symbol("nmis").u64 == 1
@@ -186,10 +192,7 @@ def test_a_sipi_without_init_is_no_start(make_vm: MakeVm, by_msr: bool) -> None:
 
     AMD APM volume 2, 16.5: only INIT lets a processor wait for SIPI; GHCB specification, 4.1.
     """
-    pair = holding(make_vm, by_msr=by_msr)
-    pair.send(INIT, STARTUP)
-    assert pair.target.sync().args == (0,)
-    wait_for(pair.target, KVM_MP_STATE_AP_RESET_HOLD)
+    pair = held(make_vm, by_msr=by_msr)
     pair.send(STARTUP)
     assert pair.target.sync().args == answer_of(by_msr, started=False)
     assert pair.target.sync().args == (1,)
