@@ -6,7 +6,6 @@ Needs no KVM: it knows host mappings and guest-physical addresses only.
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pyroaring import BitMap
 from kvmpy.core import observe
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 from kvmpy.core.backing import Mapping
+from kvmpy.core.conversions import Conversions
 from kvmpy.core.errors import PrivateMemoryError
 from kvmpy.core.frames import GFN_LIMIT, NotedFrames
 
@@ -60,18 +60,18 @@ class GuestMemory:
 
     *seal* is the reason for which the host may no longer touch private pages (None while it may).  *convert*,
     where there is one, is called with (gpa, size, private, discard) before the bitmap changes, and carries
-    the change out in KVM: an exception leaves the bitmap as it was.
+    the change out in KVM: an exception leaves the bitmap as it was.  *at_once*: without *discard* that is the
+    attributes alone, and :attr:`lock` may do it wherever the last conversion found that it can be done.
     """
 
     seal: str | None = None
     convert: Callable[[Gpa, int, bool, bool], None] | None = field(default=None, repr=False)
+    at_once: bool = False
     # Two threads that convert one range: KVM and the bitmap must see them in the same order.
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    lock: Conversions = field(default_factory=Conversions, repr=False)
+    noted: NotedFrames = field(default_factory=NotedFrames, repr=False)
     _segments: list[Segment] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
-    # Where pages may become private, as far as the last conversion found out; (0, 0): nowhere.
-    _convertible: tuple[int, int] = (0, 0)
-    _noted: NotedFrames = field(default_factory=NotedFrames, repr=False)
 
     def check_free(self, gpa: Gpa, size: int) -> int:
         """Return the place of a new range in the order of addresses.
@@ -102,8 +102,8 @@ class GuestMemory:
         """Take a range out; its pages are no longer private."""
         at = self._segments.index(segment)
         del self._segments[at], self._starts[at]
-        self._convertible = 0, 0
-        self._noted.note(segment.gpa, segment.size, False)
+        self.lock.allow(0, 0)
+        self.noted.note(segment.gpa, segment.size, False)
 
     def segments(self) -> list[Segment]:
         """Return the ranges in the order of their addresses."""
@@ -125,7 +125,7 @@ class GuestMemory:
     @property
     def private(self) -> BitMap:
         """The frame numbers of private pages; ask again after a change."""
-        return self._noted.bitmap
+        return self.noted.bitmap
 
     def is_private(self, gpa: Gpa) -> bool:
         """Tell whether the page at *gpa* is private."""
@@ -160,19 +160,15 @@ class GuestMemory:
                 raise ValueError(
                     f"gpa {int(gpa):#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
                 )
-        self._convertible = int(segments[0].gpa), min(segments[-1].end_gfn << PAGE_SHIFT, limit)
+        if self.at_once:
+            self.lock.allow(int(segments[0].gpa), min(segments[-1].end_gfn << PAGE_SHIFT, limit))
 
     def _assign(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
-        # What lies where the last range did that could become private needs no closer look: each page that
-        # is touched between two ioctls costs (docs/bench.md).
-        address = int(gpa)
-        start, end = self._convertible
-        if not start <= address < address + size <= end or (address | size) & (PAGE_SIZE - 1):
-            self._check_convertible(gpa, size, private)
+        self._check_convertible(gpa, size, private)
         with self.lock:
             if self.convert is not None:
                 self.convert(gpa, size, private, discard)
-            self._noted.note(gpa, size, private)
+            self.noted.note(gpa, size, private)
 
     def hand_out(self, gpa: Gpa, size: int, *, private: bool, clear: bool) -> None:
         """Make pages that an allocator gives away private or shared, and with *clear* zero.
@@ -337,7 +333,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Forget all ranges (their mappings belong to the memory slots)."""
-        self._convertible = 0, 0
+        self.lock.allow(0, 0)
         self._segments.clear()
         self._starts.clear()
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, field, replace
 
 from pyroaring import BitMap
 
+from kvmpy.core import observe, recent
 from kvmpy.core.address import Gpa
 from kvmpy.core.backing import Anonymous, Backing, MappedGuestMemfd, Mapping
 from kvmpy.core.fd import KvmFd
@@ -159,6 +161,25 @@ class VmSlots(KvmFd):
         """
         self.ioctl_words(ioctls.KVM_SET_MEMORY_ATTRIBUTES, gpa, size, attributes, flags)
         self._attributes.note(gpa, size, int(attributes) & _PRIVATE != 0)
+
+    def convert_at_once(self, gpa: int, size: int, private: bool) -> bool:
+        """Set the attributes of a range and note it in :attr:`memory` too, in one step in C where that may
+        be (``GuestMemory.at_once``); False, with nothing done, where not.
+
+        KvmError with the errno of KVM_SET_MEMORY_ATTRIBUTES.
+        """
+        if observe.active:
+            return False
+        op, memory = ioctls.KVM_SET_MEMORY_ATTRIBUTES, self.memory
+        attributes = _PRIVATE if private else 0
+        number = memory.lock.at_once(self._fd, op.nr, gpa, size, attributes, self._attributes, memory.noted)
+        if number is None or number == errno.EINTR:
+            return False
+        words = (gpa, size, attributes, 0)
+        recent.calls.append((self.name, op, words, -1 if number else 0, number))
+        if number:
+            raise self.error(op, number, recent.words_struct(op, words))
+        return True
 
     @property
     def private_attributes(self) -> BitMap:

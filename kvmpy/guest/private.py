@@ -105,7 +105,8 @@ class VmPrivate(Vm):
         zeroes when they are shared again.  ValueError outside guest memory, KvmError with the errno of
         KVM_SET_MEMORY_ATTRIBUTES.
         """
-        self.memory.set_private(gpa, size, discard=discard)
+        if discard or not self.convert_at_once(gpa, size, True):
+            self.memory.set_private(gpa, size, discard=discard)
 
     def set_shared(self, gpa: Gpa, size: int, *, discard: bool = False) -> None:
         """Make pages shared, in KVM and in the bitmap; their range may cross slots.
@@ -114,7 +115,8 @@ class VmPrivate(Vm):
         before.  *discard* punches a hole into the guest_memfd: the pages are zeroes when they are private
         again.
         """
-        self.memory.set_shared(gpa, size, discard=discard)
+        if discard or not self.convert_at_once(gpa, size, False):
+            self.memory.set_shared(gpa, size, discard=discard)
 
     def answer_hypercall(self, vcpu: GuestVcpu, call: HypercallExit) -> bool:
         """Answer a hypercall the way the VM does by itself; False for one that it does not know.

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy.core.address import PAGE_SIZE, Gpa
-from kvmpy.core.frames import _MOST, GFN_LIMIT, NotedFrames
+from kvmpy.core.frames import GFN_LIMIT, NotedFrames
+from kvmpy.uapi import lib
 
 FRAMES = 64
 
@@ -54,10 +55,11 @@ def test_frames_that_no_bitmap_holds_are_left_out() -> None:
 
 def test_notes_do_not_pile_up() -> None:
     frames = NotedFrames()
-    for turn in range(3 * _MOST + 1):
+    many = lib.KVMPY_NOTES_MANY
+    for turn in range(3 * many + 1):
         frames.note(turn % 7 * PAGE_SIZE, PAGE_SIZE, turn % 2 == 0)
-        assert len(frames._notes) <= _MOST
-    assert set(frames.bitmap) == {turn % 7 for turn in range(3 * _MOST - 6, 3 * _MOST + 1) if turn % 2 == 0}
+        assert frames.notes.count < many
+    assert set(frames.bitmap) == {turn % 7 for turn in range(3 * many - 6, 3 * many + 1) if turn % 2 == 0}
 
 
 def test_threads_find_what_was_noted_before_they_asked() -> None:
