@@ -172,9 +172,7 @@ class Vcpu(VcpuState):
         try:
             how = self.run_once()
         finally:
-            run.immediate_exit = 0
-            if self._native is not None and self._native.kick:
-                run.immediate_exit = 1  # a kick came meanwhile: the next run has to see it
+            run.immediate_exit = 0  # a kick that came meanwhile is seen by its flag
         if how in (RUN_EXIT, RUN_UCALL):
             # A REP string instruction, or an access in several parts, came to its next exit.
             raise RuntimeError(

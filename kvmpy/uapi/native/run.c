@@ -186,8 +186,9 @@ void kvmpy_vcpu_deadline(struct kvmpy_vcpu *v, uint64_t timeout_ns)
 
 int kvmpy_vcpu_kick(struct kvmpy_vcpu *v)
 {
-	__atomic_fetch_or(&v->kick, KICK_ASKED, __ATOMIC_SEQ_CST);
+	/* The flag last: a run takes it and immediate_exit back together, and what came later would stay for ever. */
 	v->run->immediate_exit = 1;
+	__atomic_fetch_or(&v->kick, KICK_ASKED, __ATOMIC_SEQ_CST);
 	if (__atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) && v->tid)
 		return (int)syscall(SYS_tgkill, getpid(), v->tid, run_signal);
 	return 0;
@@ -258,7 +259,8 @@ int kvmpy_vcpu_run(struct kvmpy_vcpu *v)
 		return KVMPY_RUN_BUSY;
 	if (!tid || (v->tid != tid))
 		tid = (int32_t)syscall(SYS_gettid);
-	v->tid = tid;
+	/* Before the look at the flag, so that who sets it later finds the thread to signal. */
+	__atomic_store_n(&v->tid, tid, __ATOMIC_SEQ_CST);
 	run_current = v;
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
 	/* One that came while the last run was giving up the vCPU found neither a thread to signal nor this flag kept. */
