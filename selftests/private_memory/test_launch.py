@@ -175,7 +175,8 @@ def test_registers_are_those_of_a_plain_vm(make_vm: MakeVm, policy: str) -> None
 
 
 def test_nothing_of_the_launch_stays(make_vm: MakeVm, policy: str) -> None:
-    """After launch there is no memory but the guest's own: what the launch needed beside it is gone.
+    """After launch there is no memory but the guest's own: what the launch needed beside it is gone, in the
+    guest as in the host.
 
     Documentation/virt/kvm/api.rst 5, KVM_EXIT_MMIO: an access where there is no memory slot.
     """
@@ -184,8 +185,13 @@ def test_nothing_of_the_launch_stays(make_vm: MakeVm, policy: str) -> None:
     beside = Gva(0x70_0000_0000)
     vm.map(beside, Gpa(4 * SIZE_1G), PAGE_SIZE, private=False)
     vm.vcpus[0].set_entry("guest_main", int(beside), 1, 0)
+    views = [(segment.private, segment.shared) for segment in vm.memory.segments()]
+    staged = [private for private, shared in views if private is not None and private is not shared]
+    assert staged
+    assert not any(mapping.closed for mapping in staged)
     vm.launch()
     assert sorted(vm.slots) == slots
+    assert all(mapping.closed for mapping in staged)
     # Where the code is private, KVM cannot decode the access; under "data" it is an exit.
     if policy == "data":
         assert vm.vcpus[0].expect(MmioExit).phys_addr == 4 * SIZE_1G
