@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
+from kvmpy.core.backing import Anonymous, Backing, MemFd
 from kvmpy.core.errors import KvmError, VcpuBusyError
 from kvmpy.core.exits import HypercallExit
 from kvmpy.core.vcpu import VcpuKickedError
@@ -93,12 +94,12 @@ void guest_main(void)
 class Range:
     """Some pages of a VM at GPA that the guest reads, writes and converts."""
 
-    def __init__(self, vm: GuestVm, *slots: int) -> None:
+    def __init__(self, vm: GuestVm, *slots: int, backing: Backing | None = None) -> None:
         self.vm = vm
         self.size = sum(slots)
         at = GPA
         for size in slots:
-            vm.add_memory(at, size)
+            vm.add_memory(at, size, backing=backing)
             at += size
         vm.map(GVA, GPA, self.size, page_size=PAGE_SIZE, private=False)
         vm.launch()
@@ -157,24 +158,44 @@ def test_two_memories(make_vm: MakeVm, by: str) -> None:
 
 
 @fd_backed
-def test_discard(make_vm: MakeVm) -> None:
-    """A conversion with discard gives back what the pages held: zeroes when they are converted back.
+@pytest.mark.parametrize("backing", [Anonymous(), MemFd()], ids=["anonymous", "memfd"])
+def test_discard(make_vm: MakeVm, backing: Backing) -> None:
+    """A conversion with discard gives back what its pages held, up to the end of a slot and none beside
+    them: zeroes when they are converted back.
 
-    Documentation/virt/kvm/api.rst 4.142: PUNCH_HOLE on a guest_memfd; madvise(2), MADV_DONTNEED.
+    Documentation/virt/kvm/api.rst 4.142: PUNCH_HOLE on a guest_memfd; madvise(2), MADV_DONTNEED and
+    MADV_REMOVE.
     """
-    pages = Range(make_vm(GUEST), 2 * PAGE_SIZE)
-    vm = pages.vm
-    vm.set_private(GPA, 2 * PAGE_SIZE)
-    for offset in (0, PAGE_SIZE):
+    pages = Range(make_vm(GUEST), 5 * PAGE_SIZE, PAGE_SIZE, backing=backing)
+    vm, places = pages.vm, range(0, 6 * PAGE_SIZE, PAGE_SIZE)
+    vm.set_private(GPA, pages.size)
+    for offset in places:
         pages.do("w", offset, value=GUEST_VALUE)
         pages.show(offset, HOST_VALUE)
-    vm.set_shared(GPA, PAGE_SIZE, discard=True)
-    vm.set_shared(GPA + PAGE_SIZE, PAGE_SIZE)
-    assert [pages.do("r", 0), pages.do("r", PAGE_SIZE)] == [HOST_VALUE, HOST_VALUE]
+    vm.set_shared(GPA + 2 * PAGE_SIZE, 3 * PAGE_SIZE, discard=True)
+    vm.set_shared(GPA, 2 * PAGE_SIZE)
+    vm.set_shared(GPA + 5 * PAGE_SIZE, PAGE_SIZE)
+    assert [pages.do("r", offset) for offset in places] == [HOST_VALUE] * 6
     vm.set_private(GPA, PAGE_SIZE)
-    vm.set_private(GPA + PAGE_SIZE, PAGE_SIZE, discard=True)
-    assert [pages.do("r", 0), pages.do("r", PAGE_SIZE)] == [0, GUEST_VALUE]
-    assert [pages.shown(0), pages.shown(PAGE_SIZE)] == [HOST_VALUE, 0]
+    vm.set_private(GPA + PAGE_SIZE, 4 * PAGE_SIZE, discard=True)
+    vm.set_private(GPA + 5 * PAGE_SIZE, PAGE_SIZE)
+    assert [pages.do("r", offset) for offset in places] == [GUEST_VALUE, GUEST_VALUE, 0, 0, 0, GUEST_VALUE]
+    assert [pages.shown(offset) for offset in places] == [HOST_VALUE, 0, 0, 0, 0, HOST_VALUE]
+
+
+@fd_backed
+def test_memory_added_after_launch(make_vm: MakeVm) -> None:
+    """Memory that comes after the launch can be private, and the host has no view of that at any time.
+
+    Documentation/virt/kvm/api.rst 4.142 KVM_CREATE_GUEST_MEMFD: not mappable unless asked for.
+    """
+    vm = Range(make_vm(GUEST), PAGE_SIZE).vm
+    later = GPA + SIZE_1G
+    vm.add_memory(later, 2 * PAGE_SIZE)
+    assert vm.memory.find(later).private is None
+    vm.set_private(later + PAGE_SIZE, PAGE_SIZE)
+    assert [vm.memory.is_private(later + offset) for offset in (0, PAGE_SIZE)] == [False, True]
+    assert vm.compare_private(later, 2 * PAGE_SIZE) == []
 
 
 @fd_backed
