@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, Gpa, Gva
+from kvmpy.core.backing import Anonymous
 from kvmpy.core.errors import PrivateMemoryError
 from kvmpy.core.exits import MemoryFaultExit, MmioExit
 from kvmpy.guest.errors import LaunchError
@@ -195,6 +196,24 @@ def test_nothing_of_the_launch_stays(make_vm: MakeVm, policy: str) -> None:
     # Where the code is private, KVM cannot decode the access; under "data" it is an exit.
     if policy == "data":
         assert vm.vcpus[0].expect(MmioExit).phys_addr == 4 * SIZE_1G
+
+
+def test_slots_made_by_hand_stay(make_vm: MakeVm) -> None:
+    """Slots that a test made with the bare ioctl are the same after a launch, which needs some itself.
+
+    Documentation/virt/kvm/api.rst 4.35 KVM_SET_USER_MEMORY_REGION: a slot's number names it.
+    """
+    vm = make_vm(READER)
+    count, place, gva = 16, Gpa(8 * SIZE_1G), Gva(0x70_0000_0000)
+    memory = vm.own(Anonymous().map(count * PAGE_SIZE))
+    for number in range(count):
+        memory.view(number * PAGE_SIZE, 8)[:] = (number + 1).to_bytes(8, "little")
+        gpa = place + number * PAGE_SIZE
+        vm.set_user_memory_region(number + 1, int(gpa), PAGE_SIZE, memory.hva + number * PAGE_SIZE)
+    vm.map(gva, place, count * PAGE_SIZE, private=False)
+    vm.vcpus[0].set_entry("guest_main", int(gva), count, PAGE_SIZE)
+    vm.launch()
+    assert vm.vcpus[0].sync().args[0] == 0
 
 
 @pytest.mark.parametrize("place", [4 * SIZE_1G, 5 * SIZE_1G, 4 * SIZE_1G + (16 << 20)], ids=hex)
