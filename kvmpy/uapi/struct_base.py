@@ -237,15 +237,23 @@ class FlexStruct(Struct):
         """How many entries there is memory for."""
         return max(0, self._bytes - self.OPEN_OFFSET) // self.ENTRY_SIZE
 
-    def __len__(self) -> int:
+    @property
+    def counted(self) -> int:
+        """How many entries the count field says there are, which may be any number of its type; the room
+        where there is no such field.
+        """
         return self.room if self.COUNT is None else int(getattr(self._holder(), self.COUNT))
+
+    def __len__(self) -> int:
+        # OverflowError, as with any object of Python, from 2**63 on.
+        return self.counted
 
     def __bool__(self) -> bool:
         return True
 
     def entries_list(self) -> list[Any]:
         """Return the entries, as many as the count field says; ValueError when there is room for fewer."""
-        count = len(self)
+        count = self.counted
         if count > self.room:
             raise ValueError(f"{self.NAME} counts {count} entries and has room for {self.room}")
         return list(self._array()[:count])

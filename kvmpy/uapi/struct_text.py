@@ -209,7 +209,7 @@ def _array(content: IntArray | ByteArray | NestedArray | StructArray[Any], style
 
 
 def _entries(value: FlexStruct, field: Field, style: Style) -> str:
-    count = min(len(value), value.room)
+    count = min(value.counted, value.room)
     array = value._array()
     if isinstance(array, ByteArray):
         return _array(ByteArray(array.cdata, count, value), style) if any(array.to_bytes()) else ""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvmpy.debug.decode import Decoder, Place, as_json, bytes_text, relative, request_words
@@ -248,6 +248,8 @@ def test_full_shortens_nothing() -> None:
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(IOCTLS)), st.binary(max_size=600), st.binary(max_size=600), st.integers(0, 200))
+@example("KVM_GET_REG_LIST", b"", (1 << 63).to_bytes(8, "little"), 0)
+@example("KVM_GET_REG_LIST", b"\xff" * 64, b"\xff" * 64, 0)
 def test_any_bytes_can_be_decoded(name: str, before: bytes, after: bytes, errno: int) -> None:
     """Whatever a program passes: words, and no exception."""
     op = IOCTLS[name]
