@@ -28,7 +28,7 @@ class Conversions:
         self._c = ffi.gc(made, lib.kvmpy_conversions_free)
 
     def acquire(self, blocking: bool = True) -> bool:
-        """Take the lock; False when *blocking* is, and another thread has it."""
+        """Take the lock; False when another thread has it and *blocking* is false."""
         return bool(_acquire(self._c, blocking))
 
     def release(self) -> None:
