@@ -35,7 +35,10 @@ class GuestMemfd(KvmFd):
         return Mapping(self.mmap(length, offset), length, offset=offset)
 
     def fallocate(self, mode: int, offset: int, size: int) -> None:
-        """Call fallocate(2) with *mode* as it is; OSError with its errno."""
+        """Call fallocate(2) with *mode* as it is; OSError with its errno.
+
+        What a signal interrupts is done again.
+        """
         number = ffi.errno if lib.kvmpy_fallocate(self.fd, mode, offset, size) else 0
         for observer in observe.host:
             observer.file_called(self, mode, offset, size, number)

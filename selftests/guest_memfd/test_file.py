@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import threading
 
 import pytest
 
@@ -23,6 +25,32 @@ PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 @pytest.fixture
 def gmem(gmem_vm: Vm) -> GuestMemfd:
     return gmem_vm.create_guest_memfd(SIZE)
+
+
+def test_signals_do_not_stop_an_allocation(gmem_vm: Vm) -> None:
+    """Signals that come all the time, as of a deadline that has passed, only make it take longer.
+
+    fallocate(2), EINTR: "A signal was caught during execution; see signal(7)"; kvmpy goes on.
+    """
+    seen, over, main = list[int](), threading.Event(), threading.get_ident()
+    gmem = gmem_vm.create_guest_memfd(64 << 20)
+
+    def disturb() -> None:
+        while not over.wait(0.002):
+            signal.pthread_kill(main, signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, lambda number, _frame: seen.append(number))
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        for _ in range(5):
+            gmem.allocate()
+            gmem.punch_hole()
+    finally:
+        over.set()
+        thread.join(30)
+        signal.signal(signal.SIGUSR2, before)
+    assert seen
 
 
 @pytest.mark.parametrize("size", [0, SIZE - PAGE_SIZE, SIZE, SIZE + PAGE_SIZE])

@@ -26,6 +26,8 @@
 #define KICK_ASKED 1u
 #define KICK_DEADLINE 2u
 
+#define FALLOCATE_STRETCH (256ll << 10)
+
 /* A deadline that found its thread outside KVM_RUN fires again after this time. */
 #define RUN_REFIRE_NS 20000000ULL
 
@@ -48,9 +50,28 @@ uint64_t kvmpy_monotonic_ns(void)
 	return (uint64_t)ts.tv_sec * 1000000000ULL + (uint64_t)ts.tv_nsec;
 }
 
+/*
+ * A timer that ends runs fires on until the next run, and guest_memfd gives up when it sees a signal. What was
+ * interrupted is done again, in stretches that get done between two signals.
+ */
 int kvmpy_fallocate(int fd, int mode, int64_t offset, int64_t length)
 {
-	return fallocate(fd, mode, offset, length);
+	int ret = fallocate(fd, mode, offset, length);
+	int64_t done = 0;
+
+	while (ret && errno == EINTR) {
+		int64_t part = length - done < FALLOCATE_STRETCH ? length - done : FALLOCATE_STRETCH;
+
+		ret = fallocate(fd, mode, offset + done, part);
+		if (ret)
+			continue;
+		done += part;
+		if (done < length) {
+			ret = -1;
+			errno = EINTR;
+		}
+	}
+	return ret;
 }
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg)
