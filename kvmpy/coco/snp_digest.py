@@ -22,12 +22,9 @@ VMSA_GPA = 0xFFFF_FFFF_F000
 """Where KVM's LAUNCH_FINISH says that every VMSA lies (Linux: snp_launch_update_vmsa)."""
 
 GPA_LIMIT = 1 << 52
-_PAGE_INFO = struct.Struct("<48s48sQQ")
-_KIND = struct.Struct("<HBBBBBx")
-_U64 = struct.Struct("<Q")
+_PAGE_INFO = struct.Struct("<48s48sHBBBBBBQ")
 _ZERO_DIGEST = bytes(DIGEST_SIZE)
 _CHUNK_PAGES = 4096
-_CHUNK = _CHUNK_PAGES * PAGE_SIZE
 _PARALLEL_FROM = 16 * _CHUNK_PAGES
 """Pages (256 MiB) from which starting processes costs less than it saves."""
 
@@ -129,11 +126,12 @@ class SnpDigest:
             if not 0 <= getattr(permissions, name) <= 0xFF:
                 raise ValueError(f"{name} permissions {getattr(permissions, name):#x} do not fit a byte")
         value, sha384, pack = self._value, hashlib.sha384, _PAGE_INFO.pack
-        # The 8 bytes between digest and address are the same for all.
-        vmpls = permissions.vmpl3, permissions.vmpl2, permissions.vmpl1
-        (kind,) = _U64.unpack(_KIND.pack(_PAGE_INFO.size, page_type, imi, *vmpls))
+        kind, flags = int(page_type), int(imi)
+        vmpl1, vmpl2, vmpl3 = permissions.vmpl1, permissions.vmpl2, permissions.vmpl3
+        size = _PAGE_INFO.size
         for digest in digests:
-            value = sha384(pack(value, digest, kind, gpa)).digest()
+            info = pack(value, digest, size, kind, flags, vmpl3, vmpl2, vmpl1, 0, gpa)
+            value = sha384(info).digest()
             gpa += PAGE_SIZE
         self._value = value
         self.pages += count
@@ -142,12 +140,8 @@ class SnpDigest:
 def page_digests(view: memoryview) -> Iterator[bytes]:
     """Yield the SHA-384 of every page of *view*."""
     sha384 = hashlib.sha384
-    # In stretches: hashes of one kind in a row take less time than two kinds in turn (docs/bench.md).
-    for first in range(0, len(view), _CHUNK):
-        stretch = view[first : first + _CHUNK]
-        yield from [
-            sha384(stretch[start : start + PAGE_SIZE]).digest() for start in range(0, len(stretch), PAGE_SIZE)
-        ]
+    for start in range(0, len(view), PAGE_SIZE):
+        yield sha384(view[start : start + PAGE_SIZE]).digest()
 
 
 def _file_part(path: str, start: int, pages: int) -> bytes:
