@@ -7,7 +7,6 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -22,9 +21,8 @@ from kvmpy.core.slots import VmSlots
 from kvmpy.uapi import ioctls, lib
 from kvmpy.uapi.constants import KVM_MEMORY_ATTRIBUTE_PRIVATE as PRIVATE
 from kvmpy.uapi.structs import kvm_memory_attributes
+from tests.core.test_words import TAKEN, Watcher
 
-# FIOCLEX: every file takes it, whatever its argument.
-TAKEN = replace(ioctls.KVM_SET_MEMORY_ATTRIBUTES, nr=0x5451)
 PAGES = 16
 
 
@@ -122,26 +120,12 @@ def test_memory_that_went_takes_none(slots: Conversion) -> None:
 
 
 def test_observers_are_told(slots: Conversion) -> None:
-    class Watcher:
-        seen = 0
-
-        def fd_opened(self, _fd: object) -> None:
-            """Not looked at."""
-
-        fd_closed = fd_opened
-
-        def ioctl_enter(self, *_call: object) -> None:
-            """Count."""
-            self.seen += 1
-
-        def ioctl_exit(self, *_call: object) -> None:
-            """Not looked at."""
-
     slots.convert(0, 1, True)
     watcher = Watcher()
     with observe.observing(watcher):
         assert not slots.convert(0, 1, False)
-    assert watcher.seen == 1
+    arg = kvm_memory_attributes(address=0, size=PAGE_SIZE)
+    assert watcher.seen == [("vm-at-once KVM_SET_MEMORY_ATTRIBUTES", arg), ("0 0", arg)]
     assert slots.convert(0, 1, True)
 
 

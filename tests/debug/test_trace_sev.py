@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.coco.test_launch_streams import LAUNCHES, PAGE
+from tests.coco.test_launch_streams import LAUNCHES, documented
 from tests.debug.tracing import Trace
 
 # Where both the tracer and the program are emulated, and the recorder is compiled first.
@@ -38,13 +38,6 @@ with Kvm() as kvm, kvm.create_vm(int(VmType.KVM_X86_SEV_VM)) as vm:
 """
 
 
-def documented(name: str) -> list[str]:
-    """Return the ioctls of docs/launch-streams.md, without their bytes."""
-    told = re.search(rf"^## {name}\n.*?^```\n(.*?)^```", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    assert told is not None
-    return [line for line in told[1].splitlines() if not line.startswith(" ")]
-
-
 def told(trace: Trace) -> list[str]:
     """Return the ioctls of a trace, SEV's by their commands; without those of files in general."""
     assert trace.status == 0, trace.other
@@ -65,7 +58,9 @@ def test_the_commands_of_a_launch(name: str, way: str) -> None:
     """They come by name, in the documented order."""
     trace = Trace(*([way] if way else []), "--", sys.executable, "-c", LAUNCH, name, timeout=LONG)
     found = told(trace)
-    assert found[found.index("KVM_CREATE_VM") :] == documented(name)
+    assert found[found.index("KVM_CREATE_VM") :] == [
+        line for line in documented(name) if not line.startswith(" ")
+    ]
 
 
 @pytest.mark.requires("protection:snp")

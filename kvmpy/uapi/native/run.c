@@ -56,22 +56,19 @@ uint64_t kvmpy_monotonic_ns(void)
  */
 int kvmpy_fallocate(int fd, int mode, int64_t offset, int64_t length)
 {
-	int ret = fallocate(fd, mode, offset, length);
-	int64_t done = 0;
-
-	while (ret && errno == EINTR) {
+	if (!fallocate(fd, mode, offset, length))
+		return 0;
+	if (errno != EINTR)
+		return -1;
+	for (int64_t done = 0; done < length;) {
 		int64_t part = length - done < FALLOCATE_STRETCH ? length - done : FALLOCATE_STRETCH;
 
-		ret = fallocate(fd, mode, offset + done, part);
-		if (ret)
-			continue;
-		done += part;
-		if (done < length) {
-			ret = -1;
-			errno = EINTR;
-		}
+		if (!fallocate(fd, mode, offset + done, part))
+			done += part;
+		else if (errno != EINTR)
+			return -1;
 	}
-	return ret;
+	return 0;
 }
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg)
