@@ -149,9 +149,10 @@ def test_threads_and_exits(child: Child) -> None:
     assert idle == 0
     # A KVM may leave the guest for reasons of its own, too.
     assert busy is not None
-    assert busy * seconds >= 500
+    # The rate is a quotient of 500 and the seconds: rounded, for the product may fall short in the last bit.
+    assert round(busy * seconds) >= 500
     assert vm.exits_per_second is not None
-    assert vm.exits_per_second * seconds >= 500
+    assert round(vm.exits_per_second * seconds) >= 500
     hot = [entry for entry in hottest([vm]) if entry.counter == "exits"]
     assert [entry.share for entry in hot] == [1.0]
     assert hot[0].total >= 500
