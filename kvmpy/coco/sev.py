@@ -15,7 +15,6 @@ from pyroaring import BitMap
 from kvmpy.coco import ghcb, sev_platform
 from kvmpy.coco.policy import SevPolicy
 from kvmpy.coco.sev_launch import SevInitialised, SevRunning
-from kvmpy.coco.sev_prediction import PredictedLaunch
 from kvmpy.core.address import PAGE_SHIFT, EncryptionBit, Gpa
 from kvmpy.core.backing import Backing
 from kvmpy.core.errors import MissingError, PrivateMemoryError
@@ -148,6 +147,8 @@ class Sev(Protection):
 
     def launch(self, vm: GuestVm) -> None:
         """Encrypt and measure the private pages, with ES the vCPUs, and let the guest run."""
+        from kvmpy.coco.sev_prediction import PredictedLaunch
+
         state = vm.launch_state
         if not isinstance(state, SevInitialised):
             raise LaunchError(f"{vm.name} is in state {type(state).__name__}, not ready to launch")

@@ -14,7 +14,7 @@ import pytest
 
 from kvmpy.guest import program
 from kvmpy.lab import bytecode, programs, records
-from kvmpy.lab.lane import INSIDE
+from kvmpy.lab.places import INSIDE
 from kvmpy.lab.softsev import log
 from kvmpy.testing import host
 from kvmpy.testing.journal import Journal

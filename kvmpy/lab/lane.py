@@ -16,8 +16,6 @@ from kvmpy.lab.qemu import Job, Machine, Options, excerpt, prepare
 from kvmpy.lab.work import Share
 from kvmpy.testing.host import ACCELERATOR_VARIABLE
 
-# Inside, where the folder with job and shares is to be seen.
-INSIDE = "/run/kvmpy/job"
 _LOG_SECONDS = 5.0
 
 

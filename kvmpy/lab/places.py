@@ -11,6 +11,8 @@ import kvmpy
 from kvmpy.lab.errors import LabError
 
 MIB = 1 << 20
+# Inside, where the folder with job and shares is to be seen.
+INSIDE = "/run/kvmpy/job"
 
 
 def cache() -> Path:

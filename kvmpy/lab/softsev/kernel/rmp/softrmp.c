@@ -220,6 +220,8 @@ void softsev_rmp_reset(void)
 	xa_for_each(&rmp_chunks, at, chunk) {
 		for (i = 0; i < CHUNK_PAGES; i++) {
 			old = chunk->e[i];
+			if (!memchr_inv(&old, 0, sizeof(old)))
+				continue;
 			rmp_clear(&chunk->e[i]);
 			if (old.assigned)
 				softsev_host_may_write(at * CHUNK_PAGES + i, old.large, true);

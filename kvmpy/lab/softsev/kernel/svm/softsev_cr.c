@@ -50,6 +50,15 @@ static int cr_decode(const u8 *insn, int len, u8 opcode, int cr, int *reg)
 	return at + 3;
 }
 
+/* cr_decode() of what the guest is about to execute; -EFAULT where the guest cannot fetch it */
+static int cr_fetch(struct kvm_vcpu *vcpu, u8 opcode, int cr, int *reg)
+{
+	u8 insn[INSN_MAX];
+	int len = softsev_guest_fetch(vcpu, insn, sizeof(insn));
+
+	return len == -EFAULT ? len : cr_decode(insn, max(len, 0), opcode, cr, reg);
+}
+
 /* The bits of CR4 that this processor knows (APM volume 2, 3.1.3), whether this kernel uses them or not. */
 static u64 cr4_known(void)
 {
@@ -130,17 +139,13 @@ static int cr_write_es(struct kvm_vcpu *vcpu, int cr, u64 value, int len)
 int softsev_cr_write(struct kvm_vcpu *vcpu, int cr)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);
-	u8 insn[INSN_MAX];
-	int reg, size, len;
+	int reg, size;
 	bool wide;
 	u64 value;
 
-	len = softsev_guest_fetch(vcpu, insn, sizeof(insn));
-	if (len == -EFAULT)
-		return softsev_guest_fault(vcpu);
-	size = cr_decode(insn, max(len, 0), MOV_TO_CR, cr, &reg);
-	if (!size)
-		return SOFTSEV_PASS;
+	size = cr_fetch(vcpu, MOV_TO_CR, cr, &reg);
+	if (size <= 0)
+		return size ? softsev_guest_fault(vcpu) : SOFTSEV_PASS;
 	if (softsev_is_es(svm)) {
 		struct sev_es_save_area *v = softsev_vmsa(svm);
 
@@ -156,15 +161,11 @@ int softsev_cr_write(struct kvm_vcpu *vcpu, int cr)
 /* softsev_cr_read - MOV from CR0 or CR4 of a SEV guest, where KVM shows another value than it lets the CPU have */
 int softsev_cr_read(struct kvm_vcpu *vcpu, int cr)
 {
-	u8 insn[INSN_MAX];
-	int reg, size, len;
+	int reg, size;
 
-	len = softsev_guest_fetch(vcpu, insn, sizeof(insn));
-	if (len == -EFAULT)
-		return softsev_guest_fault(vcpu);
-	size = cr_decode(insn, max(len, 0), MOV_FROM_CR, cr, &reg);
-	if (!size)
-		return SOFTSEV_PASS;
+	size = cr_fetch(vcpu, MOV_FROM_CR, cr, &reg);
+	if (size <= 0)
+		return size ? softsev_guest_fault(vcpu) : SOFTSEV_PASS;
 	kvm_register_write(vcpu, reg, cr ? kvm_read_cr4(vcpu) : kvm_read_cr0(vcpu));
 	to_svm(vcpu)->next_rip = kvm_rip_read(vcpu) + size;
 	return kvm_skip_emulated_instruction(vcpu);
