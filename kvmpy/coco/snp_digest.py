@@ -22,7 +22,9 @@ VMSA_GPA = 0xFFFF_FFFF_F000
 """Where KVM's LAUNCH_FINISH says that every VMSA lies (Linux: snp_launch_update_vmsa)."""
 
 GPA_LIMIT = 1 << 52
-_PAGE_INFO = struct.Struct("<48s48sHBBBBBBQ")
+# PAGE_INFO: the digest so far, that of the contents, what its pages have in common, the address.
+_PAGE_INFO = struct.Struct("<48s48sQQ")
+_COMMON = struct.Struct("<HBBBBBB")
 _ZERO_DIGEST = bytes(DIGEST_SIZE)
 _CHUNK_PAGES = 4096
 _PARALLEL_FROM = 16 * _CHUNK_PAGES
@@ -125,13 +127,12 @@ class SnpDigest:
         for name in ("vmpl1", "vmpl2", "vmpl3"):
             if not 0 <= getattr(permissions, name) <= 0xFF:
                 raise ValueError(f"{name} permissions {getattr(permissions, name):#x} do not fit a byte")
+        vmpls = permissions.vmpl3, permissions.vmpl2, permissions.vmpl1
+        common = _COMMON.pack(_PAGE_INFO.size, int(page_type), int(imi), *vmpls, 0)
+        number = int.from_bytes(common, "little")
         value, sha384, pack = self._value, hashlib.sha384, _PAGE_INFO.pack
-        kind, flags = int(page_type), int(imi)
-        vmpl1, vmpl2, vmpl3 = permissions.vmpl1, permissions.vmpl2, permissions.vmpl3
-        size = _PAGE_INFO.size
         for digest in digests:
-            info = pack(value, digest, size, kind, flags, vmpl3, vmpl2, vmpl1, 0, gpa)
-            value = sha384(info).digest()
+            value = sha384(pack(value, digest, number, gpa)).digest()
             gpa += PAGE_SIZE
         self._value = value
         self.pages += count

@@ -164,3 +164,16 @@ def test_growth_is_that_of_tests_not_of_files(inside: Inside, leak: str, grows: 
     outcomes = inside.run_shares(["suite", "-o", "kvmpy_leaks=all"], shares)
     assert list(outcomes.values()) == ["passed"] * 6 * files
     assert (steady_growth(inside.resident()) >= GROWTH_NOTED) is grows
+
+
+def test_the_first_test_waits_for_no_import_of_later_ones() -> None:
+    """Emulated, an import takes 30 times as long: what only a launch or the host's end needs comes later."""
+    code = (
+        "import sys\nimport kvmpy.testing.plugin, kvmpy.lab.inside, kvmpy.coco.ladder\n"
+        "late = ('cryptography', 'concurrent', 'kvmpy.lab.qemu', 'kvmpy.lab.lane', 'kvmpy.coco.idblock')\n"
+        "print([name for name in late if name in sys.modules])\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert output.stdout == "[]\n"
