@@ -22,7 +22,7 @@ _BLOCKS, _BLOCKS_OF_BULK = 33 + 2, 32
 
 
 def _in_turn(data: bytes) -> tuple[float, float, bytes]:
-    """Return the seconds for the digest of *data*, those that OpenSSL needs for as many blocks, and the digest.
+    """Return the seconds for the digest of *data*, those of OpenSSL for as many blocks, and the digest.
 
     The two take turns, stretch by stretch: what slows the machine down for a while slows down both.
     """
