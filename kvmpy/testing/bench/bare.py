@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import cffi
 
 from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.errors import MissingError
 from kvmpy.guest import cache, toolchain
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP, KVM_EXIT_IO
@@ -48,7 +50,19 @@ uint64_t bare_snp_update(int vm, uint64_t request, int sev_fd, uint64_t gfn, con
                          uint64_t size);
 uint64_t bare_sev_update(int vm, uint64_t request, int sev_fd, void *memory, uint64_t size);
 uint64_t bare_pre_fault(int vcpu, uint64_t request, uint64_t gpa, uint64_t size);
+struct bare_sha384 {
+    const void *md;
+    void *(*new)(void);
+    void (*free)(void *ctx);
+    int (*init)(void *ctx, const void *md, void *engine);
+    int (*update)(void *ctx, const void *data, size_t size);
+    int (*final)(void *ctx, unsigned char *value, unsigned int *size);
+};
+int bare_sha384(struct bare_sha384 *s, const char *libcrypto);
+uint64_t bare_digest(const struct bare_sha384 *s, unsigned char *value, const unsigned char *data,
+                     uint64_t size, uint64_t gpa);
 """
+_LIBCRYPTO = re.compile(r"\S*/libcrypto\S*\.so\S*$", re.MULTILINE)
 
 
 class BareError(RuntimeError):
@@ -126,9 +140,36 @@ class Bare:
             self._lib.bare_sev_update(vm, number, sev_fd, place, len(memory)), "LAUNCH_UPDATE_DATA"
         )
 
+    def openssl(self) -> OpenSsl:
+        """Take SHA-384 from the OpenSSL that this Python uses; MissingError where it has none to share."""
+        return OpenSsl(self, self._ffi, self._lib)
+
     def life(self, model: GuestVm) -> Life:
         """Take what a VM like *model* (launched, one vCPU, not yet run) is made of."""
         return Life(self, self._ffi, self._lib, model)
+
+
+class OpenSsl:
+    """A launch digest by a C program with OpenSSL; :attr:`value` is what it is so far."""
+
+    def __init__(self, bare: Bare, ffi: Any, lib: Any) -> None:
+        self._bare, self._ffi, self._lib = bare, ffi, lib
+        self._sha384 = ffi.new("struct bare_sha384 *")
+        self._value = ffi.new("unsigned char[48]")
+        mapped = _LIBCRYPTO.search(Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace"))
+        if mapped is None or not lib.bare_sha384(self._sha384, mapped[0].encode()):
+            raise MissingError("OpenSSL's libcrypto as a shared library", "a Python that is linked with one")
+
+    @property
+    def value(self) -> bytes:
+        """The digest, 48 bytes."""
+        return bytes(self._ffi.buffer(self._value))
+
+    def add(self, gpa: int, pages: memoryview) -> int:
+        """Extend the digest by normal *pages* from *gpa* on."""
+        data = self._ffi.from_buffer("unsigned char[]", pages)
+        taken = self._lib.bare_digest(self._sha384, self._value, data, len(pages), gpa)
+        return self._bare._took(taken, "digest")
 
 
 class Life:

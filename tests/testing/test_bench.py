@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bare side of figures, where it computes something that can be compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy.coco.snp_digest import PAGE_SIZE, PageType, SnpDigest
+from kvmpy.core.errors import MissingError
+from kvmpy.testing.bench.bare import Bare
+
+
+def test_the_digest_by_c_and_openssl_is_ours() -> None:
+    """Stretch by stretch, at addresses that follow each other and at one that does not."""
+    try:
+        openssl = Bare().openssl()
+    except MissingError as error:
+        pytest.skip(str(error))
+    ours = SnpDigest()
+    assert openssl.value == ours.value
+    for gpa, count in ((0, 1), (PAGE_SIZE, 3), (1 << 40, 2)):
+        pages = bytes(range(256)) * (PAGE_SIZE // 256) * count
+        assert openssl.add(gpa, memoryview(pages)) > 0
+        ours.add(PageType.NORMAL, gpa, pages)
+        assert openssl.value == ours.value
