@@ -27,7 +27,7 @@ lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests under QEMU, in a kernel with 
 hardware: $(VENV)/.kvmpy-run $(NATIVE) ## on a machine with SEV: doctor, the suite, bench, and one archive of it all
 	@$(BIN)/kvmpy hardware $(ARGS)
 
-kernel: $(VENV)/.kvmpy-run $(NATIVE) ## a kernel for the lab, unless there is one
+kernel: $(VENV)/.kvmpy-run $(NATIVE) ## a kernel for the lab, unless there is one that is up to date
 	@$(BIN)/kvmpy lab build --soft-sev --missing
 
 test: $(VENV)/.kvmpy-dev $(NATIVE) ## kvmpy's own tests, then the selftests

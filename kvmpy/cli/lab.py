@@ -49,21 +49,19 @@ def lab() -> None:
 @click.option("--source", metavar="TREE", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--debian", metavar="SUITE", help="A Debian suite with linux-source-X.Y (default: sid).")
 @click.option("--kernel", metavar="BZIMAGE", type=click.Path(path_type=Path), help="One that is built.")
-@click.option("--missing", is_flag=True, help="Only when the cache has no such kernel.")
+@click.option("--missing", is_flag=True, help="Only when the cache has no such kernel, or an outdated one.")
 @click.option("--soft-sev", is_flag=True, help="With the software AMD-SP: SEV, SEV-ES and SNP inside.")
 def build(
     source: Path | None, debian: str | None, kernel: Path | None, missing: bool, soft_sev: bool
 ) -> None:
     """Put a lab kernel into the cache: from a Debian suite, a tree of your own, or a bzImage."""
     from kvmpy.lab import build as builds
-    from kvmpy.lab import kernels
     from kvmpy.lab.debian import DEFAULT_SUITE
 
     if sum(given is not None for given in (source, debian, kernel)) > 1:
         raise click.UsageError("--source, --debian and --kernel exclude each other")
-    present = [cached for cached in kernels.cached() if cached.soft_sev or not soft_sev]
-    if missing and present:
-        click.echo(present[0].name)
+    if missing and (present := builds.present(soft_sev)):
+        click.echo(present.name)
         return
     if kernel is not None:
         made = builds.from_image(kernel, soft_sev=soft_sev)
@@ -241,15 +239,19 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
 
 def _build_if_none(soft_sev: bool | None) -> None:
     """Build a kernel of the wanted kind; when any will do, one that can be both, where the hooks fit."""
-    from kvmpy.lab import kernels
-
-    if [kernel for kernel in kernels.cached() if kernel.soft_sev or not soft_sev]:
-        return
     from kvmpy.lab import build as builds
+    from kvmpy.lab import kernels
     from kvmpy.lab.debian import DEFAULT_SUITE
     from kvmpy.lab.softsev.hooks import HookError
 
-    _say("there is no lab kernel yet: building one, which takes some minutes")
+    if builds.present(bool(soft_sev)):
+        return
+    if [kernel for kernel in kernels.cached() if kernel.soft_sev or not soft_sev]:
+        _say(
+            "the lab kernel is outdated: building one, which takes some minutes (without --build it will do)"
+        )
+    else:
+        _say("there is no lab kernel yet: building one, which takes some minutes")
     try:
         builds.from_debian(DEFAULT_SUITE, _say, soft_sev=soft_sev is not False)
     except HookError as error:

@@ -162,6 +162,17 @@ class _Plan:
         return made, folder
 
 
+def present(soft_sev: bool) -> Kernel | None:
+    """Return the newest cached kernel that need not be built again, with *soft_sev* of those with a software
+    AMD-SP: kvmpy's own builds of other options than this kvmpy's do not count.
+    """
+    digests = {kind: _Plan(kind).digest for kind in (False, True)}
+    for kernel in kernels.cached():
+        if kernel.options in ("", digests[kernel.soft_sev]) and (kernel.soft_sev or not soft_sev):
+            return kernel
+    return None
+
+
 def _copied(tree: Path, name: str, say: Say) -> Path:
     """Return a copy of *tree* in the cache, without its repository."""
     copy = places.cache() / "trees" / name

@@ -47,6 +47,11 @@ class Kernel:
     soft_sev: bool = False
 
     @property
+    def options(self) -> str:
+        """What kvmpy's own build had besides the source, as a hash; empty for other trees and images."""
+        return self.origin.partition(", options ")[2]
+
+    @property
     def image(self) -> Path:
         """The bzImage."""
         return self.folder / "bzImage"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,39 @@ def test_missing_builds_only_when_no_kernel_has_it(
     del cache[1]
     made = CliRunner().invoke(cli.lab, ["build", "--missing", "--soft-sev"])
     assert (made.output.strip(), built) == ("new", [True])
+
+
+@pytest.mark.parametrize("soft_sev", [False, True])
+def test_a_kernel_of_other_options_is_built_again(
+    cache: list[kernels.Kernel],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    soft_sev: bool,
+) -> None:
+    """One that this kvmpy would build alike is not, nor one of somebody's own tree, whatever is in it."""
+    from kvmpy.lab import build
+
+    built: list[bool] = []
+
+    def from_debian(suite: str, say: object, *, soft_sev: bool) -> kernels.Kernel:
+        built.append(soft_sev)
+        return kernel("new", soft_sev)
+
+    monkeypatch.setattr(build, "from_debian", from_debian)
+    current = build._Plan(soft_sev).digest
+    assert current != build._Plan(not soft_sev).digest
+    for origin, again in (
+        (f"linux-source-7.2 7.2.13-1, options {current}", []),
+        ("linux-source-7.2 7.2.13-1, options 0badf00d", [soft_sev]),
+        ("tree /src/linux", []),
+    ):
+        built.clear()
+        cache[:] = [replace(kernel("k", soft_sev), origin=origin)]
+        cli._build_if_none(soft_sev)
+        assert built == again
+        assert ("outdated" in capsys.readouterr().err) == bool(again)
+        arguments = ["build", "--missing", *(["--soft-sev"] if soft_sev else [])]
+        assert CliRunner().invoke(cli.lab, arguments).output.strip() == ("new" if again else "k")
 
 
 def test_the_parameter_reaches_the_kernels_command_line(tmp_path: Path) -> None:
