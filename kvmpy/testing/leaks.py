@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvmpy.testing.host import ACCELERATOR_VARIABLE
+
 # A VM takes a worker thread of KVM along when it is closed, and on an emulated CPU that takes a while.
-GRACE = 5.0
+GRACE = 30.0 if os.environ.get(ACCELERATOR_VARIABLE) == "tcg" else 5.0
 _SELF = Path("/proc/self")
 # Mappings whose name tells that a test made them; anonymous ones come and go with the allocators.
 _NAMED = re.compile(r"anon_inode:|/memfd:|/anon_hugepage|/dev/hugepages|/dev/kvm|guest_memfd")
@@ -52,6 +54,17 @@ def _comm(path: Path) -> str:
 
 def _threads() -> dict[int, str]:
     return {int(name): _comm(_SELF / "task" / name) for name in os.listdir(_SELF / "task")}
+
+
+def _state(tid: str) -> str:
+    """Where thread *tid* is: its state and, where the kernel tells, the function that it waits in."""
+    folder = _SELF / "task" / tid
+    try:
+        state = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+        waits = (folder / "wchan").read_text(encoding="ascii").strip("0\n")
+    except OSError:
+        return "gone by now"
+    return f"state {state}, in {waits}" if waits else f"state {state}"
 
 
 def _children(threads: Sequence[int]) -> dict[int, str]:
@@ -109,7 +122,7 @@ def differences(before: Snapshot, after: Snapshot, allowed: Allowed) -> list[str
         if before.fds.get(fd) != target and (fd, target) not in allowed.fds
     ]
     found += [
-        f"thread {tid}: {name}"
+        f"thread {tid}: {name} ({_state(str(tid))})"
         for tid, name in sorted(after.threads.items())
         if tid not in before.threads and tid not in allowed.threads
     ]

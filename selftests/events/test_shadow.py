@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmpy.core.exits import IrqWindowOpenExit
+from kvmpy.guest.errors import GuestTimeoutError
 from kvmpy.testing.fixtures import MakeVm
+from kvmpy.testing.host import platform_name
 from kvmpy.uapi.constants import KVM_VCPUEVENT_VALID_SHADOW, ShadowInt
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.protections("all")
 VECTOR = 0x45
+# QEMU without KVM forgets the shadow at VMRUN: there it is lost where the host's timer comes between the two
+# instructions, which is seldom. A KVM that lets the interrupt in does so each time.
+TRIES = 3 if platform_name().startswith("lab") else 1
 SHADOWS = {"sti": ShadowInt.KVM_X86_SHADOW_INT_STI, "mov-ss": ShadowInt.KVM_X86_SHADOW_INT_MOV_SS}
 
 GUEST = """
@@ -94,9 +99,18 @@ def test_window_waits(event_guest: EventGuestMaker, kind: str) -> None:
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_behind_sti(make_vm: MakeVm, instruction: str) -> None:
     """An interrupt that is pending at STI comes behind the next instruction, also where that one exits."""
-    vm = make_vm(GUEST.replace("@INSTRUCTION@", INSTRUCTIONS[instruction]))
-    vm.vcpus[0].set_entry("guest_main")
-    vm.launch()
-    vm.vcpus[0].run_to_done()
-    came, allowed = vm.symbol("came_at").u64, vm.symbol("allowed").u64
+    for left in reversed(range(TRIES)):
+        vm = make_vm(GUEST.replace("@INSTRUCTION@", INSTRUCTIONS[instruction]))
+        vm.vcpus[0].set_entry("guest_main")
+        vm.launch()
+        try:
+            vm.vcpus[0].run_to_done()
+        except GuestTimeoutError:
+            # A HLT that the interrupt came before waits for ever.
+            if instruction == "hlt" and left:
+                continue
+            raise
+        came, allowed = vm.symbol("came_at").u64, vm.symbol("allowed").u64
+        if came >= allowed or not left:
+            break
     assert came >= allowed > 0
