@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvmpy.cli import lab as cli
-from kvmpy.lab import kernels, runs
+from kvmpy.lab import build, kernels, runs
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.qemu import Job, Options, command_line, prepare
 from kvmpy.lab.softsev import HookError, log
@@ -68,8 +68,6 @@ def test_kernels_of_a_matrix_are_asked_for_the_same(monkeypatch: pytest.MonkeyPa
 def test_where_the_hooks_do_not_fit_a_kernel_without_them_is_built_unless_they_were_asked_for(
     cache: list[kernels.Kernel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kvmpy.lab import build
-
     built: list[bool] = []
 
     def from_debian(suite: str, say: object, *, soft_sev: bool) -> kernels.Kernel:
@@ -99,19 +97,20 @@ def test_without_such_a_kernel_the_command_that_builds_one_is_named(cache: list[
         cli._machine(None, 2, "1G", "tcg", True)
 
 
-def test_missing_builds_only_when_no_kernel_has_it(
-    cache: list[kernels.Kernel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from kvmpy.lab import build
-
-    built: list[bool] = []
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What was built from Debian's source, with the software AMD-SP or without; each is called "new"."""
+    asked: list[bool] = []
 
     def from_debian(suite: str, say: object, *, soft_sev: bool) -> kernels.Kernel:
-        built.append(soft_sev)
+        asked.append(soft_sev)
         return kernel("new", soft_sev)
 
     monkeypatch.setattr(build, "from_debian", from_debian)
+    return asked
 
+
+def test_missing_builds_only_when_no_kernel_has_it(cache: list[kernels.Kernel], built: list[bool]) -> None:
     there = CliRunner().invoke(cli.lab, ["build", "--missing", "--soft-sev"])
     assert (there.output.strip(), built) == ("other-softsev", [])
 
@@ -122,21 +121,9 @@ def test_missing_builds_only_when_no_kernel_has_it(
 
 @pytest.mark.parametrize("soft_sev", [False, True])
 def test_a_kernel_of_other_options_is_built_again(
-    cache: list[kernels.Kernel],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    soft_sev: bool,
+    cache: list[kernels.Kernel], built: list[bool], capsys: pytest.CaptureFixture[str], soft_sev: bool
 ) -> None:
     """One that this kvmpy would build alike is not, nor one of somebody's own tree, whatever is in it."""
-    from kvmpy.lab import build
-
-    built: list[bool] = []
-
-    def from_debian(suite: str, say: object, *, soft_sev: bool) -> kernels.Kernel:
-        built.append(soft_sev)
-        return kernel("new", soft_sev)
-
-    monkeypatch.setattr(build, "from_debian", from_debian)
     current = build._Plan(soft_sev).digest
     assert current != build._Plan(not soft_sev).digest
     for origin, again in (
