@@ -21,7 +21,7 @@ help: ## this list
 run: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests on this host's KVM, or in the lab where it has none
 	@$(BIN)/kvmpy run $(ARGS)
 
-lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests under QEMU, in a kernel with a software AMD-SP that is built first when there is none
+lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests under QEMU, in a kernel with a software AMD-SP that is built first when there is none that is up to date
 	@$(BIN)/kvmpy lab run --soft-sev --build $(ARGS)
 
 hardware: $(VENV)/.kvmpy-run $(NATIVE) ## on a machine with SEV: doctor, the suite, bench, and one archive of it all
