@@ -236,6 +236,29 @@ def test_image_in_several_slots(make_vm: MakeVm, place: int) -> None:
     assert vm.compare_private(gpa, size) == []
 
 
+def test_image_over_a_slot_border(make_vm: MakeVm) -> None:
+    """Private pages on both sides of the border of two slots arrive: what is one range for the guest is two
+    guest_memfds for the host.
+
+    Documentation/virt/kvm/api.rst 4.142, KVM_CREATE_GUEST_MEMFD: a slot has one of its own.
+    """
+    vm = make_vm(READER)
+    place, half, gva = Gpa(5 * SIZE_1G), 8 * PAGE_SIZE, Gva(0x70_0000_0000)
+    for gpa in (place, place + half):
+        vm.add_memory(gpa, half)
+    assert len({id(slot.gmem) for slot in vm.slots.values() if slot.gpa in (place, place + half)}) == 2
+    vm.set_private(place, 2 * half)
+    vm.map(gva, place, 2 * half)
+    for page in range(2 * half // PAGE_SIZE):
+        vm.memory.write(place + page * PAGE_SIZE, (page + 1).to_bytes(8, "little"))
+    vm.vcpus[0].set_entry("guest_main", int(gva), 2 * half // PAGE_SIZE, PAGE_SIZE)
+    vm.launch()
+    for gpa in (place, place + half):
+        vm.memory.shared_view(gpa, half)[:] = bytes([POISON]) * half
+    assert vm.vcpus[0].sync().args[0] == 0
+    assert vm.compare_private(place, 2 * half) == []
+
+
 def test_image_with_holes(make_vm: MakeVm) -> None:
     """Private pages that the host never wrote are zero, between others that it did.
 
