@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from pathlib import Path
+
 import pytest
 
-from kvmpy.testing.leaks import steady_growth
+from kvmpy.testing.leaks import snapshot, steady_growth
 from tests.testing.support import Suite
 
 TESTS = """
@@ -87,6 +91,29 @@ def test_everything_that_is_left_behind(suite: Suite) -> None:
 
 
 @pytest.mark.requires("kvm")
+def test_a_listing_that_the_kernel_cut_short_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = os.listdir
+    cut = []
+
+    def listdir(path: str | Path) -> list[str]:
+        names = listed(path)
+        if str(path) == "/proc/self/task" and len(cut) < 2:
+            cut.append(names.pop())
+        return names
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait, args=(60,))
+    thread.start()
+    try:
+        threads = snapshot().threads
+    finally:
+        end.set()
+        thread.join(60)
+    assert cut == [str(thread.native_id)] * 2
+    assert thread.native_id in threads
+
+
 def test_a_vm_left_open(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVMPY_DEV_KVM")
     suite.add("test_a.py", "kept = []\ndef test_vm(kvm):\n    kept.append(kvm.create_vm())\n")
