@@ -70,6 +70,7 @@ def test_start_without_bit_17(bare: BareMaker) -> None:
     assert bare("snp").raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=1 << 16)) == EINVAL
 
 
+@pytest.mark.requires("sev-attr:KVM_X86_SNP_POLICY_BITS")
 def test_start_with_unknown_policy_bits(kvm: Kvm, bare: BareMaker) -> None:
     """Each policy bit that KVM_X86_SNP_POLICY_BITS lacks gives EINVAL."""
     offered = sev_platform.snp_policy_bits(kvm)
