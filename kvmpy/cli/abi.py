@@ -12,18 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from kvmpy.uapi.abi import Report
-
-_PIPE_WIDTH = 160
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Lines of a pipe have no width: names must not be cut there.
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
 
 
 @click.group(invoke_without_command=True)
@@ -51,6 +40,8 @@ def abi(ctx: click.Context, as_json: bool) -> None:
 def _summary(everything: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from kvmpy.testing.table import plain_console
+
     table = Table(title=f"KVM ioctls of x86 Linux {everything['linux']}")
     for title in ("ioctl", "number", "on", "argument", "struct", "capability"):
         table.add_column(title, no_wrap=True)
@@ -63,7 +54,7 @@ def _summary(everything: dict[str, Any]) -> None:
             row["struct"] or row["scalar"] or "",
             row["cap"] or "",
         )
-    console = _console()
+    console = plain_console()
     console.print(table)
     console.print(
         f"{len(everything['ioctls'])} ioctls, {len(everything['structs'])} structs, "

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -12,21 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from kvmpy.debug.counters import Unseen
     from kvmpy.debug.processes import Survey, VcpuInfo, VmInfo
 
-_PIPE_WIDTH = 160
 _COMMAND_LENGTH = 48
-
-
-def console() -> Console:
-    """Return a console whose lines are not cut in a pipe."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
 
 
 def size(count: int) -> str:
@@ -147,6 +137,7 @@ def ps(as_json: bool, interval: float) -> None:
     Exits per second come from debugfs, or from statistics files that the VMM has open; both need root.
     """
     from kvmpy.debug.processes import survey_twice
+    from kvmpy.testing.table import plain_console
 
     found = survey_twice(interval)
     if as_json:
@@ -159,7 +150,7 @@ def ps(as_json: bool, interval: float) -> None:
         click.echo(json.dumps(document, indent=2))
         return
     if found.vms:
-        console().print(table(found))
+        plain_console().print(table(found))
     else:
         click.echo("no VM is running here, as far as can be seen")
     explain(found.unseen)

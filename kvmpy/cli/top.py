@@ -130,15 +130,16 @@ def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
 
     The counters come from debugfs, or from statistics files that a VMM has open: run it as root.
     """
-    from kvmpy.cli.ps import console, explain
+    from kvmpy.cli.ps import explain
     from kvmpy.debug.processes import survey, survey_twice, with_rates
+    from kvmpy.testing.table import plain_console
 
     if once:
         found = survey_twice(interval)
         if as_json:
             click.echo(json.dumps(document(found, everything, interval), indent=2))
         else:
-            console().print(render(found, everything, None))
+            plain_console().print(render(found, everything, None))
         return
     if not as_json and not sys.stdout.isatty():
         raise click.UsageError("standard output is no terminal: use --once, --json, or both")
@@ -159,10 +160,10 @@ def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
 def _live(before: Survey, everything: bool, interval: float) -> None:
     from rich.live import Live
 
-    from kvmpy.cli.ps import console
     from kvmpy.debug.processes import survey, with_rates
+    from kvmpy.testing.table import plain_console
 
-    screen = console()
+    screen = plain_console()
     with keys() as fd, Live(console=screen, screen=True, auto_refresh=False) as live:
         shown = before
         try:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import dies_with_parent
+from kvmpy.testing.table import plain_console
 
 SCHEMA = "kvmpy-lab-matrix/1"
 INTERRUPTED = 2
@@ -48,7 +49,7 @@ def table(kernels: Sequence[str], verdicts: Mapping[str, Mapping[str, str]]) -> 
     for identifier, by_kernel in verdicts.items():
         row = [by_kernel.get(kernel, "-") for kernel in kernels]
         if len(set(row)) > 1 or row[0] in ("fail", "lost"):
-            made.add_row(identifier, *row)
+            made.add_row(Text(identifier), *row)
     for verdict in ("pass", "fail", "skip", "xfail", "lost"):
         counts = [str(sum(found.get(kernel) == verdict for found in verdicts.values())) for kernel in kernels]
         made.add_row(f"all tests: {verdict}", *counts)
@@ -177,7 +178,7 @@ def run_matrix(
             for report in _REPORTS
         }
     reports = {name: json.loads(text) if text else {} for name, text in texts["json"].items()}
-    Console().print(table(names, merge(reports)))
+    plain_console().print(table(names, merge(reports)))
     whole = {
         "json": json.dumps({"schema": SCHEMA, "reports": reports}, indent=2) + "\n",
         "ktap": merged_ktap(texts["ktap"]),

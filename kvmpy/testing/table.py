@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
@@ -22,6 +23,12 @@ STYLES = {
     Verdict.LOST: "bold magenta",
 }
 MAX_WIDTH = 120
+_PIPE_WIDTH = 160
+
+
+def plain_console() -> Console:
+    """Return a console on stdout that takes text as it is; in a pipe, it cuts no lines."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
 
 
 def _cell(verdict: Verdict, count: int) -> Text:

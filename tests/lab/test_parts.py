@@ -16,6 +16,7 @@ import pytest
 from kvmpy.cli.lab import parse_memory
 from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, tools
 from kvmpy.lab.errors import LabError
+from kvmpy.testing.table import plain_console
 from tests.lab.conftest import make_image
 
 
@@ -287,6 +288,14 @@ def test_a_matrix_shows_what_differs() -> None:
     merged = matrix.merge({"k1": one, "k2": two, "k3": {}})
     assert merged == {"a": {"k1": "pass", "k2": "pass"}, "b": {"k1": "pass", "k2": "lost"}}
     assert matrix.table(["k1", "k2"], merged).row_count == 1 + 5
+
+
+def test_a_matrix_tells_the_cases_of_a_test_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """What pytest puts into brackets is no markup, and no row of a pipe is cut."""
+    cases = [f"sev/test_ghcb.py::test_pages_of_a_guest_request[snp-1048584-1052672-{name}]" for name in "ab"]
+    plain_console().print(matrix.table(["k1", "k2"], {case: {"k1": "pass", "k2": "fail"} for case in cases}))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "test_ghcb" in line]
+    assert rows == [[case, "pass", "fail"] for case in cases]
 
 
 def test_the_job_survives_any_text(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_everything_that_is_left_behind(suite: Suite) -> None:
 @pytest.mark.requires("kvm")
 def test_a_listing_that_the_kernel_cut_short_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = os.listdir
-    cut = []
+    cut: list[str] = []
 
     def listdir(path: str | Path) -> list[str]:
         names = listed(path)
