@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from kvmpy.cli.run import SplitCommand, extra_arguments
+from kvmpy.cli.run import SplitCommand, extra_arguments, suite_folder, targets
 
 PROTECTIONS = "snp,sev-es,sev"
 _TOOL_SECONDS = 1800
@@ -72,6 +72,7 @@ def hardware(
         raise click.BadParameter("the archive's name ends in .tar.gz", param_hint="--output")
     if not target.absolute().parent.is_dir():
         raise click.BadParameter(f"no folder {target.parent}", param_hint="--output")
+    targets(paths, suite_folder())  # a wrong one is told before it all
     log = KernelLog()
     if log.missing:
         _say(f"without the kernel's messages: {log.missing}")

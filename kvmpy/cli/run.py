@@ -38,7 +38,7 @@ def suite_folder() -> Path:
     raise click.ClickException("this kvmpy has no selftests: neither in the package nor beside it")
 
 
-def _targets(paths: tuple[str, ...], suite: Path) -> tuple[list[str], Path]:
+def targets(paths: tuple[str, ...], suite: Path) -> tuple[list[str], Path]:
     """Return pytest's arguments for *paths* (of the suite, or the user's own files) and its root folder."""
     # Folders below the root become modules: with the suite as root, its io would replace the module io.
     root = suite.parent
@@ -68,9 +68,9 @@ def extra_arguments(ctx: click.Context) -> list[str]:
 
 def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ...]) -> list[str]:
     """Return pytest's arguments for this command's *options*; what is absent is not asked for."""
-    targets, root = _targets(paths, suite)
+    chosen, root = targets(paths, suite)
     settings = Path(kvmpy.__file__).parent / "testing" / "suite.ini"
-    args = ["-c", str(settings), "--rootdir", str(root), *targets]
+    args = ["-c", str(settings), "--rootdir", str(root), *chosen]
     for option, flag in (
         ("expression", "-k"),
         ("workers", "-n"),

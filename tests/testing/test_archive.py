@@ -107,12 +107,21 @@ def test_the_machine_is_described_without_its_serial_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(["-o", "x.zip"], "ends in .tar.gz"), (["-o", "/nonexistent/x.tar.gz"], "no folder /nonexistent")],
+    [
+        (["-o", "x.zip"], "ends in .tar.gz"),
+        (["-o", "/nonexistent/x.tar.gz"], "no folder /nonexistent"),
+        (["sev/test_nothing.py"], "neither in the suite"),
+    ],
 )
-def test_a_bad_target_is_refused_before_anything_runs(arguments: list[str], text: str) -> None:
+def test_a_bad_argument_is_refused_before_anything_runs(
+    arguments: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(hardware, arguments)
     assert result.exit_code == 2
     assert text in result.output
+    assert "what this machine offers" not in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_ends_in_one_archive_and_the_suites_status(tmp_path: Path) -> None:
