@@ -51,13 +51,29 @@ def lab() -> None:
 @click.option("--kernel", metavar="BZIMAGE", type=click.Path(path_type=Path), help="One that is built.")
 @click.option("--missing", is_flag=True, help="Only when the cache has no such kernel, or an outdated one.")
 @click.option("--soft-sev", is_flag=True, help="With the software AMD-SP: SEV, SEV-ES and SNP inside.")
+@click.option(
+    "--config",
+    "configs",
+    metavar="FILE",
+    multiple=True,
+    help="Kernel options besides the lab's, such as CONFIG_KASAN=y in a file; 'debug' are kvmpy's own.",
+)
 def build(
-    source: Path | None, debian: str | None, kernel: Path | None, missing: bool, soft_sev: bool
+    source: Path | None,
+    debian: str | None,
+    kernel: Path | None,
+    missing: bool,
+    soft_sev: bool,
+    configs: tuple[str, ...],
 ) -> None:
     """Put a lab kernel into the cache: from a Debian suite, a tree of your own, or a bzImage."""
     from kvmpy.lab import build as builds
+    from kvmpy.lab import places
     from kvmpy.lab.debian import DEFAULT_SUITE
 
+    if configs and (kernel is not None or missing):
+        raise click.UsageError("--config is for a kernel that is built now: not with --kernel or --missing")
+    extra = [places.extra_fragment(name) for name in configs]
     if sum(given is not None for given in (source, debian, kernel)) > 1:
         raise click.UsageError("--source, --debian and --kernel exclude each other")
     if missing and (present := builds.present(soft_sev)):
@@ -66,9 +82,9 @@ def build(
     if kernel is not None:
         made = builds.from_image(kernel, soft_sev=soft_sev)
     elif source is not None:
-        made = builds.from_source(source, _say, soft_sev=soft_sev)
+        made = builds.from_source(source, _say, soft_sev=soft_sev, extra=extra)
     else:
-        made = builds.from_debian(debian or DEFAULT_SUITE, _say, soft_sev=soft_sev)
+        made = builds.from_debian(debian or DEFAULT_SUITE, _say, soft_sev=soft_sev, extra=extra)
     click.echo(made.name)
 
 
@@ -78,7 +94,8 @@ def list_kernels() -> None:
     from kvmpy.lab import kernels
 
     for kernel in kernels.cached():
-        click.echo(f"{kernel.name:<28} {kernel.origin}")
+        extra = f", with {kernel.extra}" if kernel.extra else ""
+        click.echo(f"{kernel.name:<28} {kernel.origin}{extra}")
 
 
 @lab.command("rm")

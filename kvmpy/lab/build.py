@@ -128,10 +128,14 @@ def _options(fragments: Sequence[Path]) -> dict[str, str]:
 
 
 class _Plan:
-    """What a kernel is built with: the options, and whether the software AMD-SP is patched into its tree."""
+    """What a kernel is built with: the options, and whether the software AMD-SP is patched into its tree.
 
-    def __init__(self, soft_sev: bool) -> None:
+    *extra* are files with options besides the lab's own, which they override.
+    """
+
+    def __init__(self, soft_sev: bool, extra: Sequence[Path] = ()) -> None:
         self.soft_sev = soft_sev
+        self.extra = ", ".join(path.name for path in extra)
         self.fragments = [places.fragment()]
         self.suffix = "-softsev" if soft_sev else ""
         digest = hashlib.sha256()
@@ -141,6 +145,10 @@ class _Plan:
                 self.fragments.append(folder / "kernel.config")
             for file in sorted(path for path in folder.rglob("*") if path.suffix in _PATCH_SUFFIXES):
                 digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+        for fragment in extra:
+            if not _options([fragment]):
+                raise LabError(f"{fragment} has no kernel option such as CONFIG_KASAN=y")
+        self.fragments += extra
         for fragment in self.fragments:
             digest.update(fragment.read_bytes())
         self.digest = digest.hexdigest()[:8]
@@ -158,17 +166,19 @@ class _Plan:
         builder = Builder(tree, folder, say)
         builder.configure(self.fragments)
         image = builder.compile()
-        made = kernels.register(image, origin, folder / ".config", soft_sev=self.soft_sev)
+        made = kernels.register(image, origin, folder / ".config", soft_sev=self.soft_sev, extra=self.extra)
         return made, folder
 
 
 def present(soft_sev: bool) -> Kernel | None:
     """Return the newest cached kernel that need not be built again, with *soft_sev* of those with a software
-    AMD-SP: kvmpy's own builds of other options than this kvmpy's do not count.
+    AMD-SP: kvmpy's own builds of other options than this kvmpy's do not count, nor those with further ones.
     """
     digests = {kind: _Plan(kind).digest for kind in (False, True)}
     for kernel in kernels.cached():
-        if kernel.options in ("", digests[kernel.soft_sev]) and (kernel.soft_sev or not soft_sev):
+        if kernel.extra or kernel.options not in ("", digests[kernel.soft_sev]):
+            continue
+        if kernel.soft_sev or not soft_sev:
             return kernel
     return None
 
@@ -190,13 +200,16 @@ def _copied(tree: Path, name: str, say: Say) -> Path:
     return copy
 
 
-def from_source(tree: Path, say: Say, *, soft_sev: bool = False) -> Kernel:
-    """Build a developer's own *tree*; what was compiled is kept, so that a second build takes less."""
+def from_source(tree: Path, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = ()) -> Kernel:
+    """Build a developer's own *tree*; what was compiled is kept, so that a second build takes less.
+
+    *extra* are files with kernel options besides the lab's.
+    """
     tree = tree.resolve()
     if not (tree / "Kbuild").is_file() or not (tree / "arch" / "x86").is_dir():
         raise LabError(f"{tree} is no Linux source tree")
     tools.need(tools.BUILD, "building a kernel")
-    plan = _Plan(soft_sev)
+    plan = _Plan(soft_sev, extra)
     key = f"tree-{hashlib.sha256(str(tree).encode()).hexdigest()[:12]}"
     with kernels.build_lock(say):
         say(f"building {tree}")
@@ -204,15 +217,20 @@ def from_source(tree: Path, say: Say, *, soft_sev: bool = False) -> Kernel:
         if soft_sev:
             built = _copied(tree, f"{key}{plan.suffix}", say)
             plan.patch(built, say)
-        kernel, _ = plan.build(built, key, f"tree {tree}", say)
+        # What was compiled with other options is of no use, and would be lost for the next time.
+        name = f"{key}-{plan.digest}" if plan.extra else key
+        kernel, _ = plan.build(built, name, f"tree {tree}", say)
     return kernel
 
 
-def from_debian(suite: str, say: Say, *, soft_sev: bool = False) -> Kernel:
-    """Build the newest kernel source of a Debian suite, unless the cache has it with this configuration."""
+def from_debian(suite: str, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = ()) -> Kernel:
+    """Build the newest kernel source of a Debian suite, unless the cache has it with this configuration.
+
+    *extra* are files with kernel options besides the lab's.
+    """
     tools.need((*tools.BUILD, *tools.DEBIAN), "building a kernel")
     source = debian.Suite(suite)
-    plan = _Plan(soft_sev)
+    plan = _Plan(soft_sev, extra)
     with kernels.build_lock(say):
         source.update(say)
         package = source.package()

@@ -35,7 +35,8 @@ _POLL = 0.5
 class Kernel:
     """A kernel of the cache; ``config_hash`` is empty where the configuration is unknown.
 
-    ``soft_sev``: it has the software AMD-SP.
+    ``soft_sev``: it has the software AMD-SP. ``extra`` names what its configuration has besides the lab's:
+    such a kernel is booted when it is asked for by name, or when there is no other.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Kernel:
     config_hash: str
     folder: Path
     soft_sev: bool = False
+    extra: str = ""
 
     @property
     def options(self) -> str:
@@ -115,14 +117,15 @@ def find(wanted: str | None = None, *, soft_sev: bool = False) -> Kernel:
     """Return the cached kernel of name or release *wanted* (``7.2``: the newest 7.2.x), or the newest.
 
     A path to a bzImage gives a kernel that is not in the cache. With *soft_sev* only kernels with the
-    software AMD-SP count, else those without it come first. LabError when there is none.
+    software AMD-SP count, else those without it come first; those with further options come last. LabError
+    when there is none.
     """
     if wanted is not None and ("/" in wanted or Path(wanted).is_file()):
         image = Path(wanted).absolute()
         release = image_release(image)
         digest = hashlib.sha256(image.read_bytes()).hexdigest()
         return _Loose(str(image), release, f"file {image}", digest, "", image.parent, soft_sev)
-    everything = sorted(cached(), key=lambda kernel: kernel.soft_sev)
+    everything = sorted(cached(), key=lambda kernel: (bool(kernel.extra), kernel.soft_sev))
     if soft_sev:
         everything = [kernel for kernel in everything if kernel.soft_sev]
     if not everything:
@@ -147,7 +150,9 @@ class _Loose(Kernel):
         return Path(self.name)
 
 
-def register(image: Path, origin: str, config: Path | None = None, *, soft_sev: bool = False) -> Kernel:
+def register(
+    image: Path, origin: str, config: Path | None = None, *, soft_sev: bool = False, extra: str = ""
+) -> Kernel:
     """Copy the bzImage *image* into the cache and return its entry; one that is there already is replaced."""
     release = image_release(image)
     data = image.read_bytes()
@@ -164,7 +169,7 @@ def register(image: Path, origin: str, config: Path | None = None, *, soft_sev: 
         (made / "bzImage").write_bytes(data)
         if text:
             (made / "config").write_bytes(text)
-        facts = asdict(Kernel(name, release, origin, digest, config_hash, made, soft_sev))
+        facts = asdict(Kernel(name, release, origin, digest, config_hash, made, soft_sev, extra))
         del facts["folder"]
         (made / "kernel.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         target = root / name

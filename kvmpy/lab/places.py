@@ -36,6 +36,20 @@ def fragment() -> Path:
     return files() / "kernel.config"
 
 
+def extra_fragment(wanted: str) -> Path:
+    """Return the file with further options that *wanted* names: a path, or one of kvmpy's own (``debug``).
+
+    LabError when there is neither.
+    """
+    path = Path(wanted)
+    own = files() / f"{wanted}.config"
+    if not path.is_file() and "/" not in wanted and wanted != "kernel" and own.is_file():
+        path = own
+    if not path.is_file():
+        raise LabError(f"no file {wanted} with kernel options", "kvmpy's own are called by name: debug")
+    return path
+
+
 def need_space(folder: Path, megabytes: int, purpose: str) -> None:
     """Raise LabError when the file system of *folder* has less than *megabytes* MiB free."""
     at = folder

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
+from kvmpy.cli import lab as cli
 from kvmpy.cli.lab import parse_memory
 from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, tools
 from kvmpy.lab.errors import LabError
@@ -208,6 +210,54 @@ def test_a_tree_that_drops_an_option(tree: Path) -> None:
     with pytest.raises(LabError, match=r"lost CONFIG_B \(wanted y, got n\)"):
         build.from_source(tree, lambda _: None)
     assert kernels.cached() == []
+
+
+def test_options_besides_the_lab_s(tree: Path, tmp_path: Path) -> None:
+    """They override the lab's, are compiled apart, and make a kernel that is booted when it is asked for."""
+    fragment = tmp_path / "mine.config"
+    fragment.write_text("# CONFIG_A is not set\nCONFIG_C=y\n")
+    debugging = build.from_source(tree, lambda _: None, extra=[fragment])
+    wanted = {"CONFIG_A": "n", "CONFIG_B": "y", "CONFIG_C": "y"}
+    assert kconfig.parse((debugging.folder / "config").read_text()) == wanted
+    assert debugging.extra == "mine.config"
+    assert kernels.find() == debugging
+    assert build.present(soft_sev=False) is None
+
+    plain = build.from_source(tree, lambda _: None)
+    assert kconfig.parse((plain.folder / "config").read_text()) == {"CONFIG_A": "y", "CONFIG_B": "y"}
+    assert kernels.find() == kernels.find("9.1") == build.present(soft_sev=False) == plain
+    assert kernels.find(debugging.name) == debugging
+    listed = CliRunner().invoke(cli.lab, ["list"]).output.splitlines()
+    assert sorted(line.endswith(", with mine.config") for line in listed) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--config", "nothing.config"], "no file nothing.config"),
+        (["--config", "kernel"], "no file kernel"),
+        (["--config", "empty"], "empty has no kernel option"),
+        (["--config", "debug", "--missing"], "not with --kernel or --missing"),
+        (["--config", "debug", "--kernel", "x"], "not with --kernel or --missing"),
+    ],
+)
+def test_options_that_cannot_be(
+    arguments: list[str], text: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").write_text("KASAN=y\n")
+    source = [] if "--kernel" in arguments else ["--source", str(tree)]
+    result = CliRunner().invoke(cli.lab, ["build", *source, *arguments])
+    assert result.exit_code != 0
+    assert text in result.output
+    assert kernels.cached() == []
+
+
+def test_kvmpy_s_own_options_have_a_name() -> None:
+    """``debug`` is read from the lab's files, and takes away what rules KASAN out."""
+    options = kconfig.parse(places.extra_fragment("debug").read_text())
+    assert options["CONFIG_KASAN"] == "y"
+    assert options["CONFIG_SLUB_TINY"] == "n"
 
 
 def test_a_tree_that_does_not_build(tree: Path) -> None:
