@@ -30,6 +30,7 @@ BUFFER_KIB = 2048
 CLOCK = "mono"
 
 _OWNER = re.compile(re.escape(PREFIX) + r"(\d+)-\d+")
+_TRIES = 3
 
 
 class TracefsError(RuntimeError):
@@ -190,15 +191,21 @@ class TraceInstance:
         self._handler_set = False
         self.lost = 0
         tracefs.remove_stale()
-        self._make()
-        try:
-            self._prepare(buffer_kib)
-        except OSError as error:
-            self.close()
-            raise _refused("set up a trace instance", error) from error
-        except BaseException:
-            self.close()
-            raise
+        for left in range(_TRIES - 1, -1, -1):
+            self._make()
+            try:
+                self._prepare(buffer_kib)
+            except OSError as error:
+                self.close()
+                # Until it is open, a process in another PID namespace, where the number of this one says
+                # nothing, may take it for one that a dead process has left.
+                if left and error.errno in (errno.ENOENT, errno.ENODEV):
+                    continue
+                raise _refused("set up a trace instance", error) from error
+            except BaseException:
+                self.close()
+                raise
+            return
 
     def _make(self) -> None:
         folder = self.tracefs.root / "instances"
@@ -320,7 +327,8 @@ class TraceInstance:
         if path is not None:
             with contextlib.suppress(OSError):
                 (path / "events" / "enable").write_text("0")
-            remove_instance(path)
+            with contextlib.suppress(FileNotFoundError):
+                remove_instance(path)
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
         del frame

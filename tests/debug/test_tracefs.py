@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +262,33 @@ def test_only_the_threads_that_were_named(real: Tracefs) -> None:
     newcomm = records[0].format.fields["newcomm"].value(records[0].payload)
     assert isinstance(newcomm, bytes)
     assert newcomm.split(b"\0")[0] == b"watched"
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_an_instance_taken_away_before_it_is_open(
+    folder: FakeTracefs, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """It is made again, as a process that cannot see its owner may have removed it; not for ever."""
+    write = tracefs.TraceInstance.write
+    taken: list[Path] = []
+
+    def taking(instance: tracefs.TraceInstance, name: str, text: str) -> None:
+        if name == "tracing_on" and len(taken) < times:
+            assert instance.path is not None
+            shutil.rmtree(instance.path)
+            taken.append(instance.path)
+        write(instance, name, text)
+
+    monkeypatch.setattr(tracefs.TraceInstance, "write", taking)
+    with Tracefs(folder.root) as opened:
+        if times == 3:
+            with pytest.raises(TracefsError, match="set up a trace instance"):
+                opened.instance()
+        else:
+            with opened.instance() as instance:
+                assert instance.path is not None
+    assert len(taken) == times
+    assert folder.left == []
 
 
 def test_threads_that_start_later(real: Tracefs) -> None:
