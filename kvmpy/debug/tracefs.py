@@ -31,6 +31,8 @@ CLOCK = "mono"
 
 _OWNER = re.compile(re.escape(PREFIX) + r"(\d+)-\d+")
 _TRIES = 3
+# What the kernel says of an instance that another process has removed, or removes just now.
+_GONE = (errno.ENOENT, errno.ENODEV)
 
 
 class TracefsError(RuntimeError):
@@ -199,7 +201,7 @@ class TraceInstance:
                 self.close()
                 # Until it is open, a process in another PID namespace, where the number of this one says
                 # nothing, may take it for one that a dead process has left.
-                if left and error.errno in (errno.ENOENT, errno.ENODEV):
+                if left and error.errno in _GONE:
                     continue
                 raise _refused("set up a trace instance", error) from error
             except BaseException:
@@ -327,8 +329,11 @@ class TraceInstance:
         if path is not None:
             with contextlib.suppress(OSError):
                 (path / "events" / "enable").write_text("0")
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 remove_instance(path)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
         del frame

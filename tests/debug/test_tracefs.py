@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -289,6 +290,25 @@ def test_an_instance_taken_away_before_it_is_open(
                 assert instance.path is not None
     assert len(taken) == times
     assert folder.left == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENODEV, errno.EBUSY])
+def test_an_instance_that_is_gone_needs_no_removal(
+    folder: FakeTracefs, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Whoever removed it: closing succeeds. One that is still in use is told."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with Tracefs(folder.root) as opened:
+        instance = opened.instance()
+        monkeypatch.setattr(tracefs, "remove_instance", refuse)
+        if number == errno.EBUSY:
+            with pytest.raises(OSError, match="busy"):
+                instance.close()
+        else:
+            instance.close()
 
 
 def test_threads_that_start_later(real: Tracefs) -> None:
