@@ -263,7 +263,7 @@ def _build_if_none(soft_sev: bool | None) -> None:
 
     if builds.present(bool(soft_sev)):
         return
-    if [kernel for kernel in kernels.cached() if kernel.soft_sev or not soft_sev]:
+    if any(kernel.serves(bool(soft_sev)) for kernel in kernels.cached()):
         _say(
             "the lab kernel is outdated: building one, which takes some minutes (without --build it will do)"
         )

@@ -176,9 +176,7 @@ def present(soft_sev: bool) -> Kernel | None:
     """
     digests = {kind: _Plan(kind).digest for kind in (False, True)}
     for kernel in kernels.cached():
-        if kernel.extra or kernel.options not in ("", digests[kernel.soft_sev]):
-            continue
-        if kernel.soft_sev or not soft_sev:
+        if kernel.serves(soft_sev) and kernel.options in ("", digests[kernel.soft_sev]):
             return kernel
     return None
 

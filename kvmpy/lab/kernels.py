@@ -58,6 +58,10 @@ class Kernel:
         """The bzImage."""
         return self.folder / "bzImage"
 
+    def serves(self, soft_sev: bool) -> bool:
+        """Whether it will do for who names no kernel, with *soft_sev* for who wants the software AMD-SP."""
+        return not self.extra and (self.soft_sev or not soft_sev)
+
 
 def image_release(image: Path) -> str:
     """Return the release in a bzImage's header; LabError when *image* is no bzImage."""

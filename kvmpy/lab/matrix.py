@@ -19,7 +19,6 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import dies_with_parent
@@ -49,7 +48,7 @@ def table(kernels: Sequence[str], verdicts: Mapping[str, Mapping[str, str]]) -> 
     for identifier, by_kernel in verdicts.items():
         row = [by_kernel.get(kernel, "-") for kernel in kernels]
         if len(set(row)) > 1 or row[0] in ("fail", "lost"):
-            made.add_row(Text(identifier), *row)
+            made.add_row(identifier, *row)
     for verdict in ("pass", "fail", "skip", "xfail", "lost"):
         counts = [str(sum(found.get(kernel) == verdict for found in verdicts.values())) for kernel in kernels]
         made.add_row(f"all tests: {verdict}", *counts)

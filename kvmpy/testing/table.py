@@ -27,8 +27,9 @@ _PIPE_WIDTH = 160
 
 
 def plain_console() -> Console:
-    """Return a console on stdout that takes text as it is; in a pipe, it cuts no lines."""
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
+    """Return a console on stdout that takes text as it is; a pipe, which has no width, is a wide one."""
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def _cell(verdict: Verdict, count: int) -> Text:

@@ -140,6 +140,15 @@ def test_a_kernel_of_other_options_is_built_again(
         assert CliRunner().invoke(cli.lab, arguments).output.strip() == ("new" if again else "k")
 
 
+def test_a_kernel_with_further_options_takes_nobodys_place(
+    cache: list[kernels.Kernel], built: list[bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache[:] = [replace(kernel("k", True), origin="tree /src/linux", extra="debug.config")]
+    cli._build_if_none(True)
+    assert built == [True]
+    assert "outdated" not in capsys.readouterr().err
+
+
 def test_the_parameter_reaches_the_kernels_command_line(tmp_path: Path) -> None:
     options = Options(kernel("k-softsev", True), parameters=("softsev",))
     prepare(tmp_path, Job(["true"], {}, tmp_path))

@@ -90,7 +90,6 @@ def test_everything_that_is_left_behind(suite: Suite) -> None:
     assert "/dev/zero" in outcome.text
 
 
-@pytest.mark.requires("kvm")
 def test_a_listing_that_the_kernel_cut_short_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = os.listdir
     cut: list[str] = []
@@ -114,6 +113,7 @@ def test_a_listing_that_the_kernel_cut_short_is_read_again(monkeypatch: pytest.M
     assert thread.native_id in threads
 
 
+@pytest.mark.requires("kvm")
 def test_a_vm_left_open(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVMPY_DEV_KVM")
     suite.add("test_a.py", "kept = []\ndef test_vm(kvm):\n    kept.append(kvm.create_vm())\n")
