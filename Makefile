@@ -10,8 +10,10 @@ NATIVE := kvmpy/uapi/_native.abi3.so
 NATIVE_SOURCES := kvmpy/uapi/build.py $(wildcard kvmpy/uapi/cdef/* kvmpy/uapi/native/*)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
+SECONDS ?= 60
+
 .DEFAULT_GOAL := help
-.PHONY: help run hardware lab kernel test lint format wheel docs clean check-host
+.PHONY: help run hardware lab kernel test torture lint format wheel docs clean check-host
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +34,9 @@ kernel: $(VENV)/.kvmpy-run $(NATIVE) ## a kernel for the lab, unless there is on
 
 test: $(VENV)/.kvmpy-dev $(NATIVE) ## kvmpy's own tests, then the selftests
 	@$(BIN)/python -m pytest $(ARGS)
+
+torture: $(VENV)/.kvmpy-dev $(NATIVE) ## hangs, kills, malformed inputs and corrupt guests, SECONDS=60 for each kind
+	@KVMPY_TORTURE_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/torture $(ARGS)
 
 lint: $(VENV)/.kvmpy-dev $(NATIVE) ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .
