@@ -136,7 +136,8 @@ class KvmFd:
             for observer in observe.active:
                 observer.fd_closed(self)
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            if fd >= 0:  # else another thread was faster
+                os.close(fd)
 
     def __enter__(self: _F) -> _F:
         return self

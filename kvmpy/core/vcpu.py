@@ -6,11 +6,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
-import os
 from typing import TYPE_CHECKING, Any
 
 from kvmpy.core import observe
-from kvmpy.core.errors import ClosedError, VcpuBusyError
+from kvmpy.core.errors import ClosedError, MissingError, VcpuBusyError, errno_name
 from kvmpy.core.exits import Exit, read_exit
 from kvmpy.core.vcpu_state import VcpuState
 from kvmpy.uapi import ffi, ioctls, lib
@@ -26,7 +25,12 @@ RUN_KICKED = 2
 RUN_DEADLINE = 3
 RUN_EINTR = 4
 RUN_BUSY = 5
+RUN_STOPPED = 6
+RUN_CLOSED = 7
+RUN_NO_TIMER = 8
 RUN_ERROR = -1
+# How a run ends that never came to KVM_RUN.
+_NOT_ISSUED = {RUN_BUSY, RUN_STOPPED, RUN_CLOSED, RUN_NO_TIMER}
 
 _EXIT_NAMES = {int(reason): reason.name.removeprefix("KVM_EXIT_") for reason in ExitReason}
 _IO, _MMIO = int(ExitReason.KVM_EXIT_IO), int(ExitReason.KVM_EXIT_MMIO)
@@ -34,7 +38,7 @@ EHWPOISON = 133  # not in the errno module before Python 3.14
 
 
 class VcpuKickedError(RuntimeError):
-    """KVM_RUN was left because another thread called :meth:`Vcpu.kick`."""
+    """KVM_RUN was left because another thread called :meth:`Vcpu.kick`, or not begun after a stop()."""
 
 
 class VcpuTimeoutError(TimeoutError):
@@ -42,12 +46,17 @@ class VcpuTimeoutError(TimeoutError):
 
 
 class Vcpu(VcpuState):
-    """A virtual CPU; one thread at a time may run it, a second one gets VcpuBusyError."""
+    """A virtual CPU; one thread at a time may run it, a second one gets VcpuBusyError.
+
+    Any thread may call :meth:`kick`, :meth:`stop` and :meth:`close` at any time, whatever the others do; who
+    runs it afterwards gets VcpuKickedError or ClosedError.  The other ioctls are for the thread that runs it.
+    """
 
     kind = "vcpu"
 
     def __init__(self, vm: Vm, fd: int, vcpu_id: int) -> None:
         self._native: Any = None
+        self._run: Any = None
         self._area: mmap.mmap | None = None
         super().__init__(fd, f"{vm.name}/vcpu{vcpu_id}")
         self.vm = vm
@@ -57,39 +66,47 @@ class Vcpu(VcpuState):
         except OSError:
             self.close()
             raise
-        # lifetime: _area outlives every use of _run; close() drops _run first.
-        self._run = ffi.cast("struct kvm_run *", ffi.from_buffer(self._area))
-        self._native = lib.kvmpy_vcpu_new(fd, self._run)
-        if self._native == ffi.NULL:
+        # lifetime: the mapping stays as long as somebody holds this, or an exit that was read from it.
+        self._run = ffi.from_buffer("struct kvm_run *", self._area)
+        native = lib.kvmpy_vcpu_new(fd, self._run)
+        if native == ffi.NULL:
             self.close()
             raise OSError(errno.ENOMEM, "no memory for the vCPU's run state")
+        # lifetime: a thread that is about to run it may hold it when close() is over.
+        self._native = ffi.gc(native, lib.kvmpy_vcpu_free)
 
     @property
     def run_area(self) -> kvm_run:
         """The shared ``struct kvm_run``; it dies with the vCPU."""
-        if self._area is None:
-            raise ClosedError(f"{self.name} is closed")
-        return kvm_run.wrap(self._run, self)
+        run = self._run
+        if run is None:
+            raise self._closed()
+        return kvm_run.wrap(run, self)
 
     @property
     def area(self) -> mmap.mmap:
         """The whole mapping of the vCPU: kvm_run, the PIO data page, the coalesced ring, the dirty ring
         behind.
         """
-        if self._area is None:
-            raise ClosedError(f"{self.name} is closed")
-        return self._area
+        area = self._area
+        if area is None:
+            raise self._closed()
+        return area
+
+    def _closed(self) -> ClosedError:
+        return ClosedError(f"{self.name} is closed")
 
     def set_deadline(self, timeout: float | None) -> None:
         """Let runs from now on end with VcpuTimeoutError once *timeout* seconds have passed; None lifts the
         deadline.
         """
-        if self._native is None:
-            raise ClosedError(f"{self.name} is closed")
+        native = self._native
+        if native is None:
+            raise self._closed()
         if timeout is not None and timeout <= 0:
             raise ValueError(f"timeout {timeout} is not positive")
         ns = 0 if timeout is None else max(1, int(timeout * 1e9))
-        lib.kvmpy_vcpu_deadline(self._native, ns)
+        lib.kvmpy_vcpu_deadline(native, ns)
         for observer in observe.host:
             observer.deadline_set(self, ns)
 
@@ -101,14 +118,14 @@ class Vcpu(VcpuState):
         """
         native = self._native
         if native is None:
-            raise ClosedError(f"{self.name} is closed")
+            raise self._closed()
         if not observe.active:
             return int(lib.kvmpy_vcpu_run(native))
         for observer in observe.active:
             observer.ioctl_enter(self, ioctls.KVM_RUN, None)
         how = int(lib.kvmpy_vcpu_run(native))
-        # A vCPU that another thread runs was left alone: there was no KVM_RUN, and err is that thread's.
-        failure = errno.EBUSY if how == RUN_BUSY else native.err
+        # Where there was no KVM_RUN: err is that of an earlier one, maybe another thread's.
+        failure = errno.EBUSY if how in _NOT_ISSUED else native.err
         number = 0 if how in (RUN_EXIT, RUN_UCALL) else failure
         for observer in observe.active:
             observer.ioctl_exit(self, ioctls.KVM_RUN, None, -1 if number else 0, number)
@@ -117,25 +134,28 @@ class Vcpu(VcpuState):
     @property
     def run_errno(self) -> int:
         """The errno of the last KVM_RUN, 0 when it succeeded."""
-        return 0 if self._native is None else int(self._native.err)
+        native = self._native
+        return 0 if native is None else int(native.err)
 
     def run(self, timeout: float | None = None) -> Exit:
         """Run until the next exit to user space and return it (KVM_RUN).
 
         Signals are handled in between.  VcpuTimeoutError after *timeout* seconds (or the deadline set
-        before), VcpuKickedError after :meth:`kick`, VcpuBusyError while another thread runs the vCPU.
-        Memory-fault exits are returned, with their errno; any other failure of KVM_RUN is a KvmError.
+        before), VcpuKickedError after :meth:`kick` or :meth:`stop`, VcpuBusyError while another thread runs
+        the vCPU, ClosedError once it is closed.  Memory-fault exits are returned, with their errno; any other
+        failure of KVM_RUN is a KvmError.
         """
         if timeout is not None:
             self.set_deadline(timeout)
+        run = self._run
         while True:
             how = self.run_once()
             if how in (RUN_EXIT, RUN_UCALL):
-                return read_exit(self._run, 0)
+                return read_exit(run, 0)
             if how != RUN_EINTR:
-                return self._ended(how)
+                return self._ended(how, run)
 
-    def _ended(self, how: int) -> Exit:
+    def _ended(self, how: int, run: Any) -> Exit:
         if how == RUN_KICKED:
             raise VcpuKickedError(f"{self.name} was kicked")
         if how == RUN_DEADLINE:
@@ -144,22 +164,46 @@ class Vcpu(VcpuState):
             raise VcpuBusyError(
                 f"{self.name} is running in another thread: a vCPU belongs to one thread at a time"
             )
+        if how == RUN_STOPPED:
+            raise VcpuKickedError(f"{self.name} was stopped: it runs no more")
+        if how == RUN_CLOSED:
+            raise self._closed()
         number = self.run_errno
+        if how == RUN_NO_TIMER:
+            raise MissingError(
+                f"no timer for the deadline of {self.name} (timer_create: {errno_name(number)})",
+                "signals that wait and timers have used RLIMIT_SIGPENDING up: ulimit -i, LimitSIGPENDING=",
+            )
         # 39 is KVM_EXIT_MEMORY_FAULT: KVM fills the exit in and fails with EFAULT or EHWPOISON.
-        if number in (errno.EFAULT, EHWPOISON) and self._run.exit_reason == 39:
-            return read_exit(self._run, number)
+        if number in (errno.EFAULT, EHWPOISON) and run.exit_reason == 39:
+            return read_exit(run, number)
         raise self.error(ioctls.KVM_RUN, number)
 
     def kick(self) -> None:
         """Make the running or the next KVM_RUN return at once, from any thread; it is never lost."""
-        if self._native is None:
-            raise ClosedError(f"{self.name} is closed")
+        native = self._native
+        if native is None:
+            raise self._closed()
         for observer in observe.host:
             running = self.running
             observer.kicked(self, self.thread_id if running else 0, lib.kvmpy_kick_signal() if running else 0)
-        if lib.kvmpy_vcpu_kick(self._native):
-            number = ffi.errno
-            raise OSError(number, f"kick of {self.name}: {os.strerror(number)}")
+        if lib.kvmpy_vcpu_kick(native):
+            raise self._closed()
+
+    def stop(self) -> bool:
+        """Let no run begin from now on, kick one that goes on, and return whether there is one.
+
+        Runs end with VcpuKickedError then, those of a thread that is between two of them included.
+        """
+        native = self._native
+        if native is None:
+            return False
+        lib.kvmpy_vcpu_stop(native)
+        if not self.running:
+            return False
+        with contextlib.suppress(ClosedError):
+            self.kick()
+        return True
 
     def complete_io(self) -> None:
         """Finish the instruction that ended in an exit (PIO, MMIO, MSR...) without running guest code.
@@ -168,6 +212,8 @@ class Vcpu(VcpuState):
         (Documentation/virt/kvm/api.rst, KVM_EXIT_IO).
         """
         run = self._run
+        if run is None:
+            raise self._closed()
         run.immediate_exit = 1
         try:
             how = self.run_once()
@@ -180,8 +226,8 @@ class Vcpu(VcpuState):
             )
         if how == RUN_KICKED:
             self.kick()  # it was meant for the next run
-        elif how != RUN_EINTR:
-            self._ended(how)
+        elif how not in (RUN_EINTR, RUN_DEADLINE):  # a deadline is about guest code, and none ran
+            self._ended(how, run)
 
     def last_exit(self) -> tuple[str, dict[str, object]]:
         """Return name and main numbers of the exit that the last KVM_RUN ended with.
@@ -189,6 +235,8 @@ class Vcpu(VcpuState):
         For observers, which hear of every exit: cheaper than a typed one.
         """
         run = self._run
+        if run is None:
+            raise self._closed()
         reason = int(run.exit_reason)
         name = _EXIT_NAMES.get(reason, f"exit {reason}")
         if reason == _IO:
@@ -202,32 +250,33 @@ class Vcpu(VcpuState):
     @property
     def running(self) -> bool:
         """Whether a thread is inside KVM_RUN with this vCPU now."""
-        return self._native is not None and bool(self._native.busy)
+        native = self._native
+        return native is not None and bool(native.busy & 1)
 
     @property
     def thread_id(self) -> int:
         """The kernel's id of the thread that ran this vCPU last, 0 before the first run."""
-        return 0 if self._native is None else int(self._native.tid)
+        native = self._native
+        return 0 if native is None else int(native.tid)
 
     @property
     def exits(self) -> int:
         """How many times this vCPU came back from KVM_RUN with an exit."""
-        return 0 if self._native is None else int(self._native.exits)
+        native = self._native
+        return 0 if native is None else int(native.exits)
 
     def close(self) -> None:
-        """Unmap and close; VcpuBusyError while another thread runs the vCPU (kick it and join the thread
+        """Unmap and close; VcpuBusyError, with nothing done, while another thread runs the vCPU (stop it
         first).
         """
-        if self.running:
+        native = self._native
+        if native is not None and lib.kvmpy_vcpu_close(native):
             raise VcpuBusyError(
-                f"{self.name} cannot be closed while it runs: kick it and join its thread first"
+                f"{self.name} cannot be closed while it runs: kick it and join its thread first, or stop() it"
             )
-        native = getattr(self, "_native", None)
         self._native = None
-        if native is not None and native != ffi.NULL:
-            lib.kvmpy_vcpu_free(native)
-        area, self._area = getattr(self, "_area", None), None
         self._run = None
+        area, self._area = self._area, None
         if area is not None:
             # Where a view of it is still held, the mapping goes with that.
             with contextlib.suppress(BufferError):

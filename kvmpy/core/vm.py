@@ -94,24 +94,29 @@ class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, V
         return made
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Kick the vCPUs until none runs in any thread; VcpuBusyError when one still does after *timeout*
-        seconds.
+        """Stop the vCPUs for good; VcpuBusyError when one still runs in a thread after *timeout* seconds.
 
-        Threads that run them get VcpuKickedError.
+        Threads that run them, or are about to, get VcpuKickedError.  Any thread may call it.
         """
         end = time.monotonic() + timeout
-        running = [vcpu for vcpu in self._vcpus if vcpu.running]
+        running = [vcpu for vcpu in self._vcpus if vcpu.stop()]
         while running:
-            for vcpu in running:
-                vcpu.kick()
             if time.monotonic() > end:
                 raise VcpuBusyError(f"{running[0].name} still runs {timeout} s after it was kicked")
             # Whoever runs it needs the interpreter to find out.
             time.sleep(0.001)
-            running = [vcpu for vcpu in running if vcpu.running]
+            running = [vcpu for vcpu in running if vcpu.stop()]
 
     def close(self) -> None:
-        """Close the vCPUs, the VM and all that belongs to it."""
+        """Close the vCPUs, the VM and all that belongs to it; VcpuBusyError, with nothing done, while a vCPU
+        runs.
+
+        A thread that is between two runs of one gets VcpuKickedError or ClosedError at the next.
+        """
+        for vcpu in self._vcpus:
+            if vcpu.running:
+                vcpu.close()  # which says why not
+        self.stop()
         for vcpu in self._vcpus:
             vcpu.close()
         super().close()

@@ -98,10 +98,17 @@ class GuestVcpu(Vcpu):
 
     def _next(self) -> Ucall | Exit:
         run_once = self.run_once
+        # Once: another thread may close the vCPU between a run and the look at what it came back with.
+        run, native = self._run, self._native
+        if native is None:
+            raise self._closed()
         while True:
             how = run_once()
             if how == RUN_UCALL:
-                call = ucall.read(self._slots, self._native.ucall_slot, self.index)
+                try:
+                    call = ucall.read(self._slots, native.ucall_slot, self.index)
+                except ValueError:  # the view of the slots was released
+                    raise self._closed() from None
                 cmd = call.cmd
                 if cmd == ucall.SYNC or cmd >= ucall.USER:
                     return call
@@ -113,7 +120,7 @@ class GuestVcpu(Vcpu):
                     return call
                 raise self._failure(call)
             if how == RUN_EXIT:
-                exit_ = read_exit(self._run, 0)
+                exit_ = read_exit(run, 0)
                 if isinstance(exit_, IoExit) and exit_.port == layout.UCALL_PORT:
                     raise self._bad_ucall(exit_)
                 if isinstance(exit_, HypercallExit) and self.vm.answer_hypercall(self, exit_):
@@ -129,7 +136,7 @@ class GuestVcpu(Vcpu):
                     self.vm.postmortem(self, "deadline passed"),
                 )
             try:
-                return self._ended(how)
+                return self._ended(how, run)
             except KvmError as error:
                 message = str(error)
                 raise GuestError(message, self.vm.postmortem(self, message)) from error

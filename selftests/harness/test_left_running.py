@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
-from kvmpy.core.errors import VcpuBusyError
+from kvmpy.core.errors import ClosedError, VcpuBusyError
 from kvmpy.core.threads import VcpuThread
 from kvmpy.core.vcpu import VcpuKickedError
 from kvmpy.testing.fixtures import MakeVm
@@ -43,3 +45,53 @@ def test_stop(make_vm: MakeVm) -> None:
             thread.join(5)
     vm.close()
     assert vm.closed
+
+
+SYNCS = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	for (;;)
+		GUEST_SYNC(1);
+}
+"""
+
+
+@pytest.mark.protections("all")
+@pytest.mark.parametrize("how", ["stop", "close"])
+def test_between_two_runs(make_vm: MakeVm, how: str) -> None:
+    """A thread that is between two KVM_RUNs when its VM is stopped or closed comes to no further one.
+
+    It gets an error that says why, of a stopped VM at each attempt.
+    """
+    vm = make_vm(SYNCS, vcpus=2)
+    vm.launch()
+    left, go_on = threading.Event(), threading.Event()
+
+    def between(_call: object) -> None:
+        left.set()
+        assert go_on.wait(10)
+
+    vcpu = vm.vcpus[1]
+    thread = VcpuThread(lambda: vcpu.run_to_done(on_sync=between)).start()
+    assert left.wait(10)
+    exits = vcpu.exits
+    if how == "stop":
+        vm.stop()
+    else:
+        vm.close()
+    go_on.set()
+    with pytest.raises(VcpuKickedError if how == "stop" else ClosedError):
+        thread.join(10)
+    if how == "stop":
+        for each in vm.vcpus:
+            with pytest.raises(VcpuKickedError, match="stopped"):
+                each.next()
+        assert vcpu.exits == exits
+        vm.close()
+    for each in vm.vcpus:
+        with pytest.raises(ClosedError):
+            each.next()
+        with pytest.raises(ClosedError):
+            each.kick()

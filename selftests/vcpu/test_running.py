@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from types import FrameType
 
 import pytest
 
-from kvmpy.core.errors import KvmError, VcpuBusyError
-from kvmpy.core.exits import IoExit
+from kvmpy.core.errors import KvmError, MissingError, VcpuBusyError
+from kvmpy.core.exits import Exit, IoExit
 from kvmpy.core.threads import VcpuThread
 from kvmpy.core.vcpu import RUN_EINTR, VcpuKickedError
 from kvmpy.core.vm import Vm
@@ -66,6 +67,15 @@ void ask_port(void)
 {
 	GUEST_SYNC(inl(0x10));
 	GUEST_SYNC(inl(0x10));
+}
+
+void read_for_ever(void)
+{
+	static u8 place[1 << 20];
+	u8 *at = place;
+	u64 left = 1 << 20;
+
+	asm volatile("rep insb" : "+D"(at), "+c"(left) : "d"(0x10) : "memory");
 }
 """
 
@@ -156,6 +166,99 @@ def test_deadline(make_vm: MakeVm, entry: str) -> None:
         vcpu.next(timeout=0.05)
     assert 0.05 <= time.monotonic() - started < TIMEOUT
     assert not vcpu.running
+
+
+def pass_time(seconds: float) -> None:
+    """Be busy outside of KVM_RUN."""
+    end = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > end, "the clock stands still")
+
+
+@pytest.mark.protections("all")
+def test_deadline_between_two_runs(make_vm: MakeVm) -> None:
+    """A deadline that passes while the host deals with an exit ends the next run before the guest goes on.
+
+    kvmpy's own promise that a run ends at its deadline, whatever the host does meanwhile.
+    """
+    vm = start(make_vm, "count")
+    calls = vm.vcpus[0].syncs(timeout=0.05)
+    assert tuple(next(calls).args) == (1,)
+    pass_time(0.06)
+    with pytest.raises(GuestTimeoutError, match="deadline"):
+        next(calls)
+    assert vm.symbol("progress").u64 == 1
+    # With a new deadline it goes on where it was.
+    assert tuple(vm.vcpus[0].sync().args) == (2,)
+
+
+@pytest.mark.protections("all")
+def test_deadline_of_a_string_instruction(make_vm: MakeVm) -> None:
+    """A REP INS whose every exit the host answers ends at the deadline, in the middle of the instruction.
+
+    Documentation/virt/kvm/api.rst, struct kvm_run: immediate_exit; x86_emulate_insn() ends each bundle.
+    """
+    vm = start(make_vm, "read_for_ever")
+    if not vm.protection.traits.has_string_io:
+        pytest.skip("needs INS: the protection has no string I/O")
+    answers = 0
+
+    def answer(got: Exit) -> bool:
+        nonlocal answers
+        assert isinstance(got, IoExit)
+        got.respond(bytes(got.size * got.count))
+        answers += 1
+        if answers == 3:
+            pass_time(0.06)
+        return True
+
+    with pytest.raises(GuestTimeoutError, match="deadline"):
+        vm.vcpus[0].run_to_done(0.05, on_exit=answer)
+    assert 3 <= answers <= 4
+
+
+@pytest.mark.protections("all")
+@pytest.mark.requires("KVM_CAP_IMMEDIATE_EXIT")
+def test_deadline_does_not_touch_the_completion_of_an_exit(make_vm: MakeVm) -> None:
+    """The completion of a port access runs no guest code: a deadline that has passed does not keep it off.
+
+    Documentation/virt/kvm/api.rst, KVM_EXIT_IO: re-enter with immediate_exit to complete pending operations.
+    """
+    vm = start(make_vm, "ask_port")
+    vcpu = vm.vcpus[0]
+    got = vcpu.expect(IoExit, timeout=0.05)
+    got.respond(7)
+    pass_time(0.06)
+    vcpu.complete_io()
+    assert tuple(vcpu.sync().args) == (7,)
+
+
+@pytest.mark.protections("all")
+def test_deadline_without_a_timer(make_vm: MakeVm) -> None:
+    """Where RLIMIT_SIGPENDING leaves no timer, a run with a deadline is refused; a kick works all the same.
+
+    timer_create(2): EAGAIN, kernel/signal.c: __sigqueue_alloc().
+    """
+    vm = start(make_vm, "spin")
+    vcpu = vm.vcpus[0]
+    before = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, before[1]))
+    try:
+        with pytest.raises(MissingError, match="RLIMIT_SIGPENDING"):
+            vcpu.next()
+        assert vcpu.exits == 0
+
+        def run() -> None:
+            vcpu.set_deadline(None)
+            vcpu.run()  # to the SYNC
+            with pytest.raises(VcpuKickedError):
+                vcpu.run()
+
+        with VcpuThread(run, vcpu=vcpu) as thread:
+            wait_for_progress(vm)
+            vcpu.kick()
+            thread.join(TIMEOUT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_SIGPENDING, before)
 
 
 @pytest.mark.protections("all")

@@ -3,13 +3,18 @@
  * The vCPU run path: one KVM_RUN, classified, with a deadline and kicks that cannot get lost.
  *
  * A kick sets run->immediate_exit and then signals the thread, so it is seen whether it comes before, during or
- * after the ioctl. A deadline is a POSIX timer aimed at the running thread. Arming one costs a system call, so a
- * timer that would fire too early is left armed, and its handler moves it on.
+ * after the ioctl. A deadline is compared with the clock before the ioctl, and is a POSIX timer aimed at the
+ * running thread during it. Arming one costs a system call, so a timer that would fire too early is left armed,
+ * and its handler moves it on; one that fired outside of a run is armed again by the next.
+ *
+ * Who runs, stops or closes a vCPU claims it in one word, @busy. The interpreter gives its lock up before it
+ * calls in here: a vCPU that was there a moment ago may be closed by now.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -28,12 +33,16 @@
 
 #define FALLOCATE_STRETCH (256ll << 10)
 
-/* A deadline that found its thread outside KVM_RUN fires again after this time. */
-#define RUN_REFIRE_NS 20000000ULL
+/* The bits of @busy. No run begins unless the word is zero. */
+#define RUN_IN 1u
+#define RUN_STOPPED 2u
+#define RUN_CLOSED 4u
 
 struct run_node {
 	struct kvmpy_vcpu v;
 	timer_t timer;
+	/* Held by a kick, so that the run area stays mapped meanwhile. */
+	pthread_mutex_t lock;
 	struct run_node *next;
 };
 
@@ -51,8 +60,8 @@ uint64_t kvmpy_monotonic_ns(void)
 }
 
 /*
- * A timer that ends runs fires on until the next run, and guest_memfd gives up when it sees a signal. What was
- * interrupted is done again, in stretches that get done between two signals.
+ * guest_memfd gives up when it sees a signal. What was interrupted is done again, in stretches that get done
+ * between two signals.
  */
 int kvmpy_fallocate(int fd, int mode, int64_t offset, int64_t length)
 {
@@ -93,19 +102,10 @@ static void run_timer_at(struct run_node *n, uint64_t ns)
 {
 	struct itimerspec its = {
 		.it_value = { .tv_sec = ns / 1000000000ULL, .tv_nsec = ns % 1000000000ULL },
-		.it_interval = { .tv_nsec = RUN_REFIRE_NS },
 	};
 
 	timer_settime(n->timer, TIMER_ABSTIME, &its, NULL);
 	n->v.armed_ns = ns;
-}
-
-static void run_timer_off(struct run_node *n)
-{
-	struct itimerspec its = { 0 };
-
-	timer_settime(n->timer, 0, &its, NULL);
-	n->v.armed_ns = 0;
 }
 
 static void run_handler(int sig, siginfo_t *info, void *context)
@@ -125,7 +125,7 @@ static void run_handler(int sig, siginfo_t *info, void *context)
 			} else if (deadline) {
 				run_timer_at((struct run_node *)v, deadline);
 			} else {
-				run_timer_off((struct run_node *)v);
+				v->armed_ns = 0;
 			}
 		} else if (info->si_code != SI_TIMER && v->kick) {
 			v->run->immediate_exit = 1;
@@ -141,7 +141,11 @@ int kvmpy_run_init(void)
 
 	pthread_mutex_lock(&run_lock);
 	if (!run_signal) {
-		run_signal = SIGRTMIN + 6;
+		/*
+		 * Not a real-time signal: each of those needs a place in the queue, and tgkill(2) fails when
+		 * RLIMIT_SIGPENDING is used up. Linux itself never sends this one.
+		 */
+		run_signal = SIGSTKFLT;
 		sigfillset(&sa.sa_mask);
 		ret = sigaction(run_signal, &sa, NULL);
 	}
@@ -154,7 +158,10 @@ int kvmpy_kick_signal(void)
 	return run_signal;
 }
 
-/* Nodes are never given back to the heap: a late signal may still name one. */
+/*
+ * Nodes are never given back to the heap: a late signal may still name one. One serves another vCPU only when
+ * nobody holds it any more: see kvmpy_vcpu_free().
+ */
 struct kvmpy_vcpu *kvmpy_vcpu_new(int fd, void *run)
 {
 	struct run_node *n;
@@ -166,11 +173,13 @@ struct kvmpy_vcpu *kvmpy_vcpu_new(int fd, void *run)
 	if (n)
 		run_free = n->next;
 	pthread_mutex_unlock(&run_lock);
-	if (!n)
+	if (!n) {
 		n = malloc(sizeof(*n));
-	if (!n)
-		return NULL;
-	memset(n, 0, sizeof(*n));
+		if (!n)
+			return NULL;
+		pthread_mutex_init(&n->lock, NULL);
+	}
+	memset(&n->v, 0, sizeof(n->v));
 	n->v.fd = fd;
 	n->v.run = run;
 	return &n->v;
@@ -184,6 +193,7 @@ static void run_timer_drop(struct run_node *n)
 	n->v.armed_ns = 0;
 }
 
+/* The caller is the last one that knows @v. */
 void kvmpy_vcpu_free(struct kvmpy_vcpu *v)
 {
 	struct run_node *n = (struct run_node *)v;
@@ -197,19 +207,55 @@ void kvmpy_vcpu_free(struct kvmpy_vcpu *v)
 	pthread_mutex_unlock(&run_lock);
 }
 
+/* After this no run begins and no kick touches the run area. Returns -1, with nothing done, during a run. */
+int kvmpy_vcpu_close(struct kvmpy_vcpu *v)
+{
+	struct run_node *n = (struct run_node *)v;
+	uint32_t state = __atomic_load_n(&v->busy, __ATOMIC_SEQ_CST);
+	int ret = 0;
+
+	pthread_mutex_lock(&n->lock);
+	do {
+		if (state & RUN_IN)
+			ret = -1;
+	} while (!ret && !__atomic_compare_exchange_n(&v->busy, &state, RUN_CLOSED, false, __ATOMIC_SEQ_CST,
+						      __ATOMIC_SEQ_CST));
+	pthread_mutex_unlock(&n->lock);
+	return ret;
+}
+
+/* After this no run begins; one that has begun goes on until it is kicked. */
+void kvmpy_vcpu_stop(struct kvmpy_vcpu *v)
+{
+	__atomic_fetch_or(&v->busy, RUN_STOPPED, __ATOMIC_SEQ_CST);
+}
+
 void kvmpy_vcpu_deadline(struct kvmpy_vcpu *v, uint64_t timeout_ns)
 {
 	v->deadline_ns = timeout_ns ? kvmpy_monotonic_ns() + timeout_ns : 0;
 }
 
+/* Returns -1, with nothing done, when the vCPU is closed. */
 int kvmpy_vcpu_kick(struct kvmpy_vcpu *v)
 {
-	/* The flag last: a run takes it and immediate_exit back together, and what came later would stay for ever. */
-	v->run->immediate_exit = 1;
-	__atomic_fetch_or(&v->kick, KICK_ASKED, __ATOMIC_SEQ_CST);
-	if (__atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) && v->tid)
-		return (int)syscall(SYS_tgkill, getpid(), v->tid, run_signal);
-	return 0;
+	struct run_node *n = (struct run_node *)v;
+	int ret = -1;
+
+	pthread_mutex_lock(&n->lock);
+	if (!(__atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) & RUN_CLOSED)) {
+		/*
+		 * The flag last: a run takes it and immediate_exit back together, and what came later would stay for
+		 * ever.
+		 */
+		v->run->immediate_exit = 1;
+		__atomic_fetch_or(&v->kick, KICK_ASKED, __ATOMIC_SEQ_CST);
+		/* It fails only when the thread has just ended: then the flag is there for the next one. */
+		if (__atomic_load_n(&v->busy, __ATOMIC_SEQ_CST) & RUN_IN && v->tid)
+			syscall(SYS_tgkill, getpid(), v->tid, run_signal);
+		ret = 0;
+	}
+	pthread_mutex_unlock(&n->lock);
+	return ret;
 }
 
 static int run_arm(struct run_node *n, int32_t tid)
@@ -266,31 +312,46 @@ static int run_classify(struct kvmpy_vcpu *v)
 	return KVMPY_RUN_EXIT;
 }
 
+/* A deadline that has passed ends KVM_RUN before the guest goes on; another one gets its timer. -1: there is none. */
+static int run_deadline(struct kvmpy_vcpu *v, int32_t tid)
+{
+	uint64_t now = kvmpy_monotonic_ns();
+
+	if (now >= v->deadline_ns) {
+		__atomic_fetch_or(&v->kick, KICK_DEADLINE, __ATOMIC_SEQ_CST);
+		return 0;
+	}
+	if (v->timer_tid == tid && v->armed_ns > now && v->armed_ns <= v->deadline_ns)
+		return 0;
+	return run_arm((struct run_node *)v, tid);
+}
+
 int kvmpy_vcpu_run(struct kvmpy_vcpu *v)
 {
 	static __thread int32_t tid;
 	struct kvmpy_vcpu *outer = run_current;
-	uint32_t kick;
+	uint32_t kick, state = 0;
 	int ret, result;
 
-	if (__atomic_exchange_n(&v->busy, 1, __ATOMIC_SEQ_CST))
-		return KVMPY_RUN_BUSY;
+	if (!__atomic_compare_exchange_n(&v->busy, &state, RUN_IN, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+		if (state & RUN_CLOSED)
+			return KVMPY_RUN_CLOSED;
+		return state & RUN_IN ? KVMPY_RUN_BUSY : KVMPY_RUN_STOPPED;
+	}
 	if (!tid || (v->tid != tid))
 		tid = (int32_t)syscall(SYS_gettid);
 	/* Before the look at the flag, so that who sets it later finds the thread to signal. */
 	__atomic_store_n(&v->tid, tid, __ATOMIC_SEQ_CST);
 	run_current = v;
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	if (v->deadline_ns && run_deadline(v, tid)) {
+		v->err = errno;
+		result = KVMPY_RUN_NO_TIMER;
+		goto out;
+	}
 	/* One that came while the last run was giving up the vCPU found neither a thread to signal nor this flag kept. */
 	if (__atomic_load_n(&v->kick, __ATOMIC_SEQ_CST))
 		v->run->immediate_exit = 1;
-	if (v->deadline_ns &&
-	    (v->timer_tid != tid || !v->armed_ns || v->armed_ns > v->deadline_ns) &&
-	    run_arm((struct run_node *)v, tid)) {
-		v->err = errno;
-		result = KVMPY_RUN_ERROR;
-		goto out;
-	}
 	ret = ioctl(v->fd, RUN_KVM_RUN, 0);
 	v->err = ret < 0 ? errno : 0;
 	kick = __atomic_load_n(&v->kick, __ATOMIC_SEQ_CST);
@@ -317,6 +378,6 @@ int kvmpy_vcpu_run(struct kvmpy_vcpu *v)
 out:
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
 	run_current = outer;
-	__atomic_store_n(&v->busy, 0, __ATOMIC_SEQ_CST);
+	__atomic_fetch_and(&v->busy, ~RUN_IN, __ATOMIC_SEQ_CST);
 	return result;
 }

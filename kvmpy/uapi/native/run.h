@@ -30,6 +30,9 @@ struct kvmpy_vcpu {
 #define KVMPY_RUN_DEADLINE 3
 #define KVMPY_RUN_EINTR 4
 #define KVMPY_RUN_BUSY 5
+#define KVMPY_RUN_STOPPED 6
+#define KVMPY_RUN_CLOSED 7
+#define KVMPY_RUN_NO_TIMER 8
 #define KVMPY_RUN_ERROR -1
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg);
@@ -37,6 +40,8 @@ int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg);
 int kvmpy_ioctl_words(int fd, unsigned long request, uint64_t first, uint64_t second, uint64_t third, uint64_t fourth);
 struct kvmpy_vcpu *kvmpy_vcpu_new(int fd, void *run);
 void kvmpy_vcpu_free(struct kvmpy_vcpu *v);
+int kvmpy_vcpu_close(struct kvmpy_vcpu *v);
+void kvmpy_vcpu_stop(struct kvmpy_vcpu *v);
 int kvmpy_vcpu_run(struct kvmpy_vcpu *v);
 void kvmpy_vcpu_deadline(struct kvmpy_vcpu *v, uint64_t timeout_ns);
 int kvmpy_vcpu_kick(struct kvmpy_vcpu *v);
