@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ class Observer(Protocol):
     """What the funnel tells: every file descriptor's life and every ioctl, before and after it ran.
 
     The struct passed is the caller's own: copy what must outlive the call. The thread is the calling one.
+    In a forked child ``forked()`` is called, where an observer has it: what it writes to is the parent's.
     """
 
     def fd_opened(self, fd: KvmFd) -> None:
@@ -105,6 +107,17 @@ def remove(observer: Observer) -> None:
     """Detach *observer*; ValueError when it is not attached."""
     active.remove(observer)
     _choose()
+
+
+def _in_child() -> None:
+    # Here and once: a hook of each observer's own would keep it, and all it holds, until the process ends.
+    for observer in list(active):
+        forked = getattr(observer, "forked", None)
+        if forked is not None:
+            forked()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _choose() -> None:

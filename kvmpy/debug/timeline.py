@@ -234,7 +234,6 @@ class Timeline:
         self._threads: list[_Thread] = []
         self.tracks = Tracks(os.getpid(), self._put)
         self._attached = self._closed = False
-        os.register_at_fork(after_in_child=self._forked)
 
     # Life.
 
@@ -261,8 +260,8 @@ class Timeline:
             observe.remove(self)
             observe.host.remove(self)
 
-    def _forked(self) -> None:
-        # The child has the parent's buffer and file: it must write neither.
+    def forked(self) -> None:
+        """Detach in a child, which has the parent's buffer and file: it must write neither."""
         self._detach()
         self._closed = True
         self._events.clear()

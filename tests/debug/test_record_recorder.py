@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import struct
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from pathlib import Path
 
@@ -219,6 +221,16 @@ def test_what_was_in_flight(kvm: Kvm, tmp_path: Path) -> None:
     record = Record.load(path)
     assert [request_name(each.what) for each in record.in_flight] == ["KVM_RUN"]
     assert "KVM_RUN in flight" in record.describe()
+
+
+def test_a_recorder_is_freed(tmp_path: Path) -> None:
+    """What it holds, every page of guest memory it has written among it, goes with the last who knows it."""
+    recorder = Recorder(tmp_path / "a.rec").start()
+    recorder.stop()
+    gone = weakref.ref(recorder)
+    del recorder
+    gc.collect()
+    assert gone() is None
 
 
 def test_fork(kvm: Kvm, tmp_path: Path) -> None:

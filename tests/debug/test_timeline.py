@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +174,15 @@ def test_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = events_of(tmp_path / "t.json")
     assert len(named(events, "KVM_RUN")) == len(named(events, "in guest")) == 4 * 300
     assert len({event["tid"] for event in named(events, "in guest")}) == 4
+
+
+def test_a_timeline_is_freed(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path / "a.json").start()
+    timeline.stop()
+    gone = weakref.ref(timeline)
+    del timeline
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_child_writes_nothing(tmp_path: Path) -> None:

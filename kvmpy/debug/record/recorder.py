@@ -137,7 +137,6 @@ class Recorder:
         self._lock = threading.RLock()
         self._attached = False
         self._flags = 0
-        os.register_at_fork(after_in_child=self._forked)
 
     # Life.
 
@@ -154,6 +153,7 @@ class Recorder:
         self._detach()
         self.writer.close()
         self.memory.close()
+        self._areas.clear()
 
     def _detach(self) -> None:
         if self._attached:
@@ -161,10 +161,9 @@ class Recorder:
             observe.remove(self)
             observe.host.remove(self)
 
-    def _forked(self) -> None:
-        # The child shares the file: it must not write there.
-        if self._attached:
-            self._detach()
+    def forked(self) -> None:
+        """Detach in a child, which shares the file: it must not write there."""
+        self._detach()
 
     def __enter__(self) -> Recorder:
         return self.start()
