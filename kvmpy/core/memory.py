@@ -6,6 +6,7 @@ Needs no KVM: it knows host mappings and guest-physical addresses only.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -348,7 +349,10 @@ class OutOfGuestMemoryError(MemoryError):
 
 
 class PageAllocator:
-    """Hands out guest-physical pages, zeroed, each marked private or shared in the memory's bitmap."""
+    """Hands out guest-physical pages, zeroed, each marked private or shared in the memory's bitmap.
+
+    Every method may be called by any thread.
+    """
 
     def __init__(self, memory: GuestMemory, *, private: bool = False, start: int = PAGE_SIZE) -> None:
         self.memory = memory
@@ -356,15 +360,17 @@ class PageAllocator:
         self.used = BitMap()
         self._recycled = BitMap()
         self._next = start >> PAGE_SHIFT
+        self._lock = threading.RLock()
         if start > 0:
             self.used.add_range(0, start >> PAGE_SHIFT)
 
     def reserve(self, gpa: Gpa, size: int) -> None:
         """Keep *size* bytes at *gpa* from being handed out; ValueError when a page of them is taken."""
         first, last = gpa.gfn, (int(gpa) + size + PAGE_SIZE - 1) >> PAGE_SHIFT
-        if self.used.range_cardinality(first, last):
-            raise ValueError(f"gpa {int(gpa):#x}, {size:#x} bytes: a page of it is in use")
-        self.used.add_range(first, last)
+        with self._lock:
+            if self.used.range_cardinality(first, last):
+                raise ValueError(f"gpa {int(gpa):#x}, {size:#x} bytes: a page of it is in use")
+            self.used.add_range(first, last)
 
     def alloc(self, pages: int = 1, *, private: bool | None = None, align: int = PAGE_SIZE) -> Gpa:
         """Return *pages* contiguous zeroed pages, aligned to *align* bytes (a power of two);
@@ -377,12 +383,16 @@ class PageAllocator:
             )
         step = align >> PAGE_SHIFT
         kind = self.private if private is None else private
+        with self._lock:
+            return self._alloc(pages, step, kind)
+
+    def _alloc(self, pages: int, step: int, kind: bool) -> Gpa:
         first = self._fit(self._next, pages, step, kind)
         if first is None:
             first = self._fit(0, pages, step, kind)
             if first is None:
                 raise OutOfGuestMemoryError(
-                    f"no {pages} contiguous free pages (align {align:#x}) in guest memory: "
+                    f"no {pages} contiguous free pages (align {step << PAGE_SHIFT:#x}) in guest memory: "
                     "create the VM with a larger memory="
                 )
         else:
@@ -419,7 +429,8 @@ class PageAllocator:
     def free(self, gpa: Gpa, pages: int = 1) -> None:
         """Take *pages* pages back; ValueError when one of them was not handed out."""
         first = gpa.gfn
-        if self.used.range_cardinality(first, first + pages) != pages:
-            raise ValueError(f"gpa {int(gpa):#x}, {pages} pages: not all of them are in use")
-        self.used.remove_range(first, first + pages)
-        self._recycled.add_range(first, first + pages)
+        with self._lock:
+            if self.used.range_cardinality(first, first + pages) != pages:
+                raise ValueError(f"gpa {int(gpa):#x}, {pages} pages: not all of them are in use")
+            self.used.remove_range(first, first + pages)
+            self._recycled.add_range(first, first + pages)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import sys
 import threading
@@ -15,9 +16,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
 
+from kvmpy.core.errors import ClosedError
 from kvmpy.core.vcpu import VcpuKickedError
 
 T = TypeVar("T")
+# How long a thread may take to end after its vCPU was kicked.
+STOP_SECONDS = 10.0
 
 
 class Kickable(Protocol):
@@ -145,18 +149,19 @@ class VcpuThread(Generic[T]):
         frame = sys._current_frames().get(self._thread.ident or 0)
         return "".join(traceback.format_stack(frame)) if frame is not None else "(it is not running)"
 
-    def stop(self, timeout: float = 10.0) -> T | None:
-        """Kick the vCPU until the target ends, then :meth:`join`.
+    def stop(self, timeout: float | None = None) -> T | None:
+        """Kick the vCPU until the target ends, then :meth:`join`; *timeout* is STOP_SECONDS by default.
 
         Harmless when it has ended or was never started.
         """
         self.stopping = True
         if not self.started:
             return None
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + (STOP_SECONDS if timeout is None else timeout)
         while self.alive and time.monotonic() < deadline:
             if self.vcpu is not None:
-                self.vcpu.kick()
+                with contextlib.suppress(ClosedError):  # the target finds that out by itself
+                    self.vcpu.kick()
             # One kick is enough for a target that lets VcpuKickedError pass; one that catches it may need
             # another.
             self._thread.join(min(0.1, max(0.0, deadline - time.monotonic())))
@@ -186,7 +191,15 @@ def run_threads(threads: Sequence[VcpuThread[Any]], timeout: float) -> list[Any]
         if not thread.started:
             thread.start()
     futures = [thread._future for thread in threads]
-    done, pending = concurrent.futures.wait(futures, timeout, return_when=concurrent.futures.FIRST_EXCEPTION)
+    try:
+        done, pending = concurrent.futures.wait(
+            futures, timeout, return_when=concurrent.futures.FIRST_EXCEPTION
+        )
+    except BaseException:
+        for thread in threads:
+            with contextlib.suppress(Exception):
+                thread.stop()
+        raise
     error: BaseException | None = next((e for e in (f.exception() for f in futures if f in done) if e), None)
     if error is None and not pending:
         return [thread.join(timeout) for thread in threads]

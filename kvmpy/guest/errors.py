@@ -6,13 +6,29 @@ from __future__ import annotations
 from kvmpy.core.errors import MissingError
 
 
+def printable(text: str) -> str:
+    """Return *text* with what a terminal would obey, and what cannot be seen, as Python's escapes.
+
+    New lines and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() or sign in "\n\t" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+
+
 class GuestError(RuntimeError):
-    """A guest that cannot be used, or did not do what was asked; ``.postmortem`` is its state, or empty."""
+    """A guest that cannot be used, or did not do what was asked; ``.postmortem`` is its state, or empty.
+
+    Both hold text of the guest's: control characters are escaped.
+    """
 
     def __init__(self, message: str, postmortem: str = "") -> None:
-        self.message = message
-        self.postmortem = postmortem
-        super().__init__(f"{message}\n{postmortem}" if postmortem else message)
+        self.message = printable(message)
+        self.postmortem = printable(postmortem)
+        super().__init__(f"{self.message}\n{self.postmortem}" if postmortem else self.message)
 
 
 class LaunchError(GuestError):

@@ -8,14 +8,15 @@ failure that brought us here must never be lost behind another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmpy.core import observe, recent
 from kvmpy.core.address import PAGE_SIZE, Gva
 from kvmpy.core.errors import KvmError, PrivateMemoryError, errno_name
 from kvmpy.guest import ucall
+from kvmpy.guest.backtrace import Place, backtrace, code_bytes, describe, place_of, standing
 from kvmpy.guest.disasm import disassemble
+from kvmpy.guest.errors import printable
 from kvmpy.guest.postmortem_interrupts import interrupts
 from kvmpy.uapi.constants import ExitReason, MpState
 from kvmpy.x86 import registers
@@ -27,35 +28,10 @@ if TYPE_CHECKING:
     from kvmpy.guest.vm import GuestVm
     from kvmpy.uapi.structs import kvm_regs, kvm_sregs
 
-MAX_FRAMES = 32
 CODE_BYTES_AFTER = 32
 TRAIL_OF_OTHERS = 64
-MAX_STACK = 1 << 20
+MOST_OTHERS = 16
 _RFLAGS_IF = 1 << 9
-_PROLOGUE = b"\x55\x48\x89\xe5"  # push rbp; mov rbp, rsp
-
-# Where a GuestExceptionError's ucall keeps what the handler saved: see ucall EXCEPTION.
-_EXCEPTION_RIP, _EXCEPTION_RSP, _EXCEPTION_CR2, _EXCEPTION_RBP = 2, 3, 4, 7
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the guest stood: at the fault or assertion when there was one, else at the registers.
-
-    *called* says that *rip* is a return address: what matters is the call before it, and the frames of the
-    runtime up to it are left out.
-    """
-
-    rip: int
-    rsp: int
-    rbp: int
-    cr2: int
-    called: bool = False
-
-    @property
-    def instruction(self) -> int:
-        """An address inside the instruction that matters."""
-        return self.rip - 1 if self.called else self.rip
 
 
 def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = None) -> str:
@@ -89,20 +65,22 @@ def _postmortem(
     section("interrupts", lambda: _unless_running(vcpu, lambda: interrupts(vcpu)))
     if vcpu.ghcb_gpa is not None:
         section("GHCB", lambda: list(vm.protection.about_vcpu(vm, vcpu)))
-    place = _place(state, call)
+    place = place_of(state, call)
     if place is not None:
         section("code", lambda: _code(vm, place))
-        section("backtrace", lambda: _backtrace(vm, place))
+        section("backtrace", lambda: backtrace(vm, place))
         for name, address in (("RIP", place.rip), ("RSP", place.rsp), ("CR2", place.cr2)):
             if name != "CR2" or address:
                 section(f"page-table walk of {name} {address:#x}", lambda address=address: _walk(vm, address))  # type: ignore[misc]
+    if len(vm.vcpus) > 1:
+        section("other vCPUs", lambda: _others(vm, vcpu))
     for other in [vcpu, *(peer for peer in vm.vcpus if peer is not vcpu)][:TRAIL_OF_OTHERS]:
         section(f"last exits of {other.name} ({other.exits} in all)", lambda other=other: _trail(other))  # type: ignore[misc]
     section(f"last ioctls of {vm.name} (KVM_RUN aside)", lambda: recent.lines(vm.name, asked) or ["none"])
     if vm.console:
         section("console", lambda: vm.console.splitlines()[-20:])
     section("KVM statistics (not zero)", lambda: _unless_running(vcpu, lambda: _stats(vcpu)))
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _about(vm: GuestVm) -> Iterator[str]:
@@ -153,36 +131,7 @@ def _mp_state(vcpu: GuestVcpu, regs: kvm_regs) -> Iterator[str]:
     yield f"mp state {name}{', interrupts off: no interrupt wakes it' if masked else ''}"
 
 
-def _place(state: list[tuple[kvm_regs, kvm_sregs]], call: Ucall | None) -> _Place | None:
-    if call is not None and call.cmd == ucall.EXCEPTION:
-        args = call.args
-        return _Place(args[_EXCEPTION_RIP], args[_EXCEPTION_RSP], args[_EXCEPTION_RBP], args[_EXCEPTION_CR2])
-    if state:
-        regs, sregs = state[0]
-        if call is not None and call.rip is not None:
-            return _Place(call.rip, regs.rsp, regs.rbp, sregs.cr2, called=True)
-        return _Place(regs.rip, regs.rsp, regs.rbp, sregs.cr2)
-    return None
-
-
-def describe(vm: GuestVm, address: int) -> str:
-    """Return ``function+offset at file:line`` for a guest code address, as far as it is known."""
-    gva = Gva(address)
-    function, line = vm.program.function(gva), vm.program.line(gva)
-    name = f"{function[0]}+{function[1]:#x}" if function else "?"
-    return f"{name} at {line[0]}:{line[1]}" if line else name
-
-
-def _code_bytes(vm: GuestVm, start: int, end: int) -> bytes:
-    # The image is the program's own: it needs no look into guest memory, which may be hidden.
-    for segment in vm.program.segments:
-        base = int(segment.gva)
-        if segment.executable and base <= start and end <= base + len(segment.data):
-            return bytes(segment.data[start - base : end - base])
-    return vm.read(Gva(start), end - start)
-
-
-def _code(vm: GuestVm, place: _Place) -> Iterator[str]:
+def _code(vm: GuestVm, place: Place) -> Iterator[str]:
     rip = place.instruction
     yield f"{place.rip:#x}  {describe(vm, rip)}"
     function = vm.program.function(Gva(rip))
@@ -191,7 +140,7 @@ def _code(vm: GuestVm, place: _Place) -> Iterator[str]:
     raw: bytes | None = None
     for end in (rip + CODE_BYTES_AFTER, (rip | PAGE_SIZE - 1) + 1, rip + 1):
         try:
-            raw = _code_bytes(vm, start, end)
+            raw = code_bytes(vm, start, end)
             break
         except ValueError:
             continue
@@ -211,51 +160,35 @@ def _code(vm: GuestVm, place: _Place) -> Iterator[str]:
         yield f"{'=>' if number == here else '  '} {address:#x}: {text}"
 
 
-def _frameless_caller(vm: GuestVm, place: _Place) -> int | None:
-    # gcc gives a small leaf function no frame, and before its prologue no function has one.
-    function = vm.program.function(Gva(place.rip))
-    if place.called or function is None or function[0].endswith(".cold"):
-        return None
-    head = _code_bytes(vm, place.rip - function[1], place.rip)
-    if _PROLOGUE in head:
-        return None
-    at = place.rsp + (8 if head.endswith(_PROLOGUE[:1]) else 0)
-    try:
-        back = int.from_bytes(vm.read(Gva(at), 8), "little")
-    except ValueError:
-        return None
-    return back if back and vm.program.function(Gva(back - 1)) else None
+def _others(vm: GuestVm, vcpu: GuestVcpu) -> Iterator[str]:
+    for other in [peer for peer in vm.vcpus if peer is not vcpu][:MOST_OTHERS]:
+        yield f"{other.name}: {where(vm, other) or 'nothing is known of it'}"
+        state = _state_of(vm, other)
+        if state is not None and not other.done:
+            yield from ("  " + line for line in list(backtrace(vm, state))[1:])
 
 
-def _frames(vm: GuestVm, place: _Place) -> Iterator[int]:
-    caller = _frameless_caller(vm, place)
-    if caller is not None:
-        yield caller
-    frame, last = place.rbp, place.rsp
-    for _ in range(MAX_FRAMES):
-        # A frame pointer that does not move up the stack, or leaves it, ends the chain.
-        if frame < last or frame % 8 or frame - last > MAX_STACK:
-            return
+def _state_of(vm: GuestVm, vcpu: GuestVcpu, call: Ucall | None = None) -> Place | None:
+    hidden = vcpu.closed or vcpu.running or (vm.launched and not vm.protection.traits.can_read_registers)
+    return place_of([] if hidden else [(vcpu.get_regs(), vcpu.get_sregs())], call)
+
+
+def where(vm: GuestVm, vcpu: GuestVcpu, call: Ucall | None = None) -> str:
+    """Return in a few words where *vcpu* is now, after the ucall *call*; empty where nobody can know."""
+    with observe.inspecting():
         try:
-            raw = vm.read(Gva(frame), 16)
-        except ValueError:
-            return
-        back = int.from_bytes(raw[8:16], "little")
-        # The call is before the return address, which may already belong to the next function.  The first
-        # frame returns to nowhere.
-        if not back or not vm.program.function(Gva(back - 1)):
-            return
-        yield back
-        last, frame = frame + 16, int.from_bytes(raw[0:8], "little")
-
-
-def _backtrace(vm: GuestVm, place: _Place) -> Iterator[str]:
-    frames = list(_frames(vm, place))
-    if place.called and place.rip in frames:
-        frames = frames[frames.index(place.rip) + 1 :]
-    yield f"#0  {place.rip:#x} {describe(vm, place.instruction)}"
-    for number, back in enumerate(frames, 1):
-        yield f"#{number}  {back:#x} {describe(vm, back - 1)}"
+            if vcpu.done:
+                return "DONE"
+            if vcpu.running:
+                return f"running in thread {vcpu.thread_id}"
+            place = _state_of(vm, vcpu, call)
+            if place is None:
+                return ""
+            # A vCPU that waits looks like one that loops.
+            waits = " (halted)" if vcpu.get_mp_state() == MpState.KVM_MP_STATE_HALTED else ""
+            return standing(vm, place) + waits
+        except Exception as error:  # noqa: BLE001 - the failure that brought us here must not be lost behind this one
+            return f"not available: {type(error).__name__}: {error}"
 
 
 def _walk(vm: GuestVm, address: int) -> Iterator[str]:

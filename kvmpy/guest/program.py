@@ -19,7 +19,7 @@ from typing import Any
 from kvmpy.core.address import Gva
 from kvmpy.guest import cache, origin, toolchain
 from kvmpy.guest.errors import GuestBuildError, GuestBuildWarning, GuestImageError
-from kvmpy.guest.symbols import Image, LineTable, Segment, Symbol, SymbolTable, read_image
+from kvmpy.guest.symbols import Image, InlineTable, LineTable, Segment, Symbol, SymbolTable, read_image
 
 # Part of every key: raise it when the format of cache entries changes.
 _FORMAT = 1
@@ -117,6 +117,10 @@ class GuestProgram:
     def _lines(self) -> LineTable:
         return LineTable.of(self.elf)
 
+    @cached_property
+    def _inlined(self) -> InlineTable:
+        return InlineTable(self.elf)
+
     @property
     def symbols(self) -> Mapping[str, Symbol]:
         """All symbols by name."""
@@ -137,6 +141,12 @@ class GuestProgram:
     def line(self, gva: int) -> tuple[str, int] | None:
         """Return (file, line) of the code at *gva*, or None where the program does not say."""
         return self._lines.find(gva)
+
+    def inlined(self, gva: int) -> list[tuple[str, str, int]]:
+        """Return the calls that were inlined at *gva*, innermost first: function, and file and line of the
+        call.
+        """
+        return self._inlined.find(gva)
 
     def __repr__(self) -> str:
         size = sum(memsize for _, _, _, memsize, _ in self._image.segments)

@@ -237,6 +237,75 @@ class LineTable:
         return self._places[number] if number >= 0 else None
 
 
+class InlineTable:
+    """Calls that the compiler inlined, by address, from the DWARF entries of the image."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._dwarf: Any = None
+        self._found: dict[int, list[tuple[str, str, int]]] = {}
+
+    def find(self, gva: int) -> list[tuple[str, str, int]]:
+        """Return (function, file and line of its call) for each inlined call at *gva*, innermost first."""
+        address = int(gva)
+        if address not in self._found:
+            try:
+                self._found[address] = self._look(address)
+            except Exception:  # noqa: BLE001 - as for line numbers: damaged debug information counts as none
+                self._found[address] = []
+        return self._found[address]
+
+    def _look(self, address: int) -> list[tuple[str, str, int]]:
+        if self._dwarf is None:
+            elf = _open(self._data, "image")
+            if not elf.has_dwarf_info():
+                return []
+            self._dwarf = elf.get_dwarf_info()
+        steps: list[tuple[str, str, int]] = []
+        for unit in self._dwarf.iter_CUs():
+            die = unit.get_top_DIE()
+            if not _covers(die, address):
+                continue
+            program = self._dwarf.line_program_for_CU(unit)
+            names = _file_names(program.header) if program is not None else {}
+            while die is not None:
+                die = next((child for child in die.iter_children() if _covers(child, address)), None)
+                if die is not None and die.tag == "DW_TAG_inlined_subroutine":
+                    values = die.attributes
+                    file = names.get(values["DW_AT_call_file"].value, "?")
+                    steps.append((_name(die), file, int(values["DW_AT_call_line"].value)))
+            break
+        return steps[::-1]
+
+
+def _name(die: Any) -> str:
+    for link in ("DW_AT_abstract_origin", "DW_AT_specification"):
+        while "DW_AT_name" not in die.attributes and link in die.attributes:
+            die = die.get_DIE_from_attribute(link)
+    return _text(die.attributes["DW_AT_name"].value) if "DW_AT_name" in die.attributes else "?"
+
+
+def _covers(die: Any, address: int) -> bool:
+    """Tell whether *address* is code of a DWARF entry."""
+    values = die.attributes
+    if "DW_AT_ranges" in values:
+        base = int(die.cu.get_top_DIE().attributes["DW_AT_low_pc"].value)
+        ranges = die.dwarfinfo.range_lists()
+        for entry in ranges.get_range_list_at_offset(values["DW_AT_ranges"].value, cu=die.cu):
+            if hasattr(entry, "base_address"):
+                base = int(entry.base_address)
+                continue
+            shift = 0 if getattr(entry, "is_absolute", False) else base
+            if entry.begin_offset + shift <= address < entry.end_offset + shift:
+                return True
+        return False
+    if "DW_AT_low_pc" not in values or "DW_AT_high_pc" not in values:
+        return False
+    low, high = int(values["DW_AT_low_pc"].value), values["DW_AT_high_pc"]
+    end = int(high.value) if high.form == "DW_FORM_addr" else low + int(high.value)
+    return low <= address < end
+
+
 def _rows(program: Any) -> Iterable[tuple[int, tuple[str, int] | None]]:
     names = _file_names(program.header)
     for entry in program.get_entries():

@@ -138,9 +138,9 @@ def _where(program: GuestProgram, rip: int) -> str:
 
 def assertion_text(call: Ucall, program: GuestProgram) -> str:
     """Return what the ABORT *call* says: the expression, both values, file and line, vCPU and function."""
-    got, expected, line, flags, rip = (*call.args, 0, 0, 0, 0, 0)[:5]
+    got, expected, line, flags, rip = padded(call.args)[:5]
     # The address is that of the next instruction, which may belong to another function.
-    place = f"{call.file}:{line}: vcpu{call.vcpu} in {_where(program, rip - 1)}"
+    place = f"{call.file}:{line}: vcpu{call.vcpu} in {_where(program, rip - 1 & _U64)}"
     kind = flags & layout.ASSERT_KIND_MASK
     if kind == AssertKind.FAIL:
         return f"guest failed: {call.text}\n  at {place}"
@@ -154,9 +154,14 @@ def assertion_text(call: Ucall, program: GuestProgram) -> str:
     return "\n".join(lines)
 
 
+def padded(args: tuple[int, ...]) -> tuple[int, ...]:
+    """Return all eight arguments, those that the guest did not give as 0."""
+    return (*args, *(0,) * layout.UCALL_NR_ARGS)[: layout.UCALL_NR_ARGS]
+
+
 def exception_text(call: Ucall, program: GuestProgram) -> str:
     """Return what the EXCEPTION *call* says: which one, error code, where, the address of a page fault."""
-    vector, error_code, rip, rsp, cr2, rflags = (*call.args, 0, 0, 0, 0, 0, 0)[:6]
+    vector, error_code, rip, rsp, cr2, rflags = padded(call.args)[:6]
     text = f"unexpected {exceptions.describe(vector, error_code)} on vcpu{call.vcpu}"
     if vector == exceptions.Vector.PF:
         text += f", address {cr2:#x}"

@@ -131,15 +131,20 @@ class GuestVcpu(Vcpu):
             if how == RUN_EINTR:
                 continue
             if how == RUN_DEADLINE:
-                raise GuestTimeoutError(
-                    f"{self.name} was still running at its deadline",
-                    self.vm.postmortem(self, "deadline passed"),
-                )
+                raise self._timeout()
             try:
                 return self._ended(how, run)
             except KvmError as error:
                 message = str(error)
                 raise GuestError(message, self.vm.postmortem(self, message)) from error
+
+    def _timeout(self) -> GuestTimeoutError:
+        self.vm.halt_others(self)
+        message = f"{self.name} was still running at its deadline{self._standing()}"
+        # Who waits is not who is to blame.
+        others = [vcpu for vcpu in self.vm.vcpus if vcpu is not self]
+        message += "".join(f"\n  {vcpu.name}: {self.vm.where(vcpu) or 'unknown'}" for vcpu in others[:16])
+        return GuestTimeoutError(message, self.vm.postmortem(self, "deadline passed"))
 
     def _failure(self, call: Ucall) -> GuestError:
         if call.cmd == ucall.ABORT:
@@ -147,22 +152,33 @@ class GuestVcpu(Vcpu):
             return GuestAssertionError(message, self.vm.postmortem(self, message, call))
         if call.cmd == ucall.EXCEPTION:
             message = ucall.exception_text(call, self.vm.program)
-            return GuestExceptionError(
-                message, self.vm.postmortem(self, message, call), call.args[0], call.args[1]
-            )
+            vector, error_code = ucall.padded(call.args)[:2]
+            return GuestExceptionError(message, self.vm.postmortem(self, message, call), vector, error_code)
         message = f"{self.name}: ucall with the unknown command {call.cmd:#x}"
         return UnexpectedExitError(message, self.vm.postmortem(self, message, call), call)
 
     def _bad_ucall(self, exit_: IoExit) -> GuestError:
+        call = None
         if exit_.value == layout.UCALL_NO_SLOT:
             message = f"{self.name}: ucalls nested deeper than {layout.UCALL_SLOTS - 1}"
+            # The last slot takes it all the same, and says what went wrong in the end.
+            call = ucall.read(self._slots, layout.UCALL_SLOTS - 1, self.index)
+            if call.cmd == ucall.EXCEPTION:
+                message += f", the innermost an {ucall.exception_text(call, self.vm.program)}\n "
+            else:
+                message += f", the innermost {call!r}"
+            message += self._standing(call)
         else:
             message = (
                 f"{self.name}: port {layout.UCALL_PORT:#x} is the ucall port, "
                 f"but {exit_.value:#x} (size {exit_.size}) names no "
                 f"slot of this vCPU"
             )
-        return UnexpectedExitError(message, self.vm.postmortem(self, message), exit_)
+        return UnexpectedExitError(message, self.vm.postmortem(self, message, call), exit_)
+
+    def _standing(self, call: Ucall | None = None) -> str:
+        place = self.vm.where(self, call)
+        return f" in {place}" if place else ""
 
     def unexpected(self, got: Ucall | Exit, wanted: str) -> UnexpectedExitError:
         """Return the error for *got* where *wanted* was waited for, with its post-mortem."""

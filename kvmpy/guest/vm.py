@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,11 +17,12 @@ from kvmpy.core.errors import PrivateMemoryError
 from kvmpy.core.exits import Exit
 from kvmpy.core.memory import PageAllocator
 from kvmpy.core.slots import MemorySlot
-from kvmpy.core.vcpu import Vcpu, VcpuKickedError
+from kvmpy.core.threads import VcpuThread, run_threads
+from kvmpy.core.vcpu import Vcpu
 from kvmpy.guest import layout
 from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
 from kvmpy.guest.errors import LaunchError
-from kvmpy.guest.postmortem import postmortem
+from kvmpy.guest.postmortem import postmortem, where
 from kvmpy.guest.private import VmPrivate
 from kvmpy.guest.program import GuestProgram
 from kvmpy.guest.protection import Protection
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MEMORY = 64 << 20
 DEFAULT_DEADLINE = 20.0
+# A post-mortem is made within this time, too.
+CALLBACK_GRACE = 30.0
+HALT_SECONDS = 1.0
 # Below 1 MiB nothing is placed: tests that want real mode find it free.
 ALLOCATION_START = 1 << 20
 # Guest memory leaves the gigabyte below 4 GiB to the APICs and to what KVM keeps there.
@@ -98,6 +103,8 @@ class GuestVm(VmPrivate):
         self._console: list[str] = []
         self._known: list[tuple[int, int, int]] = []
         self._heap = layout.HEAP_BASE
+        self._lock = threading.Lock()
+        self._together: dict[GuestVcpu, VcpuThread[None]] = {}
         with ExitStack() as undo:
             undo.callback(self.close)
             self._irqchip(irqchip)
@@ -179,8 +186,8 @@ class GuestVm(VmPrivate):
     def _remember(self, gva: Gva, gpa: Gpa, size: int) -> None:
         # Host's own record of mappings: under some protections the page tables cannot be read back.
         entry = (int(gva), int(gpa), size)
-        at = bisect_right(self._known, entry)
-        self._known.insert(at, entry)
+        with self._lock:
+            self._known.insert(bisect_right(self._known, entry), entry)
 
     def _load_program(self) -> None:
         for segment in self.program.segments:
@@ -396,21 +403,28 @@ class GuestVm(VmPrivate):
         """Allocate *size* bytes (rounded up to pages) of zeroed guest memory, map it, and return its address.
 
         *private* None: private where the protection has private memory (with policy ``"data"`` not for code,
-        that is without *nx*).  An unmapped page lies between two allocations.
+        that is without *nx*).  An unmapped page lies between two allocations.  Any thread may call it.
         """
         if private is None and not nx and self.policy == "data":
             private = False
         size = -(-size // page_size) * page_size
-        where = Gva(-(-self._heap // page_size) * page_size) if gva is None else gva
+        where = self._take_addresses(size, page_size) if gva is None else gva
         gpa = self.allocator.alloc(size >> PAGE_SHIFT, private=private, align=page_size)
         self.pages.map(where, gpa, size, page_size=page_size, writable=writable, user=user, nx=nx)
         self._remember(where, gpa, size)
-        if gva is None:
-            self._heap = int(where) + size + PAGE_SIZE
         return where
 
+    def _take_addresses(self, size: int, align: int) -> Gva:
+        with self._lock:
+            where = -(-self._heap // align) * align
+            self._heap = where + size + PAGE_SIZE
+        return Gva(where)
+
     def map(self, gva: Gva, gpa: Gpa, size: int, **how: bool | int | None) -> None:
-        """Map guest-physical memory; keywords as :meth:`kvmpy.x86.paging.PageTables.map`."""
+        """Map guest-physical memory; keywords as :meth:`kvmpy.x86.paging.PageTables.map`.
+
+        Any thread may call it.
+        """
         self.pages.map(gva, gpa, size, **how)  # type: ignore[arg-type]
         self._remember(gva, gpa, size)
 
@@ -429,6 +443,10 @@ class GuestVm(VmPrivate):
         """Return the state of the VM as text, seen from *vcpu*."""
         return postmortem(self, vcpu, cause, call)
 
+    def where(self, vcpu: GuestVcpu, call: Ucall | None = None) -> str:
+        """Return in a few words where *vcpu* is now, after the ucall *call*; empty where nobody can know."""
+        return where(self, vcpu, call)
+
     # All vCPUs at once.
 
     def run_all(
@@ -438,45 +456,40 @@ class GuestVm(VmPrivate):
         on_exit: Callable[[GuestVcpu, Exit], bool] | None = None,
         on_sync: Callable[[GuestVcpu, Ucall], None] | None = None,
     ) -> None:
-        """Run every vCPU in a thread of its own until DONE; the first failure kicks the others and is
+        """Run every vCPU in a thread of its own until DONE; the first failure ends the others' runs and is
         raised.
+
+        *timeout* in seconds, by default the VM's deadline.  A time-out says where every vCPU stood.  A
+        callback that has not come back CALLBACK_GRACE seconds later is a ThreadTimeoutError, with its Python
+        stack: its thread goes on, but its vCPU runs no more.
         """
-        failures: list[BaseException] = []
-        lock = threading.Lock()
+        limit = self.deadline if timeout is None else timeout
 
         def body(vcpu: GuestVcpu) -> None:
-            try:
-                vcpu.run_to_done(
-                    timeout,
-                    on_exit=None if on_exit is None else lambda got: on_exit(vcpu, got),
-                    on_sync=None if on_sync is None else lambda got: on_sync(vcpu, got),
-                )
-            except VcpuKickedError:
-                with lock:
-                    if not failures:
-                        failures.append(
-                            LaunchError(f"{vcpu.name} was kicked while run_all() was waiting for DONE")
-                        )
-            except BaseException as error:  # noqa: BLE001 - handed to the caller below
-                with lock:
-                    failures.append(error)
-                for other in self.vcpus:
-                    if other is not vcpu and not other.done:
-                        other.kick()
+            vcpu.run_to_done(
+                limit,
+                on_exit=None if on_exit is None else lambda got: on_exit(vcpu, got),
+                on_sync=None if on_sync is None else lambda got: on_sync(vcpu, got),
+            )
 
-        threads = [
-            threading.Thread(target=body, args=(vcpu,), name=vcpu.name, daemon=True) for vcpu in self.vcpus
-        ]
-        for thread in threads:
-            thread.start()
+        self._together = {
+            vcpu: VcpuThread(partial(body, vcpu), vcpu=vcpu, name=vcpu.name) for vcpu in self.vcpus
+        }
         try:
-            for thread in threads:
-                thread.join()
-        except BaseException:
-            for vcpu in self.vcpus:
-                vcpu.kick()
-            for thread in threads:
-                thread.join()
-            raise
-        if failures:
-            raise failures[0]
+            run_threads(list(self._together.values()), limit + CALLBACK_GRACE)
+        finally:
+            for vcpu, thread in self._together.items():
+                if thread.alive:
+                    vcpu.stop()
+            self._together = {}
+
+    def halt_others(self, vcpu: GuestVcpu) -> None:
+        """End the runs of the vCPUs beside *vcpu* within run_all(), so that they can be looked at."""
+        together = {other: thread for other, thread in self._together.items() if other is not vcpu}
+        for other, thread in together.items():
+            thread.stopping = True
+            if thread.alive and not other.done:
+                other.kick()
+        end = time.monotonic() + HALT_SECONDS
+        while any(other.running for other in together) and time.monotonic() < end:
+            time.sleep(0.001)  # whoever runs one needs the interpreter to find out

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from kvmpy.core.address import Gva
-from kvmpy.core.exits import InternalErrorExit, ShutdownExit
+from kvmpy.core.exits import DebugExit, InternalErrorExit, ShutdownExit
+from kvmpy.core.threads import ThreadTimeoutError, VcpuThread, run_threads
+from kvmpy.core.vcpu import VcpuKickedError
 from kvmpy.guest.errors import (
     GuestAssertionError,
     GuestError,
@@ -18,9 +22,11 @@ from kvmpy.guest.errors import (
     GuestTimeoutError,
     UnexpectedExitError,
 )
+from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi import ioctls
+from kvmpy.uapi.constants import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP
 
 ASSERTION = """
 #include <kvmpy/guest.h>
@@ -290,3 +296,292 @@ def test_no_local_apic(make_vm: MakeVm) -> None:
     """A VM whose local APIC is not KVM's says so."""
     postmortem = failure(make_vm(WILD_WRITE, irqchip=None)).postmortem
     assert "  events: none\n  no local APIC in KVM\n" in postmortem
+
+
+FAULTS = """
+#include <kvmpy/guest.h>
+
+static volatile u64 *const nowhere = (u64 *)0x123456789000;
+
+static __attribute__((noinline)) void toucher(void)
+{
+	*nowhere = 1;
+}
+
+static void again(struct exception_frame *frame)
+{
+	GUEST_PRINTF("%llx", frame->vector);
+}
+
+void loop(void)
+{
+	guest_exception_install(PF_VECTOR, again);
+	toucher();
+}
+
+static void deeper(struct exception_frame *frame)
+{
+	GUEST_SYNC(5);
+	*nowhere = 2;
+}
+
+void nest(void)
+{
+	guest_exception_install(PF_VECTOR, deeper);
+	toucher();
+}
+
+static void overflow(struct exception_frame *frame)
+{
+	*nowhere = 3;
+}
+
+void fill_the_stack(void)
+{
+	guest_exception_install(PF_VECTOR, overflow);
+	toucher();
+}
+"""
+PAGE_FAULT = r"#PF page fault \(0x2: supervisor write, page not present\)"
+
+
+def fail_at(make_vm: MakeVm, program: str, entry: str, timeout: float | None = None) -> GuestError:
+    vm = make_vm(program)
+    vm.vcpus[0].set_entry(entry)
+    return failure(vm, timeout)
+
+
+def backtrace_of(error: GuestError) -> str:
+    return error.postmortem.partition("--- backtrace\n")[2].partition("\n--- page-table")[0]
+
+
+def test_loop_of_faults(make_vm: MakeVm) -> None:
+    """A fault that comes again after its handler is told with the function that faults, always."""
+    for _ in range(5):  # the deadline finds it in the handler, in a stub, at the fault
+        error = fail_at(make_vm, FAULTS, "loop", 0.1)
+        assert isinstance(error, GuestTimeoutError)
+        assert re.search(r"\btoucher\+0x[0-9a-f]+ at ", error.message), error.message
+        assert re.search(r"(?s)\btoucher\+.*\bloop\+.*_start\+", backtrace_of(error)), backtrace_of(error)
+
+
+def test_nested_exceptions(make_vm: MakeVm) -> None:
+    """Exceptions in handlers are told with vector and place of the innermost and the outermost."""
+    error = fail_at(make_vm, FAULTS, "nest", 10)
+    assert isinstance(error, UnexpectedExitError)
+    assert re.search(
+        r"nested deeper than 7, the innermost <SYNC\(0x5\) of vcpu0> in deeper\+.*"
+        rf"in {PAGE_FAULT} of deeper\+.*"
+        rf"in {PAGE_FAULT} of toucher\+.*\(7 exceptions deep\)",
+        error.message,
+    ), error.message
+    shown = backtrace_of(error)
+    assert re.search(r"\.\.\. and the same 5 times more\n", shown), shown
+    assert re.search(rf"(?s)--- {PAGE_FAULT} ---\n +#\d+  0x\w+ toucher\+.*nest\+.*_start\+", shown), shown
+
+
+def test_exceptions_to_the_end_of_the_stack(make_vm: MakeVm) -> None:
+    """A double fault after exceptions that filled the stack is told with the fault that was the first."""
+    error = fail_at(make_vm, FAULTS, "fill_the_stack", 10)
+    assert isinstance(error, UnexpectedExitError)
+    assert "the innermost an unexpected #DF" in error.message
+    assert re.search(r"of toucher\+.*\(\d+ exceptions deep\)", error.message), error.message
+
+
+AT_RET = """
+#include <kvmpy/guest.h>
+
+asm(".pushsection .text\\n"
+    ".type leaves, @function\\n"
+    "leaves: push %rbp; mov %rsp, %rbp; pop %rbp; 1: ret\\n"
+    ".size leaves, . - leaves\\n"
+    ".popsection\\n");
+void leaves(void);
+
+static __attribute__((noinline)) void caller(void)
+{
+	leaves();
+	barrier();
+}
+
+void guest_main(void)
+{
+	caller();
+}
+"""
+
+
+def test_at_the_end_of_a_function(make_vm: MakeVm) -> None:
+    """At a RET the frame pointer is the caller's already: the caller is in the backtrace all the same."""
+    vm = make_vm(AT_RET)
+    vcpu, at_ret = vm.vcpus[0], int(vm.program.address_of("leaves")) + 5
+    vm.launch()
+    vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
+    while vcpu.expect(DebugExit, 10).pc != at_ret:
+        pass
+    shown = backtrace_of(GuestError("", vm.postmortem(vcpu, "at RET")))
+    assert re.search(r"(?s)#0  0x\w+ leaves\+0x5.*caller\+.*guest_main\+", shown), shown
+
+
+INLINED = """
+#include <kvmpy/guest.h>
+
+static __always_inline void inner(u64 x)
+{
+	GUEST_ASSERT_EQ(x, 2);
+}
+
+static __always_inline void outer(u64 x)
+{
+	inner(x + 1);
+}
+
+void guest_main(void)
+{
+	outer(0);
+}
+"""
+
+
+def test_inlined_calls(make_vm: MakeVm) -> None:
+    """Calls that the compiler inlined are frames of their own, as `addr2line -i` shows them."""
+    shown = backtrace_of(failure(make_vm(INLINED)))
+    lines = [re.sub(r"^ *#(\d+)  0x\w+ (.*) at .*:(\d+)$", r"\1 \2 \3", line) for line in shown.splitlines()]
+    first = int(lines[0].rpartition(" ")[2])
+    assert lines[:2] == [f"0 inner (inlined) {first}", f"1 outer (inlined) {first + 5}"]
+    assert re.fullmatch(rf"2 guest_main\+0x\w+ {first + 10}", lines[2])
+
+
+PEERS = """
+#include <kvmpy/guest.h>
+
+volatile u64 flag;
+
+static __attribute__((noinline)) void wait_for_flag(void)
+{
+	while (!flag)
+		cpu_relax();
+}
+
+static __attribute__((noinline)) void sleep_for_ever(void)
+{
+	cli();
+	hlt();
+}
+
+void waiter(void)
+{
+	wait_for_flag();
+}
+
+void culprit(void)
+{
+	sleep_for_ever();
+	flag = 1;
+}
+
+void ready(void)
+{
+}
+"""
+
+
+def test_who_waits_and_who_is_to_blame(make_vm: MakeVm) -> None:
+    """A time-out of run_all() says where every vCPU stood, with a backtrace of each."""
+    vm = make_vm(PEERS, vcpus=3)
+    for vcpu, entry in zip(vm.vcpus, ("waiter", "culprit", "ready"), strict=True):
+        vcpu.set_entry(entry)
+    vm.launch()
+    with pytest.raises(GuestTimeoutError) as caught:
+        vm.run_all(0.2)
+    message, shown = caught.value.message, caught.value.postmortem
+    assert re.search(r"vcpu0\b.*wait_for_flag\+", message), message
+    assert re.search(r"vcpu1\b.*sleep_for_ever\+.* \(halted\)", message), message
+    assert re.search(r"vcpu2: DONE", message), message
+    assert re.search(r"#\d+  0x\w+ waiter\+", shown), shown
+    assert re.search(r"#\d+  0x\w+ culprit\+", shown), shown
+
+
+def test_blocked_callback(make_vm: MakeVm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback of run_all() that does not come back is told with its stack; its vCPU runs no more."""
+    monkeypatch.setattr("kvmpy.guest.vm.CALLBACK_GRACE", 0.1)
+    monkeypatch.setattr("kvmpy.core.threads.STOP_SECONDS", 0.1)
+    vm = make_vm(SYNCS, vcpus=2)
+    vm.launch()
+    go_on, left = threading.Event(), threading.Event()
+
+    def block(vcpu: GuestVcpu, _call: object) -> None:
+        if vcpu.index == 1:
+            try:
+                assert go_on.wait(20)
+            finally:
+                left.set()
+
+    with pytest.raises(ThreadTimeoutError, match=r"(?s)vcpu1 was still running.*in block\n.*go_on\.wait"):
+        vm.run_all(0.1, on_sync=block)
+    exits = vm.vcpus[1].exits
+    go_on.set()
+    assert left.wait(20)
+    with pytest.raises(VcpuKickedError):
+        vm.vcpus[1].next()
+    assert vm.vcpus[1].exits == exits
+
+
+SYNCS = """
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	if (guest_cpu()->index)
+		for (;;)
+			GUEST_SYNC(1);
+}
+"""
+
+
+@pytest.mark.parametrize("command", ["KVMPY_UCALL_CMD_ABORT", "KVMPY_UCALL_CMD_EXCEPTION", "0x77"])
+@pytest.mark.parametrize("words", [0, 3, 7])
+def test_ucall_with_words_missing(make_vm: MakeVm, command: str, words: int) -> None:
+    """A ucall that says less than its command should is a guest's failure like any other."""
+    ucall = f"GUEST_UCALL({', '.join([command, *['0'] * words])});"
+    error = failure(make_vm(f"#include <kvmpy/guest.h>\nvoid guest_main(void) {{ {ucall} }}\n"))
+    assert "--- registers" in error.postmortem
+
+
+HOSTILE = r"""
+#include <kvmpy/guest.h>
+
+void guest_main(void)
+{
+	GUEST_PRINTF("\033[31mred\r\x07\n\xc2\x9bK");
+	GUEST_FAIL("\033]0;title\007");
+}
+"""
+
+
+def test_what_a_guest_says_to_the_terminal(make_vm: MakeVm) -> None:
+    """Text of the guest's reaches the error without what a terminal obeys; vm.console has it as it was."""
+    vm = make_vm(HOSTILE)
+    error = failure(vm)
+    assert vm.console == "\x1b[31mred\r\x07\n\x9bK"
+    assert r"\x1b]0;title\x07" in error.message
+    assert r"\x1b[31mred" in error.postmortem
+    assert r"\x9bK" in error.postmortem
+    assert all(sign.isprintable() or sign in "\n\t" for sign in str(error))
+
+
+def test_memory_from_many_threads(make_vm: MakeVm) -> None:
+    """vm.alloc() of four threads at once hands every page and every address out once."""
+    vm = make_vm(INLINED)
+    places: list[Gva] = []
+
+    def allocate() -> None:
+        places.extend(vm.alloc(4096) for _ in range(50))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        run_threads([VcpuThread(allocate) for _ in range(4)], 60)
+    finally:
+        sys.setswitchinterval(before)
+    assert len(set(places)) == 200
+    assert len({vm.gva_to_gpa(gva) for gva in places}) == 200
