@@ -151,6 +151,9 @@ class _Teller(VcpuState):
         self.name = vcpu.name
         self.vm = vcpu.vm
 
+    def __del__(self) -> None:
+        """Close nothing: the descriptor is the vCPU's."""
+
     @property
     def run_area(self) -> kvm_run:
         """The vCPU's own: what is written there is in it already."""

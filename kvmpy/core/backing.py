@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from kvmpy.core import observe
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M
+from kvmpy.core.closing import Closing
 from kvmpy.core.errors import MissingError
 from kvmpy.uapi import ffi
 
@@ -25,7 +26,7 @@ _PAGEMAP_SWAPPED_BIT = 62  # bit 63: present (Documentation/admin-guide/mm/pagem
 _HUGE_KIB = {SIZE_2M: 2048, SIZE_1G: 1048576}
 
 
-class Mapping:
+class Mapping(Closing):
     """A mapping of host memory that this object owns: ``.hva``, ``.size``, and ``.fd`` (or -1) with
     ``.offset``.
 
@@ -105,6 +106,11 @@ class Mapping:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        """Close a memfd that was left open; memory alone goes with its last view in any case."""
+        if getattr(self, "fd", -1) >= 0:
+            super().__del__()
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from __future__ import annotations
 import os
 import select
 import time
-from types import TracebackType
 
 from kvmpy.core import observe
+from kvmpy.core.closing import Closing
 
 _MAX_SIGNAL = (1 << 64) - 2
 
 
-class EventFd:
+class EventFd(Closing):
     """A 64-bit kernel counter that KVM can read and write.
 
     It is created non-blocking; :meth:`wait` is the call that waits, always with a time limit. With
@@ -80,14 +80,6 @@ class EventFd:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-    def __enter__(self) -> EventFd:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<EventFd {'closed' if self._fd < 0 else f'fd {self._fd}'}>"

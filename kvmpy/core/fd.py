@@ -6,10 +6,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from types import TracebackType
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from kvmpy.core import observe, recent
+from kvmpy.core.closing import Closing
 from kvmpy.core.errors import ClosedError, KvmError
 from kvmpy.core.recent import words_struct
 from kvmpy.core.settings import LASTING, Settings
@@ -17,15 +17,13 @@ from kvmpy.uapi import ffi, lib
 from kvmpy.uapi.ioctls import Ioctl
 from kvmpy.uapi.structs import Struct
 
-_F = TypeVar("_F", bound="KvmFd")
-
 _ioctl_int = lib.kvmpy_ioctl
 _ioctl_ptr = lib.kvmpy_ioctl_ptr
 _ioctl_words = lib.kvmpy_ioctl_words
 _remember = recent.calls.append
 
 
-class KvmFd:
+class KvmFd(Closing):
     """A file descriptor of KVM that this object owns; closing it twice is harmless."""
 
     kind: ClassVar[str] = "system"
@@ -138,14 +136,6 @@ class KvmFd:
             fd, self._fd = self._fd, -1
             if fd >= 0:  # else another thread was faster
                 os.close(fd)
-
-    def __enter__(self: _F) -> _F:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}{' closed' if self.closed else f' fd {self._fd}'}>"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.closing import Closing
 from kvmpy.core.errors import MissingError
 from kvmpy.core.eventfd import EventFd
 from kvmpy.uapi import ffi, lib
@@ -45,7 +46,7 @@ def explain_open_failure(number: int) -> Exception:
     return OSError(number, f"userfaultfd: {os.strerror(number)}")
 
 
-class Userfaultfd:
+class Userfaultfd(Closing):
     """A userfaultfd that also takes faults of the kernel, which KVM needs.
 
     MissingError where this process may not. ``.features`` is what the kernel offers. Ranges are host
@@ -74,6 +75,11 @@ class Userfaultfd:
         if self._fd < 0:
             raise ValueError("the userfaultfd is closed")
         return self._fd
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file descriptor was closed."""
+        return self._fd < 0
 
     def fileno(self) -> int:
         """Return :attr:`fd`, for select() and friends."""
@@ -164,14 +170,6 @@ class Userfaultfd:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-    def __enter__(self) -> Userfaultfd:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class PagerStuckError(RuntimeError):
