@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from kvmpy.debug.record.events import Map, Memory, Unmap, Write
 from kvmpy.debug.record.format import MAP_NO_READ, MAP_NO_WRITE, MAP_SHARED, MEMORY_INITIAL, PAGE_SIZE
-from kvmpy.debug.record.writer import RecordWriter
+from kvmpy.debug.record.writer import RecordWriter, out_of_the_way
 from kvmpy.uapi import ffi
 
 # Present or swapped out: the two highest bits of a page's entry, whose last byte this is.
@@ -63,8 +63,10 @@ class MemoryTracker:
         self._mapped: set[int] = set()
         self.shown: list[Shown] = []
         self._lock = threading.RLock()
-        self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        self._mem = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+        self._pagemap, self._mem, self._maps = (
+            out_of_the_way(os.open(f"/proc/self/{name}", os.O_RDONLY | os.O_CLOEXEC))
+            for name in ("pagemap", "mem", "maps")
+        )
 
     # Slots.
 
@@ -83,7 +85,7 @@ class MemoryTracker:
                 self._regions[region] = {vm}
                 self._fresh.append(region)
                 if address not in self._mapped:
-                    self._writer.put(Map(address, size, flags=_protection(address)), tid=tid)
+                    self._writer.put(Map(address, size, flags=self._protection(address)), tid=tid)
 
     def mapped(self, address: int) -> None:
         """Memory at *address* was told of by a MAP frame."""
@@ -166,7 +168,7 @@ class MemoryTracker:
         places = range(address, address + len(ids) * PAGE_SIZE, PAGE_SIZE)
         if any(place not in known for place in places):
             state.sources.append((address, len(places) * PAGE_SIZE))
-            self._writer.put(Map(address, len(places) * PAGE_SIZE, flags=_protection(address)), tid=tid)
+            self._writer.put(Map(address, len(places) * PAGE_SIZE, flags=self._protection(address)), tid=tid)
         for fresh, flags in ((True, MEMORY_INITIAL), (False, 0)):
             for place, ident in zip(places, ids, strict=True):
                 if (place not in known) is fresh and known.get(place, 0) != ident:
@@ -228,6 +230,36 @@ class MemoryTracker:
             size -= len(part)
         return b"".join(parts)
 
+    def look(self, address: int, size: int) -> bytes:
+        """Return *size* bytes at *address*, as zeroes where nobody touched a page yet or it cannot be read.
+
+        The memory may have lost its access, or be served by somebody's userfaultfd: no page is faulted in,
+        no signal comes, nobody waits.
+        """
+        data = bytearray(size)
+        first = address // PAGE_SIZE
+        count = (address + size - 1) // PAGE_SIZE - first + 1
+        entries = os.pread(self._pagemap, 8 * count, 8 * first)
+        for run in _POPULATED.finditer(entries[7::8]):
+            low = max(address, (first + run.start()) * PAGE_SIZE)
+            high = min(address + size, (first + run.end()) * PAGE_SIZE)
+            part = self.peek(low, high - low)
+            data[low - address : low - address + len(part)] = part
+        return bytes(data)
+
+    def _protection(self, address: int) -> int:
+        # As one mapping: memory whose parts are protected differently is told as its first part.
+        os.lseek(self._maps, 0, os.SEEK_SET)
+        text = b"".join(iter(lambda: os.read(self._maps, 1 << 16), b""))
+        for line in text.decode(errors="replace").splitlines():
+            span, rights = line.split(" ", 2)[:2]
+            start, _, end = span.partition("-")
+            if int(start, 16) <= address < int(end, 16):
+                found = 0 if rights[0] == "r" else MAP_NO_READ
+                found |= 0 if rights[1] == "w" else MAP_NO_WRITE
+                return found | (MAP_SHARED if rights[3] == "s" else 0)
+        return MAP_NO_READ | MAP_NO_WRITE
+
     # What the host writes after the first run.
 
     def _watched(self, address: int) -> bool:
@@ -241,11 +273,11 @@ class MemoryTracker:
         with self._lock:
             if not self._watched(address):
                 return
-            data = view.tobytes()
+            data = self.look(address, view.nbytes)
             self._writer.put(Write(address, data), tid=tid)
             for each in self.shown:
                 if each.address < address + len(data) and address < each.address + len(each.content):
-                    each.content = each.view.tobytes()
+                    each.content = self.look(each.address, len(each.content))
 
     def show(self, view: memoryview, once: bool) -> None:
         """The host may write through *view*: compare it before each run, with *once* before the next."""
@@ -261,7 +293,7 @@ class MemoryTracker:
                 if each.address == address and len(each.content) == view.nbytes:
                     each.once = each.once and once
                     return
-            self.shown.append(Shown(address, view, once, view.tobytes()))
+            self.shown.append(Shown(address, view, once, self.look(address, view.nbytes)))
             if len(self.shown) > _MOST_VIEWS and not once:
                 # The oldest is the one that is least likely to be written again.
                 self.shown.remove(next(each for each in self.shown if not each.once))
@@ -270,7 +302,7 @@ class MemoryTracker:
         """Write what changed under the views since they were looked at last; a vCPU is about to run."""
         with self._lock:
             for each in self.shown:
-                now = each.view.tobytes()
+                now = self.look(each.address, len(each.content))
                 if now != each.content:
                     low, high = differing(each.content, now)
                     self._writer.put(Write(each.address + low, now[low:high]), tid=tid)
@@ -281,30 +313,17 @@ class MemoryTracker:
         """A vCPU ran: what is under the views now is the guest's work."""
         with self._lock:
             for each in self.shown:
-                each.content = each.view.tobytes()
+                each.content = self.look(each.address, len(each.content))
 
     def close(self) -> None:
         """Let go of everything."""
         with self._lock:
             self.shown.clear()
-            for name in ("_pagemap", "_mem"):
+            for name in ("_pagemap", "_mem", "_maps"):
                 fd = getattr(self, name)
                 setattr(self, name, -1)
                 if fd >= 0:
                     os.close(fd)
-
-
-def _protection(address: int) -> int:
-    # As one mapping: memory whose parts are protected differently is told as its first part.
-    with open("/proc/self/maps") as lines:
-        for line in lines:
-            span, rights = line.split(" ", 2)[:2]
-            start, _, end = span.partition("-")
-            if int(start, 16) <= address < int(end, 16):
-                found = 0 if rights[0] == "r" else MAP_NO_READ
-                found |= 0 if rights[1] == "w" else MAP_NO_WRITE
-                return found | (MAP_SHARED if rights[3] == "s" else 0)
-    return MAP_NO_READ | MAP_NO_WRITE
 
 
 def differing(old: bytes, new: bytes) -> tuple[int, int]:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 import platform
+import resource
 import sys
 import time
 from importlib import import_module
@@ -20,6 +22,9 @@ _frame = lib.kvmpy_record_frame
 # Pages of one frame: enough to compress well, little enough to be lost.
 _BATCH = 256
 _ZEROES = bytes(PAGE_SIZE)
+# More descriptors than recorders have; higher numbers would only make the kernel's table long.
+_ROOM = 256
+_HIGHEST = 1 << 16
 
 
 def version() -> str:
@@ -74,13 +79,32 @@ def _cpu() -> str:
         return ""
 
 
+def out_of_the_way(fd: int) -> int:
+    """Move a descriptor to where it takes no number that the observed program may use; return the new one.
+
+    Above the soft limit where the hard one leaves room, else to the upper end.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    start = min(soft if hard >= soft + _ROOM else max(0, soft - _ROOM), _HIGHEST)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, start + _ROOM)), hard))
+        try:
+            moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, start)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    except (OSError, ValueError):
+        return fd
+    os.close(fd)
+    return moved
+
+
 class RecordWriter:
     """A record that is being written to *path*, which is replaced; safe for several threads."""
 
     def __init__(self, path: str | os.PathLike[str], **about: str) -> None:
         self.path = os.fspath(path)
-        self.fd = os.open(
-            self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644
+        self.fd = out_of_the_way(
+            os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
         )
         # The C side's view of the record: it writes frames of its own accord, too.
         self.native = ffi.new("struct kvmpy_record *", {"fd": self.fd, "pid": os.getpid(), "order": 1})
