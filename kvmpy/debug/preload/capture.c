@@ -21,6 +21,7 @@
 #define MOST_BYTES (1UL << 20) /* of one chunk; what is longer is cut */
 #define NO_OPERATION 99
 #define PROBE_PAGES 16
+#define RUN_RING (2 * PAGE) /* struct kvm_coalesced_mmio_ring, whose first word is the host's */
 
 static const struct kvmpy_plan *plan;
 static const struct kvmpy_plan_root *roots;
@@ -322,6 +323,10 @@ void capture_run_in(struct capture *capture, struct object *vcpu)
 	length = io_data(vcpu->shadow, vcpu->run_length, &offset, &out);
 	if (length && !out)
 		append(&capture->in, (uint64_t)run + offset, length, KVMPY_REC_WHEN_IN, KVMPY_REC_WHAT_RUN, &got);
+	if (vcpu->run_length >= RUN_RING + PAGE && number_at(run + RUN_RING, 4) != vcpu->drained) {
+		vcpu->drained = (uint32_t)number_at(run + RUN_RING, 4);
+		append(&capture->in, (uint64_t)run + RUN_RING, 4, KVMPY_REC_WHEN_IN, KVMPY_REC_WHAT_RUN, &got);
+	}
 	if (number_at(run + RUN_SYNC_OFFSET + 8, 8)) /* kvm_dirty_regs */
 		append(&capture->in, (uint64_t)run + RUN_SYNC_OFFSET, RUN_SYNC_SIZE, KVMPY_REC_WHEN_IN, KVMPY_REC_WHAT_RUN,
 		       &got);

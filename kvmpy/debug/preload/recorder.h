@@ -60,6 +60,7 @@ struct object {
 	uint8_t *_Atomic run;
 	uint64_t run_length;
 	uint8_t shadow[RUN_HEAD]; /* the run area as the last KVM_RUN left it */
+	uint32_t drained; /* how far the host has taken writes out of the coalesced ring */
 	char name[48];
 };
 
