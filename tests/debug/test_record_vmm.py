@@ -24,7 +24,7 @@ from tests.debug.run_scenarios import COUNTING
 from tests.debug.test_record_repro import run_c
 from tests.debug.tracing import SOURCE, compile_program, kvmpy, need_kvm
 
-MODES = ("complete", "immediate", "interrupted", "coalesced", "cpuid", "fork-own")
+MODES = ("complete", "immediate", "interrupted", "coalesced", "synchronised", "cpuid", "again", "fork-own")
 
 
 @pytest.fixture(scope="module")

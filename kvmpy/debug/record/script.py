@@ -52,6 +52,7 @@ _SLOT_OPS = (ioctls.KVM_SET_USER_MEMORY_REGION.nr, ioctls.KVM_SET_USER_MEMORY_RE
 _VM_FD_CAPS = (197, 206)
 _USER_END = 1 << 47
 _LARGEST = 1 << 42
+_IN, _OUT = int(When.IN), int(When.OUT)
 _IMMEDIATE_EXIT = kvm_run.fields()["immediate_exit"][0]
 _RUN_HEAD = kvm_run.fields()["kvm_valid_regs"][0]
 # What KVM serves to the process alone that made it: its ioctls compare the caller's memory with the VM's.
@@ -67,7 +68,7 @@ class Region:
     """Host memory that guests use: [start, end) in the recorded process.
 
     *object* is the guest_memfd or vCPU that was mapped there, at *offset*; 0 for anonymous memory.  *pid* is
-    the process whose addresses these are.
+    the process whose addresses these are, *vms* are the VMs that have a slot there.
     """
 
     start: int
@@ -77,9 +78,9 @@ class Region:
     since: int = 0
     until: int = 1 << 63
     initial: list[tuple[int, bytes]] = field(default_factory=list, repr=False)
-    number: int = 0
     flags: int = 0
     pid: int = 0
+    vms: set[int] = field(default_factory=set, repr=False)
 
     @property
     def size(self) -> int:
@@ -174,6 +175,8 @@ class _Builder:
         self.regions: list[Region] = []
         # Descriptors by process and number; 0 stands for the process that used the number last.
         self.numbers: dict[tuple[int, int], int] = {}
+        # Mappings by object, and what the run area of each vCPU holds at this point.
+        self.areas: dict[int, list[Region]] = {}
         self.run_areas: dict[int, bytearray] = {}
         self.made: dict[int, int] = {each.made_by: each.id for each in self.objects.values() if each.made_by}
 
@@ -197,18 +200,22 @@ class _Builder:
                 raw = what.argument_in
                 size, address = (int.from_bytes(raw[at : at + 8], "little") for at in (16, 24))
                 if 0 < size <= _LARGEST and address >= 0x10000 and address + size < _USER_END:
-                    self._claim(entry, address & ~0xFFF, size + (address & 0xFFF))
+                    region = self._claim(entry, address & ~0xFFF, size + (address & 0xFFF))
+                    region.vms.add(what.object)
+            elif isinstance(what, Close):
+                self._release(what.object, entry.order)
             elif isinstance(what, Memory) and what.flags & MEMORY_INITIAL:
                 # Content that a VM begins with is there as soon as the memory is.
                 place = self.region_at(what.address, entry)
                 if place is not None:
                     place.initial.append((what.address - place.start, self.record.content(what)))
-        for number, region in enumerate(self.regions):
-            region.number = number
+        for region in self.regions:
+            if region.object and not region.offset:
+                self.areas.setdefault(region.object, []).append(region)
 
     def _claim(
         self, entry: Entry, start: int, size: int, ident: int = 0, offset: int = 0, flags: int = 0
-    ) -> None:
+    ) -> Region:
         end, order, pid = start + size, entry.order, entry.frame.pid
         for region in self.regions:
             if region.until <= order or end <= region.start or region.end <= start or region.pid != pid:
@@ -217,14 +224,23 @@ class _Builder:
                 if ident:
                     region.until = order
                     continue
-                return
+                return region
             added = region.start - min(region.start, start)
             region.initial = [(at + added, data) for at, data in region.initial]
             region.start, region.end = min(region.start, start), max(region.end, end)
             # The slot's ioctl comes first, what the memory is like behind it.
             region.flags |= flags
-            return
+            return region
         self.regions.append(Region(start, end, ident, offset, order, flags=flags, pid=pid))
+        return self.regions[-1]
+
+    def _release(self, vm: int, order: int) -> None:
+        # Whatever a later VM has at these addresses begins with what is told of that one.
+        for region in self.regions:
+            if vm in region.vms:
+                region.vms.remove(vm)
+                if not (region.vms or region.object):
+                    region.until = min(region.until, order)
 
     def region_at(self, address: int, entry: Entry) -> Region | None:
         for region in self.regions:
@@ -357,23 +373,20 @@ class _Builder:
 
     def _run_step(self, step: Step, what: Ioctl) -> None:
         chunks = [each for each in what.chunks if each.what == What.RUN]
-        begins = [
-            each.start
-            for each in self.regions
-            if each.object == what.object and not each.offset and each.since <= what.end_order
-        ]
+        mapped = self.areas.get(what.object, ())
+        begins = [each.start for each in mapped if each.since <= what.end_order]
         # Where nobody saw the mapping: what KVM_RUN left begins where the area does.
-        begins += [each.address for each in chunks if each.when & When.OUT and len(each.data) >= _RUN_HEAD]
+        begins += [each.address for each in chunks if each.when & _OUT and len(each.data) >= _RUN_HEAD]
         start = begins[0] if begins else 0
         area = self.run_areas.setdefault(what.object, bytearray(_RUN_HEAD))
         placed = [(c.when, c.address - start, c.data) for c in chunks if start and c.address >= start]
         for when, offset, data in placed:
-            if when & When.IN:
+            if when & _IN:
                 step.run_in += tuple(_changed(area, offset, data))
                 _put(area, offset, data)
         step.immediate_exit = bool(area[_IMMEDIATE_EXIT])
         for when, offset, data in placed:
-            if when & When.OUT:
+            if when & _OUT:
                 step.run_out += ((offset, data),)
                 _put(area, offset, data)
 
@@ -431,15 +444,13 @@ def _progress(steps: list[Step]) -> None:
     for step in steps:
         step.unsteady = False
         what = step.ioctl
-        waiting = behind.get(what.object) if what is not None else None
-        if step.request == _RUN and not step.ended_by_signal:
-            for each in waiting or ():
+        if what is None:
+            continue
+        if what.request == _RUN and not step.ended_by_signal:
+            for each in behind.pop(what.object, ()):
                 each.unsteady = True
-            behind.pop(what.object if what is not None else 0, None)
-        elif waiting is not None:
-            waiting.append(step)
-        elif what is not None and step.interrupted:
-            behind[what.object] = [step]
+        elif what.object in behind or step.interrupted:
+            behind.setdefault(what.object, []).append(step)
 
 
 def _refuse_shared(steps: list[Step], objects: dict[int, Object]) -> None:

@@ -22,7 +22,13 @@ static const unsigned char writing[] = {
 	0xb9, 0x90, 0x01, 0xe6, 0x30, 0xf6, 0xc1, 0x3f, 0x75, 0x02, 0xe6, 0x31, 0xe2, 0xf5, 0xf4,
 };
 
+/* 1: mov 0x1800, %al; inc %al; mov %al, 0x1800; out %al, $0x10; jmp 1b */
+static const unsigned char remembering[] = {
+	0xa0, 0x00, 0x18, 0xfe, 0xc0, 0xa2, 0x00, 0x18, 0xe6, 0x10, 0xeb, 0xf4,
+};
+
 static int kvm, vm, cpu;
+static char *memory;
 static struct kvm_run *run;
 
 static void check(int good, const char *what)
@@ -38,7 +44,7 @@ static void make(const unsigned char *code, size_t size)
 	struct kvm_userspace_memory_region r = { .guest_phys_addr = 0x1000, .memory_size = 4096 };
 	struct kvm_regs g = { .rip = 0x1000, .rflags = 2 };
 	struct kvm_sregs s;
-	char *m = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *m = mmap(memory, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	vm = ioctl(kvm, KVM_CREATE_VM, 0);
@@ -46,7 +52,7 @@ static void make(const unsigned char *code, size_t size)
 	check(m != MAP_FAILED && cpu >= 0, "a vCPU");
 	run = mmap(NULL, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE, MAP_SHARED, cpu, 0);
 	check(run != MAP_FAILED, "its run area");
-	memcpy(m, code, size);
+	memory = memcpy(m, code, size);
 	r.userspace_addr = (unsigned long)m;
 	check(!ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r), "a slot");
 	check(!ioctl(cpu, KVM_GET_SREGS, &s), "KVM_GET_SREGS");
@@ -115,9 +121,30 @@ static void coalesced(void)
 	check(!ioctl(vm, KVM_REGISTER_COALESCED_MMIO, &zone), "KVM_REGISTER_COALESCED_MMIO");
 	for (; !ioctl(cpu, KVM_RUN, 0) && run->exit_reason == KVM_EXIT_IO; exits++) {
 		check(run->io.port == 0x31, "an exit that the ring had no room for");
-		ring->first = ring->last;
+		/* Emptied by one end, or begun anew at a place of the host's. */
+		if (exits % 2)
+			ring->first = ring->last;
+		else
+			ring->first = ring->last = 100;
 	}
 	check(run->exit_reason == KVM_EXIT_HLT && exits == 6, "the end");
+}
+
+/* Registers with KVM_RUN itself: refused, asked for, given, not asked for any more. */
+static void synchronised(void)
+{
+	run->kvm_valid_regs = ~0ULL;
+	check(ioctl(cpu, KVM_RUN, 0) < 0 && errno == EINVAL, "registers that do not exist");
+	run->kvm_valid_regs = KVM_SYNC_X86_REGS;
+	run_to(KVM_EXIT_IO);
+	run->s.regs.regs.rax = 0x50;
+	run->kvm_dirty_regs = KVM_SYNC_X86_REGS;
+	run_to(KVM_EXIT_IO);
+	check(((unsigned char *)run)[run->io.data_offset] == 0x51, "the register that was given");
+	run->kvm_valid_regs = 0;
+	run->s.regs.regs.rax = 0;
+	run_to(KVM_EXIT_IO);
+	check(!run->s.regs.regs.rax, "registers that nobody asked for");
 }
 
 static void cpuid(void)
@@ -127,6 +154,22 @@ static void cpuid(void)
 	c->nent = 128;
 	check(!ioctl(kvm, KVM_GET_SUPPORTED_CPUID, c) && !ioctl(cpu, KVM_SET_CPUID2, c), "CPUID");
 	free(c);
+}
+
+/* A VM whose memory lies where that of an earlier one lay, and holds nothing of it. */
+static void again(void)
+{
+	char *first = memory;
+
+	run_to(KVM_EXIT_IO);
+	close(cpu);
+	close(vm);
+	munmap(run, ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0));
+	close(kvm);
+	munmap(memory, 4096);
+	make(remembering, sizeof(remembering));
+	run_to(KVM_EXIT_IO);
+	check(memory == first && memory[0x800] == 1, "the memory of the second VM");
 }
 
 /* What KVM says to a process that did not make the VM. */
@@ -169,7 +212,9 @@ int main(int argc, char **argv)
 		{ "immediate", immediate, counting, sizeof(counting) },
 		{ "interrupted", interrupted, counting, sizeof(counting) },
 		{ "coalesced", coalesced, writing, sizeof(writing) },
+		{ "synchronised", synchronised, counting, sizeof(counting) },
 		{ "cpuid", cpuid, counting, sizeof(counting) },
+		{ "again", again, remembering, sizeof(remembering) },
 		{ "fork-shared", fork_shared, counting, sizeof(counting) },
 		{ "fork-own", fork_own, NULL, 0 },
 	};
