@@ -25,7 +25,9 @@ LIMIT = 30
 def _template() -> Template:
     # C has no use for these marks, and text of a record is never read as a template.
     environment = Environment(  # noqa: S701 - it is C, not HTML
-        line_statement_prefix="//%",
+        block_start_string="//%",
+        block_end_string="%//",
+        trim_blocks=True,
         variable_start_string="{$",
         variable_end_string="$}",
         undefined=StrictUndefined,
