@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from kvmpy.debug.record.replay import Played
     from kvmpy.debug.record.script import Script
 
-SAME, DIFFERENT, FAILED = 0, 1, 2
+SAME, DIFFERENT, FAILED, PROCESSES = 0, 1, 2, 3
+
+
+class OneProcessOnly(click.ClickException):
+    """A record that takes more than one process."""
+
+    exit_code = PROCESSES
 
 
 def load(path: str) -> Record:
@@ -38,14 +44,19 @@ def load(path: str) -> Record:
 
 
 def script_of(record: Record, path: str) -> Script:
-    """Return *record* as a script; ClickException where there is nothing in it or it makes no sense."""
+    """Return *record* as a script; ClickException where there is nothing in it or it makes no sense.
+
+    Its exit status is PROCESSES where the record needs more than one process.
+    """
     from kvmpy.debug.record.format import RecordError
-    from kvmpy.debug.record.script import build
+    from kvmpy.debug.record.script import ProcessesError, build
 
     if not record.ioctls:
         raise click.ClickException(f"{path}: no ioctl in it that returned")
     try:
         return build(record)
+    except ProcessesError as error:
+        raise OneProcessOnly(f"{path}: {error}") from error
     except (RecordError, ValueError, KeyError) as error:
         raise click.ClickException(f"{path}: {error}") from error
 
@@ -96,7 +107,8 @@ def side_by_side(script: Script, played: Played) -> str:
 def replay(record: str, until: int | None, stop_on_difference: bool, verbose: bool) -> None:
     """Issue the ioctls of RECORD again, in the same order and threads, and compare the results.
 
-    Exit status 0: all ended as recorded, 1: some did not, 2: it could not be carried out.
+    Exit status 0: all ended as recorded, 1: some did not, 2: it could not be carried out, 3: it takes more
+    than one process.
     """
     from kvmpy.core.kvm import device_path
     from kvmpy.debug.record.compare import result_text
@@ -126,7 +138,6 @@ def replay(record: str, until: int | None, stop_on_difference: bool, verbose: bo
     if first is not None:
         click.echo("first difference, " + side_by_side(script, first))
     click.echo(f"{len(result.played)} ioctls issued, {different} ended otherwise than recorded")
-    if result.stopped and first is None:
-        click.echo(result.stopped, err=True)
-        sys.exit(FAILED)
-    sys.exit(DIFFERENT if different else SAME)
+    if result.stopped:
+        click.echo(f"stopped: {result.stopped}", err=True)
+    sys.exit(DIFFERENT if different else FAILED if result.stopped else SAME)

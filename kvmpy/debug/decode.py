@@ -262,8 +262,9 @@ class Decoder:
         for chunk in before:
             if len(chunk.data) < _HEAD:
                 made.remarks.append(f"data in {bytes_text(chunk.data, full=self.full)}")
-        head = next((chunk for chunk in before if len(chunk.data) >= _HEAD), None)
-        if head is not None and run_of(head.data).immediate_exit:
+        heads = [chunk for chunk in (*before, *after) if len(chunk.data) >= _HEAD]
+        # Beside what the host changed, what the run left: KVM changes this flag never, a signal handler may.
+        if any(run_of(head.data).immediate_exit for head in heads):
             made.remarks.append("immediate_exit")
         shown = next((chunk for chunk in after if len(chunk.data) >= _HEAD), None)
         if shown is None or (event.result < 0 and event.errno not in _EXIT_BESIDE_ERROR):

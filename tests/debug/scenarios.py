@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tests.debug import record_scenarios, sev_scenarios
+from tests.debug import record_scenarios, run_scenarios, sev_scenarios
 from tests.debug.scenario import SCENARIOS, SHOWS, names
 
-__all__ = ["SCENARIOS", "SHOWS", "names", "record_scenarios", "sev_scenarios"]
+__all__ = ["SCENARIOS", "SHOWS", "names", "record_scenarios", "run_scenarios", "sev_scenarios"]

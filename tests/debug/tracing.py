@@ -34,10 +34,10 @@ def need_gcc() -> None:
         pytest.skip("gcc is not installed (apt-get install gcc libc6-dev)")
 
 
-def compile_program(folder: Path, *flags: str) -> Path:
-    """Compile the program of many modes."""
+def compile_program(folder: Path, *flags: str, source: Path = SOURCE) -> Path:
+    """Compile a program of many modes."""
     need_gcc()
-    target = folder / "kvm_calls"
+    target = folder / source.stem
     command = [
         "gcc",
         "-O2",
@@ -45,11 +45,11 @@ def compile_program(folder: Path, *flags: str) -> Path:
         "-Wextra",
         "-Werror",
         *flags,
-        f"-I{ROOT / 'kvmpy/uapi/cdef'}",
+        *([f"-I{ROOT / 'kvmpy/uapi/cdef'}"] if source == SOURCE else []),
         "-pthread",
     ]
     done = subprocess.run(
-        [*command, "-o", target, SOURCE], capture_output=True, text=True, check=False, timeout=TIMEOUT
+        [*command, "-o", target, source], capture_output=True, text=True, check=False, timeout=TIMEOUT
     )
     if done.returncode and "-static" in flags and "cannot find" in done.stderr:
         pytest.skip("no static C library (apt-get install libc6-dev)")

@@ -21,6 +21,7 @@
 #define MOST_BYTES (1UL << 20) /* of one chunk; what is longer is cut */
 #define NO_OPERATION 99
 #define PROBE_PAGES 16
+#define RUN_RING (2 * PAGE) /* struct kvm_coalesced_mmio_ring: first, last, both modulo its size */
 
 static const struct kvmpy_plan *plan;
 static const struct kvmpy_plan_root *roots;
@@ -322,9 +323,21 @@ void capture_run_in(struct capture *capture, struct object *vcpu)
 	length = io_data(vcpu->shadow, vcpu->run_length, &offset, &out);
 	if (length && !out)
 		append(&capture->in, (uint64_t)run + offset, length, KVMPY_REC_WHEN_IN, KVMPY_REC_WHAT_RUN, &got);
-	if (number_at(run + RUN_SYNC_OFFSET + 8, 8)) /* kvm_dirty_regs */
+	if (vcpu->vm && vcpu->run_length >= RUN_RING + PAGE) {
+		uint64_t ring = number_at(run + RUN_RING, 8), before = atomic_load(&vcpu->vm->coalesced);
+		/* The host takes writes out of it; where it sets the end, too, no vCPU is about to write there. */
+		bool alone = !atomic_fetch_add(&vcpu->vm->entered, 1);
+
+		if (ring != before && (alone || (uint32_t)ring != (uint32_t)before))
+			append(&capture->in, (uint64_t)run + RUN_RING, alone && ring >> 32 != before >> 32 ? 8 : 4,
+			       KVMPY_REC_WHEN_IN, KVMPY_REC_WHAT_RUN, &got);
+	}
+	/* kvm_valid_regs asks, kvm_dirty_regs gives. */
+	if (number_at(run + RUN_SYNC_OFFSET, 8) != vcpu->valid_regs || number_at(run + RUN_SYNC_OFFSET + 8, 8)) {
+		vcpu->valid_regs = number_at(run + RUN_SYNC_OFFSET, 8);
 		append(&capture->in, (uint64_t)run + RUN_SYNC_OFFSET, RUN_SYNC_SIZE, KVMPY_REC_WHEN_IN, KVMPY_REC_WHAT_RUN,
 		       &got);
+	}
 }
 
 struct piece {
@@ -343,6 +356,10 @@ static uint32_t run_pieces(struct object *vcpu, struct piece *pieces)
 	if (!run || !readable(run, RUN_HEAD))
 		return 0;
 	memcpy(vcpu->shadow, run, RUN_HEAD);
+	if (vcpu->vm && vcpu->run_length >= RUN_RING + PAGE) {
+		atomic_store(&vcpu->vm->coalesced, number_at(run + RUN_RING, 8));
+		atomic_fetch_sub(&vcpu->vm->entered, 1);
+	}
 	pieces[number++] = (struct piece){ (uint64_t)run, RUN_HEAD, KVMPY_REC_WHAT_RUN };
 	length = io_data(vcpu->shadow, vcpu->run_length, &offset, &out);
 	if (length)

@@ -89,6 +89,9 @@ struct object *object_new(int fd, uint32_t kind, struct object *vm, uint64_t ord
 		atomic_store(&object->run, NULL);
 		object->run_length = 0;
 		memset(object->shadow, 0, sizeof object->shadow);
+		object->coalesced = 0;
+		object->entered = 0;
+		object->valid_regs = 0;
 		snprintf(object->name, sizeof object->name, "%s", name);
 		fd_set_object(fd, (uint16_t)(object - objects + 1));
 	}

@@ -60,6 +60,9 @@ struct object {
 	uint8_t *_Atomic run;
 	uint64_t run_length;
 	uint8_t shadow[RUN_HEAD]; /* the run area as the last KVM_RUN left it */
+	uint64_t valid_regs; /* which registers the host asks for with KVM_RUN */
+	_Atomic uint64_t coalesced; /* of a VM: the ends of its ring as the last KVM_RUN left them */
+	_Atomic uint32_t entered; /* of a VM: vCPUs that are in KVM_RUN */
 	char name[48];
 };
 

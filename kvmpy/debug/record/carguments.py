@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from kvmpy.debug.record.csource import (
     UnspeakableError,
     Vocabulary,
@@ -17,37 +19,68 @@ from kvmpy.debug.record.format import ObjectKind
 from kvmpy.debug.record.script import Node, Ref, Region, Script
 from kvmpy.uapi.struct_base import FlexStruct
 
+_KINDS = {
+    ObjectKind.SYSTEM: "kvm", ObjectKind.VM: "vm", ObjectKind.VCPU: "vcpu", ObjectKind.GMEM: "gmem",
+    ObjectKind.DEVICE: "device", ObjectKind.STATS: "stats", ObjectKind.SEV: "sev",
+    ObjectKind.EVENTFD: "eventfd", ObjectKind.MEMFD: "memfd",
+}  # fmt: skip
+# An argument's declarations stand in a block of their own.
+_INDENT, _DEEPER = "\t\t", "\t\t\t"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A C variable: *pointer* where its name is an address already; *array* lies behind a member ``head``."""
+
+    name: str
+    pointer: bool = False
+    array: str = ""
+
+    @property
+    def address(self) -> str:
+        """The expression for where it lies."""
+        return self.name if self.pointer else f"&{self.name}"
+
+    def member(self, path: str) -> str:
+        """Return the expression for one of its fields."""
+        inner = "head." if self.array and not path.startswith(f"{self.array}[") else ""
+        return f"{self.name}{'->' if self.pointer else '.'}{inner}{path}"
+
+
+@dataclass
+class Scope:
+    """What has to stand in front of an ioctl: declarations, and stores into what has no initialiser."""
+
+    declarations: list[str] = field(default_factory=list)
+    stores: list[str] = field(default_factory=list)
+
 
 class CArguments:
-    """What the steps of *script* name: objects, memory, arguments."""
+    """What the steps of *script* name: objects, memory, arguments.
+
+    ``uses`` gathers which of the common parts of the file are needed.
+    """
 
     def __init__(self, script: Script) -> None:
         self.script = script
         self.words = Vocabulary()
-        self.needs: set[str] = set()
+        self.uses: set[str] = set()
         self.names: dict[int, str] = {}
-        self.regions: dict[Region, str] = {}
+        self.used: dict[str, None] = {}
+        self.memory: dict[Region, str] = {}
+        self.rings: dict[Region, str] = {}
         self._label = 0
         self._name_objects()
-
-    def need(self, name: str) -> None:
-        """Note that the file needs one of the common parts."""
-        self.needs.add(name)
 
     # Names.
 
     def _name_objects(self) -> None:
         counts: dict[str, int] = {}
-        kinds = {
-            ObjectKind.SYSTEM: "kvm", ObjectKind.VM: "vm", ObjectKind.VCPU: "vcpu", ObjectKind.GMEM: "gmem",
-            ObjectKind.DEVICE: "device", ObjectKind.STATS: "stats", ObjectKind.SEV: "sev",
-            ObjectKind.EVENTFD: "eventfd", ObjectKind.MEMFD: "memfd",
-        }  # fmt: skip
         present = self._objects_used()
         single = sum(1 for i in present if self.script.objects[i].kind == ObjectKind.VM) < 2
         for ident in sorted(present):
             each = self.script.objects[ident]
-            base = kinds.get(ObjectKind(each.kind), "fd")
+            base = _KINDS.get(ObjectKind(each.kind), "fd")
             if each.kind in (ObjectKind.VCPU, ObjectKind.GMEM) and not single:
                 base = f"{self.names.get(each.parent, 'vm')}_{base}"
             count = counts.get(base, 0)
@@ -58,30 +91,31 @@ class CArguments:
             self.names[ident] = base if alone and not count else f"{base}{count}"
 
     def _objects_used(self) -> set[int]:
-        found: set[int] = set()
+        used: set[int] = set()
         for step in self.script.steps:
             what = step.entry.what
             if isinstance(what, Ioctl):
-                found.add(what.object)
-                if step.makes:
-                    found.add(step.makes)
+                used |= {what.object, step.makes}
             elif isinstance(what, Object):
-                found.add(what.id)
-        return found & self.script.objects.keys()
+                used.add(what.id)
+        return used & self.script.objects.keys()
 
     def fd(self, ident: int) -> str:
-        """Return the C variable of an object's descriptor."""
-        return self.names.get(ident, "-1")
+        """Return the C variable of an object's descriptor, which the file then declares."""
+        name = self.names.get(ident)
+        if name is None:
+            return "-1"
+        self.used[name] = None
+        return name
 
     def region(self, region: Region) -> str:
-        """Return the C variable of a memory region."""
-        if region not in self.regions:
-            owner = self.script.objects.get(region.object)
-            if owner is not None and owner.kind == ObjectKind.VCPU:
-                self.regions[region] = f"{self.fd(region.object)}_{'ring' if region.offset else 'run'}"
-            else:
-                self.regions[region] = f"mem{sum(1 for n in self.regions.values() if n.startswith('mem'))}"
-        return self.regions[region]
+        """Return the C variable of memory that is written or given to KVM."""
+        owner = self.script.objects.get(region.object)
+        if owner is None or owner.kind != ObjectKind.VCPU:
+            return self.memory.setdefault(region, f"mem{len(self.memory)}")
+        if region.offset:
+            return self.rings.setdefault(region, f"{self.fd(region.object)}_ring")
+        return f"(unsigned char *){self.fd(region.object)}_run"
 
     def label(self, base: str) -> str:
         """Return a new C name."""
@@ -90,103 +124,93 @@ class CArguments:
 
     # Arguments.
 
-    def value(self, ref: Ref, before: list[str], after: list[str], indent: str) -> str:
-        """Return the C expression for what *ref* names; *before* gets declarations that it needs."""
+    def value(self, ref: Ref, scope: Scope) -> str:
+        """Return the C expression for what *ref* names; *scope* gets what it needs."""
         if ref.region is not None:
             delta = ref.value - ref.region.start
             name = self.region(ref.region)
-            base = f"(unsigned char *){name}" if name.endswith("_run") else name
-            return f"({base} + {delta:#x})" if delta else f"{name}"
+            return f"({name} + {delta:#x})" if delta else name
         if ref.node is not None:
-            name = self.node(ref.node, before, after, indent)
-            return name if ref.node.struct is None else f"&{name}"
+            return self.node(ref.node, scope).address
         if ref.object:
-            return f"(uint32_t){self.fd(ref.object)}" if ref.size < 8 else f"(uint64_t){self.fd(ref.object)}"
+            return f"({'uint32_t' if ref.size < 8 else 'uint64_t'}){self.fd(ref.object)}"
         if 0x1000 <= ref.value < 1 << 47:
-            self.need("bad")
+            self.uses.add("bad_address")
             return f"(bad_address + {ref.value & 0xFFF:#x})" if ref.value & 0xFFF else "bad_address"
         return number(ref.value)
 
-    def node(self, node: Node, before: list[str], after: list[str], indent: str) -> str:
-        """Declare the memory of *node* and return its name."""
-        inner = {ref.offset: self.value(ref, before, after, indent) for ref in node.refs}
+    def node(self, node: Node, scope: Scope) -> Variable:
+        """Declare the memory of *node* and return its variable."""
+        inner = {ref.offset: self.value(ref, scope) for ref in node.refs}
         if node.struct is None:
-            name = self.label("data")
-            if node.what is not None and node.what.scalar and not inner:
-                raw = int.from_bytes(node.data, "little")
-                before.append(f"{indent}__u{8 * len(node.data)} {name}[] = {{ {number(raw)} }};")
-            elif any(node.data):
-                rows = byte_rows(node.data.rstrip(b"\0"), indent + "\t")
-                size = len(node.data)
-                before += [f"{indent}unsigned char {name}[{size}] = {{", *rows, f"{indent}}};"]
-            else:
-                before.append(f"{indent}unsigned char {name}[{max(1, len(node.data))}] = {{ 0 }};")
-            return name
+            return self._plain(node, inner, scope)
         name = self.label(node.struct.removeprefix("kvm_"))
         try:
             value = make_struct(node.struct, node.data)
             if isinstance(value, FlexStruct) and len(node.data) > value.SIZE:
-                return self._open_array(value, name, before, indent)
-            lines = initializer(value, self.words, lambda at: inner.get(at), indent + "\t")
+                return self._open_array(value, name, scope)
+            lines = initializer(value, self.words, inner.get, _DEEPER)
         except (UnspeakableError, ValueError):
-            return self._raw(node, name, inner, before, indent)
+            return self._raw(node, name, inner, scope)
         kind = self.words.struct(node.struct)
-        if lines:
-            before += [f"{indent}{kind} {name} = {{", *lines, f"{indent}}};"]
-        else:
-            before.append(f"{indent}{kind} {name} = {{ 0 }};")
-        return name
+        text = [f"{_INDENT}{kind} {name} = {{", *lines, f"{_INDENT}}};"]
+        scope.declarations += text if lines else [f"{_INDENT}{kind} {name} = {{ 0 }};"]
+        return Variable(name)
 
-    def _open_array(self, value: FlexStruct, name: str, before: list[str], indent: str) -> str:
+    def _plain(self, node: Node, inner: dict[int, str], scope: Scope) -> Variable:
+        name, size = self.label("data"), max(1, len(node.data))
+        if node.what is not None and node.what.scalar and not inner:
+            raw = int.from_bytes(node.data, "little")
+            scope.declarations.append(f"{_INDENT}__u{8 * size} {name}[] = {{ {number(raw)} }};")
+        elif any(node.data):
+            rows = byte_rows(node.data.rstrip(b"\0"), _DEEPER)
+            scope.declarations += [f"{_INDENT}unsigned char {name}[{size}] = {{", *rows, f"{_INDENT}}};"]
+        else:
+            scope.declarations.append(f"{_INDENT}unsigned char {name}[{size}] = {{ 0 }};")
+        return Variable(name, pointer=True)
+
+    def _open_array(self, value: FlexStruct, name: str, scope: Scope) -> Variable:
         # Headers differ in whether an open array may be initialised: give it an array behind the struct.
         item = value.FIELDS[value.OPEN[-1]].ctype.item if len(value.OPEN) == 1 else None
         if item is None or value.COUNT is None or value.OPEN_OFFSET != value.SIZE:
             raise UnspeakableError(value.NAME)
-        count = min(len(value), value.room)
-        head = type(value).from_bytes(value.to_bytes()[: value.SIZE])
-        deeper = indent + "\t"
-        kind = self.words.struct(value.NAME)
+        raw, inner = value.to_bytes(), _DEEPER + "\t"
+        head = initializer(type(value).from_bytes(raw[: value.SIZE]), self.words, lambda _: None, inner)
+        rows: list[str] = []
+        # Of what has more room than was filled, the rest is zero.
+        filled = -(-len(raw[value.SIZE :].rstrip(b"\0")) // value.ENTRY_SIZE)
+        for each in value.entries_list()[:filled]:
+            if isinstance(each, int):
+                rows.append(f"{inner}{number(each)},")
+            else:
+                lines = initializer(each, self.words, lambda _: None, inner + "\t")
+                rows += braces(inner, lines, inner)
         if item.kind == "struct":
             entry = self.words.struct(item.cname.removeprefix("struct "))
         else:
             entry = item.cname.replace("uint", "__u").removesuffix("_t")
-        before += [
-            f"{indent}static struct {{",
-            f"{deeper}{kind} head;",
-            f"{deeper}{entry} {value.OPEN[-1]}[{max(1, count)}];",
-            f"{indent}}} {name} = {{",
-            f"{deeper}.head = {{",
-            *initializer(head, self.words, lambda _: None, deeper + "\t"),
-            f"{deeper}}},",
+        scope.declarations += [
+            f"{_INDENT}static struct {{",
+            f"{_DEEPER}{self.words.struct(value.NAME)} head;",
+            f"{_DEEPER}{entry} {value.OPEN[-1]}[{max(1, value.room)}];",
+            f"{_INDENT}}} {name} = {{",
+            *([f"{_DEEPER}.head = {{", *head, f"{_DEEPER}}},"] if head else [f"{_DEEPER}.head = {{ 0 }},"]),
+            *([f"{_DEEPER}.{value.OPEN[-1]} = {{", *rows, f"{_DEEPER}}},"] if rows else []),
+            f"{_INDENT}}};",
         ]
-        if count:
-            before.append(f"{deeper}.{value.OPEN[-1]} = {{")
-            for each in value.entries_list():
-                if isinstance(each, int):
-                    before.append(f"{deeper}\t{number(each)},")
-                    continue
-                lines = initializer(each, self.words, lambda _: None, deeper + "\t\t")
-                before += braces(deeper + "\t", lines, deeper + "\t")
-            before.append(f"{deeper}}},")
-        before.append(f"{indent}}};")
-        return name
+        return Variable(name, array=value.OPEN[-1])
 
-    def _raw(self, node: Node, name: str, inner: dict[int, str], before: list[str], indent: str) -> str:
+    def _raw(self, node: Node, name: str, inner: dict[int, str], scope: Scope) -> Variable:
         kind = self.words.struct(node.struct or "")
-        size = len(node.data)
-        rows = byte_rows(node.data.rstrip(b"\0"), indent + "\t") or [indent + "\t0"]
+        rows = byte_rows(node.data.rstrip(b"\0"), _DEEPER) or [_DEEPER + "0"]
         store = f"{name}_raw"
-        before += [
-            f"{indent}static unsigned char {store}[{size}] __attribute__((aligned(16))) = {{",
+        scope.declarations += [
+            f"{_INDENT}static unsigned char {store}[{len(node.data)}] __attribute__((aligned(16))) = {{",
             *rows,
-            f"{indent}}};",
-            f"{indent}{kind} *{name}_at = (void *){store};",
+            f"{_INDENT}}};",
+            f"{_INDENT}{kind} *{name} = (void *){store};",
         ]
         for ref in node.refs:
-            kind_of = f"uint{8 * ref.size}_t"
-            text = inner[ref.offset]
-            before.append(f"{indent}{kind_of} {name}_{ref.offset} = ({kind_of})(uintptr_t){text};")
-        for ref in node.refs:
-            at = f"{store} + {ref.offset}"
-            before.append(f"{indent}\x00memcpy({at}, &{name}_{ref.offset}, {ref.size});")
-        return f"(*{name}_at)"
+            value = f"(uint{8 * ref.size}_t){{ (uintptr_t){inner[ref.offset]} }}"
+            scope.stores.append(f"{_INDENT}memcpy({store} + {ref.offset}, &{value}, {ref.size});")
+        return Variable(name, pointer=True)

@@ -90,7 +90,12 @@ def differences(step: Step, then: Outcome, now: Outcome) -> list[Difference]:
     if step.request == ioctls.KVM_RUN.nr:
         if not (then.result < 0 and now.result < 0 and then.errno == errno.EINTR):
             found += _run_differences(then, now)
-    elif then.after is not None and now.after is not None and then.after != now.after and not found:
+    elif (
+        then.after is not None
+        and now.after is not None
+        and then.after != now.after
+        and not (found or step.unsteady)
+    ):
         found += _struct_differences(step, then.after, now.after)
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvmpy.uapi import constants
 from kvmpy.uapi.buffers import struct_class
 from kvmpy.uapi.field_words import CAP_ARGUMENTS, FIELDS, Kind, number_words
 from kvmpy.uapi.ioctl_type import Ioctl
-from kvmpy.uapi.struct_arrays import ByteArray, IntArray, NestedArray, StructArray
+from kvmpy.uapi.struct_arrays import ByteArray, NestedArray, StructArray
 from kvmpy.uapi.struct_base import Field, FlexStruct, Struct
 from kvmpy.uapi.struct_text import active_member
 
@@ -144,130 +145,90 @@ def initializer(value: Struct, words: Vocabulary, reference: Reference, indent: 
     *reference* gives the C expression for what lies at an offset, where it is no constant.
     UnspeakableError where names of fields do not lead to the same bytes.
     """
-    covered = bytearray(value.nbytes)
-    lines = list(_fields(value, words, reference, indent, 0, covered))
-    raw = value.to_bytes()
-    if any(byte and not seen for byte, seen in zip(raw, covered, strict=True)):
+    writer = _Initializer(words, reference, bytearray(value.nbytes))
+    lines = list(writer.fields(value, indent))
+    if any(byte and not seen for byte, seen in zip(value.to_bytes(), writer.covered, strict=True)):
         raise UnspeakableError(value.NAME)
     return lines
 
 
-def _fields(
-    value: Struct,
-    words: Vocabulary,
-    reference: Reference,
-    indent: str,
-    base: int,
-    covered: bytearray,
-    inner: str | None = None,
-) -> Iterator[str]:
-    for field in _chosen(value, inner):
-        at = base + field.offset
-        expression = reference(at)
-        content = getattr(value, field.attribute)
-        if expression is not None and isinstance(content, int):
-            _mark(covered, at, field.size)
-            cast = "(void *)" if (value.NAME, field.name) in _POINTERS else "(uintptr_t)"
-            yield f"{indent}.{field.name} = {expression if _is_number(expression) else cast + expression},"
-            continue
-        if isinstance(content, int):
-            if content:
-                _mark(covered, at, field.size)
-                yield f"{indent}.{field.name} = {_word(value, field, content, words)},"
-            elif _named_zero(value, field):
-                yield f"{indent}.{field.name} = {_word(value, field, 0, words)},"
-            continue
-        yield from _compound(value, field, content, words, reference, indent, at, covered)
+@dataclass(frozen=True)
+class _Initializer:
+    """Writes fields, and notes in *covered* which bytes they lead to."""
 
+    words: Vocabulary
+    reference: Reference
+    covered: bytearray
 
-def _is_number(expression: str) -> bool:
-    return expression.startswith(("(uint32_t)", "(uint64_t)")) or expression[0].isdigit()
+    def _cover(self, at: int, size: int) -> None:
+        self.covered[at : at + size] = b"\1" * len(self.covered[at : at + size])
 
+    def fields(self, value: Struct, indent: str, base: int = 0, inner: str | None = None) -> Iterator[str]:
+        for field in _chosen(value, inner):
+            at, content = base + field.offset, getattr(value, field.attribute)
+            head = f"{indent}.{field.name} = "
+            if not isinstance(content, int):
+                yield from self._compound(value, field, content, indent, at)
+                continue
+            expression, kind = self.reference(at), FIELDS.get((value.NAME, field.name))
+            named = kind is not None and field.name in ("id", "type", "chip_id")
+            if expression is not None or content:
+                self._cover(at, field.size)
+            if expression is not None:
+                number_ = expression.startswith(("(uint32_t)", "(uint64_t)")) or expression[0].isdigit()
+                cast = "(void *)" if (value.NAME, field.name) in _POINTERS else "(uintptr_t)"
+                yield f"{head}{expression if number_ else cast + expression},"
+            elif content or named:
+                yield f"{head}{self.words.words(kind, content) if kind is not None else number(content)},"
 
-def _named_zero(value: Struct, field: Field) -> bool:
-    kind = FIELDS.get((value.NAME, field.name))
-    return kind is not None and field.name in ("id", "type", "chip_id")
-
-
-def _mark(covered: bytearray, at: int, size: int) -> None:
-    covered[at : at + size] = b"\1" * len(covered[at : at + size])
-
-
-def _compound(
-    value: Struct,
-    field: Field,
-    content: Any,
-    words: Vocabulary,
-    reference: Reference,
-    indent: str,
-    at: int,
-    covered: bytearray,
-) -> Iterator[str]:
-    head = f"{indent}.{field.name} = "
-    deeper = indent + "\t"
-    if isinstance(content, Struct):
-        member = active_member(value) if content.IS_UNION else None
-        lines = list(_fields(content, words, reference, deeper, at, covered, member))
-        if lines:
-            yield from braces(head, lines, indent)
-        return
-    if isinstance(content, StructArray):
-        yield from _struct_array(value, field, content, words, reference, indent, at, covered)
-        return
-    raw = content.to_bytes()
-    _mark(covered, at, len(raw))
-    if not any(raw):
-        return
-    if isinstance(content, (ByteArray, NestedArray)):
+    def _compound(self, value: Struct, field: Field, content: Any, indent: str, at: int) -> Iterator[str]:
+        head, deeper = f"{indent}.{field.name} = ", indent + "\t"
+        if isinstance(content, Struct):
+            member = active_member(value) if content.IS_UNION else None
+            lines = list(self.fields(content, deeper, at, member))
+            yield from braces(head, lines, indent) if lines else []
+            return
+        if isinstance(content, StructArray):
+            rows = list(self._structs(value, content, deeper, at, flexible=field.size == 0))
+            yield from [head + "{", *rows, indent + "},"] if rows else []
+            return
+        raw = content.to_bytes()
+        self._cover(at, len(raw))
+        if not any(raw):
+            return
         if isinstance(content, NestedArray):
             raise UnspeakableError(value.NAME)
-        end = len(raw.rstrip(b"\0"))
-        first = next(place for place, byte in enumerate(raw) if byte)
-        if end - first <= 8:
+        if isinstance(content, ByteArray):
+            end = len(raw.rstrip(b"\0"))
+            first = next(place for place, byte in enumerate(raw) if byte)
+            if end - first > 8:
+                yield from [head + "{", *byte_rows(raw[:end], deeper), indent + "},"]
+                return
             items = [f"[{place}] = 0x{raw[place]:02x}," for place in range(first, end) if raw[place]]
-            yield from braces(head, [deeper + item for item in items], indent)
         else:
-            yield from [head + "{", *byte_rows(raw[:end], deeper), indent + "},"]
-        return
-    cap = isinstance(content, IntArray) and value.NAME == "kvm_enable_cap" and field.name == "args"
-    kind = CAP_ARGUMENTS.get(value.cap) if cap else None  # type: ignore[attr-defined]
-    items = []
-    size = len(raw) // max(1, len(content))
-    for place, item in enumerate(content):
-        expression = reference(at + place * size)
-        if item or expression is not None:
-            text = expression or (
-                words.words(kind, item) if kind is not None and place == 0 else number(item)
-            )
-            items.append(f"{deeper}[{place}] = {text},")
-    yield from braces(head, items, indent)
+            items = list(self._numbers(value, field, content, len(raw) // max(1, len(content)), at))
+        yield from braces(head, [deeper + item for item in items], indent)
 
+    def _numbers(self, value: Struct, field: Field, content: Any, size: int, at: int) -> Iterator[str]:
+        capability = value.NAME == "kvm_enable_cap" and field.name == "args"
+        kind = CAP_ARGUMENTS.get(value.cap) if capability else None  # type: ignore[attr-defined]
+        for place, item in enumerate(content):
+            expression = self.reference(at + place * size)
+            if item or expression is not None:
+                words = self.words.words(kind, item) if kind is not None and place == 0 else number(item)
+                yield f"[{place}] = {expression or words},"
 
-def _struct_array(
-    value: Struct,
-    field: Field,
-    content: StructArray[Any],
-    words: Vocabulary,
-    reference: Reference,
-    indent: str,
-    at: int,
-    covered: bytearray,
-) -> Iterator[str]:
-    deeper = indent + "\t"
-    flexible = field.size == 0
-    count = len(content)
-    if flexible and isinstance(value, FlexStruct):
-        count = min(len(value), value.room)
-    rows: list[str] = []
-    for place in range(count):
-        item = content[place]
-        start = at + place * item.nbytes
-        lines = list(_fields(item, words, reference, deeper + "\t", start, covered))
-        label = "" if flexible else f"[{place}] = "
-        if lines or flexible:
-            rows += braces(deeper + label, lines, deeper)
-    if rows:
-        yield from [f"{indent}.{field.name} = {{", *rows, indent + "},"]
+    def _structs(
+        self, value: Struct, content: StructArray[Any], indent: str, at: int, *, flexible: bool
+    ) -> Iterator[str]:
+        count = len(content)
+        if flexible and isinstance(value, FlexStruct):
+            count = min(len(value), value.room)
+        for place in range(count):
+            item = content[place]
+            lines = list(self.fields(item, indent + "\t", at + place * item.nbytes))
+            if lines or flexible:
+                yield from braces(indent if flexible else f"{indent}[{place}] = ", lines, indent)
 
 
 def braces(head: str, lines: list[str], indent: str) -> list[str]:
@@ -276,11 +237,6 @@ def braces(head: str, lines: list[str], indent: str) -> list[str]:
     if len(flat.expandtabs(8)) <= _WIDTH and "{" not in "".join(lines):
         return [flat if lines else head + "{ 0 },"]
     return [head + "{", *lines, indent + "},"]
-
-
-def _word(value: Struct, field: Field, content: int, words: Vocabulary) -> str:
-    kind = FIELDS.get((value.NAME, field.name))
-    return words.words(kind, content) if kind is not None else number(content)
 
 
 def _chosen(value: Struct, inner: str | None = None) -> list[Field]:

@@ -15,7 +15,6 @@ _NO_QUESTIONS = {
     "KVM_GET_DIRTY_LOG",
     "KVM_GET_STATS_FD",
 }
-_EINTR = 4
 
 
 def is_question(step: Step) -> bool:
@@ -37,7 +36,8 @@ def target_of(script: Script) -> Step:
     """Return the step that a reproducer is about: the last ioctl that failed or did more than ask.
 
     Statistics are asked for through a descriptor of their own, by a post-mortem as a rule: nobody's subject
-    unless it fails. ValueError where the record has no ioctl.
+    unless it fails. Nor is a run with immediate_exit, which completes the exit before it.
+    ValueError where the record has no ioctl.
     """
     asked = None
     for step in reversed(script.steps):
@@ -45,8 +45,8 @@ def target_of(script: Script) -> Step:
         if what is None:
             continue
         asked = asked or step
-        failed = what.result < 0 and what.errno != _EINTR
-        if failed or not (is_question(step) or request_name(what) == "KVM_GET_STATS_FD"):
+        beside = is_question(step) or request_name(what) == "KVM_GET_STATS_FD" or step.ended_by_signal
+        if (what.result < 0 and not step.ended_by_signal) or step.interrupted or not beside:
             return step
     if asked is None:
         raise ValueError("the record holds no ioctl that returned")

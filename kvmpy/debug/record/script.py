@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from errno import EINTR
+from itertools import groupby
 
+from kvmpy.debug.record.arguments import MOST
 from kvmpy.debug.record.events import (
-    Chunk,
     Close,
     Deadline,
     Event,
@@ -23,10 +25,11 @@ from kvmpy.debug.record.events import (
     Unmap,
     Write,
 )
-from kvmpy.debug.record.format import MEMORY_INITIAL, What, When
-from kvmpy.debug.record.model import Entry, Record
+from kvmpy.debug.record.format import MEMORY_INITIAL, ObjectKind, What, When
+from kvmpy.debug.record.model import Entry, Record, request_name
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.buffers import BUFFERS, Buffer, children_of, field_place
+from kvmpy.uapi.structs import kvm_run
 
 # Where arguments hold host addresses, beside the pointers that BUFFERS knows.
 ADDRESSES: dict[int, tuple[str, ...]] = {
@@ -43,18 +46,29 @@ DESCRIPTORS: dict[int, tuple[str, ...]] = {
     ioctls.KVM_HYPERV_EVENTFD.nr: ("fd",),
     ioctls.KVM_MEMORY_ENCRYPT_OP.nr: ("sev_fd",),
 }
+_RUN = ioctls.KVM_RUN.nr
 _SLOT_OPS = (ioctls.KVM_SET_USER_MEMORY_REGION.nr, ioctls.KVM_SET_USER_MEMORY_REGION2.nr)
 # Capabilities whose first argument is a VM's descriptor.
 _VM_FD_CAPS = (197, 206)
 _USER_END = 1 << 47
 _LARGEST = 1 << 42
+_IN, _OUT = int(When.IN), int(When.OUT)
+_IMMEDIATE_EXIT = kvm_run.fields()["immediate_exit"][0]
+_RUN_HEAD = kvm_run.fields()["kvm_valid_regs"][0]
+# What KVM serves to the process alone that made it: its ioctls compare the caller's memory with the VM's.
+_OWNED = (ObjectKind.VM, ObjectKind.VCPU, ObjectKind.DEVICE)
+
+
+class ProcessesError(ValueError):
+    """Processes share a VM, which no replay in one process can do; the text says which ones."""
 
 
 @dataclass(eq=False)
 class Region:
     """Host memory that guests use: [start, end) in the recorded process.
 
-    *object* is the guest_memfd or vCPU that was mapped there, at *offset*; 0 for anonymous memory.
+    *object* is the guest_memfd or vCPU that was mapped there, at *offset*; 0 for anonymous memory.  *pid* is
+    the process whose addresses these are, *vms* are the VMs that have a slot there.
     """
 
     start: int
@@ -64,8 +78,9 @@ class Region:
     since: int = 0
     until: int = 1 << 63
     initial: list[tuple[int, bytes]] = field(default_factory=list, repr=False)
-    number: int = 0
     flags: int = 0
+    pid: int = 0
+    vms: set[int] = field(default_factory=set, repr=False)
 
     @property
     def size(self) -> int:
@@ -99,7 +114,12 @@ class Ref:
 
 @dataclass(eq=False)
 class Step:
-    """One thing to do; *after* and *during* name steps that must have ended and begun by then."""
+    """One thing to do; *after* and *during* name steps that must have ended and begun by then.
+
+    Of a KVM_RUN: *run_in* is what the host changed in the run area, *immediate_exit* that flag as the run
+    saw it.  *unsteady*: it comes between a run that was interrupted and the exit that its vCPU then came
+    to, so that where the guest stands is up to the machine.
+    """
 
     index: int
     entry: Entry
@@ -109,6 +129,8 @@ class Step:
     argument: Ref | None = None
     run_in: tuple[tuple[int, bytes], ...] = ()
     run_out: tuple[tuple[int, bytes], ...] = ()
+    immediate_exit: bool = False
+    unsteady: bool = False
     makes: int = 0
     region: Region | None = None
     data: bytes = field(default=b"", repr=False)
@@ -122,6 +144,17 @@ class Step:
     def request(self) -> int:
         """The request number, 0 where it is no ioctl."""
         return self.entry.what.request if isinstance(self.entry.what, Ioctl) else 0
+
+    @property
+    def ended_by_signal(self) -> bool:
+        """Whether it is a KVM_RUN that failed with EINTR, interrupted or because of immediate_exit."""
+        what = self.ioctl
+        return what is not None and what.request == _RUN and what.result < 0 and what.errno == EINTR
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it is a KVM_RUN that was interrupted while the guest ran."""
+        return self.ended_by_signal and not self.immediate_exit
 
 
 @dataclass
@@ -140,7 +173,11 @@ class _Builder:
         self.record = record
         self.objects = record.objects
         self.regions: list[Region] = []
-        self.numbers: dict[int, int] = {}
+        # Descriptors by process and number; 0 stands for the process that used the number last.
+        self.numbers: dict[tuple[int, int], int] = {}
+        # Mappings by object, and what the run area of each vCPU holds at this point.
+        self.areas: dict[int, list[Region]] = {}
+        self.run_areas: dict[int, bytearray] = {}
         self.made: dict[int, int] = {each.made_by: each.id for each in self.objects.values() if each.made_by}
 
     # Memory.
@@ -153,47 +190,65 @@ class _Builder:
                 for region in self.regions:
                     if (
                         region.until > entry.order
+                        and region.pid == entry.frame.pid
                         and what.address <= region.start < what.address + what.length
                     ):
                         region.until = entry.order
             elif isinstance(what, Map):
-                self._claim(what.address, what.length, entry.order, what.object, what.offset, what.flags)
+                self._claim(entry, what.address, what.length, what.object, what.offset, what.flags)
             elif isinstance(what, Ioctl) and what.request in _SLOT_OPS and what.argument_in:
                 raw = what.argument_in
                 size, address = (int.from_bytes(raw[at : at + 8], "little") for at in (16, 24))
                 if 0 < size <= _LARGEST and address >= 0x10000 and address + size < _USER_END:
-                    self._claim(address & ~0xFFF, size + (address & 0xFFF), entry.order)
+                    region = self._claim(entry, address & ~0xFFF, size + (address & 0xFFF))
+                    region.vms.add(what.object)
+            elif isinstance(what, Close):
+                self._release(what.object, entry.order)
             elif isinstance(what, Memory) and what.flags & MEMORY_INITIAL:
                 # Content that a VM begins with is there as soon as the memory is.
-                place = self.region_at(what.address, entry.order)
+                place = self.region_at(what.address, entry)
                 if place is not None:
                     place.initial.append((what.address - place.start, self.record.content(what)))
-        for number, region in enumerate(self.regions):
-            region.number = number
+        for region in self.regions:
+            if region.object and not region.offset:
+                self.areas.setdefault(region.object, []).append(region)
 
     def _claim(
-        self, start: int, size: int, order: int, ident: int = 0, offset: int = 0, flags: int = 0
-    ) -> None:
-        end = start + size
+        self, entry: Entry, start: int, size: int, ident: int = 0, offset: int = 0, flags: int = 0
+    ) -> Region:
+        end, order, pid = start + size, entry.order, entry.frame.pid
         for region in self.regions:
-            if region.until <= order or end <= region.start or region.end <= start:
+            if region.until <= order or end <= region.start or region.end <= start or region.pid != pid:
                 continue
             if ident or region.object:
                 if ident:
                     region.until = order
                     continue
-                return
+                return region
             added = region.start - min(region.start, start)
             region.initial = [(at + added, data) for at, data in region.initial]
             region.start, region.end = min(region.start, start), max(region.end, end)
             # The slot's ioctl comes first, what the memory is like behind it.
             region.flags |= flags
-            return
-        self.regions.append(Region(start, end, ident, offset, order, flags=flags))
+            return region
+        self.regions.append(Region(start, end, ident, offset, order, flags=flags, pid=pid))
+        return self.regions[-1]
 
-    def region_at(self, address: int, order: int) -> Region | None:
+    def _release(self, vm: int, order: int) -> None:
+        # Whatever a later VM has at these addresses begins with what is told of that one.
         for region in self.regions:
-            if region.start <= address < region.end and order < region.until:
+            if vm in region.vms:
+                region.vms.remove(vm)
+                if not (region.vms or region.object):
+                    region.until = min(region.until, order)
+
+    def region_at(self, address: int, entry: Entry) -> Region | None:
+        for region in self.regions:
+            if (
+                region.start <= address < region.end
+                and entry.order < region.until
+                and region.pid == entry.frame.pid
+            ):
                 return region
         return None
 
@@ -213,9 +268,9 @@ class _Builder:
         for name in ADDRESSES.get(what.request, ()):
             self._address(entry, node, *self._place(buffer, name))
         for name in DESCRIPTORS.get(what.request, ()):
-            self._descriptor(node, *self._place(buffer, name))
+            self._descriptor(entry, node, *self._place(buffer, name))
         if what.request == ioctls.KVM_ENABLE_CAP.nr and _number(node.data, 0, 4) in _VM_FD_CAPS:
-            self._descriptor(node, 8, 8)
+            self._descriptor(entry, node, 8, 8)
         return Ref(0, 8, what.arg, node=node)
 
     @staticmethod
@@ -230,6 +285,10 @@ class _Builder:
         data = before if before is not None else bytes(len(after or b""))
         if after is not None:
             data = data.ljust(len(after), b"\0")
+        if buffer is not None and buffer.size.own and buffer.size.count:
+            # Another KVM may fill more of the room than this one did.
+            room = buffer.size.bytes(_number(data, *buffer.place(buffer.size.count)))
+            data = data.ljust(min(room, MOST), b"\0")
         node = Node(data, None if buffer is None else buffer.struct, after=after, what=buffer)
         if buffer is not None:
             self._pointers(entry, what, buffer, node)
@@ -245,7 +304,7 @@ class _Builder:
             value = _number(node.data, offset, size)
             if not value or offset + size > len(node.data):
                 continue
-            region = self.region_at(value, entry.order)
+            region = self.region_at(value, entry)
             before, after = what.chunk(value, When.IN), what.chunk(value, When.OUT)
             if region is not None:
                 node.refs.append(Ref(offset, size, value, region=region))
@@ -257,15 +316,15 @@ class _Builder:
 
     def _address(self, entry: Entry, node: Node, offset: int, size: int) -> None:
         value = _number(node.data, offset, size)
-        region = self.region_at(value, entry.order) if value else None
+        region = self.region_at(value, entry) if value else None
         if region is not None:
             node.refs.append(Ref(offset, size, value, region=region))
         elif 0x10000 <= value < _USER_END:
             node.refs.append(Ref(offset, size, value, bad=True))
 
-    def _descriptor(self, node: Node, offset: int, size: int) -> None:
+    def _descriptor(self, entry: Entry, node: Node, offset: int, size: int) -> None:
         value = _number(node.data, offset, size)
-        ident = self.numbers.get(value)
+        ident = self.numbers.get((entry.frame.pid, value), self.numbers.get((0, value)))
         if ident is not None:
             node.refs.append(Ref(offset, size, value, object=ident))
 
@@ -278,13 +337,13 @@ class _Builder:
             what = entry.what
             step = Step(index, entry, 0)
             if isinstance(what, Object):
-                self.numbers[what.fd] = what.id
+                self._opened(entry, what)
                 if what.made_by:
                     continue
             elif isinstance(what, Ioctl):
                 self._ioctl_step(step, what)
             elif isinstance(what, (Write, Memory)):
-                step.region = self.region_at(what.address, entry.order)
+                step.region = self.region_at(what.address, entry)
                 step.data = what.data if isinstance(what, Write) else self.record.content(what)
                 initial = isinstance(what, Memory) and what.flags & MEMORY_INITIAL
                 if step.region is None or initial:
@@ -300,32 +359,52 @@ class _Builder:
             yield step
             index += 1
 
+    def _opened(self, entry: Entry, what: Object) -> None:
+        self.numbers[entry.frame.pid, what.fd] = self.numbers[0, what.fd] = what.id
+
     def _ioctl_step(self, step: Step, what: Ioctl) -> None:
         step.makes = self.made.get(step.entry.order, 0)
         if step.makes:
-            self.numbers[self.objects[step.makes].fd] = step.makes
-        if what.request == ioctls.KVM_RUN.nr:
-            area = next(
-                (
-                    r
-                    for r in self.regions
-                    if r.object == what.object and not r.offset and r.since <= what.end_order
-                ),
-                None,
-            )
-            start = area.start if area is not None else 0
-            chunks = [each for each in what.chunks if each.what == What.RUN]
-            step.run_in = tuple(_placed(chunks, start, When.IN))
-            step.run_out = tuple(_placed(chunks, start, When.OUT))
+            self._opened(step.entry, self.objects[step.makes])
+        if what.request == _RUN:
+            self._run_step(step, what)
         else:
             step.argument = self.argument(step.entry, what)
 
+    def _run_step(self, step: Step, what: Ioctl) -> None:
+        chunks = [each for each in what.chunks if each.what == What.RUN]
+        mapped = self.areas.get(what.object, ())
+        begins = [each.start for each in mapped if each.since <= what.end_order]
+        # Where nobody saw the mapping: what KVM_RUN left begins where the area does.
+        begins += [each.address for each in chunks if each.when & _OUT and len(each.data) >= _RUN_HEAD]
+        start = begins[0] if begins else 0
+        area = self.run_areas.setdefault(what.object, bytearray(_RUN_HEAD))
+        placed = [(c.when, c.address - start, c.data) for c in chunks if start and c.address >= start]
+        for when, offset, data in placed:
+            if when & _IN:
+                step.run_in += tuple(_changed(area, offset, data))
+                _put(area, offset, data)
+        step.immediate_exit = bool(area[_IMMEDIATE_EXIT])
+        for when, offset, data in placed:
+            if when & _OUT:
+                step.run_out += ((offset, data),)
+                _put(area, offset, data)
 
-def _placed(chunks: list[Chunk], start: int, when: int) -> Iterator[tuple[int, bytes]]:
-    for chunk in chunks:
-        if chunk.when & when:
-            # A recorder that saw no mapping leaves no way to place more than the first chunk.
-            yield (chunk.address - start if start else 0), chunk.data
+
+def _put(area: bytearray, offset: int, data: bytes) -> None:
+    area[offset : offset + len(data)] = data[: max(0, len(area) - offset)]
+
+
+def _changed(area: bytearray, offset: int, data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield where *data* differs from the head of *area*, but for immediate_exit, and all behind the head."""
+    head = max(0, min(len(data), len(area) - offset))
+    differs = [area[offset + at] != data[at] and offset + at != _IMMEDIATE_EXIT for at in range(head)]
+    for changed, group in groupby(range(head), key=differs.__getitem__):
+        places = list(group)
+        if changed:
+            yield offset + places[0], data[places[0] : places[-1] + 1]
+    if head < len(data):
+        yield offset + head, data[head:]
 
 
 def _number(data: bytes, offset: int, size: int) -> int:
@@ -359,16 +438,49 @@ def _order(steps: list[Step]) -> list[int]:
     return list(threads)
 
 
+def _progress(steps: list[Step]) -> None:
+    """Mark what comes between interrupted runs and the exits that their vCPUs then come to."""
+    behind: dict[int, list[Step]] = {}
+    for step in steps:
+        step.unsteady = False
+        what = step.ioctl
+        if what is None:
+            continue
+        if what.request == _RUN and not step.ended_by_signal:
+            for each in behind.pop(what.object, ()):
+                each.unsteady = True
+        elif what.object in behind or step.interrupted:
+            behind.setdefault(what.object, []).append(step)
+
+
+def _refuse_shared(steps: list[Step], objects: dict[int, Object]) -> None:
+    """ProcessesError where a process uses what another one made."""
+    owners: dict[int, int] = {}
+    for step in steps:
+        what, pid = step.ioctl, step.entry.frame.pid
+        if step.makes:
+            owners[step.makes] = pid
+        each = objects.get(what.object) if what is not None else None
+        if each is not None and each.kind in _OWNED and owners.get(each.id, pid) != pid:
+            raise ProcessesError(
+                f"process {pid} issued {request_name(step.entry.what)} on {each.name}, which process "
+                f"{owners[each.id]} made: what KVM says to the other process cannot be repeated in one"
+            )
+
+
 def build(record: Record) -> Script:
-    """Return *record* as a script."""
+    """Return *record* as a script; ProcessesError where it needs more than one process."""
     builder = _Builder(record)
     builder.find_regions()
     steps = list(builder.steps())
+    _refuse_shared(steps, builder.objects)
     threads = _order(steps)
+    _progress(steps)
     return Script(record, steps, builder.regions, builder.objects, threads)
 
 
 def select(script: Script, steps: list[Step]) -> Script:
     """Return the script of *steps* alone, numbered anew, with their order between threads."""
     chosen = [replace(step, index=number) for number, step in enumerate(steps)]
+    _progress(chosen)
     return Script(script.record, chosen, script.regions, script.objects, _order(chosen))

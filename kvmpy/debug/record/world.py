@@ -10,20 +10,32 @@ import os
 from typing import Any
 
 from kvmpy.debug.record.compare import Outcome
-from kvmpy.debug.record.events import Event, FileCall, Kick, Object
-from kvmpy.debug.record.format import FILE_FALLOCATE, MAP_NO_READ, MAP_NO_WRITE, MAP_SHARED, ObjectKind
+from kvmpy.debug.record.events import Close, Event, FileCall, Ioctl, Kick, Object
+from kvmpy.debug.record.format import (
+    FILE_FALLOCATE,
+    MAP_NO_READ,
+    MAP_NO_WRITE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    ObjectKind,
+)
+from kvmpy.debug.record.prune import is_question
 from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
 from kvmpy.uapi import ffi, ioctls, lib
+from kvmpy.uapi.constants import KVM_DIRTY_LOG_PAGE_OFFSET
 from kvmpy.uapi.structs import kvm_regs, kvm_run
 
 _NORESERVE = 0x4000
+_DIRTY_RING = KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE
 _UNION_END = kvm_run.fields()["kvm_valid_regs"][0]
 _IO = kvm_run.fields()["io"][0]
 _BAD_FD = 1 << 20
 # A run that goes on for so much longer than it did is stuck.
 PATIENCE_NS = 5_000_000_000
-_RUN_EXIT, _RUN_UCALL, _RUN_KICKED, _RUN_DEADLINE = 0, 1, 2, 3
-_DIRTY_RING_PAGE = 64
+_IMMEDIATE_EXIT = kvm_run.fields()["immediate_exit"][0]
+# What of a run area KVM_RUN reads whatever the exit before it was.
+_INPUTS = kvm_run.fields()["exit_reason"][0]
+_INTERRUPTED = Outcome(-1, errno.EINTR)
 
 
 class ReplayError(RuntimeError):
@@ -48,6 +60,8 @@ class World:
         self.fds: dict[int, int] = {}
         self._areas: dict[Region, mmap.mmap] = {}
         self._vcpus: dict[int, Any] = {}
+        # Exits that vCPUs came to in runs that were interrupted when they were recorded.
+        self._early: dict[int, Outcome] = {}
         self._bad: mmap.mmap | None = None
         for region in script.regions:
             if region.object == 0:
@@ -105,7 +119,7 @@ class World:
         elif isinstance(what, Event):
             if what.object in self.fds:
                 os.eventfd_write(self.fds[what.object], what.value)
-        elif hasattr(what, "object") and type(what).__name__ == "Close":
+        elif isinstance(what, Close):
             self._close(what.object)
         return None
 
@@ -141,6 +155,9 @@ class World:
         what = step.ioctl
         if what is None or what.object not in self.fds:
             raise ReplayError(f"step {step.index}: its file descriptor does not exist here")
+        if step.unsteady and not is_question(step):
+            # The recorded state takes the place of what the guest has done since.
+            self._early.pop(what.object, None)
         keep: list[Any] = []
         place: Any = None
         if step.argument is None:
@@ -224,17 +241,41 @@ class World:
         what = step.ioctl
         if what is None:
             raise ReplayError(f"step {step.index} is no ioctl")
+        if what.object in self._early:
+            if step.ended_by_signal:
+                return _INTERRUPTED
+            for offset, data in step.run_in:
+                if offset + len(data) <= _INPUTS:
+                    area[offset : offset + len(data)] = data
+            return self._early.pop(what.object)
         for offset, data in step.run_in:
-            area[offset : offset + len(data)] = data
-        took = max(0, what.end_ns - step.entry.frame.time_ns)
-        interrupted = what.result < 0 and what.errno == errno.EINTR
-        patience = max(2 * took, 1_000_000) if interrupted else self._patience + 20 * took
-        if interrupted and self._will_be_kicked(step):
-            patience += self._patience
-        lib.kvmpy_vcpu_deadline(vcpu, patience)
-        how = int(lib.kvmpy_vcpu_run(vcpu))
-        number = 0 if how in (_RUN_EXIT, _RUN_UCALL) else int(vcpu.err)
-        rip = self._rip(what.object) if self._probe else None
+            if offset + len(data) <= len(area):
+                area[offset : offset + len(data)] = data
+        area[_IMMEDIATE_EXIT] = step.immediate_exit
+        outcome = self._enter(step, what, vcpu, area)
+        if step.interrupted and step.unsteady and outcome.errno != errno.EINTR:
+            # The guest was faster than it was: this is what the next run came to.
+            self._early[what.object] = outcome
+            return _INTERRUPTED
+        return outcome
+
+    def _enter(self, step: Step, what: Ioctl, vcpu: Any, area: mmap.mmap) -> Outcome:
+        took = max(1, what.end_ns - step.entry.frame.time_ns)
+        patience = self._patience + 20 * took
+        if step.interrupted:
+            patience = took + (self._patience if self._will_be_kicked(step) else 0)
+        # With immediate_exit nothing is waited for, and a timer would end the next run instead.
+        lib.kvmpy_vcpu_deadline(vcpu, 0 if step.immediate_exit else patience)
+        while True:
+            how = int(lib.kvmpy_vcpu_run(vcpu))
+            number = 0 if how in (lib.KVMPY_RUN_EXIT, lib.KVMPY_RUN_UCALL) else int(vcpu.err)
+            # A kick or a timer of an earlier run may come late: no program ever saw that.
+            late = number == errno.EINTR and how in (lib.KVMPY_RUN_EINTR, lib.KVMPY_RUN_KICKED)
+            if not late or step.ended_by_signal:
+                break
+        if step.interrupted:
+            area[_IMMEDIATE_EXIT] = 0
+        rip = self._rip(what.object) if self._probe and not step.ended_by_signal else None
         return Outcome(-1 if number else 0, number, None, tuple(self._pieces(area)), rip)
 
     def _rip(self, ident: int) -> int | None:
@@ -271,7 +312,7 @@ class World:
             owner = self.script.objects.get(region.object)
             if owner is None or owner.kind != ObjectKind.VCPU:
                 continue
-            at = max(0, _DIRTY_RING_PAGE * 4096 - region.offset)
+            at = max(0, _DIRTY_RING - region.offset)
             while at + 16 <= len(area) and count > 0:
                 if area[at] & 3 == 1:
                     area[at] = area[at] | 2
@@ -281,6 +322,7 @@ class World:
     # The end.
 
     def _close(self, ident: int) -> None:
+        self._early.pop(ident, None)
         vcpu = self._vcpus.pop(ident, None)
         if vcpu is not None:
             lib.kvmpy_vcpu_free(vcpu)
