@@ -18,6 +18,7 @@ import pytest
 
 from kvmpy.testing import gate, protections
 from kvmpy.testing.errata import Erratum, HostFacts, find
+from kvmpy.testing.fixes import FIXES
 from kvmpy.testing.fixtures import REQUIREMENTS, VMS
 from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
@@ -95,6 +96,20 @@ def _state_of_vms(item: pytest.Item, cause: str) -> str:
     return "\n\n".join(texts)
 
 
+def danger_of(item: pytest.Item) -> str:
+    """Return why *item* could harm this host, "" when it is not marked or the host is known to be fixed."""
+    mark = item.get_closest_marker("dangerous")
+    if mark is None:
+        return ""
+    reason, name = "dangerous: can crash an unfixed host", mark.kwargs.get("unless")
+    if name is not None:
+        fix = FIXES[name]
+        if fix.known():
+            return ""
+        reason += f", and this kernel is not known to have {fix.commit} ({fix.title}; Linux {fix.versions})"
+    return f"{reason}; run it in the lab or with --run-dangerous"
+
+
 def promise_of(item: pytest.Item) -> str:
     """Return the first line of the test's docstring: what the test promises."""
     text = inspect.getdoc(getattr(item, "obj", None)) or ""
@@ -113,13 +128,9 @@ class Needs:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Skip what is dangerous and what this host lacks."""
-        if (
-            item.get_closest_marker("dangerous")
-            and not self._settings.run_dangerous
-            and not named_on_command_line(item)
-        ):
-            reason = "dangerous: can crash an unfixed host; run it in the lab or with --run-dangerous"
-            raise pytest.skip.Exception(reason, _use_item_location=True)
+        danger = danger_of(item)
+        if danger and not self._settings.run_dangerous and not named_on_command_line(item):
+            raise pytest.skip.Exception(danger, _use_item_location=True)
         wanted = [need for mark in item.iter_markers("requires") for need in mark.args]
         if not wanted:
             return
