@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
-from kvmpy.core.errors import MissingError
+from kvmpy.core.errors import DeadProcessorError, MissingError, errno_name
 from kvmpy.core.fd import KvmFd
 from kvmpy.core.sev_errors import SevError, SevResult
 from kvmpy.uapi import ffi, ioctls
@@ -23,6 +24,8 @@ from kvmpy.uapi.structs import (
     sev_user_data_status,
 )
 
+# What a command comes back with that timed out, and what every later one does: `psp_dead` in ccp's sev-dev.c.
+_UNANSWERED = (errno.ETIMEDOUT, errno.EBUSY)
 # States of the platform (SEV API, PLATFORM_STATUS).
 _STATES = {0: "uninitialised", 1: "initialised", 2: "working"}
 
@@ -47,6 +50,19 @@ def explain_sev_open_failure(path: str, error: OSError) -> MissingError:
             "/etc/udev/rules.d/65-sev.rules && udevadm trigger",
         )
     return MissingError(f"{path} cannot be opened: {error.strerror}", "see dmesg")
+
+
+def check_processor(because: str) -> None:
+    """Ask the secure processor for its status; DeadProcessorError when it answers no more.
+
+    After a command that timed out (100 s) ccp refuses every other one with EBUSY until the next boot:
+    __sev_do_cmd_locked() in drivers/crypto/ccp/sev-dev.c.  *because* says why somebody asks.
+    """
+    # Without a device, or a descriptor to open it with, there is no telling.
+    with suppress(MissingError, OSError), SevDevice() as device:
+        number = device.command_raw("SEV_PLATFORM_STATUS", sev_user_data_status()).errno
+        if number in _UNANSWERED:
+            raise DeadProcessorError(f"{because}, and SEV_PLATFORM_STATUS with {errno_name(number)}")
 
 
 @dataclass(frozen=True)

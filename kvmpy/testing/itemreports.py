@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -71,16 +71,31 @@ def missing_of(error: BaseException) -> Missing | None:
     )
 
 
-def postmortem_of(error: BaseException | None) -> str:
-    """Return the post-mortem that an exception, or what caused it, carries."""
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what it came from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        text = getattr(error, "postmortem", "")
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def postmortem_of(error: BaseException | None) -> str:
+    """Return the post-mortem that an exception, or what caused it, carries."""
+    for each in _chain(error):
+        text = getattr(each, "postmortem", "")
         if isinstance(text, str) and text:
             return text
-        error = error.__cause__ or error.__context__
     return ""
+
+
+def end_of_run(error: BaseException | None) -> str:
+    """Return why no other test can say anything after *error*, "" where they can."""
+    module = sys.modules.get("kvmpy.core.errors")
+    if module is None:
+        return ""
+    dead = next((each for each in _chain(error) if isinstance(each, module.DeadProcessorError)), None)
+    return "" if dead is None else str(dead).partition("\n")[0]
 
 
 def _state_of_vms(item: pytest.Item, cause: str) -> str:
@@ -184,6 +199,9 @@ class ItemReports:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Attach promise, protection, missing things and post-mortem to the report; apply the errata."""
         self._hide_own_frames(item, call)
+        reason = end_of_run(call.excinfo.value) if call.excinfo is not None else ""
+        if reason:
+            item.session.shouldstop = reason
         report = yield
         data: dict[str, Any] = {"promise": promise_of(item), "protection": protections.of_item(item)}
         if report.failed:
