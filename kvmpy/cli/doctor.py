@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from kvmpy.coco.kvm import Kvm
 
-_CPU_FLAGS = ("svm", "vmx", "npt", "ept", "sev", "sev_es", "sev_snp", "la57", "hypervisor")
+_CPU_FLAGS = (
+    *("svm", "vmx", "npt", "ept", "nrip_save", "decodeassists", "flushbyasid", "lbrv"),
+    *("sev", "sev_es", "sev_snp", "la57", "hypervisor"),
+)
 _OTHER_MACHINES = ("ARM_", "LOONGARCH_", "MIPS_", "PPC_", "RISCV_", "S390_", "SPAPR_")
 _CONFIG = (
     "KVM",
@@ -79,6 +82,7 @@ def examine() -> dict[str, Any]:
     names = os.uname()
     missing = host.kvm_missing()
     amd = "kvm_amd" in host.vendor_modules()
+    modules = ("kvm", *host.vendor_modules(), *(["ccp"] if amd else []))
     found: dict[str, Any] = {
         "kvmpy": kvmpy.__version__,
         "platform": host.platform_name(),
@@ -93,7 +97,7 @@ def examine() -> dict[str, Any]:
             "config": {option: host.kernel_config(option) for option in _CONFIG},
             "fixes": {name: fix.known() for name, fix in FIXES.items()} if amd else {},
         },
-        "modules": {module: host.module_parameters(module) for module in ("kvm", *host.vendor_modules())},
+        "modules": {module: host.module_parameters(module) for module in modules},
         "kvm": {
             "usable": missing is None,
             "missing": missing.what if missing else "",
