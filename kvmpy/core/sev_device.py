@@ -156,11 +156,17 @@ class SevDevice(KvmFd):
         return arg
 
     def snp_set_config(self, config: sev_user_data_snp_config) -> None:
-        """Set the TCB version to report and what attestation reports mask (SNP_SET_CONFIG; root only)."""
+        """Set the TCB version to report and what attestation reports mask (SNP_SET_CONFIG).
+
+        For whoever may write /dev/sev: sev_ioctl_do_snp_set_config() in Linux asks for nothing else.
+        """
         self.command("SNP_SET_CONFIG", config)
 
     def snp_commit(self) -> None:
-        """Commit the running firmware; there is no way back to an older one (SNP_COMMIT)."""
+        """Commit the running firmware; there is no way back to an older one (SNP_COMMIT).
+
+        For whoever may open /dev/sev, even for reading: sev_ioctl_do_snp_commit() in Linux.
+        """
         self.command("SNP_COMMIT")
 
     def get_id(self) -> bytes:
@@ -177,7 +183,8 @@ class SevDevice(KvmFd):
     def pdh_cert_export(self) -> tuple[bytes, bytes]:
         """Return the platform's Diffie-Hellman certificate and its chain (SEV_PDH_CERT_EXPORT).
 
-        Sessions of SEV launches are made against this key.
+        Sessions of SEV launches are made against this key.  With ccp.psp_init_on_probe=0 and no guest
+        each of the two commands initialises the platform and shuts it down again, SNP too.
         """
         arg = sev_user_data_pdh_cert_export()
         asked = self.command_raw("SEV_PDH_CERT_EXPORT", arg)
