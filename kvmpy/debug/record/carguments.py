@@ -13,7 +13,7 @@ from kvmpy.debug.record.csource import (
     number,
 )
 from kvmpy.debug.record.events import Ioctl, Object
-from kvmpy.debug.record.format import ObjectKind
+from kvmpy.debug.record.format import PAGE_SIZE, ObjectKind
 from kvmpy.debug.record.script import Node, Ref, Region, Script
 from kvmpy.uapi.struct_base import FlexStruct
 
@@ -98,6 +98,8 @@ class CArguments:
             base = f"(unsigned char *){name}" if name.endswith("_run") else name
             return f"({base} + {delta:#x})" if delta else f"{name}"
         if ref.node is not None:
+            if ref.node.what is not None and ref.node.what.placed:
+                return self._placed(ref.node, ref.value % PAGE_SIZE, before, indent)
             name = self.node(ref.node, before, after, indent)
             return name if ref.node.struct is None else f"&{name}"
         if ref.object:
@@ -136,6 +138,18 @@ class CArguments:
         else:
             before.append(f"{indent}{kind} {name} = {{ 0 }};")
         return name
+
+    def _placed(self, node: Node, offset: int, before: list[str], indent: str) -> str:
+        name, size = self.label("data"), offset + max(1, len(node.data))
+        place = f"{name}_page + {offset:#x}"
+        before.append(
+            f"{indent}static unsigned char {name}_page[{size}] __attribute__((aligned({PAGE_SIZE})));"
+        )
+        if any(node.data):
+            rows = byte_rows(node.data.rstrip(b"\0"), indent + "\t")
+            before += [f"{indent}static const unsigned char {name}[] = {{", *rows, f"{indent}}};"]
+            before.append(f"{indent}\x00memcpy({place}, {name}, sizeof({name}));")
+        return f"({place})"
 
     def _open_array(self, value: FlexStruct, name: str, before: list[str], indent: str) -> str:
         # Headers differ in whether an open array may be initialised: give it an array behind the struct.

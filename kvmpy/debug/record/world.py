@@ -11,7 +11,14 @@ from typing import Any
 
 from kvmpy.debug.record.compare import Outcome
 from kvmpy.debug.record.events import Event, FileCall, Kick, Object
-from kvmpy.debug.record.format import FILE_FALLOCATE, MAP_NO_READ, MAP_NO_WRITE, MAP_SHARED, ObjectKind
+from kvmpy.debug.record.format import (
+    FILE_FALLOCATE,
+    MAP_NO_READ,
+    MAP_NO_WRITE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    ObjectKind,
+)
 from kvmpy.debug.record.script import Node, Ref, Region, Script, Step
 from kvmpy.uapi import ffi, ioctls, lib
 from kvmpy.uapi.structs import kvm_regs, kvm_run
@@ -169,10 +176,13 @@ class World:
             os.set_inheritable(fd, False)
         self.fds[step.makes] = fd
 
-    def _fill(self, node: Node, keep: list[Any]) -> Any:
-        raw = ffi.new("uint64_t[]", (len(node.data) + 7) // 8 + 1)
+    def _fill(self, node: Node, keep: list[Any], address: int = 0) -> Any:
+        room = PAGE_SIZE if node.what is not None and node.what.placed else 0
+        raw = ffi.new("uint64_t[]", (len(node.data) + room + 7) // 8 + 1)
         keep.append(raw)
         place = ffi.cast("uint8_t *", raw)
+        if room:
+            place += (address - int(ffi.cast("uintptr_t", raw))) % PAGE_SIZE
         ffi.memmove(place, node.data, len(node.data))
         for ref in node.refs:
             value = self._value(ref, keep)
@@ -185,7 +195,7 @@ class World:
         if ref.region is not None:
             return self.address(ref.region) + ref.value - ref.region.start
         if ref.node is not None:
-            return int(ffi.cast("uintptr_t", self._fill(ref.node, keep)))
+            return int(ffi.cast("uintptr_t", self._fill(ref.node, keep, ref.value)))
         if ref.object:
             return self.fds.get(ref.object, _BAD_FD)
         # What nobody could read keeps its alignment, and cannot be read here either.
