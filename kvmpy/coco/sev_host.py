@@ -30,7 +30,7 @@ from kvmpy.uapi.constants import VmType
 
 SEV_LEAF = 0x8000_001F
 LAB = "or `kvmpy lab run --soft-sev`, a kernel with a software AMD-SP"
-SEV, ES, SNP = VmType.KVM_X86_SEV_VM, VmType.KVM_X86_SEV_ES_VM, VmType.KVM_X86_SNP_VM
+KINDS = SEV, ES, SNP = VmType.KVM_X86_SEV_VM, VmType.KVM_X86_SEV_ES_VM, VmType.KVM_X86_SNP_VM
 # The parameters that KVM looks at for each kind: SNP is what is left when SEV and SEV-ES were not given up.
 _CHAIN = {SEV: ("sev",), ES: ("sev", "sev_es"), SNP: ("sev", "sev_es", "sev_snp")}
 _ON, _OFF = ("Y", "y", "1"), ("N", "n", "0")
