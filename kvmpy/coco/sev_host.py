@@ -47,6 +47,8 @@ _SETUP = {
 }
 _SHOWN = "a CPU, and a hypervisor if there is one, that show it"
 _NO_IOMMU = ("iommu=off", "iommu=pt", "iommu.passthrough=1", "amd_iommu=off", "amd_iommu=pgtbl_v2")
+_PASS_THROUGH, _TRANSLATED = "IOMMU_DEFAULT_PASSTHROUGH", ("iommu.passthrough=0", "iommu=nopt")
+_OPTIONS = ("KVM_AMD_SEV", "CRYPTO_DEV_SP_PSP", "AMD_IOMMU", _PASS_THROUGH)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def read(kvm: Kvm) -> SevHost:
     return SevHost(
         flags=frozenset(cpu_info().get("flags", "").split()),
         family=family,
-        config={name: kernel_config(name) for name in ("KVM_AMD_SEV", "CRYPTO_DEV_SP_PSP", "AMD_IOMMU")},
+        config={name: kernel_config(name) for name in _OPTIONS},
         modules={name: module_parameters(name) for name in ("kvm", "kvm_amd", "ccp")},
         options=module_options("kvm", "kvm_amd", "ccp"),
         command_line=command_line(),
@@ -225,8 +227,18 @@ def _no_es_beside_snp(host: SevHost, _: VmType) -> MissingError | None:
     )
 
 
+def _words(host: SevHost) -> Iterator[tuple[str, str, str]]:
+    return (word.partition("=") for word in host.command_line)
+
+
 def _iommu(host: SevHost, _: VmType) -> MissingError | None:
-    named = [token for token in host.command_line if token in _NO_IOMMU]
+    asked = [f"{name}={value}" for name, _, values in _words(host) for value in values.split(",")]
+    named = [each for each in asked if each in _NO_IOMMU]
+    if not named and host.config.get(_PASS_THROUGH) == "y" and not set(asked) & set(_TRANSLATED):
+        return MissingError(
+            f"an IOMMU that SNP can use (CONFIG_{_PASS_THROUGH}=y)",
+            f"boot with {_TRANSLATED[0]}, or a kernel without CONFIG_{_PASS_THROUGH}",
+        )
     if not named:
         return None
     return MissingError(

@@ -50,6 +50,7 @@ ALL, WITH_ES, SNP_ONLY = (SEV, ES, SNP), (ES, SNP), (SNP,)
 NO_DEVICE = explain_sev_open_failure("/dev/sev", OSError(errno.ENOENT, "none"))
 NO_PERMISSION = explain_sev_open_failure("/dev/sev", OSError(errno.EACCES, "denied"))
 BOOT = "the kernel's command line"
+PASSING_THROUGH = replace(GENOA, config={**GENOA.config, "IOMMU_DEFAULT_PASSTHROUGH": "y"})
 ALL_ES = replace(GENOA, asids=(1006, 1007))
 UNINITIALISED = replace(GENOA, status=PlatformStatus(1, 55, 40, "uninitialised", 0, False))
 
@@ -248,6 +249,26 @@ CASES: dict[str, tuple[SevHost, tuple[VmType, ...], str, str]] = {
         SNP_ONLY,
         "an IOMMU that SNP can use (iommu=pt is on the kernel's command line)",
         "boot without iommu=pt",
+    ),
+    "one of several IOMMU options": (
+        with_parameters(replace(GENOA, command_line=("iommu=merge,off",), snp=(0, 0)), kvm_amd__sev_snp="N"),
+        SNP_ONLY,
+        "an IOMMU that SNP can use (iommu=off is on the kernel's command line)",
+        "boot without iommu=off",
+    ),
+    "a kernel with pass-through": (
+        with_parameters(replace(PASSING_THROUGH, snp=(0, 0)), kvm_amd__sev_snp="N"),
+        SNP_ONLY,
+        "an IOMMU that SNP can use (CONFIG_IOMMU_DEFAULT_PASSTHROUGH=y)",
+        "boot with iommu.passthrough=0",
+    ),
+    "a kernel with pass-through that was told better": (
+        with_parameters(
+            replace(PASSING_THROUGH, command_line=("iommu=nopt",), snp=(0, 0)), kvm_amd__sev_snp="N"
+        ),
+        SNP_ONLY,
+        "SNP initialised by the secure processor",
+        "dmesg",
     ),
     "SNP INIT failed": (
         with_parameters(replace(GENOA, snp=(0, 0)), kvm_amd__sev_snp="N"),
