@@ -12,13 +12,17 @@ import click
 
 import kvmpy
 from kvmpy.testing import host
+from kvmpy.testing.fixes import FIXES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from kvmpy.coco.kvm import Kvm
 
-_CPU_FLAGS = ("svm", "vmx", "npt", "ept", "sev", "sev_es", "sev_snp", "la57", "hypervisor")
+_CPU_FLAGS = (
+    *("svm", "vmx", "npt", "ept", "nrip_save", "decodeassists", "flushbyasid", "lbrv"),
+    *("sev", "sev_es", "sev_snp", "la57", "hypervisor"),
+)
 _OTHER_MACHINES = ("ARM_", "LOONGARCH_", "MIPS_", "PPC_", "RISCV_", "S390_", "SPAPR_")
 _CONFIG = (
     "KVM",
@@ -77,6 +81,8 @@ def examine() -> dict[str, Any]:
     """Return everything that the doctor finds, as JSON-ready values."""
     names = os.uname()
     missing = host.kvm_missing()
+    amd = "kvm_amd" in host.vendor_modules()
+    modules = ("kvm", *host.vendor_modules(), *(["ccp"] if amd else []))
     found: dict[str, Any] = {
         "kvmpy": kvmpy.__version__,
         "platform": host.platform_name(),
@@ -89,8 +95,9 @@ def examine() -> dict[str, Any]:
             "release": names.release,
             "machine": names.machine,
             "config": {option: host.kernel_config(option) for option in _CONFIG},
+            "fixes": {name: fix.known() for name, fix in FIXES.items()} if amd else {},
         },
-        "modules": {module: host.module_parameters(module) for module in ("kvm", *host.vendor_modules())},
+        "modules": {module: host.module_parameters(module) for module in modules},
         "kvm": {
             "usable": missing is None,
             "missing": missing.what if missing else "",
@@ -113,6 +120,12 @@ def examine() -> dict[str, Any]:
 
 def _words(flags: Mapping[str, bool]) -> str:
     return " ".join(name for name, there in flags.items() if there) or "none of those that matter"
+
+
+def _print_fixes(console: Console, fixes: Mapping[str, bool]) -> None:
+    for fix in (FIXES[name] for name, known in fixes.items() if not known):
+        console.print(f"  not known to have {fix.commit} (Linux {fix.versions}): {fix.title}", style="yellow")
+        console.print(f"        without it: {fix.without}", style="dim")
 
 
 def _print_modules(console: Console, modules: Mapping[str, Mapping[str, str]]) -> None:
@@ -155,6 +168,7 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
     console.print(
         "  " + (" ".join(f"{name}={value}" for name, value in known.items()) or "its .config is unknown")
     )
+    _print_fixes(console, kernel["fixes"])
     console.print("modules and parameters:")
     _print_modules(console, found["modules"])
     if not kvm["usable"]:

@@ -76,8 +76,9 @@ class Sev(Protection):
     """SEV: encrypted memory, registers in clear.
 
     *policy* and the owner's *dh_certificate* and *session* go into LAUNCH_START.  Without a session the
-    launch is given one of kvmpy's own, if the platform exports its key, and LaunchError says when it
-    measures anything else than was predicted; *compare* False leaves that out.
+    launch is given one of kvmpy's own, and LaunchError says when it measures anything else than was
+    predicted; a platform that does not export its key gives a warning in its place.  *compare* False leaves
+    that out.
     """
 
     name = "sev"

@@ -7,12 +7,15 @@ LUPDATE (:class:`SevLaunching`), LSECRET (:class:`SevMeasured`), RUNNING (:class
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
 
 from kvmpy.coco.launch_state import LaunchState
 from kvmpy.coco.policy import SevPolicy
-from kvmpy.core.address import Gpa
+from kvmpy.core.address import PAGE_SIZE, Gpa
+from kvmpy.core.backing import Anonymous, Mapping
 from kvmpy.core.vm import Vm
 from kvmpy.uapi import ffi
 from kvmpy.uapi.constants import SevRet
@@ -28,6 +31,7 @@ from kvmpy.uapi.structs import (
 )
 
 UPDATE_ALIGNMENT = 16
+DBG_BLOCK = 16
 MEASUREMENT_SIZE = 48
 
 
@@ -55,6 +59,13 @@ def _address(buffer: object) -> int:
     return int(ffi.cast("uintptr_t", buffer))
 
 
+def _in_pages(gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:
+    while size > 0:
+        part = min(size, PAGE_SIZE - int(gpa) % PAGE_SIZE)
+        yield gpa, part
+        gpa, size = gpa + part, size - part
+
+
 class SevGuest(LaunchState):
     """What every state of an SEV or SEV-ES guest can do."""
 
@@ -74,22 +85,39 @@ class SevGuest(LaunchState):
 
         Firmware status POLICY_FAILURE where the policy forbids debugging.
         """
-        place = ffi.new("uint8_t[]", size)
-        # lifetime: `place` lives until the bytes are copied out; guest memory belongs to the VM.
-        arg = kvm_sev_dbg(
-            src_uaddr=self.vm.memory.hva(gpa, private=False), dst_uaddr=_address(place), len=size
-        )
-        self.vm.sev_command("DBG_DECRYPT", arg, gpa=int(gpa))
-        return bytes(ffi.buffer(place, size))
+        with closing(Anonymous().map(PAGE_SIZE)) as page:
+            return b"".join(
+                bytes(self._dbg("DBG_DECRYPT", page, at, part)) for at, part in _in_pages(gpa, size)
+            )
 
     def dbg_encrypt(self, gpa: Gpa, data: bytes) -> None:
-        """Write *data* into private memory at *gpa* (KVM_SEV_DBG_ENCRYPT)."""
-        # lifetime: `place` lives until the command is done.
-        place = ffi.from_buffer("uint8_t[]", bytearray(data), require_writable=True)
-        arg = kvm_sev_dbg(
-            src_uaddr=_address(place), dst_uaddr=self.vm.memory.hva(gpa, private=False), len=len(data)
+        """Write *data* into private memory at *gpa* (KVM_SEV_DBG_ENCRYPT).
+
+        What stands beside it in a block of 16 bytes is read first and written back.
+        """
+        done = 0
+        with closing(Anonymous().map(PAGE_SIZE)) as page:
+            for at, part in _in_pages(gpa, len(data)):
+                if int(at) % DBG_BLOCK or part % DBG_BLOCK:
+                    self._dbg("DBG_DECRYPT", page, at, part)
+                page.look(int(at) % PAGE_SIZE, part)[:] = data[done : done + part]
+                self._dbg("DBG_ENCRYPT", page, at, part)
+                done += part
+
+    def _dbg(self, command: str, page: Mapping, gpa: Gpa, size: int) -> memoryview:
+        # Before Linux 7.2 (78ee2d50185a) sev_dbg_crypt() ends a step where the source's page ends, whatever
+        # is left of the target's: so the host's bytes lie in their page as the guest's do, a command is of
+        # one page, and of whole blocks, which KVM hands on as they are.
+        start = int(gpa) // DBG_BLOCK * DBG_BLOCK
+        length = -(-(int(gpa) + size) // DBG_BLOCK) * DBG_BLOCK - start
+        guest = self.vm.memory.hva(Gpa(start), private=False)
+        host = page.hva + start % PAGE_SIZE
+        source, target = (guest, host) if command == "DBG_DECRYPT" else (host, guest)
+        # lifetime: `page` is the caller's, and guest memory the VM's, until the command is done.
+        self.vm.sev_command(
+            command, kvm_sev_dbg(src_uaddr=source, dst_uaddr=target, len=length), gpa=int(gpa)
         )
-        self.vm.sev_command("DBG_ENCRYPT", arg, gpa=int(gpa))
+        return page.look(int(gpa) % PAGE_SIZE, size)
 
     def attestation_report(self, nonce: bytes) -> bytes:
         """Return the firmware's report of the guest, made with a *nonce* of 16 bytes.

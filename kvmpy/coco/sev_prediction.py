@@ -7,6 +7,7 @@ launch that is to be compared is one of kvmpy's own owner (:class:`~kvmpy.coco.s
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from kvmpy.coco import vmsa_prediction
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 
 class PredictedLaunch:
-    """One launch that is going to be compared: its session, and the digest of what goes in.
-
-    :meth:`of` is None where the platform exports no Diffie-Hellman key.
-    """
+    """One launch that is going to be compared: its session, and the digest of what goes in."""
 
     def __init__(self, pdh: bytes, firmware: PlatformStatus, policy: int) -> None:
         self.owner = GuestOwner()
@@ -35,12 +33,14 @@ class PredictedLaunch:
 
     @classmethod
     def of(cls, policy: int) -> PredictedLaunch | None:
-        """Ask the platform for its key; None when it has none to give, or not to this user."""
+        """Ask the platform for its key; None, with a warning, when it gives none, or none to this user."""
         try:
             with SevDevice() as device:
                 pdh, _ = device.pdh_cert_export()
                 return cls(pdh, device.platform_status(), policy)
-        except (KvmError, MissingError):
+        except (KvmError, MissingError) as error:
+            because = str(error).splitlines()[0]
+            warnings.warn(f"the launch is compared with no prediction: {because}", stacklevel=2)
             return None
 
     def add_vcpus(self, vm: GuestVm, vmsa_features: int) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClosedError",
+    "DeadProcessorError",
     "KvmError",
     "MissingError",
     "PrivateMemoryError",
@@ -54,6 +55,15 @@ class MissingError(RuntimeError):
         self.missing = missing
         self.how = how
         super().__init__(f"{missing}: {how}" if how else missing)
+
+
+class DeadProcessorError(RuntimeError):
+    """The AMD secure processor answers no command until the next boot; *because* says what showed it."""
+
+    def __init__(self, because: str) -> None:
+        super().__init__(
+            f"the secure processor does not answer; reboot\n  {because}; see dmesg | grep -i ccp"
+        )
 
 
 class ClosedError(RuntimeError):

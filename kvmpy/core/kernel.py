@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The running kernel's configuration and module parameters: what says why KVM lacks something."""
+"""The running kernel: configuration, command line, module parameters, which say why KVM lacks something."""
 
 from __future__ import annotations
 
 import functools
 import gzip
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+COMMAND_LINE = Path("/proc/cmdline")
+MODPROBE = tuple(Path(folder) / "modprobe.d" for folder in ("/etc", "/run", "/usr/local/lib", "/usr/lib"))
 SYS_MODULE = Path("/sys/module")
 CONFIG_GZ = Path("/proc/config.gz")
 
@@ -18,6 +22,46 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_info() -> Mapping[str, str]:
+    """Return the first CPU's entry of /proc/cpuinfo."""
+    first = _read(Path("/proc/cpuinfo")).partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def command_line() -> tuple[str, ...]:
+    """Return the words of the kernel's command line."""
+    return tuple(_read(COMMAND_LINE).split())
+
+
+@dataclass(frozen=True)
+class Option:
+    """What somebody asks of a module: the *value* of a parameter, and the *source* that says so."""
+
+    value: str
+    source: str
+
+
+def module_options(*modules: str) -> dict[str, Option]:
+    """Return what modprobe.d and the kernel's command line ask of *modules*, by ``module.parameter``.
+
+    What a call of modprobe or insmod was given is nowhere to be read.
+    """
+    return {name: option for name, option in _options() if name.partition(".")[0] in modules}
+
+
+def _options() -> Iterator[tuple[str, Option]]:
+    for folder in reversed(MODPROBE):
+        for file in sorted(folder.glob("*.conf")):
+            for module, words in re.findall(r"^\s*options\s+(\S+)\s+(.*)$", _read(file), re.MULTILINE):
+                for name, _, value in (word.partition("=") for word in words.split()):
+                    yield f"{module.replace('-', '_')}.{name}", Option(value, str(file))
+    for name, _, value in (word.partition("=") for word in command_line()):
+        module, _, parameter = name.partition(".")
+        yield f"{module.replace('-', '_')}.{parameter}", Option(value, "the kernel's command line")
 
 
 def module_parameters(module: str) -> dict[str, str]:

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
+from typing import ClassVar
 
-from kvmpy.core.errors import MissingError
+from kvmpy.core.errors import MissingError, errno_name
 from kvmpy.core.fd import KvmFd
-from kvmpy.core.sev_device import SevDevice
+from kvmpy.core.sev_device import SevDevice, check_processor
 from kvmpy.core.sev_errors import SevError, SevResult
 from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.commands import SEV_COMMANDS, SevCommand
-from kvmpy.uapi.constants import KVM_CAP_VM_COPY_ENC_CONTEXT_FROM, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM
+from kvmpy.uapi.constants import KVM_CAP_VM_COPY_ENC_CONTEXT_FROM, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM, SevCmd
 from kvmpy.uapi.structs import Struct, kvm_enable_cap, kvm_enc_region, kvm_sev_cmd
 
+_INITS = (SevCmd.KVM_SEV_INIT, SevCmd.KVM_SEV_ES_INIT, SevCmd.KVM_SEV_INIT2)
 _BY_ID = {command.id: command for command in SEV_COMMANDS.values()}
 
 
@@ -39,6 +42,8 @@ class VmSev(KvmFd):
 
     kind = "vm"
     _sev_device: SevDevice | None = None
+    # Those of this process that hold an ASID, by id().
+    _guests: ClassVar[set[int]] = set()
 
     @property
     def sev_device(self) -> SevDevice:
@@ -66,7 +71,7 @@ class VmSev(KvmFd):
         """Issue a SEV command and return how it came back, failed or not (KVM_MEMORY_ENCRYPT_OP).
 
         *arg* is the command's struct, or a number to pass as the pointer (negative tests).  *sev_fd* takes
-        the place of the VM's own /dev/sev.
+        the place of the VM's own /dev/sev.  DeadProcessorError when the secure processor answers no more.
         """
         found = find_command(command)
         data = 0
@@ -77,7 +82,20 @@ class VmSev(KvmFd):
             data = int(arg)
         call = kvm_sev_cmd(id=found.id, data=data, sev_fd=self._sev_fd() if sev_fd is None else sev_fd)
         result, number = self.ioctl_raw(ioctls.KVM_MEMORY_ENCRYPT_OP, call)
+        if self._doubtful(found, number):
+            check_processor(f"{found} on {self.name} came back with {errno_name(number)}")
+        if found.id in _INITS and number == 0:
+            self._guests.add(id(self))
         return SevResult(result, number, int(call.error))
+
+    def _doubtful(self, command: SevCommand, number: int) -> bool:
+        # EBUSY of INIT2 is that of no free ASID while guests live.  A context that the firmware does not
+        # create is ENOTTY, whatever it said: snp_launch_start() in Linux.
+        if number == errno.EBUSY:
+            return command.id not in _INITS or not self._guests - {id(self)}
+        return number == errno.ETIMEDOUT or (
+            number == errno.ENOTTY and command.id == SevCmd.KVM_SEV_SNP_LAUNCH_START
+        )
 
     def sev_command(
         self,
@@ -150,6 +168,7 @@ class VmSev(KvmFd):
     def close(self) -> None:
         """Close the VM, then its /dev/sev."""
         super().close()
+        self._guests.discard(id(self))
         device, self._sev_device = self._sev_device, None
         if device is not None:
             device.close()

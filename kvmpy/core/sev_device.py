@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
-from kvmpy.core.errors import MissingError
+from kvmpy.core.errors import DeadProcessorError, MissingError, errno_name
 from kvmpy.core.fd import KvmFd
 from kvmpy.core.sev_errors import SevError, SevResult
 from kvmpy.uapi import ffi, ioctls
@@ -23,6 +24,8 @@ from kvmpy.uapi.structs import (
     sev_user_data_status,
 )
 
+# What a command comes back with that timed out, and what every later one does: `psp_dead` in ccp's sev-dev.c.
+_UNANSWERED = (errno.ETIMEDOUT, errno.EBUSY)
 # States of the platform (SEV API, PLATFORM_STATUS).
 _STATES = {0: "uninitialised", 1: "initialised", 2: "working"}
 
@@ -47,6 +50,19 @@ def explain_sev_open_failure(path: str, error: OSError) -> MissingError:
             "/etc/udev/rules.d/65-sev.rules && udevadm trigger",
         )
     return MissingError(f"{path} cannot be opened: {error.strerror}", "see dmesg")
+
+
+def check_processor(because: str) -> None:
+    """Ask the secure processor for its status; DeadProcessorError when it answers no more.
+
+    After a command that timed out (100 s) ccp refuses every other one with EBUSY until the next boot:
+    __sev_do_cmd_locked() in drivers/crypto/ccp/sev-dev.c.  *because* says why somebody asks.
+    """
+    # Without a device, or a descriptor to open it with, there is no telling.
+    with suppress(MissingError, OSError), SevDevice() as device:
+        number = device.command_raw("SEV_PLATFORM_STATUS", sev_user_data_status()).errno
+        if number in _UNANSWERED:
+            raise DeadProcessorError(f"{because}, and SEV_PLATFORM_STATUS with {errno_name(number)}")
 
 
 @dataclass(frozen=True)
@@ -140,11 +156,17 @@ class SevDevice(KvmFd):
         return arg
 
     def snp_set_config(self, config: sev_user_data_snp_config) -> None:
-        """Set the TCB version to report and what attestation reports mask (SNP_SET_CONFIG; root only)."""
+        """Set the TCB version to report and what attestation reports mask (SNP_SET_CONFIG).
+
+        For whoever may write /dev/sev: sev_ioctl_do_snp_set_config() in Linux asks for nothing else.
+        """
         self.command("SNP_SET_CONFIG", config)
 
     def snp_commit(self) -> None:
-        """Commit the running firmware; there is no way back to an older one (SNP_COMMIT)."""
+        """Commit the running firmware; there is no way back to an older one (SNP_COMMIT).
+
+        For whoever may open /dev/sev, even for reading: sev_ioctl_do_snp_commit() in Linux.
+        """
         self.command("SNP_COMMIT")
 
     def get_id(self) -> bytes:
@@ -161,7 +183,8 @@ class SevDevice(KvmFd):
     def pdh_cert_export(self) -> tuple[bytes, bytes]:
         """Return the platform's Diffie-Hellman certificate and its chain (SEV_PDH_CERT_EXPORT).
 
-        Sessions of SEV launches are made against this key.
+        Sessions of SEV launches are made against this key.  With ccp.psp_init_on_probe=0 and no guest
+        each of the two commands initialises the platform and shuts it down again, SNP too.
         """
         arg = sev_user_data_pdh_cert_export()
         asked = self.command_raw("SEV_PDH_CERT_EXPORT", arg)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmpy import __version__
-from kvmpy.core.kernel import SYS_MODULE, kernel_config, module_parameters
+from kvmpy.core.kernel import SYS_MODULE, cpu_info, kernel_config, module_parameters
 from kvmpy.testing.errata import HostFacts
 from kvmpy.testing.verdicts import Missing
 
@@ -52,14 +52,6 @@ def _read(path: Path) -> str:
 def platform_name() -> str:
     """Return where this runs: ``host``, or the name that an emulated platform gives itself."""
     return os.environ.get(PLATFORM_VARIABLE) or "host"
-
-
-@functools.lru_cache(maxsize=1)
-def cpu_info() -> Mapping[str, str]:
-    """Return the first CPU's entry of /proc/cpuinfo."""
-    first = _read(Path("/proc/cpuinfo")).partition("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def cpu_model() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import pytest
 
 from kvmpy.testing import gate, protections
 from kvmpy.testing.errata import Erratum, HostFacts, find
+from kvmpy.testing.fixes import FIXES
 from kvmpy.testing.fixtures import REQUIREMENTS, VMS
 from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
@@ -70,16 +71,31 @@ def missing_of(error: BaseException) -> Missing | None:
     )
 
 
-def postmortem_of(error: BaseException | None) -> str:
-    """Return the post-mortem that an exception, or what caused it, carries."""
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what it came from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        text = getattr(error, "postmortem", "")
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def postmortem_of(error: BaseException | None) -> str:
+    """Return the post-mortem that an exception, or what caused it, carries."""
+    for each in _chain(error):
+        text = getattr(each, "postmortem", "")
         if isinstance(text, str) and text:
             return text
-        error = error.__cause__ or error.__context__
     return ""
+
+
+def end_of_run(error: BaseException | None) -> str:
+    """Return why no other test can say anything after *error*, "" where they can."""
+    module = sys.modules.get("kvmpy.core.errors")
+    if module is None:
+        return ""
+    dead = next((each for each in _chain(error) if isinstance(each, module.DeadProcessorError)), None)
+    return "" if dead is None else str(dead).partition("\n")[0]
 
 
 def _state_of_vms(item: pytest.Item, cause: str) -> str:
@@ -93,6 +109,20 @@ def _state_of_vms(item: pytest.Item, cause: str) -> str:
         except Exception as error:  # noqa: BLE001 - a post-mortem may not hide the failure it is about
             texts.append(f"{vm.name}: no post-mortem: {error!r}")
     return "\n\n".join(texts)
+
+
+def danger_of(item: pytest.Item) -> str:
+    """Return why *item* could harm this host, "" when it is not marked or the host is known to be fixed."""
+    mark = item.get_closest_marker("dangerous")
+    if mark is None:
+        return ""
+    reason, name = "dangerous: can crash an unfixed host", mark.kwargs.get("unless")
+    if name is not None:
+        fix = FIXES[name]
+        if fix.known():
+            return ""
+        reason += f", and this kernel is not known to have {fix.commit} ({fix.title}; Linux {fix.versions})"
+    return f"{reason}; run it in the lab or with --run-dangerous"
 
 
 def promise_of(item: pytest.Item) -> str:
@@ -113,13 +143,9 @@ class Needs:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Skip what is dangerous and what this host lacks."""
-        if (
-            item.get_closest_marker("dangerous")
-            and not self._settings.run_dangerous
-            and not named_on_command_line(item)
-        ):
-            reason = "dangerous: can crash an unfixed host; run it in the lab or with --run-dangerous"
-            raise pytest.skip.Exception(reason, _use_item_location=True)
+        danger = danger_of(item)
+        if danger and not self._settings.run_dangerous and not named_on_command_line(item):
+            raise pytest.skip.Exception(danger, _use_item_location=True)
         wanted = [need for mark in item.iter_markers("requires") for need in mark.args]
         if not wanted:
             return
@@ -173,6 +199,9 @@ class ItemReports:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Attach promise, protection, missing things and post-mortem to the report; apply the errata."""
         self._hide_own_frames(item, call)
+        reason = end_of_run(call.excinfo.value) if call.excinfo is not None else ""
+        if reason:
+            item.session.shouldstop = reason
         report = yield
         data: dict[str, Any] = {"promise": promise_of(item), "protection": protections.of_item(item)}
         if report.failed:

@@ -22,7 +22,7 @@ WORKER_SEED = "kvmpy_seed"
 MARKERS = (
     "requires(*needs): what the test needs: 'KVM_CAP_X', 'ioctl:KVM_X', 'param:kvm.name=Y', a callable, ...",
     "protections(*names): run the test once under each named protection, or under 'all' of them",
-    "dangerous: could crash an unfixed host; runs with --run-dangerous, when named, or in the lab",
+    "dangerous(unless=FIX): could crash a host without FIX; runs with --run-dangerous, named or in the lab",
     "deadline(seconds): how long this test's guests may run without an exit the test waits for",
 )
 

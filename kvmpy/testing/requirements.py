@@ -97,16 +97,20 @@ def _ioctl(kvm: Kvm, name: str) -> Missing | None:
 
 
 def _vm_type(kvm: Kvm, name: str) -> Missing | None:
+    from kvmpy.coco import sev_host
     from kvmpy.uapi.constants import VmType
 
     if name not in VmType.__members__:
         raise ValueError(f"no VM type named {name}")
     if VmType[name] in kvm.vm_types():
         return None
-    how = {
-        "KVM_X86_SW_PROTECTED_VM": f"{config_hint('KVM_SW_PROTECTED_VM')} and kvm.tdp_mmu=Y",
-        "KVM_X86_TDX_VM": "Intel TDX, and kvm_intel.tdx=1",
-    }.get(name, "an AMD CPU with SEV enabled in the firmware, kvm_amd.sev=1 (sev_es=1, sev_snp=1)")
+    if VmType[name] in sev_host.KINDS:
+        how = "; ".join(str(cause) for cause in sev_host.causes(sev_host.read(kvm), VmType[name]))
+    else:
+        how = {
+            "KVM_X86_SW_PROTECTED_VM": f"{config_hint('KVM_SW_PROTECTED_VM')} and kvm.tdp_mmu=Y",
+            "KVM_X86_TDX_VM": "Intel TDX, and kvm_intel.tdx=1",
+        }.get(name, "a kernel whose KVM offers it")
     return Missing(f"VM type {name}", how, (f"vm-type:{name}", name))
 
 

@@ -55,7 +55,8 @@ class Buffer:
 
     *pointer* is the field of the parent that holds its address (dots lead into nested structs), ``""`` for
     the argument itself; *when* is a field of the parent without which the kernel ignores the pointer. *reads*
-    says how many bytes the kernel reads where that is less than all. *guest*: it is guest memory.
+    says how many bytes the kernel reads where that is less than all. *guest*: it is guest memory. *placed*:
+    where it lies in its page counts, as the kernel hands it on by its physical address.
     *cases* holds further children by the value of the field *select*.
     """
 
@@ -67,6 +68,7 @@ class Buffer:
     when: str = ""
     reads: int | None = None
     guest: bool = False
+    placed: bool = False
     children: tuple[Buffer, ...] = ()
     select: str = ""
     cases: Mapping[int, tuple[Buffer, ...]] = field(default_factory=dict)
@@ -121,8 +123,10 @@ def _struct(struct: str, arg: DataKind, **more: object) -> Buffer:
     return replace(Buffer(struct, arg, _whole(struct)), **more)  # type: ignore[arg-type]
 
 
-def _bytes(pointer: str, length: str, arg: DataKind, *, guest: bool = False, when: str = "") -> Buffer:
-    return Buffer(None, arg, Size(count=length), pointer, guest=guest, when=when)
+def _bytes(
+    pointer: str, length: str, arg: DataKind, *, guest: bool = False, placed: bool = False, when: str = ""
+) -> Buffer:
+    return Buffer(None, arg, Size(count=length), pointer, guest=guest, placed=placed, when=when)
 
 
 def _fixed(pointer: str, size: int, arg: DataKind, when: str = "") -> Buffer:
@@ -164,10 +168,10 @@ _COMMAND_POINTERS: dict[str, tuple[Buffer, ...]] = {
     ),
     "KVM_SEV_DBG_DECRYPT": (
         _bytes("src_uaddr", "len", "in", guest=True),
-        _bytes("dst_uaddr", "len", "out"),
+        _bytes("dst_uaddr", "len", "out", placed=True),
     ),
     "KVM_SEV_DBG_ENCRYPT": (
-        _bytes("src_uaddr", "len", "in"),
+        _bytes("src_uaddr", "len", "in", placed=True),
         _bytes("dst_uaddr", "len", "inout", guest=True),
     ),
     "KVM_SEV_GET_ATTESTATION_REPORT": (_bytes("uaddr", "len", "out"),),

@@ -23,7 +23,10 @@ from kvmpy.core.vm import Vm
 from kvmpy.uapi import ffi
 from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP, KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
 from kvmpy.uapi.structs import Struct
+from selftests.sev.asids import all_asids, asids, give_time
 from selftests.sev.transport import Argument
+
+__all__ = ["all_asids", "asids"]
 
 KINDS = tuple(
     pytest.param(kind, marks=pytest.mark.requires(f"protection:{kind}"), id=kind)
@@ -37,6 +40,11 @@ TYPES = {
 }
 MEMORY = Gpa(0x10_0000)
 PAGES = 16
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests that take all ASIDs time for them."""
+    give_time(items)
 
 
 @dataclass

@@ -5,34 +5,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import pytest
 
-from kvmpy.coco.kvm import Kvm
 from kvmpy.coco.policy import SevPolicy, SnpPolicy
 from kvmpy.coco.sev_launch import SevInitialised
 from kvmpy.coco.snp_launch import IdBlockPair
 from kvmpy.core.address import PAGE_SIZE
 from kvmpy.core.sev_errors import SevError
 from kvmpy.uapi.constants import KVM_SEV_SNP_PAGE_TYPE_CPUID, KVM_SEV_SNP_PAGE_TYPE_NORMAL, SevRet
-from kvmpy.uapi.structs import kvm_sev_init
+from selftests.sev.asids import Asids
 from selftests.sev.conftest import IN_PLACE, MEMORY, TYPES, Bare, BareMaker, start_sev, start_snp
 
-LIMIT = 2048
 TIMES = 3
-
-
-def guests(kvm: Kvm, kind: str) -> int:
-    """Return how many guests of *kind* KVM_SEV_INIT2 makes until there is no ASID left."""
-    with ExitStack() as stack:
-        for count in range(LIMIT):
-            vm = stack.enter_context(kvm.create_vm(int(TYPES[kind])))
-            result = vm.sev_command_raw("INIT2", kvm_sev_init())
-            if not result.ok:
-                assert (result.errno, result.firmware) == (errno.EBUSY, 0)
-                return count
-    raise AssertionError("ASIDs do not run out")
 
 
 def bad_policy(made: Bare) -> None:
@@ -82,16 +67,16 @@ Failure = Callable[[Bare], None]
 WRONG = SevRet.SEV_RET_INVALID_GUEST_STATE
 
 
-def tear(kvm: Kvm, bare: BareMaker, kind: str, fail: Failure, status: SevRet) -> None:
+def tear(asids: Asids, bare: BareMaker, kind: str, fail: Failure, status: SevRet) -> None:
     """Fail a few times, and compare what is left."""
-    before = guests(kvm, kind)
+    before = asids.left(TYPES[kind])
     for _ in range(TIMES):
         made = bare(kind)
         with pytest.raises(SevError) as caught:
             fail(made)
         assert (caught.value.errno, caught.value.firmware) == (errno.EIO, int(status))
         made.vm.close()
-    assert guests(kvm, kind) == before
+    assert asids.left(TYPES[kind]) == before
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -104,9 +89,9 @@ def tear(kvm: Kvm, bare: BareMaker, kind: str, fail: Failure, status: SevRet) ->
     ],
     ids=["policy", "session", "finish"],
 )
-def test_sev(kvm: Kvm, bare: BareMaker, kind: str, fail: Failure, status: SevRet) -> None:
+def test_sev(asids: Asids, bare: BareMaker, kind: str, fail: Failure, status: SevRet) -> None:
     """A launch in place that fails gives its ASID back."""
-    tear(kvm, bare, kind, fail, status)
+    tear(asids, bare, kind, fail, status)
 
 
 @pytest.mark.requires("protection:snp")
@@ -120,6 +105,6 @@ def test_sev(kvm: Kvm, bare: BareMaker, kind: str, fail: Failure, status: SevRet
     ],
     ids=["policy", "page", "cpuid", "id-block"],
 )
-def test_snp(kvm: Kvm, bare: BareMaker, fail: Failure, status: SevRet) -> None:
+def test_snp(asids: Asids, bare: BareMaker, fail: Failure, status: SevRet) -> None:
     """An SNP launch that fails gives its ASID and its pages back."""
-    tear(kvm, bare, "snp", fail, status)
+    tear(asids, bare, "snp", fail, status)

@@ -3,53 +3,30 @@
 
 from __future__ import annotations
 
-import errno
-
 import pytest
 
 from kvmpy.coco import ladder
-from kvmpy.coco.kvm import Kvm
 from kvmpy.core.exits import SystemEventExit
-from kvmpy.core.vm import Vm
 from kvmpy.guest.errors import UnexpectedExitError
 from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import KVM_SYSTEM_EVENT_SEV_TERM
-from kvmpy.uapi.structs import kvm_sev_init
+from selftests.sev.asids import Asids
 
 with_ghcb = pytest.mark.protections("all", has_ghcb=True)
 with_snp = pytest.mark.protections("all", must_validate=True)
 
-MAX_ASIDS = 2048
 
-
-def asids_left(kvm: Kvm, vm_type: int) -> int:
-    """Return how many VMs of a type this platform still takes."""
-    vms: list[Vm] = []
-    try:
-        while len(vms) < MAX_ASIDS:
-            vm = kvm.create_vm(vm_type)
-            vms.append(vm)
-            result = vm.sev_command_raw("INIT2", kvm_sev_init())
-            if not result.ok:
-                assert result.errno == errno.EBUSY
-                break
-        return len(vms) - 1
-    finally:
-        for vm in vms:
-            vm.close()
-
-
-def ended(make_vm: MakeVm, source: str) -> UnexpectedExitError:
+def ended(asids: Asids, make_vm: MakeVm, source: str) -> UnexpectedExitError:
     """Run a guest that ends itself; the platform takes as many VMs afterwards as before. Return the error."""
     vm_type = ladder.get(make_vm.protection).vm_type
-    before = asids_left(make_vm.kvm, vm_type)
+    before = asids.left(vm_type)
     assert before > 0
     vm = make_vm(source)
     vm.launch()
     with pytest.raises(UnexpectedExitError) as caught:
         vm.vcpus[0].run_to_done()
     vm.close()
-    assert asids_left(make_vm.kvm, vm_type) == before
+    assert asids.left(vm_type) == before
     return caught.value
 
 
@@ -87,9 +64,9 @@ void guest_main(void)
 
 
 @with_ghcb
-def test_in_the_middle_of_the_handler(make_vm: MakeVm) -> None:
+def test_in_the_middle_of_the_handler(asids: Asids, make_vm: MakeVm) -> None:
     """A guest that ends itself in its #VC handler, with its GHCB half filled, is an error with its reason."""
-    error = ended(make_vm, IN_THE_HANDLER)
+    error = ended(asids, make_vm, IN_THE_HANDLER)
     assert reason_of(error) == (7, 0x42)
     assert "the guest ended itself: reason 0x42 of set 0x7" in str(error)
 
@@ -107,16 +84,16 @@ void guest_main(void)
 
 
 @with_snp
-def test_a_ghcb_never_registered(make_vm: MakeVm) -> None:
+def test_a_ghcb_never_registered(asids: Asids, make_vm: MakeVm) -> None:
     """SNP: a guest that uses its GHCB without registering it is refused, ends itself and says why."""
-    error = ended(make_vm, PRETEND % "1")
+    error = ended(asids, make_vm, PRETEND % "1")
     assert reason_of(error) == (5, 1)
     assert "does not know this GHCB's GPA as the registered one" in str(error)
 
 
 @with_ghcb
-def test_a_ghcb_never_named(make_vm: MakeVm) -> None:
+def test_a_ghcb_never_named(asids: Asids, make_vm: MakeVm) -> None:
     """A guest that leaves without a GPA in its GHCB MSR comes back with nothing done, and ends itself."""
-    error = ended(make_vm, PRETEND % "guest_cpu()->ghcb_gpa")
+    error = ended(asids, make_vm, PRETEND % "guest_cpu()->ghcb_gpa")
     assert reason_of(error) == (5, 2)
     assert "did not take the request out of the GHCB" in str(error)

@@ -10,9 +10,11 @@ import pytest
 
 from kvmpy.coco import sev_platform
 from kvmpy.coco.kvm import Kvm
+from kvmpy.core.errors import MissingError
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.commands import SEV_COMMANDS
 from kvmpy.uapi.structs import kvm_sev_init, kvm_sev_launch_start, kvm_sev_snp_launch_start
+from selftests.sev.asids import BOUND, Asids
 from selftests.sev.conftest import IN_PLACE, KINDS, TYPES, BareMaker
 
 EINVAL = (errno.EINVAL, 0)
@@ -197,24 +199,30 @@ def test_a_file_that_is_no_secure_processor(bare: BareMaker, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_asids_run_out_and_come_back(kvm: Kvm, kind: str) -> None:
+def test_asids_run_out_and_come_back(all_asids: Asids, kind: str) -> None:
     """KVM_SEV_INIT2 gives EBUSY when all ASIDs of the kind are taken, and works again when a VM is closed."""
-    cpuid = sev_platform.sev_cpuid(kvm)
-    assert cpuid is not None
-    limit = 2048
-    vms = []
-    try:
-        while True:
-            vm = kvm.create_vm(int(TYPES[kind]))
-            vms.append(vm)
-            result = vm.sev_command_raw("INIT2", kvm_sev_init())
-            if not result.ok:
-                break
-            assert len(vms) < limit, "ASIDs do not run out"
-        assert (result.errno, result.firmware) == (errno.EBUSY, 0)
-        assert len(vms) > 1
-        vms.pop(0).close()
-        assert vm.sev_command_raw("INIT2", kvm_sev_init()).ok
-    finally:
-        for vm in vms:
-            vm.close()
+    with all_asids.taken(TYPES[kind]) as (guests, refused):
+        assert len(guests) > 0
+        guests[0].close()
+        assert refused.sev_command_raw("INIT2", kvm_sev_init()).ok
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_limit_of_a_cgroup(all_asids: Asids, asids: Asids, kind: str) -> None:
+    """KVM_SEV_INIT2 gives the same EBUSY when the cgroup's ``misc.max`` is reached.
+
+    Documentation/admin-guide/cgroup-v2.rst, "Misc"; sev_asid_new() in Linux.
+    """
+    if not asids.bound:
+        raise MissingError(
+            "a cgroup of version 2 with the misc controller, which counts ASIDs",
+            "root, CONFIG_CGROUP_MISC=y, and no cgroup of version 1 that has the controller",
+        )
+    if all_asids.count(TYPES[kind]) <= BOUND:
+        raise MissingError(
+            f"more than {BOUND} ASIDs for {kind}", "another `SEV-ES ASID space limit` in the firmware setup"
+        )
+    with asids.taken(TYPES[kind]) as (guests, refused):
+        assert len(guests) == BOUND
+        guests[0].close()
+        assert refused.sev_command_raw("INIT2", kvm_sev_init()).ok

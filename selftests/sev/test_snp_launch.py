@@ -297,7 +297,7 @@ def test_finish_with_a_wrong_id_block(bare: BareMaker) -> None:
     )
 
 
-@pytest.mark.dangerous
+@pytest.mark.dangerous(unless="snp-finish-twice")
 def test_finish_twice(bare: BareMaker) -> None:
     """A second SNP_LAUNCH_FINISH gives EINVAL: the vCPUs are measured already."""
     made = bare("snp", vcpus=1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,8 @@ class Guest:
         assert self.state == state
 
 
-BUFFER = bytearray(0x1000)
+# A page of its own: what is debugged into it ends in it.
+BUFFER = mmap.mmap(-1, PAGE_SIZE)
 
 
 def buffer() -> int:

@@ -13,6 +13,7 @@ from kvmpy.core.sev import find_command
 from kvmpy.core.sev_device import SevDevice, explain_sev_open_failure
 from kvmpy.core.sev_errors import SevError, SevResult, firmware_meaning, firmware_name, page_type_name
 from kvmpy.uapi import ioctls
+from kvmpy.uapi.commands import SEV_COMMANDS, SEV_PLATFORM_COMMANDS
 from kvmpy.uapi.constants import SevRet
 from kvmpy.uapi.structs import kvm_sev_launch_start
 
@@ -100,3 +101,27 @@ def test_a_file_that_is_no_device(tmp_path: Path) -> None:
     with SevDevice(str(path)) as device, pytest.raises(SevError, match="SEV_PLATFORM_STATUS") as caught:
         device.platform_status()
     assert caught.value.errno == errno.ENOTTY
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "hint"),
+    [
+        ("KVM_SEV_SNP_LAUNCH_START", errno.ENOTTY, "made no context for the guest (SNP_GCTX_CREATE"),
+        ("KVM_SEV_INIT2", errno.EBUSY, "misc.max of this process's cgroup"),
+        ("KVM_SEV_INIT2", errno.ENOTTY, "no ASID is for guests of this kind"),
+        ("KVM_SEV_LAUNCH_START", errno.ENOTTY, "kvm_amd runs without SEV"),
+        ("KVM_SEV_LAUNCH_START", errno.EPERM, "an SNP VM takes SNP commands only"),
+        ("KVM_SEV_LAUNCH_FINISH", errno.ETIMEDOUT, "the secure processor does not answer; reboot"),
+        ("SNP_SET_CONFIG", errno.EPERM, "open for writing, and no other right"),
+        ("SNP_SET_CONFIG", errno.ENODEV, "SNP for a command of SNP, is not initialised"),
+        ("SNP_COMMIT", errno.EBUSY, "the secure processor does not answer; reboot"),
+        ("SEV_FACTORY_RESET", errno.EBUSY, "guests are active"),
+        ("SEV_PDH_CERT_EXPORT", errno.EIO, "with ccp.psp_init_on_probe=0 and no guest"),
+        ("SEV_PDH_CERT_EXPORT", errno.EBUSY, "the secure processor does not answer; reboot"),
+    ],
+)
+def test_hints(command: str, number: int, hint: str) -> None:
+    """What an errno means depends on the command, and on whether a VM or /dev/sev was asked."""
+    found = {**SEV_COMMANDS, **SEV_PLATFORM_COMMANDS}[command]
+    error = SevError(ioctls.SEV_ISSUE_CMD, found, SevResult(-1, number, 0), "it")
+    assert hint in str(error)

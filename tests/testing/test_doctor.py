@@ -89,3 +89,17 @@ def test_the_kernel_config_of_an_unknown_option_is_no() -> None:
         assert host.kernel_config("NO_SUCH_OPTION") is None
     else:
         assert host.kernel_config("CONFIG_NO_SUCH_OPTION") == "n"
+
+
+def test_an_amd_hosts_missing_fixes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
+    monkeypatch.setattr(host, "vendor_modules", lambda: ("kvm_amd",))
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "host", "6.12.90", "#1", "x86_64")))
+    found = examine()["kernel"]["fixes"]
+    assert found["sev-dbg-page"] is False
+    assert found["snp-finish-twice"] is True
+    text = shown()
+    assert "not known to have 78ee2d50185a (Linux 7.2, 7.1.3, 6.18.38, 6.12.95): KVM: SVM: Fix page" in text
+    assert "9b9f7962e3e8" not in text
+    monkeypatch.setattr(host, "vendor_modules", lambda: ("kvm_pvm",))
+    assert "not known to have" not in shown()

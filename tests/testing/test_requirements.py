@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from kvmpy.testing import host
+from kvmpy.coco import sev_host
+from kvmpy.core.kvm import Kvm
+from kvmpy.testing import host, requirements
 from kvmpy.testing.requirements import Requirements
+from tests.coco.test_sev_host import with_parameters
 
 
 @pytest.mark.parametrize("source", ["tsc", "kvm-clock", "hyperv_clocksource_tsc_page"])
@@ -26,3 +30,28 @@ def test_unstable_tsc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "current").write_text("hpet\n")
     (missing,) = Requirements().missing(["stable-tsc"])
     assert "hpet" in missing.what
+
+
+class PlainKvm:
+    """A KVM of default VMs."""
+
+    def vm_types(self) -> set[int]:
+        """Return the VM types."""
+        return {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("KVM_X86_SEV_VM", "kvm_amd.npt (it is N): kvm_amd.npt=1"),
+        ("KVM_X86_TDX_VM", "Intel TDX"),
+        ("KVM_X86_SW_PROTECTED_VM", "CONFIG_KVM_SW_PROTECTED_VM=y"),
+    ],
+)
+def test_a_vm_type(monkeypatch: pytest.MonkeyPatch, name: str, how: str) -> None:
+    """A VM type of SEV lacks what KVM's set-up lacked."""
+    monkeypatch.setattr(sev_host, "read", lambda _kvm: with_parameters(kvm_amd__npt="N"))
+    missing = requirements._vm_type(cast(Kvm, PlainKvm()), name)
+    assert missing is not None
+    assert missing.what == f"VM type {name}"
+    assert how in missing.how

@@ -15,7 +15,7 @@ from kvmpy.debug.record.csource import (
     number,
 )
 from kvmpy.debug.record.events import Ioctl, Object
-from kvmpy.debug.record.format import ObjectKind
+from kvmpy.debug.record.format import PAGE_SIZE, ObjectKind
 from kvmpy.debug.record.script import Node, Ref, Region, Script
 from kvmpy.uapi.struct_base import FlexStruct
 
@@ -131,6 +131,8 @@ class CArguments:
             name = self.region(ref.region)
             return f"({name} + {delta:#x})" if delta else name
         if ref.node is not None:
+            if ref.node.what is not None and ref.node.what.placed:
+                return self._placed(ref.node, ref.value % PAGE_SIZE, scope)
             return self.node(ref.node, scope).address
         if ref.object:
             return f"({'uint32_t' if ref.size < 8 else 'uint64_t'}){self.fd(ref.object)}"
@@ -168,6 +170,22 @@ class CArguments:
         else:
             scope.declarations.append(f"{_INDENT}unsigned char {name}[{size}] = {{ 0 }};")
         return Variable(name, pointer=True)
+
+    def _placed(self, node: Node, offset: int, scope: Scope) -> str:
+        name, size = self.label("data"), offset + max(1, len(node.data))
+        place = f"{name}_page + {offset:#x}"
+        scope.declarations.append(
+            f"{_INDENT}static unsigned char {name}_page[{size}] __attribute__((aligned({PAGE_SIZE})));"
+        )
+        if any(node.data):
+            rows = byte_rows(node.data.rstrip(b"\0"), _DEEPER)
+            scope.declarations += [
+                f"{_INDENT}static const unsigned char {name}[] = {{",
+                *rows,
+                f"{_INDENT}}};",
+            ]
+            scope.stores.append(f"{_INDENT}memcpy({place}, {name}, sizeof({name}));")
+        return f"({place})"
 
     def _open_array(self, value: FlexStruct, name: str, scope: Scope) -> Variable:
         # Headers differ in whether an open array may be initialised: give it an array behind the struct.

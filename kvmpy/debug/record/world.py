@@ -186,10 +186,13 @@ class World:
             os.set_inheritable(fd, False)
         self.fds[step.makes] = fd
 
-    def _fill(self, node: Node, keep: list[Any]) -> Any:
-        raw = ffi.new("uint64_t[]", (len(node.data) + 7) // 8 + 1)
+    def _fill(self, node: Node, keep: list[Any], address: int = 0) -> Any:
+        room = PAGE_SIZE if node.what is not None and node.what.placed else 0
+        raw = ffi.new("uint64_t[]", (len(node.data) + room + 7) // 8 + 1)
         keep.append(raw)
         place = ffi.cast("uint8_t *", raw)
+        if room:
+            place += (address - int(ffi.cast("uintptr_t", raw))) % PAGE_SIZE
         ffi.memmove(place, node.data, len(node.data))
         for ref in node.refs:
             value = self._value(ref, keep)
@@ -202,7 +205,7 @@ class World:
         if ref.region is not None:
             return self.address(ref.region) + ref.value - ref.region.start
         if ref.node is not None:
-            return int(ffi.cast("uintptr_t", self._fill(ref.node, keep)))
+            return int(ffi.cast("uintptr_t", self._fill(ref.node, keep, ref.value)))
         if ref.object:
             return self.fds.get(ref.object, _BAD_FD)
         # What nobody could read keeps its alignment, and cannot be read here either.
