@@ -153,6 +153,7 @@ def hint(ioctl: str | None, number: int) -> str:
 
 def error_words(ioctl: str | None, number: int) -> str:
     """Return an errno with its meaning, such as ``EEXIST (File exists): the range overlaps another slot``."""
-    text = f"{errno_name(number)} ({os.strerror(number)})"
+    known = number in _errno.errorcode or number == EHWPOISON
+    text = f"{errno_name(number)} ({os.strerror(number)})" if known else errno_name(number)
     meaning = hint(ioctl, number)
     return f"{text}: {meaning}" if meaning else text

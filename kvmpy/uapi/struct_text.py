@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from kvmpy.uapi.constants.irq import IrqChip, IrqRouting
@@ -148,16 +149,20 @@ def shown_fields(value: Struct, member: str | None = None) -> Iterator[Field]:
 
     *member* names the one to show where there is a choice.
     """
-    chosen = active_member(value) if member is None else member
-    fields = list(value.FIELDS.values())
+    return iter(_shown(type(value), active_member(value) if member is None else member))
+
+
+@lru_cache(None)
+def _shown(kind: type[Struct], chosen: str | None) -> tuple[Field, ...]:
+    fields = list(kind.FIELDS.values())
     taken: list[Field] = []
     for field in sorted(fields, key=lambda each: (each.name != chosen, bool(_PADDING.fullmatch(each.name)))):
         overlaps = any(_overlap(field, other) for other in fields if other is not field)
-        if overlaps and field.name != chosen and value.NAME == "kvm_run":
+        if overlaps and field.name != chosen and kind.NAME == "kvm_run":
             continue
         if not any(_overlap(field, other) for other in taken):
             taken.append(field)
-    return (field for field in fields if field in taken)
+    return tuple(field for field in fields if field in taken)
 
 
 def _overlap(one: Field, other: Field) -> bool:

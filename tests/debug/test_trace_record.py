@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from kvmpy.cli.trace import LOST_STATUS
+from kvmpy.debug.decode import Decoder
 from kvmpy.debug.record.events import Ioctl, Memory, Object, Pages, unpack
-from kvmpy.debug.record.format import FrameReader, FrameType, ObjectKind, parse_lines
+from kvmpy.debug.record.format import Frame, FrameReader, FrameType, ObjectKind, parse_lines
 from kvmpy.debug.record.model import Record, request_name
 from kvmpy.debug.record.replay import Replay
 from kvmpy.debug.record.script import build
+from kvmpy.debug.trace import Sink, open_record
+from kvmpy.debug.trace_events import Stream
 from tests.debug.tracing import ROOT, Trace, compile_program, kvmpy, kvmpy_command, need_kvm
 
 CODE = bytes.fromhex("b042e610e411f4")
@@ -175,6 +179,40 @@ def test_summary(program: Path) -> None:
     summary = json.loads(done.stderr.splitlines()[-1])["summary"]
     assert summary["exits"] == {"KVM_EXIT_IO": 2, "KVM_EXIT_HLT": 1}
     assert summary["ioctls"]["KVM_SET_REGS"]["errors"] == {"EFAULT": 1}
+
+
+def test_nothing_is_lost_however_many_ioctls(program: Path, tmp_path: Path) -> None:
+    """More frames than the ring holds, faster than JSON is written: each is there, and is counted."""
+    trace = Trace("--", program, "threads", "2", "12000", timeout=150)
+    assert trace.status == 0
+    assert len(trace.named("KVM_GET_REGS")) == 24000
+    assert not [row for row in trace.notes if row["warning"]]
+    done = kvmpy("trace", "--summary", "--json", "--", program, "threads", "2", "12000", timeout=150)
+    summary = json.loads(done.stderr.splitlines()[-1])["summary"]
+    assert (done.returncode, summary["ioctls"]["KVM_GET_REGS"]["calls"]) == (0, 24000)
+
+
+def test_what_is_lost_is_the_last_line_and_the_exit_status(program: Path, tmp_path: Path) -> None:
+    """The program runs to its end, and the trace says that it is not whole."""
+    target, record = tmp_path / "lines", tmp_path / "record"
+    done = kvmpy("trace", "-s", "-t", target, "-o", record, "--", program, "scribble", "1", "3000")
+    assert done.returncode == LOST_STATUS
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("kvmpy trace: incomplete: ")
+    assert target.read_text().splitlines()[-1] == last
+    assert any(frame.type == FrameType.LOST for frame in reader_of(record))
+
+
+def test_a_record_on_a_full_disk_is_incomplete(tmp_path: Path) -> None:
+    """What could not be written is counted and said."""
+    record = open_record(str(tmp_path / "record"), "preload", ["program"])
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, record.fd)
+    os.close(full)
+    sink = Sink(Stream(Decoder()), None, record)
+    sink.take([Frame(FrameType.NOTE, b"a=b\n")] * 3)
+    sink.finish(7)
+    assert sink.lost == [f"3 frames could not be written to {tmp_path / 'record'}"]
 
 
 def test_text_goes_to_a_file(program: Path, tmp_path: Path) -> None:

@@ -211,6 +211,57 @@ static void forking(void)
 	run_to_halt(vcpu, run);
 }
 
+/* A forked child that closes what it inherited, as one does before it executes another program. */
+static void fork_close(void)
+{
+	uint8_t *memory;
+	struct kvm_run *run;
+	int vm = make_vm(&memory), vcpu = make_vcpu(vm, 0, &run);
+	pid_t child = fork();
+	if (child == 0) {
+		close(vcpu);
+		close(vm);
+		_exit(0);
+	}
+	int status;
+	check(waitpid(child, &status, 0) == child && status == 0, "the child");
+	run_to_halt(vcpu, run);
+}
+
+/* Random bytes over the recorder's ring and the page that all recorded processes share, between ioctls. */
+static void scribble(unsigned int seed, int rounds)
+{
+	uint8_t *memory, *places[2] = { NULL, NULL };
+	size_t sizes[2] = { 0, 0 };
+	int vm = make_vm(&memory);
+	char line[512];
+	FILE *maps = fopen("/proc/self/maps", "r");
+	check(maps != NULL, "/proc/self/maps");
+	while (fgets(line, sizeof line, maps)) {
+		unsigned long start, end;
+		int which = strstr(line, "/ring.") ? 0 : strstr(line, "/control") ? 1 : -1;
+		if (which < 0 || places[which] || sscanf(line, "%lx-%lx", &start, &end) != 2)
+			continue;
+		places[which] = (uint8_t *)start;
+		sizes[which] = end - start;
+	}
+	fclose(maps);
+	check(places[0] && places[1], "the recorder's memory");
+	srandom(seed);
+	for (int i = 0; i < rounds; i++) {
+		int which = random() % 8 == 0, words = 1 + random() % 8;
+		/* The heads of ring and control page, and the frames: all three are hit often. */
+		size_t room = random() % 2 ? 256 : sizes[which] < 65536 ? sizes[which] : 65536;
+		/* Not the sizes that the recorder itself goes by, nor the mark of who traces. */
+		size_t least = which ? 256 : 64;
+		for (int j = 0; j < words && room > least; j++) {
+			uint64_t value = random() % 3 ? (uint64_t)random() << 32 | (uint64_t)random() : (uint64_t)random() % 9;
+			*(uint64_t *)(places[which] + least + (size_t)random() % (room - least) / 8 * 8) = value;
+		}
+		ioctl(vm, KVM_CHECK_EXTENSION, (long)(random() % 100));
+	}
+}
+
 struct cpuid {
 	uint32_t nent, pad;
 	uint32_t entries[128 * 10];
@@ -334,6 +385,10 @@ int main(int argc, char **argv)
 		threads(argc > 2 ? atoi(argv[2]) : 4, argc > 3 ? atoi(argv[3]) : 10);
 	} else if (!strcmp(mode, "fork")) {
 		forking();
+	} else if (!strcmp(mode, "forkclose")) {
+		fork_close();
+	} else if (!strcmp(mode, "scribble")) {
+		scribble((unsigned int)atoi(argv[2]), atoi(argv[3]));
 	} else if (!strcmp(mode, "exec")) {
 		char *const arguments[] = { argv[0], argv[2], NULL }, *const nothing[] = { NULL };
 		execve(argc > 3 ? argv[3] : argv[0], arguments, nothing);
