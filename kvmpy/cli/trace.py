@@ -213,9 +213,10 @@ def _trace(
     from kvmpy.debug.trace import PreloadTracer, reason
     from kvmpy.debug.trace_program import ProgramError, examine
 
+    recorded = memory and record is not None
     try:
         if pid is not None:
-            return attach(pid, sink, lambda: _open(record, "ptrace", (), pid))
+            return attach(pid, sink, lambda: _open(record, "ptrace", (), pid), memory=recorded)
         program = examine(command[0])
         why = reason(program.static, program.privileged, program.foreign)
         if program.privileged or program.foreign:
@@ -230,9 +231,8 @@ def _trace(
                 sink.remark(f"{program.path} is {why}: traced through ptrace, which is much slower")
             if writes:
                 sink.remark("what it writes to guest memory between runs is not recorded through ptrace")
-            return launch(command, sink)
+            return launch(command, sink, memory=recorded)
         sink.record = _open(record, "preload", command)
-        recorded = memory and record is not None
         return PreloadTracer(command, sink, memory=recorded, writes=writes).run()
     except (ProgramError, RecorderBuildError, PtraceError) as error:
         raise click.ClickException(str(error)) from None

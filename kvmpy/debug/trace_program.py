@@ -9,7 +9,7 @@ import signal
 import stat
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -130,7 +130,8 @@ def passed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
         if number != signal.SIGALRM:
             came.append(number)
         first = len(came) == 1 and number != signal.SIGALRM
-        send(number if first else signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            send(number if first else signal.SIGKILL)
         if first:
             signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
 

@@ -159,6 +159,19 @@ static void answers(void)
 	check(memory[0x3000] == 3, "what the guest counted");
 }
 
+/* The code was written by way of the file: this process never touched the pages that the guest executes. */
+static void elsewhere(void)
+{
+	uint8_t *memory;
+	struct kvm_run *run;
+	int file = memfd_create("guest", 0), vm = make_vm(&memory);
+	check(file >= 0 && ftruncate(file, MEMORY) == 0, "memfd_create");
+	check(pwrite(file, code, sizeof code, 0x1000) == (ssize_t)sizeof code, "pwrite");
+	check(mmap(memory, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == memory, "mmap");
+	int vcpu = make_vcpu(vm, 0, &run);
+	run_to_halt(vcpu, run);
+}
+
 struct worker {
 	pthread_t thread;
 	int vm;
@@ -381,6 +394,8 @@ int main(int argc, char **argv)
 		basic();
 	} else if (!strcmp(mode, "answers")) {
 		answers();
+	} else if (!strcmp(mode, "elsewhere")) {
+		elsewhere();
 	} else if (!strcmp(mode, "threads")) {
 		threads(argc > 2 ? atoi(argv[2]) : 4, argc > 3 ? atoi(argv[3]) : 10);
 	} else if (!strcmp(mode, "fork")) {
