@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -27,13 +27,21 @@ class _Output:
     """Lines or JSON to a stream that may go away."""
 
     def __init__(
-        self, chosen: Filter, summary: Summary | None, *, as_json: bool, quiet: bool, path: str | None
+        self,
+        chosen: Filter,
+        summary: Summary | None,
+        *,
+        as_json: bool,
+        quiet: bool,
+        path: str | None,
+        stream: TextIO,
     ) -> None:
         self.chosen = chosen
         self.summary = summary
         self.as_json = as_json
         self.quiet = quiet
         self.file = open(path, "w") if path else None  # noqa: SIM115 - closed by close()
+        self.stream = stream
         self.start: float | None = None
         self.gone = False
 
@@ -42,7 +50,7 @@ class _Output:
             return
         try:
             # In one piece: the program may write to the same terminal or pipe.
-            stream = self.file or sys.stderr
+            stream = self.file or self.stream
             stream.write(text + "\n")
             if self.file is None:
                 stream.flush()
@@ -125,8 +133,9 @@ def trace(
 ) -> None:
     """Show every KVM, guest_memfd and /dev/sev ioctl of COMMAND and its children, decoded as it happens.
 
-    Lines go to standard error: time, thread, file descriptor, ioctl with its argument before -> after,
-    = result or errno with its meaning, the exit of KVM_RUN, <duration>.  The exit status is COMMAND's.
+    Lines go to standard error (those of --read to standard output): time, thread, file descriptor, ioctl with
+    its argument before -> after, = result or errno with its meaning, the exit of KVM_RUN, <duration>.  The
+    exit status is COMMAND's, or 125 where the trace is incomplete.
 
     Dynamically linked programs are run with a recorder loaded (LD_PRELOAD).  Static ones, and running ones
     (-p), are traced through ptrace, which is much slower.
@@ -145,7 +154,13 @@ def trace(
     try:
         chosen = Filter(filters)
         output = _Output(
-            chosen, Summary() if summary else None, as_json=as_json, quiet=quiet or summary, path=text
+            chosen,
+            Summary() if summary else None,
+            as_json=as_json,
+            quiet=quiet or summary,
+            path=text,
+            # The lines of a record are this command's output; beside a program they keep out of its way.
+            stream=sys.stderr if source is None else sys.stdout,
         )
     except FilterError as error:
         raise click.UsageError(str(error)) from None

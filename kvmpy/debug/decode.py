@@ -18,8 +18,9 @@ from kvmpy.debug.record.events import CHUNK, IOCTL, Chunk, Ioctl
 from kvmpy.debug.record.format import CUT, What, When
 from kvmpy.uapi import ffi
 from kvmpy.uapi.buffers import BUFFERS, TDX_BUFFER, Buffer, children_of, field_place, struct_class
-from kvmpy.uapi.constants import ExitReason, VmType
+from kvmpy.uapi.constants import ExitReason, InternalError, MemFlag, VmType
 from kvmpy.uapi.error_hints import EHWPOISON, error_words, hint
+from kvmpy.uapi.error_rules import Slots
 from kvmpy.uapi.field_words import (
     CAP_ARGUMENTS,
     DEVICE_ATTRIBUTES,
@@ -27,9 +28,18 @@ from kvmpy.uapi.field_words import (
     Words,
     argument_words,
     number_words,
+    simultaneous,
 )
 from kvmpy.uapi.ioctl_type import READ, WRITE, decode
-from kvmpy.uapi.ioctls import BY_NR, IOCTLS, KVM_GET_MSRS, KVM_MEMORY_ENCRYPT_OP, KVM_RUN, KVM_SET_MSRS
+from kvmpy.uapi.ioctls import (
+    BY_NR,
+    IOCTLS,
+    KVM_GET_MSRS,
+    KVM_GET_TSC_KHZ,
+    KVM_MEMORY_ENCRYPT_OP,
+    KVM_RUN,
+    KVM_SET_MSRS,
+)
 from kvmpy.uapi.ioctls import Ioctl as Op
 from kvmpy.uapi.struct_base import FlexStruct, Struct
 from kvmpy.uapi.struct_text import Style, active_member, describe, shown_fields
@@ -46,10 +56,14 @@ PARTIAL = (KVM_GET_MSRS.nr, KVM_SET_MSRS.nr)
 
 @dataclass(frozen=True)
 class Place:
-    """Where an ioctl was issued: the *kind* of file descriptor (as in the ioctl table) and its VM's type."""
+    """Where an ioctl was issued: the *kind* of file descriptor (as in the ioctl table) and its VM's type.
+
+    *slots* are the VM's memory slots, None where they are not known.
+    """
 
     kind: str = ""
     vm_type: int = 0
+    slots: Slots | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -62,6 +76,7 @@ class Decoded:
     after: str = ""
     nested: list[tuple[str, str]] = field(default_factory=list)
     result: str = ""
+    meaning: str = ""
     exit: str = ""
     remarks: list[str] = field(default_factory=list)
 
@@ -127,7 +142,8 @@ def bytes_text(data: bytes, *, full: bool = False) -> str:
 class Decoder:
     """Turns ioctls into words; *extra* names numbers in fields that the table of this room does not.
 
-    *firmware* tells what a status of the SEV firmware means. With *full* no array is shortened.
+    *firmware* tells what a status of the SEV firmware means, *arrays* what the bytes of an array say. With
+    *full* no array is shortened.
     """
 
     def __init__(
@@ -135,12 +151,13 @@ class Decoder:
         extra: Mapping[tuple[str, str], Namer] | None = None,
         *,
         firmware: Callable[[int], str] | None = None,
+        arrays: Mapping[tuple[str, str], Callable[[bytes], str]] | None = None,
         full: bool = False,
     ) -> None:
         self.full = full
         self.firmware = firmware
         self.words = Words(extra)
-        self.style = Style(self.words, full=full)
+        self.style = Style(self.words, full=full, arrays=arrays)
         # A guest that waits for a device leaves for the same reason again and again.
         self._exit = lru_cache(1024)(lambda head, data: self.exit_text(run_of(head), data))
 
@@ -194,16 +211,23 @@ class Decoder:
         op = BY_NR.get(event.request)
         made = Decoded(request_name(event.request), op is not None)
         if event.request == KVM_RUN.nr:
-            self._run(made, event)
+            self._run(made, event, place)
         else:
             self._argument(made, event, op, place)
         if event.end_order or event.result or event.errno:
-            made.result = self._result(op, event)
+            if event.result < 0:
+                # The firmware's status is what a SEV command left.
+                left = event.argument_out if event.request == KVM_MEMORY_ENCRYPT_OP.nr else None
+                content, nested = left or event.argument_in or b"", _data_of(event)
+                made.meaning = hint(op.name if op else None, event.errno, content, place.slots, nested)
+            made.result = self._result(event, made.meaning)
         return made
 
-    def _result(self, op: Op | None, event: Ioctl) -> str:
+    def _result(self, event: Ioctl, meaning: str) -> str:
         if event.result < 0:
-            return f"-1 {error_words(op.name if op else None, event.errno)}"
+            return f"-1 {error_words(None, event.errno).partition(':')[0]}{meaning and ': '}{meaning}"
+        if event.request in _IN_KHZ:
+            return f"{event.result} kHz"
         text = hex(event.result) if event.result > 0xFFFF else str(event.result)
         missing = refused_msr(event)
         if missing is None:
@@ -273,7 +297,7 @@ class Decoder:
 
     # KVM_RUN.
 
-    def _run(self, made: Decoded, event: Ioctl) -> None:
+    def _run(self, made: Decoded, event: Ioctl, place: Place) -> None:
         before = [chunk for chunk in event.chunks if chunk.what == What.RUN and chunk.when & When.IN]
         after = [chunk for chunk in event.chunks if chunk.what == What.RUN and chunk.when & When.OUT]
         for chunk in before:
@@ -290,6 +314,8 @@ class Decoder:
             return
         data = next((chunk for chunk in after if chunk is not shown and len(chunk.data) < _HEAD), None)
         made.exit = self._exit(shown.data, data.data if data is not None else None)
+        if reason == ExitReason.KVM_EXIT_MMIO and place.slots:
+            made.exit += _why_mmio(run_of(shown.data), place.slots)
 
     def exit_text(self, run: kvm_run, data: bytes | None = None) -> str:
         """Return why KVM_RUN ended: the reason, its payload, and *data* of a port access."""
@@ -302,6 +328,8 @@ class Decoder:
                 if isinstance(payload, Struct)
                 else f" {payload:#x}"
             )
+            if member == "internal" and _is_simultaneous(run):
+                text += f" [{simultaneous(list(run.internal.data))}]"
         elif run.exit_reason not in ExitReason._value2member_map_:
             text += f" {bytes_text(bytes(run.padding[:256]), full=self.full)}"
         if run.flags:
@@ -312,8 +340,14 @@ class Decoder:
 
 
 _HEAD = 32 + 256
+_IN_KHZ = (KVM_GET_TSC_KHZ.nr,)
 _RUN, _OUT = int(What.RUN), int(When.OUT)
 _MSRS_AT, _MSR_SIZE = 8, 16
+
+
+def _is_simultaneous(run: kvm_run) -> bool:
+    found = run.internal.suberror == InternalError.KVM_INTERNAL_ERROR_SIMUL_EX and run.internal.ndata >= 2
+    return bool(found)
 
 
 def buffer_of(nr: int, place: Place) -> Buffer | None:
@@ -329,6 +363,28 @@ def struct_of(name: str, data: bytes) -> tuple[Struct, bytes]:
     if issubclass(kind, FlexStruct):
         return kind.from_bytes(data.ljust(kind.SIZE, b"\0")), b""
     return kind.from_bytes(data[: kind.SIZE].ljust(kind.SIZE, b"\0")), data[kind.SIZE :]
+
+
+def _data_of(event: Ioctl) -> bytes:
+    """Return what the pointer of a SEV command leads to, as the kernel found it."""
+    if event.request != KVM_MEMORY_ENCRYPT_OP.nr:
+        return b""
+    return next((each.data for each in event.chunks if each.what == What.NESTED and each.when & When.IN), b"")
+
+
+def _why_mmio(run: kvm_run, slots: Slots) -> str:
+    """Say why an access to guest memory left as MMIO (Linux: virt/kvm/kvm_main.c, hva_to_pfn())."""
+    address, write = run.mmio.phys_addr, run.mmio.is_write
+    for number, slot in slots.items():
+        if not slot.gpa <= address < slot.gpa + slot.size:
+            continue
+        if write and slot.flags & MemFlag.KVM_MEM_READONLY:
+            return f" [slot {number} is read-only]"
+        done = "written" if write else "read"
+        return (
+            f" [inside slot {number}: the host page at {slot.hva + address - slot.gpa:#x} cannot be {done}]"
+        )
+    return ""
 
 
 def refused_msr(event: Ioctl) -> tuple[int, int] | None:
@@ -428,7 +484,7 @@ def as_json(event: Ioctl, decoded: Decoded, place: Place = Place()) -> dict[str,
     }
     if event.errno:
         row["errno"] = error_words(None, event.errno).partition(" ")[0]
-        row["meaning"] = hint(decoded.name, event.errno)
+        row["meaning"] = decoded.meaning
     structs: dict[int, str | None] = {}
     buffer = buffer_of(event.request, place)
     if buffer is not None:

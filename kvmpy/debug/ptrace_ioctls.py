@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 
@@ -188,7 +189,7 @@ class IoctlWatcher:
         ):
             known = self._of(process, fd, tid)
         if known is None:
-            return None
+            return self._stray(tid, process, fd, nr, arg) if nr >> 8 & 0xFF == ioctls.KVMIO else None
         running = nr == ioctls.KVM_RUN.nr
         if running and self._memory and not known.owner.dumped:
             self._dump(tid, process, known.owner)
@@ -213,6 +214,18 @@ class IoctlWatcher:
             self._put(FrameType.IOCTL, head + b"".join(chunks), tid, process.pid, order, start)
             if not info.is_error:
                 self._happened(tid, process, known, nr, arg, result, order)
+
+        return finish
+
+    def _stray(self, tid: int, process: Process, fd: int, nr: int, arg: int) -> Finish:
+        """An ioctl of KVM's on what is none of its file descriptors, or on none at all."""
+        start = time.monotonic_ns()
+
+        def finish(info: SyscallInfo) -> None:
+            if info.is_error and -info.result in (errno.EBADF, errno.ENOTTY):
+                order, end, now = self._order(), self._order(), time.monotonic_ns()
+                payload = IOCTL.pack(0, fd, nr, arg, -1, -info.result, 0, 0, end, now)
+                self._put(FrameType.IOCTL, payload, tid, process.pid, order, start)
 
         return finish
 

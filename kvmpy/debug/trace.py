@@ -28,6 +28,7 @@ _LONGEST_PAUSE_S = 0.02
 _FILL = 0.25
 _PREFIX = "kvmpy-trace-"
 _LAST_ORDER = 1 << 63
+_IOCTLS = (int(Kind.IOCTL), int(Kind.ENTER))
 
 Emit = Callable[[Event], None]
 
@@ -49,16 +50,18 @@ class Sink:
         self.emit = emit
         self.record = record
         self.flush = flush
-        self.frames = 0
+        self.ioctls = 0
+        """How many were seen, in flight or returned."""
         self.lost: list[str] = []
         """What is missing, in words."""
 
     def take(self, frames: Iterable[AnyFrame]) -> int:
         """Take in *frames* and return how many they were."""
-        count = 0
+        count = ioctls = 0
         emit, feed, record = self.emit, self.stream.feed, self.record
         for frame in frames:
             count += 1
+            ioctls += frame.type in _IOCTLS
             if frame.type == DUMP:
                 self._memory(frame)
                 continue
@@ -68,7 +71,7 @@ class Sink:
             if emit is not None:
                 for event in feed(frame):
                     emit(event)
-        self.frames += count
+        self.ioctls += ioctls
         if count and self.flush is not None:
             self.flush()
         return count
@@ -176,7 +179,7 @@ class PreloadTracer:
         self._poll()
         if status is None:
             self.sink.remark(f"process {child.pid} runs on, no longer traced")
-        elif not self.sink.frames:
+        elif not self.sink.ioctls:
             self.sink.remark(
                 "neither the program nor a child issued an ioctl of KVM that the recorder saw: programs that "
                 "issue system calls by themselves are traced with --ptrace"

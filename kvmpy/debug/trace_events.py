@@ -31,7 +31,13 @@ from kvmpy.debug.record.events import (
 )
 from kvmpy.debug.record.format import Frame, FrameType, ObjectKind, RecordError
 from kvmpy.uapi.error_hints import error_words
-from kvmpy.uapi.ioctls import KVM_CREATE_VM, KVM_RUN
+from kvmpy.uapi.error_rules import region_of
+from kvmpy.uapi.ioctls import (
+    KVM_CREATE_VM,
+    KVM_RUN,
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_USER_MEMORY_REGION2,
+)
 
 KINDS: dict[int, str] = {
     ObjectKind.SYSTEM: "system",
@@ -45,6 +51,7 @@ KINDS: dict[int, str] = {
 }
 _NS = 1_000_000_000
 _NOWHERE = Place()
+_SLOTS = (KVM_SET_USER_MEMORY_REGION.nr, KVM_SET_USER_MEMORY_REGION2.nr)
 # Members of an enum are looked up anew each time.
 _ENTER, _IOCTL = int(FrameType.ENTER), int(FrameType.IOCTL)
 _DAMAGED = "damaged frame: its parts do not fit into it"
@@ -245,7 +252,9 @@ class Stream:
         kind = KINDS.get(said.kind, "")
         parent = self._places.get(said.parent, _NOWHERE)
         vm_type = self._made.pop(said.made_by, 0) if said.kind == ObjectKind.VM else parent.vm_type
-        self._places[said.id] = Place(kind, vm_type)
+        # A VM whose making was seen has no slots yet; what one had before is not known.
+        made = {} if said.kind == ObjectKind.VM and said.made_by else parent.slots
+        self._places[said.id] = Place(kind, vm_type, made)
 
     def _thread(self, frame: AnyFrame) -> str:
         name = self.threads.get(frame.tid, "")
@@ -253,7 +262,7 @@ class Stream:
 
     def _name(self, ident: int, fd: int) -> str:
         known = self.objects.get(ident)
-        return known.name if known is not None else f"fd{fd}" if fd >= 0 else "?"
+        return known.name if known is not None else f"fd{fd}" if fd >= 0 or not ident else "?"
 
     def _remark(self, frame: AnyFrame, text: str, target: str = "", *, warning: bool = False) -> Event:
         return Event(frame, self._thread(frame), target, text=text, warning=warning)
@@ -264,6 +273,16 @@ class Stream:
         if request == KVM_CREATE_VM.nr and result >= 0:
             self._made[frame.order] = arg
         place = self._places.get(ident, _NOWHERE)
-        return Event(
+        event = Event(
             frame, self._thread(frame), self._name(ident, fd), head=head, decoder=self.decoder, place=place
         )
+        if request in _SLOTS and event.ioctl is not None and isinstance(place.slots, dict):
+            # The words are about what was before.
+            before = Place(place.kind, place.vm_type, dict(place.slots))
+            event.place = before
+            number, slot, _ = region_of(event.ioctl.argument_in or b"")
+            if not result and slot.size:
+                place.slots[number] = slot
+            elif not result:
+                place.slots.pop(number, None)
+        return event

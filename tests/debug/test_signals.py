@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -39,7 +40,7 @@ def static_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(*arguments: str | Path, **more: object) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str | Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
     """Give a command that runs, ended behind the block."""
     child = subprocess.Popen([*kvmpy_command(), *map(str, arguments)], text=True, cwd=ROOT, **more)
     try:

@@ -162,7 +162,7 @@ def test_host_writes_are_for_records_of_the_recorder(program: Path, tmp_path: Pa
 def test_records_can_be_shown(record: Path) -> None:
     trace = Trace("--read", record)
     assert [row["target"] for row in trace.named("KVM_RUN")] == ["vm1/vcpu0"] * 3 + ["vm0/vcpu5"] * 3
-    text = kvmpy("trace", "--read", record).stderr
+    text = kvmpy("trace", "--read", record).stdout
     assert "KVM_EXIT_IO {direction=KVM_EXIT_IO_OUT" in text
 
 
@@ -172,7 +172,7 @@ def test_damaged_records_show_what_can_be_read(record: Path, tmp_path: Path) -> 
     cut.write_bytes(raw[: len(raw) - 700])
     done = kvmpy("trace", "--read", cut)
     assert done.returncode == 1
-    assert "KVM_CREATE_VM KVM_X86_DEFAULT_VM" in done.stderr
+    assert "KVM_CREATE_VM KVM_X86_DEFAULT_VM" in done.stdout
     assert "what could be read is above" in done.stderr
     none = tmp_path / "none.rec"
     none.write_text("hello")
