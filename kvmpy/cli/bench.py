@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvmpy.testing.bench.samples import Figure
 
 MIN_ROUNDS = 3
-GROUPS = ("core", "private", "launch", "sev", "digest")
+GROUPS = ("core", "private", "launch", "sev", "digest", "trace")
 
 
 @click.command()
@@ -53,7 +53,7 @@ def bench(as_json: bool, rounds: int, only: tuple[str, ...]) -> None:
 
 def _figures(kvm: Kvm, rounds: int, groups: Sequence[str]) -> Iterator[Figure]:
     from kvmpy.coco import ladder
-    from kvmpy.testing.bench import digest, private, sev
+    from kvmpy.testing.bench import digest, private, sev, trace
     from kvmpy.testing.bench.figures import measure
     from kvmpy.testing.bench.launch import measure_launch
 
@@ -71,6 +71,8 @@ def _figures(kvm: Kvm, rounds: int, groups: Sequence[str]) -> Iterator[Figure]:
         yield from sev.measure(kvm, MIN_ROUNDS, guests)
     if "digest" in groups:
         yield from digest.measure(MIN_ROUNDS)
+    if "trace" in groups:
+        yield from trace.measure(MIN_ROUNDS)
 
 
 def _show(figure: object) -> None:

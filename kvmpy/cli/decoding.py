@@ -22,14 +22,16 @@ from kvmpy.debug.decode import (
 from kvmpy.debug.encode import EncodeError, assignments, parse_hex, parse_number
 from kvmpy.uapi.buffers import struct_class
 from kvmpy.uapi.constants import ExitReason, SevRet
-from kvmpy.uapi.error_hints import errno_name, error_words
+from kvmpy.uapi.error_hints import errno_name, error_words, hint
+from kvmpy.uapi.error_rules import sev_hint
 from kvmpy.uapi.field_words import ARGUMENTS, argument_words, number_words, parse_words
 from kvmpy.uapi.ioctls import BY_NR, IOCTLS, SEV_COMMANDS, SEV_PLATFORM_COMMANDS, TDX_COMMANDS, Ioctl
 from kvmpy.uapi.struct_text import EXIT_MEMBERS
 from kvmpy.uapi.structs import STRUCTS
 from kvmpy.x86 import exceptions, ghcb, msrs, pferr
 from kvmpy.x86.bits import bit_words, cr0_words, cr4_words, efer_words, rflags_words
-from kvmpy.x86.cpuid import Cpuid, CpuidEntry
+from kvmpy.x86.cpuid import REGISTERS, Cpuid, CpuidEntry
+from kvmpy.x86.cpuid_features import BITS
 from kvmpy.x86.save_area import Layout
 from kvmpy.x86.vmsa import SEGMENTS, VMSA, SegmentAttribute
 
@@ -209,9 +211,12 @@ def _errno(args: Sequence[str], full: bool) -> list[str]:
         raise DecodeError("expected errno NUMBER|NAME [IOCTL]")
     names = {errno_name(number): number for number in range(1, 134)}
     number = names.get(args[0].upper()) or parse_number(args[0])
+    if len(args) == 2 and args[1].upper() in SEV_COMMANDS:
+        meaning = sev_hint(args[1].upper(), abs(number)) or hint("KVM_MEMORY_ENCRYPT_OP", abs(number))
+        return [f"{number}: {error_words(None, abs(number)).partition(':')[0]}{meaning and ': '}{meaning}"]
     op = find_ioctl(args[1]) if len(args) == 2 else None
     if len(args) == 2 and not isinstance(op, Ioctl):
-        raise DecodeError(f"{args[1]!r} is no ioctl that kvmpy knows")
+        raise DecodeError(f"{args[1]!r} is no ioctl that kvmpy knows{_elsewhere(args[1])}")
     return [f"{number}: {error_words(op.name if isinstance(op, Ioctl) else None, abs(number))}"]
 
 
@@ -257,12 +262,25 @@ def _cpuid(args: Sequence[str], full: bool) -> list[str]:
         head = numbers[: len(numbers) - 4] if len(numbers) > 2 else numbers
         flags = 1 if len(head) == 2 else 0
         entries = [CpuidEntry(head[0], head[1] if len(head) == 2 else 0, flags, *registers)]
+    if len(args) in (1, 2) and not (args[0].startswith("@") or args[0] == "-" or len(args[0]) > 18):
+        return _leaf_lines(entries[0])
     lines = []
     for entry in entries:
         lines.append(str(entry))
         if entry.features:
             lines.append("  " + " ".join(entry.features))
     return lines
+
+
+def _leaf_lines(entry: CpuidEntry) -> list[str]:
+    """Return what a leaf can say, where no values of it were given."""
+    where = f"leaf {entry.function:#x}" + (f", index {entry.index}" if entry.indexed else "")
+    lines = [f"{where}: give EAX EBX ECX EDX for what they say; its features:"]
+    for register in REGISTERS:
+        names = BITS.get((entry.function, entry.index if entry.indexed else 0, register), {})
+        if names:
+            lines.append(f"  {register}: " + " ".join(f"{bit}={name}" for bit, name in sorted(names.items())))
+    return lines if len(lines) > 1 else [f"{where}: kvmpy knows no feature bits of it"]
 
 
 def _sev_error(args: Sequence[str], full: bool) -> list[str]:
@@ -361,8 +379,28 @@ def lines_of(what: str, args: Sequence[str], *, full: bool, as_words: bool) -> l
         return ioctl_lines(found, args, full=full, as_words=as_words)
     if found is not None:
         return number_lines(found, args, full=full)
-    close = difflib.get_close_matches(what, [*DOMAINS, *IOCTLS, *STRUCTS, *commands], 3, 0.5)
-    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    other = _elsewhere(what)
+    close = [] if other else difflib.get_close_matches(what, [*DOMAINS, *IOCTLS, *STRUCTS, *commands], 3, 0.6)
+    words = f"; did you mean {', '.join(close)}?" if close else other
     raise DecodeError(
-        f"{what!r} is no ioctl (by number or name), command, struct, or one of {', '.join(DOMAINS)}{hint}"
+        f"{what!r} is no ioctl (by number or name), command, struct, or one of {', '.join(DOMAINS)}{words}"
     )
+
+
+_ARCHITECTURES = {
+    "ARM": "arm64",
+    "ARM64": "arm64",
+    "VGIC": "arm64",
+    "S390": "s390",
+    "PPC": "powerpc",
+    "RISCV": "riscv",
+    "MIPS": "mips",
+    "LOONGARCH": "loongarch",
+}
+
+
+def _elsewhere(name: str) -> str:
+    """Return a remark where *name* is of another architecture than x86."""
+    part = name.upper().removeprefix("KVM_").partition("_")[0]
+    arch = _ARCHITECTURES.get(part, "")
+    return f"; it looks like {arch}'s, and kvmpy knows x86-64" if arch else ""

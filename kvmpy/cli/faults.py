@@ -31,8 +31,9 @@ os.execvp(sys.argv[2], sys.argv[2:])
 _STOP_TIMEOUT = 5.0
 NO_FAULTS = (
     "kvmpy faults: no page fault was seen: no guest ran, or its vendor module raises no kvm_page_fault "
-    "(kvm_amd and kvm_intel do; --mappings shows what any KVM maps)"
+    "(kvm_amd and kvm_intel do{more})"
 )
+MAPPINGS = "; --mappings shows what any KVM maps"
 
 
 class _StopError(Exception):
@@ -82,7 +83,7 @@ def faults(
                 lost = f", {tracer.lost} lost" if tracer.lost else ""
                 click.echo(f"kvmpy faults: {shown} events{lost}", err=True)
                 if not decoded:
-                    click.echo(NO_FAULTS, err=True)
+                    click.echo(NO_FAULTS.format(more="" if mappings else MAPPINGS), err=True)
         except (TracefsError, FormatError, ProcessLookupError) as error:
             click.echo(f"kvmpy faults: {error}", err=True)
             sys.exit(1)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib
+import signal
+from types import FrameType
 
 import click
 
@@ -35,6 +37,10 @@ COMMANDS = {
 }
 
 
+# Within a test an exception is the test's failure: their supervisor ends in its own way.
+_OWN_SIGNALS = ("hardware", "run")
+
+
 class LazyGroup(click.Group):
     """A group that imports a command when it is called."""
 
@@ -62,5 +68,17 @@ class LazyGroup(click.Group):
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(kvmpy.__version__, prog_name="kvmpy", message="%(prog)s %(version)s")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Real KVM virtual machines, made and tested from Python."""
+    if context.invoked_subcommand not in _OWN_SIGNALS:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # What nohup had us ignore stays ignored.
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # As an exception: every block that has something to put in order does so.
+    del frame
+    raise SystemExit(128 + number)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from kvmpy.coco.policy import SevPolicy, SnpPolicy
 from kvmpy.core.sev_errors import firmware_meaning
 from kvmpy.debug.decode import Decoder
-from kvmpy.x86 import msrs
+from kvmpy.x86 import apic, msrs
 from kvmpy.x86.bits import bit_words, cr0_words, cr4_words, efer_words, rflags_words
 from kvmpy.x86.vmsa import SevFeature
 
@@ -57,6 +57,15 @@ NAMES: dict[tuple[str, str], Callable[[int], str]] = {
 }
 
 
+def lapic_words(state: bytes) -> str:
+    """Return the registers of a local APIC that are not 0."""
+    values = {name: int.from_bytes(state[at : at + 4], "little") for at, name in apic.REGISTERS.items()}
+    return ", ".join(f"{name}={value:#x}" for name, value in values.items() if value)
+
+
+ARRAYS = {("kvm_lapic_state", "regs"): lapic_words}
+
+
 def decoder(*, full: bool = False) -> Decoder:
     """Return a decoder that knows every name kvmpy has."""
-    return Decoder(NAMES, firmware=firmware_meaning, full=full)
+    return Decoder(NAMES, firmware=firmware_meaning, arrays=ARRAYS, full=full)

@@ -6,28 +6,42 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 if TYPE_CHECKING:
     from kvmpy.debug.record.writer import RecordWriter
-    from kvmpy.debug.trace_events import Event
+    from kvmpy.debug.trace import Sink
+    from kvmpy.debug.trace_events import Event, Stream
     from kvmpy.debug.trace_output import Filter, Summary
+
+
+LOST_STATUS = 125
+"""The exit status of a trace from which something is missing, as that of env(1) and timeout(1) themselves."""
 
 
 class _Output:
     """Lines or JSON to a stream that may go away."""
 
     def __init__(
-        self, chosen: Filter, summary: Summary | None, *, as_json: bool, quiet: bool, path: str | None
+        self,
+        chosen: Filter,
+        summary: Summary | None,
+        *,
+        as_json: bool,
+        quiet: bool,
+        path: str | None,
+        stream: TextIO,
     ) -> None:
         self.chosen = chosen
         self.summary = summary
         self.as_json = as_json
         self.quiet = quiet
         self.file = open(path, "w") if path else None  # noqa: SIM115 - closed by close()
+        self.stream = stream
         self.start: float | None = None
         self.gone = False
 
@@ -36,7 +50,7 @@ class _Output:
             return
         try:
             # In one piece: the program may write to the same terminal or pipe.
-            stream = self.file or sys.stderr
+            stream = self.file or self.stream
             stream.write(text + "\n")
             if self.file is None:
                 stream.flush()
@@ -54,15 +68,27 @@ class _Output:
         if event.warning or not self.quiet:
             self.write(json.dumps(event.json(self.start)) if self.as_json else event.line(self.start))
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        if self.file is not None and not self.gone:
+            with suppress(OSError):
+                self.file.flush()
+
+    def close(self, lost: Sequence[str] = ()) -> None:
+        """Write the summary and, as the last line, what is missing."""
         if self.summary is not None:
             if self.as_json:
                 self.write(json.dumps({"summary": self.summary.json()}))
             else:
                 for line in self.summary.lines():
                     self.write(line)
+        if lost:
+            text = f"kvmpy trace: incomplete: {'; '.join(lost)}"
+            self.write(json.dumps({"note": text, "warning": True}) if self.as_json else text)
+            if self.file is not None:
+                click.echo(text, err=True)
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):
+                self.file.close()
 
 
 @click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
@@ -107,8 +133,9 @@ def trace(
 ) -> None:
     """Show every KVM, guest_memfd and /dev/sev ioctl of COMMAND and its children, decoded as it happens.
 
-    Lines go to standard error: time, thread, file descriptor, ioctl with its argument before -> after,
-    = result or errno with its meaning, the exit of KVM_RUN, <duration>.  The exit status is COMMAND's.
+    Lines go to standard error (those of --read to standard output): time, thread, file descriptor, ioctl with
+    its argument before -> after, = result or errno with its meaning, the exit of KVM_RUN, <duration>.  The
+    exit status is COMMAND's, or 125 where the trace is incomplete.
 
     Dynamically linked programs are run with a recorder loaded (LD_PRELOAD).  Static ones, and running ones
     (-p), are traced through ptrace, which is much slower.
@@ -120,31 +147,39 @@ def trace(
     if host_writes and (no_memory or pid is not None or ptrace or record is None):
         raise click.UsageError("--host-writes is for -o with the recorder loaded, and not with --no-memory")
     from kvmpy.cli.names import decoder
+    from kvmpy.debug.trace import Sink
     from kvmpy.debug.trace_events import Stream
     from kvmpy.debug.trace_output import Filter, FilterError, Summary
 
     try:
         chosen = Filter(filters)
         output = _Output(
-            chosen, Summary() if summary else None, as_json=as_json, quiet=quiet or summary, path=text
+            chosen,
+            Summary() if summary else None,
+            as_json=as_json,
+            quiet=quiet or summary,
+            path=text,
+            # The lines of a record are this command's output; beside a program they keep out of its way.
+            stream=sys.stderr if source is None else sys.stdout,
         )
     except FilterError as error:
         raise click.UsageError(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"{text}: {error.strerror}") from None
-    stream = Stream(decoder(full=full), quiet=quiet and not summary)
-    emit = output.event if not quiet or summary else _warnings(output)
+    # A filter needs names and descriptors; without one an ioctl that is only counted needs neither.
+    counted = output.summary.add_frame if output.summary is not None and not filters else None
+    stream = Stream(decoder(full=full), quiet=counted is not None or (quiet and not summary), count=counted)
+    emit = output.event if counted is None and (not quiet or summary) else _warnings(output)
+    sink = Sink(stream, emit, None, output.flush)
     status = 0
     try:
         if source is not None:
             _read(source, stream, emit)
         else:
-            status = _trace(
-                command, pid, ptrace, stream, emit, record, memory=not no_memory, writes=host_writes
-            )
+            status = _trace(command, pid, ptrace, sink, record, memory=not no_memory, writes=host_writes)
     finally:
-        output.close()
-    sys.exit(status)
+        output.close(sink.lost)
+    sys.exit(LOST_STATUS if sink.lost else status)
 
 
 def _warnings(output: _Output) -> Callable[[Event], None]:
@@ -155,12 +190,10 @@ def _warnings(output: _Output) -> Callable[[Event], None]:
     return emit
 
 
-def _read(source: str, stream: object, emit: Callable[[Event], None]) -> None:
+def _read(source: str, stream: Stream, emit: Callable[[Event], None]) -> None:
     from kvmpy.debug.record.format import RecordError
     from kvmpy.debug.trace import read_record
-    from kvmpy.debug.trace_events import Stream
 
-    assert isinstance(stream, Stream)
     try:
         read_record(source, stream, emit)
     except OSError as error:
@@ -184,8 +217,7 @@ def _trace(
     command: tuple[str, ...],
     pid: int | None,
     ptrace: bool,
-    stream: object,
-    emit: Callable[[Event], None],
+    sink: Sink,
     record: str | None,
     *,
     memory: bool,
@@ -193,15 +225,13 @@ def _trace(
 ) -> int:
     from kvmpy.debug.preload.build import RecorderBuildError
     from kvmpy.debug.ptrace import PtraceError, attach, launch
-    from kvmpy.debug.trace import PreloadTracer, Sink, reason
-    from kvmpy.debug.trace_events import Stream
+    from kvmpy.debug.trace import PreloadTracer, reason
     from kvmpy.debug.trace_program import ProgramError, examine
 
-    assert isinstance(stream, Stream)
+    recorded = memory and record is not None
     try:
         if pid is not None:
-            sink = Sink(stream, emit, None)
-            return attach(pid, sink, lambda: _open(record, "ptrace", (), pid))
+            return attach(pid, sink, lambda: _open(record, "ptrace", (), pid), memory=recorded)
         program = examine(command[0])
         why = reason(program.static, program.privileged, program.foreign)
         if program.privileged or program.foreign:
@@ -211,14 +241,13 @@ def _trace(
                 else f"{program.path} is {why}: kvmpy traces 64-bit programs only"
             )
         if program.static or ptrace:
-            sink = Sink(stream, emit, _open(record, "ptrace", command))
+            sink.record = _open(record, "ptrace", command)
             if program.static:
                 sink.remark(f"{program.path} is {why}: traced through ptrace, which is much slower")
             if writes:
                 sink.remark("what it writes to guest memory between runs is not recorded through ptrace")
-            return launch(command, sink)
-        sink = Sink(stream, emit, _open(record, "preload", command))
-        recorded = memory and record is not None
+            return launch(command, sink, memory=recorded)
+        sink.record = _open(record, "preload", command)
         return PreloadTracer(command, sink, memory=recorded, writes=writes).run()
     except (ProgramError, RecorderBuildError, PtraceError) as error:
         raise click.ClickException(str(error)) from None

@@ -33,7 +33,7 @@ class KvmError(OSError):
         self.op = op
         self.target = target
         self.arg = "" if arg is None else (hex(arg) if isinstance(arg, int) else repr(arg))
-        self.hint = hint(op.name, number)
+        self.hint = hint(op.name, number, b"" if arg is None or isinstance(arg, int) else arg.to_bytes())
         text = f"{op.name} on {target} failed: {errno_name(number)} ({os.strerror(number)})"
         if self.arg:
             text += f"\n  argument: {self.arg}"

@@ -8,16 +8,19 @@ kvmpy does not know is shown raw; nothing is left out.
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from kvmpy.debug.record.events import Chunk, Ioctl
+from kvmpy.debug.record.events import CHUNK, IOCTL, Chunk, Ioctl
 from kvmpy.debug.record.format import CUT, What, When
 from kvmpy.uapi import ffi
 from kvmpy.uapi.buffers import BUFFERS, TDX_BUFFER, Buffer, children_of, field_place, struct_class
-from kvmpy.uapi.constants import ExitReason, VmType
+from kvmpy.uapi.constants import ExitReason, InternalError, MemFlag, VmType
 from kvmpy.uapi.error_hints import EHWPOISON, error_words, hint
+from kvmpy.uapi.error_rules import Slots
 from kvmpy.uapi.field_words import (
     CAP_ARGUMENTS,
     DEVICE_ATTRIBUTES,
@@ -25,25 +28,42 @@ from kvmpy.uapi.field_words import (
     Words,
     argument_words,
     number_words,
+    simultaneous,
 )
 from kvmpy.uapi.ioctl_type import READ, WRITE, decode
-from kvmpy.uapi.ioctls import BY_NR, IOCTLS, KVM_MEMORY_ENCRYPT_OP, KVM_RUN
+from kvmpy.uapi.ioctls import (
+    BY_NR,
+    IOCTLS,
+    KVM_GET_MSRS,
+    KVM_GET_TSC_KHZ,
+    KVM_MEMORY_ENCRYPT_OP,
+    KVM_RUN,
+    KVM_SET_MSRS,
+)
 from kvmpy.uapi.ioctls import Ioctl as Op
 from kvmpy.uapi.struct_base import FlexStruct, Struct
-from kvmpy.uapi.struct_text import Style, active_member, describe
+from kvmpy.uapi.struct_text import Style, active_member, describe, shown_fields
 from kvmpy.uapi.structs import kvm_run
 
 _SHOWN_BYTES = 32
 # KVM_RUN fails, and yet kvm_run says why.
 _EXIT_BESIDE_ERROR = (errno.EINTR, errno.EFAULT, EHWPOISON)
+_EXITS_BESIDE_ERROR = (ExitReason.KVM_EXIT_INTR, ExitReason.KVM_EXIT_MEMORY_FAULT)
+_REASON_AT = 8
+PARTIAL = (KVM_GET_MSRS.nr, KVM_SET_MSRS.nr)
+"""Ioctls that return how many entries were done, without an error for the one that was not."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an ioctl was issued: the *kind* of file descriptor (as in the ioctl table) and its VM's type."""
+    """Where an ioctl was issued: the *kind* of file descriptor (as in the ioctl table) and its VM's type.
+
+    *slots* are the VM's memory slots, None where they are not known.
+    """
 
     kind: str = ""
     vm_type: int = 0
+    slots: Slots | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -56,6 +76,7 @@ class Decoded:
     after: str = ""
     nested: list[tuple[str, str]] = field(default_factory=list)
     result: str = ""
+    meaning: str = ""
     exit: str = ""
     remarks: list[str] = field(default_factory=list)
 
@@ -72,6 +93,16 @@ class Decoded:
         if self.exit:
             parts.append(self.exit)
         return " ".join(parts)
+
+
+@lru_cache(4096)
+def request_name(nr: int) -> str:
+    """Return the name of an ioctl; of an unknown one its number, its parts, and what it is like."""
+    if nr in BY_NR:
+        return BY_NR[nr].name
+    like = relative(nr)
+    text = f"{nr:#x} {request_words(nr)}"
+    return f"{text} (like {like.name}, another size)" if like is not None else text
 
 
 def request_words(nr: int) -> str:
@@ -111,7 +142,8 @@ def bytes_text(data: bytes, *, full: bool = False) -> str:
 class Decoder:
     """Turns ioctls into words; *extra* names numbers in fields that the table of this room does not.
 
-    *firmware* tells what a status of the SEV firmware means. With *full* no array is shortened.
+    *firmware* tells what a status of the SEV firmware means, *arrays* what the bytes of an array say. With
+    *full* no array is shortened.
     """
 
     def __init__(
@@ -119,12 +151,15 @@ class Decoder:
         extra: Mapping[tuple[str, str], Namer] | None = None,
         *,
         firmware: Callable[[int], str] | None = None,
+        arrays: Mapping[tuple[str, str], Callable[[bytes], str]] | None = None,
         full: bool = False,
     ) -> None:
         self.full = full
         self.firmware = firmware
         self.words = Words(extra)
-        self.style = Style(self.words, full=full)
+        self.style = Style(self.words, full=full, arrays=arrays)
+        # A guest that waits for a device leaves for the same reason again and again.
+        self._exit = lru_cache(1024)(lambda head, data: self.exit_text(run_of(head), data))
 
     # Structs and bytes.
 
@@ -174,26 +209,32 @@ class Decoder:
     def ioctl(self, event: Ioctl, place: Place = Place()) -> Decoded:
         """Return *event* in words."""
         op = BY_NR.get(event.request)
-        made = Decoded(op.name if op is not None else self._unknown(event.request), op is not None)
+        made = Decoded(request_name(event.request), op is not None)
         if event.request == KVM_RUN.nr:
-            self._run(made, event)
+            self._run(made, event, place)
         else:
             self._argument(made, event, op, place)
         if event.end_order or event.result or event.errno:
-            made.result = self._result(op, event)
+            if event.result < 0:
+                # The firmware's status is what a SEV command left.
+                left = event.argument_out if event.request == KVM_MEMORY_ENCRYPT_OP.nr else None
+                content, nested = left or event.argument_in or b"", _data_of(event)
+                made.meaning = hint(op.name if op else None, event.errno, content, place.slots, nested)
+            made.result = self._result(event, made.meaning)
         return made
 
-    @staticmethod
-    def _unknown(nr: int) -> str:
-        like = relative(nr)
-        text = f"{nr:#x} {request_words(nr)}"
-        return f"{text} (like {like.name}, another size)" if like is not None else text
-
-    @staticmethod
-    def _result(op: Op | None, event: Ioctl) -> str:
+    def _result(self, event: Ioctl, meaning: str) -> str:
         if event.result < 0:
-            return f"-1 {error_words(op.name if op else None, event.errno)}"
-        return hex(event.result) if event.result > 0xFFFF else str(event.result)
+            return f"-1 {error_words(None, event.errno).partition(':')[0]}{meaning and ': '}{meaning}"
+        if event.request in _IN_KHZ:
+            return f"{event.result} kHz"
+        text = hex(event.result) if event.result > 0xFFFF else str(event.result)
+        missing = refused_msr(event)
+        if missing is None:
+            return text
+        index, count = missing
+        name = self.words.extra.get(("kvm_msr_entry", "index"), hex)(index)
+        return f"{text} of {count}: {name if name == hex(index) else f'{name} ({index:#x})'} was refused"
 
     def _argument(self, made: Decoded, event: Ioctl, op: Op | None, place: Place) -> None:
         if op is not None and op.arg == "int":
@@ -256,7 +297,7 @@ class Decoder:
 
     # KVM_RUN.
 
-    def _run(self, made: Decoded, event: Ioctl) -> None:
+    def _run(self, made: Decoded, event: Ioctl, place: Place) -> None:
         before = [chunk for chunk in event.chunks if chunk.what == What.RUN and chunk.when & When.IN]
         after = [chunk for chunk in event.chunks if chunk.what == What.RUN and chunk.when & When.OUT]
         for chunk in before:
@@ -269,14 +310,13 @@ class Decoder:
         shown = next((chunk for chunk in after if len(chunk.data) >= _HEAD), None)
         if shown is None or (event.result < 0 and event.errno not in _EXIT_BESIDE_ERROR):
             return
-        run = run_of(shown.data)
-        if event.result < 0 and run.exit_reason not in (
-            ExitReason.KVM_EXIT_INTR,
-            ExitReason.KVM_EXIT_MEMORY_FAULT,
-        ):
+        reason = int.from_bytes(shown.data[_REASON_AT : _REASON_AT + 4], "little")
+        if event.result < 0 and reason not in _EXITS_BESIDE_ERROR:
             return
         data = next((chunk for chunk in after if chunk is not shown and len(chunk.data) < _HEAD), None)
-        made.exit = self.exit_text(run, data.data if data is not None else None)
+        made.exit = self._exit(shown.data, data.data if data is not None else None)
+        if reason == ExitReason.KVM_EXIT_MMIO and place.slots:
+            made.exit += _why_mmio(run_of(shown.data), place.slots)
 
     def exit_text(self, run: kvm_run, data: bytes | None = None) -> str:
         """Return why KVM_RUN ended: the reason, its payload, and *data* of a port access."""
@@ -289,6 +329,8 @@ class Decoder:
                 if isinstance(payload, Struct)
                 else f" {payload:#x}"
             )
+            if member == "internal" and _is_simultaneous(run):
+                text += f" [{simultaneous(list(run.internal.data))}]"
         elif run.exit_reason not in ExitReason._value2member_map_:
             text += f" {bytes_text(bytes(run.padding[:256]), full=self.full)}"
         if run.flags:
@@ -299,6 +341,14 @@ class Decoder:
 
 
 _HEAD = 32 + 256
+_IN_KHZ = (KVM_GET_TSC_KHZ.nr,)
+_RUN, _OUT = int(What.RUN), int(When.OUT)
+_MSRS_AT, _MSR_SIZE = 8, 16
+
+
+def _is_simultaneous(run: kvm_run) -> bool:
+    found = run.internal.suberror == InternalError.KVM_INTERNAL_ERROR_SIMUL_EX and run.internal.ndata >= 2
+    return bool(found)
 
 
 def buffer_of(nr: int, place: Place) -> Buffer | None:
@@ -314,6 +364,70 @@ def struct_of(name: str, data: bytes) -> tuple[Struct, bytes]:
     if issubclass(kind, FlexStruct):
         return kind.from_bytes(data.ljust(kind.SIZE, b"\0")), b""
     return kind.from_bytes(data[: kind.SIZE].ljust(kind.SIZE, b"\0")), data[kind.SIZE :]
+
+
+def _data_of(event: Ioctl) -> bytes:
+    """Return what the pointer of a SEV command leads to, as the kernel found it."""
+    if event.request != KVM_MEMORY_ENCRYPT_OP.nr:
+        return b""
+    return next((each.data for each in event.chunks if each.what == What.NESTED and each.when & When.IN), b"")
+
+
+def _why_mmio(run: kvm_run, slots: Slots) -> str:
+    """Say why an access to guest memory left as MMIO (Linux: virt/kvm/kvm_main.c, hva_to_pfn())."""
+    address, write = run.mmio.phys_addr, run.mmio.is_write
+    for number, slot in slots.items():
+        if not slot.gpa <= address < slot.gpa + slot.size:
+            continue
+        if write and slot.flags & MemFlag.KVM_MEM_READONLY:
+            return f" [slot {number} is read-only]"
+        done = "written" if write else "read"
+        return (
+            f" [inside slot {number}: the host page at {slot.hva + address - slot.gpa:#x} cannot be {done}]"
+        )
+    return ""
+
+
+def refused_msr(event: Ioctl) -> tuple[int, int] | None:
+    """Return the MSR that KVM_GET_MSRS or KVM_SET_MSRS stopped at, and how many were asked for.
+
+    None where all were done. Entries behind it are untouched (Linux: arch/x86/kvm/x86.c, __msr_io()).
+    """
+    if event.request not in PARTIAL or event.result < 0:
+        return None
+    content = event.argument_in or b""
+    count, at = int.from_bytes(content[:4], "little"), _MSRS_AT + event.result * _MSR_SIZE
+    if event.result >= count or len(content) < at + 4:
+        return None
+    return int.from_bytes(content[at : at + 4], "little"), count
+
+
+def was_partial(payload: bytes) -> bool:
+    """Whether the frame of an ioctl tells that it did less than it was asked for."""
+    try:
+        return refused_msr(Ioctl.unpack(payload)) is not None
+    except (ValueError, struct.error):
+        return False
+
+
+def exit_name(payload: bytes, result: int, errno: int) -> str:
+    """Return the exit that the frame of a KVM_RUN tells, ``""`` for none, without decoding the rest."""
+    if result < 0 and errno not in _EXIT_BESIDE_ERROR:
+        return ""
+    at, end = IOCTL.size, len(payload)
+    while at + CHUNK.size <= end:
+        _, size, when, what, _ = CHUNK.unpack_from(payload, at)
+        at += CHUNK.size
+        if what == _RUN and when & _OUT and size >= _HEAD and at + _HEAD <= end:
+            reason = int.from_bytes(payload[at + _REASON_AT : at + _REASON_AT + 4], "little")
+            return "" if result < 0 and reason not in _EXITS_BESIDE_ERROR else _reason_name(reason)
+        at += size + 7 & ~7
+    return ""
+
+
+@lru_cache(256)
+def _reason_name(reason: int) -> str:
+    return number_words(ExitReason, reason)
 
 
 def run_of(data: bytes) -> kvm_run:
@@ -338,17 +452,6 @@ def _cut(event: Ioctl, address: int) -> bool:
     return any(chunk.flags & CUT and chunk.address == address for chunk in event.chunks)
 
 
-def plain(value: Any) -> Any:
-    """Return the content of a struct as values that JSON has: bytes are hexadecimal digits."""
-    if isinstance(value, Struct):
-        return {key: plain(item) for key, item in value.as_dict().items()}
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return value.hex() if isinstance(value, bytes) else value
-
-
 def _chunk_json(chunk: Chunk, struct: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "address": hex(chunk.address),
@@ -357,8 +460,17 @@ def _chunk_json(chunk: Chunk, struct: str | None) -> dict[str, Any]:
     }
     if struct is not None:
         row["struct"] = struct
-        row["fields"] = plain(struct_of(struct, chunk.data)[0])
+        kind = struct_class(struct)
+        data = chunk.data.ljust(kind.SIZE, b"\0")
+        # Of the exits' many payloads the one that counts.
+        names = _run_names(chunk.data) if struct == "kvm_run" else None
+        row["fields"] = kind.values_in(data, names, hexed=True)
     return row
+
+
+@lru_cache(256)
+def _run_names(head: bytes) -> tuple[str, ...]:
+    return tuple(field.attribute for field in shown_fields(run_of(head)) if field.offset < len(head))
 
 
 def as_json(event: Ioctl, decoded: Decoded, place: Place = Place()) -> dict[str, Any]:
@@ -373,7 +485,7 @@ def as_json(event: Ioctl, decoded: Decoded, place: Place = Place()) -> dict[str,
     }
     if event.errno:
         row["errno"] = error_words(None, event.errno).partition(" ")[0]
-        row["meaning"] = hint(decoded.name, event.errno)
+        row["meaning"] = decoded.meaning
     structs: dict[int, str | None] = {}
     buffer = buffer_of(event.request, place)
     if buffer is not None:

@@ -15,12 +15,14 @@ from pathlib import Path
 from types import FrameType
 
 from kvmpy.debug import ptrace_calls as pt
+from kvmpy.debug.preload.shared import FIRST_ORDER
 from kvmpy.debug.ptrace_ioctls import IoctlWatcher
 from kvmpy.debug.ptrace_state import Process
 from kvmpy.debug.record.events import Payload, Thread
-from kvmpy.debug.record.format import Frame
+from kvmpy.debug.record.format import Frame, ObjectKind
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.debug.trace import Sink
+from kvmpy.debug.trace_program import passed_on
 
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -46,15 +48,15 @@ class _Thread:
 class Tracer:
     """Traces processes and all their threads and children; frames go to *sink*."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, *, memory: bool = False) -> None:
         self.sink = sink
         self.threads: dict[int, _Thread] = {}
         self.processes: dict[int, Process] = {}
         self.root_status: int | None = None
         self.stopping = False
         self.waiting = False
-        self._order = itertools.count(1)
-        self.watcher = IoctlWatcher(self.put, self.order)
+        self._order = itertools.count(FIRST_ORDER)
+        self.watcher = IoctlWatcher(self.put, self.order, memory=memory)
 
     def order(self) -> int:
         """Return the next order number."""
@@ -254,12 +256,13 @@ def _worker(tid: int) -> bool:
     return bool(int(fields[6]) & _PF_USER_WORKER)
 
 
-def attach(pid: int, sink: Sink, record: Callable[[], RecordWriter | None]) -> int:
-    """Trace a running process until it ends or a SIGINT comes, and leave it running then; return 0.
+def attach(pid: int, sink: Sink, record: Callable[[], RecordWriter | None], *, memory: bool = False) -> int:
+    """Trace a running process until it ends or a signal asks to, and leave it running then; return 0.
 
-    *record* opens the record once the process could be attached to. PtraceError when it could not.
+    *record* opens the record once the process could be attached to; with *memory* it holds what VMs that
+    are made later hold before they run. PtraceError when it could not.
     """
-    tracer = Tracer(sink)
+    tracer = Tracer(sink, memory=memory)
     pid_of, _ = _ids(pid)
     known: set[int] = set()
     # Threads may come while their list is read.
@@ -286,6 +289,11 @@ def attach(pid: int, sink: Sink, record: Callable[[], RecordWriter | None]) -> i
             tracer.add(tid)
             pt.call(pt.INTERRUPT, tid)
         tracer.watcher.existing(tracer.processes[pid_of])
+        made = [
+            known.name for known in tracer.processes[pid_of].objects.values() if known.kind == ObjectKind.VM
+        ]
+        if made and sink.record is not None:
+            sink.remark(f"the record lacks the memory of {', '.join(made)}: it ran before kvmpy came")
         tracer.run(pid_of)
     except KeyboardInterrupt:
         pass
@@ -301,14 +309,17 @@ def attach(pid: int, sink: Sink, record: Callable[[], RecordWriter | None]) -> i
     return 0
 
 
-def launch(command: Sequence[str], sink: Sink) -> int:
-    """Run *command* under ptrace, return its status as a shell does; PtraceError when it cannot start."""
+def launch(command: Sequence[str], sink: Sink, *, memory: bool = False) -> int:
+    """Run *command* under ptrace, return its status as a shell does; PtraceError when it cannot start.
+
+    With *memory* the record holds guest memory as it was before each VM ran first.
+    """
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         _become(command, writing)
     os.close(writing)
-    tracer = Tracer(sink)
+    tracer = Tracer(sink, memory=memory)
     try:
         os.waitpid(pid, os.WUNTRACED)
         tracer.seize(pid, pt.FOLLOW | pt.O_EXITKILL)
@@ -317,7 +328,8 @@ def launch(command: Sequence[str], sink: Sink) -> int:
         # The terminal's SIGINT reaches the program, too: its end is ours.
         earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            tracer.run(pid)
+            with passed_on(lambda number: os.kill(pid, number)):
+                tracer.run(pid)
         finally:
             signal.signal(signal.SIGINT, earlier)
         with os.fdopen(reading, "rb") as pipe:

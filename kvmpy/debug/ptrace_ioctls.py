@@ -3,14 +3,24 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 
+from kvmpy.debug.preload.shared import DUMP
 from kvmpy.debug.ptrace_calls import SyscallInfo
 from kvmpy.debug.ptrace_state import Known, Process, kind_of
 from kvmpy.debug.record.arguments import Follower, chunk, content_of, plan_of
-from kvmpy.debug.record.events import IOCTL, Close, Map, Object
-from kvmpy.debug.record.format import MAP_SHARED, FrameType, ObjectKind, What, When
+from kvmpy.debug.record.events import IOCTL, MEMORY, Close, Map, Object
+from kvmpy.debug.record.format import (
+    MAP_SHARED,
+    MEMORY_INITIAL,
+    PAGE_SIZE,
+    FrameType,
+    ObjectKind,
+    What,
+    When,
+)
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_CAP_XSAVE2, KVM_CREATE_DEVICE_TEST, KVM_EXIT_IO, KVM_EXIT_IO_IN
 from kvmpy.uapi.structs import kvm_create_device, kvm_run, kvm_userspace_memory_region
@@ -45,11 +55,15 @@ def _signed(value: int) -> int:
 
 
 class IoctlWatcher:
-    """Makes frames of what system calls mean for KVM's file descriptors."""
+    """Makes frames of what system calls mean for KVM's file descriptors.
 
-    def __init__(self, put: Put, order: Callable[[], int]) -> None:
+    With *memory* also of what the slots of a VM hold before it runs first.
+    """
+
+    def __init__(self, put: Put, order: Callable[[], int], *, memory: bool = False) -> None:
         self._put = put
         self._order = order
+        self._memory = memory
         self._objects = 0
         self._vms = 0
 
@@ -175,8 +189,10 @@ class IoctlWatcher:
         ):
             known = self._of(process, fd, tid)
         if known is None:
-            return None
+            return self._stray(tid, process, fd, nr, arg) if nr >> 8 & 0xFF == ioctls.KVMIO else None
         running = nr == ioctls.KVM_RUN.nr
+        if running and self._memory and not known.owner.dumped:
+            self._dump(tid, process, known.owner)
         order, start = self._order(), time.monotonic_ns()
         before = self._run_in(process, known) if running else self._argument(process, known, nr, arg, When.IN)
         if running:
@@ -201,6 +217,25 @@ class IoctlWatcher:
 
         return finish
 
+    def _stray(self, tid: int, process: Process, fd: int, nr: int, arg: int) -> Finish:
+        """An ioctl of KVM's on what is none of its file descriptors, or on none at all."""
+        start = time.monotonic_ns()
+
+        def finish(info: SyscallInfo) -> None:
+            if info.is_error and -info.result in (errno.EBADF, errno.ENOTTY):
+                order, end, now = self._order(), self._order(), time.monotonic_ns()
+                payload = IOCTL.pack(0, fd, nr, arg, -1, -info.result, 0, 0, end, now)
+                self._put(FrameType.IOCTL, payload, tid, process.pid, order, start)
+
+        return finish
+
+    def _dump(self, tid: int, process: Process, vm: Known) -> None:
+        vm.dumped = True
+        for address, size in vm.slots.values():
+            for where, content in process.populated(address, size):
+                head = MEMORY.pack(where, len(content) // PAGE_SIZE, MEMORY_INITIAL)
+                self._say(DUMP, head + content, tid, process)
+
     def _argument(self, process: Process, known: Known, nr: int, arg: int, when: When) -> list[bytes]:
         plan = plan_of(nr)
         if plan.buffer is None and plan.size == 0:
@@ -214,7 +249,7 @@ class IoctlWatcher:
         if plan.deep and plan.buffer is not None and content:
 
             def slot_bytes(slot: int) -> int:
-                return (known.owner.slots.get(slot & 0xFFFF_FFFF, 0) // 4096 + 63) // 64 * 8
+                return (known.owner.slots.get(slot & 0xFFFF_FFFF, (0, 0))[1] // PAGE_SIZE + 63) // 64 * 8
 
             chunks = [*chunks, *follower.nested(plan.buffer, content, int(when), slot_bytes)]
         return chunks
@@ -257,7 +292,7 @@ class IoctlWatcher:
             raw = process.peek(arg, kvm_userspace_memory_region.SIZE)
             if len(raw) == kvm_userspace_memory_region.SIZE:
                 region = kvm_userspace_memory_region.from_bytes(raw)
-                known.slots[region.slot] = region.memory_size
+                known.owner.slots[region.slot] = region.userspace_addr, region.memory_size
         elif nr == ioctls.KVM_CHECK_EXTENSION.nr and arg == KVM_CAP_XSAVE2:
             known.xsave = result
         elif nr == ioctls.KVM_CREATE_VM.nr:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvmpy.debug.record.format import ObjectKind
+from kvmpy.debug.record.format import PAGE_SIZE, ObjectKind
 
 _MAPS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ *(.*)$", re.MULTILINE)
 _NAMED = {"/dev/kvm": (ObjectKind.SYSTEM, "kvm"), "/dev/sev": (ObjectKind.SEV, "sev")}
-RUN_MAPPING_MIN = 4096
+RUN_PAGES = 64
 
 
 @dataclass
@@ -23,8 +24,10 @@ class Known:
     kind: ObjectKind
     name: str
     vm: Known | None = None
-    slots: dict[int, int] = field(default_factory=dict)
-    """Bytes of memory by slot number."""
+    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Address and bytes of memory by slot number."""
+    dumped: bool = False
+    """Whether its initial memory was told."""
     xsave: int = 0
     run: int = 0
     run_length: int = 0
@@ -61,6 +64,62 @@ class Process:
             left = 4096 - address % 4096
             return self.peek(address, left) if left < size else b""
 
+    def populated(self, address: int, size: int) -> Iterator[tuple[int, bytes]]:
+        """Yield address and content of the runs of whole pages that have content, without populating any.
+
+        A page has content where the process has it mapped (or swapped out); where it maps a file or shared
+        memory, also where that has data, as far as kvmpy may open it (/proc/PID/map_files).
+        """
+        for start, end, offset, backing in self._areas(address, address + (size & -PAGE_SIZE)):
+            try:
+                yield from self._content(start, end, offset, backing)
+            finally:
+                if backing >= 0:
+                    os.close(backing)
+
+    def _areas(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield a range's mapped parts: begin, end, offset in the file behind it, and that (-1: none)."""
+        for low, high, offset, name in self._maps():
+            if high <= start or end <= low:
+                continue
+            first, last = max(start, low), min(end, high)
+            backing = -1
+            if name.startswith("/"):
+                with contextlib.suppress(OSError):
+                    path = f"/proc/{self.pid}/map_files/{low:x}-{high:x}"
+                    backing = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            yield first, last, offset + first - low, backing
+
+    def _content(self, start: int, end: int, offset: int, backing: int) -> Iterator[tuple[int, bytes]]:
+        here = self._mapped(start, end)
+        data = _data_of(backing, offset, end - start) if backing >= 0 else set()
+        pages = [page for page in range((end - start) // PAGE_SIZE) if here[page] or page in data]
+        while pages:
+            run = 1
+            while run < min(len(pages), RUN_PAGES) and pages[run] == pages[0] + run:
+                run += 1
+            content = b""
+            for page in pages[:run]:
+                where = start + page * PAGE_SIZE
+                if here[page]:
+                    part = self.peek(where, PAGE_SIZE)
+                else:
+                    part = _read(backing, offset + page * PAGE_SIZE)
+                content += part.ljust(PAGE_SIZE, b"\0")
+            yield start + pages[0] * PAGE_SIZE, content
+            del pages[:run]
+
+    def _mapped(self, start: int, end: int) -> list[bool]:
+        count = (end - start) // PAGE_SIZE
+        try:
+            with open(f"/proc/{self.pid}/pagemap", "rb", buffering=0) as file:
+                raw = os.pread(file.fileno(), count * 8, start // PAGE_SIZE * 8)
+        except OSError:
+            raw = b""
+        # The two topmost bits: present, swapped out (Linux: Documentation/admin-guide/mm/pagemap.rst).
+        known = [bool(raw[at] >> 6) for at in range(7, len(raw), 8)]
+        return known + [True] * (count - len(known))
+
     def executed(self) -> None:
         """The process runs another program: its memory and most file descriptors are new."""
         self.close()
@@ -88,16 +147,42 @@ class Process:
 
     def run_mappings(self, vcpu: str) -> list[tuple[int, int]]:
         """Return address and length of the mappings of vCPU files with this name, from their begin."""
+        return [
+            (start, end - start)
+            for start, end, offset, name in self._maps()
+            if name.removesuffix(" (deleted)") == vcpu and offset == 0
+        ]
+
+    def _maps(self) -> list[tuple[int, int, int, str]]:
+        """Return begin, end, offset in the file and its name of every mapping."""
         try:
-            with open(f"/proc/{self.pid}/maps") as file:
+            with open(f"/proc/{self.pid}/maps", errors="replace") as file:
                 text = file.read()
         except OSError:
             return []
-        found = []
-        for start, end, offset, name in _MAPS.findall(text):
-            if name.removesuffix(" (deleted)") == vcpu and int(offset, 16) == 0:
-                found.append((int(start, 16), int(end, 16) - int(start, 16)))
-        return found
+        return [
+            (int(start, 16), int(end, 16), int(offset, 16), name)
+            for start, end, offset, name in _MAPS.findall(text)
+        ]
+
+
+def _read(file: int, offset: int) -> bytes:
+    try:
+        return os.pread(file, PAGE_SIZE, offset)
+    except OSError:
+        return b""
+
+
+def _data_of(file: int, offset: int, size: int) -> set[int]:
+    """Return which pages of a part of *file* hold data, by number from its begin."""
+    found: set[int] = set()
+    at = offset
+    with contextlib.suppress(OSError):
+        while at < offset + size:
+            begin = max(at, os.lseek(file, at, os.SEEK_DATA))
+            at = min(os.lseek(file, begin, os.SEEK_HOLE), offset + size)
+            found.update(range((begin - offset) // PAGE_SIZE, -(-(at - offset) // PAGE_SIZE)))
+    return found
 
 
 def kind_of(target: str) -> tuple[ObjectKind, str] | None:

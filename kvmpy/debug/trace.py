@@ -14,16 +14,21 @@ from pathlib import Path
 from types import FrameType
 
 from kvmpy.debug.preload.build import recorder
-from kvmpy.debug.preload.shared import DUMP, FIRST_ORDER, Shared
-from kvmpy.debug.record.events import MEMORY, Memory, Note, Object, Thread, unpack
+from kvmpy.debug.preload.shared import DUMP, FIRST_ORDER, Shared, sweep
+from kvmpy.debug.record.events import MEMORY, Lost, Memory, Note, Object, Thread, unpack
 from kvmpy.debug.record.format import PAGE_SIZE, Frame, FrameReader, RecordError
 from kvmpy.debug.record.format import FrameType as Kind
 from kvmpy.debug.record.writer import RecordWriter
-from kvmpy.debug.trace_events import Event, Stream
-from kvmpy.debug.trace_program import ProgramError, examine
+from kvmpy.debug.trace_events import AnyFrame, Event, Stream
+from kvmpy.debug.trace_program import ProgramError, examine, passed_on
 
-_PAUSE_S = 0.002
+# A look at the rings costs as much as some twenty frames: it waits for that many where there is room.
+_PAUSE_S = 0.005
 _LONGEST_PAUSE_S = 0.02
+_FILL = 0.25
+_PREFIX = "kvmpy-trace-"
+_LAST_ORDER = 1 << 63
+_IOCTLS = (int(Kind.IOCTL), int(Kind.ENTER))
 
 Emit = Callable[[Event], None]
 
@@ -34,37 +39,51 @@ class Sink:
     With *emit* None nothing is decoded.
     """
 
-    def __init__(self, stream: Stream, emit: Emit | None, record: RecordWriter | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        emit: Emit | None,
+        record: RecordWriter | None = None,
+        flush: Callable[[], None] | None = None,
+    ) -> None:
         self.stream = stream
         self.emit = emit
         self.record = record
-        self.start: float | None = None
-        self.frames = 0
+        self.flush = flush
+        self.ioctls = 0
+        """How many were seen, in flight or returned."""
+        self.lost: list[str] = []
+        """What is missing, in words."""
 
-    def take(self, frames: Iterable[Frame]) -> int:
+    def take(self, frames: Iterable[AnyFrame]) -> int:
         """Take in *frames* and return how many they were."""
-        count = 0
+        count = ioctls = 0
+        emit, feed, record = self.emit, self.stream.feed, self.record
         for frame in frames:
             count += 1
-            if self.start is None:
-                self.start = frame.time_ns / 1e9
+            ioctls += frame.type in _IOCTLS
             if frame.type == DUMP:
                 self._memory(frame)
                 continue
-            if self.record is not None:
-                self.record.pid = frame.pid
-                self.record.raw(frame.type, frame.payload, frame.tid, frame.order, frame.time_ns, frame.flags)
-            if self.emit is not None:
-                for event in self.stream.feed(frame):
-                    self.emit(event)
-        self.frames += count
+            if record is not None:
+                record.pid = frame.pid
+                record.raw(frame.type, frame.payload, frame.tid, frame.order, frame.time_ns, frame.flags)
+            if emit is not None:
+                for event in feed(frame):
+                    emit(event)
+        self.ioctls += ioctls
+        if count and self.flush is not None:
+            self.flush()
         return count
 
-    def _memory(self, frame: Frame) -> None:
-        if self.record is None:
+    def _memory(self, frame: AnyFrame) -> None:
+        if self.record is None or len(frame.payload) < MEMORY.size:
             return
         address, count, flags = MEMORY.unpack_from(frame.payload)
         body = frame.payload[MEMORY.size :]
+        if len(body) != count * PAGE_SIZE:
+            self.remark(f"damaged frame: {len(body)} bytes for {count} pages")
+            return
         pages = [body[at : at + PAGE_SIZE] for at in range(0, count * PAGE_SIZE, PAGE_SIZE)]
         self.record.pid = frame.pid
         ids = self.record.page_ids(pages, frame.tid)
@@ -77,13 +96,23 @@ class Sink:
             frame = Frame(Kind.NOTE, b"", time_ns=time.monotonic_ns(), pid=os.getpid())
             self.emit(Event(frame, "kvmpy", "", text=text, warning=warning))
 
+    def lose(self, frames: int, text: str) -> None:
+        """Note that *frames* frames are missing, which *text* explains; nothing for none."""
+        if not frames:
+            return
+        self.lost.append(f"{frames} {text}")
+        if self.record is not None:
+            self.record.put(Lost(frames), tid=self.record.pid)
+
     def finish(self, last_order: int) -> None:
         """Emit what has not returned, and close the record."""
         if self.emit is not None:
             for event in self.stream.unfinished():
                 self.emit(event)
         if self.record is not None:
-            self.record.go_on_from(last_order + 1)
+            self.record.go_on_from(min(last_order + 1, _LAST_ORDER))
+            if self.record.lost:
+                self.lost.append(f"{self.record.lost} frames could not be written to {self.record.path}")
             self.record.close()
 
 
@@ -108,7 +137,8 @@ class PreloadTracer:
         self.sink = sink
         self.interrupts = 0
         base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - shared memory is the point
-        self._folder = Path(tempfile.mkdtemp(prefix="kvmpy-trace-", dir=base))
+        sweep(Path(base or tempfile.gettempdir()), _PREFIX)
+        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         try:
             self._library = recorder(self._folder)
             self.shared = Shared(self._folder, memory=memory, writes=writes)
@@ -118,7 +148,10 @@ class PreloadTracer:
         self._warned: set[str] = set()
 
     def run(self) -> int:
-        """Run the program, and its children that use KVM, to the end; return its status as a shell does."""
+        """Run the program, and its children that use KVM, to the end; return its status as a shell does.
+
+        SIGTERM and SIGHUP end the program, too.  After two SIGINT it runs on, no longer traced.
+        """
         earlier = signal.signal(signal.SIGINT, self._interrupted)
         try:
             return self._run()
@@ -141,37 +174,50 @@ class PreloadTracer:
             child = subprocess.Popen(self.command, env=environment)
         except OSError as error:
             raise ProgramError(f"{self.command[0]}: {error.strerror}") from None
+        with passed_on(child.send_signal) as ending:
+            status = self._follow(child, ending)
+        self._poll()
+        if status is None:
+            self.sink.remark(f"process {child.pid} runs on, no longer traced")
+        elif not self.sink.ioctls:
+            self.sink.remark(
+                "neither the program nor a child issued an ioctl of KVM that the recorder saw: programs that "
+                "issue system calls by themselves are traced with --ptrace"
+            )
+        shared = self.shared
+        self.sink.lose(shared.lost, "frames were lost")
+        if shared.damaged:
+            self.sink.lost.append(f"{shared.damaged} processes wrote something else into their rings")
+        if shared.refused:
+            self.sink.lost.append(
+                f"{shared.refused} processes found no room for a ring in {self._folder.parent}"
+            )
+        self.sink.finish(max(shared.order, FIRST_ORDER))
+        return 130 if status is None else 128 - status if status < 0 else status
+
+    def _follow(self, child: subprocess.Popen[bytes], ending: list[int]) -> int | None:
+        """Hand on what comes until all have ended; return the child's status, None where it runs on."""
         pause = _PAUSE_S
         status: int | None = None
-        while True:
+        while self.interrupts < 2:
             status = child.poll() if status is None else status
             rest = self.shared.alive if status is not None else []
             if self._poll():
                 pause = _PAUSE_S
-            elif status is not None and (not rest or self.interrupts):
+                if self.shared.fill > _FILL:
+                    continue
+            elif status is not None and (not rest or self.interrupts or ending):
                 break
-            else:
-                time.sleep(pause)
-                pause = min(pause * 1.5, _LONGEST_PAUSE_S)
-            if self.interrupts > 1:
-                break
-        self._poll()
-        if self.shared.lost:
-            self.sink.remark(f"{self.shared.lost} frames were lost")
-        if status is None:
-            self.sink.remark(f"process {child.pid} runs on, no longer traced")
-            return 130
-        if not self.sink.frames:
-            self.sink.remark("neither the program nor a child issued an ioctl of KVM that the recorder saw")
-        self.sink.finish(max(self.shared.order, FIRST_ORDER))
-        return 128 - status if status < 0 else status
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_S)
+        return status
 
     def _poll(self) -> int:
         frames = self.shared.poll()
         count = self.sink.take(frames)
-        for frame in frames:
-            if frame.type == Kind.NOTE:
-                self._exec(frame)
+        for raw in frames:
+            if raw.type == Kind.NOTE:
+                self._exec(raw.frame())
         return count
 
     def _exec(self, frame: Frame) -> None:

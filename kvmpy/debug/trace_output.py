@@ -7,9 +7,13 @@ import fnmatch
 from collections import Counter
 from dataclasses import dataclass, field
 
-from kvmpy.debug.trace_events import Event
+from kvmpy.debug.decode import PARTIAL, exit_name, request_name, was_partial
+from kvmpy.debug.record.events import IOCTL
+from kvmpy.debug.trace_events import AnyFrame, Event
 from kvmpy.uapi.error_hints import errno_name
+from kvmpy.uapi.ioctls import KVM_RUN
 
+_RUN = KVM_RUN.nr
 _KEYS = ("ioctl", "fd", "errno", "exit", "thread")
 
 
@@ -31,17 +35,18 @@ class Term:
         return found != self.negated
 
     def _one(self, event: Event, pattern: str) -> bool:
-        ioctl, decoded = event.ioctl, event.decoded
         if self.key == "fd":
             return fnmatch.fnmatch(event.target.lower(), pattern)
         if self.key == "thread":
             name, _, number = event.thread.rpartition(":")
             return fnmatch.fnmatch(name.lower(), pattern) or number == pattern
-        if ioctl is None or decoded is None:
+        if not event.is_ioctl:
             return False
         if self.key == "errno":
-            return bool(ioctl.errno) and fnmatch.fnmatch(errno_name(ioctl.errno).lower(), pattern)
-        text = decoded.exit.partition(" ")[0] if self.key == "exit" else decoded.name.partition(" ")[0]
+            # What an ioctl left undone has no errno: it is a failure like any.
+            name = errno_name(event.errno).lower() if event.errno else ""
+            return event.failed and fnmatch.fnmatch(name, pattern)
+        text = event.exit if self.key == "exit" else event.name.partition(" ")[0]
         prefix = "kvm_exit_" if self.key == "exit" else "kvm_"
         return bool(text) and any(
             fnmatch.fnmatch(text.lower(), wanted) for wanted in (pattern, prefix + pattern)
@@ -52,8 +57,8 @@ class Filter:
     """Conditions that must all hold.
 
     ``[!][KEY=]PATTERN[,PATTERN...]``: KEY is ioctl (the default), fd, errno, exit or thread; a pattern may
-    hold ``*`` and ``?``, in any case; ``KVM_`` and ``KVM_EXIT_`` may be left out; ``errno=*`` is any failure.
-    FilterError for anything else.
+    hold ``*`` and ``?``, in any case; ``KVM_`` and ``KVM_EXIT_`` may be left out; ``errno=*`` is any failure,
+    of a part, too.  FilterError for anything else.
     """
 
     def __init__(self, texts: tuple[str, ...] | list[str] = ()) -> None:
@@ -76,7 +81,7 @@ class Filter:
 
     def __call__(self, event: Event) -> bool:
         """Tell whether the event is shown; warnings always are, other remarks only without a filter."""
-        if event.ioctl is None:
+        if not event.is_ioctl:
             return event.warning or not self.terms
         return all(term.matches(event) for term in self.terms)
 
@@ -93,41 +98,73 @@ class Summary:
     """Counts, time and errors by ioctl, and the exits of KVM_RUN."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, _Row] = {}
-        self.exits: Counter[str] = Counter()
+        # By request, errno (-1: done in part) and exit: calls, nanoseconds, the longest.
+        self._counts: dict[tuple[int, int, str], list[int]] = {}
 
     def add(self, event: Event) -> None:
         """Count an event."""
-        if event.ioctl is None or event.decoded is None:
+        if event.is_ioctl:
+            self.add_frame(event.frame)
+
+    def add_frame(self, frame: AnyFrame) -> None:
+        """Count the ioctl in a frame; nothing is decoded for that."""
+        payload = frame.payload
+        _, _, request, _, result, errno, _, _, _, end_ns = IOCTL.unpack_from(payload)
+        reason = ""
+        if request == _RUN:
+            reason = exit_name(payload, result, errno)
+        elif request in PARTIAL and not errno and was_partial(payload):
+            errno = -1
+        took = max(0, end_ns - frame.time_ns) if end_ns else 0
+        row = self._counts.get((request, errno, reason))
+        if row is None:
+            self._counts[request, errno, reason] = [1, took, took]
             return
-        row = self.rows.setdefault(event.decoded.name, _Row())
-        row.calls += 1
-        row.nanoseconds += event.duration_ns
-        row.longest = max(row.longest, event.duration_ns)
-        if event.ioctl.errno:
-            row.errors[errno_name(event.ioctl.errno)] += 1
-        if event.decoded.exit:
-            self.exits[event.decoded.exit.partition(" ")[0]] += 1
+        row[0] += 1
+        row[1] += took
+        if took > row[2]:
+            row[2] = took
+
+    @property
+    def rows(self) -> dict[str, _Row]:
+        """What is known of each ioctl, by name."""
+        rows: dict[str, _Row] = {}
+        for (request, errno, _), (calls, took, longest) in self._counts.items():
+            row = rows.setdefault(request_name(request), _Row())
+            row.calls += calls
+            row.nanoseconds += took
+            row.longest = max(row.longest, longest)
+            if errno:
+                row.errors["in part" if errno < 0 else errno_name(errno)] += calls
+        return rows
+
+    @property
+    def exits(self) -> Counter[str]:
+        """How often KVM_RUN ended for which reason."""
+        found: Counter[str] = Counter()
+        for (_, _, reason), (calls, _, _) in self._counts.items():
+            if reason:
+                found[reason] += calls
+        return found
 
     def lines(self) -> list[str]:
         """Return the table, the ioctls that took longest first."""
-        total = sum(row.nanoseconds for row in self.rows.values()) or 1
+        rows, exits = self.rows, self.exits
+        total = sum(row.nanoseconds for row in rows.values()) or 1
         lines = [
             f"{'time %':>7} {'seconds':>11} {'us/call':>10} {'longest us':>11} {'calls':>9}  ioctl, errors"
         ]
-        for name, row in sorted(self.rows.items(), key=lambda item: -item[1].nanoseconds):
+        for name, row in sorted(rows.items(), key=lambda item: -item[1].nanoseconds):
             errors = ", ".join(f"{count} {text}" for text, count in row.errors.most_common())
             each = row.nanoseconds / 1000 / row.calls
             text = f"{100 * row.nanoseconds / total:7.2f} {row.nanoseconds / 1e9:11.6f} {each:10.1f}"
             text += f" {row.longest / 1000:11.1f} {row.calls:9}  {name}"
             lines.append(f"{text}  ({errors})" if errors else text)
-        calls = sum(row.calls for row in self.rows.values())
+        calls = sum(row.calls for row in rows.values())
         lines.append(f"{'':7} {total / 1e9:11.6f} {'':10} {'':11} {calls:9}  all")
-        if self.exits:
-            lines.append(
-                "exits of KVM_RUN: "
-                + ", ".join(f"{count} {name}" for name, count in self.exits.most_common())
-            )
+        if exits:
+            listed = ", ".join(f"{count} {name}" for name, count in exits.most_common())
+            lines.append(f"exits of KVM_RUN: {listed}")
         return lines
 
     def json(self) -> dict[str, object]:

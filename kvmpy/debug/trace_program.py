@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of program a file is: whether LD_PRELOAD reaches it, and if not, why."""
+"""What kind of program a file is: whether LD_PRELOAD reaches it, and if not, why; and how it is ended."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 _ELF_X86_64 = 62
 _PT_INTERP = 3
 _PHDR = struct.Struct("<IIQQQQQQ")
 _MAX_SCRIPTS = 4
+_GRACE_S = 5.0
 
 
 class ProgramError(Exception):
@@ -110,3 +115,32 @@ def _privileges(file: Path) -> str:
     except OSError:
         return ""
     return "given capabilities (getcap shows them)" if os.geteuid() else ""
+
+
+@contextmanager
+def passed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
+    """Pass SIGTERM and SIGHUP on to the traced program with *send*; the list holds those that came.
+
+    A program that is still there 5 s after the first, or at the second, gets SIGKILL.
+    """
+    came: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        del frame
+        if number != signal.SIGALRM:
+            came.append(number)
+        first = len(came) == 1 and number != signal.SIGALRM
+        with suppress(ProcessLookupError):
+            send(number if first else signal.SIGKILL)
+        if first:
+            signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
+
+    # What a shell or nohup had us ignore stays ignored.
+    passed = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    earlier = {number: signal.signal(number, handler) for number in (*passed, signal.SIGALRM)}
+    try:
+        yield came
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, old in earlier.items():
+            signal.signal(number, old)

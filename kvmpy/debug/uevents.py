@@ -11,6 +11,7 @@ import enum
 import errno
 import fcntl
 import os
+import re
 import select
 import time
 from collections.abc import Iterator, Mapping
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pyroute2 import UeventSocket
-from pyroute2.netlink.uevent import MONITOR_GROUP_KERNEL, MarshalUevent
+from pyroute2.netlink.uevent import MONITOR_GROUP_KERNEL
 
 DEVPATH = "/devices/virtual/misc/kvm"
 # Kernel: UEVENT_BUFFER_SIZE is 2048, and the header line adds at most a path.
 _DATAGRAM = 16384
 _NS_GET_USERNS = 0xB701
+# No number of the kernel's has more digits.
+_NUMBER = re.compile(r"[0-9]{1,20}")
 # Kernel: PROC_USER_INIT_INO, the same on every machine.
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 
@@ -33,6 +36,19 @@ class UeventKind(enum.Enum):
 
     CREATE = "create"
     DESTROY = "destroy"
+
+
+_KINDS = {kind.value: kind for kind in UeventKind}
+
+
+def _number(text: str) -> int | None:
+    return int(text) if _NUMBER.fullmatch(text) else None
+
+
+def variables(datagram: bytes) -> dict[str, str]:
+    """Return a uevent's variables: ``KEY=VALUE``, a zero byte behind each (Linux: lib/kobject_uevent.c)."""
+    parts = datagram.decode("utf-8", "replace").split("\0")
+    return {key: value for key, mark, value in (part.partition("=") for part in parts) if mark}
 
 
 @dataclass(frozen=True)
@@ -55,22 +71,20 @@ class KvmUevent:
     def vm_fd(self) -> int | None:
         """The file descriptor that KVM_CREATE_VM returned to the creator, by *stats_path*."""
         name = (self.stats_path or "").rpartition("/")[2]
-        number = name.rpartition("-")[2]
-        return int(number) if number.isdigit() else None
+        return _number(name.rpartition("-")[2])
 
     @classmethod
     def parse(cls, fields: Mapping[str, str]) -> KvmUevent | None:
         """Return the event that a uevent's variables tell, or None when it is not one of KVM's VMs."""
-        if fields.get("DEVPATH") != DEVPATH or fields.get("ACTION") != "change" or "EVENT" not in fields:
+        if fields.get("DEVPATH") != DEVPATH or fields.get("ACTION") != "change":
             return None
-        return cls(
-            kind=UeventKind(fields["EVENT"]),
-            pid=int(fields["PID"]),
-            created=int(fields["CREATED"]),
-            count=int(fields["COUNT"]),
-            stats_path=fields.get("STATS_PATH"),
-            seqnum=int(fields["SEQNUM"]),
+        kind = _KINDS.get(fields.get("EVENT", ""))
+        pid, created, count, seqnum = (
+            _number(fields.get(name, "")) for name in ("PID", "CREATED", "COUNT", "SEQNUM")
         )
+        if kind is None or pid is None or created is None or count is None or seqnum is None:
+            return None
+        return cls(kind, pid, created, count, fields.get("STATS_PATH"), seqnum)
 
 
 class UeventsLostError(OSError):
@@ -122,8 +136,6 @@ class UeventListener:
         except BaseException:
             self._socket.close()
             raise
-        # pyroute2's reader may keep datagrams in a queue that poll() does not see: only its parser is used.
-        self._marshal = MarshalUevent()
         self._poll = select.poll()
         self._poll.register(self._socket.fileno(), select.POLLIN)
 
@@ -138,10 +150,7 @@ class UeventListener:
                     errno.ENOBUFS, "the kernel dropped uevents: read them faster"
                 ) from error
             raise
-        fields: dict[str, str] = {}
-        for message in self._marshal.parse(data):
-            fields.update({key: value for key, value in message.items() if isinstance(value, str)})
-        return fields
+        return variables(data)
 
     def next(self, timeout: float, *, pid: int | None = None) -> KvmUevent:
         """Return the next event, of creator *pid* only if given; TimeoutError after *timeout* seconds.

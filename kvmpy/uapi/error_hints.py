@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno as _errno
 import os
 
+from kvmpy.uapi.error_rules import Slots, broken_rule
+
 EHWPOISON = 133
 """errno lacks it before Python 3.14."""
 
@@ -146,13 +148,27 @@ def errno_name(number: int) -> str:
     return "EHWPOISON" if number == EHWPOISON else _errno.errorcode.get(number, f"errno {number}")
 
 
-def hint(ioctl: str | None, number: int) -> str:
-    """Return what errno *number* means for an ioctl, ``""`` where that is not known."""
-    return HINTS.get((ioctl, number)) or HINTS.get((None, number)) or ""
+def hint(
+    ioctl: str | None, number: int, content: bytes = b"", slots: Slots | None = None, nested: bytes = b""
+) -> str:
+    """Return what errno *number* means for an ioctl, ``""`` where that is not known.
+
+    With *content*, the argument's bytes, the rule that it breaks, where kvmpy knows the rules; *slots* are
+    the memory slots of the VM, *nested* what the pointer of a SEV command leads to.
+    """
+    return (
+        (broken_rule(ioctl, number, content, slots, nested) if content else "")
+        or HINTS.get((ioctl, number))
+        or HINTS.get((None, number))
+        or ""
+    )
 
 
-def error_words(ioctl: str | None, number: int) -> str:
+def error_words(
+    ioctl: str | None, number: int, content: bytes = b"", slots: Slots | None = None, nested: bytes = b""
+) -> str:
     """Return an errno with its meaning, such as ``EEXIST (File exists): the range overlaps another slot``."""
-    text = f"{errno_name(number)} ({os.strerror(number)})"
-    meaning = hint(ioctl, number)
+    known = number in _errno.errorcode or number == EHWPOISON
+    text = f"{errno_name(number)} ({os.strerror(number)})" if known else errno_name(number)
+    meaning = hint(ioctl, number, content, slots, nested)
     return f"{text}: {meaning}" if meaning else text

@@ -7,7 +7,7 @@ know (MSRs, registers).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum, IntFlag
 
 from kvmpy.uapi import constants as c
@@ -154,25 +154,67 @@ def parse_words(kind: Kind, text: str) -> int:
 def argument_words(op: Ioctl, value: int) -> str:
     """Return the argument of an ioctl that takes a number."""
     kind = ARGUMENTS.get(op.name)
+    if op.name == "KVM_SET_TSC_KHZ":
+        return f"{value} kHz"
     return number_words(kind, value) if kind is not None else hex(value) if value > 9 else str(value)
+
+
+# Basic exit reasons of VM entries that failed (Intel SDM volume 3, 28.8), and VM-instruction errors (32.4).
+_VMX_ENTRY = {33: "invalid guest state", 34: "MSR loading", 41: "a machine check"}
+_VMX_INSTRUCTION = {7: "invalid control fields of the VMCS", 8: "invalid host state of the VMCS"}
+
+
+def entry_failure(value: int) -> str:
+    """Return why the hardware did not enter the guest (``hardware_entry_failure_reason``)."""
+    if value in ((1 << 64) - 1, (1 << 32) - 1):
+        return "SVM: VMEXIT_INVALID, the VMCB holds no legal guest state"
+    if value >> 31 & 1:
+        return f"VMX: VM entry failed, {_VMX_ENTRY.get(value & 0xFFFF, f'basic reason {value & 0xFFFF}')}"
+    return f"VMX: {_VMX_INSTRUCTION[value]}" if value in _VMX_INSTRUCTION else ""
+
+
+_EVENTS = {0: "external interrupt", 2: "NMI", 3: "exception", 4: "INT n", 5: "INT1", 6: "INT3 or INTO"}
+
+
+def simultaneous(data: Sequence[int]) -> str:
+    """Return what ``data`` of KVM_INTERNAL_ERROR_SIMUL_EX says: two event fields of the VMCS, an error code.
+
+    Linux: arch/x86/kvm/vmx/vmx.c, handle_exception_nmi(); Intel SDM volume 3, 26.9.2.
+    """
+
+    def event(value: int) -> str:
+        vector = number_words(c.Vector, value & 0xFF)
+        return f"{_EVENTS.get(value >> 8 & 7, 'event')} {vector}"
+
+    text = f"{event(data[1])} while {event(data[0])} was delivered"
+    return text + (f", error code {data[2]:#x}" if data[1] >> 11 & 1 and len(data) > 2 else "")
 
 
 class Words:
     """Names for the numbers in structs: this module's, and *extra* ones by (struct, field)."""
 
     def __init__(self, extra: Mapping[tuple[str, str], Namer] | None = None) -> None:
-        self.extra = dict(extra or {})
+        self.extra = {
+            ("kvm_run__fail_entry", "hardware_entry_failure_reason"): entry_failure,
+            **(extra or {}),
+        }
 
     def __call__(self, value: Struct, field: Field, number: int) -> str | None:
         """Return *number* in the field as words, None where it has none."""
         key = (value.NAME, field.name)
         if key in self.extra:
             text = self.extra[key](number)
+            if not number and key in _TELLS_ZERO:
+                return f"0 ({text})"
             return f"{number:#x} ({text})" if number and text and text != hex(number) else None
         kind = FIELDS.get(key)
         if kind is None or (not number and not _tells_zero(kind)):
             return None
         return number_words(kind, number)
+
+
+# What lacks a bit that must be set is wrong as 0, too.
+_TELLS_ZERO = frozenset({("kvm_sev_snp_launch_start", "policy")})
 
 
 def _tells_zero(kind: Kind) -> bool:

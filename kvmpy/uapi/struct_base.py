@@ -10,7 +10,10 @@ from __future__ import annotations
 import difflib
 import keyword
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from operator import attrgetter
+from struct import Struct as Packing
+from struct import unpack_from
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from kvmpy.uapi import ffi
@@ -138,7 +141,18 @@ class Struct:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as plain values: ints, bytes, lists and dicts; unions show every member."""
-        return {name: _plain(getattr(self, name)) for name in self.FIELDS}
+        return self.values_in(self.to_bytes())
+
+    @classmethod
+    def values_in(
+        cls, data: bytes, names: Iterable[str] | None = None, *, hexed: bool = False
+    ) -> dict[str, Any]:
+        """Return the fields (of *names*) in *data*, which may be longer, as :meth:`as_dict` does.
+
+        With *hexed* bytes are hexadecimal digits.  Several times as fast as by way of a struct.
+        """
+        readers = _readers(cls._pointer.item, hexed)
+        return {name: readers[name](data, 0) for name in (readers if names is None else names)}
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -259,16 +273,73 @@ class FlexStruct(Struct):
         return list(self._array()[:count])
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, Struct):
-        return value.as_dict()
-    if isinstance(value, int):
-        return value
-    from kvmpy.uapi.struct_arrays import ByteArray
+_Reader = Callable[[bytes, int], Any]
 
-    if isinstance(value, ByteArray):
-        return bytes(value)
-    return [_plain(item) for item in value]  # type: ignore[attr-defined]
+
+@lru_cache(None)
+def _readers(ctype: Any, hexed: bool) -> dict[str, _Reader]:
+    """Return what reads each field of a struct type from bytes in which a struct begins."""
+    return {field.attribute: _reader(field, hexed) for field in flat_fields(ctype)}
+
+
+def _reader(field: Field, hexed: bool) -> _Reader:
+    offset, ctype = field.offset, field.ctype
+    if ctype.kind == "array":
+        return _array_reader(offset, ctype, hexed)
+    if ctype.kind != "primitive":
+        inner = _readers(ctype, hexed)
+        return lambda data, at: {name: read(data, at + offset) for name, read in inner.items()}
+    unpack = Packing(_packing(ctype)).unpack_from
+    if field.bits:
+        shift, mask = field.shift, (1 << field.bits) - 1
+        return lambda data, at: unpack(data, at + offset)[0] >> shift & mask
+    return lambda data, at: unpack(data, at + offset)[0]
+
+
+def _packing(ctype: Any) -> str:
+    code = {1: "b", 2: "h", 4: "i", 8: "q"}[ffi.sizeof(ctype)]
+    return f"<{code if int(_cast(ctype, -1)) < 0 else code.upper()}"
+
+
+def _array_reader(offset: int, ctype: Any, hexed: bool) -> _Reader:
+    item, length = ctype.item, ctype.length
+    size = ffi.sizeof(item)
+
+    def bounds(data: bytes, at: int) -> tuple[int, int]:
+        begin = at + offset
+        return begin, max(0, len(data) - begin) // size if length is None else length
+
+    if item.cname == "uint8_t":
+
+        def read(data: bytes, at: int) -> Any:
+            begin, count = bounds(data, at)
+            return data[begin : begin + count].hex() if hexed else data[begin : begin + count]
+
+    elif item.kind == "primitive":
+        code = _packing(item)[1]
+
+        def read(data: bytes, at: int) -> Any:
+            begin, count = bounds(data, at)
+            return list(unpack_from(f"<{count}{code}", data, begin))
+
+    elif item.kind == "array":
+        row = _array_reader(0, item, hexed)
+
+        def read(data: bytes, at: int) -> Any:
+            begin, count = bounds(data, at)
+            return [row(data, begin + number * size) for number in range(count)]
+
+    else:
+        inner = _readers(item, hexed)
+
+        def read(data: bytes, at: int) -> Any:
+            begin, count = bounds(data, at)
+            return [
+                {name: each(data, begin + number * size) for name, each in inner.items()}
+                for number in range(count)
+            ]
+
+    return read
 
 
 def _number(field: Field) -> property:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from kvmpy.uapi.constants.irq import IrqChip, IrqRouting
@@ -118,12 +119,13 @@ _MEMBERS: dict[str, tuple[str, dict[int, str]]] = {
 class Style:
     """How much is told: *words* may name a number in a field, *entries* of an open array are shown.
 
-    With *full* no array is shortened.
+    *arrays* tell the bytes of an array in words, by (struct, field). With *full* no array is shortened.
     """
 
     words: Callable[[Struct, Field, int], str | None] | None = None
     entries: int = 4
     full: bool = False
+    arrays: Mapping[tuple[str, str], Callable[[bytes], str]] | None = None
 
 
 PLAIN = Style()
@@ -148,16 +150,21 @@ def shown_fields(value: Struct, member: str | None = None) -> Iterator[Field]:
 
     *member* names the one to show where there is a choice.
     """
-    chosen = active_member(value) if member is None else member
-    fields = list(value.FIELDS.values())
+    kind: Any = type(value)  # a class has a hash, whatever its instances have
+    return iter(_shown(kind, active_member(value) if member is None else member))
+
+
+@lru_cache(None)
+def _shown(kind: type[Struct], chosen: str | None) -> tuple[Field, ...]:
+    fields = list(kind.FIELDS.values())
     taken: list[Field] = []
     for field in sorted(fields, key=lambda each: (each.name != chosen, bool(_PADDING.fullmatch(each.name)))):
         overlaps = any(_overlap(field, other) for other in fields if other is not field)
-        if overlaps and field.name != chosen and value.NAME == "kvm_run":
+        if overlaps and field.name != chosen and kind.NAME == "kvm_run":
             continue
         if not any(_overlap(field, other) for other in taken):
             taken.append(field)
-    return (field for field in fields if field in taken)
+    return tuple(field for field in fields if field in taken)
 
 
 def _overlap(one: Field, other: Field) -> bool:
@@ -194,7 +201,11 @@ def _text(value: Struct, field: Field, inner: str | None, style: Style) -> str:
         return f"{{{text}}}" if text else ""
     if field.size == 0 and isinstance(value, FlexStruct):
         return _entries(value, field, style)
-    return _array(content, style) if any(content.to_bytes()) else ""
+    raw = content.to_bytes()
+    words = style.arrays.get((value.NAME, field.name)) if style.arrays else None
+    if words is not None and any(raw):
+        return f"{{{words(raw)}}}"
+    return _array(content, style) if any(raw) else ""
 
 
 def _array(content: IntArray | ByteArray | NestedArray | StructArray[Any], style: Style) -> str:

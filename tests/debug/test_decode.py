@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kvmpy.cli import names
 from kvmpy.debug.decode import Decoder, Place, as_json, bytes_text, relative, request_words
 from kvmpy.debug.record.events import Chunk, Ioctl
 from kvmpy.debug.record.format import CUT, What, When
@@ -290,3 +291,32 @@ def test_nested_state_counts_its_own_bytes() -> None:
     value.size = value.nbytes
     assert BUFFERS[ioctls.KVM_SET_NESTED_STATE.nr].size.bytes(value.nbytes) == value.nbytes
     assert "size=0x84" in text(event(ioctls.KVM_SET_NESTED_STATE, into(value.to_bytes())))
+
+
+def test_what_a_decoder_says_where_no_values_are() -> None:
+    """A CPUID leaf without registers, a SEV command's errno, names of other architectures."""
+    from kvmpy.cli.decoding import DecodeError, lines_of
+
+    lines = lines_of("cpuid", ["0x8000001F"], full=False, as_words=False)
+    assert "give EAX EBX ECX EDX" in lines[0]
+    assert "1=SEV" in lines[1]
+    assert not any("eax=0x0" in line for line in lines)
+    (line,) = lines_of("errno", ["EINVAL", "KVM_SEV_SNP_LAUNCH_START"], full=False, as_words=False)
+    assert "lacks bit 17" in line
+    for name, arch in (("KVM_ARM_VCPU_INIT", "arm64"), ("KVM_S390_STORE_STATUS", "s390")):
+        with pytest.raises(DecodeError, match=f"looks like {arch}'s") as caught:
+            lines_of(name, [], full=False, as_words=False)
+        assert "did you mean" not in str(caught.value)
+
+
+def test_names_of_zero_and_of_many_registers() -> None:
+    """Policy 0 lacks what must be set; the APIC is told by register; a frequency is in kHz."""
+    words = names.decoder()
+    start = kvm_sev_snp_launch_start()
+    assert "policy=0 (" in words.struct_text(start)
+    assert "lacks bit 17" in words.struct_text(start)
+    state = bytearray(1024)
+    state[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")
+    assert words.content_text("kvm_lapic_state", None, bytes(state), Place()) == "{regs={SPIV=0x1ff}}"
+    happened = Ioctl(0, 3, ioctls.KVM_GET_TSC_KHZ.nr, 0, 2_400_000, 0, 2, 2)
+    assert str(Decoder().ioctl(happened)) == "KVM_GET_TSC_KHZ = 2400000 kHz"

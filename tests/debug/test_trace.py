@@ -92,7 +92,7 @@ def test_exits_carry_their_payload(basic: Trace) -> None:
 def test_errors_carry_their_meaning(basic: Trace) -> None:
     bad = basic.named("KVM_SET_USER_MEMORY_REGION")[1]
     assert (bad["result"], bad["errno"]) == (-1, "EINVAL")
-    assert bad["meaning"] == "size, gpa and hva must be page aligned, flags known, the slot in range"
+    assert bad["meaning"] == "guest_phys_addr 0x1 is not page aligned"
 
 
 def test_bad_pointers_and_unknown_ioctls_are_shown_raw(basic: Trace) -> None:
@@ -148,6 +148,51 @@ def test_forked_children(program: Path) -> None:
 
 def test_exec_with_an_empty_environment_is_followed(program: Path) -> None:
     assert simple(Trace("--", program, "exec", "basic")) == BASIC
+
+
+def test_an_exec_by_number_is_followed(program: Path) -> None:
+    assert simple(Trace("--", program, "rawexec", "basic")) == BASIC
+
+
+def test_system_calls_past_the_c_library_are_hinted_at(program: Path) -> None:
+    """The recorder sees that the program opened /dev/kvm and nothing more; ptrace sees what it asked."""
+    unseen = Trace("--", program, "rawioctl")
+    assert unseen.rows == []
+    assert "traced with --ptrace" in unseen.notes[-1]["note"]
+    assert simple(Trace("--ptrace", "--", program, "rawioctl")) == [("KVM_GET_API_VERSION", "kvm", "")]
+
+
+REFUSALS = [
+    ("KVM_SET_USER_MEMORY_REGION", "slot 3 exists with 0x108000 bytes: a live slot is not resized"),
+    ("KVM_SET_USER_MEMORY_REGION", "a live slot keeps"),
+    ("KVM_SET_USER_MEMORY_REGION", "there is no slot 9 to delete"),
+    ("KVM_SET_USER_MEMORY_REGION", "0x0 to 0x107fff overlaps slot 3, 0x0 to 0x107fff"),
+    ("KVM_SET_USER_MEMORY_REGION", "beyond the host's MAXPHYADDR"),
+    ("KVM_SET_USER_MEMORY_REGION", "flags known are 0x3, not 0x100000"),
+    ("KVM_SET_SREGS", "CR0.PG is set without CR0.PE"),
+    ("KVM_SET_SREGS", "EFER.LMA is set without EFER.LME"),
+    ("KVM_SET_SREGS", "segment: cs.l, 64-bit code, outside long mode"),
+    ("KVM_SET_SREGS", "CR4 0x10000000000, EFER 0x0"),
+    ("KVM_SET_MSRS", "= 1 of 4: 0x4b564dff was refused"),
+    ("KVM_RUN", "EBADF (Bad file descriptor)"),
+]
+
+
+@pytest.mark.parametrize("options", [(), ("--ptrace",)], ids=["recorder", "ptrace"])
+def test_refusals_name_the_broken_rule(program: Path, options: tuple[str, ...]) -> None:
+    """What KVM really refuses, and -f errno=* shows nothing else, what was done in part included."""
+    trace = Trace("-f", "errno=*", *options, "--", program, "refusals")
+    assert trace.status == 0
+    assert [row["ioctl"] for row in trace.rows] == [name for name, _ in REFUSALS]
+    for row, (_, words) in zip(trace.rows, REFUSALS, strict=True):
+        assert words in row["text"]
+    assert trace.rows[-1]["target"] == "fd-1"
+
+
+def test_an_exit_inside_a_slot_names_the_page(program: Path) -> None:
+    (row,) = Trace("-f", "exit=mmio", "--", program, "refusals").rows
+    assert "phys_addr=0x10, len=0x1, is_write=0x1} [inside slot 3: the host page at 0x" in row["text"]
+    assert row["text"].endswith("cannot be written]")
 
 
 def test_closed_standard_streams(program: Path) -> None:

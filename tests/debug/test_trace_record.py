@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from kvmpy.cli.trace import LOST_STATUS
+from kvmpy.debug.decode import Decoder
 from kvmpy.debug.record.events import Ioctl, Memory, Object, Pages, unpack
-from kvmpy.debug.record.format import FrameReader, FrameType, ObjectKind, parse_lines
+from kvmpy.debug.record.format import Frame, FrameReader, FrameType, ObjectKind, parse_lines
 from kvmpy.debug.record.model import Record, request_name
 from kvmpy.debug.record.replay import Replay
 from kvmpy.debug.record.script import build
+from kvmpy.debug.trace import Sink, open_record
+from kvmpy.debug.trace_events import Stream
 from tests.debug.tracing import ROOT, Trace, compile_program, kvmpy, kvmpy_command, need_kvm
 
 CODE = bytes.fromhex("b042e610e411f4")
@@ -72,27 +76,55 @@ def test_objects_have_their_parents(record: Path) -> None:
     assert all(made[each.made_by].result == each.fd for each in objects if each.made_by)
 
 
-def test_guest_memory_is_in_the_record(record: Path) -> None:
-    """What a VM's slots hold before it runs first: the code at 0x1000."""
-    pages: dict[int, bytes] = {}
+def memory_of(path: Path) -> dict[int, bytes]:
+    """Return the pages that the slots held before the first run, by their place in guest memory."""
+    pages: dict[int, bytes] = {0: bytes(4096)}
     held: dict[int, bytes] = {}
-    for frame in reader_of(record):
+    bases: list[int] = []
+    for frame in reader_of(path):
         said = unpack(frame)
         if isinstance(said, Pages):
             pages |= {said.first + number: page for number, page in enumerate(said.pages)}
-        elif isinstance(said, Memory):
-            assert said.flags == 1
-            held |= {said.address + 4096 * n: pages.get(ident, b"") for n, ident in enumerate(said.ids)}
-    slots = [
-        said.argument_in
-        for frame in reader_of(record)
-        if isinstance(said := unpack(frame), Ioctl) and said.request == 0x4020AE46
-    ]
-    bases = [int.from_bytes((slot or b"")[24:32], "little") for slot in slots]
-    assert len(bases) == 2
-    assert [held[base + 0x1000][: len(CODE)] for base in bases] == [CODE, CODE]
-    # The pages are the same: one content in the file.
-    assert len(pages) == 1
+        elif isinstance(said, Memory) and said.flags:
+            held |= {said.address + 4096 * number: pages[ident] for number, ident in enumerate(said.ids)}
+        elif isinstance(said, Ioctl) and said.request == 0x4020AE46:
+            bases.append(int.from_bytes((said.argument_in or b"")[24:32], "little"))
+    return {at - base: page for base in bases for at, page in held.items() if 0 <= at - base < 0x108000}
+
+
+def test_guest_memory_is_in_the_record(record: Path) -> None:
+    """What a VM's slots hold before it runs first: the code at 0x1000."""
+    held = memory_of(record)
+    assert held[0x1000][: len(CODE)] == CODE
+    # The pages of both VMs are the same: one content in the file.
+    contents = [said for frame in reader_of(record) if isinstance(said := unpack(frame), Pages)]
+    assert sum(len(said.pages) for said in contents) == 1
+
+
+@pytest.mark.parametrize("mode", ["basic", "elsewhere", "threads"])
+def test_ptrace_records_the_same_memory(program: Path, tmp_path: Path, mode: str) -> None:
+    """Read from outside, at the same moments: also what the program itself never touched."""
+    recorded, stopped = tmp_path / "recorded", tmp_path / "stopped"
+    for path, options in ((recorded, []), (stopped, ["--ptrace"])):
+        done = kvmpy("trace", "-q", *options, "-o", path, "--", program, mode)
+        assert (done.returncode, done.stderr) == (0, "")
+    if mode == "elsewhere" and os.geteuid() != 0:
+        pytest.skip("needs root to open /proc/PID/map_files")
+    assert memory_of(recorded)[0x1000][: len(CODE)] == CODE
+    assert memory_of(stopped) == memory_of(recorded)
+
+
+def test_a_static_program_can_be_replayed(tmp_path: Path) -> None:
+    """Its record is made through ptrace, and holds what the guest executes."""
+    need_kvm()
+    static = compile_program(tmp_path, "-static")
+    record = tmp_path / "static.rec"
+    assert kvmpy("trace", "-q", "-o", record, "--", static, "basic").returncode == 0
+    done = kvmpy("replay", record)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "17 ioctls issued, 0 ended otherwise than recorded" in done.stdout
+    assert kvmpy("trace", "-q", "--no-memory", "-o", record, "--", static, "basic").returncode == 0
+    assert memory_of(record) == {}
 
 
 def recorded_answers(program: Path, path: Path, *options: str) -> Record:
@@ -130,7 +162,7 @@ def test_host_writes_are_for_records_of_the_recorder(program: Path, tmp_path: Pa
 def test_records_can_be_shown(record: Path) -> None:
     trace = Trace("--read", record)
     assert [row["target"] for row in trace.named("KVM_RUN")] == ["vm1/vcpu0"] * 3 + ["vm0/vcpu5"] * 3
-    text = kvmpy("trace", "--read", record).stderr
+    text = kvmpy("trace", "--read", record).stdout
     assert "KVM_EXIT_IO {direction=KVM_EXIT_IO_OUT" in text
 
 
@@ -140,7 +172,7 @@ def test_damaged_records_show_what_can_be_read(record: Path, tmp_path: Path) -> 
     cut.write_bytes(raw[: len(raw) - 700])
     done = kvmpy("trace", "--read", cut)
     assert done.returncode == 1
-    assert "KVM_CREATE_VM KVM_X86_DEFAULT_VM" in done.stderr
+    assert "KVM_CREATE_VM KVM_X86_DEFAULT_VM" in done.stdout
     assert "what could be read is above" in done.stderr
     none = tmp_path / "none.rec"
     none.write_text("hello")
@@ -175,6 +207,40 @@ def test_summary(program: Path) -> None:
     summary = json.loads(done.stderr.splitlines()[-1])["summary"]
     assert summary["exits"] == {"KVM_EXIT_IO": 2, "KVM_EXIT_HLT": 1}
     assert summary["ioctls"]["KVM_SET_REGS"]["errors"] == {"EFAULT": 1}
+
+
+def test_nothing_is_lost_however_many_ioctls(program: Path, tmp_path: Path) -> None:
+    """More frames than the ring holds, faster than JSON is written: each is there, and is counted."""
+    trace = Trace("--", program, "threads", "2", "16000", timeout=150)
+    assert trace.status == 0
+    assert len(trace.named("KVM_GET_REGS")) == 32000
+    assert not [row for row in trace.notes if row["warning"]]
+    done = kvmpy("trace", "--summary", "--json", "--", program, "threads", "2", "16000", timeout=150)
+    summary = json.loads(done.stderr.splitlines()[-1])["summary"]
+    assert (done.returncode, summary["ioctls"]["KVM_GET_REGS"]["calls"]) == (0, 32000)
+
+
+def test_what_is_lost_is_the_last_line_and_the_exit_status(program: Path, tmp_path: Path) -> None:
+    """The program runs to its end, and the trace says that it is not whole."""
+    target, record = tmp_path / "lines", tmp_path / "record"
+    done = kvmpy("trace", "-s", "-t", target, "-o", record, "--", program, "scribble", "1", "3000")
+    assert done.returncode == LOST_STATUS
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("kvmpy trace: incomplete: ")
+    assert target.read_text().splitlines()[-1] == last
+    assert any(frame.type == FrameType.LOST for frame in reader_of(record))
+
+
+def test_a_record_on_a_full_disk_is_incomplete(tmp_path: Path) -> None:
+    """What could not be written is counted and said."""
+    record = open_record(str(tmp_path / "record"), "preload", ["program"])
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, record.fd)
+    os.close(full)
+    sink = Sink(Stream(Decoder()), None, record)
+    sink.take([Frame(FrameType.NOTE, b"a=b\n")] * 3)
+    sink.finish(7)
+    assert sink.lost == [f"3 frames could not be written to {tmp_path / 'record'}"]
 
 
 def test_text_goes_to_a_file(program: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from kvmpy.debug.preload import build, plan, shared
 from kvmpy.debug.preload.build import RecorderBuildError, recorder
-from kvmpy.debug.preload.shared import Ring, Shared
+from kvmpy.debug.preload.shared import Lease, Ring, Shared, sweep
 from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, FrameType
 from kvmpy.uapi.buffers import BUFFERS
 from kvmpy.uapi.ioctls import KVM_GET_MSRS, KVM_MEMORY_ENCRYPT_OP
@@ -47,24 +49,25 @@ def test_layouts_are_those_of_the_header(tmp_path: Path) -> None:
         f'#include <stddef.h>\n#include <stdio.h>\n#include "{build.HERE / "ring.h"}"\n'
         "int main(void) {\n"
         'printf("%zu %zu %zu %zu %zu %zu %zu %zu %zu %zu %zu %zu\\n",'
-        "offsetof(struct kvmpy_control, heartbeat), offsetof(struct kvmpy_control, flags),"
-        "offsetof(struct kvmpy_control, ring_size), sizeof(struct kvmpy_control),"
+        "offsetof(struct kvmpy_control, rings), offsetof(struct kvmpy_control, refused),"
+        "offsetof(struct kvmpy_control, ring_size), offsetof(struct kvmpy_control, holder),"
         "offsetof(struct kvmpy_ring, pid), offsetof(struct kvmpy_ring, name),"
         "offsetof(struct kvmpy_ring, head),"
         "offsetof(struct kvmpy_ring, tail), offsetof(struct kvmpy_ring, lost),"
         "sizeof(struct kvmpy_plan_node), sizeof(struct kvmpy_plan_case), sizeof(struct kvmpy_plan));"
         'printf("%llx %llx %x %x %x %x\\n", KVMPY_RING_MAGIC, KVMPY_PLAN_MAGIC, KVMPY_RING_HEADER,'
-        "KVMPY_RING_DUMP, KVMPY_FLAG_MEMORY, KVMPY_FLAG_WRITES);return 0; }\n"
+        "KVMPY_RING_DUMP, KVMPY_FLAG_MEMORY, KVMPY_FLAG_WRITES);"
+        'printf("%x %x\\n", KVMPY_HOLDER_TID, KVMPY_HOLDER_DIED);return 0; }\n'
     )
     subprocess.run(["gcc", "-o", tmp_path / "probe", source], check=True, timeout=TIMEOUT)
     output = subprocess.run([tmp_path / "probe"], check=True, capture_output=True, text=True, timeout=TIMEOUT)
-    sizes, constants = (line.split() for line in output.stdout.splitlines())
-    order = struct.calcsize("<Q")
+    sizes, constants, masks = (line.split() for line in output.stdout.splitlines())
+    assert [int(text, 16) for text in masks] == [Lease.TID_MASK, Lease.OWNER_DIED]
     assert list(map(int, sizes)) == [
-        order,
-        struct.calcsize("<QQIII"),
-        struct.calcsize("<QQIIII"),
-        shared.CONTROL.size,
+        shared.RINGS_AT,
+        shared.REFUSED_AT,
+        shared.CONTROL.size - struct.calcsize("<Q"),
+        shared.HOLDER_AT,
         16,
         24,
         shared.HEAD_AT,
@@ -128,12 +131,12 @@ def put(path: Path, at: int, kind: int, payload: bytes, *, complete: bool = True
 def test_frames_wrap_around_and_leave_zeros(tmp_path: Path) -> None:
     path = tmp_path / "ring.1.0"
     make_ring(path)
-    ring = Ring(path)
+    ring = Ring(path, 4096)
     at = 0
     for number in range(40):
         payload = bytes([number]) * (number * 7)
         at = put(path, at, FrameType.NOTE, payload)
-        (frame,) = ring.frames()
+        ((frame,), _) = ring.take()
         assert (frame.payload, frame.tid, frame.pid) == (payload, 7, 8)
     assert path.read_bytes()[shared.RING_HEADER :] == bytes(4096)
     ring.close()
@@ -143,28 +146,99 @@ def test_frames_wrap_around_and_leave_zeros(tmp_path: Path) -> None:
 def test_what_was_never_completed_is_waited_for_while_the_process_lives(tmp_path: Path) -> None:
     path = tmp_path / "ring.1.0"
     make_ring(path)
-    ring = Ring(path)
+    ring = Ring(path, 4096)
     first = put(path, 0, FrameType.NOTE, b"begun", complete=False)
     put(path, first, FrameType.NOTE, b"behind it")
-    assert list(ring.frames()) == []
-    assert [frame.payload for frame in ring.frames(abandoned=True)] == [b"behind it"]
-    assert not ring.pending
+    assert ring.take()[0] == []
+    assert [frame.payload for frame in ring.take(abandoned=True)[0]] == [b"behind it"]
+    assert (ring.pending, ring.lost) == (False, 0)
     ring.close()
 
 
 def test_a_process_does_not_wait_for_a_dead_tracer(program: Path, tmp_path: Path) -> None:
-    """A full ring that nobody empties costs frames, not the program."""
+    """A full ring that nobody empties any more costs frames, not the program."""
     library = recorder(tmp_path)
     area = Shared(tmp_path, ring_size=1 << 14)
-    with (tmp_path / "control").open("r+b") as file:
-        file.seek(shared.CONTROL.size - 8)
-        file.write((20_000_000).to_bytes(8, "little"))
+    area.close()
     child = run_recorded(tmp_path, library, program, "threads", "2", "100")
     assert child.wait(TIMEOUT) == 0
     assert child.communicate() == ("", "")
+    (path,) = tmp_path.glob("ring.*")
+    ring = Ring(path, 1 << 14)
+    assert ring.lost > 0
+    assert ring.take(abandoned=True)[0]
+    ring.close()
+
+
+TRACER = (
+    "import sys\nfrom pathlib import Path\nfrom kvmpy.debug.preload.shared import Shared\n"
+    "area = Shared(Path(sys.argv[1]), ring_size=1 << 14)\nprint('ready', flush=True)\nsys.stdin.read()\n"
+)
+
+
+def test_a_killed_tracer_is_noticed_and_a_stopped_one_is_waited_for(program: Path, tmp_path: Path) -> None:
+    """By the kernel's mark in the control page, not by how long nothing was read."""
+    library = recorder(tmp_path)
+    tracer = subprocess.Popen(
+        [sys.executable, "-c", TRACER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert tracer.stdout is not None
+    assert tracer.stdout.readline() == "ready\n"
+    control = tmp_path / "control"
+    assert Lease.lives(control.read_bytes())
+    tracer.send_signal(signal.SIGSTOP)
+    child = run_recorded(tmp_path, library, program, "threads", "2", "100")
+    # It fills its ring, and stands still there.
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(1)
+    tracer.kill()
+    assert child.wait(TIMEOUT) == 0
+    assert child.communicate() == ("", "")
+    assert not Lease.lives(control.read_bytes())
+    tracer.communicate()
+
+
+def test_what_a_killed_tracer_left_is_swept(tmp_path: Path) -> None:
+    """Its folder goes with the next trace; that of one who lives stays."""
+    ours, dead, strange = (tmp_path / f"kvmpy-trace-{name}" for name in ("ours", "dead", "strange"))
+    for folder in (ours, dead, strange):
+        folder.mkdir()
+    area = Shared(ours, ring_size=1 << 14)
+    subprocess.run(
+        [sys.executable, "-c", TRACER + "import os\nos._exit(0)", dead],
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=TIMEOUT,
+    )
+    sweep(tmp_path, "kvmpy-trace-")
+    assert (ours.is_dir(), dead.exists(), strange.is_dir()) == (True, False, True)
+    area.close()
+    sweep(tmp_path, "kvmpy-trace-")
+    assert not ours.exists()
+
+
+def test_a_full_disk_is_said(program: Path, tmp_path: Path) -> None:
+    """A process without room for its ring runs as ever, and is counted."""
+    library = recorder(tmp_path)
+    area = Shared(tmp_path, ring_size=1 << 50)
+    child = run_recorded(tmp_path, library, program, "basic")
+    assert child.wait(TIMEOUT) == 0
+    child.communicate()
+    assert (area.poll(), area.refused) == ([], 1)
+    assert not list(tmp_path.glob("ring.*"))
+    area.close()
+
+
+def test_a_forked_child_that_only_closes_makes_no_ring(program: Path, tmp_path: Path) -> None:
+    library = recorder(tmp_path)
+    area = Shared(tmp_path, ring_size=1 << 14)
+    child = run_recorded(tmp_path, library, program, "forkclose")
+    assert child.wait(TIMEOUT) == 0, child.communicate()
+    child.communicate()
     frames = area.poll()
-    assert frames
-    assert area.lost > 0
+    assert {frame.pid for frame in frames} == {child.pid}
+    assert len(area._seen) == 1
     area.close()
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from kvmpy.coco.snp_digest import PAGE_SIZE, PageType, SnpDigest
 from kvmpy.core.errors import MissingError
+from kvmpy.testing.bench import trace
 from kvmpy.testing.bench.bare import Bare
+from tests.debug.tracing import need_kvm
 
 
 def test_the_digest_by_c_and_openssl_is_ours() -> None:
@@ -23,3 +25,12 @@ def test_the_digest_by_c_and_openssl_is_ours() -> None:
         assert openssl.add(gpa, memoryview(pages)) > 0
         ours.add(PageType.NORMAL, gpa, pages)
         assert openssl.value == ours.value
+
+
+def test_what_tracing_costs_is_measured_both_ways() -> None:
+    """Pairs of single ioctls, and KVM_RUN sustained under each way to trace."""
+    need_kvm()
+    figures = {figure.name: figure for figure in trace.measure(1, count=200)}
+    sustained = {f"trace-sustained{mode}" for mode in ("-q-o", "-s", "-t")}
+    assert set(figures) == {"trace-pairs"} | sustained
+    assert all(figure.kvmpy > 0 and figure.bare > 0 for figure in figures.values())

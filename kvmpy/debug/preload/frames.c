@@ -4,6 +4,7 @@
  * addition to the head, and a frame counts once its magic number is stored. No lock is ever held.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <stdio.h>
@@ -49,7 +50,8 @@ static void *map_file(const char *name, uint64_t size, bool create)
 
 	if (!create) {
 		map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, (int)fd, 0);
-	} else if (raw(SYS_ftruncate, fd, KVMPY_RING_HEADER + size, 0, 0) == 0) {
+	} else if (raw(SYS_ftruncate, fd, KVMPY_RING_HEADER + size, 0, 0) == 0 &&
+		   raw(SYS_fallocate, fd, 0, 0, KVMPY_RING_HEADER + size) != -ENOSPC) {
 		/* The data is mapped twice, one behind the other, so that no frame is ever split. */
 		uint8_t *place = mmap(NULL, KVMPY_RING_HEADER + 2 * size, PROT_NONE,
 				      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -62,8 +64,13 @@ static void *map_file(const char *name, uint64_t size, bool create)
 		    mmap(place + KVMPY_RING_HEADER + size, size, protection, shared, (int)fd, KVMPY_RING_HEADER) !=
 			    MAP_FAILED)
 			map = place;
+		/* Children have rings of their own, and kvmpy asks who has this one mapped. */
+		if (map)
+			madvise(map, KVMPY_RING_HEADER + 2 * size, MADV_DONTFORK);
 	}
 	raw(SYS_close, fd, 0, 0, 0);
+	if (!map && create)
+		raw(SYS_unlinkat, AT_FDCWD, path, 0, 0);
 	return map == MAP_FAILED ? NULL : map;
 }
 
@@ -94,6 +101,7 @@ static void make_ring(void)
 	uint8_t *map = map_file(name, size, true);
 
 	if (!map) {
+		atomic_fetch_add(&control->refused, 1);
 		atomic_store_explicit(&process->state, 3, memory_order_release);
 		return;
 	}
@@ -151,27 +159,22 @@ static bool lacks_room(struct kvmpy_ring *ring, uint64_t end)
 	return (int64_t)(end - atomic_load_explicit(&ring->tail, memory_order_acquire)) > (int64_t)ring->size;
 }
 
-/* The heartbeat, and 1, at which waiting was given up: nobody waits again before it moved on. */
-static _Atomic uint64_t given_up;
+/* Whether somebody empties the rings: told by the kernel, however kvmpy ended, in every PID namespace. */
+static bool kvmpy_lives(void)
+{
+	uint32_t holder = atomic_load_explicit(&control->holder, memory_order_relaxed);
 
-/* Wait until kvmpy made room; false once it shows no sign of life for as long as patience goes. */
+	return (holder & KVMPY_HOLDER_TID) && !(holder & KVMPY_HOLDER_DIED);
+}
+
+/* Wait until kvmpy made room, for as long as it lives. */
 static bool wait_for_room(struct kvmpy_ring *ring, uint64_t end)
 {
-	uint64_t seen = atomic_load(&control->heartbeat), since = now_ns();
-
 	while (lacks_room(ring, end)) {
 		struct timespec pause = { 0, WAIT_NS };
-		uint64_t beat = atomic_load(&control->heartbeat), now = now_ns();
 
-		if (beat + 1 == atomic_load(&given_up))
+		if (!kvmpy_lives())
 			return false;
-		if (beat != seen) {
-			seen = beat;
-			since = now;
-		} else if (now - since > control->patience_ns) {
-			atomic_store(&given_up, beat + 1);
-			return false;
-		}
 		raw(SYS_nanosleep, &pause, 0, 0, 0);
 	}
 	return true;
@@ -224,6 +227,9 @@ static void announce_thread(void)
 
 uint8_t *frame_begin(uint16_t type, uint64_t length, uint64_t order, uint64_t time_ns)
 {
+	/* A forked child that only closes what it inherited needs none. */
+	if (atomic_load_explicit(&process->state, memory_order_acquire) != 2)
+		return NULL;
 	if (thread_pid != process->pid) {
 		if ((uint32_t)raw(SYS_getpid, 0, 0, 0, 0) != process->pid)
 			return reserve(type, length, order, time_ns, process->pid);

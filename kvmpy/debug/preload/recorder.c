@@ -117,6 +117,32 @@ static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object 
 	return result;
 }
 
+/* An ioctl of KVM's on what is none of its file descriptors, or on none at all. */
+static long stray_ioctl(int fd, uint64_t request, uint64_t arg)
+{
+	struct capture capture = { .nr_out = 0 };
+	uint64_t start = now_ns();
+	long result = raw(SYS_ioctl, fd, request, arg, 0);
+
+	if ((result == -EBADF || result == -ENOTTY) && recording())
+		record_ioctl(KVMPY_REC_IOCTL, NULL, fd, request, arg, -1, (int)-result, next_order(), start, &capture,
+			     NULL);
+	return result;
+}
+
+static long any_ioctl(int fd, uint64_t request, uint64_t arg)
+{
+	struct object *object;
+	/* The kernel takes 32 bits of the request; so does glibc's prototype on other systems. */
+	uint32_t number = (uint32_t)request;
+
+	if (ready && watched(fd, number, &object))
+		return watched_ioctl(fd, number, arg, object);
+	if (ready && (number >> 8 & 0xff) == KVM_TYPE)
+		return stray_ioctl(fd, number, arg);
+	return raw(SYS_ioctl, fd, request, arg, 0);
+}
+
 static int finish(long result, int saved)
 {
 	errno = result < 0 ? (int)-result : saved;
@@ -132,28 +158,27 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
 
 	va_end(list);
 	int saved = errno;
-	struct object *object;
 
-	/* The kernel takes 32 bits of the request; so does glibc's prototype on other systems. */
-	if (ready && watched(fd, (uint32_t)request, &object))
-		return finish(watched_ioctl(fd, (uint32_t)request, arg, object), saved);
-	return finish(raw(SYS_ioctl, fd, request, arg, 0), saved);
+	return finish(any_ioctl(fd, request, arg), saved);
 }
+
+static long raw_exec(long call, const long *a);
 
 EXPORT long syscall(long number, ...)
 {
 	va_list list;
 	long a[6];
 	int saved = errno;
-	struct object *object;
 
 	va_start(list, number);
 	for (int i = 0; i < 6; i++)
 		a[i] = va_arg(list, long);
 	va_end(list);
-	if (number == SYS_ioctl && ready && watched((int)a[0], (uint32_t)a[1], &object))
-		return finish(watched_ioctl((int)a[0], (uint32_t)a[1], (uint64_t)a[2], object), saved);
-	long result = raw6(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+	if (number == SYS_ioctl)
+		return finish(any_ioctl((int)a[0], (uint64_t)a[1], (uint64_t)a[2]), saved);
+	long result = number == SYS_execve || number == SYS_execveat ?
+			      raw_exec(number, a) :
+			      raw6(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 
 	if (result < 0 && result > -4096) {
 		errno = (int)-result;
@@ -457,6 +482,19 @@ static char *const *complete(char *const *envp, size_t number, char **changed, c
 	changed[used++] = directory;
 	changed[used] = NULL;
 	return changed;
+}
+
+/* The environment is the third argument of one call, the fourth of the other. */
+static long raw_exec(long call, const long *a)
+{
+	int at = call == SYS_execve ? 2 : 3;
+	const char *path = (const char *)a[at - 2];
+
+	if (ready)
+		note_exec(readable(path, 1) ? path : "(bad address)");
+	return WITH_ENVIRONMENT((char *const *)a[at],
+				at == 2 ? raw(call, a[0], a[1], environment, 0) :
+					  raw6(call, a[0], a[1], a[2], (long)environment, a[4], 0));
 }
 
 EXPORT int execve(const char *path, char *const argv[], char *const envp[])

@@ -20,14 +20,20 @@
 
 struct kvmpy_control {
 	_Atomic uint64_t order;
-	_Atomic uint64_t heartbeat; /* kvmpy counts up while it reads */
 	_Atomic uint32_t objects;
 	_Atomic uint32_t vms;
-	_Atomic uint32_t rings;
+	_Atomic uint32_t rings; /* numbers given out */
+	_Atomic uint32_t refused; /* processes that found no room for a ring */
 	uint32_t flags;
+	uint32_t reserved;
 	uint64_t ring_size; /* a power of two, a multiple of the page size */
-	uint64_t patience_ns; /* how long a full ring is waited for */
+	/* A robust mutex that kvmpy holds: the holder's number, marked by the kernel when the holder died. */
+	_Alignas(64) _Atomic uint32_t holder;
+	uint8_t mutex[60];
 };
+
+#define KVMPY_HOLDER_TID 0x3fffffffu
+#define KVMPY_HOLDER_DIED 0x40000000u
 
 struct kvmpy_ring {
 	uint64_t magic;

@@ -159,6 +159,73 @@ static void answers(void)
 	check(memory[0x3000] == 3, "what the guest counted");
 }
 
+/* The code was written by way of the file: this process never touched the pages that the guest executes. */
+static void elsewhere(void)
+{
+	uint8_t *memory;
+	struct kvm_run *run;
+	int file = memfd_create("guest", 0), vm = make_vm(&memory);
+	check(file >= 0 && ftruncate(file, MEMORY) == 0, "memfd_create");
+	check(pwrite(file, code, sizeof code, 0x1000) == (ssize_t)sizeof code, "pwrite");
+	check(mmap(memory, MEMORY, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == memory, "mmap");
+	int vcpu = make_vcpu(vm, 0, &run);
+	run_to_halt(vcpu, run);
+}
+
+/* Rules of memory slots, MSRs and system registers, broken one by one. */
+static void refusals(void)
+{
+	uint8_t *memory;
+	struct kvm_run *run;
+	int vm = make_vm(&memory), vcpu = make_vcpu(vm, 0, &run);
+	struct kvm_userspace_memory_region whole = {
+		.slot = 3, .flags = 1, .memory_size = MEMORY, .userspace_addr = (uint64_t)memory,
+	}, region = whole;
+
+	region.memory_size = 4096;
+	check(ioctl(vm, KVM_SET_MEMORY, &region) == -1 && errno == EINVAL, "a live slot resized");
+	region = whole;
+	region.userspace_addr += 4096;
+	check(ioctl(vm, KVM_SET_MEMORY, &region) == -1 && errno == EINVAL, "a live slot elsewhere");
+	region = (struct kvm_userspace_memory_region){ .slot = 9 };
+	check(ioctl(vm, KVM_SET_MEMORY, &region) == -1 && errno == EINVAL, "an absent slot deleted");
+	region = whole;
+	region.slot = 4;
+	check(ioctl(vm, KVM_SET_MEMORY, &region) == -1 && errno == EEXIST, "an overlap");
+	region.guest_phys_addr = 1ULL << 60;
+	check(ioctl(vm, KVM_SET_MEMORY, &region) == -1 && errno == EINVAL, "beyond MAXPHYADDR");
+	region.flags = 1 << 20;
+	check(ioctl(vm, KVM_SET_MEMORY, &region) == -1 && errno == EINVAL, "an unknown flag");
+	struct kvm_sregs sregs, wrong;
+	check(ioctl(vcpu, KVM_GET_SREGS, &sregs) == 0, "KVM_GET_SREGS");
+	wrong = sregs;
+	wrong.cr0 |= 1U << 31;
+	wrong.cr0 &= ~1ULL;
+	check(ioctl(vcpu, KVM_SET_SREGS, &wrong) == -1 && errno == EINVAL, "CR0");
+	wrong = sregs;
+	wrong.efer |= 1 << 10;
+	check(ioctl(vcpu, KVM_SET_SREGS, &wrong) == -1 && errno == EINVAL, "EFER");
+	wrong = sregs;
+	wrong.cs.l = 1;
+	check(ioctl(vcpu, KVM_SET_SREGS, &wrong) == -1 && errno == EINVAL, "CS");
+	wrong = sregs;
+	wrong.cr4 |= 1ULL << 40;
+	check(ioctl(vcpu, KVM_SET_SREGS, &wrong) == -1 && errno == EINVAL, "CR4");
+	struct {
+		struct kvm_msrs head;
+		struct kvm_msr_entry entry[4];
+	} msrs = { .head.nmsrs = 4 };
+	msrs.entry[0].index = msrs.entry[2].index = msrs.entry[3].index = 0x174; /* SYSENTER_CS */
+	msrs.entry[1].index = 0x4b564dff; /* none of KVM's */
+	check(ioctl(vcpu, 0x4008ae89, &msrs) == 1, "KVM_SET_MSRS");
+	/* A page in a slot that cannot be written leaves as MMIO. */
+	check(mprotect(memory, 4096, PROT_READ) == 0, "mprotect");
+	static const uint8_t store[] = { 0xa2, 0x10, 0x00, 0xf4 }; /* mov %al, 0x10; hlt */
+	memcpy(memory + 0x1000, store, sizeof store);
+	check(ioctl(vcpu, KVM_RUN, 0) == 0, "KVM_RUN");
+	check(ioctl(-1, KVM_RUN, 0) == -1 && errno == EBADF, "a bad descriptor");
+}
+
 struct worker {
 	pthread_t thread;
 	int vm;
@@ -209,6 +276,57 @@ static void forking(void)
 	check(waitpid(child, &status, 0) == child && status == 0, "the child");
 	vcpu = make_vcpu(vm, 5, &run);
 	run_to_halt(vcpu, run);
+}
+
+/* A forked child that closes what it inherited, as one does before it executes another program. */
+static void fork_close(void)
+{
+	uint8_t *memory;
+	struct kvm_run *run;
+	int vm = make_vm(&memory), vcpu = make_vcpu(vm, 0, &run);
+	pid_t child = fork();
+	if (child == 0) {
+		close(vcpu);
+		close(vm);
+		_exit(0);
+	}
+	int status;
+	check(waitpid(child, &status, 0) == child && status == 0, "the child");
+	run_to_halt(vcpu, run);
+}
+
+/* Random bytes over the recorder's ring and the page that all recorded processes share, between ioctls. */
+static void scribble(unsigned int seed, int rounds)
+{
+	uint8_t *memory, *places[2] = { NULL, NULL };
+	size_t sizes[2] = { 0, 0 };
+	int vm = make_vm(&memory);
+	char line[512];
+	FILE *maps = fopen("/proc/self/maps", "r");
+	check(maps != NULL, "/proc/self/maps");
+	while (fgets(line, sizeof line, maps)) {
+		unsigned long start, end;
+		int which = strstr(line, "/ring.") ? 0 : strstr(line, "/control") ? 1 : -1;
+		if (which < 0 || places[which] || sscanf(line, "%lx-%lx", &start, &end) != 2)
+			continue;
+		places[which] = (uint8_t *)start;
+		sizes[which] = end - start;
+	}
+	fclose(maps);
+	check(places[0] && places[1], "the recorder's memory");
+	srandom(seed);
+	for (int i = 0; i < rounds; i++) {
+		int which = random() % 8 == 0, words = 1 + random() % 8;
+		/* The heads of ring and control page, and the frames: all three are hit often. */
+		size_t room = random() % 2 ? 256 : sizes[which] < 65536 ? sizes[which] : 65536;
+		/* Not the sizes that the recorder itself goes by, nor the mark of who traces. */
+		size_t least = which ? 256 : 64;
+		for (int j = 0; j < words && room > least; j++) {
+			uint64_t value = random() % 3 ? (uint64_t)random() << 32 | (uint64_t)random() : (uint64_t)random() % 9;
+			*(uint64_t *)(places[which] + least + (size_t)random() % (room - least) / 8 * 8) = value;
+		}
+		ioctl(vm, KVM_CHECK_EXTENSION, (long)(random() % 100));
+	}
 }
 
 struct cpuid {
@@ -330,14 +448,30 @@ int main(int argc, char **argv)
 		basic();
 	} else if (!strcmp(mode, "answers")) {
 		answers();
+	} else if (!strcmp(mode, "elsewhere")) {
+		elsewhere();
+	} else if (!strcmp(mode, "refusals")) {
+		refusals();
 	} else if (!strcmp(mode, "threads")) {
 		threads(argc > 2 ? atoi(argv[2]) : 4, argc > 3 ? atoi(argv[3]) : 10);
 	} else if (!strcmp(mode, "fork")) {
 		forking();
+	} else if (!strcmp(mode, "forkclose")) {
+		fork_close();
+	} else if (!strcmp(mode, "scribble")) {
+		scribble((unsigned int)atoi(argv[2]), atoi(argv[3]));
 	} else if (!strcmp(mode, "exec")) {
 		char *const arguments[] = { argv[0], argv[2], NULL }, *const nothing[] = { NULL };
 		execve(argc > 3 ? argv[3] : argv[0], arguments, nothing);
 		return 3;
+	} else if (!strcmp(mode, "rawexec")) {
+		char *const arguments[] = { argv[0], argv[2], NULL }, *const nothing[] = { NULL };
+		syscall(SYS_execve, argv[0], arguments, nothing);
+		return 3;
+	} else if (!strcmp(mode, "rawioctl")) {
+		/* As a program does that issues system calls by itself. */
+		int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+		check(bare(kvm, 0xae00, NULL) == 12, "KVM_GET_API_VERSION");
 	} else if (!strcmp(mode, "closed")) {
 		for (int fd = 0; fd < 256; fd++)
 			close(fd);
