@@ -174,7 +174,7 @@ def _machine(kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: b
 @click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
 @click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
 @click.option("--html", metavar="FILE", help="Write one HTML page; not with --matrix.")
-@click.option("--protection", metavar="P[,P]", help="Only under these protections.")
+@click.option("--protection", metavar="P[,P]", help="Not under other protections than these.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a run's random choices.")
 @click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
 @click.option(
