@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,56 @@ def test_the_first_error_of_a_build() -> None:
     log += "make[2]: *** [b.o] Error 1\n"
     assert build.first_error(log).splitlines()[0] == "b.c:3:1: error: no such thing"
     assert build.first_error("x\nmake: *** No rule\n").startswith("make: ***")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x.s:12: Error: no such instruction: `frobnicate'",
+        'ERROR: modpost: "kvm_frob" [arch/x86/kvm/kvm.ko] undefined!',
+        "ld: b.o:(.data+0x0): multiple definition of `frob'; a.o:(.data+0x0): first defined here",
+        "Makefile:7: *** missing separator.  Stop.",
+    ],
+)
+def test_the_cause_is_not_what_make_says_of_its_targets(line: str) -> None:
+    log = f"  CC a.o\n{line}\nmake[2]: *** [scripts/Makefile.build:1: a.o] Error 2\nmake: *** [sub] Error 2\n"
+    assert build.first_error(log).splitlines()[0] == line
+
+
+SUB_MAKEFILE = """
+define newline
+
+
+endef
+$(error ERROR ***\\
+$(newline)found 1 unwanted occurrences of EXPORT_SYMBOL:\\
+$(newline)  virt/kvm/kvm_main.c:EXPORT_SYMBOL(frob)\\
+$(newline)in directories:\\
+$(newline)  arch/x86/kvm\\
+$(newline)  virt/kvm\\
+$(newline)Use EXPORT_SYMBOL_FOR_KVM_INTERNAL, not EXPORT_SYMBOL)
+all:
+"""
+
+
+def test_an_error_of_a_makefile_is_shown_as_a_whole(tmp_path: Path) -> None:
+    """arch/x86/kvm/Makefile stops by $(error), lines before what the makes above say of that."""
+    (tmp_path / "Makefile").write_text("all:\n\t$(MAKE) -f middle\n")
+    (tmp_path / "middle").write_text("all:\n\t$(MAKE) -f sub\n")
+    (tmp_path / "sub").write_text(SUB_MAKEFILE)
+    log = subprocess.run(
+        ["make", "-C", str(tmp_path)],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+        timeout=60,
+    ).stdout
+    shown = build.first_error(log).splitlines()
+    assert "*** ERROR ***" in shown[0]
+    assert shown[1].startswith("found 1 unwanted occurrences of EXPORT_SYMBOL")
+    assert shown[-1] == "Use EXPORT_SYMBOL_FOR_KVM_INTERNAL, not EXPORT_SYMBOL.  Stop."
 
 
 MAKEFILE = """
