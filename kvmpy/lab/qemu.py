@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvmpy.lab import places, tools
 from kvmpy.lab.errors import LabError
+from kvmpy.lab.events import MAX_LINE, BadEventError, Event, parse
 from kvmpy.lab.kernels import Kernel
 from kvmpy.lab.process import dies_with_parent, end_group
 
@@ -29,6 +28,7 @@ _TROUBLE = re.compile(
     r"|INFO: possible |INFO: suspicious |possible circular locking|self-detected stall|blocked for more than"
 )
 EXCERPT_LINES = 60
+_MAX_TEXT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -202,22 +202,16 @@ class Machine:
             end_group(self._process)
         self._errors.close()
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return the journal's events since the last call."""
+    def events(self) -> Iterator[Event]:
+        """Yield the journal's events since the last call; BadEventError for one that is none."""
         with (self._folder / "journal").open("rb") as stream:
             stream.seek(self._read)
-            data = stream.read()
-        whole = data.rfind(b"\n") + 1
-        self._read += whole
-        found = []
-        for line in data[:whole].splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # half a line of a process that died
-            if isinstance(event, dict) and "event" in event:
-                found.append(event)
-        return found
+            while (line := stream.readline(MAX_LINE)).endswith(b"\n"):
+                self._read += len(line)
+                if (event := parse(line)) is not None:
+                    yield event
+        if len(line) == MAX_LINE:
+            raise BadEventError(f"a line of more than {MAX_LINE >> 20} MiB")
 
     def _text(self, name: str) -> str:
         return (self._folder / name).read_text(encoding="utf-8", errors="replace")
@@ -233,6 +227,12 @@ class Machine:
     def complaints(self) -> str:
         """Return what QEMU itself has printed."""
         return self._text("qemu").strip()
+
+    def flood(self) -> str:
+        """Return which stream has become longer than anybody reads; empty while all is well."""
+        sizes = {name: (self._folder / name).stat().st_size for name in ("console", "output")}
+        name = max(sizes, key=sizes.__getitem__)
+        return f"more than {_MAX_TEXT >> 20} MiB of {name}" if sizes[name] > _MAX_TEXT else ""
 
     def trouble(self) -> str:
         """Return the first line of the console that tells of a panic, oops or warning; empty without one."""
