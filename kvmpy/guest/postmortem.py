@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kvmpy.guest.vm import GuestVm
     from kvmpy.uapi.structs import kvm_regs, kvm_sregs
 
+# What is imported by the first failure, as most programs never fail.
+IMPORTED_LATER = ("capstone", "kvmpy.guest.memorymap", "kvmpy.uapi.struct_text")
 MAX_FRAMES = 32
 CODE_BYTES_AFTER = 32
 TRAIL_OF_OTHERS = 64
