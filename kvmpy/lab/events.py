@@ -8,7 +8,7 @@ it should be is a BadEventError, and ends its machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args
 
 import msgspec
@@ -25,6 +25,10 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Location = tuple[str, int | None, str]
 
 
+# As the kernel reads and writes them.
+_BOOLEANS = {"N": "0", "n": "0", "off": "0", "Y": "1", "y": "1", "on": "1"}
+
+
 class BadEventError(ValueError):
     """An event from inside that is not as it should be."""
 
@@ -34,9 +38,21 @@ class _Event(msgspec.Struct, frozen=True):
 
 
 class Host(_Event, frozen=True):
-    """The machine describes itself."""
+    """The machine describes itself; *parameters* are those of modules that it was asked for, as they are."""
 
     summary: HostSummary
+    parameters: dict[str, str | None] = {}
+
+    def refused(self, wanted: Sequence[str]) -> list[str]:
+        """Return which of the parameters *wanted*, such as ``kvm_amd.npt=0``, are not so inside."""
+        answers = []
+        for name, value in (word.split("=") for word in wanted if "=" in word):
+            real = self.parameters.get(name)
+            if real is None:
+                answers.append(f"the kernel inside has no parameter {name}")
+            elif _BOOLEANS.get(real, real) != _BOOLEANS.get(value, value):
+                answers.append(f"{name} is {real} inside, not {value}")
+        return answers
 
 
 class Ready(_Event, frozen=True):

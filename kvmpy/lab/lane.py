@@ -81,7 +81,7 @@ class Lane:
         self._reset()
         environment = {**self._job.environment, ACCELERATOR_VARIABLE: self.options.accel}
         prepare(self.folder, replace(self._job, environment=environment))
-        self.machine = Machine(self.options, self.folder)
+        self.machine = Machine(self.options, self.folder, self._job.root)
 
     def stop(self) -> None:
         """End QEMU, if it runs."""

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmpy.lab import places, tools
+from kvmpy.lab import tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import MAX_LINE, BadEventError, Event, parse
 from kvmpy.lab.kernels import Kernel
 from kvmpy.lab.process import dies_with_parent, end_group
+from kvmpy.lab.root import MOUNT_FLAGS, Root, tag
 
-_ROOT_FLAGS = "trans=virtio,version=9p2000.L,msize=500000,cache=loose"
 _CPU = {"tcg": "EPYC,+svm,+npt", "kvm": "host"}
 _ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
 # Emulated, the first calibration of the TSC and the refined one differ by more than 250 ppm when the host is
@@ -35,7 +35,7 @@ _MAX_TEXT = 64 << 20
 class Options:
     """What is booted; ``memory`` is in MiB, ``accel`` is ``tcg`` or ``kvm``.
 
-    ``parameters`` are for the kernel's command line.
+    ``parameters`` are for the kernel's command line, those of modules as ``kvm_amd.npt=0``.
     """
 
     kernel: Kernel
@@ -47,12 +47,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """What runs inside: a command, its environment, and the folders it needs besides the root."""
+    """What runs inside: a command, its environment, the folder it begins in, and what is to be seen there."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
     folder: Path
-    keep: Sequence[Path] = ()
+    root: Root
     programs: Path | None = None
     shell: bool = False
 
@@ -61,7 +61,6 @@ class Job:
         values = {
             **self.environment,
             "KVMPY_LAB_FOLDER": str(self.folder),
-            "KVMPY_LAB_KEEP": " ".join(str(path) for path in self.keep),
             "KVMPY_LAB_PROGRAMS": str(self.programs or ""),
             "KVMPY_LAB_SHELL": "1" if self.shell else "",
         }
@@ -99,13 +98,10 @@ def _nodes(options: Options) -> list[str]:
     return words
 
 
-def command_line(options: Options, folder: Path, *, interactive: bool = False) -> list[str]:
+def command_line(options: Options, folder: Path, root: Root, *, interactive: bool = False) -> list[str]:
     """Return the command that boots; *folder* holds the job, and gets console, journal and output."""
-    init = places.files() / "init.sh"
-    if '"' in str(init):
-        raise LabError(f"{init}: the kernel cannot be told a path with a quotation mark")
     append = (
-        f'console=ttyS0 root=/dev/root rootfstype=9p rootflags={_ROOT_FLAGS} ro init="{init}" '
+        f"console=ttyS0 root=/dev/root rootfstype=9p rootflags={MOUNT_FLAGS} ro init=/init "
         f"panic=-1 oops=panic loglevel=5 {_TSC}"
     )
     append = " ".join([append, *options.parameters])
@@ -122,11 +118,13 @@ def command_line(options: Options, folder: Path, *, interactive: bool = False) -
     command += ["-smp", f"{options.cpus},sockets={options.cpus},cores=1,threads=1"]
     command += ["-m", f"{options.memory}M", *_nodes(options), "-no-reboot", "-display", "none"]
     command += ["-nodefaults", "-no-user-config", "-kernel", str(options.kernel.image), "-append", append]
-    for tag, path in (("/dev/root", Path("/")), ("kvmpyjob", folder / "job")):
-        name = tag.rpartition("/")[2]
+    exports = [("/dev/root", root.folder), ("kvmpyjob", folder / "job")]
+    exports += [(tag(number), share) for number, share in enumerate(root.shares)]
+    for mount_tag, path in exports:
+        name = mount_tag.rpartition("/")[2]
         shared = f"path={_escaped(path)},security_model=none,readonly=on,multidevs=remap"
         command += ["-fsdev", f"local,id={name},{shared}"]
-        command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={tag}"]
+        command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={mount_tag}"]
     if interactive:
         # Ctrl-C goes to the shell inside.
         return [*command, "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
@@ -157,7 +155,7 @@ def excerpt(console: str) -> str:
 class Machine:
     """A running QEMU. A context manager: leaving it ends the process."""
 
-    def __init__(self, options: Options, folder: Path) -> None:
+    def __init__(self, options: Options, folder: Path, root: Root) -> None:
         self._folder = folder
         self._read = 0
         self._seen = 0
@@ -165,7 +163,7 @@ class Machine:
         self._errors = (folder / "qemu").open("wb")
         try:
             self._process = subprocess.Popen(
-                command_line(options, folder),
+                command_line(options, folder, root),
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=subprocess.STDOUT,

@@ -89,9 +89,8 @@ class LabSession:
         reporter.describe(  # until it answers
             HostSummary(text, "", (), platform_name(), False, "it did not come up", accelerator=options.accel)
         )
-        self._say(
-            f"booting {options.kernel.name} ({options.accel}, {options.cpus} CPUs, {options.memory} MiB)"
-        )
+        about = [options.accel, f"{options.cpus} CPUs", f"{options.memory} MiB", *options.parameters]
+        self._say(f"booting {options.kernel.name} ({', '.join(about)})")
         lane = self._add_lane()
         self._listing = self._setup.listing()
         self._until(lane, lambda: self._host is not None)
@@ -160,7 +159,9 @@ class LabSession:
             self._listing.close()
         if self._setup.records is not None:
             records.clean(self._setup.records)
-        bytecode.compile_files(sorted(self._uncompiled))
+        # What the lab is not shown stays the host's.
+        shown = self._setup.job.root.shows
+        bytecode.compile_files(sorted(name for name in self._uncompiled if shown(Path(name))))
         self._uncompiled.clear()
 
     # ---- machines
@@ -254,8 +255,14 @@ class LabSession:
     # ---- events
 
     def _on_host(self, _lane: Lane, event: events.Host) -> None:
+        if refused := event.refused(self._options.parameters):
+            pytest.exit("\n".join(refused), returncode=FAILED)
+        given = [word for word in self._options.parameters if "=" in word]
+        kernel = f"{event.summary.kernel} ({' '.join(given)})" if given else event.summary.kernel
         # Where the tests run is not for the inside to say.
-        self._host = replace(event.summary, platform=platform_name(), accelerator=self._options.accel)
+        self._host = replace(
+            event.summary, kernel=kernel, platform=platform_name(), accelerator=self._options.accel
+        )
 
     def _on_ready(self, lane: Lane, event: events.Ready) -> None:
         if event.number != lane.asked + 1:

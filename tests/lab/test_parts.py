@@ -19,6 +19,9 @@ from kvmpy.cli import lab as cli
 from kvmpy.cli.lab import parse_memory
 from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, tools
 from kvmpy.lab.errors import LabError
+from kvmpy.lab.events import Host
+from kvmpy.lab.root import Root
+from kvmpy.testing.host import HostSummary
 from kvmpy.testing.table import plain_console
 from tests.lab.conftest import make_image
 
@@ -325,9 +328,11 @@ def test_what_is_no_tree(tmp_path: Path, cache: Path) -> None:
 
 def test_the_command_line_shares_read_only(image: Path, cache: Path, tmp_path: Path) -> None:
     options = qemu.Options(kernels.find(str(image)), cpus=3, memory=512)
-    words = qemu.command_line(options, tmp_path)
+    root = Root(tmp_path / "root", (Path("/usr"), Path("/opt/a,b")))
+    words = qemu.command_line(options, tmp_path, root)
     shares = [words[at + 1] for at, word in enumerate(words) if word == "-fsdev"]
-    assert len(shares) == 2
+    paths = [share.split(",path=")[1].split(",security_model")[0] for share in shares]
+    assert paths == [str(root.folder), str(tmp_path / "job"), "/usr", "/opt/a,,b"]
     assert all("readonly=on" in share for share in shares)
     assert words[words.index("-smp") + 1].split(",")[0] == "3"
     assert words[words.index("-m") + 1] == "512M"
@@ -346,7 +351,9 @@ def test_the_command_line_shares_read_only(image: Path, cache: Path, tmp_path: P
 def test_two_cpus_are_two_numa_nodes(
     image: Path, cache: Path, tmp_path: Path, cpus: int, memory: int, nodes: list[tuple[str, str]]
 ) -> None:
-    words = qemu.command_line(qemu.Options(kernels.find(str(image)), cpus, memory), tmp_path)
+    words = qemu.command_line(
+        qemu.Options(kernels.find(str(image)), cpus, memory), tmp_path, Root(tmp_path, ())
+    )
     pairs = list(itertools.pairwise(words))
     backends = [value.split(",") for name, value in pairs if name == "-object"]
     assert backends == [
@@ -401,7 +408,7 @@ def test_a_matrix_tells_the_cases_of_a_test_apart(capsys: pytest.CaptureFixture[
 
 def test_the_job_survives_any_text(tmp_path: Path) -> None:
     words = ["a b", "it's", "$HOME", '"x"', "\\"]
-    job = qemu.Job(["printf", "%s\\n", *words], {"NAME": "it's $HOME"}, tmp_path)
+    job = qemu.Job(["printf", "%s\\n", *words], {"NAME": "it's $HOME"}, tmp_path, Root(tmp_path, ()))
     (tmp_path / "job.env").write_text(job.text())
     script = '. ./job.env; echo "$NAME"; "$@"'
     result = subprocess.run(
@@ -429,3 +436,33 @@ def test_kernels_with_the_software_amd_sp_are_told_apart(image: Path, cache: Pat
     assert kernels.find().name == soft.name  # better than none
     plain = kernels.register(image, "file")
     assert (kernels.find().name, kernels.find(soft_sev=True).name) == (plain.name, soft.name)
+
+
+def test_parameters_of_modules(image: Path, cache: Path) -> None:
+    options = cli._machine(str(image), 2, "1G", "tcg", None, ("kvm_amd.npt=0", "kvm.ignore_msrs=Y"))
+    append = qemu.command_line(options, Path("/x"), Root(Path("/y"), ()))
+    assert append[append.index("-append") + 1].endswith(" kvm_amd.npt=0 kvm.ignore_msrs=Y")
+    values = {**cli.DEFAULTS, "expression": None, "protection": None, "seed": None, "deadline": None}
+    args = cli.matrix_arguments((), {**values, "parameters": ("kvm_amd.npt=0",)})
+    assert args[:2] == ["--param", "kvm_amd.npt=0"]
+
+
+@pytest.mark.parametrize("word", ["npt=0", "kvm_amd.npt", "kvm_amd.npt=0 init=/bin/sh", "softsev"])
+def test_what_is_no_parameter_of_a_module(word: str) -> None:
+    result = CliRunner().invoke(cli.lab, ["shell", "--param", word])
+    assert result.exit_code == 2
+    assert "is not like kvm_amd.npt=0" in result.output
+
+
+@pytest.mark.parametrize(
+    ("inside", "complaint"),
+    [
+        ("N", []),
+        ("0", []),
+        ("Y", ["kvm_amd.npt is Y inside, not 0"]),
+        (None, ["the kernel inside has no parameter kvm_amd.npt"]),
+    ],
+)
+def test_a_parameter_that_is_another_one_inside(inside: str | None, complaint: list[str]) -> None:
+    host = Host(HostSummary("7.2", "cpu", (), "lab", True), {"kvm_amd.npt": inside})
+    assert host.refused(("softsev", "kvm_amd.npt=0")) == complaint
