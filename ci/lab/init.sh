@@ -1,10 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# The first process of a lab kernel. The root is the host's, read-only; the share "kvmpyjob" says what to run.
+# The first process of a lab kernel. The root is small and read-only, the host's programs come by the first
+# mount; the share "kvmpyjob" says what to run.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp/home LANG=C.UTF-8 TERM="${TERM:-linux}"
 [ -c /dev/null ] || mount -t devtmpfs dev /dev
 mount -n -t proc proc /proc
-mount -a -T "${0%/*}/fstab"
+mount -a -T /etc/fstab
 mkdir -p "$HOME" /tmp/cache/kvmpy/guest
 ip link set lo up 2>/dev/null &
 
@@ -16,20 +17,7 @@ done
 # Sets the environment and the command, as "$@".
 . /run/kvmpy/job/job.env
 
-# What the tests need and the tmpfs hide.
-for path in $KVMPY_LAB_KEEP; do
-	case $path in
-	/tmp/* | /run/*)
-		mkdir -p "$path"
-		mount --bind "/run/kvmpy/root$path" "$path"
-		;;
-	esac
-done
-
 # Guest programs that the host has compiled: the cache is in memory, its entries are names by content.
-case $KVMPY_LAB_PROGRAMS in
-/tmp/* | /run/*) KVMPY_LAB_PROGRAMS=/run/kvmpy/root$KVMPY_LAB_PROGRAMS ;;
-esac
 if [ -d "${KVMPY_LAB_PROGRAMS:-}" ]; then
 	ln -s "$KVMPY_LAB_PROGRAMS"/[0-9a-f]* /tmp/cache/kvmpy/guest/ 2>/dev/null
 fi

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -122,6 +123,13 @@ def remove(names: tuple[str, ...], everything: bool) -> None:
         click.echo(f"removed {kernel.name}")
 
 
+def _parameters(_ctx: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    for word in words:
+        if not re.fullmatch(r"\w+\.\w+=[\w.,:-]+", word):
+            raise click.BadParameter(f"{word!r} is not like kvm_amd.npt=0")
+    return words
+
+
 def _machine_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--kernel", metavar="NAME", help="A cached kernel (name or release), or a bzImage."),
@@ -132,6 +140,14 @@ def _machine_options(command: Callable[..., None]) -> Callable[..., None]:
             "--soft-sev/--no-soft-sev",
             default=None,
             help="With or without the software AMD-SP (default: as the kernel has it, one without it first).",
+        ),
+        click.option(
+            "--param",
+            "parameters",
+            metavar="MODULE.NAME=VALUE",
+            multiple=True,
+            callback=_parameters,
+            help="A module's parameter, such as kvm_amd.npt=0; the run ends if it is another one inside.",
         ),
     ):
         command = option(command)
@@ -146,17 +162,24 @@ def parse_memory(text: str) -> int:
     return int(number) * (1024 if unit == "G" else 1)
 
 
-def _machine(kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: bool | None) -> Options:
+def _machine(
+    kernel: str | None,
+    cpus: int,
+    memory: str,
+    accel: str,
+    soft_sev: bool | None,
+    parameters: tuple[str, ...] = (),
+) -> Options:
     from kvmpy.lab import kernels, softsev
     from kvmpy.lab.qemu import Options
     from kvmpy.lab.runs import accelerator
 
     found = kernels.find(kernel, soft_sev=bool(soft_sev))
     if not found.soft_sev or soft_sev is False:
-        return Options(found, cpus, parse_memory(memory), accelerator(accel))
+        return Options(found, cpus, parse_memory(memory), accelerator(accel), parameters)
     # It stands for a processor without SEV: it has been tried on an emulated one only.
     chosen = "tcg" if accel == "auto" else accel
-    return Options(found, cpus, parse_memory(memory), chosen, (softsev.PARAMETER,))
+    return Options(found, cpus, parse_memory(memory), chosen, (softsev.PARAMETER, *parameters))
 
 
 @lab.command("run", cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
@@ -174,7 +197,7 @@ def _machine(kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: b
 @click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
 @click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
 @click.option("--html", metavar="FILE", help="Write one HTML page; not with --matrix.")
-@click.option("--protection", metavar="P[,P]", help="Only under these protections.")
+@click.option("--protection", metavar="P[,P]", help="Not under other protections than these.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a run's random choices.")
 @click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
 @click.option(
@@ -197,6 +220,7 @@ DEFAULTS: Mapping[str, Any] = {
     "memory": "4G",
     "accel": "auto",
     "soft_sev": None,
+    "parameters": (),
     "matrix": None,
     "machines": None,
     "timeout": 4 * 3600.0,
@@ -236,7 +260,7 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
         if values.get(name) is not None:
             reports += [flag, values[name]]
     machine = _machine(
-        values["kernel"], values["cpus"], values["memory"], values["accel"], values["soft_sev"]
+        *(values[name] for name in ("kernel", "cpus", "memory", "accel", "soft_sev", "parameters"))
     )
     request = Request(
         machine,
@@ -284,6 +308,8 @@ def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[
     args = [*paths]
     if values["soft_sev"] is not None:
         args.append("--soft-sev" if values["soft_sev"] else "--no-soft-sev")
+    for parameter in values["parameters"]:
+        args += ["--param", parameter]
     for name, flag in (("expression", "-k"), *((name, f"--{name}") for name in _EACH)):
         if values[name] is not None:
             args += [flag, str(values[name])]
@@ -302,11 +328,9 @@ _REPORTS = (
 @lab.command("shell", cls=SplitCommand, epilog="What follows -- is run instead of a shell.")
 @_machine_options
 @click.pass_context
-def interactive(
-    ctx: click.Context, /, kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: bool | None
-) -> None:
+def interactive(ctx: click.Context, /, **values: Any) -> None:
     """Open a shell inside; its end ends the lab."""
     from kvmpy.lab.runs import shell
 
     command = extra_arguments(ctx) or ["/bin/bash" if Path("/bin/bash").exists() else "/bin/sh", "-i"]
-    sys.exit(shell(_machine(kernel, cpus, memory, accel, soft_sev), command))
+    sys.exit(shell(_machine(**values), command))

@@ -136,7 +136,7 @@ def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[s
 @click.option("--html", metavar="FILE", help="Write one HTML page: verdicts, reasons, memory maps, ioctls.")
 @click.option("--timeline", metavar="FILE", help="Write what threads and vCPUs did, for Perfetto's viewer.")
 @click.option("--list", "listing", is_flag=True, help="List the tests, run none.")
-@click.option("--protection", metavar="P[,P]", help="Only under these protections.")
+@click.option("--protection", metavar="P[,P]", help="Not under other protections than these.")
 @click.option("--seed", metavar="N", help="Repeat a run's random choices.")
 @click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
 @click.option(

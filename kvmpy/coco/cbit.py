@@ -2,7 +2,7 @@
 """Protection ``cbit``: a plain VM whose encryption bit is emulated by a second view of guest memory.
 
 Every range of guest memory has two memory slots: at GPA for shared pages and at GPA | bit for private ones,
-with different host memory behind them.  The bit is the top physical address bit, so page-table entries,
+with different host memory behind them.  The bit is the highest that KVM can map, so page-table entries,
 table pointers and CR3 carry it as they carry the C-bit on AMD hardware, and whatever lacks it reaches the
 other memory.  Nothing is encrypted: results say "emulated encryption bit".
 """
@@ -19,24 +19,24 @@ from kvmpy.core.memory import Segment
 from kvmpy.core.slots import MemorySlot
 from kvmpy.guest.protection import Availability, Protection, Traits
 from kvmpy.guest.vm import GuestVm
+from kvmpy.x86.cpuid import Cpuid
 
-MIN_MAXPHYADDR = 36
+MIN_BITS = 36
 
 
 @functools.cache
-def _max_physical_bits(path: str) -> int:
+def _mappable_bits(path: str) -> int:
     with Kvm(path) as kvm:
-        return max_physical_bits(kvm)
+        return mappable_bits(kvm)
 
 
-def max_physical_bits(kvm: Kvm) -> int:
-    """Return the guest's MAXPHYADDR as KVM_GET_SUPPORTED_CPUID has it (CPUID 0x80000008 EAX bits 7:0; 36
-    without the leaf).
+def mappable_bits(kvm: Kvm) -> int:
+    """Return how many bits a guest physical address can have here and still be mapped.
+
+    Nested paging of four levels maps 48 bits, whatever MAXPHYADDR is: KVM says so in GuestPhysAddrSize, CPUID
+    0x80000008 EAX[23:16] of KVM_GET_SUPPORTED_CPUID (arch/x86/kvm/cpuid.c, __do_cpuid_func()).
     """
-    for entry in kvm.supported_cpuid.entries_list():
-        if entry.function == 0x80000008:
-            return int(entry.eax & 0xFF)
-    return 36
+    return Cpuid.from_struct(kvm.supported_cpuid).guest_maxphyaddr
 
 
 class EmulatedEncryptionBit(Protection):
@@ -48,18 +48,19 @@ class EmulatedEncryptionBit(Protection):
 
     @classmethod
     def availability(cls, kvm: Kvm) -> Availability:
-        """Needs only a physical address bit to spare."""
-        bits = _max_physical_bits(kvm.path)
-        if bits >= MIN_MAXPHYADDR:
+        """Needs only an address bit to spare."""
+        bits = _mappable_bits(kvm.path)
+        if bits >= MIN_BITS:
             return Availability(True, note=f"bit {bits - 1}, nothing is encrypted")
         missing = MissingError(
-            f"MAXPHYADDR >= {MIN_MAXPHYADDR} (is {bits})", "no spare address bit on this host's KVM"
+            f"guest physical addresses of {MIN_BITS} bits (here {bits})",
+            "no spare address bit on this host's KVM",
         )
         return Availability(False, (missing,))
 
     def encryption_bit(self, kvm: Kvm) -> EncryptionBit:
-        """The top physical address bit, set for private pages."""
-        return EncryptionBit(_max_physical_bits(kvm.path) - 1, set_means_private=True)
+        """The top bit of the addresses that can be mapped, set for private pages."""
+        return EncryptionBit(_mappable_bits(kvm.path) - 1, set_means_private=True)
 
     def add_memory(
         self,

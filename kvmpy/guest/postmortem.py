@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from kvmpy.guest.vm import GuestVm
     from kvmpy.uapi.structs import kvm_regs, kvm_sregs
 
+# What is imported by the first failure, as most programs never fail.
+IMPORTED_LATER = ("capstone", "kvmpy.guest.memorymap", "kvmpy.uapi.struct_text")
 CODE_BYTES_AFTER = 32
 TRAIL_OF_OTHERS = 64
 MOST_OTHERS = 16

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +27,7 @@ from kvmpy.guest.symbols import Image, InlineTable, LineTable, Segment, Symbol, 
 _FORMAT = 1
 _IMAGE = "program.elf"
 _INDEX = "index.json"
+_LINES = "lines.json"
 _ARCHIVE = "libguest.a"
 
 _lock = threading.RLock()
@@ -32,7 +35,8 @@ _lock = threading.RLock()
 _known: dict[tuple[object, ...], GuestProgram] = {}
 
 StrPath = str | os.PathLike[str]
-# Who puts a program into the cache where compiling takes long: called with its key and recipe before gcc is.
+# Who fills the cache where that takes long: called with a program's key and recipe before gcc is, and before
+# its line table is decoded.
 elsewhere: Callable[[str, Mapping[str, Any]], None] | None = None
 
 
@@ -115,7 +119,7 @@ class GuestProgram:
 
     @cached_property
     def _lines(self) -> LineTable:
-        return LineTable.of(self.elf)
+        return _lines(self._key, self.elf) if self._key else LineTable.of(self.elf)
 
     @cached_property
     def _inlined(self) -> InlineTable:
@@ -290,7 +294,11 @@ def _recipe(name: str, inline: _Source | None, files: list[Path], cflags: tuple[
 
 
 def build_recipe(recipe: Mapping[str, Any]) -> str:
-    """Compile what another process's `elsewhere` was called with, into this one's cache; return its key."""
+    """Do what another process's `elsewhere` was called for, in this one's cache; return the program's key."""
+    if "lines" in recipe:
+        key = str(recipe["lines"])
+        _lines(key, (cache.entry(key) / _IMAGE).read_bytes())
+        return key
     inline = None
     if "inline" in recipe:
         part = recipe["inline"]
@@ -323,6 +331,20 @@ def _load(key: str, name: str) -> GuestProgram | None:
     program = GuestProgram(name, elf, image, warning=warning)
     program._inputs = tuple((path, stamp) for path, stamp, _ in headers)
     return program
+
+
+def _lines(key: str, elf: bytes) -> LineTable:
+    file = cache.entry(key) / _LINES
+    if elsewhere is not None:
+        elsewhere(key, {"lines": key})
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return LineTable.load(file.read_text(encoding="utf-8"))
+    table = LineTable.of(elf)
+    with contextlib.suppress(OSError):
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
+            part.write(table.dump())
+        os.replace(part.name, file)
+    return table
 
 
 def _build(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import io
 import itertools
+import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -230,6 +231,22 @@ class LineTable:
         except Exception:  # noqa: BLE001 - line numbers are a courtesy: a post-mortem must not fail for them
             rows = []
         return cls(rows)
+
+    @classmethod
+    def load(cls, text: str) -> LineTable:
+        """Return the table that `dump` has written; ValueError, KeyError or TypeError for another text."""
+        files, rows = json.loads(text)
+        return cls([(int(at), (str(files[n]), int(line)) if line else None) for at, n, line in rows])
+
+    def dump(self) -> str:
+        """Return the table as text: decoding the image's own takes a hundred times longer."""
+        files = {place[0]: None for place in self._places if place is not None}
+        numbers = {name: number for number, name in enumerate(files)}
+        rows = [
+            (at, numbers[place[0]], place[1]) if place is not None else (at, 0, 0)
+            for at, place in zip(self._addresses, self._places, strict=True)
+        ]
+        return json.dumps([list(files), rows], separators=(",", ":"))
 
     def find(self, gva: int) -> tuple[str, int] | None:
         """Return (file, line) of the code at *gva*, or None."""

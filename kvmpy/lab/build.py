@@ -25,12 +25,16 @@ _COPY_MIB = 2500
 _STEPS = 2200
 _SHOWN_AFTER = 15.0
 _STEP = re.compile(rb"^  [A-Z][A-Z0-9_]* +\S", re.MULTILINE)
+# Of compilers, assembler and modpost; of the linker; of make itself, whose $(error) says file and line.
 _FIRST_ERROR = re.compile(
-    r"\berror: |fatal error|undefined reference|No rule to make target|No space left|not clean"
-    r"|Killed|command not found|: not found$"
+    r"\b(?:[Ee]rror|ERROR): |fatal error|undefined reference|multiple definition of|No rule to make target"
+    r"|No space left|not clean|Killed|command not found|: not found$|^\S.*:\d+: \*\*\* "
 )
+# How make ends a message of its own, which may be of several lines.
+_STOP = ".  Stop."
 _MAKE_ERROR = re.compile(r"^make.*\*\*\*")
 _SHOWN_LINES = 6
+_MESSAGE_LINES = 20
 _PATCH_SUFFIXES = (".c", ".h", ".py", ".cocci", ".patch", ".inc", ".S", ".toml")
 _CONFIG_SECONDS = 600.0
 BUILD_SECONDS = 4 * 3600.0
@@ -42,7 +46,9 @@ def first_error(log: str) -> str:
     for pattern in (_FIRST_ERROR, _MAKE_ERROR):
         for at, line in enumerate(lines):
             if pattern.search(line):
-                return "\n".join(lines[at : at + _SHOWN_LINES])
+                message = lines[at : at + _MESSAGE_LINES]
+                ends = (number for number, text in enumerate(message, 1) if text.endswith(_STOP))
+                return "\n".join(message[: next(ends, _SHOWN_LINES) if "***" in line else _SHOWN_LINES])
     return "\n".join(lines[-_SHOWN_LINES:])
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import time
 from collections.abc import Generator
 from dataclasses import asdict
@@ -12,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from kvmpy.guest import program
+from kvmpy.guest import postmortem, program
 from kvmpy.lab import bytecode, programs, records
-from kvmpy.lab.places import INSIDE
+from kvmpy.lab.places import INSIDE, PARAMETERS_VARIABLE
 from kvmpy.lab.softsev import log
 from kvmpy.testing import host
 from kvmpy.testing.journal import Journal
@@ -35,6 +37,7 @@ class Worker:
         self._conftests: dict[Path, object] = {}
         self._collected: set[Path] = set()
         self._uncollected: list[pytest.CollectReport] = []
+        self._later = [*postmortem.IMPORTED_LATER, "kvmpy.testing.evidence"]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
@@ -42,7 +45,11 @@ class Worker:
         program.elsewhere = lambda key, recipe: programs.ask(
             self._journal.write, self._folder / "programs", key, recipe
         )
-        self._journal.write({"event": "host", "summary": asdict(host.summarize())})
+        wanted = [word.partition("=")[0] for word in os.environ.get(PARAMETERS_VARIABLE, "").split()]
+        parameters = {}
+        for module, name in (word.split(".") for word in wanted):
+            parameters[f"{module}.{name}"] = host.module_parameters(module).get(name)
+        self._journal.write({"event": "host", "summary": asdict(host.summarize()), "parameters": parameters})
 
     def pytest_sessionfinish(self) -> None:
         """Tell what took long for want of bytecode."""
@@ -101,12 +108,20 @@ class Worker:
                 if RECORD in item.stash:
                     records.send(self._journal.write, item.stash[RECORD])
                 self._journal.write({"event": "over"})
+                while self._import_one():
+                    pass
                 if session.shouldfail:
                     raise session.Failed(session.shouldfail)
                 if session.shouldstop:
                     raise session.Interrupted(session.shouldstop)
             self._journal.write({"event": "done", "number": number})
             number += 1
+
+    def _import_one(self) -> bool:
+        """Import the next of what a post-mortem needs, while nobody waits: here that takes seconds."""
+        if self._later:
+            importlib.import_module(self._later.pop(0))
+        return bool(self._later)
 
     def _ask(self, number: int) -> None:
         self._journal.write({"event": "ready", "number": number})
@@ -118,7 +133,8 @@ class Worker:
             try:
                 share: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             except FileNotFoundError:
-                time.sleep(_POLL)
+                if not self._import_one():
+                    time.sleep(_POLL)
             else:
                 return share
         return {"end": True}

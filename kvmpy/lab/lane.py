@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvmpy.lab.events import Event
 from kvmpy.lab.qemu import Job, Machine, Options, excerpt, prepare
 from kvmpy.lab.work import Share
 from kvmpy.testing.host import ACCELERATOR_VARIABLE
@@ -61,6 +62,8 @@ class Lane:
         self.finished = False
         self.ended = False
         self.exit: int | None = None
+        self.nonsense = ""
+        self.asked = 0
         self.progress = 0
         self._heard = time.monotonic()
 
@@ -78,19 +81,27 @@ class Lane:
         self._reset()
         environment = {**self._job.environment, ACCELERATOR_VARIABLE: self.options.accel}
         prepare(self.folder, replace(self._job, environment=environment))
-        self.machine = Machine(self.options, self.folder)
+        self.machine = Machine(self.options, self.folder, self._job.root)
 
     def stop(self) -> None:
         """End QEMU, if it runs."""
         if self.machine is not None:
             self.machine.stop()
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return what the session inside has said since the last call."""
-        found = self.machine.events() if self.machine is not None else []
-        if found:
+    def events(self) -> Iterator[Event]:
+        """Yield what the session inside has said since the last call; nothing once it said what is no event.
+
+        BadEventError for that one.
+        """
+        if self.machine is None or self.nonsense:
+            return
+        for event in self.machine.events():
             self._heard = time.monotonic()
-        return found
+            yield event
+
+    def owns(self, nodeid: str) -> bool:
+        """Whether the test is one of the shares that this machine has."""
+        return any(nodeid in share.ids for share in self.shares.values())
 
     # ---- shares
 
@@ -120,6 +131,8 @@ class Lane:
         """Return why this boot is over or must end, empty while all is well."""
         if self.machine is None:
             return "there is no machine"
+        if self.nonsense:
+            return f"the session inside is not to be trusted: {self.nonsense}; QEMU was ended"
         return (
             self._why_over(self.machine) if self.machine.status is not None else self._why_stop(self.machine)
         )
@@ -141,6 +154,8 @@ class Lane:
             # A panic ends QEMU by itself, with all of its text.
             machine.wait(_LOG_SECONDS)
             return trouble
+        if flood := machine.flood():
+            return f"{flood}; QEMU was ended"
         silence = time.monotonic() - self._heard
         if self.ended:
             return "the kernel did not end" if silence > self._limits.grace else ""

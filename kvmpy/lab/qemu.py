@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kvmpy.lab import places, tools
+from kvmpy.lab import tools
 from kvmpy.lab.errors import LabError
+from kvmpy.lab.events import MAX_LINE, BadEventError, Event, parse
 from kvmpy.lab.kernels import Kernel
 from kvmpy.lab.process import dies_with_parent, end_group
+from kvmpy.lab.root import MOUNT_FLAGS, Root, tag
 
-_ROOT_FLAGS = "trans=virtio,version=9p2000.L,msize=500000,cache=loose"
 _CPU = {"tcg": "EPYC,+svm,+npt", "kvm": "host"}
 _ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
 # Emulated, the first calibration of the TSC and the refined one differ by more than 250 ppm when the host is
@@ -29,13 +28,14 @@ _TROUBLE = re.compile(
     r"|INFO: possible |INFO: suspicious |possible circular locking|self-detected stall|blocked for more than"
 )
 EXCERPT_LINES = 60
+_MAX_TEXT = 64 << 20
 
 
 @dataclass(frozen=True)
 class Options:
     """What is booted; ``memory`` is in MiB, ``accel`` is ``tcg`` or ``kvm``.
 
-    ``parameters`` are for the kernel's command line.
+    ``parameters`` are for the kernel's command line, those of modules as ``kvm_amd.npt=0``.
     """
 
     kernel: Kernel
@@ -47,12 +47,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """What runs inside: a command, its environment, and the folders it needs besides the root."""
+    """What runs inside: a command, its environment, the folder it begins in, and what is to be seen there."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
     folder: Path
-    keep: Sequence[Path] = ()
+    root: Root
     programs: Path | None = None
     shell: bool = False
 
@@ -61,7 +61,6 @@ class Job:
         values = {
             **self.environment,
             "KVMPY_LAB_FOLDER": str(self.folder),
-            "KVMPY_LAB_KEEP": " ".join(str(path) for path in self.keep),
             "KVMPY_LAB_PROGRAMS": str(self.programs or ""),
             "KVMPY_LAB_SHELL": "1" if self.shell else "",
         }
@@ -99,13 +98,10 @@ def _nodes(options: Options) -> list[str]:
     return words
 
 
-def command_line(options: Options, folder: Path, *, interactive: bool = False) -> list[str]:
+def command_line(options: Options, folder: Path, root: Root, *, interactive: bool = False) -> list[str]:
     """Return the command that boots; *folder* holds the job, and gets console, journal and output."""
-    init = places.files() / "init.sh"
-    if '"' in str(init):
-        raise LabError(f"{init}: the kernel cannot be told a path with a quotation mark")
     append = (
-        f'console=ttyS0 root=/dev/root rootfstype=9p rootflags={_ROOT_FLAGS} ro init="{init}" '
+        f"console=ttyS0 root=/dev/root rootfstype=9p rootflags={MOUNT_FLAGS} ro init=/init "
         f"panic=-1 oops=panic loglevel=5 {_TSC}"
     )
     append = " ".join([append, *options.parameters])
@@ -122,11 +118,13 @@ def command_line(options: Options, folder: Path, *, interactive: bool = False) -
     command += ["-smp", f"{options.cpus},sockets={options.cpus},cores=1,threads=1"]
     command += ["-m", f"{options.memory}M", *_nodes(options), "-no-reboot", "-display", "none"]
     command += ["-nodefaults", "-no-user-config", "-kernel", str(options.kernel.image), "-append", append]
-    for tag, path in (("/dev/root", Path("/")), ("kvmpyjob", folder / "job")):
-        name = tag.rpartition("/")[2]
+    exports = [("/dev/root", root.folder), ("kvmpyjob", folder / "job")]
+    exports += [(tag(number), share) for number, share in enumerate(root.shares)]
+    for mount_tag, path in exports:
+        name = mount_tag.rpartition("/")[2]
         shared = f"path={_escaped(path)},security_model=none,readonly=on,multidevs=remap"
         command += ["-fsdev", f"local,id={name},{shared}"]
-        command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={tag}"]
+        command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={mount_tag}"]
     if interactive:
         # Ctrl-C goes to the shell inside.
         return [*command, "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
@@ -157,7 +155,7 @@ def excerpt(console: str) -> str:
 class Machine:
     """A running QEMU. A context manager: leaving it ends the process."""
 
-    def __init__(self, options: Options, folder: Path) -> None:
+    def __init__(self, options: Options, folder: Path, root: Root) -> None:
         self._folder = folder
         self._read = 0
         self._seen = 0
@@ -165,7 +163,7 @@ class Machine:
         self._errors = (folder / "qemu").open("wb")
         try:
             self._process = subprocess.Popen(
-                command_line(options, folder),
+                command_line(options, folder, root),
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=subprocess.STDOUT,
@@ -202,22 +200,16 @@ class Machine:
             end_group(self._process)
         self._errors.close()
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return the journal's events since the last call."""
+    def events(self) -> Iterator[Event]:
+        """Yield the journal's events since the last call; BadEventError for one that is none."""
         with (self._folder / "journal").open("rb") as stream:
             stream.seek(self._read)
-            data = stream.read()
-        whole = data.rfind(b"\n") + 1
-        self._read += whole
-        found = []
-        for line in data[:whole].splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # half a line of a process that died
-            if isinstance(event, dict) and "event" in event:
-                found.append(event)
-        return found
+            while (line := stream.readline(MAX_LINE)).endswith(b"\n"):
+                self._read += len(line)
+                if (event := parse(line)) is not None:
+                    yield event
+        if len(line) == MAX_LINE:
+            raise BadEventError(f"a line of more than {MAX_LINE >> 20} MiB")
 
     def _text(self, name: str) -> str:
         return (self._folder / name).read_text(encoding="utf-8", errors="replace")
@@ -233,6 +225,12 @@ class Machine:
     def complaints(self) -> str:
         """Return what QEMU itself has printed."""
         return self._text("qemu").strip()
+
+    def flood(self) -> str:
+        """Return which stream has become longer than anybody reads; empty while all is well."""
+        sizes = {name: (self._folder / name).stat().st_size for name in ("console", "output")}
+        name = max(sizes, key=sizes.__getitem__)
+        return f"more than {_MAX_TEXT >> 20} MiB of {name}" if sizes[name] > _MAX_TEXT else ""
 
     def trouble(self) -> str:
         """Return the first line of the console that tells of a panic, oops or warning; empty without one."""

@@ -8,11 +8,15 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvmpy.lab.events import Record
 
 # Inside, in memory: the root is read-only.
 FOLDER = "/tmp/kvmpy-records"  # noqa: S108 - a tmpfs of its own
 _PIECE = 1 << 18
+MAX_SIZE = 1 << 30
 _PART = ".part"
 
 
@@ -33,18 +37,27 @@ def send(write: Callable[[dict[str, Any]], None], path: Path) -> None:
     path.unlink()
 
 
-def receive(folder: Path, event: dict[str, Any], lane: int) -> None:
+def receive(folder: Path, event: Record, lane: int) -> None:
     """Add one piece, from machine *lane*, to the record in *folder*; it has its name once it is whole.
 
-    OSError where it cannot be written.
+    OSError where it cannot be written, BadEventError for a piece that `send` would not write.
     """
-    # A name is of somebody else's making.
-    name = Path(str(event["name"])).name
-    part = folder / f".{name}.{lane}{_PART}"
-    with part.open("wb" if event["first"] else "ab") as stream:
-        stream.write(zlib.decompress(base64.b64decode(event["data"])))
-    if event["last"]:
-        part.replace(folder / name)
+    from kvmpy.lab.events import BadEventError  # the session inside has no use for it
+
+    unpacker = zlib.decompressobj()
+    try:
+        piece = unpacker.decompress(base64.b64decode(event.data, validate=True), _PIECE + 1)
+    except (ValueError, zlib.error) as error:
+        raise BadEventError(f"a piece of {event.name}: {error}") from None
+    if len(piece) > _PIECE or not unpacker.eof:
+        raise BadEventError(f"a piece of {event.name} of more than {_PIECE} bytes")
+    part = folder / f".{event.name}.{lane}{_PART}"
+    with part.open("wb" if event.first else "ab") as stream:
+        if stream.tell() + len(piece) > MAX_SIZE:
+            raise BadEventError(f"{event.name} is longer than {MAX_SIZE >> 20} MiB")
+        stream.write(piece)
+    if event.last:
+        part.replace(folder / event.name)
 
 
 def clean(folder: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
-from kvmpy.lab import bytecode, places, records, softsev, tools
+from kvmpy.lab import bytecode, places, records, root, softsev, tools
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
@@ -92,7 +92,15 @@ def _common(options: Options) -> dict[str, str]:
     return {PLATFORM_VARIABLE: platform(options), _NO_PLUGINS: "1"}
 
 
-def _job(options: Options, command: Sequence[str], *, interactive: bool = False) -> Job:
+def _job(
+    options: Options,
+    command: Sequence[str],
+    folder: Path,
+    words: Sequence[str],
+    *,
+    interactive: bool = False,
+) -> Job:
+    """*words* are those of the user that may name files."""
     package = Path(kvmpy.__file__).resolve().parent
     bytecode.folder().mkdir(parents=True, exist_ok=True)
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
@@ -101,13 +109,27 @@ def _job(options: Options, command: Sequence[str], *, interactive: bool = False)
         # Who runs pytest there does so without naming the plugins.
         del environment[_NO_PLUGINS]
     environment |= {
+        places.PARAMETERS_VARIABLE: " ".join(word for word in options.parameters if "=" in word),
         "XDG_CACHE_HOME": "/tmp/cache",  # noqa: S108 - a tmpfs inside
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     }
-    needed = [Path(sys.prefix), Path(sys.base_prefix), package.parent, Path.cwd(), places.files()]
-    needed.append(bytecode.folder())
-    return Job(command, environment, Path.cwd(), [*dict.fromkeys(needed)], programs.folder(), interactive)
+    needed = [Path(sys.prefix), Path(sys.base_prefix), package.parent, places.files(), bytecode.folder()]
+    needed += [programs.folder(), Path(sys.executable), *(Path(entry) for entry in sys.path if entry)]
+    return Job(
+        command,
+        environment,
+        Path.cwd(),
+        root.build(folder / "root", needed, _named(words)),
+        programs.folder(),
+        interactive,
+    )
+
+
+def _named(words: Sequence[str]) -> list[Path]:
+    """Return the current folder and the files and folders that *words* name."""
+    named = [Path(word.partition("::")[0]).absolute() for word in words if word]
+    return [Path.cwd(), *(path for path in named if path.exists())]
 
 
 def run(request: Request, say: Say) -> int:
@@ -128,7 +150,7 @@ def run(request: Request, say: Say) -> int:
     setup = Setup(
         request.options,
         request.machines,
-        _job(request.options, inside),
+        _job(request.options, inside, folder, request.inside),
         listing,
         folder,
         request.limits,
@@ -152,9 +174,10 @@ def shell(options: Options, command: Sequence[str]) -> int:
     tools.need(tools.RUN, "the lab")
     folder = _folder()
     try:
-        prepare(folder, _job(options, command, interactive=True))
+        job = _job(options, command, folder, command, interactive=True)
+        prepare(folder, job)
         child = subprocess.Popen(
-            command_line(options, folder, interactive=True),
+            command_line(options, folder, job.root, interactive=True),
             preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there
         )
         try:

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
-from kvmpy.lab import bytecode, programs, records
+from kvmpy.lab import bytecode, events, programs, records
+from kvmpy.lab.events import BadEventError
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Lane, Limits, Running
 from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options
-from kvmpy.lab.work import MIN_SHARE, Queue
+from kvmpy.lab.work import MIN_SHARE, Queue, Share
 from kvmpy.testing.host import HostSummary, platform_name
-from kvmpy.testing.journal import from_json, lost_report
+from kvmpy.testing.journal import lost_report
 
 MAX_BOOTS = 50
 FAILED = 3
@@ -88,9 +89,8 @@ class LabSession:
         reporter.describe(  # until it answers
             HostSummary(text, "", (), platform_name(), False, "it did not come up", accelerator=options.accel)
         )
-        self._say(
-            f"booting {options.kernel.name} ({options.accel}, {options.cpus} CPUs, {options.memory} MiB)"
-        )
+        about = [options.accel, f"{options.cpus} CPUs", f"{options.memory} MiB", *options.parameters]
+        self._say(f"booting {options.kernel.name} ({', '.join(about)})")
         lane = self._add_lane()
         self._listing = self._setup.listing()
         self._until(lane, lambda: self._host is not None)
@@ -159,7 +159,9 @@ class LabSession:
             self._listing.close()
         if self._setup.records is not None:
             records.clean(self._setup.records)
-        bytecode.compile_files(sorted(self._uncompiled))
+        # What the lab is not shown stays the host's.
+        shown = self._setup.job.root.shows
+        bytecode.compile_files(sorted(name for name in self._uncompiled if shown(Path(name))))
         self._uncompiled.clear()
 
     # ---- machines
@@ -198,10 +200,11 @@ class LabSession:
             time.sleep(_POLL)
 
     def _drain(self, lane: Lane) -> None:
-        for event in lane.events():
-            handler = getattr(self, f"_on_{event['event']}", None)
-            if handler is not None:
-                handler(lane, event)
+        try:
+            for event in lane.events():
+                getattr(self, f"_on_{type(event).__name__.lower()}")(lane, event)
+        except BadEventError as error:
+            lane.nonsense = str(error)
 
     def _step(self, lane: Lane) -> None:
         over = lane.why()
@@ -251,97 +254,109 @@ class LabSession:
 
     # ---- events
 
-    def _on_host(self, _lane: Lane, event: dict[str, Any]) -> None:
-        known = {entry.name for entry in fields(HostSummary)}
-        values = {name: value for name, value in event["summary"].items() if name in known}
-        for name in ("vendor_modules", "vm_types"):
-            values[name] = tuple(values[name])
-        self._host = HostSummary(**values)
+    def _on_host(self, _lane: Lane, event: events.Host) -> None:
+        if refused := event.refused(self._options.parameters):
+            pytest.exit("\n".join(refused), returncode=FAILED)
+        given = [word for word in self._options.parameters if "=" in word]
+        kernel = f"{event.summary.kernel} ({' '.join(given)})" if given else event.summary.kernel
+        # Where the tests run is not for the inside to say.
+        self._host = replace(
+            event.summary, kernel=kernel, platform=platform_name(), accelerator=self._options.accel
+        )
 
-    def _on_ready(self, lane: Lane, event: dict[str, Any]) -> None:
-        lane.wants = int(event["number"])
+    def _on_ready(self, lane: Lane, event: events.Ready) -> None:
+        if event.number != lane.asked + 1:
+            raise BadEventError(f"it wants share {event.number} after {lane.asked}")
+        lane.wants = lane.asked = event.number
 
-    def _on_uncollected(self, _lane: Lane, event: dict[str, Any]) -> None:
-        if event["data"]["nodeid"] in self._uncollected:
-            return
-        self._uncollected.add(event["data"]["nodeid"])
-        self._session.config.hook.pytest_collectreport(report=self._report(None, event["data"]))
+    def _on_uncollected(self, _lane: Lane, event: events.Uncollected) -> None:
+        report = events.deserialize(self._session.config, event.data, "CollectReport")
+        if report.nodeid not in self._uncollected:
+            self._uncollected.add(report.nodeid)
+            self._session.config.hook.pytest_collectreport(report=report)
 
-    def _on_collected(self, lane: Lane, event: dict[str, Any]) -> None:
+    def _on_collected(self, lane: Lane, event: events.Collected) -> None:
         """The selection as the machine sees it is the one that counts."""
-        share = lane.shares[event["number"]]
-        inside = set(event["ids"])
+        share = self._share(lane, event.number)
+        inside = set(event.ids)
         known = set(self._selected)
         gone = set(share.ids) - inside - self._done
         if gone:
             self._selected = [nodeid for nodeid in self._selected if nodeid not in gone]
-        self._selected += [nodeid for nodeid in event["ids"] if nodeid not in known]
-        lane.shares[event["number"]] = replace(share, ids=tuple(event["ids"]), first=False)
+        self._selected += [nodeid for nodeid in event.ids if nodeid not in known]
+        lane.shares[event.number] = replace(share, ids=tuple(event.ids), first=False)
         if gone or inside - known:
             self._count()
 
-    def _on_done(self, lane: Lane, event: dict[str, Any]) -> None:
-        lane.shares.pop(event["number"], None)
+    def _on_done(self, lane: Lane, event: events.Done) -> None:
+        if left := set(self._share(lane, event.number).ids) - self._done:
+            raise BadEventError(f"share {event.number} is over without {min(left)}")
+        del lane.shares[event.number]
         lane.progress += 1
 
-    def _on_program(self, lane: Lane, event: dict[str, Any]) -> None:
-        programs.answer(lane.folder / "job" / "programs", event)
+    def _share(self, lane: Lane, number: int) -> Share:
+        if number not in lane.shares:
+            raise BadEventError(f"it was not given a share {number}")
+        return lane.shares[number]
 
-    def _on_uncompiled(self, _lane: Lane, event: dict[str, Any]) -> None:
-        self._uncompiled.update(map(str, event["files"]))
+    def _on_program(self, lane: Lane, event: events.Program) -> None:
+        programs.answer(lane.folder / "job" / "programs", event.key, event.recipe)
 
-    def _on_start(self, lane: Lane, event: dict[str, Any]) -> None:
+    def _on_uncompiled(self, _lane: Lane, event: events.Uncompiled) -> None:
+        self._uncompiled.update(event.files)
+
+    def _on_start(self, lane: Lane, event: events.Start) -> None:
+        if lane.running is not None or event.nodeid in self._done or not lane.owns(event.nodeid):
+            raise BadEventError(f"{event.nodeid} is not to start")
         if self.first_test is None:
             self.first_test = time.monotonic() - self._started
-        path, line, domain = event["location"]
-        lane.running = Running(event["nodeid"], (path, line, domain), event["limit"])
+        lane.running = Running(event.nodeid, event.place, event.limit)
         if self._setup.machines == 1:
             hook = self._session.config.hook
-            hook.pytest_runtest_logstart(nodeid=event["nodeid"], location=lane.running.location)
+            hook.pytest_runtest_logstart(nodeid=event.nodeid, location=lane.running.location)
 
-    def _on_report(self, lane: Lane, event: dict[str, Any]) -> None:
-        self._session.config.hook.pytest_runtest_logreport(report=self._report(lane, event["data"]))
+    def _on_report(self, lane: Lane, event: events.Report) -> None:
+        report = events.deserialize(self._session.config, event.data, "TestReport")
+        if lane.running is None or report.nodeid != lane.running.nodeid:
+            raise BadEventError(f"a report of {report.nodeid}, which does not run")
+        if self._setup.machines > 1:
+            # What the terminal looks for when reports of several processes come in one stream.
+            name = f"machine{lane.number}"
+            report.node = SimpleNamespace(
+                gateway=SimpleNamespace(id=name), _workerinfocache=f"[{name}]", workerinfo={}
+            )
+        self._session.config.hook.pytest_runtest_logreport(report=report)
 
-    def _on_finish(self, lane: Lane, event: dict[str, Any]) -> None:
-        running, lane.running = lane.running, None
-        lane.last = running or lane.last
+    def _on_finish(self, lane: Lane, event: events.Finish) -> None:
+        running = lane.running
+        if running is None or running.nodeid != event.nodeid:
+            raise BadEventError(f"{event.nodeid} ends and does not run")
+        lane.running, lane.last = None, running
         lane.progress += 1
-        self._done.add(event["nodeid"])
-        if running is not None:
-            hook = self._session.config.hook
-            hook.pytest_runtest_logfinish(nodeid=running.nodeid, location=running.location)
+        self._done.add(event.nodeid)
+        hook = self._session.config.hook
+        hook.pytest_runtest_logfinish(nodeid=running.nodeid, location=running.location)
 
-    def _on_record(self, lane: Lane, event: dict[str, Any]) -> None:
+    def _on_record(self, lane: Lane, event: events.Record) -> None:
         if self._setup.records is None:
             return
         try:
             records.receive(self._setup.records, event, lane.number)
         except OSError as error:
-            self._say(f"record {event['name']}: {error}")
+            self._say(f"record {event.name}: {error}")
 
-    def _on_over(self, _lane: Lane, _event: dict[str, Any]) -> None:
+    def _on_over(self, _lane: Lane, _event: events.Over) -> None:
         """A test and all that belongs to it has come through."""
         if self._session.shouldfail:
             raise self._session.Failed(self._session.shouldfail)
         if self._session.shouldstop:
             raise self._session.Interrupted(self._session.shouldstop)
 
-    def _on_end(self, lane: Lane, _event: dict[str, Any]) -> None:
+    def _on_end(self, lane: Lane, _event: events.End) -> None:
         lane.ended = True
 
-    def _on_exit(self, lane: Lane, event: dict[str, Any]) -> None:
-        lane.exit = int(event["status"])
-
-    def _report(self, lane: Lane | None, data: dict[str, Any]) -> Any:
-        hook = self._session.config.hook
-        report = hook.pytest_report_from_serializable(config=self._session.config, data=from_json(data))
-        if lane is not None and self._setup.machines > 1:
-            # What the terminal looks for when reports of several processes come in one stream.
-            name = f"machine{lane.number}"
-            report.node = SimpleNamespace(
-                gateway=SimpleNamespace(id=name), _workerinfocache=f"[{name}]", workerinfo={}
-            )
-        return report
+    def _on_exit(self, lane: Lane, event: events.Exit) -> None:
+        lane.exit = event.status
 
     def _count(self) -> None:
         self._session.testscollected = len(self._selected)

@@ -11,7 +11,7 @@ import functools
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ else:
 
 BUILTIN = Path(__file__).with_name("errata.toml")
 CONDITIONS = frozenset({"kernel", "module", "cpu", "platform", "protection"})
+# "param:kvm_amd.npt", as the marker requires has it.
+_PARAMETER = re.compile(r"param:(\w+\.\w+)")
 
 
 class ErrataError(ValueError):
@@ -30,12 +32,16 @@ class ErrataError(ValueError):
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What an entry's condition can ask about: kernel release, vendor module, CPU model and platform."""
+    """What an entry's condition can ask about: kernel release, vendor module, CPU model and platform.
+
+    ``parameters`` are those of KVM's modules, by names such as ``kvm_amd.npt``.
+    """
 
     kernel: str
     module: str
     cpu: str
     platform: str = "host"
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class Erratum:
             elif key == "module":
                 # A kernel may have several vendor modules built in.
                 if not any(glob_match(wanted, name) for name in (facts.module, *facts.module.split())):
+                    return False
+            elif parameter := _PARAMETER.fullmatch(key):
+                # A parameter that is not there has no value: no pattern holds.
+                value = facts.parameters.get(parameter[1])
+                if value is None or not glob_match(wanted, value):
                     return False
             elif not glob_match(wanted, getattr(facts, key)):
                 return False
@@ -126,11 +137,11 @@ def _entry(raw: Mapping[str, Any], where: str) -> Erratum:
         if not isinstance(raw.get(key), str) or not raw[key].strip():
             raise ErrataError(f"{where}: '{key}' is needed, as text")
     when = raw.get("when", {})
+    known = ", ".join([*sorted(CONDITIONS), "param:MODULE.NAME"])
     if not isinstance(when, dict) or not when:
-        raise ErrataError(f"{where}: 'when' is needed, a condition on {', '.join(sorted(CONDITIONS))}")
-    if set(when) - CONDITIONS:
-        odd = ", ".join(sorted(set(when) - CONDITIONS))
-        raise ErrataError(f"{where}: unknown conditions {odd}; known are {', '.join(sorted(CONDITIONS))}")
+        raise ErrataError(f"{where}: 'when' is needed, a condition on {known}")
+    if odd := sorted(key for key in when if key not in CONDITIONS and not _PARAMETER.fullmatch(key)):
+        raise ErrataError(f"{where}: unknown conditions {', '.join(odd)}; known are {known}")
     if not all(isinstance(value, str) for value in when.values()):
         raise ErrataError(f"{where}: conditions are text")
     if "kernel" in when:

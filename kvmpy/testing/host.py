@@ -95,7 +95,11 @@ def kernel() -> str:
 
 def facts() -> HostFacts:
     """Return what errata conditions look at."""
-    return HostFacts(os.uname().release, " ".join(vendor_modules()), cpu_model(), platform_name())
+    modules = ("kvm", *vendor_modules())
+    parameters = {
+        f"{module}.{name}": value for module in modules for name, value in module_parameters(module).items()
+    }
+    return HostFacts(os.uname().release, " ".join(vendor_modules()), cpu_model(), platform_name(), parameters)
 
 
 def kvm_missing() -> Missing | None:

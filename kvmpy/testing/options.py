@@ -76,7 +76,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--protection",
         metavar="P[,P]",
-        help="run only the items under these protections; auto: the strongest here",
+        help="leave out the items under other protections; auto: the strongest here",
     )
     group.addoption(
         "--deadline",

@@ -128,8 +128,9 @@ def resolve_auto(wanted: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def deselect_others(config: pytest.Config, items: list[pytest.Item], wanted: Sequence[str]) -> None:
-    """Keep the items that run under one of the *wanted* protections."""
-    kept = [item for item in items if of_item(item) in wanted]
-    if len(kept) != len(items):
-        config.hook.pytest_deselected(items=[item for item in items if of_item(item) not in wanted])
-        items[:] = kept
+    """Drop the items that run under a protection which is not *wanted*; those without one stay."""
+    others = [item for item in items if of_item(item) not in (None, *wanted)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        dropped = set(others)
+        items[:] = [item for item in items if item not in dropped]

@@ -87,8 +87,12 @@ def read_only(content: bytes) -> Iterator[int]:
 class BareMaker(Protocol):
     """What the fixture ``bare`` gives."""
 
-    def __call__(self, kind: str, *, init: bool = True, vcpus: int = 0, memory: bool = True) -> Bare:
-        """Make a VM of *kind*, after INIT2 unless *init* is False."""
+    def __call__(
+        self, kind: str, *, init: bool = True, vcpus: int = 0, memory: bool = True, legacy: bool = False
+    ) -> Bare:
+        """Make a VM of *kind*, after INIT2 unless *init* is False; *legacy*: of the default type, after INIT
+        or ES_INIT.
+        """
 
 
 @pytest.fixture
@@ -96,10 +100,14 @@ def bare(kvm: Kvm) -> Iterator[BareMaker]:
     """Make bare VMs, closed when the test ends."""
     with ExitStack() as stack:
 
-        def make(kind: str, *, init: bool = True, vcpus: int = 0, memory: bool = True) -> Bare:
-            vm = stack.enter_context(kvm.create_vm(int(TYPES[kind])))
+        def make(
+            kind: str, *, init: bool = True, vcpus: int = 0, memory: bool = True, legacy: bool = False
+        ) -> Bare:
+            vm = stack.enter_context(kvm.create_vm(0 if legacy else int(TYPES[kind])))
             made = Bare(vm, kind)
-            if init:
+            if init and legacy:
+                made.state = SevInitialised.legacy_init(vm, es=kind == "sev-es")
+            elif init:
                 made.state = (
                     SnpInitialised.init2(vm)
                     if kind == "snp"

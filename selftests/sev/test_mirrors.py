@@ -15,11 +15,24 @@ import pytest
 from kvmpy.coco.kvm import Kvm
 from kvmpy.core.address import PAGE_SIZE
 from kvmpy.core.errors import KvmError
+from kvmpy.core.exits import IoExit, SystemEventExit
+from kvmpy.core.vcpu import Vcpu
 from kvmpy.core.vm import Vm
 from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import KVM_CAP_VM_COPY_ENC_CONTEXT_FROM, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM
-from kvmpy.uapi.structs import kvm_enable_cap, kvm_sev_guest_status, kvm_sev_launch_start
-from selftests.sev.conftest import IN_PLACE, MEMORY, TYPES, Bare, BareMaker, start_sev
+from kvmpy.uapi.constants import (
+    KVM_CAP_SPLIT_IRQCHIP,
+    KVM_CAP_VM_COPY_ENC_CONTEXT_FROM,
+    KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM,
+    KVM_SYSTEM_EVENT_SEV_TERM,
+)
+from kvmpy.uapi.structs import (
+    kvm_enable_cap,
+    kvm_regs,
+    kvm_sev_guest_status,
+    kvm_sev_launch_start,
+    kvm_userspace_memory_region,
+)
+from selftests.sev.conftest import IN_PLACE, MEMORY, PAGES, TYPES, Bare, BareMaker, start_sev
 
 needs_sev = pytest.mark.requires("protection:sev")
 needs_es = pytest.mark.requires("protection:sev-es")
@@ -48,6 +61,54 @@ def launched(bare: BareMaker, kind: str, vcpus: int = 1) -> Bare:
         launching.update_vmsa()
     launching.measure().finish()
     return made
+
+
+# Without paging every access of an SEV guest is private. SEV: mov $0x2a, %al; out %al, $0x10; hlt.
+# SEV-ES: a termination request in the GHCB MSR (0xc0010130), which needs no GHCB and no stack; VMGEXIT; hlt.
+PROGRAMS = {
+    "sev": bytes.fromhex("b02a e610 f4"),
+    "sev-es": bytes.fromhex("66b9300101c0 66b800010000 6631d2 0f30 f30f01d9 f4"),
+}
+INITS = pytest.mark.parametrize("legacy", [False, True], ids=["INIT2", "INIT"])
+
+
+def at_program(vcpu: Vcpu) -> None:
+    """Point a vCPU, which is in real mode after its creation, at the program."""
+    sregs = vcpu.get_sregs()
+    sregs.cs.base, sregs.cs.selector = int(MEMORY), 0
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(kvm_regs(rip=0, rflags=2))
+
+
+def with_program(bare: BareMaker, kind: str, legacy: bool) -> Bare:
+    """Return a launched bare guest that has one vCPU, at its program, which has not run."""
+    made = bare(kind, vcpus=1, legacy=legacy)
+    made.vm.memory.write(MEMORY, PROGRAMS[kind])
+    at_program(made.vm.vcpus[0])
+    launching = start_sev(made).update_data(MEMORY, PAGE_SIZE)
+    if kind == "sev-es":
+        launching.update_vmsa()
+    launching.measure().finish()
+    return made
+
+
+def share_memory(vm: Vm, source: Bare) -> None:
+    """Give *vm* the source's memory, at the same place: it is encrypted for that place."""
+    slot = kvm_userspace_memory_region(
+        guest_phys_addr=int(MEMORY), memory_size=PAGES * PAGE_SIZE, userspace_addr=source.hva
+    )
+    vm.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, slot)
+
+
+def check_run(vcpu: Vcpu, kind: str) -> None:
+    """Run the program to its end."""
+    ended = vcpu.run(timeout=10)
+    if kind == "sev":
+        assert isinstance(ended, IoExit)
+        assert (ended.port, bytes(ended.data)) == (0x10, b"\x2a")
+    else:
+        assert isinstance(ended, SystemEventExit)
+        assert (ended.type, ended.data) == (KVM_SYSTEM_EVENT_SEV_TERM, (0x100,))
 
 
 def by_number(vm: Vm, cap: int, fd: int) -> int | None:
@@ -148,6 +209,49 @@ def test_a_move(kvm: Kvm, bare: BareMaker, kind: str) -> None:
     third = bare(kind, init=False, vcpus=2)
     third.vm.move_enc_context_from(target.vm)
     assert error_of(lambda: target.vm.create_vcpu(7)) == errno.EIO
+
+
+@INITS
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_guest_runs(bare: BareMaker, kind: str, legacy: bool) -> None:
+    """What the tests below move and copy runs where it was launched."""
+    check_run(with_program(bare, kind, legacy).vm.vcpus[0], kind)
+
+
+@INITS
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_moved_guest_runs(bare: BareMaker, kind: str, legacy: bool) -> None:
+    """A guest that has moved runs in its new VM, with memory and, SEV-ES, vCPU state of the old one.
+
+    Documentation/virt/kvm/api.rst, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM; Linux: sev_migrate_from().
+    """
+    source = with_program(bare, kind, legacy)
+    target = bare(kind, init=False, vcpus=1, memory=False, legacy=legacy).vm
+    share_memory(target, source)
+    if kind == "sev":
+        at_program(target.vcpus[0])
+    target.move_enc_context_from(source.vm)
+    check_run(target.vcpus[0], kind)
+
+
+@needs_sev
+@INITS
+@pytest.mark.parametrize("default", [False, True], ids=["sev-vm", "default-vm"])
+def test_a_copied_guest_runs(kvm: Kvm, bare: BareMaker, legacy: bool, default: bool) -> None:
+    """A mirror runs the owner's memory, whatever its own VM type, and so does the owner afterwards.
+
+    Documentation/virt/kvm/api.rst, KVM_CAP_VM_COPY_ENC_CONTEXT_FROM; Linux: sev_vm_copy_enc_context_from().
+    """
+    owner = with_program(bare, "sev", legacy)
+    with kvm.create_vm(0 if default else int(TYPES["sev"])) as mirror:
+        mirror.copy_enc_context_from(owner.vm)
+        share_memory(mirror, owner)
+        mirror.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
+        vcpu = mirror.create_vcpu()
+        vcpu.set_cpuid2(kvm.supported_cpuid)
+        at_program(vcpu)
+        check_run(vcpu, "sev")
+        check_run(owner.vm.vcpus[0], "sev")
 
 
 @needs_sev

@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from kvmpy.coco.sev_platform import missing_pieces, software_platform
+from kvmpy.coco.sev_platform import software_platform
 from kvmpy.coco.sev_session import CERTIFICATE_SIZE, GuestOwner, read_dh_certificate, transport_keys
+from kvmpy.core.errors import MissingError
 from kvmpy.core.kvm import Kvm
 from kvmpy.core.sev_device import SevDevice
 from kvmpy.uapi import ffi
-from kvmpy.uapi.constants import VmType
 from kvmpy.uapi.structs import (
     Struct,
     kvm_sev_receive_start,
@@ -37,16 +37,29 @@ def _no_chain(_: Kvm) -> str | None:
     return None if software_platform() else "AMD's certificates of another platform"
 
 
-def _receives(kvm: Kvm) -> str | None:
-    # KVM puts the encryption bit into the page's address. Once SNP is initialised, the driver hands that page
-    # to the firmware, takes the bit for a part of its number (where the host's own memory is not encrypted),
-    # fails with EFAULT, and is busy ever after. Seen in Linux 7.2.
-    if missing_pieces(kvm, VmType.KVM_X86_SNP_VM):
-        return None
-    return "a platform without SNP (kvm_amd.sev_snp=0): with it, RECEIVE_UPDATE_DATA takes /dev/sev away"
+def receives(_: Kvm) -> str | None:
+    """Return why RECEIVE_UPDATE_DATA may not be tried here, None where it may.
+
+    KVM puts the encryption bit into the page's address (sev_receive_update_data()). Once the driver has
+    initialised SNP, it gives that page to the firmware (snp_map_cmd_buf_desc()), takes the bit for a part of
+    its number where the host's own memory is not encrypted, fails with EFAULT, and /dev/sev is busy ever
+    after. It initialises SNP wherever CC_ATTR_HOST_SEV_SNP is set (__sev_snp_init_locked()):
+    kvm_amd.sev_snp=0 changes nothing, and sev=nosnp is for hosts that are no guests themselves
+    (arch/x86/virt/svm/cmdline.c, init_sev_config()).
+    """
+    try:
+        with SevDevice() as device:
+            if not device.snp_platform_status().state:
+                return None
+    except (OSError, MissingError):
+        return None  # a firmware without SNP, or no device at all
+    return (
+        "SNP not initialised (sev=nosnp on the command line of a kernel that is no guest, or no RMP in the "
+        "BIOS; kvm_amd.sev_snp=0 is not enough): with it, RECEIVE_UPDATE_DATA takes /dev/sev away"
+    )
 
 
-needs_receive_update = pytest.mark.requires.with_args(_receives)
+needs_receive_update = pytest.mark.requires.with_args(receives)
 needs_no_chain = pytest.mark.requires.with_args(_no_chain)
 
 

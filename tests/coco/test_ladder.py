@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import ClassVar, cast
 
 import pytest
 
-from kvmpy.coco import ladder, sw_protected
+from kvmpy.coco import cbit, ladder, sw_protected
 from kvmpy.coco.none import NoProtection
 from kvmpy.coco.sw_protected import SoftwareProtected
 from kvmpy.core.errors import MissingError
@@ -20,6 +21,7 @@ from kvmpy.uapi.constants import (
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_X86_SW_PROTECTED_VM,
 )
+from kvmpy.uapi.structs import kvm_cpuid2, kvm_cpuid_entry2
 
 ORDER = ("snp", "sev-es", "sev", "sw-protected", "cbit", "none")
 ALL: dict[int, int] = {
@@ -165,3 +167,14 @@ def test_sw_protected_says_how_to_get_it_here(
     assert wanted in how
     assert unwanted not in how
     assert how.endswith("or `kvmpy lab run`, which brings such a kernel")
+
+
+@pytest.mark.parametrize(
+    ("widths", "bit"),
+    [(0x0030_3034, 47), (0x0034_3934, 51), (0x0000_3028, 39), (0x0000_3034, 51)],
+    ids=["four-level nested paging", "five-level nested paging", "shadow paging", "no nested paging"],
+)
+def test_the_emulated_bit_is_one_that_can_be_mapped(widths: int, bit: int) -> None:
+    """MAXPHYADDR is 52 on Genoa and Turin; nested paging of four levels maps 48 bits of it."""
+    table = kvm_cpuid2.of([kvm_cpuid_entry2(function=0x8000_0008, eax=widths)])
+    assert cbit.mappable_bits(cast(Kvm, SimpleNamespace(supported_cpuid=table))) - 1 == bit

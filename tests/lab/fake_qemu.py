@@ -4,8 +4,9 @@
 
 The plan is a list of boots; each is a list of steps: ["test", name, outcome], ["start", name],
 ["console", text], ["output", text], ["exit", status], ["end"], ["hang"], ["die", status]; ["test", name,
-outcome, texts] leaves a record in so many pieces, too. A test that is not among those which the host handed
-out does not run; ["silent"] at the start: the kernel does not come up.
+outcome, texts] leaves a record in so many pieces, too, and ["say", text] puts a line into the journal. A test
+that is not among those which the host handed out does not run; ["silent"] at the start: the kernel does not
+come up.
 """
 
 import base64
@@ -73,6 +74,9 @@ def share(want: int) -> dict[str, Any]:
     return found
 
 
+steps = [step for boot in boots for step in boot]
+planned = {node(step[1]) for step in steps if step[0] in ("test", "start")}
+planned |= {json.loads(step[1]).get("nodeid") for step in steps if step[0] == "say"}
 mine: set[str] = set()
 plan_of_this_boot = boots[number]
 if plan_of_this_boot[0] != ["silent"]:
@@ -80,7 +84,7 @@ if plan_of_this_boot[0] != ["silent"]:
     event(event="host", summary=SUMMARY)
     given = share(1)
     listed = [node(f"test_{letter}") for letter in "abcdefgh"[: int(os.environ.get("FAKE_QEMU_TESTS", "3"))]]
-    mine = set(given["only"]) if "only" in given else set(listed) - set(given["skip"])
+    mine = planned & (set(given["only"]) if "only" in given else set(listed) - set(given["skip"]))
     event(event="collected", number=1, ids=[nodeid for nodeid in listed if nodeid in mine])
 for step in plan_of_this_boot:
     if step[0] in ("test", "start"):
@@ -100,6 +104,8 @@ for step in plan_of_this_boot:
         event(event="done", number=1)
         assert share(2) == {"end": True}
         event(event="end")
+    elif step[0] == "say":
+        write("journal", step[1] + "\n")
     elif step[0] in ("console", "output"):
         write(step[0], step[1] + "\n")
     elif step[0] == "exit":

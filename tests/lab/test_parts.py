@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from kvmpy.cli import lab as cli
 from kvmpy.cli.lab import parse_memory
 from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, tools
 from kvmpy.lab.errors import LabError
+from kvmpy.lab.events import Host
+from kvmpy.lab.root import Root
+from kvmpy.testing.host import HostSummary
 from kvmpy.testing.table import plain_console
 from tests.lab.conftest import make_image
 
@@ -171,6 +175,56 @@ def test_the_first_error_of_a_build() -> None:
     assert build.first_error("x\nmake: *** No rule\n").startswith("make: ***")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x.s:12: Error: no such instruction: `frobnicate'",
+        'ERROR: modpost: "kvm_frob" [arch/x86/kvm/kvm.ko] undefined!',
+        "ld: b.o:(.data+0x0): multiple definition of `frob'; a.o:(.data+0x0): first defined here",
+        "Makefile:7: *** missing separator.  Stop.",
+    ],
+)
+def test_the_cause_is_not_what_make_says_of_its_targets(line: str) -> None:
+    log = f"  CC a.o\n{line}\nmake[2]: *** [scripts/Makefile.build:1: a.o] Error 2\nmake: *** [sub] Error 2\n"
+    assert build.first_error(log).splitlines()[0] == line
+
+
+SUB_MAKEFILE = """
+define newline
+
+
+endef
+$(error ERROR ***\\
+$(newline)found 1 unwanted occurrences of EXPORT_SYMBOL:\\
+$(newline)  virt/kvm/kvm_main.c:EXPORT_SYMBOL(frob)\\
+$(newline)in directories:\\
+$(newline)  arch/x86/kvm\\
+$(newline)  virt/kvm\\
+$(newline)Use EXPORT_SYMBOL_FOR_KVM_INTERNAL, not EXPORT_SYMBOL)
+all:
+"""
+
+
+def test_an_error_of_a_makefile_is_shown_as_a_whole(tmp_path: Path) -> None:
+    """arch/x86/kvm/Makefile stops by $(error), lines before what the makes above say of that."""
+    (tmp_path / "Makefile").write_text("all:\n\t$(MAKE) -f middle\n")
+    (tmp_path / "middle").write_text("all:\n\t$(MAKE) -f sub\n")
+    (tmp_path / "sub").write_text(SUB_MAKEFILE)
+    log = subprocess.run(
+        ["make", "-C", str(tmp_path)],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+        timeout=60,
+    ).stdout
+    shown = build.first_error(log).splitlines()
+    assert "*** ERROR ***" in shown[0]
+    assert shown[1].startswith("found 1 unwanted occurrences of EXPORT_SYMBOL")
+    assert shown[-1] == "Use EXPORT_SYMBOL_FOR_KVM_INTERNAL, not EXPORT_SYMBOL.  Stop."
+
+
 MAKEFILE = """
 tinyconfig:
 \t@echo CONFIG_A=n > $(O)/.config
@@ -274,9 +328,11 @@ def test_what_is_no_tree(tmp_path: Path, cache: Path) -> None:
 
 def test_the_command_line_shares_read_only(image: Path, cache: Path, tmp_path: Path) -> None:
     options = qemu.Options(kernels.find(str(image)), cpus=3, memory=512)
-    words = qemu.command_line(options, tmp_path)
+    root = Root(tmp_path / "root", (Path("/usr"), Path("/opt/a,b")))
+    words = qemu.command_line(options, tmp_path, root)
     shares = [words[at + 1] for at, word in enumerate(words) if word == "-fsdev"]
-    assert len(shares) == 2
+    paths = [share.split(",path=")[1].split(",security_model")[0] for share in shares]
+    assert paths == [str(root.folder), str(tmp_path / "job"), "/usr", "/opt/a,,b"]
     assert all("readonly=on" in share for share in shares)
     assert words[words.index("-smp") + 1].split(",")[0] == "3"
     assert words[words.index("-m") + 1] == "512M"
@@ -295,7 +351,9 @@ def test_the_command_line_shares_read_only(image: Path, cache: Path, tmp_path: P
 def test_two_cpus_are_two_numa_nodes(
     image: Path, cache: Path, tmp_path: Path, cpus: int, memory: int, nodes: list[tuple[str, str]]
 ) -> None:
-    words = qemu.command_line(qemu.Options(kernels.find(str(image)), cpus, memory), tmp_path)
+    words = qemu.command_line(
+        qemu.Options(kernels.find(str(image)), cpus, memory), tmp_path, Root(tmp_path, ())
+    )
     pairs = list(itertools.pairwise(words))
     backends = [value.split(",") for name, value in pairs if name == "-object"]
     assert backends == [
@@ -350,7 +408,7 @@ def test_a_matrix_tells_the_cases_of_a_test_apart(capsys: pytest.CaptureFixture[
 
 def test_the_job_survives_any_text(tmp_path: Path) -> None:
     words = ["a b", "it's", "$HOME", '"x"', "\\"]
-    job = qemu.Job(["printf", "%s\\n", *words], {"NAME": "it's $HOME"}, tmp_path)
+    job = qemu.Job(["printf", "%s\\n", *words], {"NAME": "it's $HOME"}, tmp_path, Root(tmp_path, ()))
     (tmp_path / "job.env").write_text(job.text())
     script = '. ./job.env; echo "$NAME"; "$@"'
     result = subprocess.run(
@@ -378,3 +436,33 @@ def test_kernels_with_the_software_amd_sp_are_told_apart(image: Path, cache: Pat
     assert kernels.find().name == soft.name  # better than none
     plain = kernels.register(image, "file")
     assert (kernels.find().name, kernels.find(soft_sev=True).name) == (plain.name, soft.name)
+
+
+def test_parameters_of_modules(image: Path, cache: Path) -> None:
+    options = cli._machine(str(image), 2, "1G", "tcg", None, ("kvm_amd.npt=0", "kvm.ignore_msrs=Y"))
+    append = qemu.command_line(options, Path("/x"), Root(Path("/y"), ()))
+    assert append[append.index("-append") + 1].endswith(" kvm_amd.npt=0 kvm.ignore_msrs=Y")
+    values = {**cli.DEFAULTS, "expression": None, "protection": None, "seed": None, "deadline": None}
+    args = cli.matrix_arguments((), {**values, "parameters": ("kvm_amd.npt=0",)})
+    assert args[:2] == ["--param", "kvm_amd.npt=0"]
+
+
+@pytest.mark.parametrize("word", ["npt=0", "kvm_amd.npt", "kvm_amd.npt=0 init=/bin/sh", "softsev"])
+def test_what_is_no_parameter_of_a_module(word: str) -> None:
+    result = CliRunner().invoke(cli.lab, ["shell", "--param", word])
+    assert result.exit_code == 2
+    assert "is not like kvm_amd.npt=0" in result.output
+
+
+@pytest.mark.parametrize(
+    ("inside", "complaint"),
+    [
+        ("N", []),
+        ("0", []),
+        ("Y", ["kvm_amd.npt is Y inside, not 0"]),
+        (None, ["the kernel inside has no parameter kvm_amd.npt"]),
+    ],
+)
+def test_a_parameter_that_is_another_one_inside(inside: str | None, complaint: list[str]) -> None:
+    host = Host(HostSummary("7.2", "cpu", (), "lab", True), {"kvm_amd.npt": inside})
+    assert host.refused(("softsev", "kvm_amd.npt=0")) == complaint

@@ -13,6 +13,7 @@ import pytest
 
 from kvmpy.guest import GuestProgram, cache, program
 from kvmpy.guest.errors import GuestBuildError
+from kvmpy.guest.symbols import LineTable
 from kvmpy.lab import bytecode, programs
 
 SOURCE = """
@@ -38,7 +39,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str,
         with monkeypatch.context() as there:
             there.setenv("XDG_CACHE_HOME", str(host))
             there.setattr(program, "elsewhere", None)
-            programs.answer(answers, event)
+            programs.answer(answers, event["key"], event["recipe"])
 
     monkeypatch.setattr(program, "elsewhere", lambda key, recipe: programs.ask(write, answers, key, recipe))
     return events
@@ -59,11 +60,6 @@ def test_what_does_not_compile_is_explained_inside(elsewhere: list[dict[str, Any
     with pytest.raises(GuestBuildError, match="expected"):
         GuestProgram.from_c("#include <kvmpy/guest.h>\nvoid guest_main(void) { broken here }\n")
     assert len(elsewhere) == 1
-
-
-def test_a_name_that_leads_elsewhere_is_not_written(tmp_path: Path) -> None:
-    programs.answer(tmp_path / "answers", {"key": "../out", "recipe": {}})
-    assert not (tmp_path / "out").exists()
 
 
 def test_missed_modules_are_compiled_for_the_next_session(
@@ -90,3 +86,58 @@ def test_uncompiled_modules_are_told(tmp_path: Path) -> None:
             check=True,
         )
         assert (str(tmp_path / "own_module.py") in result.stdout) is wanted
+
+
+def test_the_host_decodes_the_line_table(elsewhere: list[dict[str, Any]]) -> None:
+    """Emulated, decoding takes many seconds for each program that fails."""
+    made = GuestProgram.from_c(SOURCE % 6)
+    at = made.symbol("guest_main").gva
+    place = made.line(at)
+    assert place is not None
+    assert [event["recipe"] for event in elsewhere][1:] == [{"lines": made._key}]
+    (file,) = cache.entry(made._key).glob("lines.json")
+    assert LineTable.load(file.read_text()).find(at) == place == LineTable.of(made.elf).find(at)
+
+
+def test_a_damaged_line_table_is_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = GuestProgram.from_c(SOURCE % 7)
+    at = made.symbol("guest_main").gva
+    for text in ("", "[", "[[], [[1, 5, 2]]]", '{"a": 1}'):
+        (cache.entry(made._key) / "lines.json").write_text(text)
+        vars(made).pop("_lines", None)
+        assert made.line(at) == LineTable.of(made.elf).find(at)
+    assert LineTable.load((cache.entry(made._key) / "lines.json").read_text()).find(at) is not None
+
+
+def test_a_post_mortem_imports_nothing_else(tmp_path: Path) -> None:
+    """What the session inside has loaded before is all that a failure needs."""
+    (tmp_path / "test_own.py").write_text(POSTMORTEM)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-s", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    if "skipped" in result.stdout:
+        pytest.skip("needs KVM")
+    assert "IMPORTED []" in result.stdout, result.stdout
+
+
+POSTMORTEM = """
+import importlib, sys
+import pytest
+from kvmpy.guest import postmortem
+
+def test_fails(make_vm):
+    vm = make_vm("#include <kvmpy/guest.h>\\nvoid guest_main(void) { GUEST_ASSERT(0); }")
+    vm.launch()
+    for name in postmortem.IMPORTED_LATER:
+        importlib.import_module(name)
+    before = set(sys.modules)
+    with pytest.raises(Exception) as caught:
+        list(vm.vcpus[0].syncs())
+    assert "guest_main" in str(caught.value)
+    print("IMPORTED", sorted(set(sys.modules) - before))
+"""

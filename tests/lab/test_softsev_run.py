@@ -15,6 +15,7 @@ from kvmpy.cli import lab as cli
 from kvmpy.lab import build, kernels, runs
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.qemu import Job, Options, command_line, prepare
+from kvmpy.lab.root import Root
 from kvmpy.lab.softsev import HookError, log
 from kvmpy.testing.host import PLATFORM_VARIABLE
 
@@ -151,19 +152,20 @@ def test_a_kernel_with_further_options_takes_nobodys_place(
 
 def test_the_parameter_reaches_the_kernels_command_line(tmp_path: Path) -> None:
     options = Options(kernel("k-softsev", True), parameters=("softsev",))
-    prepare(tmp_path, Job(["true"], {}, tmp_path))
+    root = Root(tmp_path, ())
+    prepare(tmp_path, Job(["true"], {}, tmp_path, root))
 
-    command = command_line(options, tmp_path)
+    command = command_line(options, tmp_path, root)
 
     assert command[command.index("-append") + 1].endswith(" softsev")
 
 
 @pytest.mark.parametrize(("soft_sev", "platform"), [(False, "lab"), (True, "lab, software AMD-SP")])
-def test_the_platform_names_it(soft_sev: bool, platform: str) -> None:
+def test_the_platform_names_it(tmp_path: Path, soft_sev: bool, platform: str) -> None:
     options = Options(kernel("k", True), parameters=("softsev",) if soft_sev else ())
 
     assert runs.platform(options) == platform
-    assert runs._job(options, ["true"]).environment[PLATFORM_VARIABLE] == platform
+    assert runs._job(options, ["true"], tmp_path, []).environment[PLATFORM_VARIABLE] == platform
 
 
 def test_log_has_only_what_is_new_and_the_software_s(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmpy.testing import host
 from kvmpy.testing.errata import (
     BUILTIN,
     ErrataError,
@@ -19,7 +20,7 @@ from kvmpy.testing.errata import (
 )
 from tests.testing.support import Suite
 
-HERE = HostFacts("6.18.44-fc", "kvm_pvm", "AMD EPYC 9454", "host")
+HERE = HostFacts("6.18.44-fc", "kvm_pvm", "AMD EPYC 9454", "host", {"kvm_amd.npt": "Y", "kvm_amd.avic": "N"})
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,9 @@ def test_brackets_of_a_test_id_stand_for_themselves() -> None:
         ({"protection": "cbit"}, "cbit", True),
         ({"protection": "cbit"}, None, False),
         ({"platform": "lab*"}, None, False),
+        ({"param:kvm_amd.npt": "Y", "module": "kvm_pvm"}, None, True),
+        ({"param:kvm_amd.npt": "N"}, None, False),
+        ({"param:kvm_amd.nonesuch": "*"}, None, False),
     ],
 )
 def test_every_condition_must_hold(when: dict[str, str], under: str | None, expected: bool) -> None:
@@ -80,6 +84,14 @@ def test_every_condition_must_hold(when: dict[str, str], under: str | None, expe
 def test_any_of_several_vendor_modules(module: str, expected: bool) -> None:
     both = HostFacts("7.2.13", "kvm_amd kvm_intel", "AMD EPYC Processor", "lab")
     assert Erratum("a.py::*", "r", "o", {"module": module}).applies(both, None) is expected
+
+
+def test_module_parameters_are_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions see the parameters of kvm and of the vendor modules, and of no other."""
+    loaded = {"kvm": {"tdp_mmu": "Y"}, "kvm_amd": {"npt": "N"}, "ccp": {"psp_timeout": "100"}}
+    monkeypatch.setattr(host, "vendor_modules", lambda: ("kvm_amd",))
+    monkeypatch.setattr(host, "module_parameters", lambda module: loaded[module])
+    assert host.facts().parameters == {"kvm.tdp_mmu": "Y", "kvm_amd.npt": "N"}
 
 
 def test_kvmpys_own_file_is_valid() -> None:
@@ -96,6 +108,7 @@ GOOD = 'test = "a.py::t"\nreason = "r"\norigin = "o"\nwhen = { module = "*" }\n'
         ("[[erratum]]\n" + GOOD.replace('"r"', '" "'), "'reason' is needed"),
         ("[[erratum]]\n" + GOOD.replace('{ module = "*" }', "{}"), "'when' is needed"),
         ("[[erratum]]\n" + GOOD.replace("module", "moon"), "unknown conditions moon"),
+        ("[[erratum]]\n" + GOOD.replace("module", '"param:npt"'), "unknown conditions param:npt"),
         ("[[erratum]]\n" + GOOD.replace("module", "kernel"), "kernel condition"),
         ("[[erratum]]\n" + GOOD.replace('"*"', "1"), "conditions are text"),
         ("[[erratum]]\n" + GOOD + 'since = "x"\n', "unknown keys since"),
