@@ -18,6 +18,12 @@ _EXTRA = "kvmpy.pytest_args"
 NOTHING_SELECTED = 5
 
 
+strict_private = click.option(
+    "--strict-private", is_flag=True, help="Keep private pages from the host everywhere, as SEV-SNP does."
+)
+"""The option of the commands that run tests."""
+
+
 class SplitCommand(click.Command):
     """Keeps what follows ``--`` apart: it goes to pytest as it is."""
 
@@ -87,8 +93,9 @@ def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ..
     ):
         if options.get(option) is not None:
             args += [flag, str(options[option])]
-    if options.get("dangerous"):
-        args.append("--run-dangerous")
+    for option, flag in (("dangerous", "--run-dangerous"), ("strict_private", "--strict-private")):
+        if options.get(option):
+            args.append(flag)
     if options.get("listing"):
         args += ["--collect-only", "-q"]
     return args
@@ -146,6 +153,8 @@ def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[s
 )
 @click.option("--record-dir", metavar="DIR", help="Where records go (default kvmpy-records).")
 @click.option("--dangerous", is_flag=True, help="Also run what can crash an unfixed host.")
+@strict_private
+@click.option("--journal", type=click.Path(path_type=Path), hidden=True)
 @click.option(
     "--lab",
     type=click.Choice(["auto", "never", "always"]),
@@ -177,7 +186,10 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> Non
         # xdist watches its workers itself.
         code = run_unsupervised(args)
     else:
-        code = supervise(args, lambda text: click.echo(text, err=True))
+        kept = options["journal"]
+        code = supervise(
+            args, lambda text: click.echo(text, err=True), kept=kept if isinstance(kept, Path) else None
+        )
     if code == NOTHING_SELECTED:
         click.echo("kvmpy run: no test matches", err=True)
     sys.exit(code)
