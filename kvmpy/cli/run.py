@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 import kvmpy
+from kvmpy import caches
 from kvmpy.testing.verdicts import suite_id
 
 _EXTRA = "kvmpy.pytest_args"
@@ -175,8 +176,10 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> Non
     suite = suite_folder()
     args = [*pytest_args(suite, options, paths), *extra_arguments(ctx)]
     # Compiled tests are kept out of the installed package.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache / "kvmpy" / "pycache"))
+    if (cache := caches.own("pycache")) is not None:
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache))
+    else:
+        os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "1")
     if options["timeline"] is not None:
         # Test processes add to it, one after another.
         Path(str(options["timeline"])).unlink(missing_ok=True)

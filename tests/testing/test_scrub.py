@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,6 @@ def test_serial_numbers_are_those_of_dmi_cpu_and_disks(tmp_path: Path) -> None:
 def test_by_default_this_host_and_the_user_behind_sudo_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUDO_USER", "jdoe")
     monkeypatch.setattr(scrub, "addresses", lambda: ["2001:db8::99"])
-    monkeypatch.setattr(scrub.platform, "node", lambda: "epyc7")
+    monkeypatch.setattr(platform, "node", lambda: "epyc7")
     assert Scrubber().string("jdoe, 2001:DB8::99 on EPYC7") == "<user>, <number> on <host>"
     assert os.environ["SUDO_USER"] == "jdoe"
