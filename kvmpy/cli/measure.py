@@ -129,10 +129,15 @@ def idblock(
     """Sign an ID block: a firmware that is given it refuses every other launch digest."""
     from kvmpy.coco.idblock import IdBlock
     from kvmpy.coco.manifest import Manifest
+    from kvmpy.coco.policy import SNP_RESERVED_ONE
 
     if (digest is None) == (manifest is None):
         raise click.UsageError("give either --digest or --manifest")
     try:
+        if not policy & SNP_RESERVED_ONE:
+            raise ValueError(
+                f"policy {policy:#x} lacks bit 17, which must be one: the firmware refuses every launch"
+            )
         expected = digest or Manifest.read(manifest or Path()).digest(_processes()).value
         block = IdBlock(expected, policy, family_id, image_id, 1, guest_svn)
         auth = block.sign(_load_key(id_key), _load_key(author_key) if author_key else None)
