@@ -92,7 +92,7 @@ def show(file: Path, as_json: bool) -> None:
 @report.command()
 @click.argument("file", type=_FILE)
 @click.option("--cert", "certificates", metavar="FILE", type=_FILE, multiple=True, required=True,
-              help="PEM or DER; VCEK or VLEK, ASK or ASVK, and ARK (or that as --root), in one file or more.")  # fmt: skip
+              help="PEM or DER, in one file or more: VCEK or VLEK, ASK or ASVK, ARK or --root.")  # fmt: skip
 @click.option(
     "--root", metavar="FILE", type=_FILE, help="The ARK that is trusted; without it the chain's own is."
 )

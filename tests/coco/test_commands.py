@@ -188,7 +188,7 @@ def test_a_report_is_verified_with_what_is_expected(files: Path) -> None:
 @pytest.mark.parametrize("repeated", [False, True])
 def test_the_root_need_not_be_given_twice(files: Path, authority: Authority, repeated: bool) -> None:
     (files / "ask.pem").write_bytes(authority.intermediate.public_bytes(Encoding.PEM))
-    certificates = ["--cert", files / "leaf.der", "--cert", files / "ask.pem"]
+    certificates: list[str | Path] = ["--cert", files / "leaf.der", "--cert", files / "ask.pem"]
     more = [*certificates, "--cert", files / "chain.pem"] if repeated else certificates
     result = run("report", "verify", files / "report.bin", *more, "--root", files / "root.pem")
     assert result.exit_code == 0, result.output
