@@ -140,7 +140,7 @@ def test_what_a_step_started_is_ended_with_it(folder: RunFolder) -> None:
         f"made = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
         "print(made.pid, flush=True); threading.Event().wait(100)\n"
     )
-    status, shown, _ = run(folder, python("parent", code, 3.0), grace=0.2)
+    status, shown, _ = run(folder, python("parent", code, 3.0), grace=0.2, patience=20.0)
     assert status == -15
     pid = next(int(word) for word in shown.split() if word.isdigit())
     assert not psutil.pid_exists(pid)
