@@ -8,7 +8,7 @@ guest: a test guest seals what the host lays before it in the clear, and opens t
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from cryptography.exceptions import InvalidTag
@@ -54,7 +54,7 @@ class Message:
     """One message in the clear; *vmpck* is the number of the key that seals it, 0 to 3."""
 
     type: int
-    payload: bytes
+    payload: bytes = field(repr=False)  # a report names its chip, a key is one
     sequence: int
     vmpck: int = 0
     version: int = 1

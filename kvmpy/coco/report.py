@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -118,7 +118,7 @@ _TCBS = ("current_tcb", "reported_tcb", "committed_tcb", "launch_tcb")
 class Report:
     """One report of 1184 bytes, or more of a newer version; fields by the firmware's names, lower case."""
 
-    data: bytes
+    data: bytes = field(repr=False)  # a failed assertion shows no chip's ID
 
     def __post_init__(self) -> None:
         # A newer one may have more behind it.

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from kvmpy.coco import idblock, report
 from kvmpy.coco.certificates import Chain, certified_tcb, load
+from kvmpy.coco.guest_message import Message, MessageType
 from kvmpy.coco.report import PlatformInfo, Report, ReportError, SigningKey, Tcb
 from tests.coco.attestation import AMD, CHIP, REPORTED_TCB, Authority, leaf_extensions
 
@@ -235,6 +236,13 @@ def test_what_could_not_be_verified_is_said(
 ) -> None:
     other = Authority(extensions=extensions)
     assert chain(other).verify_report(Report(other.report(**fields))) == unchecked
+
+
+def test_a_failed_assertion_shows_no_chip_and_no_key() -> None:
+    """What pytest prints of a report or of a message goes into archives."""
+    shown = repr(Report(authority().report())) + repr(Message(MessageType.KEY_RSP, CHIP, 1))
+    assert repr(CHIP[:8])[2:-1] not in shown
+    assert "KEY_RSP" in shown
 
 
 def test_a_report_without_a_signature_says_why() -> None:
