@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages between an SNP guest and the firmware: what a guest request carries, sealed with a VMPCK.
 
-SEV Secure Nested Paging Firmware ABI, chapter 7 and section 8.26 (SNP_GUEST_REQUEST). A test guest hands
-its VMPCK to the host and carries bytes alone, so that the cryptography stays on the host.
+SEV Secure Nested Paging Firmware ABI, chapter 7 and section 8.26 (SNP_GUEST_REQUEST). A VMPCK stays in its
+guest: a test guest seals what the host lays before it in the clear, and opens the answers.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from cryptography.exceptions import InvalidTag
@@ -54,13 +54,13 @@ class Message:
     """One message in the clear; *vmpck* is the number of the key that seals it, 0 to 3."""
 
     type: int
-    payload: bytes
+    payload: bytes = field(repr=False)  # a report names its chip, a key is one
     sequence: int
     vmpck: int = 0
     version: int = 1
 
-    def seal(self, key: bytes) -> bytes:
-        """Return header and encrypted payload, at most 4096 bytes, as a request page begins."""
+    def clear(self) -> bytes:
+        """Return header and payload, at most 4096 bytes: what a guest has before it seals, tag 0."""
         if not 0 < len(self.payload) <= PAYLOAD_MAX:
             raise MessageError(f"a payload has 1 to {PAYLOAD_MAX} bytes, not {len(self.payload)}")
         fields = _FIELDS.pack(
@@ -73,13 +73,19 @@ class Message:
             0,
             self.vmpck,
         )
-        sealed = AESGCM(_checked(key)).encrypt(_iv(self.sequence), self.payload, fields)
+        return bytes(32) + struct.pack("<QQ", self.sequence, 0) + fields + self.payload
+
+    def seal(self, key: bytes) -> bytes:
+        """Return header and encrypted payload, at most 4096 bytes, as a request page begins."""
+        clear = self.clear()
+        known = clear[_AUTHENTICATED:HEADER_SIZE]
+        sealed = AESGCM(_checked(key)).encrypt(_iv(self.sequence), self.payload, known)
         tag, text = sealed[-_TAG_SIZE:], sealed[:-_TAG_SIZE]
-        return tag.ljust(32, b"\0") + struct.pack("<QQ", self.sequence, 0) + fields + text
+        return tag + clear[_TAG_SIZE:HEADER_SIZE] + text
 
     @classmethod
-    def open(cls, data: bytes, key: bytes) -> Message:
-        """Read a sealed message; raises MessageError."""
+    def read(cls, data: bytes) -> Message:
+        """Read a message whose payload is in the clear, or sealed still; raises MessageError."""
         if len(data) < HEADER_SIZE:
             raise MessageError(f"a message has a header of {HEADER_SIZE} bytes, here are {len(data)}")
         (sequence,) = struct.unpack_from("<Q", data, 0x20)
@@ -92,14 +98,19 @@ class Message:
             )
         if len(data) < HEADER_SIZE + size:
             raise MessageError(f"the message has {size} bytes of payload, here are {len(data) - HEADER_SIZE}")
-        text = data[HEADER_SIZE : HEADER_SIZE + size]
+        return cls(kind, data[HEADER_SIZE : HEADER_SIZE + size], sequence, vmpck, version)
+
+    @classmethod
+    def open(cls, data: bytes, key: bytes) -> Message:
+        """Read a sealed message; raises MessageError."""
+        sealed = cls.read(data)
         try:
             payload = AESGCM(_checked(key)).decrypt(
-                _iv(sequence), text + data[:_TAG_SIZE], data[_AUTHENTICATED:HEADER_SIZE]
+                _iv(sealed.sequence), sealed.payload + data[:_TAG_SIZE], data[_AUTHENTICATED:HEADER_SIZE]
             )
         except InvalidTag:
             raise MessageError("the message is not sealed with this key, or was changed") from None
-        return cls(kind, payload, sequence, vmpck, version)
+        return replace(sealed, payload=payload)
 
 
 def report_request(report_data: bytes, vmpl: int = 0, key_select: int = 0) -> bytes:

@@ -404,6 +404,7 @@ class GuestVm(VmPrivate):
 
         *private* None: private where the protection has private memory (with policy ``"data"`` not for code,
         that is without *nx*).  An unmapped page lies between two allocations.  Any thread may call it.
+        After launch, private memory that is encrypted is not zero.
         """
         if private is None and not nx and self.policy == "data":
             private = False

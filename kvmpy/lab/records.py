@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvmpy.lab.events import Record
 
+from kvmpy.debug.record.format import private
+
 # Inside, in memory: the root is read-only.
 FOLDER = "/tmp/kvmpy-records"  # noqa: S108 - a tmpfs of its own
 _PIECE = 1 << 18
@@ -52,7 +54,7 @@ def receive(folder: Path, event: Record, lane: int) -> None:
     if len(piece) > _PIECE or not unpacker.eof:
         raise BadEventError(f"a piece of {event.name} of more than {_PIECE} bytes")
     part = folder / f".{event.name}.{lane}{_PART}"
-    with part.open("wb" if event.first else "ab") as stream:
+    with open(part, "wb" if event.first else "ab", opener=private) as stream:
         if stream.tell() + len(piece) > MAX_SIZE:
             raise BadEventError(f"{event.name} is longer than {MAX_SIZE >> 20} MiB")
         stream.write(piece)

@@ -18,6 +18,8 @@ from typing import Any, TextIO
 
 import pytest
 
+SUPERVISED = "KVMPY_SUPERVISED"
+"""The variable by which a supervisor says who it is."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,6 +33,7 @@ class History:
     limit: float = 0.0
     seed: int = 0
     finished: bool = False
+    kept: bool = False
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
@@ -63,12 +66,24 @@ def read(path: Path) -> History:
             history.running = None
         elif kind == "end":
             history.finished = True
+        elif kind == "kept":
+            history.kept = True
     return history
 
 
 def _append(stream: TextIO, event: dict[str, Any]) -> None:
     stream.write(json.dumps(event) + "\n")
     stream.flush()
+
+
+def create_kept(path: Path) -> None:
+    """Create a journal that is to outlive the machine: it reaches the disk whenever a test begins.
+
+    FileExistsError where there is one.
+    """
+    with path.open("x", encoding="utf-8") as stream:
+        _append(stream, {"event": "kept"})
+        os.fsync(stream.fileno())
 
 
 def mark_lost(path: Path, nodeid: str, reason: str) -> None:
@@ -79,9 +94,11 @@ def mark_lost(path: Path, nodeid: str, reason: str) -> None:
         _append(stream, {"event": "lost", "nodeid": nodeid, "reason": reason})
 
 
-def _die_with_parent() -> None:
+def die_with_supervisor(number: int) -> None:
+    """Get signal *number* when the parent dies, where it says that it supervises this process."""
     # Since Linux 2.1.57; without it a killed supervisor would leave VMs running.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.environ.get(SUPERVISED) == str(os.getppid()):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 class Journal:
@@ -93,8 +110,7 @@ class Journal:
         self._stream = path.open("a", encoding="utf-8")
         self._replaying = False
         _append(self._stream, {"event": "session", "seed": seed})
-        if os.environ.get("KVMPY_SUPERVISED") == str(os.getppid()):
-            _die_with_parent()
+        die_with_supervisor(signal.SIGKILL)
 
     def close(self) -> None:
         """Close the file."""
@@ -127,8 +143,14 @@ class Journal:
             self._replay(item, reports)
             return True
         start = {"event": "start", "nodeid": nodeid, "limit": self._limit(item), "location": item.location}
-        _append(self._stream, start)
+        self._append_safely(start)
         return None
+
+    def _append_safely(self, event: dict[str, Any]) -> None:
+        _append(self._stream, event)
+        if self._history.kept:
+            # One for each test: with its start, all earlier verdicts are on the disk.
+            os.fsync(self._stream.fileno())
 
     def _replay(self, item: pytest.Item, reports: list[pytest.TestReport]) -> None:
         self._replaying = True
@@ -155,7 +177,20 @@ class Journal:
 
     def pytest_sessionfinish(self) -> None:
         """Write down that the session came to its end."""
-        _append(self._stream, {"event": "end"})
+        self._append_safely({"event": "end"})
+
+
+def reports(history: History, died: str) -> Iterator[pytest.TestReport]:
+    """Yield every report of a journal, and one for each test that was lost; *died* is why the last was."""
+    for kept in history.reports.values():
+        for data in kept:
+            yield pytest.TestReport._from_json(from_json(data))
+    lost = dict(history.lost)
+    if history.running is not None:
+        lost[history.running] = died
+    for nodeid, reason in lost.items():
+        file, _, name = nodeid.partition("::")
+        yield lost_report(nodeid, (file, None, name), reason)
 
 
 def lost_report(nodeid: str, location: tuple[str, int | None, str], reason: str) -> pytest.TestReport:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvmpy.testing import journal
+from kvmpy.testing import ending, journal
 
 MAX_DEATHS = 50
 # Beyond a test's own time-out, before the child counts as hung.
@@ -33,8 +33,11 @@ def _death(code: int) -> str:
     return f"the test process ended itself with status {code}"
 
 
-def _wait(child: subprocess.Popen[bytes], path: Path, grace: float) -> str | None:
-    """Wait for the child; kill it, and return why, when its test is long past its time-out."""
+def _wait(child: subprocess.Popen[bytes], path: Path, grace: float, patience: float) -> str | None:
+    """Wait for the child; kill it, and return why, when its test is long past its time-out.
+
+    One that SIGKILL does not end within *patience* seconds is left behind.
+    """
     size, since = -1, time.monotonic()
     while True:
         try:
@@ -52,9 +55,9 @@ def _wait(child: subprocess.Popen[bytes], path: Path, grace: float) -> str | Non
         history = journal.read(path)
         if history.running is None or not history.limit or now - since < history.limit + grace:
             continue
-        child.kill()
-        child.wait()
-        return f"the test process hung: no end {now - since:.0f} s after the test began; it was killed"
+        left = ending.end(child, patience=patience)
+        reason = f"the test process hung: no end {now - since:.0f} s after the test began; "
+        return reason + (f"left behind: {'; '.join(left)}" if left else "it was killed")
 
 
 @contextmanager
@@ -68,16 +71,18 @@ def _interrupts_go_to_child() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _run_child(args: Sequence[str], path: Path, grace: float) -> tuple[int, str | None]:
-    environment = os.environ | {"KVMPY_SUPERVISED": str(os.getpid())}
+def _run_child(args: Sequence[str], path: Path, grace: float, patience: float) -> tuple[int, str | None]:
+    environment = os.environ | {journal.SUPERVISED: str(os.getpid())}
     command = [sys.executable, "-m", "pytest", *args, "--kvmpy-journal", str(path)]
-    with _interrupts_go_to_child(), subprocess.Popen(command, env=environment) as child:
+    with _interrupts_go_to_child():
+        # No context manager: that would wait for one that is left behind.
+        child = subprocess.Popen(command, env=environment)
         terminated = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
         try:
-            reason = _wait(child, path, grace)
+            reason = _wait(child, path, grace, patience)
         finally:
             signal.signal(signal.SIGTERM, terminated)
-        return child.returncode, reason
+        return -signal.SIGKILL if child.returncode is None else child.returncode, reason
 
 
 def run_unsupervised(args: Sequence[str]) -> int:
@@ -86,17 +91,30 @@ def run_unsupervised(args: Sequence[str]) -> int:
         return subprocess.run([sys.executable, "-m", "pytest", *args], check=False).returncode
 
 
-def supervise(args: Sequence[str], say: Say, grace: float = HANG_GRACE) -> int:
+def supervise(
+    args: Sequence[str],
+    say: Say,
+    grace: float = HANG_GRACE,
+    *,
+    patience: float = ending.PATIENCE,
+    kept: Path | None = None,
+) -> int:
     """Run ``pytest args`` and return its exit status.
 
     When the process dies or hangs in a test, that test gets the verdict ``lost`` and the session goes on in a
-    new process; the reports cover both. A process that dies outside of a test ends the run.
+    new process; the reports cover both. A process that dies outside of a test ends the run; one that SIGKILL
+    does not end within *patience* seconds is left behind. *kept* is a new journal that outlives the run, and
+    the machine's death.
     """
+    journal.die_with_supervisor(signal.SIGTERM)
     with tempfile.TemporaryDirectory(prefix="kvmpy-run-") as folder:
         path = Path(folder) / "journal"
+        if kept is not None:
+            path = kept
+            journal.create_kept(path)
         extra: list[str] = []
         for _ in range(MAX_DEATHS):
-            code, reason = _run_child([*args, *extra], path, grace)
+            code, reason = _run_child([*args, *extra], path, grace, patience)
             history = journal.read(path)
             if code >= 0 and (history.finished or history.running is None):
                 return code

@@ -16,30 +16,30 @@ from kvmpy.core.exits import SnpReqCertsExit
 from kvmpy.guest.errors import GuestError
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
-from selftests.sev.attester import Attester
+from selftests.sev.attester import ATTESTS, Attester
 
 pytestmark = pytest.mark.protections("snp")
 with_exit = pytest.mark.requires("sev-attr:KVM_X86_SEV_SNP_REQ_CERTS")
 
-GUEST = """
-#include <kvmpy/guest.h>
-#include <kvmpy/sev.h>
-
-GUEST_SHARED u8 keys[4][32];
+GUEST = (
+    ATTESTS
+    + """
 GUEST_SHARED u64 table_gpa, table_pages;
 
-void guest_main(u64 request_gpa, u64 response_gpa)
+void guest_main(u64 request_gpa, u64 response_gpa, u8 *request, u8 *response)
 {
-	memcpy(keys, (void *)(KVMPY_SNP_SECRETS_GVA + 0x20), sizeof(keys));
-	GUEST_SYNC(0);
+	GUEST_SYNC(attester_distinct_keys());
 	for (;;) {
-		u64 pages = table_pages;
-		u64 code = snp_extended_request(request_gpa, response_gpa, table_gpa, &pages);
+		u64 pages, code;
 
+		attester_serve(request, response);
+		pages = table_pages;
+		code = snp_extended_request(request_gpa, response_gpa, table_gpa, &pages);
 		GUEST_SYNC(code, pages);
 	}
 }
 """
+)
 
 QUESTION = bytes(range(64))
 PAGES = 3
@@ -78,7 +78,7 @@ class Asker:
     def put(self, kind: MessageType = MessageType.REPORT_REQ, payload: bytes = b"") -> None:
         """Seal the next message and lay it before the guest."""
         message = Message(kind, payload or report_request(QUESTION), self.attester.sequence[0])
-        self.attester.put(message.seal(self.attester.keys[0]))
+        self.attester.put(self.attester.seal(message))
 
     def request(self) -> tuple[int, int]:
         """Ask for a report; return the error and the number of pages that the guest found."""

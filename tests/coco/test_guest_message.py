@@ -57,6 +57,16 @@ def test_a_flipped_bit_is_noticed_wherever_it_counts(bit: int) -> None:
         Message.open(bytes(flipped), KEY)
 
 
+def test_a_guest_seals_what_is_laid_before_it_in_the_clear() -> None:
+    """In the clear only tag and payload differ from what is sealed, and it reads as itself."""
+    message = Message(MessageType.REPORT_REQ, b"payload!", 7, vmpck=3)
+    clear, sealed = message.clear(), message.seal(KEY)
+    assert clear[:32] == bytes(32)
+    assert clear[16:HEADER_SIZE] == sealed[16:HEADER_SIZE]
+    assert clear[HEADER_SIZE:] == b"payload!"
+    assert Message.read(clear.ljust(4096, b"\0")) == message
+
+
 def test_another_key_does_not_open() -> None:
     with pytest.raises(MessageError, match="not sealed with this key"):
         Message.open(Message(5, b"x", 1).seal(KEY), bytes(32))
