@@ -15,7 +15,8 @@ from typing import Any
 from kvmpy.lab import places, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.kernels import Kernel
-from kvmpy.lab.process import dies_with_parent, end_group
+from kvmpy.lab.process import end_group
+from kvmpy.owned import dies_with_parent
 
 _ROOT_FLAGS = "trans=virtio,version=9p2000.L,msize=500000,cache=loose"
 _CPU = {"tcg": "EPYC,+svm,+npt", "kvm": "host"}
