@@ -3,53 +3,92 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import subprocess
+import signal
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kvmpy.cli.run import SplitCommand, extra_arguments, suite_folder, targets
 
+if TYPE_CHECKING:
+    from kvmpy.testing.runfolder import RunFolder, Step
+
 PROTECTIONS = "snp,sev-es,sev"
-_TOOL_SECONDS = 1800
+# Seconds of each step; a command of the secure processor alone may take 100.
+LIMITS = {"platform": 300.0, "doctor": 600.0, "suite": 6 * 3600.0, "bench": 1800.0}
 
 
 def _say(text: str) -> None:
     click.echo(f"kvmpy hardware: {text}", err=True)
 
 
-def _kvmpy(
-    arguments: Sequence[str], environment: Mapping[str, str], seconds: float | None = None
-) -> tuple[int, bytes]:
-    """Run a kvmpy command, show what it prints as it comes, and return status and text."""
-    printed = bytearray()
-    with subprocess.Popen(
-        [sys.executable, "-m", "kvmpy", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **environment},
-    ) as process:
-        timer = threading.Timer(seconds, process.kill) if seconds is not None else None
-        try:
-            if timer:
-                timer.start()
-            while chunk := os.read(process.stdout.fileno(), 65536) if process.stdout else b"":
-                printed += chunk
-                click.echo(chunk, nl=False)
-        except BaseException:
-            process.terminate()
-            raise
-        finally:
-            if timer:
-                timer.cancel()
-    return process.returncode, bytes(printed)
+def _show(data: bytes) -> None:
+    click.echo(data, nl=False)
+
+
+def _hide(data: bytes) -> None:
+    del data
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP are what Ctrl-C is."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _steps(
+    folder: RunFolder,
+    paths: tuple[str, ...],
+    extra: list[str],
+    require: str,
+    bench: bool,
+    limit: float | None,
+) -> list[tuple[str, Step]]:
+    from kvmpy.testing.runfolder import HTML, JOURNAL, KTAP, PLATFORM, RECORDS, VERDICTS, Step, kvmpy_command
+
+    files = {
+        "--journal": JOURNAL,
+        "--record-dir": RECORDS,
+        "--json": VERDICTS,
+        "--ktap": KTAP,
+        "--html": HTML,
+    }
+    suite = ["run", "--lab", "never", "--record", "failures"]
+    for flag, file in files.items():
+        suite += [flag, str(folder.path / file)]
+    steps = [
+        (
+            "what the secure processor says",
+            "platform",
+            [sys.executable, "-m", "kvmpy.testing.machine"],
+            PLATFORM,
+        ),
+        ("what this machine offers", "doctor", kvmpy_command("doctor"), "doctor.txt"),
+        (
+            f"the suite; {require or 'nothing'} may not be missing",
+            "suite",
+            kvmpy_command(*suite, *paths, "--", *extra),
+            "run.txt",
+        ),
+    ]
+    if bench:
+        steps.append(("the benchmark", "bench", kvmpy_command("bench", "--json"), "bench.json"))
+    return [
+        (about, Step(name, command, output, limit or LIMITS[name], {"KVMPY_REQUIRE": require}))
+        for about, name, command, output in steps
+    ]
 
 
 @click.command(cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
@@ -60,12 +99,29 @@ def _kvmpy(
 @click.option("--require", metavar="NAMES", default=PROTECTIONS, show_default=True,
               help="What may not be missing (KVMPY_REQUIRE); '' for nothing.")  # fmt: skip
 @click.option("--bench/--no-bench", default=True, help="Measure, too.")
+@click.option("--limit", metavar="SECONDS", type=click.FloatRange(1),
+              help="The longest that a step may take (default: " +
+              ", ".join(f"{name} {seconds:g}" for name, seconds in LIMITS.items()) + ").")  # fmt: skip
+@click.option(
+    "--pack", "pack_only", is_flag=True, help="Pack what runs that died have left, and run nothing."
+)
 @click.pass_context
 def hardware(
-    ctx: click.Context, /, paths: tuple[str, ...], output: Path | None, require: str, bench: bool
+    ctx: click.Context,
+    /,
+    paths: tuple[str, ...],
+    output: Path | None,
+    require: str,
+    bench: bool,
+    limit: float | None,
+    pack_only: bool,
 ) -> None:
-    """Run doctor, the whole suite (or PATHS) and the benchmark, and put all of it into one archive."""
-    from kvmpy.testing.archive import KernelLog, Scrubber, machine, write
+    """Run doctor, the whole suite (or PATHS) and the benchmark, and put all of it into one archive.
+
+    All of it is on the disk as it comes, in a folder beside the archive: what is left of a run that died with
+    its machine is packed by the next call.
+    """
+    from kvmpy.testing.runfolder import RunFolder, pack_dead
 
     target = output or Path(f"kvmpy-hardware-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
     if not target.name.endswith(".tar.gz"):
@@ -73,41 +129,42 @@ def hardware(
     if not target.absolute().parent.is_dir():
         raise click.BadParameter(f"no folder {target.parent}", param_hint="--output")
     targets(paths, suite_folder())  # a wrong one is told before it all
+    dead = pack_dead(target.absolute().parent, _say)
+    if pack_only:
+        if not dead:
+            _say("no run has died here")
+        return
+    try:
+        folder = RunFolder(target.absolute())
+    except FileExistsError as error:
+        raise click.BadParameter(
+            f"{error.filename} is of a run that goes on", param_hint="--output"
+        ) from None
+    with folder, _ended_in_order():
+        code = 1
+        try:
+            code = _run(folder, _steps(folder, paths, extra_arguments(ctx), require, bench, limit))
+        finally:  # an interrupted run has something to say, too
+            inside = folder.pack()
+            _say(f"{target}: {len(inside)} files; host, user and network names are taken out of the texts")
+    sys.exit(code)
+
+
+def _run(folder: RunFolder, steps: list[tuple[str, Step]]) -> int:
+    """Run all steps and return the suite's status; the kernel's messages are kept meanwhile."""
+    from kvmpy.testing.machine import KernelLog, KernelLogFollower, boot_log, machine
+    from kvmpy.testing.runfolder import run_step
+
+    codes = {}
     log = KernelLog()
     if log.missing:
         _say(f"without the kernel's messages: {log.missing}")
-    code = 1
-    files: dict[str, bytes] = {"machine.json": json.dumps(machine(), indent=2).encode()}
-    with tempfile.TemporaryDirectory(prefix="kvmpy-hardware-") as name:
-        folder = Path(name)
-        try:
-            _say("what this machine offers")
-            _, files["doctor.txt"] = _kvmpy(["doctor"], {})
-            _say(f"the suite; {require or 'nothing'} may not be missing")
-            reports = {"--json": "verdicts.json", "--ktap": "verdicts.ktap", "--html": "report.html"}
-            arguments = [
-                "run",
-                "--lab",
-                "never",
-                "--record",
-                "failures",
-                "--record-dir",
-                str(folder / "records"),
-            ]
-            for flag, file in reports.items():
-                arguments += [flag, str(folder / file)]
-            code, files["run.txt"] = _kvmpy(
-                [*arguments, *paths, "--", *extra_arguments(ctx)], {"KVMPY_REQUIRE": require}
-            )
-            if bench:
-                _say("the benchmark")
-                _, files["bench.json"] = _kvmpy(["bench", "--json"], {}, _TOOL_SECONDS)
-        finally:  # an interrupted run has something to say, too
-            for file in ("verdicts.json", "verdicts.ktap", "report.html"):
-                if (folder / file).exists():
-                    files[file] = (folder / file).read_bytes()
-            files["dmesg.txt"] = log.read().encode() or log.missing.encode()
-            log.close()
-            inside = write(target, files, [("records", folder / "records")], Scrubber())
-            _say(f"{target}: {len(inside)} files; host, user and network names are taken out of the texts")
-    sys.exit(code)
+    folder.append("machine.json", json.dumps(machine(), indent=2).encode())
+    folder.append("boot.txt", boot_log(log).encode())
+    folder.append("dmesg.txt", log.missing.encode())
+    with KernelLogFollower(log, lambda data: folder.append("dmesg.txt", data)):
+        for about, step in steps:
+            _say(about)
+            show = _hide if step.name == "platform" else _show
+            codes[step.name] = run_step(folder, step, _say, show=show)
+    return codes["suite"]

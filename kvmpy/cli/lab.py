@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmpy.cli.run import NOTHING_SELECTED, SplitCommand, extra_arguments, pytest_args, suite_folder
+from kvmpy.cli.run import (
+    NOTHING_SELECTED,
+    SplitCommand,
+    extra_arguments,
+    pytest_args,
+    strict_private,
+    suite_folder,
+)
 from kvmpy.lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -183,6 +190,7 @@ def _machine(kernel: str | None, cpus: int, memory: str, accel: str, soft_sev: b
     help="Record every test's ioctls and keep the records of failures or of all tests; not with --matrix.",
 )
 @click.option("--record-dir", metavar="DIR", help="Where records go (default kvmpy-records).")
+@strict_private
 @click.option("--timeout", type=click.FloatRange(1), default=4 * 3600.0, help="Seconds for the whole run.")
 @click.option("--build", "may_build", is_flag=True, help="Build a kernel first when there is none.")
 @click.pass_context
@@ -203,6 +211,7 @@ DEFAULTS: Mapping[str, Any] = {
     "may_build": False,
     "record": None,
     "record_dir": None,
+    "strict_private": False,
 }
 
 
@@ -228,7 +237,9 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
         targets = {name: values[name] for name in ("json", "ktap", "junit") if values[name] is not None}
         at_once = values["machines"] or machines(parse_memory(values["memory"]))
         return run_matrix(found, matrix_arguments(paths, values), extra, targets, at_once, _say)
-    inside = {name: values[name] for name in ("expression", "protection", "deadline", "record")}
+    inside = {
+        name: values[name] for name in ("expression", "protection", "deadline", "record", "strict_private")
+    }
     records = Path(values["record_dir"] or DEFAULT_FOLDER).absolute() if values["record"] else None
     inside["record_dir"] = records
     reports = []
@@ -287,6 +298,8 @@ def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[
     for name, flag in (("expression", "-k"), *((name, f"--{name}") for name in _EACH)):
         if values[name] is not None:
             args += [flag, str(values[name])]
+    if values.get("strict_private"):
+        args.append("--strict-private")
     return args
 
 

@@ -16,6 +16,8 @@ import click
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    from kvmpy.coco.firmware_launch import FirmwareLaunch
+
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -63,21 +65,138 @@ def _processes() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _kernel_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--append", metavar="TEXT", default="", help="Its command line, measured by its hash."),
+        click.option("--initrd", metavar="FILE", type=_FILE, help="Its initrd, measured by its hash."),
+        click.option(
+            "--kernel", metavar="FILE", type=_FILE, help="What is booted directly, measured by its hash."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_ovmf_option = click.option(
+    "--ovmf", required=True, metavar="FILE", type=_FILE, help="The firmware image that QEMU launches."
+)
+
+
+def _vcpu_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option(
+            "--vcpu-sig", type=number(32), help="Or what EAX of its CPUID leaf 1 is, such as 0xa00f11."
+        ),
+        click.option("--vcpu-type", metavar="MODEL", help="QEMU's model of them, such as EPYC-Milan."),
+        click.option("--vcpus", type=click.IntRange(1, 4096), help="How many vCPUs are launched."),
+    ):
+        command = option(command)
+    return command
+
+
+def _launch(
+    ovmf: Path,
+    kernel: Path | None,
+    initrd: Path | None,
+    append: str,
+    vcpus: tuple[int | None, str | None, int | None] | None = None,
+) -> FirmwareLaunch:
+    from kvmpy.coco.firmware_launch import FirmwareLaunch, cpu_signature
+    from kvmpy.coco.ovmf import KernelHashes, Ovmf
+
+    if kernel is None and (initrd or append):
+        raise click.UsageError("--initrd and --append are those of a --kernel")
+    count, signature = 0, 0
+    if vcpus is not None:
+        number_of, model, given = vcpus
+        if number_of is None or (model is None) == (given is None):
+            raise click.UsageError("with --ovmf give --vcpus, and either --vcpu-type or --vcpu-sig")
+        count, signature = number_of, cpu_signature(model) if model is not None else given or 0
+    hashes = None if kernel is None else KernelHashes.of(kernel, initrd, append)
+    return FirmwareLaunch(Ovmf.read(ovmf), count, signature, hashes)
+
+
 @measure.command()
-@click.option("--manifest", required=True, metavar="FILE", type=_FILE, help="What is launched, as JSON.")
+@click.option("--manifest", metavar="FILE", type=_FILE, help="What is launched, as JSON.")
+@click.option("--ovmf", metavar="FILE", type=_FILE, help="Or the firmware image that QEMU launches.")
+@_vcpu_options
+@_kernel_options
+@click.option("--guest-features", type=number(64), default="0x1", show_default=True, help="SEV_FEATURES.")
+@click.option("--start-digest", "--snp-ovmf-hash", metavar="HEX", type=hex_bytes(48),
+              help="Go on from this one; with --ovmf it stands for the image's content.")  # fmt: skip
+@click.option(
+    "--image-only", is_flag=True, help="Print the digest of the --ovmf image alone: a start digest."
+)
 @click.option("--json", "as_json", is_flag=True, help="Digest and number of pages as JSON.")
-def snp(manifest: Path, as_json: bool) -> None:
+def snp(
+    manifest: Path | None,
+    ovmf: Path | None,
+    vcpus: int | None,
+    vcpu_type: str | None,
+    vcpu_sig: int | None,
+    kernel: Path | None,
+    initrd: Path | None,
+    append: str,
+    guest_features: int,
+    start_digest: bytes | None,
+    image_only: bool,
+    as_json: bool,
+) -> None:
     """Print the launch digest of an SNP guest, in hex."""
     from kvmpy.coco.manifest import Manifest
 
+    if (manifest is None) == (ovmf is None):
+        raise click.UsageError("give either --manifest or --ovmf")
+    if ovmf is None and (vcpus or vcpu_type or vcpu_sig or kernel or initrd or append or image_only):
+        raise click.UsageError(
+            "vCPUs, kernel and --image-only go with --ovmf: a manifest says all of it itself"
+        )
     try:
-        digest = Manifest.read(manifest).digest(_processes())
+        if ovmf is None:
+            digest = Manifest.read(manifest or Path()).digest(_processes(), start_digest)
+        elif image_only:
+            digest = _launch(ovmf, None, None, "").image()
+        else:
+            launch = _launch(ovmf, kernel, initrd, append, (vcpus, vcpu_type, vcpu_sig))
+            digest = launch.snp(guest_features, start_digest)
     except (ValueError, OSError) as error:
         _fail(error)
     if as_json:
         click.echo(json.dumps({"digest": digest.value.hex(), "pages": digest.pages}))
     else:
         click.echo(digest.value.hex())
+
+
+@measure.command()
+@_ovmf_option
+@_kernel_options
+def sev(ovmf: Path, kernel: Path | None, initrd: Path | None, append: str) -> None:
+    """Print the launch digest of an SEV guest, in hex; LAUNCH_MEASURE answers with an HMAC over it."""
+    try:
+        click.echo(_launch(ovmf, kernel, initrd, append).sev().value.hex())
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+@measure.command("sev-es")
+@_ovmf_option
+@_vcpu_options
+@_kernel_options
+def sev_es(
+    ovmf: Path,
+    vcpus: int | None,
+    vcpu_type: str | None,
+    vcpu_sig: int | None,
+    kernel: Path | None,
+    initrd: Path | None,
+    append: str,
+) -> None:
+    """Print the launch digest of an SEV-ES guest, in hex; LAUNCH_MEASURE answers with an HMAC over it."""
+    try:
+        launch = _launch(ovmf, kernel, initrd, append, (vcpus, vcpu_type, vcpu_sig))
+        click.echo(launch.sev(es=True).value.hex())
+    except (ValueError, OSError) as error:
+        _fail(error)
 
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -129,10 +248,15 @@ def idblock(
     """Sign an ID block: a firmware that is given it refuses every other launch digest."""
     from kvmpy.coco.idblock import IdBlock
     from kvmpy.coco.manifest import Manifest
+    from kvmpy.coco.policy import SNP_RESERVED_ONE
 
     if (digest is None) == (manifest is None):
         raise click.UsageError("give either --digest or --manifest")
     try:
+        if not policy & SNP_RESERVED_ONE:
+            raise ValueError(
+                f"policy {policy:#x} lacks bit 17, which must be one: the firmware refuses every launch"
+            )
         expected = digest or Manifest.read(manifest or Path()).digest(_processes()).value
         block = IdBlock(expected, policy, family_id, image_id, 1, guest_svn)
         auth = block.sign(_load_key(id_key), _load_key(author_key) if author_key else None)

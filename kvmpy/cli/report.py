@@ -48,7 +48,7 @@ def _fail(error: Exception) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Every field as JSON.")
 def show(file: Path, as_json: bool) -> None:
     """Print the fields of a report; nothing is checked."""
-    from kvmpy.coco.report import SigningKey
+    from kvmpy.coco.report import VERSIONS, SigningKey
 
     try:
         read = _read(file)
@@ -57,6 +57,12 @@ def show(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(read.as_dict(), indent=2))
         return
+    if read.newer:
+        click.echo(
+            f"kvmpy report: version {read.version} is newer than {VERSIONS.stop - 1}, the last that kvmpy "
+            "knows: what it has added is shown as unknown bytes",
+            err=True,
+        )
     key = read.signing_key
     words = {
         "platform_info": ", ".join(
@@ -77,12 +83,16 @@ def show(file: Path, as_json: bool) -> None:
     for name, value in read.as_dict().items():
         text = f"{value:#x}" if isinstance(value, int) else value
         click.echo(f"{name:<20} {text}" + (f"  ({words[name]})" if words.get(name) else ""))
+    if read.has_fmc is None:
+        click.echo("the chip ID is masked: TCBs are shown in the order of families before 1Ah (Turin)")
+    for offset, data in read.unknown():
+        click.echo(f"unknown at {offset:#05x}     {data.hex()}")
 
 
 @report.command()
 @click.argument("file", type=_FILE)
 @click.option("--cert", "certificates", metavar="FILE", type=_FILE, multiple=True, required=True,
-              help="PEM or DER; VCEK or VLEK, ASK or ASVK, and ARK, in one file or several.")  # fmt: skip
+              help="PEM or DER, in one file or more: VCEK or VLEK, ASK or ASVK, ARK or --root.")  # fmt: skip
 @click.option(
     "--root", metavar="FILE", type=_FILE, help="The ARK that is trusted; without it the chain's own is."
 )
@@ -105,19 +115,21 @@ def verify(
         trusted = load([root.read_bytes()]) if root else []
         if root and len(trusted) != 1:
             raise ReportError(f"{root}: one root is expected, here are {len(trusted)}")
-        chain = Chain.of(load([path.read_bytes() for path in certificates]))
-        chain.verify_report(read, trusted[0] if trusted else None)
+        given = load([path.read_bytes() for path in certificates])
+        if not any(certificate.subject == certificate.issuer for certificate in given):
+            given += trusted
+        chain = Chain.of(given)
+        unchecked = chain.verify_report(read, trusted[0] if trusted else None)
         read.expect({name: value for name, value in stated.items() if value is not None})
     except (ValueError, OSError) as error:
         _fail(error)
-    checked = [
-        "signature",
-        "certificates",
-        "chip",
-        "TCB",
-        *(n for n, value in stated.items() if value is not None),
-    ]
-    click.echo(f"verified: {', '.join(checked)}")
+    checked = ["signature", "certificates", "chip", "TCB"]
+    checked += [name for name, value in stated.items() if value is not None]
+    click.echo(f"verified: {', '.join(name for name in checked if name not in unchecked)}")
+    for name, why in (*unchecked.items(), ("dates and revocation", "kvmpy does not look at them")):
+        click.echo(f"not verified: {name}: {why}")
+    if read.newer:
+        click.echo(f"not verified: fields that version {read.version} has added: they are not known here")
     signer = chain.root.subject.rfc4514_string()
     click.echo(
         f"root: {signer}" + ("" if root else " (taken from the chain itself: give --root to trust one)")

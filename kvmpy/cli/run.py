@@ -13,10 +13,17 @@ from pathlib import Path
 import click
 
 import kvmpy
+from kvmpy import caches
 from kvmpy.testing.verdicts import suite_id
 
 _EXTRA = "kvmpy.pytest_args"
 NOTHING_SELECTED = 5
+
+
+strict_private = click.option(
+    "--strict-private", is_flag=True, help="Keep private pages from the host everywhere, as SEV-SNP does."
+)
+"""The option of the commands that run tests."""
 
 
 class SplitCommand(click.Command):
@@ -88,8 +95,9 @@ def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ..
     ):
         if options.get(option) is not None:
             args += [flag, str(options[option])]
-    if options.get("dangerous"):
-        args.append("--run-dangerous")
+    for option, flag in (("dangerous", "--run-dangerous"), ("strict_private", "--strict-private")):
+        if options.get(option):
+            args.append(flag)
     if options.get("listing"):
         args += ["--collect-only", "-q"]
     return args
@@ -153,6 +161,8 @@ def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[s
 )
 @click.option("--record-dir", metavar="DIR", help="Where records go (default kvmpy-records).")
 @click.option("--dangerous", is_flag=True, help="Also run what can crash an unfixed host.")
+@strict_private
+@click.option("--journal", type=click.Path(path_type=Path), hidden=True)
 @click.option(
     "--lab",
     type=click.Choice(["auto", "never", "always"]),
@@ -173,12 +183,15 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> Non
     suite = suite_folder()
     args = [*pytest_args(suite, options, paths), *extra_arguments(ctx)]
     # Compiled tests are kept out of the installed package.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache / "kvmpy" / "pycache"))
+    if (cache := caches.own("pycache")) is not None:
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache))
+    else:
+        os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "1")
     if options["timeline"] is not None:
         # Test processes add to it, one after another.
         Path(str(options["timeline"])).unlink(missing_ok=True)
-    code = _list(args) if options["listing"] else guarded(lambda: supervise(args, _say))
+    kept = options["journal"] if isinstance(options["journal"], Path) else None
+    code = _list(args) if options["listing"] else guarded(lambda: supervise(args, _say, kept=kept))
     if code == NOTHING_SELECTED:
         _say("kvmpy run: no test matches")
     sys.exit(code)

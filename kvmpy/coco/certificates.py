@@ -42,8 +42,10 @@ class Chain:
 
     @classmethod
     def of(cls, certificates: Iterable[x509.Certificate]) -> Chain:
-        """Order two or three certificates by who signs whom; raises ReportError."""
-        given = list(certificates)
+        """Order two or three certificates by who signs whom, each given once or more; raises ReportError."""
+        given = list(
+            {certificate.public_bytes(Encoding.DER): certificate for certificate in certificates}.values()
+        )
         if len(given) not in (2, 3):
             raise ReportError(
                 "a chain is the VCEK or VLEK, the ASK or ASVK and the ARK: "
@@ -76,14 +78,17 @@ class Chain:
             _verify_signed_by(self.intermediate, self.root)
         _verify_signed_by(self.leaf, self.intermediate or self.root)
 
-    def verify_report(self, report: Report, root: x509.Certificate | None = None) -> None:
-        """Check the chain, the report's signature, and that leaf and report name one chip and one TCB."""
+    def verify_report(self, report: Report, root: x509.Certificate | None = None) -> dict[str, str]:
+        """Check the chain, the report's signature, and that leaf and report name one chip and one TCB.
+
+        Returns why the rest could not be checked: ``chip`` or ``TCB``, and the reason.
+        """
         self.verify(root)
         key = self.leaf.public_key()
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise ReportError(f"the key of {_name(self.leaf)} is no elliptic curve key")
         report.verify_signature(key)
-        _compare_extensions(self.leaf, report)
+        return _compare_extensions(self.leaf, report)
 
 
 def load(files: Sequence[bytes]) -> list[x509.Certificate]:
@@ -150,16 +155,26 @@ def certified_tcb(certificate: x509.Certificate) -> Tcb | None:
     return Tcb(**levels)
 
 
-def _compare_extensions(leaf: x509.Certificate, report: Report) -> None:
+def _compare_extensions(leaf: x509.Certificate, report: Report) -> dict[str, str]:
+    unchecked: dict[str, str] = {}
     tcb = certified_tcb(leaf)
-    reported = report.tcb("reported_tcb")
-    if tcb is not None and tcb != reported:
-        raise ReportError(f"the certificate is for TCB {tcb}, the report says {reported}")
+    if tcb is None:
+        unchecked["TCB"] = "the certificate does not say for which TCB it is"
+    else:
+        reported = report.tcb("reported_tcb", has_fmc=tcb.fmc is not None)
+        if tcb != reported:
+            raise ReportError(f"the certificate is for TCB {tcb}, the report says {reported}")
     chip = _extension(leaf, _HWID)
-    # VLEKs belong to no chip, and a masked chip ID is all zeros.
-    if report.signing_key is SigningKey.VLEK or chip is None or not any(report.chip_id):
-        return
+    if report.signing_key is SigningKey.VLEK:
+        unchecked["chip"] = "a VLEK has signed, which belongs to no chip"
+    elif not any(report.chip_id):
+        unchecked["chip"] = "the report's chip ID is masked"
+    elif chip is None:
+        unchecked["chip"] = "the certificate does not say of which chip it is"
+    if chip is None or "chip" in unchecked:
+        return unchecked
     if chip[:2] == bytes([4, len(chip) - 2]) and len(chip) - 2 in (8, 64):
         chip = chip[2:]  # a DER OCTET STRING around it
     if chip != report.chip_id[: len(chip)] or any(report.chip_id[len(chip) :]):
         raise ReportError(f"the certificate is of chip {chip.hex()}, the report of {report.chip_id.hex()}")
+    return unchecked

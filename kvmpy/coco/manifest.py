@@ -77,9 +77,12 @@ class Manifest:
             vmsas.append(file)
         return cls(runs, tuple(vmsas))
 
-    def digest(self, processes: int = 1) -> SnpDigest:
-        """Return the launch digest; large files are hashed by that many *processes*."""
-        digest = SnpDigest()
+    def digest(self, processes: int = 1, start: bytes | None = None) -> SnpDigest:
+        """Return the launch digest, *start* being that of what was launched before.
+
+        Large files are hashed by that many *processes*.
+        """
+        digest = SnpDigest() if start is None else SnpDigest(start)
         for run in self.runs:
             if run.file is None:
                 digest.add(run.type, run.gpa, pages=run.pages)

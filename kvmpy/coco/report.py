@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """SNP attestation reports: read, shown, and checked against certificates and expectations.
 
-Layout: SEV Secure Nested Paging Firmware ABI, section 7.3 (ATTESTATION_REPORT), versions 2 to 5.
+Layout: SEV Secure Nested Paging Firmware ABI, section 7.3 (ATTESTATION_REPORT), versions 2 to 5. Of a newer
+version the fields of version 5 are read: so far, each version has filled what was reserved in the last.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
@@ -115,17 +116,33 @@ _TCBS = ("current_tcb", "reported_tcb", "committed_tcb", "launch_tcb")
 
 @dataclass(frozen=True)
 class Report:
-    """One report of 1184 bytes; fields by the firmware's names, lower case."""
+    """One report of 1184 bytes, or more of a newer version; fields by the firmware's names, lower case."""
 
     data: bytes
 
     def __post_init__(self) -> None:
-        if len(self.data) != REPORT_SIZE:
-            raise ReportError(f"an attestation report has {REPORT_SIZE} bytes, not {len(self.data)}")
-        if self.version not in VERSIONS:
+        # A newer one may have more behind it.
+        size = len(self.data)
+        if size < REPORT_SIZE or (size > REPORT_SIZE and not self.newer):
+            raise ReportError(f"an attestation report has {REPORT_SIZE} bytes, not {size}")
+        if self.version < VERSIONS.start:
             raise ReportError(
                 f"report version {self.version} is unknown; known: {VERSIONS.start} to {VERSIONS.stop - 1}"
             )
+
+    @property
+    def newer(self) -> bool:
+        """Whether the version is newer than those that are known here: there may be more to it."""
+        return self.version >= VERSIONS.stop
+
+    def unknown(self) -> Iterator[tuple[int, bytes]]:
+        """Yield offset and content of what is not 0 before the signature and belongs to no known field."""
+        end = 0
+        for offset, size in (*sorted(_AT.values()), (SIGNED_SIZE, 0)):
+            between = self.data[end:offset]
+            if any(between):
+                yield end, between
+            end = offset + size
 
     def integer(self, name: str) -> int:
         """Return an integer field by its name, such as ``guest_svn`` or ``chip_id`` as a number."""
@@ -194,15 +211,24 @@ class Report:
         return SigningKey(key) if key in SigningKey._value2member_map_ else key
 
     @property
-    def has_fmc(self) -> bool:
-        """Whether TCB versions count an FMC: from family 1Ah on, which reports say from version 3 on."""
-        return self.version >= _SINCE["cpuid_family"] and self.integer("cpuid_family") >= 0x1A
+    def has_fmc(self) -> bool | None:
+        """Whether TCB versions count an FMC, as from family 1Ah on; None where the report cannot tell.
 
-    def tcb(self, name: str) -> Tcb:
-        """Return ``current_tcb``, ``reported_tcb``, ``committed_tcb`` or ``launch_tcb``."""
+        Reports name the family from version 3 on. Before, a chip ID of 8 bytes tells it, unless it is masked.
+        """
+        if self.version >= _SINCE["cpuid_family"]:
+            return self.integer("cpuid_family") >= 0x1A
+        return not any(self.chip_id[8:]) if any(self.chip_id) else None
+
+    def tcb(self, name: str, *, has_fmc: bool = False) -> Tcb:
+        """Return ``current_tcb``, ``reported_tcb``, ``committed_tcb`` or ``launch_tcb``.
+
+        *has_fmc* is for the report that cannot tell whether there is one.
+        """
         if name not in _TCBS:
             raise KeyError(name)
-        return Tcb.from_int(self.integer(name), has_fmc=self.has_fmc)
+        own = self.has_fmc
+        return Tcb.from_int(self.integer(name), has_fmc=has_fmc if own is None else own)
 
     @property
     def signed(self) -> bytes:
@@ -224,6 +250,13 @@ class Report:
 
     def verify_signature(self, key: ec.EllipticCurvePublicKey) -> None:
         """Check the signature with the key of a VCEK or VLEK; raises ReportError."""
+        if len(self.data) != REPORT_SIZE:
+            raise ReportError(
+                f"a report of version {self.version} with {len(self.data)} bytes: "
+                "where its signature lies is not known"
+            )
+        if self.chip_key_masked and not any(self.signature):
+            raise ReportError("the report is not signed: the platform masks its chip key (MASK_CHIP_KEY)")
         algorithm = self.integer("signature_algorithm")
         if algorithm != ECDSA_P384_SHA384:
             raise ReportError(f"signature algorithm {algorithm} is unknown; 1 is ECDSA P-384 with SHA-384")
@@ -282,6 +315,6 @@ def from_response(message: bytes) -> Report:
     if status:
         meaning = {0x16: "invalid parameters", 0x27: "the key asked for is not there"}.get(status, "an error")
         raise ReportError(f"the firmware refuses a report with status {status:#x}: {meaning}")
-    if size != REPORT_SIZE or len(message) < header.size + size:
+    if size < REPORT_SIZE or len(message) < header.size + size:
         raise ReportError(f"the response says that its report has {size} bytes, and holds {len(message)}")
     return Report(message[header.size : header.size + size])

@@ -369,6 +369,8 @@ class PageAllocator:
     def alloc(self, pages: int = 1, *, private: bool | None = None, align: int = PAGE_SIZE) -> Gpa:
         """Return *pages* contiguous zeroed pages, aligned to *align* bytes (a power of two);
         OutOfGuestMemoryError when full.
+
+        After the launch of a guest whose private memory is encrypted, private pages are not zero.
         """
         if pages <= 0 or align < PAGE_SIZE or align & (align - 1):
             raise ValueError(

@@ -13,28 +13,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from kvmpy import caches
+
 MAX_ENTRIES = 2000
 _TEMPORARY = "tmp-"
 _ABANDONED_AFTER = 3600.0
 
 
 def folder() -> Path:
-    """Return the folder of all entries: ``$XDG_CACHE_HOME/kvmpy/guest``, else a temporary one."""
+    """Return the folder of all entries: the cache ``guest``, or a temporary one where others may write."""
     return _folder(os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", ""))
 
 
 @functools.lru_cache(maxsize=8)
 def _folder(xdg: str, home: str) -> Path:
-    base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path(home or "/nonexistent") / ".cache"
-    wanted = base / "kvmpy" / "guest"
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=wanted):
-            return wanted
-    except OSError:
-        private = Path(tempfile.mkdtemp(prefix="kvmpy-guest-"))
-        atexit.register(shutil.rmtree, private, ignore_errors=True)
-        return private
+    del xdg, home  # what the answer depends on
+    wanted = caches.own("guest")
+    with contextlib.suppress(OSError):
+        if wanted is not None:
+            with tempfile.TemporaryFile(dir=wanted):
+                return wanted
+    private = Path(tempfile.mkdtemp(prefix="kvmpy-guest-"))
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    return private
 
 
 def entry(key: str) -> Path:

@@ -100,10 +100,11 @@ class VmPrivate(Vm):
         """Make pages private, in KVM and in the bitmap; their range may cross slots.
 
         Where private pages live in a guest_memfd, the guest finds there what the guest_memfd holds: zeroes
-        in a page that was never private or was discarded.  Elsewhere the content is undefined, and the guest
-        must change its page tables.  *discard* gives the memory behind the shared pages back: they are
-        zeroes when they are shared again.  ValueError outside guest memory, KvmError with the errno of
-        KVM_SET_MEMORY_ATTRIBUTES.
+        in a page that was never private or was discarded, unless the guest's key encrypts it.  Then, as under
+        SNP, these are the host's zeroes decrypted (Linux: sev_gmem_prepare()), and undefined.  So is the
+        content elsewhere, and the guest must change its page tables.  *discard* gives the memory behind the
+        shared pages back: they are zeroes when they are shared again.  ValueError outside guest memory,
+        KvmError with the errno of KVM_SET_MEMORY_ATTRIBUTES.
         """
         if discard or not self.convert_at_once(gpa, size, True):
             self.memory.set_private(gpa, size, discard=discard)
@@ -112,8 +113,8 @@ class VmPrivate(Vm):
         """Make pages shared, in KVM and in the bitmap; their range may cross slots.
 
         Where private pages live in a guest_memfd, guest and host find there what the shared memory held
-        before.  *discard* punches a hole into the guest_memfd: the pages are zeroes when they are private
-        again.
+        before.  *discard* punches a hole into the guest_memfd: when they are private again, the pages are as
+        those that never were.
         """
         if discard or not self.convert_at_once(gpa, size, False):
             self.memory.set_shared(gpa, size, discard=discard)

@@ -396,7 +396,8 @@ class GuestVm(VmPrivate):
         """Allocate *size* bytes (rounded up to pages) of zeroed guest memory, map it, and return its address.
 
         *private* None: private where the protection has private memory (with policy ``"data"`` not for code,
-        that is without *nx*).  An unmapped page lies between two allocations.
+        that is without *nx*).  An unmapped page lies between two allocations.  After launch, private memory
+        that is encrypted is not zero.
         """
         if private is None and not nx and self.policy == "data":
             private = False

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import kvmpy
+from kvmpy import caches
 from kvmpy.lab.errors import LabError
 
 MIB = 1 << 20
@@ -16,10 +16,17 @@ INSIDE = "/run/kvmpy/job"
 
 
 def cache() -> Path:
-    """Return the lab's cache folder, ``$XDG_CACHE_HOME/kvmpy/lab``; it need not exist."""
-    text = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(text) if text and Path(text).is_absolute() else Path("~/.cache").expanduser()
-    return base / "kvmpy" / "lab"
+    """Return the lab's cache folder, ``$XDG_CACHE_HOME/kvmpy/lab``; it need not exist.
+
+    LabError where others may write there: kernels and bytecode are code.
+    """
+    folder = caches.base() / "lab"
+    if why := caches.stranger(folder):
+        raise LabError(
+            f"the lab's cache {folder} is not safe: {why}",
+            "set HOME or XDG_CACHE_HOME to a folder of your own",
+        )
+    return folder
 
 
 def files() -> Path:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvmpy.debug.record.format import private
+
 # Inside, in memory: the root is read-only.
 FOLDER = "/tmp/kvmpy-records"  # noqa: S108 - a tmpfs of its own
 _PIECE = 1 << 18
@@ -41,7 +43,7 @@ def receive(folder: Path, event: dict[str, Any], lane: int) -> None:
     # A name is of somebody else's making.
     name = Path(str(event["name"])).name
     part = folder / f".{name}.{lane}{_PART}"
-    with part.open("wb" if event["first"] else "ab") as stream:
+    with open(part, "wb" if event["first"] else "ab", opener=private) as stream:
         stream.write(zlib.decompress(base64.b64decode(event["data"])))
     if event["last"]:
         part.replace(folder / name)

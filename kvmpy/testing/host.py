@@ -170,6 +170,23 @@ class HostSummary:
         return [first, second]
 
 
+def summary_of(told: Mapping[str, Any]) -> HostSummary:
+    """Return the summary that :meth:`HostSummary.as_dict` gave *told*; what is absent there is unknown."""
+    protections: Mapping[str, Any] = told.get("protections", {})
+    return HostSummary(
+        str(told.get("kernel", "unknown")),
+        str(told.get("cpu", "unknown")),
+        tuple(told.get("vendor_modules", ())),
+        str(told.get("platform", platform_name())),
+        kvm=bool(told.get("kvm", False)),
+        kvm_missing=str(told.get("kvm_missing", "unknown")),
+        vm_types=tuple(told.get("vm_types", ())),
+        protections={name: str(state["missing"]) for name, state in protections.items()},
+        labels={name: str(state["label"]) for name, state in protections.items()},
+        accelerator=str(told.get("accelerator", "")),
+    )
+
+
 def vm_type_name(number: int) -> str:
     """Return the kernel's name of a VM type, or its number as text."""
     from kvmpy.uapi.constants import VmType

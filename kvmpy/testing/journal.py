@@ -33,7 +33,8 @@ class History:
 
     ``done`` has the reports of each test that came to its end, ``lost`` the reasons of those whose process
     died; ``selected`` is in the order of collection; ``sessions`` counts the processes that wrote; ``limit``
-    is in seconds; ``finished`` is True when the last of them ended in order, its reports written.
+    is in seconds; ``finished`` is True when the last of them ended in order, its reports written; ``kept`` is
+    of a journal that outlives the machine.
     """
 
     done: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -48,6 +49,7 @@ class History:
     workers: bool = False
     sessions: int = 0
     finished: bool = False
+    kept: bool = False
 
     @property
     def judged(self) -> int:
@@ -111,6 +113,8 @@ def read(path: Path) -> History:
             history.lost[nodeid] = event["reason"]
         elif kind == "end":
             history.finished = True
+        elif kind == "kept":
+            history.kept = True
     return history
 
 
@@ -125,6 +129,16 @@ def _append(stream: TextIO, event: dict[str, Any]) -> None:
     stream.flush()
 
 
+def create_kept(path: Path) -> None:
+    """Create a journal that is to outlive the machine: it reaches the disk whenever a test begins.
+
+    FileExistsError where there is one.
+    """
+    with path.open("x", encoding="utf-8") as stream:
+        _append(stream, {"event": "kept"})
+        os.fsync(stream.fileno())
+
+
 def mark_lost(path: Path, nodeid: str, reason: str) -> None:
     """Write into the journal that the process died in the test *nodeid*."""
     with path.open("a", encoding="utf-8") as stream:
@@ -134,10 +148,16 @@ def mark_lost(path: Path, nodeid: str, reason: str) -> None:
 
 
 class Running:
-    """Plugin object of every test process: notes which test runs, and for how long it may."""
+    """Plugin object of every test process: notes which test runs, and for how long it may.
 
-    def __init__(self, config: pytest.Config, path: Path, about: Mapping[str, Any]) -> None:
+    With *kept* it reaches the disk with every test that begins.
+    """
+
+    def __init__(
+        self, config: pytest.Config, path: Path, about: Mapping[str, Any], *, kept: bool = False
+    ) -> None:
         self._config = config
+        self._on_disk = kept
         self._stream = path.open("a", encoding="utf-8")
         # An earlier process may have left half a line.
         self._stream.write("\n" if path.is_file() else "")
@@ -151,6 +171,12 @@ class Running:
         """Write an event of another plugin's own."""
         _append(self._stream, event)
 
+    def write_safely(self, event: dict[str, Any]) -> None:
+        """Write an event, and with it all earlier verdicts, where a machine's death leaves them."""
+        self.write(event)
+        if self._on_disk:
+            os.fsync(self._stream.fileno())
+
     def _limit(self, item: pytest.Item) -> float:
         marker = item.get_closest_marker("timeout")
         if marker is not None and marker.args:
@@ -161,7 +187,7 @@ class Running:
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Note that the test starts."""
         location = item.location
-        self.write(
+        self.write_safely(
             {"event": "start", "nodeid": item.nodeid, "limit": self._limit(item), "location": location}
         )
 
@@ -203,7 +229,8 @@ class Journal(Running):
         self._selected = history.selected
         self._uncollected = history.uncollected
         self._controls = config.getoption("dist", "no") != "no" and only is None
-        super().__init__(config, path, {"seed": seed, "workers": self._controls})
+        about = {"seed": seed, "workers": self._controls}
+        super().__init__(config, path, about, kept=history.kept)
 
     @staticmethod
     def _reports(config: pytest.Config, history: History) -> dict[str, list[pytest.TestReport]]:
@@ -349,7 +376,20 @@ class Journal(Running):
     def pytest_unconfigure(self) -> None:
         """Write down that the session came to its end, with its reports."""
         if self._path.is_file():
-            self.write({"event": "end"})
+            self.write_safely({"event": "end"})
+
+
+def reports(history: History, died: str) -> Iterator[pytest.TestReport]:
+    """Yield every report of a journal, and one for each test that was lost; *died* is why the last was."""
+    for kept in history.done.values():
+        for data in kept:
+            yield pytest.TestReport._from_json(from_json(data))
+    lost = dict(history.lost)
+    if history.running is not None:
+        lost[history.running] = died
+    for nodeid, reason in lost.items():
+        file, _, name = nodeid.partition("::")
+        yield lost_report(nodeid, history.locations.get(nodeid, (file, None, name)), reason)
 
 
 def lost_report(nodeid: str, location: Location, reason: str) -> pytest.TestReport:

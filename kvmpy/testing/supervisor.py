@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvmpy.owned import OwnedFolder, adopt_orphans, die_with_parent, dies_with_parent, end_descendants
-from kvmpy.testing import journal
+from kvmpy.testing import ending, journal
 from kvmpy.testing.testprocess import (
     SAME_SECONDS,
     STACK_SIGNAL,
@@ -23,6 +23,7 @@ from kvmpy.testing.testprocess import (
     SUPERVISOR_VARIABLE,
     handled,
     stack_file,
+    supervised,
 )
 
 MAX_DEATHS = 50
@@ -111,13 +112,13 @@ class _Watch:
             return None
         return history
 
-    def end(self, history: journal.History) -> None:
-        """Kill the process, and write down why, with its stack."""
+    def end(self, history: journal.History, kill: Callable[[int], list[str]]) -> None:
+        """Kill the process, and write down why, with its stack; *kill* returns who cannot be killed."""
         waited = time.monotonic() - self._since
         stack = stack_of(history.pid, self.path)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(history.pid, signal.SIGKILL)
-        reason = f"the test process hung: no end {waited:.0f} s after the test began; it was killed"
+        left = kill(history.pid)
+        reason = f"the test process hung: no end {waited:.0f} s after the test began; "
+        reason += f"left behind: {'; '.join(left)}" if left else "it was killed"
         journal.mark_lost(self.path, str(history.running), f"{reason}\n\n{stack}")
         self._size = -1
 
@@ -128,9 +129,10 @@ class _Watch:
 class _Child:
     """One process that runs pytest; the signals that this one gets end its session in order."""
 
-    def __init__(self, args: Sequence[str], path: Path, grace: float) -> None:
+    def __init__(self, args: Sequence[str], path: Path, grace: float, patience: float) -> None:
         self._path = path
         self._grace = grace
+        self._patience = patience
         self._watches: dict[Path, _Watch] = {}
         self._parent = os.getppid()
         self._signals = 0
@@ -171,38 +173,50 @@ class _Child:
             self._until = now + END_GRACE
             self._process.send_signal(signal.SIGINT)
 
+    def _kill(self, pid: int) -> list[str]:
+        if pid == self._process.pid:
+            return ending.end(self._process, patience=self._patience)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return []
+
     def wait(self) -> int:
-        """Wait for its end, and bring it about where a test, or the end itself, takes too long."""
+        """Wait for its end, and bring it about where a test, or the end itself, takes too long.
+
+        One that SIGKILL does not end is left behind: its status is that of one that is dead.
+        """
         while True:
             try:
                 return self._process.wait(_POLL)
             except subprocess.TimeoutExpired:
                 pass
             if self._until is not None and time.monotonic() > self._until:
-                self._process.kill()
-                self._until = None
+                self._kill(self._process.pid)
+                return self._process.poll() or -signal.SIGKILL
             for path in self._path.parent.glob(f"{self._path.name}*"):
                 if path.suffix == STACK_SUFFIX:
                     continue
                 watch = self._watches.setdefault(path, _Watch(path, self._grace))
                 if (history := watch.stuck()) is not None:
-                    watch.end(history)
+                    watch.end(history, self._kill)
                     if path == self._path:
                         self.hung = history.running
+                        return self._process.poll() or -signal.SIGKILL
 
 
 # ---- the run
 
 
 class _Run:
-    def __init__(self, args: Sequence[str], path: Path, say: Say, grace: float) -> None:
+    def __init__(self, args: Sequence[str], path: Path, say: Say, grace: float, patience: float) -> None:
         self._args = args
         self._path = path
         self._say = say
         self._grace = grace
+        self._patience = patience
 
     def _child(self, *extra: str) -> tuple[_Child, int]:
-        child = _Child([*self._args, *extra], self._path, self._grace)
+        child = _Child([*self._args, *extra], self._path, self._grace, self._patience)
         with child.signals():
             return child, child.wait()
 
@@ -257,15 +271,31 @@ class _Run:
         return INTERNAL
 
 
-def supervise(args: Sequence[str], say: Say, grace: float = HANG_GRACE) -> int:
+def supervise(
+    args: Sequence[str],
+    say: Say,
+    grace: float = HANG_GRACE,
+    *,
+    patience: float = ending.PATIENCE,
+    kept: Path | None = None,
+) -> int:
     """Run ``pytest args`` and return its exit status, 2 where a signal ended it.
 
     When a process dies or hangs in a test, that test gets the verdict ``lost``; the session goes on in a new
     process, and the reports cover both. Where one dies twice without a verdict, reports are made of what
-    there is.
+    there is. One that SIGKILL does not end within *patience* seconds is left behind. *kept* is a new journal
+    that outlives the run, and the machine's death.
     """
     with OwnedFolder("run") as folder:
-        return _Run(args, folder / "journal", say, grace).run()
+        path = folder / "journal"
+        if kept is not None:
+            path = kept
+            journal.create_kept(path)
+        try:
+            return _Run(args, path, say, grace, patience).run()
+        finally:
+            for beside in path.parent.glob(f"{path.name}.*"):
+                beside.unlink(missing_ok=True)
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -274,6 +304,8 @@ def guarded(work: Callable[[], int]) -> int:
     Signals are passed on; what descendants leave running is killed at the end.
     """
     adopt_orphans()
+    if supervised():
+        die_with_parent(signal.SIGTERM)
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:

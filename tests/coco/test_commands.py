@@ -42,6 +42,7 @@ def files(tmp_path: Path, authority: Authority) -> Path:
     chain = authority.intermediate.public_bytes(Encoding.PEM) + authority.root.public_bytes(Encoding.PEM)
     (tmp_path / "chain.pem").write_bytes(chain)
     (tmp_path / "root.pem").write_bytes(authority.root.public_bytes(Encoding.PEM))
+    (tmp_path / "other.pem").write_bytes(Authority().root.public_bytes(Encoding.PEM))
     return tmp_path
 
 
@@ -180,7 +181,52 @@ def test_a_report_is_verified_with_what_is_expected(files: Path) -> None:
         "verified: signature, certificates, chip, TCB, measurement, report_data\n"
     )
     assert "root: CN=ARK\n" in result.output
+    assert "not verified: dates and revocation" in result.output
     assert "taken from the chain itself" in verify(files).output
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_root_need_not_be_given_twice(files: Path, authority: Authority, repeated: bool) -> None:
+    (files / "ask.pem").write_bytes(authority.intermediate.public_bytes(Encoding.PEM))
+    certificates: list[str | Path] = ["--cert", files / "leaf.der", "--cert", files / "ask.pem"]
+    more = [*certificates, "--cert", files / "chain.pem"] if repeated else certificates
+    result = run("report", "verify", files / "report.bin", *more, "--root", files / "root.pem")
+    assert result.exit_code == 0, result.output
+    assert "root: CN=ARK\n" in result.output
+    assert run("report", "verify", files / "report.bin", *certificates).exit_code == 1
+
+
+def test_what_was_not_verified_is_not_called_so(files: Path, authority: Authority) -> None:
+    (files / "report.bin").write_bytes(authority.report(key_flags=1 << 2))
+    result = verify(files)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(
+        "verified: signature, certificates, TCB\nnot verified: chip: a VLEK has signed"
+    )
+
+
+def test_a_newer_report_is_shown_and_said_to_be_newer(files: Path, authority: Authority) -> None:
+    data = bytearray(authority.report(version=7, chip_id=b"\7" * 8))
+    data[0x210] = 0xAB
+    (files / "report.bin").write_bytes(data)
+    result = run("report", "show", files / "report.bin")
+    assert result.exit_code == 0
+    assert "version 7 is newer than 5" in result.output
+    assert "policy               0x30000\n" in result.output
+    assert "unknown at 0x208     0000000000000000ab00" in result.output
+    (files / "report.bin").write_bytes(authority.report(version=7))
+    assert "not verified: fields that version 7 has added" in verify(files).output
+
+
+@pytest.mark.parametrize("policy", ["0x10000", "0"])
+def test_a_policy_that_no_firmware_takes_is_not_signed(files: Path, policy: str) -> None:
+    result = run(
+        *("measure", "idblock", "--digest", DIGEST.hex(), "--policy", policy),
+        *("--id-key", files / "id.pem", "--block", files / "block"),
+    )
+    assert result.exit_code == 1
+    assert "lacks bit 17, which must be one" in result.output
+    assert not (files / "block").exists()
 
 
 @pytest.mark.parametrize(
@@ -189,6 +235,7 @@ def test_a_report_is_verified_with_what_is_expected(files: Path) -> None:
         (["--measurement", "5b" * 48], "measurement is 5a"),
         (["--policy", "0xb0000"], "policy is 0x30000, expected 0xb0000"),
         (["--root", "leaf.der"], "is not the trusted root"),
+        (["--root", "other.pem"], "the chain ends in CN=ARK, which is not the trusted root CN=ARK"),
         (["--root", "chain.pem"], "one root is expected, here are 2"),
         (["--root", "x.bin"], "no certificate"),
     ],

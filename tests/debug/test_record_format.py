@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import subprocess
@@ -48,6 +49,33 @@ from kvmpy.debug.record.format import (
     pack_frame,
 )
 from kvmpy.debug.record.model import Record
+from kvmpy.debug.record.writer import RecordWriter
+from kvmpy.lab import records
+
+
+@pytest.mark.parametrize("before", [None, 0o644])
+def test_records_are_for_their_owner_alone(before: int | None, tmp_path: Path) -> None:
+    """Guest memory in a record may hold keys: written, copied or sent out of the lab, the file is 0600."""
+    paths = [tmp_path / name for name in ("written", "saved", "received")]
+    if before is not None:
+        for path in paths:
+            path.touch(before)
+    RecordWriter(paths[0]).close()
+    Record.load(paths[0]).save(paths[1])
+    sent: list[dict[str, object]] = []
+    paths[1].rename(tmp_path / "inside")
+    records.send(sent.append, tmp_path / "inside")
+    for event in sent:
+        records.receive(tmp_path, {**event, "name": "received"}, 0)
+    Record.load(paths[2]).save(paths[1])
+    assert [oct(path.stat().st_mode & 0o777) for path in paths] == ["0o600"] * 3
+
+
+def test_a_device_keeps_its_mode(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o644)
+    os.close(format.private(str(tmp_path / "pipe"), os.O_RDWR))
+    assert (tmp_path / "pipe").stat().st_mode & 0o777 == 0o644
+
 
 HEADER = Path(format.__file__).with_name("format.h")
 

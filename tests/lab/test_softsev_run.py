@@ -63,6 +63,8 @@ def test_kernels_of_a_matrix_are_asked_for_the_same(monkeypatch: pytest.MonkeyPa
     assert "--soft-sev" not in cli.matrix_arguments((), values)
     assert "--soft-sev" in cli.matrix_arguments((), {**values, "soft_sev": True})
     assert "--no-soft-sev" in cli.matrix_arguments((), {**values, "soft_sev": False})
+    assert "--strict-private" not in cli.matrix_arguments((), values)
+    assert "--strict-private" in cli.matrix_arguments((), {**values, "strict_private": True})
 
 
 def test_where_the_hooks_do_not_fit_a_kernel_without_them_is_built_unless_they_were_asked_for(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -17,31 +18,21 @@ from kvmpy.cli.hardware import hardware
 from kvmpy.debug.record.events import Chunk, Ioctl
 from kvmpy.debug.record.format import Frame, FrameType, What, When
 from kvmpy.debug.record.model import Entry, Record
-from kvmpy.testing import archive
-from kvmpy.testing.archive import KernelLog, Scrubber
+from kvmpy.testing import archive, machine
+from kvmpy.testing.machine import KernelLog
+from kvmpy.testing.scrub import Scrubber
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.ioctls import SEV_PLATFORM_COMMANDS
 
-
-def test_names_are_taken_out() -> None:
-    scrub = Scrubber(host="epyc7.lab.example", user="jdoe", home="/home/jdoe")
-    text = b"jdoe@epyc7: /home/jdoe/x on epyc7.lab.example, 10.1.2.3 (aa:BB:cc:00:11:22), jdoes epyc72"
-    assert scrub.text(text) == b"<user>@<host>: ~/x on <host>, <ip> (<mac>), jdoes epyc72"
-
-
-@pytest.mark.parametrize("text", [b"6.18.2.1-rc1", b"version 1.2.3", b"0xffff:00", b"300.1.1.1"])
-def test_what_is_no_name_stays(text: bytes) -> None:
-    assert Scrubber(host="", user="", home="").text(text) == text
-
-
-def test_nobody_special_is_not_taken_out() -> None:
-    scrub = Scrubber(host="localhost", user="root", home="/root")
-    assert scrub.text(b"run as root on localhost") == b"run as root on localhost"
+CCP = (
+    "the driver ccp (CONFIG_CRYPTO_DEV_SP_PSP) finds no secure processor: enable SEV in the firmware setup "
+    "(SMEE, SEV-SNP support) and look at `dmesg | grep -i ccp`"
+)
 
 
 def test_a_record_of_the_kernel_reads_as_in_dmesg() -> None:
     record = b"6,1234,5012345,-;kvm_amd: SEV enabled (ASIDs 33 - 64)\n SUBSYSTEM=x\n"
-    assert archive.message(record) == "[    5.012345] kvm_amd: SEV enabled (ASIDs 33 - 64)"
+    assert machine.message(record) == "[    5.012345] kvm_amd: SEV enabled (ASIDs 33 - 64)"
 
 
 def test_without_permission_the_log_says_why(tmp_path: Path) -> None:
@@ -54,18 +45,22 @@ def test_without_permission_the_log_says_why(tmp_path: Path) -> None:
 def test_the_archive_has_files_and_folders_and_no_leftover(tmp_path: Path) -> None:
     records = tmp_path / "records"
     (records / "deep").mkdir(parents=True)
-    (records / "deep" / "one.txt").write_bytes(b"\x00jdoe")
-    (records / "deep" / "broken.rec").write_bytes(b"\x00jdoe")  # may hold anything: it stays out
+    (records / "deep" / "one.txt").write_bytes(b"of jdoe")
+    # What may hold anything stays out.
+    for name in ("broken.rec", "core", "binary.txt"):
+        (records / "deep" / name).write_bytes(b"\x00jdoe")
+    (records / "latin.txt").write_bytes(b"\xff jdoe")
     (records / "link").symlink_to("/etc/passwd")
     target = tmp_path / "out.tar.gz"
-    scrub = Scrubber(host="", user="jdoe", home="")
+    scrub = Scrubber(host="", user="jdoe", home="", known=())
     names = archive.write(target, {"a.txt": b"by jdoe"}, [("records", records)], scrub)
     assert names == ["a.txt", "records/deep/one.txt"]
     with tarfile.open(target) as made:
         assert made.getnames() == ["out/a.txt", "out/records/deep/one.txt"]
         assert made.extractfile("out/a.txt").read() == b"by <user>"  # type: ignore[union-attr]
-        assert made.extractfile("out/records/deep/one.txt").read() == b"\x00jdoe"  # type: ignore[union-attr]
+        assert made.extractfile("out/records/deep/one.txt").read() == b"of <user>"  # type: ignore[union-attr]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tar.gz", "records"]
+    assert target.stat().st_mode & 0o777 == 0o600
 
 
 def sev_record(path: Path, name: str, answer: bytes) -> None:
@@ -86,7 +81,7 @@ def test_records_go_in_without_what_names_the_chip(name: str, stays: bool, tmp_p
     folder.mkdir()
     sev_record(folder / "a.rec", name, b"the chip's own id")
     target = tmp_path / "out.tar.gz"
-    scrub = Scrubber(host="", user="jdoe", home="/home/jdoe")
+    scrub = Scrubber(host="", user="jdoe", home="/home/jdoe", known=())
     assert archive.write(target, {}, [("records", folder)], scrub) == ["records/a.rec"]
     with tarfile.open(target) as made:
         data = made.extractfile("out/records/a.rec").read()  # type: ignore[union-attr]
@@ -100,9 +95,50 @@ def test_records_go_in_without_what_names_the_chip(name: str, stays: bool, tmp_p
 
 
 def test_the_machine_is_described_without_its_serial_numbers() -> None:
-    found = archive.machine()
+    """What decides a diagnosis from afar is there, and the numbers that name one machine are not."""
+    found = machine.machine()
     assert found["kernel"] == os.uname().release
+    assert found["cmdline"] == Path("/proc/cmdline").read_text().strip()
+    assert found["limits"]["MEMLOCK"] == resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    assert found["limits"]["NOFILE"] == resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert {"ccp", "kvm", "kvm_amd"} == set(found["parameters"])
+    assert ("microcode" in found) is ("microcode" in Path("/proc/cpuinfo").read_text())
     assert not {"product_serial", "board_serial", "product_uuid", "chassis_serial"} & set(found)
+
+
+def test_the_platforms_status_is_told_or_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPY_DEV_SEV", str(tmp_path / "sev"))
+    assert machine.platform_status() == {"/dev/sev": f"{tmp_path / 'sev'} does not exist: {CCP}"}
+    (tmp_path / "sev").write_bytes(b"")  # no device: every command is ENOTTY
+    told = machine.platform_status()
+    assert sorted(told) == ["SEV_PLATFORM_STATUS", "SNP_PLATFORM_STATUS"]
+    assert all("ENOTTY" in text for text in told.values())
+
+
+class Ring(KernelLog):
+    """A kernel log that has this text and no more."""
+
+    def __init__(self, text: str) -> None:
+        self.missing = ""
+        self._text = text
+
+    def read(self) -> str:
+        """Return it."""
+        return self._text
+
+
+def test_the_boot_log_comes_from_the_journal_where_the_ring_lost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = "[    0.000000] Linux version 7.2\n[    1.000000] ccp: SEV firmware 1.55\n"
+    assert machine.boot_log(Ring(whole)) == whole
+    monkeypatch.setenv("PATH", str(tmp_path))
+    late = "[  900.000000] late\n"
+    assert machine.boot_log(Ring(late)) == f"(the first messages are lost: boot with log_buf_len=4M)\n{late}"
+    tool = tmp_path / "journalctl"
+    tool.write_text("#!/bin/sh\n[ \"$1 $2\" = '-k -b' ] && echo '[    0.0] Linux version 7.2'\n")
+    tool.chmod(0o755)
+    assert machine.boot_log(Ring(late)) == "[    0.0] Linux version 7.2\n"
 
 
 @pytest.mark.parametrize(
@@ -152,5 +188,8 @@ def test_a_run_ends_in_one_archive_and_the_suites_status(tmp_path: Path) -> None
     with tarfile.open(target) as made:
         names = {name.removeprefix("made/") for name in made.getnames()}
         verdicts = json.load(made.extractfile("made/verdicts.json"))  # type: ignore[arg-type]
-    assert {"machine.json", "doctor.txt", "run.txt", "verdicts.json", "verdicts.ktap", "dmesg.txt"} <= names
+    assert names == {
+        *("machine.json", "platform.json", "boot.txt", "dmesg.txt", "doctor.txt", "run.txt", "steps.jsonl"),
+        *("verdicts.json", "verdicts.ktap", "report.html", "journal.jsonl"),
+    }
     assert sorted(entry["verdict"] for entry in verdicts["tests"]) == ["fail", "pass"]

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 import kvmpy
-from kvmpy.cli.main import COMMANDS, main
+from kvmpy.cli.main import COMMANDS, LazyGroup, main
 from tests.testing.support import NO_KVM
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def kvmpy_command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -100,6 +104,46 @@ def test_in_several_processes(own: Path) -> None:
     result = kvmpy_command(own, "run", "-n", "2", "--json", "o.json", "test_own.py")
     assert result.returncode == 1
     assert json.loads((own / "o.json").read_text())["summary"]["pass"] == 1
+
+
+def test_strict_private_reaches_the_session(own: Path) -> None:
+    (own / "test_own.py").write_text(
+        "from kvmpy.testing.options import SETTINGS\n"
+        "def test_strict(request): assert request.config.stash[SETTINGS].strict_private\n"
+    )
+    assert kvmpy_command(own, "run", "test_own.py", "--strict-private").returncode == 0
+    assert kvmpy_command(own, "run", "test_own.py").returncode == 1
+
+
+def documented_commands() -> list[str]:
+    """Every command of kvmpy that the documentation shows, as one line each."""
+    found = []
+    for file in (DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))):
+        outside = file.read_text(encoding="utf-8").split("```")
+        blocks = re.sub(r"\\\n\s*", "", "\n".join(outside[1::2]))
+        lines = [re.split(r"\s{2,}| # ", line.strip())[0] for line in blocks.splitlines()]  # without a remark
+        lines += [span for text in outside[::2] for span in re.findall(r"`([^`]+)`", text)]
+        found += [" ".join(line.split()) for line in lines if re.match(r"\W*(?:sudo )?kvmpy [a-z]", line)]
+    return found
+
+
+def test_every_option_that_the_documentation_shows_exists() -> None:
+    """A command line in README or docs names a command of kvmpy, and options that it has."""
+    commands = documented_commands()
+    assert len(commands) > 50
+    checked = 0
+    for line in commands:
+        words = re.sub(r"^\W*(?:sudo )?kvmpy ", "", line).split(" -- ")[0].split()
+        command: click.Command | None = LazyGroup().get_command(click.Context(main), words[0])
+        assert command is not None, line
+        if isinstance(command, click.Group):
+            inner = next((word for word in words[1:] if word in command.commands), None)
+            command = command.commands[inner] if inner is not None else command
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        for option in re.findall(r"(?<=\s)--[a-z-]+", " ".join(words)):
+            assert option in known | {"--help"}, line
+            checked += 1
+    assert checked > 30
 
 
 def test_list_runs_nothing(own: Path) -> None:

@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from kvmpy import caches
+
 HERE = Path(__file__).resolve().parent
 SOURCES = ("recorder.c", "capture.c", "memory.c", "objects.c", "frames.c")
 HEADERS = ("recorder.h", "ring.h", "../record/format.h")
@@ -21,12 +23,6 @@ _TIMEOUT_S = 120
 
 class RecorderBuildError(RuntimeError):
     """The recorder cannot be compiled; the text says why and what to do."""
-
-
-def _cache() -> Path:
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(xdg) if Path(xdg).is_absolute() else Path(os.environ.get("HOME") or "/nonexistent") / ".cache"
-    return base / "kvmpy" / "preload"
 
 
 def _key() -> str:
@@ -53,16 +49,19 @@ def _compile(target: Path) -> None:
 
 
 def recorder(fallback: Path) -> Path:
-    """Return the compiled recorder; in *fallback* where the cache folder cannot be written.
+    """Return the compiled recorder; in *fallback* where the cache cannot be written, or others can write it.
 
     RecorderBuildError when there is no compiler or it fails.
     """
-    folder = _cache() / _key()
+    cache = caches.own("preload")
+    folder = (cache or fallback) / _key()
     target = folder / TARGET
-    if target.is_file():
-        return target
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if cache is None or caches.stranger(target):
+            raise PermissionError
+        if target.is_file():
+            return target
+        folder.mkdir(exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(handle)
     except OSError:

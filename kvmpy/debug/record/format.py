@@ -7,6 +7,8 @@ the same layouts for C.
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -278,6 +280,16 @@ class FrameReader:
                 return at + found
             found = raw.find(b"KVMR", found + 1)
         return None
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file that is written for its owner alone: guest memory may hold keys. An opener for ``open``."""
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    # An older file has the mode that it had; devices and other people's files keep it.
+    about = os.fstat(fd)
+    if stat.S_ISREG(about.st_mode) and about.st_uid == os.geteuid():
+        os.fchmod(fd, 0o600)
+    return fd
 
 
 def padded(size: int) -> int:

@@ -21,7 +21,7 @@ from kvmpy.debug.record.events import (
     pack_all,
     unpack,
 )
-from kvmpy.debug.record.format import Frame, FrameReader, FrameType, Problem, RecordError
+from kvmpy.debug.record.format import Frame, FrameReader, FrameType, Problem, RecordError, private
 from kvmpy.uapi.ioctls import BY_NR
 
 _BATCH = 256
@@ -160,7 +160,8 @@ class Record:
             out.append((entry.frame, what))
         out.append((head, End(len(out))))
         staged = f"{os.fspath(path)}.{os.getpid()}"
-        Path(staged).write_bytes(pack_all(out))
+        with open(staged, "wb", opener=private) as stream:
+            stream.write(pack_all(out))
         os.replace(staged, path)
 
     def describe(self) -> str:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from kvmpy.debug.record.events import End, Lines, Lost, Pages, Payload
-from kvmpy.debug.record.format import PAGE_SIZE, FileHeader
+from kvmpy.debug.record.format import PAGE_SIZE, FileHeader, private
 from kvmpy.uapi import ffi, lib
 
 _order = lib.kvmpy_record_order
@@ -79,9 +79,7 @@ class RecordWriter:
 
     def __init__(self, path: str | os.PathLike[str], **about: str) -> None:
         self.path = os.fspath(path)
-        self.fd = os.open(
-            self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644
-        )
+        self.fd = private(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC)
         # The C side's view of the record: it writes frames of its own accord, too.
         self.native = ffi.new("struct kvmpy_record *", {"fd": self.fd, "pid": os.getpid(), "order": 1})
         self._ids: dict[bytes, int] = {_ZEROES: 0}
