@@ -20,8 +20,8 @@ def html(files: tuple[Path, ...], output: Path) -> None:
 
     FILES are what --json of `kvmpy run`, `kvmpy lab run` and `kvmpy lab run --matrix` wrote.
     """
+    from kvmpy.owned import write_atomically
     from kvmpy.testing import html as pages
-    from kvmpy.testing.json_report import write_text
 
     reports: list[dict[str, Any]] = []
     for file in files:
@@ -41,6 +41,6 @@ def html(files: tuple[Path, ...], output: Path) -> None:
     except (KeyError, TypeError, AttributeError) as error:
         raise click.ClickException(f"a report lacks what it must have: {error!r}") from None
     try:
-        write_text(output, text)
+        write_atomically(output, text)
     except OSError as error:
         raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -102,6 +103,12 @@ def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ..
     return args
 
 
+def _say(text: str) -> None:
+    # Nobody may listen any more.
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
+
+
 def _list(args: list[str]) -> int:
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *args], check=False, stdout=subprocess.PIPE, text=True
@@ -168,7 +175,7 @@ def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[s
 @click.pass_context
 def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> None:
     """Run the selftests, or the tests in PATHS (of the suite, or files of your own)."""
-    from kvmpy.testing.supervisor import run_unsupervised, supervise
+    from kvmpy.testing.supervisor import guarded, supervise
 
     if not options["listing"] and (why := why_lab(str(options["lab"]))):
         click.echo(f"kvmpy run: {why}: the selftests run in the lab", err=True)
@@ -183,16 +190,8 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> Non
     if options["timeline"] is not None:
         # Test processes add to it, one after another.
         Path(str(options["timeline"])).unlink(missing_ok=True)
-    if options["listing"]:
-        code = _list(args)
-    elif options["workers"] is not None:
-        # xdist watches its workers itself.
-        code = run_unsupervised(args)
-    else:
-        kept = options["journal"]
-        code = supervise(
-            args, lambda text: click.echo(text, err=True), kept=kept if isinstance(kept, Path) else None
-        )
+    kept = options["journal"] if isinstance(options["journal"], Path) else None
+    code = _list(args) if options["listing"] else guarded(lambda: supervise(args, _say, kept=kept))
     if code == NOTHING_SELECTED:
-        click.echo("kvmpy run: no test matches", err=True)
+        _say("kvmpy run: no test matches")
     sys.exit(code)

@@ -10,14 +10,15 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from kvmpy.lab import bytecode
-from kvmpy.lab.process import dies_with_parent, end_group
+from kvmpy.lab.process import end_group
 from kvmpy.lab.work import by_file
+from kvmpy.owned import dies_with_parent
 
 FILE_VARIABLE = "KVMPY_LAB_LISTING"
 _SECONDS = 300.0
@@ -29,10 +30,15 @@ class _Writer:
         self._target = target
         self._broken: list[str] = []
 
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
         """Remember the files that cannot be collected here; perhaps they can inside."""
-        if report.outcome != "passed" and report.fspath.endswith(".py"):
-            self._broken.append(report.fspath)
+        report = yield
+        if report.outcome != "passed" and isinstance(collector, pytest.File):
+            self._broken.append(str(collector.path))
+        return report
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -41,7 +47,7 @@ class _Writer:
         for item in session.items:
             tests.setdefault(str(item.path), []).append(item.nodeid)
         for name in self._broken:
-            tests.setdefault(str(session.config.rootpath / name), [])
+            tests.setdefault(name, [])
         text = json.dumps({"args": list(session.config.args), "tests": tests})
         self._target.write_text(text, encoding="utf-8")
 

@@ -21,7 +21,7 @@ from rich import box
 from rich.table import Table
 
 from kvmpy.lab.kernels import Kernel, Say
-from kvmpy.lab.process import dies_with_parent
+from kvmpy.owned import dies_with_parent
 from kvmpy.testing.table import plain_console
 
 SCHEMA = "kvmpy-lab-matrix/1"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -13,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-_PR_SET_PDEATHSIG = 1
+from kvmpy.owned import dies_with_parent
+
 _POLL = 0.25
 # The kernel tells one process of its parent's death, not that one's children: so this shell passes it on to
 # the whole group, with time to remove what is half written.
@@ -24,22 +24,6 @@ kill -KILL 0' TERM
 "$@" & child=$!
 wait "$child"
 """
-
-
-def dies_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
-    """Return a function for ``preexec_fn``: the child gets signal *number* when its parent dies.
-
-    The child must be started by the parent's main thread: the kernel looks at the thread that forked.
-    """
-    libc = ctypes.CDLL(None)  # loaded here, as little as possible happens between fork and exec
-    parent = os.getpid()
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return prepare
 
 
 def end_group(child: subprocess.Popen[bytes], grace: float = 2.0) -> None:

@@ -14,8 +14,9 @@ from kvmpy.lab import tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import MAX_LINE, BadEventError, Event, parse
 from kvmpy.lab.kernels import Kernel
-from kvmpy.lab.process import dies_with_parent, end_group
+from kvmpy.lab.process import end_group
 from kvmpy.lab.root import MOUNT_FLAGS, Root, tag
+from kvmpy.owned import dies_with_parent
 
 _CPU = {"tcg": "EPYC,+svm,+npt", "kvm": "host"}
 _ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}

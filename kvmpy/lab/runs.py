@@ -24,9 +24,9 @@ from kvmpy.lab import bytecode, places, records, root, softsev, tools
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
-from kvmpy.lab.process import dies_with_parent
 from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
 from kvmpy.lab.session import WITHOUT_TRACE, LabSession, Setup
+from kvmpy.owned import dies_with_parent
 from kvmpy.testing.host import PLATFORM_VARIABLE
 
 # Emulated, every import counts: what the suite needs, and what of pytest's own it does not.

@@ -7,6 +7,7 @@ What a report says beyond pytest's own fields travels in its attribute ``kvmpy``
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -22,7 +23,8 @@ from kvmpy.testing.fixes import FIXES
 from kvmpy.testing.fixtures import REQUIREMENTS, VMS
 from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
-from kvmpy.testing.verdicts import Missing, suite_id
+from kvmpy.testing.reportfiles import UNWRITTEN
+from kvmpy.testing.verdicts import Missing, printable, suite_id
 
 if TYPE_CHECKING:
     from kvmpy.testing.evidence import IoctlTail
@@ -131,6 +133,32 @@ def promise_of(item: pytest.Item) -> str:
     return text.partition("\n")[0].strip()
 
 
+def _printable(value: Any) -> Any:
+    """Return *value* with every text in it printable; pytest's objects are changed in place."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_printable(entry) for entry in value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(entry) for key, entry in value.items()}
+    if type(value).__module__.startswith("_pytest._code"):
+        for name, entry in vars(value).items():
+            setattr(value, name, _printable(entry))
+    return value
+
+
+def _clean(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Take out of a report what a terminal would obey, whether test, guest or kernel wrote it."""
+    for name in ("longrepr", "wasxfail", "user_properties"):
+        if hasattr(report, name):
+            setattr(report, name, _printable(getattr(report, name)))
+    # The log's levels are coloured by pytest itself.
+    report.sections = [
+        (printable(title), text if title.startswith("Captured log") else printable(text))
+        for title, text in report.sections
+    ]
+
+
 class Needs:
     """Plugin object that checks what a test needs before its fixtures are set up.
 
@@ -220,8 +248,18 @@ class ItemReports:
         if call.when != "teardown":
             self._apply_errata(item, report)
         elif RSS in item.stash:
-            data["rss"] = item.stash[RSS]
-        report.__dict__["kvmpy"] = data
+            data |= {"rss": item.stash[RSS], "pid": os.getpid()}
+        if UNWRITTEN in item.stash:
+            data["unwritten"] = item.stash[UNWRITTEN]
+        _clean(report)
+        report.__dict__["kvmpy"] = _printable(data)
+        return report
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_make_collect_report(self) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Keep what a terminal would obey out of the reports of files, too."""
+        report = yield
+        _clean(report)
         return report
 
     def _hide_own_frames(self, item: pytest.Item, call: pytest.CallInfo[None]) -> None:

@@ -1,74 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that keeps every report as it comes, so that a test process that dies loses one test and no result.
+"""A file that keeps every report as it comes, so that a process that dies loses one test and no result.
 
-Whoever supervises the process marks the test that was running as lost and starts pytest again with the same
-journal: what it holds is replayed, not run, and the session goes on with the rest.
+Whoever supervises the session starts pytest again with the same journal: what it holds is replayed, not run,
+and the session goes on with the rest. Under xdist the controlling process keeps it, and every worker has a
+smaller one beside it that says which test runs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
 
-SUPERVISED = "KVMPY_SUPERVISED"
-"""The variable by which a supervisor says who it is."""
-_PR_SET_PDEATHSIG = 1
+from kvmpy.parsing import MalformedError, conform, parse_json
+from kvmpy.testing.results import Results, is_lost
+
+# What the controlling process hands to its xdist workers.
+WORKER_JOURNAL = "kvmpy_journal"
+WORKER_DONE = "kvmpy_done"
+
+Location = tuple[str, "int | None", str]
 
 
 @dataclass
 class History:
-    """What a journal holds: reports by test, and the tests that were lost with the reason."""
+    """What a journal holds.
 
-    reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    ``done`` has the reports of each test that came to its end, ``lost`` the reasons of those whose process
+    died; ``selected`` is in the order of collection; ``sessions`` counts the processes that wrote; ``limit``
+    is in seconds; ``finished`` is True when the last of them ended in order, its reports written; ``kept`` is
+    of a journal that outlives the machine.
+    """
+
+    done: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    locations: dict[str, Location] = field(default_factory=dict)
+    selected: list[str] = field(default_factory=list)
+    uncollected: list[dict[str, Any]] = field(default_factory=list)
     running: str | None = None
     limit: float = 0.0
     seed: int = 0
+    pid: int = 0
+    workers: bool = False
+    sessions: int = 0
     finished: bool = False
     kept: bool = False
 
+    @property
+    def judged(self) -> int:
+        """How many tests need not run any more."""
+        return len(self.done.keys() | self.lost.keys())
 
-def _events(path: Path) -> Iterator[dict[str, Any]]:
+
+def _events(path: Path) -> Iterator[Mapping[str, Any]]:
     # A device is a channel to somebody else: what was written cannot be read again.
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    import msgspec
+
+    class Event(msgspec.Struct):
+        event: str
+        nodeid: str = ""
+        reason: str = ""
+        limit: float = 0.0
+        seed: int = 0
+        pid: int = 0
+        workers: bool = False
+        location: tuple[str, int | None, str] = ("", None, "")
+        ids: list[str] = []
+        data: dict[str, Any] = {}
+
+    for line in path.read_bytes().split(b"\n"):
         try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # half a line: the process died while it wrote
+            yield msgspec.structs.asdict(conform(parse_json(line), Event))
+        except MalformedError:
+            continue  # an empty line, or half a line: the process died while it wrote
 
 
 def read(path: Path) -> History:
-    """Return what the journal at *path* holds; a missing file holds nothing."""
+    """Return what the journal at *path* holds; a missing file, and what is no event, holds nothing."""
     history = History()
+    pending: dict[str, list[dict[str, Any]]] = {}
     for event in _events(path):
-        kind = event["event"]
+        kind, nodeid = event["event"], event["nodeid"]
         if kind == "session":
-            history.seed = event["seed"]
+            history.seed, history.pid, history.workers = event["seed"], event["pid"], event["workers"]
+            history.sessions += 1
+            history.finished = False
+            history.running = None
+            history.uncollected.clear()
+            pending.clear()
+        elif kind == "selected":
+            history.selected = event["ids"]
+        elif kind == "uncollected":
+            history.uncollected.append(event["data"])
         elif kind == "start":
-            history.running = event["nodeid"]
-            history.limit = event["limit"]
+            history.running, history.limit = nodeid, event["limit"]
+            history.locations[nodeid] = event["location"]
         elif kind == "report":
-            history.reports.setdefault(event["nodeid"], []).append(event["data"])
+            pending.setdefault(nodeid, []).append(event["data"])
+            if event["data"].get("when") == "teardown":
+                _judged(history, nodeid, pending)
         elif kind == "finish":
-            history.running = None
+            _judged(history, nodeid, pending)
         elif kind == "lost":
-            history.lost[event["nodeid"]] = event["reason"]
             history.running = None
+            history.lost[nodeid] = event["reason"]
         elif kind == "end":
             history.finished = True
         elif kind == "kept":
             history.kept = True
     return history
+
+
+def _judged(history: History, nodeid: str, pending: dict[str, list[dict[str, Any]]]) -> None:
+    history.done.setdefault(nodeid, pending.pop(nodeid, []))
+    if history.running == nodeid:
+        history.running = None
 
 
 def _append(stream: TextIO, event: dict[str, Any]) -> None:
@@ -94,23 +147,21 @@ def mark_lost(path: Path, nodeid: str, reason: str) -> None:
         _append(stream, {"event": "lost", "nodeid": nodeid, "reason": reason})
 
 
-def die_with_supervisor(number: int) -> None:
-    """Get signal *number* when the parent dies, where it says that it supervises this process."""
-    # Since Linux 2.1.57; without it a killed supervisor would leave VMs running.
-    if os.environ.get(SUPERVISED) == str(os.getppid()):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+class Running:
+    """Plugin object of every test process: notes which test runs, and for how long it may.
 
+    With *kept* it reaches the disk with every test that begins.
+    """
 
-class Journal:
-    """Plugin object: writes the journal and replays what an earlier process of the same run left in it."""
-
-    def __init__(self, config: pytest.Config, path: Path, seed: int) -> None:
+    def __init__(
+        self, config: pytest.Config, path: Path, about: Mapping[str, Any], *, kept: bool = False
+    ) -> None:
         self._config = config
-        self._history = read(path)
+        self._on_disk = kept
         self._stream = path.open("a", encoding="utf-8")
-        self._replaying = False
-        _append(self._stream, {"event": "session", "seed": seed})
-        die_with_supervisor(signal.SIGKILL)
+        # An earlier process may have left half a line.
+        self._stream.write("\n" if path.is_file() else "")
+        _append(self._stream, {"event": "session", "pid": os.getpid(), **about})
 
     def close(self) -> None:
         """Close the file."""
@@ -120,6 +171,12 @@ class Journal:
         """Write an event of another plugin's own."""
         _append(self._stream, event)
 
+    def write_safely(self, event: dict[str, Any]) -> None:
+        """Write an event, and with it all earlier verdicts, where a machine's death leaves them."""
+        self.write(event)
+        if self._on_disk:
+            os.fsync(self._stream.fileno())
+
     def _limit(self, item: pytest.Item) -> float:
         marker = item.get_closest_marker("timeout")
         if marker is not None and marker.args:
@@ -127,62 +184,204 @@ class Journal:
         return float(self._config.getini("timeout") or 0)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """Replay the test's reports when an earlier process has them, otherwise note that it starts."""
-        nodeid = item.nodeid
-        if nodeid in self._history.lost:
-            self._replay(item, [lost_report(nodeid, item.location, self._history.lost[nodeid])])
-            return True
-        kept = self._history.reports.get(nodeid)
-        if kept is not None:
-            hook = self._config.hook
-            reports = [
-                hook.pytest_report_from_serializable(config=self._config, data=from_json(data))
-                for data in kept
-            ]
-            self._replay(item, reports)
-            return True
-        start = {"event": "start", "nodeid": nodeid, "limit": self._limit(item), "location": item.location}
-        self._append_safely(start)
-        return None
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        """Note that the test starts."""
+        location = item.location
+        self.write_safely(
+            {"event": "start", "nodeid": item.nodeid, "limit": self._limit(item), "location": location}
+        )
 
-    def _append_safely(self, event: dict[str, Any]) -> None:
-        _append(self._stream, event)
-        if self._history.kept:
-            # One for each test: with its start, all earlier verdicts are on the disk.
-            os.fsync(self._stream.fileno())
 
-    def _replay(self, item: pytest.Item, reports: list[pytest.TestReport]) -> None:
+class WorkerJournal(Running):
+    """Plugin object of an xdist worker; *done* are the tests that an earlier controller has reports of."""
+
+    def __init__(self, config: pytest.Config, path: Path, done: list[str]) -> None:
+        super().__init__(config, path, {})
+        self._done = frozenset(done)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave out what is done: all workers of a session leave out the same."""
+        items[:] = [item for item in items if item.nodeid not in self._done]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Note that the test has ended."""
+        self.write({"event": "finish", "nodeid": nodeid})
+
+
+class Journal(Running):
+    """Plugin object of the controlling process: keeps all reports, and replays those of an earlier one.
+
+    With *only* nothing runs: reports are made of what the journal holds, and *only* says why the run is over.
+    """
+
+    def __init__(
+        self, config: pytest.Config, path: Path, seed: int, results: Results, only: str | None = None
+    ) -> None:
+        self._path = path
+        self._results = results
+        self._only = only
+        self._replaying = False
+        self._judged: set[str] = set()
+        history = read(path)
+        self._kept = self._reports(config, history)
+        self._selected = history.selected
+        self._uncollected = history.uncollected
+        self._controls = config.getoption("dist", "no") != "no" and only is None
+        about = {"seed": seed, "workers": self._controls}
+        super().__init__(config, path, about, kept=history.kept)
+
+    @staticmethod
+    def _reports(config: pytest.Config, history: History) -> dict[str, list[pytest.TestReport]]:
+        kept: dict[str, list[pytest.TestReport]] = {}
+        for nodeid, data in history.done.items():
+            try:
+                kept[nodeid] = [report_of(config, entry) for entry in data]
+            except MalformedError:
+                continue  # it runs once more
+        for nodeid, reason in history.lost.items():
+            location = history.locations.get(nodeid, (nodeid.partition("::")[0], None, nodeid))
+            kept[nodeid] = [lost_report(nodeid, location, reason)]
+        return kept
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell an xdist worker where its journal is, and what it need not run."""
+        node.workerinput[WORKER_JOURNAL] = str(self._journal_of(node))
+        node.workerinput[WORKER_DONE] = list(self._kept)
+
+    # ---- what is selected
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Collect, unless nothing is to run any more."""
+        if self._only is None:
+            return (yield)
+        session.items = []
+        for data in self._uncollected:
+            session.config.hook.pytest_collectreport(report=report_of(session.config, data))
+        self._replay(session)
+        raise session.Interrupted(self._only)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Note the selection, and leave out what is done."""
+        if self._path.is_file() and not self._controls:
+            self._select([item.nodeid for item in items])
+            items[:] = [item for item in items if item.nodeid not in self._kept]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Note the selection of the first worker."""
+        if not self._selected:
+            self._select(list(ids))
+
+    def _select(self, nodeids: list[str]) -> None:
+        self._selected = nodeids
+        self.write({"event": "selected", "ids": nodeids})
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep what could not be collected."""
+        if report.outcome != "passed" and self._only is None and self._path.is_file():
+            self.write({"event": "uncollected", "data": self._data(report)})
+
+    # ---- what is done
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Replay what is done, then run the rest."""
+        self._replay(session)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        result = yield
+        self._count(session)
+        return result
+
+    def _replay(self, session: pytest.Session) -> None:
+        if self._selected:
+            self._results.select(self._selected)
+        self._count(session)
+        hook = self._config.hook
         self._replaying = True
         try:
-            item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-            for report in reports:
-                item.ihook.pytest_runtest_logreport(report=report)
-            item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+            for nodeid, reports in self._kept.items():
+                location = reports[0].location if reports else (nodeid, None, nodeid)
+                hook.pytest_runtest_logstart(nodeid=nodeid, location=location)
+                for report in reports:
+                    hook.pytest_runtest_logreport(report=report)
+                hook.pytest_runtest_logfinish(nodeid=nodeid, location=location)
         finally:
             self._replaying = False
+
+    def _count(self, session: pytest.Session) -> None:
+        # Who has nothing left to run has not selected nothing.
+        session.testscollected = max(session.testscollected, len(self._selected) if self._kept else 0)
+
+    def _data(self, report: pytest.TestReport | pytest.CollectReport) -> dict[str, Any]:
+        data: dict[str, Any] = self._config.hook.pytest_report_to_serializable(
+            config=self._config, report=report
+        )
+        data.pop("node", None)  # of xdist
+        return data
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Write a report down."""
         if not self._replaying:
-            data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
-            _append(self._stream, {"event": "report", "nodeid": report.nodeid, "data": data})
+            self.write({"event": "report", "nodeid": report.nodeid, "data": self._data(report)})
+            if report.when == "teardown":
+                self._judged.add(report.nodeid)
+            if is_lost(report):
+                # Nobody else says that it has ended.
+                self.write({"event": "finish", "nodeid": report.nodeid})
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Write down that a test has ended."""
         if not self._replaying:
-            _append(self._stream, {"event": "finish", "nodeid": nodeid})
+            self.write({"event": "finish", "nodeid": nodeid})
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Let run elsewhere what a dead worker had not started: xdist takes it for lost."""
+        scheduler: Any = getattr(self._config.pluginmanager.get_plugin("dsession"), "sched", None)
+        waiting = getattr(scheduler, "node2pending", {}).get(node)
+        if not isinstance(waiting, list):
+            return  # another scheduler, or a worker that had nothing
+        while waiting and scheduler.collection[waiting[0]] in self._judged:
+            del waiting[0]
+        worker = self._worker(node)
+        if waiting and scheduler.collection[waiting[0]] not in (worker.running, *worker.lost):
+            scheduler.pending[:0] = waiting
+            waiting.clear()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, crashitem: str, report: Any) -> None:
+        """Say of a test whose worker was killed why that was."""
+        report.longrepr = self._worker(report.node).lost.get(crashitem, report.longrepr)
+
+    def _worker(self, node: Any) -> History:
+        return read(self._journal_of(node))
+
+    def _journal_of(self, node: Any) -> Path:
+        return Path(f"{self._path}.{node.gateway.id}")
 
     def pytest_sessionfinish(self) -> None:
-        """Write down that the session came to its end."""
-        self._append_safely({"event": "end"})
+        """Tell who listens at the other end that there are no more tests."""
+        if not self._path.is_file():
+            self.write({"event": "end"})
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self) -> None:
+        """Write down that the session came to its end, with its reports."""
+        if self._path.is_file():
+            self.write_safely({"event": "end"})
 
 
 def reports(history: History, died: str) -> Iterator[pytest.TestReport]:
     """Yield every report of a journal, and one for each test that was lost; *died* is why the last was."""
-    for kept in history.reports.values():
+    for kept in history.done.values():
         for data in kept:
             yield pytest.TestReport._from_json(from_json(data))
     lost = dict(history.lost)
@@ -190,10 +389,10 @@ def reports(history: History, died: str) -> Iterator[pytest.TestReport]:
         lost[history.running] = died
     for nodeid, reason in lost.items():
         file, _, name = nodeid.partition("::")
-        yield lost_report(nodeid, (file, None, name), reason)
+        yield lost_report(nodeid, history.locations.get(nodeid, (file, None, name)), reason)
 
 
-def lost_report(nodeid: str, location: tuple[str, int | None, str], reason: str) -> pytest.TestReport:
+def lost_report(nodeid: str, location: Location, reason: str) -> pytest.TestReport:
     """Return the report of a test whose process died."""
     # The phase that xdist uses for a test whose worker died.
     when: Any = "???"
@@ -207,3 +406,11 @@ def from_json(data: dict[str, Any]) -> dict[str, Any]:
         values["longrepr"] = tuple(values["longrepr"])
     values["user_properties"] = [tuple(pair) for pair in values.get("user_properties", [])]
     return values
+
+
+def report_of(config: pytest.Config, data: dict[str, Any]) -> Any:
+    """Return the report that was written as *data*; raises MalformedError for what is none."""
+    try:
+        return config.hook.pytest_report_from_serializable(config=config, data=from_json(data))
+    except Exception as error:  # noqa: BLE001 - pytest trusts what it reads
+        raise MalformedError(f"no report of a test: {error!r}") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kvmpy import __version__
@@ -56,12 +55,6 @@ def _told_once(entry: Mapping[str, Any], maps: dict[str, int]) -> dict[str, Any]
     return {"vm": name, "map": maps.setdefault(json.dumps(values), len(maps))}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a report file, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Write the report to *path*."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+def json_text(values: dict[str, Any]) -> str:
+    """Return the report as text."""
+    return json.dumps(values, indent=2) + "\n"

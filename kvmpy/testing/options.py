@@ -117,6 +117,9 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--kvmpy-journal", metavar="FILE", help="keep every report here, and go on from what it holds"
     )
+    group.addoption(
+        "--kvmpy-only-report", metavar="WHY", help="run nothing: report what the journal holds, and WHY"
+    )
     parser.addini("kvmpy_suite", "this is a suite of KVM tests: host header and verdict table", "bool", False)
     parser.addini(
         "kvmpy_leaks",
@@ -135,8 +138,15 @@ def widen_timeout(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.timeout(least))
 
 
-def _path(value: str | None) -> Path | None:
-    return Path(value).absolute() if value else None
+def _path(config: pytest.Config, option: str) -> Path | None:
+    """Return the file that an option names; one that can never be written is told before any test runs."""
+    value = config.getoption(option)
+    if not value:
+        return None
+    path = Path(value).absolute()
+    if path.is_dir():
+        raise pytest.UsageError(f"{option}: {path} is a folder; a file is expected")
+    return path
 
 
 def read_settings(config: pytest.Config) -> Settings:
@@ -167,11 +177,11 @@ def read_settings(config: pytest.Config) -> Settings:
         suite=suite,
         table=suite or config.getoption("--kvmpy-table"),
         leaks=leaks,
-        json=_path(config.getoption("--kvmpy-json")),
-        ktap=_path(config.getoption("--ktap")),
-        html=_path(config.getoption("--kvmpy-html")),
-        timeline=_path(config.getoption("--kvmpy-timeline")),
+        json=_path(config, "--kvmpy-json"),
+        ktap=_path(config, "--ktap"),
+        html=_path(config, "--kvmpy-html"),
+        timeline=_path(config, "--kvmpy-timeline"),
         evidence=bool(config.getoption("--kvmpy-evidence") or config.getoption("--kvmpy-html")),
-        journal=_path(config.getoption("--kvmpy-journal")),
+        journal=_path(config, "--kvmpy-journal"),
         errata=tuple(Path(name).absolute() for name in config.getoption("--kvmpy-errata")),
     )

@@ -6,8 +6,11 @@ In a session that has nothing to do with KVM it stays silent.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,10 +21,13 @@ from kvmpy.testing.errata import BUILTIN, ErrataError, load
 from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
 from kvmpy.testing.fixtures import _protection as protection
 from kvmpy.testing.itemreports import ItemReports, Needs
+from kvmpy.testing.json_report import document, json_text
 from kvmpy.testing.leakcheck import LeakCheck, uses_kvmpy
 from kvmpy.testing.options import SETTINGS
+from kvmpy.testing.reportfiles import Junit, ReportFiles, SteadyStream
 from kvmpy.testing.requirements import Requirements
 from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results
+from kvmpy.testing.verdicts import Verdict
 
 if TYPE_CHECKING:
     from kvmpy.testing.evidence import IoctlTail
@@ -56,14 +62,34 @@ def pytest_configure(config: pytest.Config) -> None:
 
         timelines.attach(config, settings.timeline)
     if hasattr(config, "workerinput"):
+        _attach_worker(config, config.workerinput)
         return
-    config.pluginmanager.register(Session(config, settings), "kvmpy-session")
+    session = Session(config, settings)
+    config.pluginmanager.register(session, "kvmpy-session")
     if settings.journal is not None:
+        from kvmpy.testing import testprocess
         from kvmpy.testing.journal import Journal
 
-        journal = Journal(config, settings.journal, settings.seed)
+        only = config.getoption("--kvmpy-only-report")
+        journal = Journal(config, settings.journal, settings.seed, session.results, only)
         config.pluginmanager.register(journal, "kvmpy-journal")
         config.add_cleanup(journal.close)
+        if testprocess.supervised():
+            testprocess.attach(config, settings.journal)
+
+
+def _attach_worker(config: pytest.Config, given: Mapping[str, Any]) -> None:
+    from kvmpy.testing.journal import WORKER_DONE, WORKER_JOURNAL, WorkerJournal
+
+    if WORKER_JOURNAL not in given:
+        return
+    from kvmpy.testing import testprocess
+
+    path = Path(given[WORKER_JOURNAL])
+    journal = WorkerJournal(config, path, given[WORKER_DONE])
+    config.pluginmanager.register(journal, "kvmpy-journal")
+    config.add_cleanup(journal.close)
+    testprocess.attach(config, path)
 
 
 def _attach_tail(config: pytest.Config) -> IoctlTail:
@@ -98,6 +124,9 @@ class Session:
         self._settings = settings
         self._started = time.monotonic()
         self._summary: host.HostSummary | None = None
+        self._files = ReportFiles()
+        self._junit = Junit(config)
+        self._output: SteadyStream | None = None
         self._concerned = (
             settings.suite or settings.table or bool(settings.json or settings.ktap or settings.html)
         )
@@ -144,24 +173,62 @@ class Session:
         return [f"kvmpy: seed {self._settings.seed} (repeat with --kvmpy-seed {self._settings.seed})"]
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionstart(self) -> Generator[None, object, object]:
+        """Outlive whoever reads the terminal's output."""
+        reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            self._output = reporter._tw._file = SteadyStream(reporter._tw._file)
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Judge memory growth and write the report files."""
-        result = yield
-        if self.results.growth() >= GROWTH_FAILS and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if self._settings.json is not None or self._settings.html is not None:
-            self._write_documents(int(session.exitstatus))
-        if self._settings.ktap is not None:
-            from kvmpy.testing import json_report, ktap
+        """Judge the session and write the report files, whatever becomes of the terminal's summary."""
+        self._junit.divert()
+        try:
+            return (yield)
+        finally:
+            if session.exitstatus == pytest.ExitCode.OK and self._incomplete():
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            self._write(int(session.exitstatus))
+            if (failures := self._failures()) and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+            for line in failures:
+                with contextlib.suppress(OSError):
+                    print(f"kvmpy: {line}", file=sys.stderr, flush=True)
 
-            text = ktap.render(self.results.verdicts(), self.header(), len(self.results.not_run()))
-            json_report.write_text(self._settings.ktap, text)
-        return result
+    def _failures(self) -> list[str]:
+        output = self._output.lost if self._output is not None else ""
+        return [*self._files.failures, *self.results.unwritten(), *([output] if output else [])]
 
-    def _write_documents(self, exit_status: int) -> None:
-        from kvmpy.testing import json_report
+    def _write(self, exit_status: int) -> None:
+        settings, write = self._settings, self._files.write
+        if settings.json is not None:
+            write("json", settings.json, lambda: json_text(self._document(exit_status)))
+        if settings.ktap is not None:
+            write("ktap", settings.ktap, self._ktap)
+        if settings.html is not None:
+            write("html", settings.html, lambda: self._html(exit_status))
+        self._junit.write(self._files)
 
-        values = json_report.document(
+    def _ktap(self) -> str:
+        from kvmpy.testing import ktap
+
+        return ktap.render(self.results.verdicts(), self.header(), len(self.results.not_run()))
+
+    def _html(self, exit_status: int) -> str:
+        from kvmpy.testing import html
+
+        return html.render([self._document(exit_status)])
+
+    def _incomplete(self) -> bool:
+        """Whether a session that pytest calls good is none: what was selected was not judged, or leaked."""
+        if self._config.option.collectonly:
+            return False
+        lost = any(entry.verdict is Verdict.LOST for entry in self.results.verdicts())
+        return lost or bool(self.results.not_run()) or self.results.growth() >= GROWTH_FAILS
+
+    def _document(self, exit_status: int) -> dict[str, Any]:
+        return document(
             self.results.verdicts(),
             self.summary,
             seed=self._settings.seed,
@@ -170,15 +237,11 @@ class Session:
             not_run=self.results.not_run(),
             growth=self.results.growth(),
         )
-        if self._settings.json is not None:
-            json_report.write(self._settings.json, values)
-        if self._settings.html is not None:
-            from kvmpy.testing import html
 
-            json_report.write_text(self._settings.html, html.render([values]))
-
+    @pytest.hookimpl(tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the verdict table and what else there is to know."""
+        self._junit.restore()
         verdicts = self.results.verdicts()
         if self._settings.table and verdicts:
             from kvmpy.testing.table import print_report

@@ -7,17 +7,24 @@ import argparse
 import re
 from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy.testing.leakcheck import uses_kvmpy
+from kvmpy.testing.reportfiles import UNWRITTEN, why
 from kvmpy.testing.verdicts import suite_id
+
+if TYPE_CHECKING:
+    from kvmpy.debug.record.recorder import Recorder
 
 MODES = ("failures", "all")
 DEFAULT_FOLDER = "kvmpy-records"
 SUFFIX = ".rec"
 RECORD = pytest.StashKey[Path]()
 _KEEP = pytest.StashKey[bool]()
+_MISSING = pytest.StashKey[str]()
+_RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
 _NAME_LENGTH = 180
 
 
@@ -81,12 +88,21 @@ class Recording:
         path = self._folder / file_name(item.nodeid)
         item.stash[RECORD] = path
         item.stash[_KEEP] = self._mode == "all"
-        recorder = Recorder(path, test=suite_id(item.nodeid)).start()
+        try:
+            recorder = Recorder(path, test=suite_id(item.nodeid))
+        except OSError as error:
+            # The test runs all the same.
+            item.stash[_MISSING] = why(error)
+            path.unlink(missing_ok=True)
+            return (yield)
+        item.stash[_RECORDER] = recorder
+        recorder.start()
         try:
             result = yield
         finally:
             used = recorder.used
             recorder.stop()
+            del item.stash[_RECORDER]
         if not used or not item.stash[_KEEP]:
             path.unlink(missing_ok=True)
         return result
@@ -95,13 +111,20 @@ class Recording:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Keep the record of a failure and say what to do with it."""
-        del call
+        """Keep the record of a failure and say what to do with it, or why there is none."""
         report = yield
-        if report.skipped and not hasattr(report, "wasxfail") and RECORD in item.stash:
+        if RECORD not in item.stash:
+            return report
+        if report.skipped and not hasattr(report, "wasxfail"):
             item.stash[_KEEP] = False
-        if report.failed and RECORD in item.stash:
+        path = self._shown / item.stash[RECORD].name
+        missing = item.stash.get(_MISSING, "")
+        if _RECORDER in item.stash and (lost := item.stash[_RECORDER].writer.lost):
+            missing = f"{lost} frames are missing"
+        if report.failed:
             item.stash[_KEEP] = True
-            path = self._shown / item.stash[RECORD].name
-            report.sections.append(("record", f"kvmpy replay {path}\nkvmpy repro {path} -o bug.c"))
+            text = f"kvmpy replay {path}\nkvmpy repro {path} -o bug.c"
+            report.sections.append(("record", f"{path}: {missing}" if missing else text))
+        if missing and item.stash[_KEEP] and call.when == "teardown":
+            item.stash.setdefault(UNWRITTEN, []).append(f"record: {path} is not complete: {missing}")
         return report

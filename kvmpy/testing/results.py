@@ -143,10 +143,11 @@ class Results:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep a phase's report."""
         self._reports.setdefault(report.nodeid, []).append(report)
-        rss = attached(report).get("rss")
-        if rss is not None:
+        about = attached(report)
+        if "rss" in about:
             worker = getattr(getattr(report, "node", None), "gateway", None)
-            self._rss.setdefault(getattr(worker, "id", "main"), []).append(int(rss))
+            process = f"{getattr(worker, 'id', 'main')} {about.get('pid')}"
+            self._rss.setdefault(process, []).append(int(about["rss"]))
 
     def verdicts(self) -> list[TestVerdict]:
         """Return the verdicts in the order of collection."""
@@ -158,6 +159,16 @@ class Results:
     def not_run(self) -> list[str]:
         """Return the selected tests that were never started."""
         return [nodeid for nodeid in self._selected if nodeid not in self._reports]
+
+    def unwritten(self) -> list[str]:
+        """Return what test processes could not write, each told once."""
+        told = [
+            text
+            for reports in self._reports.values()
+            for report in reports
+            for text in attached(report).get("unwritten", ())
+        ]
+        return list(dict.fromkeys(told))
 
     def growth(self) -> float:
         """Return by how many bytes a test process grew with every test, 0 without steady growth."""

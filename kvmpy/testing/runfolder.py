@@ -24,6 +24,7 @@ from typing import Any
 
 from kvmpy.testing import archive, ending, host, journal, json_report, machine
 from kvmpy.testing.scrub import Scrubber
+from kvmpy.testing.testprocess import SUPERVISOR_VARIABLE
 
 SUFFIX = ".running"
 LOCK, STEPS, PLATFORM, JOURNAL, RECORDS = "lock", "steps.jsonl", "platform.json", "journal", "records"
@@ -111,7 +112,7 @@ def run_step(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **(step.environment or {}), journal.SUPERVISED: str(os.getpid())},
+        env={**os.environ, **(step.environment or {}), SUPERVISOR_VARIABLE: str(os.getpid())},
     )
     left: list[str] = []
     ended = ""

@@ -3,22 +3,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvmpy.owned import OwnedFolder, adopt_orphans, die_with_parent, dies_with_parent, end_descendants
 from kvmpy.testing import ending, journal
+from kvmpy.testing.testprocess import (
+    SAME_SECONDS,
+    STACK_SIGNAL,
+    STACK_SUFFIX,
+    SUPERVISOR_VARIABLE,
+    handled,
+    stack_file,
+    supervised,
+)
 
 MAX_DEATHS = 50
 # Beyond a test's own time-out, before the child counts as hung.
 HANG_GRACE = 60.0
+# For a session that was told to end.
+END_GRACE = 30.0
 _POLL = 0.2
+_STACK_SECONDS = 2.0
+# Deaths in a row without a single verdict between them.
+_VAIN = 2
+# Passed on, in this order; one more kills.
+_SIGNALS = 2
+# Exit statuses of pytest.
+INTERRUPTED, INTERNAL = 2, 3
 
 Say = Callable[[str], None]
 
@@ -33,62 +53,222 @@ def _death(code: int) -> str:
     return f"the test process ended itself with status {code}"
 
 
-def _wait(child: subprocess.Popen[bytes], path: Path, grace: float, patience: float) -> str | None:
-    """Wait for the child; kill it, and return why, when its test is long past its time-out.
+# ---- hangs
 
-    One that SIGKILL does not end within *patience* seconds is left behind.
+
+def _kernel_words(pid: int) -> str:
+    lines = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            waits = (task / "wchan").read_text().strip("0 \n") or "-"
+            lines.append(f"  thread {task.name}: state {state}, in the kernel at {waits}")
+    return "\n".join(["no stack: it takes no signal", *lines])
+
+
+def stack_of(pid: int, path: Path) -> str:
+    """Ask the test process *pid* of the journal *path* for the stacks of its threads.
+
+    What the kernel says of the threads when it does not answer within two seconds.
     """
-    size, since = -1, time.monotonic()
-    while True:
-        try:
-            child.wait(_POLL)
-            return None
-        except subprocess.TimeoutExpired:
-            pass
+    answer = stack_file(path)
+    with contextlib.suppress(OSError):
+        before = answer.stat().st_size
+        os.kill(pid, STACK_SIGNAL)
+        size, deadline = before, time.monotonic() + _STACK_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(_POLL / 4)
+            now = answer.stat().st_size
+            if now > before and now == size:
+                return answer.read_bytes()[before:].decode("utf-8", "replace").rstrip()
+            size = now
+    return _kernel_words(pid)
+
+
+class _Watch:
+    """Whether a test process still does something, by its journal."""
+
+    def __init__(self, path: Path, grace: float) -> None:
+        self.path = path
+        self._grace = grace
+        self._size = -1
+        self._since = time.monotonic()
+        self._history = journal.History()
+
+    def stuck(self) -> journal.History | None:
+        """Return the history where a test is long past its time-out."""
         now = time.monotonic()
-        current = path.stat().st_size if path.exists() else 0
-        if current != size:
-            size, since = current, now
-            continue
-        if now - since < grace:
-            continue
-        history = journal.read(path)
-        if history.running is None or not history.limit or now - since < history.limit + grace:
-            continue
-        left = ending.end(child, patience=patience)
-        reason = f"the test process hung: no end {now - since:.0f} s after the test began; "
-        return reason + (f"left behind: {'; '.join(left)}" if left else "it was killed")
+        size = self.path.stat().st_size
+        if size != self._size:
+            self._size, self._since = size, now
+            self._history = journal.History()
+        waited = now - self._since
+        if waited < self._grace:
+            return None
+        if not self._history.sessions:
+            self._history = journal.read(self.path)
+        history = self._history
+        if history.running is None or not history.limit or waited < history.limit + self._grace:
+            return None
+        return history
+
+    def end(self, history: journal.History, kill: Callable[[int], list[str]]) -> None:
+        """Kill the process, and write down why, with its stack; *kill* returns who cannot be killed."""
+        waited = time.monotonic() - self._since
+        stack = stack_of(history.pid, self.path)
+        left = kill(history.pid)
+        reason = f"the test process hung: no end {waited:.0f} s after the test began; "
+        reason += f"left behind: {'; '.join(left)}" if left else "it was killed"
+        journal.mark_lost(self.path, str(history.running), f"{reason}\n\n{stack}")
+        self._size = -1
 
 
-@contextmanager
-def _interrupts_go_to_child() -> Iterator[None]:
-    # The child is in the terminal's process group: Ctrl-C ends its session, and we wait for its reports.
-    # A handler, unlike SIG_IGN, is not inherited.
-    previous = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+# ---- one child
 
 
-def _run_child(args: Sequence[str], path: Path, grace: float, patience: float) -> tuple[int, str | None]:
-    environment = os.environ | {journal.SUPERVISED: str(os.getpid())}
-    command = [sys.executable, "-m", "pytest", *args, "--kvmpy-journal", str(path)]
-    with _interrupts_go_to_child():
-        # No context manager: that would wait for one that is left behind.
-        child = subprocess.Popen(command, env=environment)
-        terminated = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
-        try:
-            reason = _wait(child, path, grace, patience)
-        finally:
-            signal.signal(signal.SIGTERM, terminated)
-        return -signal.SIGKILL if child.returncode is None else child.returncode, reason
+class _Child:
+    """One process that runs pytest; the signals that this one gets end its session in order."""
+
+    def __init__(self, args: Sequence[str], path: Path, grace: float, patience: float) -> None:
+        self._path = path
+        self._grace = grace
+        self._patience = patience
+        self._watches: dict[Path, _Watch] = {}
+        self._parent = os.getppid()
+        self._signals = 0
+        self._signalled = -SAME_SECONDS
+        self._until: float | None = None
+        self.orphaned = False
+        # The test in which it hung.
+        self.hung: str | None = None
+        environment = os.environ | {SUPERVISOR_VARIABLE: str(os.getpid())}
+        command = [sys.executable, "-m", "pytest", *args, "--kvmpy-journal", str(path)]
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there
+        )
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody wanted the end of it."""
+        return self._signals > 0
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within the block, this process's signals end the child."""
+        # Handlers, unlike SIG_IGN, are not inherited.
+        with handled(self._signal, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            yield
+
+    def _signal(self, *_: object) -> None:
+        now = time.monotonic()
+        self.orphaned = os.getppid() != self._parent
+        if not self.orphaned and now - self._signalled < SAME_SECONDS:
+            return
+        self._signals, self._signalled = self._signals + 1, now
+        if self.orphaned or self._signals > _SIGNALS:
+            self._process.kill()
+        else:
+            self._until = now + END_GRACE
+            self._process.send_signal(signal.SIGINT)
+
+    def _kill(self, pid: int) -> list[str]:
+        if pid == self._process.pid:
+            return ending.end(self._process, patience=self._patience)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return []
+
+    def wait(self) -> int:
+        """Wait for its end, and bring it about where a test, or the end itself, takes too long.
+
+        One that SIGKILL does not end is left behind: its status is that of one that is dead.
+        """
+        while True:
+            try:
+                return self._process.wait(_POLL)
+            except subprocess.TimeoutExpired:
+                pass
+            if self._until is not None and time.monotonic() > self._until:
+                self._kill(self._process.pid)
+                return self._process.poll() or -signal.SIGKILL
+            for path in self._path.parent.glob(f"{self._path.name}*"):
+                if path.suffix == STACK_SUFFIX:
+                    continue
+                watch = self._watches.setdefault(path, _Watch(path, self._grace))
+                if (history := watch.stuck()) is not None:
+                    watch.end(history, self._kill)
+                    if path == self._path:
+                        self.hung = history.running
+                        return self._process.poll() or -signal.SIGKILL
 
 
-def run_unsupervised(args: Sequence[str]) -> int:
-    """Run ``pytest args`` in a child and return its exit status; for sessions that xdist watches over."""
-    with _interrupts_go_to_child():
-        return subprocess.run([sys.executable, "-m", "pytest", *args], check=False).returncode
+# ---- the run
+
+
+class _Run:
+    def __init__(self, args: Sequence[str], path: Path, say: Say, grace: float, patience: float) -> None:
+        self._args = args
+        self._path = path
+        self._say = say
+        self._grace = grace
+        self._patience = patience
+
+    def _child(self, *extra: str) -> tuple[_Child, int]:
+        child = _Child([*self._args, *extra], self._path, self._grace, self._patience)
+        with child.signals():
+            return child, child.wait()
+
+    def _report(self, history: journal.History, reason: str) -> None:
+        """Write the reports of what there is, where the process that should have done so is dead."""
+        if history.sessions:
+            extra = ["--kvmpy-seed", str(history.seed), "--kvmpy-only-report", reason]
+            self._child(*extra, *(["-n0"] if history.workers else []))
+
+    def _died(self, child: _Child, reason: str) -> journal.History:
+        """Say what a death costs, and write it down; return what is known then."""
+        history = journal.read(self._path)
+        lost = child.hung or history.running
+        if child.hung:
+            reason = history.lost[child.hung].partition("\n")[0]
+        elif lost is not None:
+            journal.mark_lost(self._path, lost, reason)
+        where = "outside of any test" if lost is None else f"in {lost}; that test is lost, the rest goes on"
+        if history.finished:
+            where = "after the last test"
+        self._say(f"kvmpy run: {reason}, {where}")
+        return journal.read(self._path)
+
+    def run(self) -> int:
+        extra: list[str] = []
+        known = journal.History()
+        vain = 0
+        for _ in range(MAX_DEATHS):
+            child, code = self._child(*extra)
+            history = journal.read(self._path)
+            if child.orphaned:
+                return INTERRUPTED
+            if code >= 0 and (history.finished or history.sessions == known.sessions):
+                return code
+            reason = _death(code)
+            if child.interrupted:
+                self._report(history, "interrupted, and did not end by itself")
+                return INTERRUPTED
+            history = self._died(child, reason)
+            status = 128 - code if code < 0 else INTERNAL
+            if history.finished:
+                return status
+            vain = vain + 1 if history.judged == known.judged else 0
+            if vain == _VAIN:
+                self._report(history, reason)
+                return status
+            known = history
+            extra = ["--kvmpy-seed", str(history.seed)] if history.sessions else []
+        reason = f"the test process died {MAX_DEATHS} times; giving up"
+        self._say(f"kvmpy run: {reason}")
+        self._report(known, reason)
+        return INTERNAL
 
 
 def supervise(
@@ -99,32 +279,49 @@ def supervise(
     patience: float = ending.PATIENCE,
     kept: Path | None = None,
 ) -> int:
-    """Run ``pytest args`` and return its exit status.
+    """Run ``pytest args`` and return its exit status, 2 where a signal ended it.
 
-    When the process dies or hangs in a test, that test gets the verdict ``lost`` and the session goes on in a
-    new process; the reports cover both. A process that dies outside of a test ends the run; one that SIGKILL
-    does not end within *patience* seconds is left behind. *kept* is a new journal that outlives the run, and
-    the machine's death.
+    When a process dies or hangs in a test, that test gets the verdict ``lost``; the session goes on in a new
+    process, and the reports cover both. Where one dies twice without a verdict, reports are made of what
+    there is. One that SIGKILL does not end within *patience* seconds is left behind. *kept* is a new journal
+    that outlives the run, and the machine's death.
     """
-    journal.die_with_supervisor(signal.SIGTERM)
-    with tempfile.TemporaryDirectory(prefix="kvmpy-run-") as folder:
-        path = Path(folder) / "journal"
+    with OwnedFolder("run") as folder:
+        path = folder / "journal"
         if kept is not None:
             path = kept
             journal.create_kept(path)
-        extra: list[str] = []
-        for _ in range(MAX_DEATHS):
-            code, reason = _run_child([*args, *extra], path, grace, patience)
-            history = journal.read(path)
-            if code >= 0 and (history.finished or history.running is None):
-                return code
-            reason = reason or _death(code)
-            if history.running is None:
-                where = "after the last test" if history.finished else "outside of any test"
-                say(f"kvmpy run: {reason}, {where}")
-                return 128 - code
-            say(f"kvmpy run: {reason}, in {history.running}; that test is lost, the rest goes on")
-            journal.mark_lost(path, history.running, reason)
-            extra = ["--kvmpy-seed", str(history.seed)]
-        say(f"kvmpy run: the test process died {MAX_DEATHS} times; giving up")
-        return 3
+        try:
+            return _Run(args, path, say, grace, patience).run()
+        finally:
+            for beside in path.parent.glob(f"{path.name}.*"):
+                beside.unlink(missing_ok=True)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Return what *work* returns, done in a child, of which nothing survives: even if this one is killed.
+
+    Signals are passed on; what descendants leave running is killed at the end.
+    """
+    adopt_orphans()
+    if supervised():
+        die_with_parent(signal.SIGTERM)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        code = INTERNAL
+        try:
+            die_with_parent(signal.SIGTERM)
+            adopt_orphans()
+            if os.getppid() == parent:
+                code = work()
+        except BaseException:  # noqa: BLE001 - nothing may return into the copy of the caller
+            traceback.print_exc()
+        finally:
+            end_descendants()
+            os._exit(code)
+    with handled(lambda number, _: os.kill(pid, number), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        _, status = os.waitpid(pid, 0)
+    end_descendants()
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code

@@ -64,12 +64,17 @@ def verdict_table(verdicts: Sequence[TestVerdict], title: str, labels: Mapping[s
     return table
 
 
+def _one_line(text: str) -> str:
+    # A reason may not look like a line of the table.
+    return " ".join(text.split())
+
+
 def _bad_lines(verdicts: Sequence[TestVerdict]) -> list[Text]:
     lines = []
     for entry in verdicts:
         if entry.verdict.bad:
             line = Text(f"{entry.verdict.value:<5} ", style=STYLES[entry.verdict])
-            line.append(f"{entry.id}: {entry.reason}", style="default")
+            line.append(f"{entry.id}: {_one_line(entry.reason)}", style="default")
             lines.append(line)
     return lines
 
@@ -109,15 +114,15 @@ def print_report(
     if expected:
         console.print("failed as expected, by reason:", style=STYLES[Verdict.XFAIL])
     for reason, tests in expected.items():
-        console.print(Text(f"{len(tests):5}  {reason}"), soft_wrap=True)
+        console.print(Text(f"{len(tests):5}  {_one_line(reason)}"), soft_wrap=True)
         for identifier in tests:
             console.print(Text(f"       {identifier}", style="dim"), soft_wrap=True)
     groups = skips_by_reason(verdicts)
     if groups:
         console.print("skipped, by what is missing:", style="yellow")
     for what, how, tests in groups:
-        console.print(Text(f"{len(tests):5}  {what}"), soft_wrap=True)
+        console.print(Text(f"{len(tests):5}  {_one_line(what)}"), soft_wrap=True)
         if how:
-            console.print(Text(f"       get it: {how}", style="dim"), soft_wrap=True)
+            console.print(Text(f"       get it: {_one_line(how)}", style="dim"), soft_wrap=True)
     if not_run:
         console.print(f"{not_run} selected tests were not started", style="bold red")

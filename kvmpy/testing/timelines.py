@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from kvmpy.debug.timeline import Timeline, complete
+from kvmpy.testing.reportfiles import UNWRITTEN, why
+from kvmpy.testing.testprocess import supervised
 from kvmpy.testing.verdicts import suite_id
 
 
@@ -25,14 +28,29 @@ class Timelines:
         self.timeline.begin(suite_id(item.nodeid))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
         """The test ends."""
         try:
             return (yield)
         finally:
-            self.timeline.end()
-            # A later test may kill the process.
-            self.timeline.flush()
+            try:
+                self.timeline.end()
+                # A later test may kill the process.
+                self.timeline.flush()
+            except OSError as error:
+                item.stash.setdefault(UNWRITTEN, []).append(f"timeline: it is not complete: {why(error)}")
+
+    def stop(self) -> None:
+        """End it; where the disk is full, the tests have said so."""
+        with contextlib.suppress(OSError):
+            self.timeline.stop()
+
+
+def _complete(path: Path) -> None:
+    try:
+        complete(path)
+    except OSError as error:
+        print(f"kvmpy: timeline: {path} is not complete: {why(error)}", file=sys.stderr)
 
 
 def attach(config: pytest.Config, path: Path) -> None:
@@ -40,9 +58,12 @@ def attach(config: pytest.Config, path: Path) -> None:
     worker = hasattr(config, "workerinput")
     if not worker:
         # Whoever supervises this process has removed an older file, and may start a second process.
-        if os.environ.get("KVMPY_SUPERVISED") != str(os.getppid()):
+        if not supervised():
             path.unlink(missing_ok=True)
-        config.add_cleanup(lambda: complete(path))
-    plugin = Timelines(path)
-    config.add_cleanup(plugin.timeline.stop)
+        config.add_cleanup(lambda: _complete(path))
+    try:
+        plugin = Timelines(path)
+    except OSError as error:
+        raise pytest.UsageError(f"--timeline: {error}") from error
+    config.add_cleanup(plugin.stop)
     config.pluginmanager.register(plugin, "kvmpy-timeline")

@@ -6,6 +6,7 @@ Pure: no KVM, no pytest.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -79,6 +80,17 @@ class TestVerdict:
     def name(self) -> str:
         """The test's name inside its file, parameters included."""
         return self.id.partition("::")[2] or self.id
+
+
+# Control characters but tab and newline, what reorders or breaks lines, and what no encoding has.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return text that can be shown and stored anywhere: what a terminal would obey is escaped."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def suite_id(nodeid: str) -> str:

@@ -19,6 +19,7 @@ import pytest
 
 from kvmpy.testing import ending, journal, machine, runfolder
 from kvmpy.testing.machine import KernelLog, KernelLogFollower
+from kvmpy.testing.results import Results
 from kvmpy.testing.runfolder import RunFolder, Step, pack_dead, run_step
 from kvmpy.testing.supervisor import supervise
 from tests.testing.support import Suite
@@ -234,14 +235,14 @@ def test_a_test_that_cannot_be_ended_is_lost_and_the_rest_goes_on(
 
 
 def journaled(path: Path, config: Any) -> journal.Journal:
-    made = journal.Journal(config, path, 5)
+    made = journal.Journal(config, path, 5, Results("host"))
     for name in ("a", "b"):
         item: Any = SimpleNamespace(
             nodeid=f"t.py::{name}", location=("t.py", 0, name), get_closest_marker=lambda _: None
         )
-        assert made.pytest_runtest_protocol(item) is None
+        made.pytest_runtest_protocol(item)
         made.pytest_runtest_logfinish(item.nodeid)
-    made.pytest_sessionfinish()
+    made.pytest_unconfigure()
     made.close()
     return made
 
@@ -259,7 +260,7 @@ def test_a_kept_journal_reaches_the_disk_with_every_test(
     path = tmp_path / "journal"
     if kept:
         journal.create_kept(path)
-    config: Any = SimpleNamespace(getini=lambda _: "1")
+    config: Any = SimpleNamespace(getini=lambda _: "1", getoption=lambda *_: "no")
     journaled(path, config)
     assert [text.splitlines()[-1].split('"')[3] for text in synced] == (
         ["kept", "start", "start", "end"] if kept else []

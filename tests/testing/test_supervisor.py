@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,22 +42,49 @@ def test_after():
 """
 
 
-def test_a_hung_xdist_worker_is_replaced(here: Suite) -> None:
-    here.add("test_a.py", HANGS)
-    outcome = here.run("-n1", "-o", "faulthandler_timeout=2")
-    assert outcome.verdicts() == {"test_before": "pass", "test_hangs": "lost", "test_after": "pass"}
-    assert outcome.status == 1
-
-
-def test_a_hung_process_is_killed_and_its_test_lost(here: Suite, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("workers", [[], ["-n1"]], ids=["one process", "xdist"])
+def test_a_hung_process_is_killed_and_its_test_lost(
+    here: Suite, capfd: pytest.CaptureFixture[str], workers: list[str]
+) -> None:
     here.add("test_a.py", HANGS)
     said: list[str] = []
-    status = supervise(here.arguments(), said.append, grace=2.0)
+    status = supervise([*here.arguments(), *workers], said.append, grace=2.0)
     outcome = here.outcome(status, capfd.readouterr().out)
     assert outcome.verdicts() == {"test_before": "pass", "test_hangs": "lost", "test_after": "pass"}
-    assert "hung" in outcome.reason("test_hangs")
+    assert re.fullmatch(
+        r"the test process hung: no end \d+ s after the test began; it was killed",
+        outcome.reason("test_hangs"),
+    )
+    # A worker has threads that take the signal.
+    place = (
+        r'File ".*test_a.py", line 11 in test_hangs'
+        if workers
+        else r"no stack: it takes no signal\n  thread \d+: state S, in the kernel at \w*futex"
+    )
+    assert re.search(place, outcome.test("test_hangs")["details"])
     assert outcome.status == 1
-    assert len(said) == 1
+    assert len(said) == (0 if workers else 1)
+
+
+@pytest.mark.parametrize("workers", [[], ["-n1"]], ids=["one process", "xdist"])
+def test_a_hung_test_shows_its_stacks(
+    here: Suite, capfd: pytest.CaptureFixture[str], workers: list[str]
+) -> None:
+    here.add(
+        "test_a.py",
+        "import signal, threading\nimport pytest\n"
+        "def stands_here(): threading.Event().wait(100)\n"
+        "@pytest.mark.timeout(1)\n"
+        "def test_hangs():\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
+        "    thread = threading.Thread(target=stands_here, daemon=True)\n    thread.start()\n"
+        "    thread.join()\n",
+    )
+    status = supervise([*here.arguments(), *workers], lambda _: None, grace=1.0)
+    details = here.outcome(status, capfd.readouterr().out).test("test_hangs")["details"]
+    assert details.startswith("the test process hung: ")
+    assert re.search(r'File ".*test_a.py", line 3 in stands_here', details)
+    assert re.search(r'File ".*test_a.py", line 9 in test_hangs', details)
 
 
 def test_fixtures_and_seed_outlive_a_death(here: Suite, capfd: pytest.CaptureFixture[str]) -> None:
@@ -75,11 +103,96 @@ def test_fixtures_and_seed_outlive_a_death(here: Suite, capfd: pytest.CaptureFix
     assert outcome.text.count(f"seed {outcome.report['seed']},") >= 2
 
 
-def test_a_death_outside_of_a_test_ends_the_run(here: Suite, capfd: pytest.CaptureFixture[str]) -> None:
-    here.add("test_a.py", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\ndef test_a(): pass\n")
+# Kills the process in which a hook is called, once for each name.
+ONCE = """
+import os, signal
+def die(name):
+    try:
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+def number(config):
+    return getattr(config, "workerinput", {}).get("workerid", "main")
+"""
+NUMBERED = "import pytest\n@pytest.mark.parametrize('number', range(6))\ndef test_it(number): pass\n"
+ALL = {f"test_it[{number}]": "pass" for number in range(6)}
+AFTER = "def pytest_runtest_logfinish(nodeid):\n    if '2]' in nodeid: die('after')\n"
+BEFORE = (
+    "import pytest\n@pytest.hookimpl(wrapper=True)\n"
+    "def pytest_runtest_protocol(item):\n    if '3]' in item.nodeid: die('before')\n"
+    "    return (yield)\n"
+)
+COLLECTION = "def pytest_collection_modifyitems(config): die('collection')\n"
+REPORTS = "def pytest_sessionfinish(session): die('reports')\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "workers"),
+    [
+        pytest.param(AFTER, [], id="after a test"),
+        pytest.param(AFTER, ["-n2"], id="of a worker, after a test"),
+        pytest.param(BEFORE, [], id="before a test"),
+        pytest.param(BEFORE, ["-n2"], id="of a worker, before a test"),
+        pytest.param(COLLECTION, [], id="in the collection"),
+        pytest.param(REPORTS, [], id="before the reports"),
+    ],
+)
+def test_a_death_between_tests_costs_nothing(
+    here: Suite, capfd: pytest.CaptureFixture[str], place: str, workers: list[str]
+) -> None:
+    here.add("conftest.py", ONCE + place)
+    here.add("test_a.py", NUMBERED)
+    status = supervise([*here.arguments(), *workers], lambda _: None)
+    outcome = here.outcome(status, capfd.readouterr().out)
+    assert outcome.verdicts() == ALL
+    assert outcome.status == 0
+    assert outcome.report["exit_status"] == 0
+    assert len(outcome.junit.findall(".//testcase")) == 6
+
+
+def test_a_dead_controller_of_xdist_costs_nothing(here: Suite, capfd: pytest.CaptureFixture[str]) -> None:
+    here.add(
+        "conftest.py",
+        ONCE + "import pytest\n@pytest.fixture(autouse=True)\ndef _name(request):\n"
+        "    with open('ran', 'a') as stream: stream.write(request.node.name + '\\n')\n"
+        "def pytest_configure(config):\n    global CONFIG\n    CONFIG = config\n"
+        "def pytest_runtest_logfinish(nodeid):\n"
+        "    if '2]' in nodeid and number(CONFIG) == 'main': die('controller')\n",
+    )
+    here.add("test_a.py", NUMBERED + "def test_bad(): assert 1 == 2\n")
     said: list[str] = []
-    assert supervise(here.arguments(), said.append) == 128 + signal.SIGKILL
+    status = supervise([*here.arguments(), "-n1"], said.append)
+    outcome = here.outcome(status, capfd.readouterr().out)
+    assert outcome.verdicts() == {**ALL, "test_bad": "fail"}
+    assert (outcome.status, outcome.report["exit_status"]) == (1, 1)
     assert said == ["kvmpy run: the test process was killed by SIGKILL, outside of any test"]
+    # What was judged did not run again.
+    ran = (here.folder / "ran").read_text().split()
+    assert [ran.count(f"test_it[{number}]") for number in range(3)] == [1, 1, 1]
+
+
+def test_a_death_in_every_collection_ends_the_run_with_reports(
+    here: Suite, capfd: pytest.CaptureFixture[str]
+) -> None:
+    here.add(
+        "test_a.py",
+        "import os, signal\n"
+        "if os.path.exists('ran'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def test_a(): pass\n"
+        "def test_dies():\n    open('ran', 'w').close()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def test_b(): pass\n",
+    )
+    said: list[str] = []
+    status = supervise(here.arguments(), said.append)
+    assert status == 128 + signal.SIGKILL
+    outside = "kvmpy run: the test process was killed by SIGKILL, outside of any test"
+    assert said[1:] == [outside, outside]
+    assert "in test_a.py::test_dies; that test is lost" in said[0]
+    outcome = here.outcome(status, capfd.readouterr().out)
+    assert outcome.verdicts() == {"test_a": "pass", "test_dies": "lost"}
+    assert outcome.report["not_run"] == ["test_a.py::test_b"]
+    assert outcome.report["exit_status"] == 2
 
 
 def test_a_death_after_the_last_test_is_no_success(here: Suite, capfd: pytest.CaptureFixture[str]) -> None:

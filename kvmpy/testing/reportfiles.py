@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Report files: each is written on its own and atomically; what could not be written is named at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.junitxml import xml_key
+
+from kvmpy.owned import write_atomically
+
+UNWRITTEN = pytest.StashKey[list[str]]()
+"""What could not be written while a test ran: a line for each file."""
+
+
+def why(error: BaseException) -> str:
+    """Return what an error says, in the system's words where they are all there is."""
+    return (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+
+
+class ReportFiles:
+    """What is written at the end of a session, and ``failures``: a line for each file that is not there."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def write(self, name: str, path: Path, make: Callable[[], str]) -> None:
+        """Write what *make* returns; neither its failure nor the disk's ends more than this file."""
+        try:
+            write_atomically(path, make())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other reports are written
+            self.failures.append(f"{name}: {path} is not written: {why(error)}")
+
+
+class Junit:
+    """pytest's own JUnit report, written to memory so that it can be written like all others."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._writer: Any = config.stash.get(xml_key, None)
+        self._memory = -1
+
+    @property
+    def _path(self) -> str:
+        return f"/proc/self/fd/{self._memory}"
+
+    def divert(self) -> None:
+        """Let pytest write to memory, when it does."""
+        if self._writer is not None:
+            self._memory = os.memfd_create("junit")
+            self.target, self._writer.logfile = Path(self._writer.logfile), self._path
+
+    def restore(self) -> None:
+        """Let pytest's summary name the real file."""
+        if self._memory >= 0:
+            self._writer.logfile = str(self.target)
+
+    def write(self, files: ReportFiles) -> None:
+        """Write what pytest wrote."""
+        if self._memory < 0:
+            return
+        with open(self._memory, encoding="utf-8") as stream:
+            stream.seek(0)
+            text = stream.read()
+        self._memory = -1
+        files.write("junit", self.target, lambda: text)
+
+
+class SteadyStream:
+    """A stream whose reader may leave and whose disk may be full: what is written after that is dropped.
+
+    ``failure`` is the error that ended it.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write text; what the stream's encoding lacks is escaped."""
+        try:
+            return int(self._stream.write(text))
+        except UnicodeEncodeError:
+            return int(self._stream.write(text.encode("ascii", "backslashreplace").decode()))
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self.failure = self.failure or error
+        # What is buffered has to go somewhere, also at the end of the process.
+        with contextlib.suppress(OSError, ValueError):
+            sink = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            os.dup2(sink, self._stream.fileno(), inheritable=True)
+            os.close(sink)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def lost(self) -> str:
+        """What could not be shown and matters: nothing where the reader has left of its own accord."""
+        if self.failure is None or self.failure.errno in (errno.EPIPE, errno.EIO):
+            return ""
+        return f"standard output is not complete: {why(self.failure)}"
