@@ -93,7 +93,8 @@ def _attribute(kvm: Kvm, attribute: int) -> int:
         return 0
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """Return the flags of /proc/cpuinfo, none where it cannot be read."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("flags"):
@@ -107,7 +108,7 @@ def _missing_vm_type(kind: VmType) -> list[MissingError]:
     """Say why KVM does not offer the VM type: from the CPU up to the module's parameters."""
     flag, parameter = _KINDS[kind]
     found = []
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if "svm" not in flags:
         return [MissingError("an AMD CPU with SVM", f"an EPYC with SEV, {_LAB}")]
     if flag not in flags:
