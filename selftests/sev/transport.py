@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from kvmpy.coco.sev_platform import missing_pieces, software_platform
+from kvmpy.coco.sev_platform import missing_pieces
 from kvmpy.coco.sev_session import CERTIFICATE_SIZE, GuestOwner, read_dh_certificate, transport_keys
 from kvmpy.core.kvm import Kvm
 from kvmpy.core.sev_device import SevDevice
@@ -32,11 +32,6 @@ SESSION_SIZE = 128
 _DATA = b"\x02"
 
 
-def _no_chain(_: Kvm) -> str | None:
-    # SEND_START is given AMD's certificates of the other platform's: only software does without.
-    return None if software_platform() else "AMD's certificates of another platform"
-
-
 def _receives(kvm: Kvm) -> str | None:
     # KVM puts the encryption bit into the page's address. Once SNP is initialised, the driver hands that page
     # to the firmware, takes the bit for a part of its number (where the host's own memory is not encrypted),
@@ -47,7 +42,6 @@ def _receives(kvm: Kvm) -> str | None:
 
 
 needs_receive_update = pytest.mark.requires.with_args(_receives)
-needs_no_chain = pytest.mark.requires.with_args(_no_chain)
 
 
 def platform_key() -> tuple[bytes, bytes]:
