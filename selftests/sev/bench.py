@@ -152,10 +152,10 @@ class Bench:
             answer = os.pread(fd, len(raw), 0)
         finally:
             os.close(fd)
-        at, after = 4, {}
+        offset, after = 4, {}
         for name, size in sizes.items():
-            after[name] = int.from_bytes(answer[at : at + size], "little")
-            at += size
+            after[name] = int.from_bytes(answer[offset : offset + size], "little")
+            offset += size
         return SevRet(struct.unpack_from("<I", answer)[0]), after
 
     def must(self, command: str, **values: int) -> dict[str, int]:

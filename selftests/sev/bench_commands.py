@@ -242,8 +242,8 @@ def _send_start(scene: Scene) -> Fields:
     wrong = scene.word("chain_of", "own")
     if wrong == "forged":
         # The last byte of the OCA's signature.
-        at = CERTIFICATE_SIZE + 0x41C
-        chain = chain[:at] + bytes([chain[at] ^ 1]) + chain[at + 1 :]
+        last = CERTIFICATE_SIZE + 0x41C
+        chain = chain[:last] + bytes([chain[last] ^ 1]) + chain[last + 1 :]
     elif wrong == "other":
         key = ec.generate_private_key(ec.SECP384R1())
         pek = sign(chain[:CERTIFICATE_SIZE], key)
@@ -440,7 +440,7 @@ def _snp_launch_finish(scene: Scene) -> Fields:
 
 def _spoil(scene: Scene, auth: bytearray) -> None:
     """Make one thing of an ID authentication wrong."""
-    for name, at in (
+    for name, offset in (
         ("id_algorithm", 0),
         ("author_algorithm", 4),
         ("id_signature", 0x40),
@@ -449,7 +449,7 @@ def _spoil(scene: Scene, auth: bytearray) -> None:
         ("author_key", 0x884),
     ):
         if scene.word(name, "right") == "wrong":
-            auth[at] ^= 0x10
+            auth[offset] ^= 0x10
 
 
 def _snp_debug(scene: Scene, guest: str, other: str) -> Fields:
@@ -488,13 +488,13 @@ def _snp_page_unsmash(scene: Scene) -> Fields:
         bench.page(page, "pre-guest", asid=ES_ASID, gpa=gpa + page * PAGE_SIZE)
     wrong = scene.word("wrong", "nothing")
     if wrong != "nothing":
-        how = {
+        page = {
             "state": {"state": "guest-invalid", "asid": ES_ASID},
             "asid": {"state": "pre-guest", "asid": ES_ASID - 1},
             "address": {"state": "pre-guest", "asid": ES_ASID, "gpa": 1 << 30},
             "owner": {"state": "firmware"},
         }[wrong]
-        bench.page(7, **how)  # type: ignore[arg-type]
+        bench.page(7, **page)  # type: ignore[arg-type]
     return {"address": bench.base + scene.number("offset", 0)}
 
 
@@ -509,8 +509,8 @@ def _request(scene: Scene, kind: int, payload: bytes) -> Fields:
         kind, payload, scene.number("sequence", 1), vmpck=number, version=scene.number("version", 1)
     )
     sealed = bytearray(message.seal(keys[number % 4]))
-    for name, at in (("algorithm", 0x30), ("header_version", 0x31), ("header_size", 0x32)):
-        sealed[at] ^= scene.number(name, 0)
+    for name, offset in (("algorithm", 0x30), ("header_version", 0x31), ("header_size", 0x32)):
+        sealed[offset] ^= scene.number(name, 0)
     if scene.word("tag", "right") == "wrong":
         sealed[0] ^= 1
     if (size := scene.number("size", -1)) >= 0:

@@ -101,10 +101,10 @@ class Scene:
             chain_address=bench.address(second),
             chain_len=CHAIN_SIZE,
         )
-        found = bench.read(first, CERTIFICATE_SIZE), bench.read(second, CHAIN_SIZE)
+        pair = bench.read(first, CERTIFICATE_SIZE), bench.read(second, CHAIN_SIZE)
         for page in (first, second, second + 1):
             bench.release(page)
-        return found
+        return pair
 
     def certificate(self) -> bytes:
         """Return the owner's Diffie-Hellman certificate, whole, or as the option ``certificate`` says."""
@@ -258,7 +258,7 @@ class Scene:
         bench.must("SNP_LAUNCH_UPDATE", gctx=bench.address(context), bits=5 << 1, address=bench.address(page))
         bench.changed(page, "guest-invalid")
         raw = bench.read(page)
-        self.vmpcks = [raw[at : at + 32] for at in range(0x20, 0xA0, 32)]
+        self.vmpcks = [raw[offset : offset + 32] for offset in range(0x20, 0xA0, 32)]
 
 
 # Certificates that an owner of the platform signs.

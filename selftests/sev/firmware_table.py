@@ -40,11 +40,11 @@ class Check:
 def _check(command: str, number: int, cells: list[str]) -> Check:
     if len(cells) != len(_COLUMNS):
         raise ValueError(f"{command}: a row has {len(cells)} cells: {cells}")
-    text, status, function, how = cells
-    options = _OPTIONS.match(how)
+    text, status, function, violation = cells
+    options = _OPTIONS.match(violation)
     pairs = [part.partition("=") for part in options[1].split(" ")] if options else []
     if any(not equals for _, equals, _ in pairs):
-        raise ValueError(f"{command}: {how} is no list of name=value")
+        raise ValueError(f"{command}: {violation} is no list of name=value")
     return Check(
         command,
         number,
@@ -52,7 +52,7 @@ def _check(command: str, number: int, cells: list[str]) -> Check:
         status.strip("`"),
         function.strip("`"),
         {name: value for name, _, value in pairs},
-        "" if options else how,
+        "" if options else violation,
     )
 
 

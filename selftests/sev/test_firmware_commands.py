@@ -43,15 +43,15 @@ PLATFORMS = {
 MESSAGES = ("MSG_REPORT_REQ", "MSG_KEY_REQ")
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
+@pytest.fixture(name="bench")
+def _bench() -> Iterator[Bench]:
     """The commands, below KVM; what a test makes of guests and pages is taken back."""
-    made = Bench()
+    bench = Bench()
     try:
-        made.reset()
-        yield made
+        bench.reset()
+        yield bench
     finally:
-        made.close()
+        bench.close()
 
 
 def surroundings(bench: Bench, platform: str) -> AbstractContextManager[None]:
@@ -111,7 +111,7 @@ def answered(scene: Scene) -> SevRet:
     return SevRet(int.from_bytes(payload[:4], "little"))
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(check.command for check in CHECKS))
+@pytest.mark.parametrize("command", BUILDERS)
 def test_a_command_that_is_right(bench: Bench, command: str) -> None:
     """What no check refuses succeeds: each check of the table fails for its own reason alone."""
     assert perform(bench, command, {}) == "SUCCESS"

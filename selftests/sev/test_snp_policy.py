@@ -198,7 +198,7 @@ def test_a_refused_policy_leaves_the_guest_where_it_was(bare: BareMaker) -> None
 
     Documentation/virt/kvm/x86/amd-memory-encryption.rst: one SNP context for each VM, made by START.
     """
-    made = bare("snp")
+    vm = bare("snp")
     status = platform_status()
     later = SnpPolicy(abi_major=int(status.api_major) + 1)
     for policy, answer in (
@@ -206,4 +206,4 @@ def test_a_refused_policy_leaves_the_guest_where_it_was(bare: BareMaker) -> None
         (int(SnpPolicy()) | 1 << 63, REFUSED_BY_KVM),
         (int(SnpPolicy()), TAKEN),
     ):
-        assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=policy)) == answer
+        assert vm.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=policy)) == answer
