@@ -16,7 +16,7 @@ from kvmpy.coco.policy import SnpPolicy
 from kvmpy.coco.sev_session import CERTIFICATE_SIZE, SESSION_SIZE
 from kvmpy.core.address import PAGE_SIZE, SIZE_2M
 from selftests.sev.bench import ES_ASID, OUTSIDE, SEV_ASID
-from selftests.sev.bench_scene import CHAIN_SIZE, PLACES, Scene, oca_certificate, sign
+from selftests.sev.bench_scene import CHAIN_SIZE, PLACES, POLICY_BITS, Scene, oca_certificate, sign
 from selftests.sev.transport import HEADER_SIZE, Packet
 
 Fields = dict[str, int]
@@ -94,7 +94,8 @@ def _pek_cert_import(scene: Scene) -> Fields:
             {"pek": "pdh", "oca": "chain"}[name], bytes(data), state="hypervisor"
         )
     if scene.flag("owned", False):
-        bench.must("PEK_CERT_IMPORT", **fields)
+        sizes = {"pek_len": CERTIFICATE_SIZE, "oca_len": CERTIFICATE_SIZE}
+        bench.must("PEK_CERT_IMPORT", **(fields | sizes))
     return fields | _with_guest(scene)
 
 
@@ -120,22 +121,21 @@ def _handle(scene: Scene, state: str = "LUPDATE", *, active: bool = True) -> Fie
 
 def _activate(scene: Scene) -> Fields:
     bench = scene.bench
-    handle = scene.guest("LUPDATE", active=False)
+    handle = scene.guest("LUPDATE", active=scene.flag("bound", False), asid=SEV_ASID - 1)
     asid = scene.number("asid", SEV_ASID)
     if scene.flag("owned", False):
         other = bench.must("LAUNCH_START")["handle"]
         bench.guests.append(other)
         bench.must("ACTIVATE", handle=other, asid=SEV_ASID)
-    if scene.flag("bound", False):
-        bench.must("ACTIVATE", handle=handle, asid=SEV_ASID - 1)
     if scene.flag("dirty", False):
-        _leave_dirty(scene, SEV_ASID, policy=0)
+        _leave_dirty(scene, asid)
     return {"handle": handle, "asid": asid}
 
 
-def _leave_dirty(scene: Scene, asid: int, policy: int) -> None:
+def _leave_dirty(scene: Scene, asid: int) -> None:
     """Let a guest run with an ASID, and leave it."""
     bench, out = scene.bench, PLACES["out"]
+    policy = POLICY_BITS["es"] if asid <= ES_ASID else 0
     other = bench.must("LAUNCH_START", policy=policy)["handle"]
     bench.guests.append(other)
     bench.must("ACTIVATE", handle=other, asid=asid)
@@ -158,6 +158,7 @@ def _shared(scene: Scene, policy: int) -> int:
 
 def _start(scene: Scene, cert: str, role: str) -> Fields:
     policy = scene.policy()
+    shared = _shared(scene, policy)
     if scene.flag("full", False):
         scene.fill()
     session = scene.session(policy)
@@ -167,7 +168,7 @@ def _start(scene: Scene, cert: str, role: str) -> Fields:
         "session_address": scene.memory("session", session),
         "session_len": scene.number("session_len", SESSION_SIZE),
     }
-    return fields | {"handle": _shared(scene, policy), "policy": policy}
+    return fields | {"handle": shared, "policy": policy}
 
 
 def _launch_start(scene: Scene) -> Fields:
@@ -341,9 +342,9 @@ def _snp_feature_info(scene: Scene) -> Fields:
 
 
 def _snp_gctx_create(scene: Scene) -> Fields:
-    if scene.flag("large", False):
+    if scene.word("gctx", "firmware") == "large":
         scene.bench.page(0, "firmware", large=True)
-        return {"gctx": scene.bench.address(PLACES["gctx"])}
+        return {"gctx": scene.bench.address(PLACES["gctx"], scene.number("gctx_offset", 0))}
     return {"gctx": scene.memory("gctx", state="firmware")}
 
 
@@ -359,7 +360,7 @@ def _snp_activate(scene: Scene) -> Fields:
     if scene.flag("bound", False):
         bench.must("SNP_ACTIVATE", gctx=gctx, asid=ES_ASID - 1)
     if scene.flag("dirty", False):
-        _leave_dirty(scene, ES_ASID, policy=4)
+        _leave_dirty(scene, asid)
     if scene.flag("pages", False):
         bench.page(PLACES["guest"], "guest-invalid", asid=ES_ASID)
     return {"gctx": gctx, "asid": asid}
@@ -457,8 +458,9 @@ def _snp_debug(scene: Scene, guest: str, other: str) -> Fields:
     gctx = scene.context("LAUNCH")
     place = PLACES["guest"]
     state = scene.word("page", "pre-guest")
+    owner = ES_ASID - 1 if scene.word("owner", "guest") == "other" else ES_ASID
     if state != "hypervisor":
-        bench.page(place, state, asid=ES_ASID - 1 if scene.word("owner", "guest") == "other" else ES_ASID)
+        bench.page(place, state, asid=owner)
     fields = {"gctx": gctx, guest: bench.address(place, scene.number("page_offset", 0))}
     return fields | {other: scene.memory("out", state="firmware" if other == "dst" else "hypervisor")}
 

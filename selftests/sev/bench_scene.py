@@ -140,18 +140,20 @@ class Scene:
             return int(text, 0)
         return sum(POLICY_BITS[name] for name in text.split("+"))
 
-    def guest(self, state: str, *, policy: str = "0", active: bool = True, session: bool = False) -> int:
+    def guest(
+        self, state: str, *, policy: str = "0", active: bool = True, session: bool = False, asid: int = 0
+    ) -> int:
         """Return the handle of a guest; options ``handle``, ``state``, ``policy`` and ``active`` change it.
 
-        With *session* its keys are the owner's.
+        With *session* its keys are the owner's; its ASID is *asid*, or the highest one of its kind.
         """
         bench = self.bench
         state, bits = self.word("state", state), self.policy(policy)
         active = self.flag("active", active)
         handle = self._begin(bits, state, session)
         if active:
-            asid = ES_ASID if bits & POLICY_BITS["es"] else SEV_ASID
-            bench.must("ACTIVATE", handle=handle, asid=asid)
+            highest = ES_ASID if bits & POLICY_BITS["es"] else SEV_ASID
+            bench.must("ACTIVATE", handle=handle, asid=asid or highest)
         self._lead(handle, state)
         return {"guest": handle, "none": 0xFFF}[self.word("handle", "guest")]
 

@@ -7,7 +7,7 @@ docs/software-amd-sp-commands.md is the table; the firmware is AMD's Genoa SEV f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import pytest
 
@@ -70,10 +70,15 @@ def perform(bench: Bench, command: str, options: dict[str, str]) -> str:
     """Run a command in a scene of *options*, and return its status by name."""
     scene = Scene(bench, options)
     platform = scene.word("platform", PLATFORMS.get(command, "as-is"))
-    fields = BUILDERS[command](scene)
-    scene.check()
     carrier = "SNP_GUEST_REQUEST" if command in MESSAGES else command
-    with surroundings(bench, platform):
+    # Guests and pages can be made on a platform without SEV-ES, and not on one that is not initialised.
+    with ExitStack() as stack:
+        if platform == "no-es":
+            stack.enter_context(surroundings(bench, platform))
+        fields = BUILDERS[command](scene)
+        scene.check()
+        if platform != "no-es":
+            stack.enter_context(surroundings(bench, platform))
         if platform == "init":
             bench.drop_guests()
         status, after = bench.run(carrier, **fields)

@@ -214,7 +214,10 @@ u32 softsev_pdh_export(void *buf)
 		d->cert_chain_len = sizeof(p->chain);
 		return SEV_RET_INVALID_LEN;
 	}
-	ret = softsev_writable(d->pdh_cert_address, d->pdh_cert_len);
+	/* Both pages' states come before both addresses. */
+	ret = softsev_page_check(d->pdh_cert_address, d->pdh_cert_len);
+	ret = ret ?: softsev_page_check(d->cert_chain_address, d->cert_chain_len);
+	ret = ret ?: softsev_writable(d->pdh_cert_address, d->pdh_cert_len);
 	ret = ret ?: softsev_writable(d->cert_chain_address, d->cert_chain_len);
 	ret = ret ?: keys_made(softsev_keys_ready());
 	if (ret)

@@ -21,22 +21,28 @@ void softsev_gctx_count(int change)
 	launched += change;
 }
 
-/* Firmware: snp_mcmd_init_common(). @list is that of INIT_EX, or NULL. */
-static u32 snp_init(bool init_rmp, const struct sev_data_range_list *list)
+/* Firmware: snp_mcmd_init_common(). @list_pa is of INIT_EX, which may come without a list. */
+static u32 snp_init(bool init_rmp, bool with_list, u64 list_pa)
 {
+	const struct sev_data_range_list *list;
 	unsigned int i;
 
 	if (p->snp || p->legacy)
 		return SEV_RET_INVALID_PLATFORM_STATE;
 	if (!init_rmp && !p->rmp_ready)
 		return RET_RMP_INIT_REQUIRED;
-	if (list && !init_rmp)
+	if (with_list && !init_rmp)
 		return SEV_RET_INVALID_PARAM;
-	if (list && list->num_elements > RANGES_MAX)
-		return RET_RMP_INITIALIZATION_FAILED;
-	for (i = 0; list && i < list->num_elements; i++)
-		if (!PAGE_ALIGNED(list->ranges[i].base))
+	if (with_list) {
+		if (!softsev_pa_valid(list_pa, PAGE_SIZE))
 			return RET_RMP_INITIALIZATION_FAILED;
+		list = softsev_va(list_pa);
+		if (list->num_elements > RANGES_MAX)
+			return RET_RMP_INITIALIZATION_FAILED;
+		for (i = 0; i < list->num_elements; i++)
+			if (!PAGE_ALIGNED(list->ranges[i].base))
+				return RET_RMP_INITIALIZATION_FAILED;
+	}
 	if (init_rmp)
 		softsev_rmp_reset();
 	softsev_asid_reset();
@@ -48,7 +54,7 @@ static u32 snp_init(bool init_rmp, const struct sev_data_range_list *list)
 
 u32 softsev_snp_init(void *buf)
 {
-	return snp_init(true, NULL);
+	return snp_init(true, false, 0);
 }
 
 u32 softsev_snp_init_ex(void *buf)
@@ -60,17 +66,11 @@ u32 softsev_snp_init_ex(void *buf)
 		u64 list_paddr;
 		u8 reserved3[48];
 	} __packed *d = buf;
-	struct sev_data_range_list *list = NULL;
 
 	BUILD_BUG_ON(sizeof(*d) != sizeof(struct sev_data_snp_init_ex));
 	if (d->reserved || d->reserved2 || memchr_inv(d->reserved3, 0, sizeof(d->reserved3)))
 		return SEV_RET_INVALID_PARAM;
-	if (d->list_paddr_en) {
-		if (!softsev_pa_valid(d->list_paddr, PAGE_SIZE))
-			return RET_RMP_INITIALIZATION_FAILED;
-		list = softsev_va(d->list_paddr);
-	}
-	return snp_init(d->init_rmp, list);
+	return snp_init(d->init_rmp, d->list_paddr_en, d->list_paddr);
 }
 
 u32 softsev_snp_shutdown(void *buf)

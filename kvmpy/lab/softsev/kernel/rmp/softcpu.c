@@ -4,13 +4,13 @@
  */
 #define pr_fmt(fmt) "softsev: " fmt
 
-#include <linux/bitfield.h>
 #include <linux/cache.h>
 #include <linux/cc_platform.h>
 #include <linux/export.h>
 #include <linux/init.h>
 #include <linux/kernel.h>
 #include <linux/printk.h>
+#include <linux/topology.h>
 #include <asm/cmdline.h>
 #include <asm/cpufeature.h>
 #include <asm/processor.h>
@@ -89,9 +89,6 @@ u32 softsev_cpuid_eax(u32 fn)
 }
 EXPORT_SYMBOL_GPL(softsev_cpuid_eax);
 
-#define CPUID_TOPOLOGY		0x8000001e
-#define THREADS_PER_CORE	GENMASK(15, 8)	/* EBX, less one */
-
 /**
  * softsev_smt() - whether the machine has hyper-threads, whether or not this kernel runs them
  *
@@ -99,12 +96,6 @@ EXPORT_SYMBOL_GPL(softsev_cpuid_eax);
  */
 bool softsev_smt(void)
 {
-	u32 eax, ebx, ecx, edx;
-
-	softsev_cpuid_count(CPUID_EXT_MAX, 0, &eax, &ebx, &ecx, &edx);
-	if (eax < CPUID_TOPOLOGY || !boot_cpu_has(X86_FEATURE_TOPOEXT))
-		return false;
-	cpuid_count(CPUID_TOPOLOGY, 0, &eax, &ebx, &ecx, &edx);
-	return FIELD_GET(THREADS_PER_CORE, ebx);
+	return topology_max_smt_threads() > 1;
 }
 EXPORT_SYMBOL_GPL(softsev_smt);

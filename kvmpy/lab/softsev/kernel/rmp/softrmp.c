@@ -63,7 +63,7 @@ static struct softsev_rmp *rmp_authority(u64 pfn)
 /**
  * softsev_rmp_read() - the RMP's opinion of one 4K page
  * @pfn: the page
- * @e: becomes the entry; a page inside a 2M entry has its own guest address
+ * @e: becomes the entry; a guest's page inside a 2M entry has its own guest address
  */
 void softsev_rmp_read(u64 pfn, struct softsev_rmp *e)
 {
@@ -74,7 +74,7 @@ void softsev_rmp_read(u64 pfn, struct softsev_rmp *e)
 	from = rmp_authority(pfn);
 	if (from) {
 		*e = *from;
-		if (e->assigned && e->large)
+		if (e->assigned && e->large && e->asid)
 			e->gpa += (pfn % CHUNK_PAGES) << PAGE_SHIFT;
 	} else {
 		memset(e, 0, sizeof(*e));
