@@ -117,12 +117,3 @@ class SnpPolicy:
 def _words(policy: SevPolicy | SnpPolicy, value: int) -> str:
     words = [field.name for field in fields(policy) if getattr(policy, field.name) is True]
     return f"{value:#x} ({' '.join(words) or 'nothing set'})"
-
-
-def smt_active() -> bool:
-    """Tell whether hyper-threads run on this host, which an SNP policy must allow then (bit 16)."""
-    try:
-        with open("/sys/devices/system/cpu/smt/active", encoding="ascii") as source:
-            return source.read().strip() == "1"
-    except OSError:
-        return False

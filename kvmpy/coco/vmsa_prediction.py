@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The save area that KVM makes of a vCPU when a launch encrypts its state, read from the vCPU before.
 
-Linux: sev_es_sync_vmsa(), and what SVM's setters keep in the save area (EFER.SVME, the host's CR4.MCE, CR0
-without CD and NW). A segment is what KVM_SET_SREGS was given: KVM's own reset state lacks the accessed bit
-that KVM_GET_SREGS shows, so a vCPU must have had its segments set.
+Linux: sev_es_sync_vmsa(), which copies the save area of the VMCB whole, and what SVM's setters keep there
+(EFER.SVME, the host's CR4.MCE, CR0 without CD and NW; svm_set_msr() for MSRs). A segment is what
+KVM_SET_SREGS was given: KVM's own reset state lacks the accessed bit that KVM_GET_SREGS shows, so a vCPU
+must have had its segments set.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvmpy.uapi.constants import KVM_CAP_XCRS
+from kvmpy.core.kernel import cpu_info
+from kvmpy.core.vcpu_state import GUEST_SSP_REG_ID
+from kvmpy.uapi.constants import KVM_CAP_ONE_REG, KVM_CAP_XCRS
 from kvmpy.uapi.structs import kvm_segment
 from kvmpy.x86.cpuid import Cpuid
 from kvmpy.x86.vmsa import VMSA, SevFeature
@@ -40,7 +43,16 @@ _MSRS = {
     "sysenter_eip": 0x176,
     "g_pat": 0x277,
     "xss": 0xDA0,
+    # Branch records, and shadow stacks in kernel mode: those of user mode are no part of this copy.
+    "dbgctl": 0x1D9,
+    "br_from": 0x1DB,
+    "br_to": 0x1DC,
+    "last_excp_from": 0x1DD,
+    "last_excp_to": 0x1DE,
+    "s_cet": 0x6A2,
+    "isst_addr": 0x6A8,
 }
+_SPEC_CTRL = 0x48
 _MACHINE_CHECKS = Path("/sys/devices/system/machinecheck")
 
 # Offsets in the XSAVE area's legacy part (AMD APM volume 2, figure 11-10).
@@ -53,13 +65,25 @@ def host_has_machine_checks() -> bool:
     return _MACHINE_CHECKS.is_dir()
 
 
+def host_virtualises_spec_ctrl() -> bool:
+    """Tell whether SPEC_CTRL is a part of the save area: else KVM keeps the vCPU's value for itself."""
+    return "v_spec_ctrl" in cpu_info().get("flags", "").split()
+
+
 def predict(
-    vcpu: Vcpu, vmsa_features: int, *, snp: bool = False, fpu: bool = True, machine_checks: bool | None = None
+    vcpu: Vcpu,
+    vmsa_features: int,
+    *,
+    snp: bool = False,
+    fpu: bool = True,
+    machine_checks: bool | None = None,
+    spec_ctrl: bool | None = None,
 ) -> bytes:
     """Return the 4096 bytes of *vcpu*'s save area; before the command that encrypts it.
 
     *vmsa_features* are those of KVM_SEV_INIT2. *fpu* is False for VMs of KVM_SEV_ES_INIT, whose save areas
-    hold no FPU state. *machine_checks* is :func:`host_has_machine_checks` unless given.
+    hold no FPU state. *machine_checks* is :func:`host_has_machine_checks` unless given, *spec_ctrl*
+    :func:`host_virtualises_spec_ctrl`.
     """
     regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
     mce = host_has_machine_checks() if machine_checks is None else machine_checks
@@ -79,7 +103,8 @@ def predict(
         "dr7": _DR7_INIT,
         "sev_features": vmsa_features | (SevFeature.SNP_ACTIVE if snp else 0),
     }
-    fields |= _msrs(vcpu)
+    fields |= _msrs(vcpu, host_virtualises_spec_ctrl() if spec_ctrl is None else spec_ctrl)
+    fields["ssp"] = _shadow_stack(vcpu)
     xsave = vcpu.get_xsave2().to_bytes()
     fields |= _extended_state(vcpu, xsave)
     if fpu:
@@ -106,10 +131,18 @@ def _segment(name: str, segment: kvm_segment) -> dict[str, int | bytes]:
     }
 
 
-def _msrs(vcpu: Vcpu) -> dict[str, int | bytes]:
+def _msrs(vcpu: Vcpu, spec_ctrl: bool) -> dict[str, int | bytes]:
     """Return what the save area holds of the MSRs; one that the vCPU does not have is zero there."""
-    values = vcpu.get_msrs_offered(_MSRS.values())
-    return {name: values.get(index, 0) for name, index in _MSRS.items()}
+    wanted = _MSRS | ({"spec_ctrl": _SPEC_CTRL} if spec_ctrl else {})
+    values = vcpu.get_msrs_offered(wanted.values())
+    return {name: values.get(index, 0) for name, index in wanted.items()}
+
+
+def _shadow_stack(vcpu: Vcpu) -> int:
+    """Return SSP, a register that has no MSR: 0 where the vCPU has no shadow stacks."""
+    if not vcpu.vm.kvm.check_extension(KVM_CAP_ONE_REG) or GUEST_SSP_REG_ID not in vcpu.get_reg_list():
+        return 0
+    return vcpu.get_one_reg(GUEST_SSP_REG_ID)
 
 
 def _extended_state(vcpu: Vcpu, xsave: bytes) -> dict[str, int | bytes]:

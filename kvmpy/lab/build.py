@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import re
 import shutil
@@ -13,10 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmpy.lab import debian, kconfig, kernels, places, tools
+from kvmpy.lab import debian, kconfig, kernels, places, softsev, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import call
+from kvmpy.lab.softsev import Snapshot
 
 IMAGE = Path("arch/x86/boot/bzImage")
 _BUILD_MIB = 800
@@ -159,11 +159,11 @@ class _Plan:
             digest.update(fragment.read_bytes())
         self.digest = digest.hexdigest()[:8]
 
-    def patch(self, tree: Path, say: Say) -> None:
-        """Change *tree*, which must be the lab's own copy."""
+    def patch(self, tree: Path, say: Say, before: Snapshot | None = None) -> None:
+        """Change *tree*, which must be the lab's own copy; what is as *before* keeps its time."""
         if self.soft_sev:
             say("adding the software AMD-SP to the source")
-            importlib.import_module("kvmpy.lab.softsev").apply(tree)
+            softsev.apply(tree, before)
 
     def build(self, tree: Path, name: str, origin: str, say: Say) -> tuple[Kernel, Path]:
         """Build *tree* and put the kernel into the cache; return it with the folder it was built in."""
@@ -219,8 +219,9 @@ def from_source(tree: Path, say: Say, *, soft_sev: bool = False, extra: Sequence
         say(f"building {tree}")
         built = tree
         if soft_sev:
+            before = softsev.snapshot(places.cache() / "trees" / f"{key}{plan.suffix}")
             built = _copied(tree, f"{key}{plan.suffix}", say)
-            plan.patch(built, say)
+            plan.patch(built, say, before)
         # What was compiled with other options is of no use, and would be lost for the next time.
         name = f"{key}-{plan.digest}" if plan.extra else key
         kernel, _ = plan.build(built, name, f"tree {tree}", say)

@@ -81,6 +81,7 @@ VMSA = Layout(
         *row(0x200, 8, "star", "lstar", "cstar", "sfmask", "kernel_gs_base"),
         *row(0x228, 8, "sysenter_cs", "sysenter_esp", "sysenter_eip", "cr2"),
         *row(0x268, 8, "g_pat", "dbgctl", "br_from", "br_to", "last_excp_from", "last_excp_to"),
+        Place("spec_ctrl", 0x2E0, 8),
         *row(0x2E8, 4, "pkru", "tsc_aux"),
         *row(0x2F0, 8, "tsc_scale", "tsc_offset"),
         *row(0x308, 8, "rcx", "rdx", "rbx", "", "rbp", "rsi", "rdi"),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from kvmpy.coco import idblock
@@ -16,6 +18,7 @@ from kvmpy.coco.snp_launch import IdBlockPair
 from kvmpy.coco.snp_prediction import predict_digest, process_key
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
+from kvmpy.uapi.constants import SevRet
 from selftests.sev.attester import CERTIFICATES_VARIABLE, GUEST, KEYS, Attester, certificates
 
 pytestmark = pytest.mark.protections("snp")
@@ -129,15 +132,27 @@ def test_every_key_seals(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.parametrize("vmpl", [4, 0xFFFFFFFF])
-def test_a_vmpl_that_does_not_exist_is_refused(make_vm: MakeVm, vmpl: int) -> None:
-    """The response's status is INVALID_PARAMS (16h), and the message itself succeeds.
+def test_a_vmpl_that_does_not_exist_is_taken(make_vm: MakeVm, vmpl: int) -> None:
+    """The report names the VMPL that was asked for, above 3 as well: the firmware compares it with the key's.
 
-    SNP Firmware ABI, 7.3 (MSG_REPORT_RSP).
+    snp_mcmd_guest_request() of AMD's firmware: the VMPL must not be below the number of the VMPCK, no more.
+    """
+    assert attester(make_vm).report(QUESTION, vmpl=vmpl).vmpl == vmpl
+
+
+@pytest.mark.parametrize("vmpl", [4, 0xFFFFFFFF])
+def test_a_key_for_a_vmpl_that_does_not_exist(make_vm: MakeVm, vmpl: int) -> None:
+    """MSG_KEY_REQ takes such a VMPL, too, and the key is another one than that of VMPL 3.
+
+    snp_mcmd_guest_request() of AMD's firmware.
     """
     asker = attester(make_vm)
-    answer = asker.ask(MessageType.REPORT_REQ, report_request(QUESTION, vmpl=vmpl))
-    with pytest.raises(ReportError, match="status 0x16"):
-        from_response(answer.payload)
+    keys = set()
+    for number in (3, vmpl):
+        answer = asker.ask(MessageType.KEY_REQ, struct.pack("<IIQIIQ", 0, 0, 0, number, 0, 0))
+        assert int.from_bytes(answer.payload[:4], "little") == 0
+        keys.add(answer.payload[32:64])
+    assert len(keys) == 2
 
 
 def test_a_less_privileged_key_cannot_speak_for_more(make_vm: MakeVm) -> None:
@@ -151,18 +166,30 @@ def test_a_less_privileged_key_cannot_speak_for_more(make_vm: MakeVm) -> None:
         from_response(answer.payload)
 
 
-@pytest.mark.parametrize("wrong", ["key", "sequence", "tag"])
-def test_a_message_that_is_not_the_guests_next_one_is_refused(make_vm: MakeVm, wrong: str) -> None:
-    """A wrong key, a repeated sequence number or a changed message fails, and the next right one succeeds.
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [
+        ("key", SevRet.SEV_RET_BAD_MEASUREMENT),
+        ("sequence", SevRet.SEV_RET_AEAD_OFLOW),
+        ("tag", SevRet.SEV_RET_BAD_MEASUREMENT),
+        ("size", SevRet.SEV_RET_INVALID_PARAM),
+    ],
+)
+def test_a_message_that_is_not_the_guests_next_one_is_refused(
+    make_vm: MakeVm, wrong: str, status: SevRet
+) -> None:
+    """A wrong key, a repeated number, a changed message or half a block fails; the next right one succeeds.
 
-    SNP Firmware ABI, 8.26; GHCB specification, 4.1.7 (the firmware's error is in SW_EXITINFO2).
+    SNP Firmware ABI, 8.26; GHCB specification, 4.1.7 (the firmware's error is in SW_EXITINFO2);
+    snp_mcmd_guest_request() of AMD's firmware.
     """
     asker = attester(make_vm)
     asker.report(QUESTION)
     sequence = asker.sequence[0] - (2 if wrong == "sequence" else 0)
-    message = Message(MessageType.REPORT_REQ, report_request(QUESTION), sequence)
+    question = report_request(QUESTION) + (b"\0" if wrong == "size" else b"")
+    message = Message(MessageType.REPORT_REQ, question, sequence)
     sealed = bytearray(message.seal(bytes(32)) if wrong == "key" else asker.seal(message))
     if wrong == "tag":
         sealed[0] ^= 1
-    assert asker.send(bytes(sealed)) & 0xFFFFFFFF != 0
+    assert asker.send(bytes(sealed)) & 0xFFFFFFFF == status
     asker.report(QUESTION)

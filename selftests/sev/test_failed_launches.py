@@ -57,7 +57,7 @@ def bad_cpuid(made: Bare) -> None:
 
 
 def bad_id_block(made: Bare) -> None:
-    """End with an ID block of no version."""
+    """End with an ID block that expects another digest; its version and algorithms are none, too."""
     start_snp(made).update_bytes(MEMORY, b"\1" * PAGE_SIZE, KVM_SEV_SNP_PAGE_TYPE_NORMAL).finish(
         id_block=IdBlockPair(bytes(96), bytes(4096))
     )
@@ -101,7 +101,7 @@ def test_sev(asids: Asids, bare: BareMaker, kind: str, fail: Failure, status: Se
         (too_new, SevRet.SEV_RET_POLICY_FAILURE),
         (bad_page, SevRet.SEV_RET_SUCCESS),
         (bad_cpuid, SevRet.SEV_RET_INVALID_PARAM),
-        (bad_id_block, SevRet.SEV_RET_INVALID_PARAM),
+        (bad_id_block, SevRet.SEV_RET_BAD_MEASUREMENT),
     ],
     ids=["policy", "page", "cpuid", "id-block"],
 )

@@ -14,6 +14,7 @@ import pytest
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa, Gva
 from kvmpy.core.exits import HypercallExit, MemoryFaultExit
+from kvmpy.guest.errors import GuestTimeoutError
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import KVM_MEMORY_EXIT_FLAG_PRIVATE
@@ -142,10 +143,12 @@ void guest_main(u8 *page, u64 hole)
 SHARED_PAGE = (
     GUEST
     + """
-void guest_main(u8 *page, u64 huge)
+void guest_main(u8 *page, u64 huge, u64 private)
 {
-	struct pvalidate_result result = pvalidate(page, huge, true);
+	struct pvalidate_result result;
 
+	set_leaf(page, 2, private);
+	result = pvalidate(page, huge, true);
 	GUEST_SYNC(result.code, result.unchanged);
 }
 """
@@ -240,10 +243,10 @@ def test_a_hole_in_a_large_page(make_vm: MakeVm) -> None:
 def test_pvalidate_of_a_shared_page(make_vm: MakeVm, huge: bool) -> None:
     """PVALIDATE of a page that the host has not made private is a nested fault: a memory fault with PRIVATE.
 
-    Once it is private, the instruction goes on.  AMD APM volume 3, PVALIDATE: the page must be assigned to
-    the guest.
+    Once it is private, the instruction goes on.  The guest has mapped it with the encryption bit before.
+    AMD APM volume 3, PVALIDATE: the page must be assigned to the guest.
     """
-    vm, gpa = with_large_page(make_vm, SHARED_PAGE, huge, private=False)
+    vm, gpa = with_large_page(make_vm, SHARED_PAGE, huge, True, private=False)
     vcpu = vm.vcpus[0]
     got = vcpu.expect(MemoryFaultExit)
     assert (got.errno, got.gpa, got.size, got.flags) == (
@@ -255,3 +258,15 @@ def test_pvalidate_of_a_shared_page(make_vm: MakeVm, huge: bool) -> None:
     vm.set_private(gpa, SIZE_2M)
     assert vcpu.sync().args == ((FAIL_SIZEMISMATCH if huge else OK), 0)
     vcpu.run_to_done()
+
+
+@pytest.mark.parametrize("huge", [False, True], ids=["4K", "2M"])
+def test_pvalidate_of_a_page_mapped_as_shared(make_vm: MakeVm, huge: bool) -> None:
+    """PVALIDATE without the encryption bit meets an RMP fault that KVM cannot resolve, for ever.
+
+    The guest harms itself alone: its vCPU can be stopped.  sev_handle_rmp_fault() in Linux warns of a fault
+    of a page that is not private, and the instruction is repeated.
+    """
+    vm, _ = with_large_page(make_vm, SHARED_PAGE, huge, False, private=False)
+    with pytest.raises(GuestTimeoutError):
+        vm.vcpus[0].sync(timeout=1)

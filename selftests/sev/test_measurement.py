@@ -16,11 +16,13 @@ from kvmpy.coco.snp import PlannedPages, Snp, SnpPlan, running
 from kvmpy.coco.snp_launch import IdBlockPair
 from kvmpy.coco.snp_prediction import predict_digest, predicted_id_block, process_key
 from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.msrs import MsrError
 from kvmpy.core.sev_errors import SevError
+from kvmpy.core.vcpu_state import GUEST_SSP_REG_ID
 from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_SEV_SNP_PAGE_TYPE_NORMAL, SevRet
+from kvmpy.uapi.constants import KVM_CAP_ONE_REG, KVM_SEV_SNP_PAGE_TYPE_NORMAL, SevRet
 from kvmpy.uapi.structs import kvm_xsave
 
 pytestmark = pytest.mark.protections("snp")
@@ -117,6 +119,48 @@ def test_prediction_of_state_that_is_no_reset_state(
     vm = make_vm(GUEST, vcpus=2)
     for index, vcpu in enumerate(vm.vcpus):
         change(vcpu, index)
+    launch_and_run(vm)
+
+
+def set_ssp(vcpu: GuestVcpu) -> bool:
+    """Set the shadow stack pointer; False where the vCPU has none."""
+    if not vcpu.vm.kvm.check_extension(KVM_CAP_ONE_REG) or GUEST_SSP_REG_ID not in vcpu.get_reg_list():
+        return False
+    vcpu.set_one_reg(GUEST_SSP_REG_ID, 0x7000)
+    return vcpu.get_one_reg(GUEST_SSP_REG_ID) == 0x7000
+
+
+def set_kept(index: int, value: int) -> Callable[[GuestVcpu], bool]:
+    """Return what sets an MSR; False where KVM refuses it, or keeps nothing of it."""
+
+    def change(vcpu: GuestVcpu) -> bool:
+        try:
+            vcpu.set_msr(index, value)
+        except MsrError:
+            return False
+        return vcpu.get_msrs([index])[index] == value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(set_kept(0x48, 1), id="SPEC_CTRL"),
+        pytest.param(set_kept(0x1D9, 1), id="DEBUGCTL"),
+        pytest.param(set_kept(0x6A2, 1), id="S_CET"),
+        pytest.param(set_kept(0x6A8, 0x7000), id="INT_SSP_TAB"),
+        pytest.param(set_ssp, id="SSP"),
+    ],
+)
+def test_prediction_of_what_few_processors_have(make_vm: MakeVm, change: Callable[[GuestVcpu], bool]) -> None:
+    """Speculation control, branch records and kernel shadow stacks are measured where a vCPU has them.
+
+    Linux: sev_es_sync_vmsa() copies the VMCB's save area whole; svm_set_msr(); APM volume 2, table B-4.
+    """
+    vm = make_vm(GUEST)
+    if not change(vm.vcpus[0]):
+        pytest.skip("no such register on this processor: a newer EPYC")
     launch_and_run(vm)
 
 

@@ -26,7 +26,6 @@ from selftests.sev.transport import (
     ReceiveUpdate,
     SendStart,
     SendUpdate,
-    needs_no_chain,
     needs_receive_update,
     open_session,
 )
@@ -64,7 +63,6 @@ def receiving(bare: BareMaker, kind: str) -> tuple[Bare, GuestOwner]:
 # Sending.
 
 
-@needs_no_chain
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_packet_is_the_guests_memory(bare: BareMaker, kind: str) -> None:
     """What SEND_UPDATE_DATA seals opens with the session's keys, and is what the guest has there."""
@@ -90,7 +88,6 @@ def test_the_size_of_a_session(bare: BareMaker, kind: str) -> None:
     assert SevGuest(made.vm).state == GuestState.RUNNING
 
 
-@needs_no_chain
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_the_size_of_a_header(bare: BareMaker, kind: str) -> None:
     """SEND_UPDATE_DATA without lengths tells that of the header, with INVALID_LEN."""
@@ -101,7 +98,6 @@ def test_the_size_of_a_header(bare: BareMaker, kind: str) -> None:
     assert arg.hdr_len == HEADER_SIZE
 
 
-@needs_no_chain
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_guest_that_must_stay(bare: BareMaker, kind: str) -> None:
     """A policy with NOSEND is refused by SEND_START: POLICY_FAILURE."""
@@ -136,7 +132,6 @@ def test_a_certificate_that_is_none(bare: BareMaker, kind: str) -> None:
     assert made.raw("SEND_START", start.arg) == firmware(SevRet.SEV_RET_INVALID_CERTIFICATE)
 
 
-@needs_no_chain
 @pytest.mark.parametrize("kind", IN_PLACE)
 @pytest.mark.parametrize(
     ("offset", "size"), [(0, PAGE_SIZE + 16), (16, PAGE_SIZE), (PAGE_SIZE - 16, 32)], ids=hex
@@ -148,7 +143,6 @@ def test_a_packet_of_two_pages(bare: BareMaker, kind: str, offset: int, size: in
     assert made.raw("SEND_UPDATE_DATA", SendUpdate(made.hva + offset, size)) == EINVAL
 
 
-@needs_no_chain
 @pytest.mark.parametrize("kind", IN_PLACE)
 @pytest.mark.parametrize(
     ("offset", "size", "status"),
@@ -162,7 +156,6 @@ def test_a_packet_of_half_a_block(bare: BareMaker, kind: str, offset: int, size:
     assert made.raw("SEND_UPDATE_DATA", SendUpdate(made.hva + offset, size)) == firmware(status)
 
 
-@needs_no_chain
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_packet_of_nothing(bare: BareMaker, kind: str) -> None:
     """A packet of no bytes, from nowhere or to nowhere gives EINVAL."""
@@ -274,7 +267,6 @@ def test_a_session_for_another_policy(bare: BareMaker, kind: str) -> None:
 
 
 @needs_receive_update
-@needs_no_chain
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_there_and_back(bare: BareMaker, kind: str) -> None:
     """What one guest sends, another receives: the test carries the packets, and reseals none."""

@@ -8,9 +8,11 @@ import errno
 import pytest
 
 from kvmpy.coco import sev_platform, snp_cpuid
+from kvmpy.coco.idblock import IdBlock, generate_key
 from kvmpy.coco.kvm import Kvm
 from kvmpy.coco.policy import SnpPolicy
 from kvmpy.coco.snp_cpuid import CpuidFunction
+from kvmpy.coco.snp_digest import PageType, SnpDigest
 from kvmpy.coco.snp_launch import IdBlockPair, cpuid_page
 from kvmpy.core.address import PAGE_SIZE
 from kvmpy.core.sev_errors import SevError
@@ -280,21 +282,51 @@ def test_finish_with_an_id_block_from_nowhere(bare: BareMaker) -> None:
         assert made.raw("SNP_LAUNCH_FINISH", arg) == (errno.EFAULT, 0)
 
 
-def test_finish_with_a_wrong_id_block(bare: BareMaker) -> None:
-    """An ID block that is not signed for this launch is refused by the firmware."""
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [
+        ("digest", SevRet.SEV_RET_BAD_MEASUREMENT),
+        ("policy", SevRet.SEV_RET_POLICY_FAILURE),
+        ("algorithm", SevRet.SEV_RET_INVALID_PARAM),
+        ("signature", SevRet.SEV_RET_BAD_SIGNATURE),
+    ],
+)
+def test_finish_with_a_wrong_id_block(bare: BareMaker, wrong: str, status: SevRet) -> None:
+    """An ID block that is wrong from one part on fails for the first: digest, policy, algorithm, signature.
+
+    SNP firmware ABI, 8.18; firmware: snp_mcmd_launch_finish().
+    """
     made = bare("snp")
     launching = start_snp(made)
     launching.update(MEMORY, PAGE_SIZE, NORMAL, made.hva)
-    with pytest.raises(SevError) as caught:
-        launching.finish(id_block=IdBlockPair(b"\x5a" * 96, bytes(4096)))
-    assert caught.value.errno == errno.EIO
-    assert caught.value.firmware in (
-        SevRet.SEV_RET_BAD_MEASUREMENT,
-        SevRet.SEV_RET_BAD_SIGNATURE,
-        SevRet.SEV_RET_INVALID_PARAM,
-        SevRet.SEV_RET_POLICY_FAILURE,
-        SevRet.SEV_RET_INVALID_KEY,
+    parts = ("digest", "policy", "algorithm", "signature")
+    right = parts[: parts.index(wrong)]
+    digest = SnpDigest()
+    digest.add(PageType.NORMAL, int(MEMORY), bytes(PAGE_SIZE))
+    block = IdBlock(
+        digest.value if "digest" in right else bytes(48),
+        int(SnpPolicy(debug="policy" not in right)),
+        bytes(16),
+        bytes(16),
     )
+    auth = bytearray(block.sign(generate_key()).to_bytes())
+    auth[0] ^= "algorithm" not in right
+    auth[0x40] ^= 1
+    with pytest.raises(SevError) as caught:
+        launching.finish(id_block=IdBlockPair(block.to_bytes(), bytes(auth)))
+    assert (caught.value.errno, caught.value.firmware) == (errno.EIO, status)
+
+
+def test_the_version_of_an_id_block(bare: BareMaker) -> None:
+    """An ID block of a version that there is not is taken: no firmware looks at it.
+
+    snp_mcmd_launch_finish() of AMD's firmware compares digest and policy, and verifies the signatures.
+    """
+    made = bare("snp")
+    launching = start_snp(made)
+    block = IdBlock(bytes(48), int(SnpPolicy()), bytes(16), bytes(16), version=7)
+    auth = block.sign(generate_key())
+    launching.finish(id_block=IdBlockPair(block.to_bytes(), auth.to_bytes()))
 
 
 @pytest.mark.dangerous(unless="snp-finish-twice")

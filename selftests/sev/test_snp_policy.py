@@ -15,10 +15,13 @@ import pytest
 
 from kvmpy.coco import sev_platform
 from kvmpy.coco.kvm import Kvm
-from kvmpy.coco.policy import SnpPolicy, smt_active
+from kvmpy.coco.policy import SnpPolicy
+from kvmpy.coco.report import PlatformInfo
 from kvmpy.core.sev_device import SevDevice
+from kvmpy.testing.fixtures import MakeVm
 from kvmpy.uapi.constants import SevRet
 from kvmpy.uapi.structs import kvm_sev_snp_launch_start, sev_user_data_snp_status
+from selftests.sev.attester import GUEST, Attester
 from selftests.sev.conftest import BareMaker
 
 pytestmark = [
@@ -43,6 +46,14 @@ def start(bare: BareMaker, policy: SnpPolicy) -> tuple[int, int]:
 
 def refused_unless(met: bool) -> tuple[int, int]:
     return TAKEN if met else REFUSED_BY_FIRMWARE
+
+
+def smt_control() -> str:
+    """Return what Linux says of hyper-threads: ``notsupported`` alone means that there are none."""
+    try:
+        return Path("/sys/devices/system/cpu/smt/control").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def sockets() -> int:
@@ -80,12 +91,31 @@ def test_the_version(bare: BareMaker, major: int, minor: int | None, met: bool) 
 # Bits that forbid what is clear.
 
 
-def test_hyper_threads_that_are_not_allowed(bare: BareMaker) -> None:
-    """A policy without SMT launches where hyper-threads are off alone: POLICY_FAILURE otherwise.
+@pytest.mark.protections("snp")
+def test_hyper_threads_that_are_not_allowed(make_vm: MakeVm, bare: BareMaker) -> None:
+    """A policy without SMT launches where the firmware setup has hyper-threads off: POLICY_FAILURE otherwise.
 
-    SNP firmware ABI, 4.3 (SMT) and 8.12.
+    What Linux runs of them (nosmt, smt/control) changes nothing: a report's PLATFORM_INFO says what the
+    firmware sees.  SNP firmware ABI, 4.3 (SMT), 7.3 and 8.12; snp_mcmd_launch_start() of AMD's firmware.
     """
-    assert start(bare, SnpPolicy(smt=False)) == refused_unless(not smt_active())
+    asker = Attester(make_vm(GUEST))
+    asker.start()
+    seen = bool(asker.report(b"").platform_info & PlatformInfo.SMT_EN)
+    assert start(bare, SnpPolicy(smt=False)) == refused_unless(not seen)
+
+
+@pytest.mark.protections("snp")
+def test_hyper_threads_as_the_firmware_sees_them(make_vm: MakeVm) -> None:
+    """A report has SMT_EN where the processor has hyper-threads, those that Linux does not run included.
+
+    SNP firmware ABI, 7.3 (PLATFORM_INFO); Documentation/ABI/testing/sysfs-devices-system-cpu, smt/control.
+    """
+    expected = {"on": True, "off": True, "forceoff": True, "notsupported": False}.get(smt_control())
+    if expected is None:
+        pytest.skip("this kernel cannot say whether there are hyper-threads (CONFIG_HOTPLUG_SMT)")
+    asker = Attester(make_vm(GUEST))
+    asker.start()
+    assert bool(asker.report(b"").platform_info & PlatformInfo.SMT_EN) == expected
 
 
 def test_hyper_threads_that_are_allowed(bare: BareMaker) -> None:
@@ -168,7 +198,7 @@ def test_a_refused_policy_leaves_the_guest_where_it_was(bare: BareMaker) -> None
 
     Documentation/virt/kvm/x86/amd-memory-encryption.rst: one SNP context for each VM, made by START.
     """
-    made = bare("snp")
+    vm = bare("snp")
     status = platform_status()
     later = SnpPolicy(abi_major=int(status.api_major) + 1)
     for policy, answer in (
@@ -176,4 +206,4 @@ def test_a_refused_policy_leaves_the_guest_where_it_was(bare: BareMaker) -> None
         (int(SnpPolicy()) | 1 << 63, REFUSED_BY_KVM),
         (int(SnpPolicy()), TAKEN),
     ):
-        assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=policy)) == answer
+        assert vm.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=policy)) == answer

@@ -33,7 +33,6 @@ from selftests.sev.transport import (
     ReceiveStart,
     SendStart,
     SendUpdate,
-    needs_no_chain,
     platform_key,
 )
 
@@ -169,17 +168,18 @@ TAKEN: dict[GuestState, dict[str, GuestState]] = {
         "SEND_START": GuestState.SUPDATE,
     },
     GuestState.SUPDATE: {
+        "GET_ATTESTATION_REPORT": GuestState.SUPDATE,
         "SEND_UPDATE_DATA": GuestState.SUPDATE,
         "SEND_FINISH": GuestState.SENT,
         "SEND_CANCEL": GuestState.RUNNING,
     },
-    GuestState.SENT: {},
+    GuestState.SENT: {
+        "GET_ATTESTATION_REPORT": GuestState.SENT,
+    },
     GuestState.RUPDATE: {
         "RECEIVE_FINISH": GuestState.RUNNING,
     },
 }
-# AMD's certificates are part of what SEND_START is given: only software can do without.
-SENDS = (GuestState.SUPDATE, GuestState.SENT)
 
 
 def in_state(bare: BareMaker, kind: str, state: GuestState) -> Guest:
@@ -193,20 +193,11 @@ def in_state(bare: BareMaker, kind: str, state: GuestState) -> Guest:
 
 def states(*, but: tuple[GuestState, ...] = ()) -> list[Any]:
     """Return the states as parameters."""
-    return [
-        pytest.param(state, id=state.name, marks=[needs_no_chain] if state in SENDS else [])
-        for state in WAYS
-        if state not in but
-    ]
+    return [pytest.param(state, id=state.name) for state in WAYS if state not in but]
 
 
 TRANSITIONS = [
-    pytest.param(
-        state,
-        command,
-        id=f"{state.name}-{command}",
-        marks=[needs_no_chain] if state in SENDS or command == "SEND_START" else [],
-    )
+    pytest.param(state, command, id=f"{state.name}-{command}")
     for state, taken in TAKEN.items()
     for command in taken
 ]

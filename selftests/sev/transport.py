@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from kvmpy.coco.sev_platform import software_platform
 from kvmpy.coco.sev_session import CERTIFICATE_SIZE, GuestOwner, read_dh_certificate, transport_keys
 from kvmpy.core.errors import MissingError
 from kvmpy.core.kvm import Kvm
@@ -30,11 +29,6 @@ from kvmpy.uapi.structs import (
 HEADER_SIZE = 52
 SESSION_SIZE = 128
 _DATA = b"\x02"
-
-
-def _no_chain(_: Kvm) -> str | None:
-    # SEND_START is given AMD's certificates of the other platform's: only software does without.
-    return None if software_platform() else "AMD's certificates of another platform"
 
 
 def receives(_: Kvm) -> str | None:
@@ -60,7 +54,6 @@ def receives(_: Kvm) -> str | None:
 
 
 needs_receive_update = pytest.mark.requires.with_args(receives)
-needs_no_chain = pytest.mark.requires.with_args(_no_chain)
 
 
 def platform_key() -> tuple[bytes, bytes]:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpy.coco import policy
 from kvmpy.coco.policy import SevPolicy, SnpPolicy
 
 SEV_BITS = [
@@ -98,13 +97,3 @@ def test_words() -> None:
     """A policy names what is set."""
     assert str(SnpPolicy(debug=True)) == "0xb0000 (smt debug)"
     assert str(SevPolicy()) == "0x0 (nothing set)"
-
-
-def test_smt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without the file has no hyper-threads."""
-
-    def refuse(*_args: object, **_more: object) -> object:
-        raise FileNotFoundError
-
-    monkeypatch.setattr("builtins.open", refuse)
-    assert policy.smt_active() is False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import struct
@@ -50,6 +51,7 @@ from kvmpy.debug.record.format import (
 )
 from kvmpy.debug.record.model import Record
 from kvmpy.debug.record.writer import RecordWriter
+from kvmpy.lab import events as lab_events
 from kvmpy.lab import records
 
 
@@ -66,7 +68,9 @@ def test_records_are_for_their_owner_alone(before: int | None, tmp_path: Path) -
     paths[1].rename(tmp_path / "inside")
     records.send(sent.append, tmp_path / "inside")
     for event in sent:
-        records.receive(tmp_path, {**event, "name": "received"}, 0)
+        piece = lab_events.parse(json.dumps({**event, "name": "received"}).encode())
+        assert isinstance(piece, lab_events.Record)
+        records.receive(tmp_path, piece, 0)
     Record.load(paths[2]).save(paths[1])
     assert [oct(path.stat().st_mode & 0o777) for path in paths] == ["0o600"] * 3
 

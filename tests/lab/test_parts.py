@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from kvmpy.cli import lab as cli
 from kvmpy.cli.lab import parse_memory
-from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, tools
+from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, softsev, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import Host
 from kvmpy.lab.root import Root
@@ -257,6 +257,34 @@ def test_a_tree_is_built_outside_of_it(tree: Path) -> None:
     assert kernel.release == "9.1.0-mine"
     assert kconfig.parse((kernel.folder / "config").read_text()) == {"CONFIG_A": "y", "CONFIG_B": "y"}
     assert sorted(tree.rglob("*")) == before
+
+
+def test_a_second_build_of_a_tree_that_is_changed(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the software AMD-SP changes and brings keeps its time where it comes out the same."""
+    hooks = tmp_path / "hooks"
+    (hooks / "new").mkdir(parents=True)
+    (hooks / "new" / "x.c").write_text("1")
+    (hooks / "hooks.toml").write_text(
+        '[[copy]]\nfrom = "new"\nto = "new"\n'
+        '[[hook]]\nname = "one"\nfile = "a.c"\nplace = "append"\ntext = "more"\n'
+    )
+    (tree / "a.c").write_text("int a;\n")
+    monkeypatch.setattr(softsev, "FOLDER", hooks)
+
+    def times() -> tuple[int, int]:
+        build.from_source(tree, lambda _: None, soft_sev=True)
+        [copy] = (places.cache() / "trees").iterdir()
+        return tuple((copy / name).stat().st_mtime_ns for name in ("a.c", "new/x.c"))  # type: ignore[return-value]
+
+    first = times()
+    assert times() == first
+    (hooks / "new" / "x.c").write_text("2")
+    hooked, brought = times()
+    assert (hooked, brought > first[1]) == (first[0], True)
+    (tree / "a.c").write_text("int b;\n")
+    assert times()[0] > first[0]
 
 
 def test_a_tree_that_drops_an_option(tree: Path) -> None:

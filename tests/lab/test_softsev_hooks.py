@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -170,6 +171,38 @@ def test_copies_only_what_differs(tmp_path: Path) -> None:
     (tmp_path / "from" / "x.c").write_text("2")
     listed.apply(tmp_path)
     assert (tmp_path / "to" / "x.c").read_text() == "2"
+
+
+def test_what_comes_out_the_same_keeps_its_time(tmp_path: Path) -> None:
+    """A second copy of a tree has new times only where its files differ: make compiles those alone."""
+    (tmp_path / "from").mkdir()
+    for name in ("x.c", "y.c"):
+        (tmp_path / "from" / name).write_text(name)
+    listed = HookList([Copy(tmp_path / "from", "to")], [hook(), hook(file="b.c")])
+
+    def copied() -> Path:
+        tree = tmp_path / "tree"
+        shutil.rmtree(tree, ignore_errors=True)
+        tree.mkdir()
+        for name in ("a.c", "b.c"):
+            (tree / name).write_text(SOURCE + ("int changed;\n" if changed and name == "b.c" else ""))
+        listed.apply(tree)
+        return tree
+
+    changed = False
+    first = copied()
+    files = ("a.c", "b.c", "to/x.c", "to/y.c")
+    for name in files:
+        os.utime(first / name, ns=(1, 1))
+    before = listed.snapshot(first)
+    assert listed.snapshot(tmp_path / "nowhere") == {}
+
+    changed = True
+    (tmp_path / "from" / "y.c").write_text("another")
+    second = copied()
+    listed.keep_times(second, before)
+
+    assert [name for name in files if (second / name).stat().st_mtime_ns == 1] == ["a.c", "to/x.c"]
 
 
 def test_place_must_be_known(tmp_path: Path) -> None:

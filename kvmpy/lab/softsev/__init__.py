@@ -5,19 +5,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvmpy.lab.softsev.hooks import HookError, HookList
+from kvmpy.lab.softsev.hooks import HookError, HookList, Snapshot
 
 FOLDER = Path(__file__).resolve().parent / "kernel"
 PARAMETER = "softsev"
 PLATFORM = "software AMD-SP"
 
-__all__ = ["FOLDER", "PARAMETER", "PLATFORM", "HookError", "HookList", "apply"]
+__all__ = ["FOLDER", "PARAMETER", "PLATFORM", "HookError", "HookList", "Snapshot", "apply", "snapshot"]
 
 
-def apply(tree: Path) -> list[str]:
+def apply(tree: Path, before: Snapshot | None = None) -> list[str]:
     """Put the software AMD-SP into the kernel tree *tree*, and return the names of the hooks put in.
 
-    A tree that has it already stays as it is. HookError names the hook that does not fit; then the tree is
-    as before.
+    A tree that has it already stays as it is. *before* is a :func:`snapshot` of the tree of an earlier build:
+    what comes out the same keeps its time. HookError names the hook that does not fit; then the tree is as
+    before.
     """
-    return HookList.load(FOLDER).apply(tree)
+    hooks = HookList.load(FOLDER)
+    done = hooks.apply(tree)
+    hooks.keep_times(tree, before or {})
+    return done
+
+
+def snapshot(tree: Path) -> Snapshot:
+    """Return what :func:`apply` made of *tree*, which need not exist: content and times of its files."""
+    return HookList.load(FOLDER).snapshot(tree)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -140,16 +141,23 @@ class Copy:
     source: Path
     target: str
 
+    def files(self) -> dict[str, Path]:
+        """The file behind each one that comes into the tree, by its place there."""
+        if not self.source.is_dir():
+            return {self.target: self.source}
+        return {f"{self.target}/{file.name}": file for file in sorted(self.source.iterdir())}
+
     def apply(self, tree: Path) -> None:
         """Copy what differs, so that a second build compiles only that."""
-        pairs = [(self.source, tree / self.target)]
-        if self.source.is_dir():
-            pairs = [(file, tree / self.target / file.name) for file in sorted(self.source.iterdir())]
-        for source, target in pairs:
+        for name, source in self.files().items():
+            target = tree / name
             if target.is_file() and target.read_bytes() == source.read_bytes():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+
+
+Snapshot = dict[str, tuple[bytes, int]]
 
 
 @dataclass(frozen=True)
@@ -195,3 +203,18 @@ class HookList:
         for copy in self.copies:
             copy.apply(tree)
         return done
+
+    def snapshot(self, tree: Path) -> Snapshot:
+        """Return content and time of what the list changes in *tree*, or brings there; {} without a tree."""
+        names = [hook.file for hook in self.hooks]
+        for copy in self.copies:
+            names += copy.files()
+        paths = {name: tree / name for name in names if (tree / name).is_file()}
+        return {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in paths.items()}
+
+    def keep_times(self, tree: Path, before: Snapshot) -> None:
+        """Give each file of *tree* that is as it was *before* its time of then: make compiles the rest."""
+        for name, (content, time) in before.items():
+            path = tree / name
+            if path.is_file() and path.read_bytes() == content:
+                os.utime(path, ns=(time, time))

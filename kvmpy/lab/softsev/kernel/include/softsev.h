@@ -30,6 +30,7 @@ static __always_inline bool softsev_enabled(void)
 
 void softsev_cpu_init(struct cpuinfo_x86 *c);
 unsigned int softsev_cbit(void);
+bool softsev_smt(void);
 
 void softsev_cpuid_count(u32 fn, u32 index, u32 *eax, u32 *ebx, u32 *ecx, u32 *edx);
 void softsev_cpuid(u32 fn, u32 *eax, u32 *ebx, u32 *ecx, u32 *edx);
@@ -39,9 +40,16 @@ static inline bool softsev_enabled(void) { return false; }
 static inline void softsev_cpu_init(struct cpuinfo_x86 *c) { }
 #endif
 
-/*
- * One RMP entry. A 2M entry stands at its first page and answers for all of them. @perms are those of VMPL1 to VMPL3;
- * VMPL0 may always do everything.
+/**
+ * struct softsev_rmp - one RMP entry
+ * @gpa: the guest address that the page belongs at
+ * @asid: the guest that it belongs to, or 0
+ * @assigned: it is not the hypervisor's
+ * @large: it stands at the first page of 2M and answers for all of them
+ * @immutable: the hypervisor may not change it
+ * @vmsa: the page is a VMSA, or a guest context
+ * @validated: the guest has accepted it
+ * @perms: permissions of VMPL1 to VMPL3; VMPL0 may always do everything
  */
 struct softsev_rmp {
 	u64 gpa;
@@ -70,6 +78,7 @@ int softsev_psmash(u64 pfn);
 void softsev_rmp_read(u64 pfn, struct softsev_rmp *e);
 void softsev_rmp_write(u64 pfn, const struct softsev_rmp *e);
 void softsev_rmp_reset(void);
+bool softsev_rmp_uses(u32 asid);
 u64 softsev_rmp_generation(void);
 void *softsev_mem(u64 pa);
 

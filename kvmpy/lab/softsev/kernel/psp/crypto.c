@@ -46,7 +46,11 @@ int softsev_sha384(const void *data, unsigned int len, u8 *out)
 	return digest(SHA384, data, len, out);
 }
 
-/* softsev_sha256_begin - a running SHA-256; kfree() it after crypto_shash_final() */
+/**
+ * softsev_sha256_begin() - start a SHA-256
+ *
+ * Return: what takes data; kfree() it after crypto_shash_final(). NULL without memory.
+ */
 struct shash_desc *softsev_sha256_begin(void)
 {
 	struct crypto_shash *tfm = algorithm(SHA256);
@@ -89,7 +93,18 @@ int softsev_hmac(const u8 *key, unsigned int key_len, const struct softsev_buf *
 	return ret;
 }
 
-/* softsev_kdf - NIST SP 800-108 in counter mode with HMAC-SHA-256, as the SEV API uses it: little-endian numbers */
+/**
+ * softsev_kdf() - NIST SP 800-108 in counter mode with HMAC-SHA-256, as the SEV API uses it: little-endian numbers
+ * @out: becomes the key
+ * @len: how many bytes
+ * @key: the key that it is derived from
+ * @key_len: how many bytes
+ * @label: what it is for
+ * @context: what else goes into it
+ * @context_len: how many bytes
+ *
+ * Return: 0, or an error.
+ */
 int softsev_kdf(u8 *out, unsigned int len, const u8 *key, unsigned int key_len, const char *label,
 		const u8 *context, unsigned int context_len)
 {

@@ -52,7 +52,7 @@ u32 softsev_ioread32(const void __iomem *addr)
 static void run_command(u32 value)
 {
 	u64 buffer = (u64)*reg(REG_BUFFER_HIGH) << 32 | *reg(REG_BUFFER_LOW);
-	u32 status = softsev_command(FIELD_GET(SEV_CMDRESP_CMD, value), buffer ? softsev_va(buffer) : NULL);
+	u32 status = softsev_mailbox(FIELD_GET(SEV_CMDRESP_CMD, value), buffer);
 
 	*reg(REG_COMMAND) = PSP_CMDRESP_RESP | FIELD_PREP(PSP_CMDRESP_STS, status);
 	*reg(REG_INT_STATUS) |= SEV_CMD_COMPLETE;
@@ -121,7 +121,9 @@ static const struct psp_vdata psp_registers = {
 
 static const struct sp_dev_vdata device_data = { .psp_vdata = &psp_registers };
 
-/* softsev_device_create - called before the ccp driver looks for its master device */
+/**
+ * softsev_device_create() - make the device, before the ccp driver looks for its master device
+ */
 void softsev_device_create(void)
 {
 	struct platform_device *pdev;

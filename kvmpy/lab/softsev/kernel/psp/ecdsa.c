@@ -53,12 +53,14 @@ void softsev_pubkey(const struct softsev_key *key, struct softsev_pubkey *out)
 	memcpy(out->y, key->y, P384_BYTES);
 }
 
-static int hash_number(const void *data, unsigned int len, u64 *z)
+/* The number that is signed: a hash that is shorter than the curve's order is taken as it is. */
+static int hash_number(softsev_hash hash, const void *data, unsigned int len, u64 *z)
 {
-	u8 hash[HASH384];
-	int ret = softsev_sha384(data, len, hash);
+	unsigned int size = hash == softsev_sha256 ? HASH256 : HASH384;
+	u8 digest[HASH384];
+	int ret = hash(data, len, digest);
 
-	ecc_digits_from_bytes(hash, sizeof(hash), z, P384_DIGITS);
+	ecc_digits_from_bytes(digest, size, z, P384_DIGITS);
 	if (!ret && vli_cmp(z, p384()->n, P384_DIGITS) >= 0)
 		vli_sub(z, z, p384()->n, P384_DIGITS);
 	return ret;
@@ -83,14 +85,15 @@ static void add_mod(u64 *a, const u64 *b)
 	}
 }
 
-int softsev_sign(const struct softsev_key *key, const void *data, unsigned int len, struct softsev_sig *sig)
+int softsev_sign(const struct softsev_key *key, softsev_hash hash, const void *data, unsigned int len,
+		 struct softsev_sig *sig)
 {
 	const struct ecc_curve *curve = p384();
 	u64 k[P384_DIGITS], r[P384_DIGITS], s[P384_DIGITS], z[P384_DIGITS], t[P384_DIGITS];
 	u8 y[P384_BYTES];
 	int ret;
 
-	ret = hash_number(data, len, z);
+	ret = hash_number(hash, data, len, z);
 	if (ret)
 		return ret;
 	do {
@@ -123,8 +126,29 @@ static int public_point(const struct softsev_pubkey *key, struct ecc_point *poin
 	return ecc_is_pubkey_valid_partial(p384(), point);
 }
 
-/* softsev_verify - 0 for a right signature, -EINVAL for a key that is none, -EBADMSG otherwise */
-int softsev_verify(const struct softsev_pubkey *key, const void *data, unsigned int len,
+/**
+ * softsev_pubkey_valid() - whether a key is a point of P-384
+ * @key: the key
+ */
+bool softsev_pubkey_valid(const struct softsev_pubkey *key)
+{
+	u64 x[P384_DIGITS], y[P384_DIGITS];
+	struct ecc_point point = ECC_POINT_INIT(x, y, P384_DIGITS);
+
+	return !public_point(key, &point);
+}
+
+/**
+ * softsev_verify() - check a signature
+ * @key: the signer's key
+ * @hash: what the data are hashed with
+ * @data: what was signed
+ * @len: how many bytes
+ * @sig: the signature
+ *
+ * Return: 0, or -EBADMSG: the signature, or the key itself, is not right.
+ */
+int softsev_verify(const struct softsev_pubkey *key, softsev_hash hash, const void *data, unsigned int len,
 		   const struct softsev_sig *sig)
 {
 	u64 x[P384_DIGITS], y[P384_DIGITS], rx[P384_DIGITS], ry[P384_DIGITS];
@@ -133,13 +157,13 @@ int softsev_verify(const struct softsev_pubkey *key, const void *data, unsigned 
 	const struct ecc_curve *curve = p384();
 
 	if (public_point(key, &point))
-		return -EINVAL;
+		return -EBADMSG;
 	memcpy(r, sig->r, P384_BYTES);
 	memcpy(s, sig->s, P384_BYTES);
 	if (vli_is_zero(r, P384_DIGITS) || vli_cmp(r, curve->n, P384_DIGITS) >= 0 ||
 	    vli_is_zero(s, P384_DIGITS) || vli_cmp(s, curve->n, P384_DIGITS) >= 0)
 		return -EBADMSG;
-	if (hash_number(data, len, z))
+	if (hash_number(hash, data, len, z))
 		return -EBADMSG;
 	vli_mod_inv(s, s, curve->n, P384_DIGITS);
 	vli_mod_mult_slow(u1, z, s, curve->n, P384_DIGITS);
@@ -150,7 +174,14 @@ int softsev_verify(const struct softsev_pubkey *key, const void *data, unsigned 
 	return vli_cmp(rx, r, P384_DIGITS) ? -EBADMSG : 0;
 }
 
-/* softsev_ecdh - the shared secret: the x coordinate, highest byte first */
+/**
+ * softsev_ecdh() - the shared secret of a key and another side's
+ * @key: the own key
+ * @peer: the other side's
+ * @z: becomes the x coordinate, highest byte first
+ *
+ * Return: 0, or an error.
+ */
 int softsev_ecdh(const struct softsev_key *key, const struct softsev_pubkey *peer, u8 *z)
 {
 	u64 x[P384_DIGITS], y[P384_DIGITS], be[2 * P384_DIGITS], secret[P384_DIGITS];

@@ -1,229 +1,288 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Software AMD-SP: SEND and RECEIVE (SEV API, chapter 6). The packets are encrypted and authenticated for real, so that
- * a guest can go from one VM to another of this platform.
+ * a guest can go from one VM to another of this platform. The order of each command's checks is that of the firmware:
+ * docs/software-amd-sp-commands.md.
  *
- * Of the receiver only its PDH is looked at: a chain up to AMD cannot exist here.
+ * A chain up to AMD cannot exist here: a policy that asks for one is never met.
  */
 #include <linux/random.h>
 #include <linux/slab.h>
 #include "psp.h"
 
-#define POLICY_ES	BIT(2)
-#define POLICY_NOSEND	BIT(3)
+#define CONTEXT_DATA		2	/* of a VMSA, too */
 
-static u32 check(u32 handle, int state, bool active, struct softsev_guest **g)
-{
-	if (!softsev_platform.legacy)
-		return SEV_RET_INVALID_PLATFORM_STATE;
-	*g = softsev_guest(handle);
-	if (!*g)
-		return SEV_RET_INVALID_GUEST;
-	if ((*g)->state != state)
-		return SEV_RET_INVALID_GUEST_STATE;
-	return active && !(*g)->asid ? SEV_RET_INACTIVE : SEV_RET_SUCCESS;
-}
+/* What ASK and ARK take, with keys of so many bytes: each has a key of two numbers, and the ARK has signed both. */
+#define AMD_CERTS(ask, ark)	(2 * 64 + 2 * (ask) + 4 * (ark))
 
-/* The MAC of a packet; @context tells data from a VMSA. */
-static int packet_mac(const u8 *tik, u8 context, const struct softsev_packet *h, u32 guest_len, u32 trans_len,
-		      const void *data, u8 *mac)
+/* The MAC of a packet. */
+static int packet_mac(const u8 *tik, const struct softsev_packet *h, u32 len, const void *data, u8 *mac)
 {
+	const u8 context = CONTEXT_DATA;
 	const struct softsev_buf parts[] = {
-		{ &context, 1 }, { &h->flags, 4 }, { h->iv, sizeof(h->iv) }, { &guest_len, 4 }, { &trans_len, 4 },
-		{ data, trans_len },
+		{ &context, 1 }, { &h->flags, 4 }, { h->iv, sizeof(h->iv) }, { &len, 4 }, { &len, 4 }, { data, len },
 	};
 
 	return softsev_hmac(tik, KEY128, parts, ARRAY_SIZE(parts), mac);
 }
 
-u32 softsev_send_start(void *buf)
+static u32 check_lengths(const struct sev_data_send_start *d)
 {
-	struct sev_data_send_start *d = buf;
-	struct softsev_cert *cert;
-	struct softsev_guest *g;
-	u32 ret = check(d->handle, GSTATE_RUNNING, false, &g);
+	if (d->plat_certs_len != sizeof(struct softsev_chain) || d->pdh_cert_len != sizeof(struct softsev_cert))
+		return SEV_RET_INVALID_LEN;
+	return SEV_RET_SUCCESS;
+}
+
+/* Firmware: validate_platform(). Nothing of this platform is signed by AMD, so the ARK never is the right one. */
+static u32 check_platform(const struct sev_data_send_start *d)
+{
+	u32 ret = check_lengths(d), n = d->amd_certs_len;
 
 	if (ret)
 		return ret;
-	if (d->session_len < sizeof(struct softsev_session)) {
+	if (n != AMD_CERTS(256, 256) && n != AMD_CERTS(256, 512) && n != AMD_CERTS(512, 256) &&
+	    n != AMD_CERTS(512, 512))
+		return SEV_RET_INVALID_LEN;
+	if (!softsev_pa_valid(d->plat_certs_address, d->plat_certs_len) ||
+	    !softsev_pa_valid(d->pdh_cert_address, d->pdh_cert_len) || !softsev_pa_valid(d->amd_certs_address, n))
+		return SEV_RET_INVALID_ADDRESS;
+	return SEV_RET_INVALID_CERTIFICATE;
+}
+
+/* Firmware: validate_domain(). */
+static u32 check_domain(const struct sev_data_send_start *d)
+{
+	const struct softsev_chain *c;
+	u32 ret = check_lengths(d);
+
+	if (ret)
+		return ret;
+	if (!softsev_pa_valid(d->plat_certs_address, d->plat_certs_len) ||
+	    !softsev_pa_valid(d->pdh_cert_address, d->pdh_cert_len))
+		return SEV_RET_INVALID_ADDRESS;
+	if (softsev_keys_ready())
+		return SEV_RET_HWSEV_RET_PLATFORM;
+	c = softsev_va(d->plat_certs_address);
+	ret = softsev_cert_validate(&c->oca, &c->oca) ?: softsev_cert_validate(&c->pek, &c->oca);
+	ret = ret ?: softsev_cert_validate(softsev_va(d->pdh_cert_address), &c->pek);
+	if (!ret && memcmp(&c->oca, &softsev_platform.chain.oca, sizeof(c->oca)))
+		ret = SEV_RET_POLICY_FAILURE;
+	return ret;
+}
+
+u32 softsev_send_start(void *buf)
+{
+	struct sev_data_send_start *d = buf;
+	struct softsev_session session;
+	struct softsev_guest *g;
+	u32 ret = softsev_guest_find(d->handle, &g);
+
+	if (ret)
+		return ret;
+	if (d->session_len != sizeof(struct softsev_session)) {
 		d->session_len = sizeof(struct softsev_session);
 		return SEV_RET_INVALID_LEN;
 	}
+	if (g->state != GSTATE_RUNNING)
+		return SEV_RET_INVALID_GUEST_STATE;
 	if (g->policy & POLICY_NOSEND)
 		return SEV_RET_POLICY_FAILURE;
-	if (d->pdh_cert_len < sizeof(*cert))
-		return SEV_RET_INVALID_LEN;
-	if (!softsev_pa_valid(d->pdh_cert_address, sizeof(*cert)) ||
-	    !softsev_pa_valid(d->session_address, sizeof(struct softsev_session)))
-		return SEV_RET_INVALID_ADDRESS;
-	cert = softsev_va(d->pdh_cert_address);
-	if (cert->version != 1 || cert->usage != CERT_PDH)
-		return SEV_RET_INVALID_CERTIFICATE;
-	get_random_bytes(g->send_tek, KEY128);
-	get_random_bytes(g->send_tik, KEY128);
-	ret = softsev_session_make(&cert->key, g->policy, g->send_tek, g->send_tik, softsev_va(d->session_address));
+	ret = g->policy & POLICY_SEV ? check_platform(d) : SEV_RET_SUCCESS;
+	ret = ret ?: softsev_page_check(d->session_address, d->session_len);
+	ret = ret ?: g->policy & POLICY_DOMAIN ? check_domain(d) : SEV_RET_SUCCESS;
 	if (ret)
 		return ret;
+	if (d->pdh_cert_len != sizeof(struct softsev_cert))
+		return SEV_RET_INVALID_LEN;
+	if (!softsev_pa_valid(d->pdh_cert_address, d->pdh_cert_len))
+		return SEV_RET_INVALID_ADDRESS;
+	get_random_bytes(g->tek, KEY128);
+	get_random_bytes(g->tik, KEY128);
+	ret = softsev_session_make(softsev_va(d->pdh_cert_address), g->policy, g->tek, g->tik, &session);
+	if (ret)
+		return ret;
+	if (!softsev_pa_valid(d->session_address, sizeof(session)))
+		return SEV_RET_INVALID_ADDRESS;
+	memcpy(softsev_va(d->session_address), &session, sizeof(session));
 	d->policy = g->policy;
-	d->session_len = sizeof(struct softsev_session);
 	g->state = GSTATE_SUPDATE;
 	return SEV_RET_SUCCESS;
 }
 
-static u32 send(u32 handle, u64 hdr_pa, u32 *hdr_len, u64 guest_pa, u32 guest_len, u64 trans_pa, u32 *trans_len,
-		bool vmsa)
+/* The commands for data and for a VMSA have one form. */
+struct transport {
+	u32 handle, reserved;
+	u64 hdr_pa;
+	u32 hdr_len, reserved2;
+	u64 guest_pa;
+	u32 guest_len, reserved3;
+	u64 trans_pa;
+	u32 trans_len;
+} __packed;
+
+static u32 check_send(struct transport *d, bool vmsa, struct softsev_guest **g)
+{
+	u32 ret;
+
+	if (!softsev_platform.legacy || !softsev_guest_count())
+		return SEV_RET_INVALID_PLATFORM_STATE;
+	if (d->hdr_len < sizeof(struct softsev_packet)) {
+		d->hdr_len = sizeof(struct softsev_packet);
+		return SEV_RET_INVALID_LEN;
+	}
+	ret = softsev_guest_in(d->handle, GSTATE_SUPDATE, g);
+	if (ret)
+		return ret;
+	if (vmsa && !((*g)->policy & POLICY_ES))
+		return SEV_RET_UNSUPPORTED;
+	if (!(*g)->asid)
+		return SEV_RET_INACTIVE;
+	if (!d->guest_len || d->guest_len > SCRATCH_LEN || d->guest_len % 16 || d->trans_len < d->guest_len)
+		return SEV_RET_INVALID_LEN;
+	if (d->guest_pa % 16)
+		return SEV_RET_INVALID_ADDRESS;
+	ret = softsev_writable(d->hdr_pa, d->hdr_len) ?: softsev_writable(d->trans_pa, d->trans_len);
+	if (ret)
+		return ret;
+	if (!softsev_pa_valid(d->guest_pa, d->guest_len))
+		return SEV_RET_INVALID_ADDRESS;
+	if (vmsa && (d->guest_len < PAGE_SIZE || !softsev_vmsa_sealed(softsev_va(d->guest_pa))))
+		return SEV_RET_INVALID_PARAM;
+	return SEV_RET_SUCCESS;
+}
+
+static u32 send(struct transport *d, bool vmsa)
 {
 	struct softsev_packet *h;
 	struct softsev_guest *g;
-	u32 ret = check(handle, GSTATE_SUPDATE, true, &g);
+	u32 ret = check_send(d, vmsa, &g);
 
+	BUILD_BUG_ON(sizeof(*d) != sizeof(struct sev_data_send_update_data));
 	if (ret)
 		return ret;
-	if (*hdr_len < sizeof(*h) || *trans_len < guest_len) {
-		*hdr_len = sizeof(*h);
-		*trans_len = guest_len;
-		return SEV_RET_INVALID_LEN;
-	}
-	ret = softsev_guest_buffer(guest_pa, guest_len);
-	if (ret)
-		return ret;
-	if (!softsev_pa_valid(hdr_pa, sizeof(*h)) || !softsev_pa_valid(trans_pa, guest_len))
-		return SEV_RET_INVALID_ADDRESS;
-	h = softsev_va(hdr_pa);
+	h = softsev_va(d->hdr_pa);
 	h->flags = 0;
 	get_random_bytes(h->iv, sizeof(h->iv));
-	softsev_aes_ctr(g->send_tek, h->iv, softsev_va(guest_pa), softsev_va(trans_pa), guest_len);
-	*hdr_len = sizeof(*h);
-	*trans_len = guest_len;
-	return packet_mac(g->send_tik, vmsa ? 3 : 2, h, guest_len, guest_len, softsev_va(trans_pa), h->mac) ?
-	       SEV_RET_HWSEV_RET_PLATFORM : SEV_RET_SUCCESS;
+	softsev_aes_ctr(g->tek, h->iv, softsev_va(d->guest_pa), softsev_va(d->trans_pa), d->guest_len);
+	d->hdr_len = sizeof(*h);
+	return packet_mac(g->tik, h, d->guest_len, softsev_va(d->trans_pa), h->mac) ? SEV_RET_HWSEV_RET_PLATFORM :
+	       SEV_RET_SUCCESS;
 }
 
 u32 softsev_send_update_data(void *buf)
 {
-	struct sev_data_send_update_data *d = buf;
-	u32 hdr_len = d->hdr_len, trans_len = d->trans_len, ret;
-
-	ret = send(d->handle, d->hdr_address, &hdr_len, d->guest_address, d->guest_len, d->trans_address, &trans_len,
-		   false);
-	d->hdr_len = hdr_len;
-	d->trans_len = trans_len;
-	return ret;
+	return send(buf, false);
 }
 
 u32 softsev_send_update_vmsa(void *buf)
 {
-	struct sev_data_send_update_vmsa *d = buf;
-	u32 hdr_len = d->hdr_len, trans_len = d->trans_len, ret;
+	return send(buf, true);
+}
 
-	ret = send(d->handle, d->hdr_address, &hdr_len, d->guest_address, d->guest_len, d->trans_address, &trans_len,
-		   true);
-	d->hdr_len = hdr_len;
-	d->trans_len = trans_len;
-	return ret;
+static u32 send_end(u32 handle, int state)
+{
+	struct softsev_guest *g;
+	u32 ret = softsev_guest_in(handle, GSTATE_SUPDATE, &g);
+
+	if (ret)
+		return ret;
+	memzero_explicit(g->tek, KEY128);
+	memzero_explicit(g->tik, KEY128);
+	g->state = state;
+	return SEV_RET_SUCCESS;
 }
 
 u32 softsev_send_finish(void *buf)
 {
 	struct sev_data_send_finish *d = buf;
-	struct softsev_guest *g;
-	u32 ret = check(d->handle, GSTATE_SUPDATE, false, &g);
 
-	if (!ret)
-		g->state = GSTATE_SENT;
-	return ret;
+	return send_end(d->handle, GSTATE_SENT);
 }
 
 u32 softsev_send_cancel(void *buf)
 {
 	struct sev_data_send_cancel *d = buf;
-	struct softsev_guest *g;
-	u32 ret = check(d->handle, GSTATE_SUPDATE, false, &g);
 
-	if (!ret)
-		g->state = GSTATE_RUNNING;
-	return ret;
+	return send_end(d->handle, GSTATE_RUNNING);
 }
 
 u32 softsev_receive_start(void *buf)
 {
 	struct sev_data_receive_start *d = buf;
 	u8 tek[KEY128], tik[KEY128];
-	struct softsev_guest *g;
 	u32 ret;
 
 	if (!softsev_platform.legacy)
 		return SEV_RET_INVALID_PLATFORM_STATE;
-	if (d->handle && !softsev_guest(d->handle))
-		return SEV_RET_INVALID_GUEST;
-	if ((d->policy & POLICY_ES) && !softsev_platform.es)
-		return SEV_RET_UNSUPPORTED;
 	ret = softsev_session_open(d->pdh_cert_address, d->pdh_cert_len, d->session_address, d->session_len, d->policy,
 				   tek, tik);
-	if (ret)
-		return ret;
-	g = softsev_guest_new();
-	if (!g)
-		return SEV_RET_RESOURCE_LIMIT;
-	g->policy = d->policy;
-	g->state = GSTATE_RUPDATE;
-	memcpy(g->tek, tek, KEY128);
-	memcpy(g->tik, tik, KEY128);
-	d->handle = g->handle;
-	return SEV_RET_SUCCESS;
+	return ret ?: softsev_guest_new(d->handle, d->policy, GSTATE_RUPDATE, tek, tik, &d->handle);
 }
 
-static u32 receive(u32 handle, u64 hdr_pa, u32 hdr_len, u64 guest_pa, u32 guest_len, u64 trans_pa, u32 trans_len,
-		   bool vmsa)
+static u32 check_receive(const struct transport *d, bool vmsa, struct softsev_guest **g)
+{
+	u32 ret = softsev_guest_in(d->handle, GSTATE_RUPDATE, g);
+
+	if (ret)
+		return ret;
+	if (vmsa && !((*g)->policy & POLICY_ES))
+		return SEV_RET_UNSUPPORTED;
+	if (!(*g)->asid)
+		return SEV_RET_INACTIVE;
+	if (!d->guest_len || d->guest_len > SCRATCH_LEN || d->guest_len % 16 || d->guest_len != d->trans_len ||
+	    d->hdr_len < sizeof(struct softsev_packet))
+		return SEV_RET_INVALID_LEN;
+	if (d->guest_pa % 16)
+		return SEV_RET_INVALID_ADDRESS;
+	ret = softsev_writable(d->guest_pa, d->guest_len);
+	if (ret)
+		return ret;
+	return softsev_pa_valid(d->hdr_pa, sizeof(struct softsev_packet)) ? SEV_RET_SUCCESS : SEV_RET_INVALID_ADDRESS;
+}
+
+static u32 receive(const struct transport *d, bool vmsa)
 {
 	struct softsev_packet *h;
 	struct softsev_guest *g;
 	u8 mac[HASH256];
-	u32 ret = check(handle, GSTATE_RUPDATE, true, &g);
+	u32 ret = check_receive(d, vmsa, &g);
 
-	ret = ret ?: softsev_guest_buffer(guest_pa, guest_len);
 	if (ret)
 		return ret;
-	if (hdr_len < sizeof(*h) || trans_len < guest_len)
-		return SEV_RET_INVALID_LEN;
-	if (!softsev_pa_valid(hdr_pa, sizeof(*h)) || !softsev_pa_valid(trans_pa, trans_len))
-		return SEV_RET_INVALID_ADDRESS;
-	h = softsev_va(hdr_pa);
-	if (h->flags)
+	h = softsev_va(d->hdr_pa);
+	if (h->flags & PACKET_COMPRESSED)
 		return SEV_RET_UNSUPPORTED;
-	if (packet_mac(g->tik, vmsa ? 3 : 2, h, guest_len, trans_len, softsev_va(trans_pa), mac))
+	if (!softsev_pa_valid(d->trans_pa, d->trans_len))
+		return SEV_RET_INVALID_ADDRESS;
+	if (packet_mac(g->tik, h, d->trans_len, softsev_va(d->trans_pa), mac))
 		return SEV_RET_HWSEV_RET_PLATFORM;
 	if (!softsev_equal(mac, h->mac, sizeof(mac)))
 		return SEV_RET_BAD_MEASUREMENT;
-	softsev_aes_ctr(g->tek, h->iv, softsev_va(trans_pa), softsev_va(guest_pa), guest_len);
+	if (vmsa && d->trans_len < PAGE_SIZE)
+		return SEV_RET_INVALID_LEN;
+	softsev_aes_ctr(g->tek, h->iv, softsev_va(d->trans_pa), softsev_va(d->guest_pa), d->guest_len);
 	if (vmsa)
-		softsev_vmsa_seal(softsev_va(guest_pa));
+		softsev_vmsa_seal(softsev_va(d->guest_pa));
 	return SEV_RET_SUCCESS;
 }
 
 u32 softsev_receive_update_data(void *buf)
 {
-	struct sev_data_receive_update_data *d = buf;
-
-	return receive(d->handle, d->hdr_address, d->hdr_len, d->guest_address, d->guest_len, d->trans_address,
-		       d->trans_len, false);
+	return receive(buf, false);
 }
 
 u32 softsev_receive_update_vmsa(void *buf)
 {
-	struct sev_data_receive_update_vmsa *d = buf;
-
-	return receive(d->handle, d->hdr_address, d->hdr_len, d->guest_address, d->guest_len, d->trans_address,
-		       d->trans_len, true);
+	return receive(buf, true);
 }
 
 u32 softsev_receive_finish(void *buf)
 {
 	struct sev_data_receive_finish *d = buf;
 	struct softsev_guest *g;
-	u32 ret = check(d->handle, GSTATE_RUPDATE, true, &g);
+	u32 ret = softsev_guest_in(d->handle, GSTATE_RUPDATE, &g);
 
 	if (!ret)
-		g->state = GSTATE_RUNNING;
+		softsev_guest_run(g);
 	return ret;
 }

@@ -29,7 +29,31 @@ static int hmac_one(const u8 *key, const void *data, unsigned int len, u8 *out)
 	return softsev_hmac(key, KEY128, &part, 1, out);
 }
 
-/* softsev_session_open - take the transport keys out of a session; a firmware error, or 0 */
+/* What a policy may ask, once its MAC is right. Without a session nobody looks: the firmware does not either. */
+static u32 check_policy(u32 policy)
+{
+	unsigned int major = FIELD_GET(POLICY_MAJOR, policy), minor = FIELD_GET(POLICY_MINOR, policy);
+
+	if (major > SOFTSEV_API_MAJOR || (major == SOFTSEV_API_MAJOR && minor > SOFTSEV_API_MINOR) ||
+	    (policy & POLICY_RESERVED))
+		return SEV_RET_POLICY_FAILURE;
+	return SEV_RET_SUCCESS;
+}
+
+/**
+ * softsev_session_open() - take the transport keys out of a session
+ * @cert_pa: the other side's Diffie-Hellman certificate
+ * @cert_len: its length
+ * @session_pa: the session
+ * @session_len: its length
+ * @policy: the guest's, which the session authenticates
+ * @tek: becomes the encryption key
+ * @tik: becomes the integrity key
+ *
+ * Firmware: sev_mcmd_launch_start(), sev_mcmd_receive_start(), sev_channel_open_server(), sev_guest_verify_policy().
+ *
+ * Return: SEV_RET_SUCCESS, or the firmware's error.
+ */
 u32 softsev_session_open(u64 cert_pa, u32 cert_len, u64 session_pa, u32 session_len, u32 policy, u8 *tek, u8 *tik)
 {
 	struct softsev_session *s;
@@ -37,15 +61,19 @@ u32 softsev_session_open(u64 cert_pa, u32 cert_len, u64 session_pa, u32 session_
 	struct softsev_cert *cert;
 	u8 mac[HASH256], tk[2 * KEY128];
 
-	if (cert_len < sizeof(*cert) || session_len < sizeof(*s))
+	if (session_len != sizeof(*s))
 		return SEV_RET_INVALID_LEN;
-	if (!softsev_pa_valid(cert_pa, sizeof(*cert)) || !softsev_pa_valid(session_pa, sizeof(*s)))
+	if (!softsev_pa_valid(session_pa, sizeof(*s)))
+		return SEV_RET_INVALID_ADDRESS;
+	if (cert_len != sizeof(*cert))
+		return SEV_RET_INVALID_LEN;
+	if (!softsev_pa_valid(cert_pa, sizeof(*cert)))
 		return SEV_RET_INVALID_ADDRESS;
 	if (softsev_keys_ready())
 		return SEV_RET_HWSEV_RET_PLATFORM;
 	cert = softsev_va(cert_pa);
 	s = softsev_va(session_pa);
-	if (cert->version != 1 || cert->usage != CERT_PDH || session_keys(&cert->key, s->nonce, &keys))
+	if (!softsev_cert_sane(cert, CERT_PDH, CERT_ECDH_SHA256) || session_keys(&cert->key, s->nonce, &keys))
 		return SEV_RET_INVALID_CERTIFICATE;
 	if (hmac_one(keys.kik, s->wrap_tk, sizeof(s->wrap_tk), mac))
 		return SEV_RET_HWSEV_RET_PLATFORM;
@@ -59,11 +87,22 @@ u32 softsev_session_open(u64 cert_pa, u32 cert_len, u64 session_pa, u32 session_
 	memcpy(tek, tk, KEY128);
 	memcpy(tik, tk + KEY128, KEY128);
 	memzero_explicit(&keys, sizeof(keys));
-	return SEV_RET_SUCCESS;
+	return check_policy(policy);
 }
 
-/* softsev_session_make - wrap transport keys for another platform */
-u32 softsev_session_make(const struct softsev_pubkey *peer, u32 policy, const u8 *tek, const u8 *tik,
+/**
+ * softsev_session_make() - wrap transport keys for another platform
+ * @peer: its Diffie-Hellman certificate
+ * @policy: the guest's
+ * @tek: the encryption key
+ * @tik: the integrity key
+ * @s: becomes the session
+ *
+ * Firmware: sev_channel_open_client().
+ *
+ * Return: SEV_RET_SUCCESS, or the firmware's error.
+ */
+u32 softsev_session_make(const struct softsev_cert *peer, u32 policy, const u8 *tek, const u8 *tik,
 			 struct softsev_session *s)
 {
 	struct session_keys keys;
@@ -73,7 +112,7 @@ u32 softsev_session_make(const struct softsev_pubkey *peer, u32 policy, const u8
 		return SEV_RET_HWSEV_RET_PLATFORM;
 	get_random_bytes(s->nonce, sizeof(s->nonce));
 	get_random_bytes(s->wrap_iv, sizeof(s->wrap_iv));
-	if (session_keys(peer, s->nonce, &keys))
+	if (!softsev_cert_sane(peer, CERT_PDH, CERT_ECDH_SHA256) || session_keys(&peer->key, s->nonce, &keys))
 		return SEV_RET_INVALID_CERTIFICATE;
 	memcpy(tk, tek, KEY128);
 	memcpy(tk + KEY128, tik, KEY128);

@@ -97,11 +97,9 @@ u32 softsev_cpuid_page(void *page)
 	bool changed = false;
 	u32 i;
 
-	if (c->count > CPUID_ENTRIES) {
-		c->count = CPUID_ENTRIES;
+	if (c->reserved || c->reserved_8 || c->count > CPUID_ENTRIES)
 		return SEV_RET_INVALID_PARAM;
-	}
 	for (i = 0; i < c->count; i++)
-		changed |= correct_entry(&c->entries[i]);
+		changed |= c->entries[i].reserved | correct_entry(&c->entries[i]);
 	return changed ? SEV_RET_INVALID_PARAM : SEV_RET_SUCCESS;
 }

@@ -9,7 +9,6 @@
 #include <linux/printk.h>
 #include "psp.h"
 
-#define MESSAGE_MAX	PAGE_SIZE
 #define ALGO_AES_256_GCM	1
 #define TAG_LEN		16
 
@@ -27,7 +26,6 @@ struct message {
 
 #define AUTHENTICATED	offsetof(struct message, algo)
 #define AUTHENTICATED_LEN	(sizeof(struct message) - AUTHENTICATED)
-#define PAYLOAD_MAX	(MESSAGE_MAX - sizeof(struct message))
 
 enum { MSG_KEY_REQ = 3, MSG_REPORT_REQ = 5 };
 
@@ -59,6 +57,7 @@ struct report {
 	struct softsev_sig sig;
 } __packed;
 
+#define PLATFORM_SMT		BIT(0)
 #define REPORT_FLAG_AUTHOR_KEY	BIT(0)
 #define REPORT_FLAG_MASK_KEY	BIT(1)
 #define REPORT_SIGNING_KEY	GENMASK(4, 2)
@@ -85,34 +84,31 @@ struct key_response {
 	u8 key[32];
 } __packed;
 
-#define STATUS_INVALID_PARAM	0x16
-
-/* 0: VLEK where there is one, else VCEK; 1: VCEK; 2: VLEK. Returns what signs, or below 0. */
-static int select_key(struct softsev_gctx *c, u32 select)
+/* 0: VLEK where there is one, else VCEK; 1: VCEK; 2: VLEK. A key that is not there, or not allowed: INVALID_KEY. */
+static u32 check_key(const struct softsev_gctx *c, u32 select)
 {
-	struct softsev_platform *p = &softsev_platform;
+	bool vlek = softsev_platform.vlek, vcek = !c->vcek_disabled;
+	const bool there[] = { vlek || vcek, vcek, vlek, false };
 
-	switch (select) {
-	case 0:
-		if (p->vlek)
-			return SIGNED_BY_VLEK;
-		return c->vcek_disabled ? -1 : SIGNED_BY_VCEK;
-	case 1:
-		return c->vcek_disabled ? -1 : SIGNED_BY_VCEK;
-	case 2:
-		return p->vlek ? SIGNED_BY_VLEK : -1;
-	default:
-		return -1;
-	}
+	return there[select] ? SEV_RET_SUCCESS : RET_INVALID_KEY;
 }
 
-static u32 make_report(struct softsev_gctx *c, const struct report_request *q, int key, struct report *r)
+/* The key that signs: the chip's own is masked by SNP_CONFIG. */
+static u32 signing_key(u32 select)
+{
+	const struct softsev_platform *p = &softsev_platform;
+
+	if (select == 2 || (!select && p->vlek))
+		return SIGNED_BY_VLEK;
+	return p->config.mask_chip_key ? SIGNED_BY_NONE : SIGNED_BY_VCEK;
+}
+
+static u32 make_report(struct softsev_gctx *c, const struct report_request *q, u32 key, struct report *r)
 {
 	struct softsev_platform *p = &softsev_platform;
 
 	BUILD_BUG_ON(sizeof(*r) != 1184);
 	BUILD_BUG_ON(offsetof(struct report, sig) != 0x2a0);
-	memset(r, 0, sizeof(*r));
 	r->version = 2;
 	r->guest_svn = c->guest_svn;
 	r->policy = c->policy;
@@ -121,49 +117,45 @@ static u32 make_report(struct softsev_gctx *c, const struct report_request *q, i
 	r->vmpl = q->vmpl;
 	r->signature_algo = 1;
 	r->current_tcb = p->tcb;
+	r->platform_info = softsev_smt() ? PLATFORM_SMT : 0;
 	r->flags = (c->author_key ? REPORT_FLAG_AUTHOR_KEY : 0) |
 		   (p->config.mask_chip_key ? REPORT_FLAG_MASK_KEY : 0) |
-		   FIELD_PREP(REPORT_SIGNING_KEY, p->config.mask_chip_key ? SIGNED_BY_NONE : key);
+		   FIELD_PREP(REPORT_SIGNING_KEY, key);
 	memcpy(r->report_data, q->data, sizeof(r->report_data));
 	memcpy(r->measurement, c->ld, sizeof(r->measurement));
 	memcpy(r->host_data, c->host_data, sizeof(r->host_data));
 	memcpy(r->id_key_digest, c->id_key_digest, sizeof(r->id_key_digest));
 	memcpy(r->author_key_digest, c->author_key_digest, sizeof(r->author_key_digest));
 	memcpy(r->report_id, c->report_id, sizeof(r->report_id));
-	memset(r->report_id_ma, 0xff, sizeof(r->report_id_ma));
+	memcpy(r->report_id_ma, c->report_id_ma, sizeof(r->report_id_ma));
 	r->reported_tcb = p->config.reported_tcb;
-	if (!p->config.mask_chip_id && key == SIGNED_BY_VCEK)
+	if (!p->config.mask_chip_id)
 		memcpy(r->chip_id, p->chip_id, sizeof(r->chip_id));
 	r->committed_tcb = p->committed_tcb;
 	r->current_build = r->committed_build = SOFTSEV_BUILD;
 	r->current_minor = r->committed_minor = SOFTSEV_API_MINOR;
 	r->current_major = r->committed_major = SOFTSEV_API_MAJOR;
 	r->launch_tcb = c->launch_tcb;
-	if (p->config.mask_chip_key)
+	if (key == SIGNED_BY_NONE)
 		return SEV_RET_SUCCESS;
-	return softsev_sign(key == SIGNED_BY_VLEK ? &p->vlek_key : &p->vcek, r, offsetof(struct report, sig), &r->sig) ?
-	       SEV_RET_HWSEV_RET_PLATFORM : SEV_RET_SUCCESS;
+	return softsev_sign(key == SIGNED_BY_VLEK ? &p->vlek_key : &p->vcek, softsev_sha384, r,
+			    offsetof(struct report, sig), &r->sig) ? SEV_RET_HWSEV_RET_PLATFORM : SEV_RET_SUCCESS;
 }
 
-static u32 report(struct softsev_gctx *c, const void *payload, u32 size, u8 vmpck, void *out, u32 *out_size)
+/* A VMPL may be any number from that of the key on: nothing is asked of it above. */
+static u32 report(struct softsev_gctx *c, const struct report_request *q, u8 vmpck, struct report_response *a)
 {
-	const struct report_request *q = payload;
-	struct report_response *a = out;
-	int key;
+	u32 ret, select = q->key_select & 3;
 
-	if (size != sizeof(*q))
-		return SEV_RET_INVALID_PARAM;
-	memset(a, 0, sizeof(*a));
-	key = select_key(c, q->key_select & 3);
-	if (key < 0 || q->vmpl >= VMPCKS || q->vmpl < vmpck || (q->key_select & ~3u) ||
-	    memchr_inv(q->reserved, 0, sizeof(q->reserved))) {
-		a->status = STATUS_INVALID_PARAM;
-		*out_size = offsetof(struct report_response, report);
-		return SEV_RET_SUCCESS;
-	}
 	a->size = sizeof(a->report);
-	*out_size = sizeof(*a);
-	return make_report(c, q, key, &a->report);
+	if ((q->key_select & ~3u) || memchr_inv(q->reserved, 0, sizeof(q->reserved)))
+		return SEV_RET_INVALID_PARAM;
+	ret = check_key(c, select);
+	if (ret)
+		return ret;
+	if (q->vmpl < vmpck)
+		return SEV_RET_INVALID_PARAM;
+	return make_report(c, q, signing_key(select), &a->report);
 }
 
 #define FIELD_POLICY	BIT(0)
@@ -174,33 +166,61 @@ static u32 report(struct softsev_gctx *c, const void *payload, u32 size, u8 vmpc
 #define FIELD_TCB	BIT(5)
 #define FIELDS_KNOWN	GENMASK(5, 0)
 
-/* A key that is the same again for a guest with the same properties, on this platform until it is reset. */
-static u32 derive_key(struct softsev_gctx *c, const void *payload, u32 size, u8 vmpck, void *out, u32 *out_size)
-{
-	const struct key_request *q = payload;
-	struct key_response *a = out;
-	u64 f;
+#define ROOT_VMRK	BIT(0)
+#define ROOT_KEY	GENMASK(2, 1)
+#define ROOT_KNOWN	GENMASK(2, 0)
 
-	if (size != sizeof(*q))
+/* Of a TCB version no part may be above that of another. */
+static bool tcb_above(u64 a, u64 b)
+{
+	int i;
+
+	for (i = 0; i < 64; i += 8)
+		if ((u8)(a >> i) > (u8)(b >> i))
+			return true;
+	return false;
+}
+
+static u32 check_derive(struct softsev_gctx *c, const struct key_request *q, u8 vmpck)
+{
+	u32 ret;
+
+	if ((q->root & ~ROOT_KNOWN) || q->reserved)
 		return SEV_RET_INVALID_PARAM;
-	memset(a, 0, sizeof(*a));
-	*out_size = sizeof(*a);
-	f = q->fields;
-	if ((q->root & ~7u) || (f & ~FIELDS_KNOWN) || q->vmpl >= VMPCKS || q->vmpl < vmpck ||
-	    q->guest_svn > c->guest_svn) {
-		a->status = STATUS_INVALID_PARAM;
-		return SEV_RET_SUCCESS;
+	if (!(q->root & ROOT_VMRK)) {
+		if (softsev_platform.config.mask_chip_key)
+			return RET_INVALID_KEY;
+		ret = check_key(c, FIELD_GET(ROOT_KEY, q->root));
+		if (ret)
+			return ret;
 	}
+	if (q->vmpl < vmpck || (q->fields & ~FIELDS_KNOWN))
+		return SEV_RET_INVALID_PARAM;
+	if ((q->fields & FIELD_TCB) && tcb_above(q->tcb, softsev_platform.committed_tcb))
+		return SEV_RET_INVALID_PARAM;
+	return (q->fields & FIELD_SVN) && q->guest_svn > c->guest_svn ? SEV_RET_INVALID_PARAM : SEV_RET_SUCCESS;
+}
+
+/* A key that is the same again for a guest with the same properties, on this platform until it is reset. */
+static u32 derive_key(struct softsev_gctx *c, const struct key_request *q, u8 vmpck, struct key_response *a)
+{
+	const u8 *id_key = c->author_key ? c->author_key_digest : c->id_key_digest;
+	u64 f = q->fields;
+	u32 ret = check_derive(c, q, vmpck);
+
+	if (ret)
+		return ret;
 	{
 		const struct softsev_buf parts[] = {
-			{ "guest key", 9 }, { q, sizeof(*q) },
+			{ "guest key", 9 }, { &q->root, sizeof(q->root) }, { &q->vmpl, sizeof(q->vmpl) },
+			{ &f, sizeof(f) },
+			{ &q->guest_svn, f & FIELD_SVN ? sizeof(q->guest_svn) : 0 },
+			{ &q->tcb, f & FIELD_TCB ? sizeof(q->tcb) : 0 },
 			{ &c->policy, f & FIELD_POLICY ? sizeof(c->policy) : 0 },
 			{ c->image_id, f & FIELD_IMAGE ? sizeof(c->image_id) : 0 },
 			{ c->family_id, f & FIELD_FAMILY ? sizeof(c->family_id) : 0 },
 			{ c->ld, f & FIELD_DIGEST ? sizeof(c->ld) : 0 },
-			{ c->host_data, sizeof(c->host_data) },
-			{ c->id_key_digest, sizeof(c->id_key_digest) },
-			{ c->author_key_digest, sizeof(c->author_key_digest) },
+			{ c->host_data, sizeof(c->host_data) }, { id_key, HASH384 },
 		};
 
 		if (softsev_hmac(softsev_platform.secret, sizeof(softsev_platform.secret), parts, ARRAY_SIZE(parts),
@@ -216,17 +236,13 @@ static void message_iv(const struct message *m, u8 *iv)
 	memcpy(iv, &m->sequence, sizeof(m->sequence));
 }
 
-/* Check and decrypt a request. The pages are the hypervisor's: @m is a copy. */
-static u32 open_request(struct softsev_gctx *c, const struct message *m, struct aesgcm_ctx *gcm, u8 *payload)
+/* Check and decrypt a request of which @room bytes are left in its page. The page is the hypervisor's: @m is a copy. */
+static u32 open_request(struct softsev_gctx *c, const struct message *m, u64 room, struct aesgcm_ctx *gcm, u8 *payload)
 {
 	u8 iv[GCM_AES_IV_SIZE];
 
-	if (m->algo != ALGO_AES_256_GCM || m->header_version != 1 || m->header_size != sizeof(*m) ||
-	    m->version != 1 || m->size > PAYLOAD_MAX || m->vmpck >= VMPCKS)
-		return SEV_RET_INVALID_PARAM;
-	if (c->msg_count[m->vmpck] >= U64_MAX - 1)
-		return RET_AEAD_OFLOW;
-	if (m->sequence != c->msg_count[m->vmpck] + 1)
+	if (m->header_version != 1 || m->header_size != sizeof(*m) || m->algo != ALGO_AES_256_GCM || !m->size ||
+	    m->size % 16 || sizeof(*m) + m->size > room || m->vmpck >= VMPCKS)
 		return SEV_RET_INVALID_PARAM;
 	if (aesgcm_expandkey(gcm, c->vmpck[m->vmpck], 32, TAG_LEN))
 		return SEV_RET_HWSEV_RET_PLATFORM;
@@ -234,23 +250,56 @@ static u32 open_request(struct softsev_gctx *c, const struct message *m, struct 
 	if (!aesgcm_decrypt(gcm, payload, m->payload, m->size, (const u8 *)m + AUTHENTICATED, AUTHENTICATED_LEN, iv,
 			    m->tag))
 		return SEV_RET_BAD_MEASUREMENT;
-	return SEV_RET_SUCCESS;
+	if (c->msg_count[m->vmpck] == U64_MAX - 1 || m->sequence != c->msg_count[m->vmpck] + 1)
+		return RET_AEAD_OFLOW;
+	return m->version == 1 ? SEV_RET_SUCCESS : SEV_RET_INVALID_PARAM;
 }
 
+/*
+ * What is wrong with the payload becomes the status in the response. A payload that is too short is read as if zeros
+ * followed.
+ */
 static u32 answer(struct softsev_gctx *c, const struct message *m, const u8 *payload, u8 *out, u32 *out_size)
 {
+	memset(out, 0, PAGE_SIZE);
 	switch (m->type) {
 	case MSG_REPORT_REQ:
-		return report(c, payload, m->size, m->vmpck, out, out_size);
+		*out_size = sizeof(struct report_response);
+		*(u32 *)out = report(c, (const void *)payload, m->vmpck, (void *)out);
+		return SEV_RET_SUCCESS;
 	case MSG_KEY_REQ:
-		return derive_key(c, payload, m->size, m->vmpck, out, out_size);
+		*out_size = sizeof(struct key_response);
+		*(u32 *)out = derive_key(c, (const void *)payload, m->vmpck, (void *)out);
+		return SEV_RET_SUCCESS;
 	default:
 		pr_info("guest message of type %u is not supported\n", m->type);
 		return SEV_RET_INVALID_PARAM;
 	}
 }
 
-/* Both are used one at a time, under the driver's mutex. */
+static u32 check_request(const struct sev_data_snp_guest_request *d, struct softsev_gctx **c)
+{
+	enum softsev_page response;
+	struct softsev_rmp q, a;
+	u32 ret;
+
+	*c = softsev_gctx(d->gctx_paddr, &ret);
+	if (!*c)
+		return ret;
+	softsev_page_state(d->req_paddr, &q);
+	response = softsev_page_state(d->res_paddr, &a);
+	if (response != PAGE_FIRMWARE)
+		return RET_INVALID_PAGE_STATE;
+	if (q.large || a.large)
+		return RET_INVALID_PAGE_SIZE;
+	if ((*c)->state != GCTX_RUNNING)
+		return SEV_RET_INVALID_GUEST_STATE;
+	if (offset_in_page(d->req_paddr) + sizeof(struct message) > PAGE_SIZE)
+		return SEV_RET_INVALID_PARAM;
+	return softsev_pa_valid(d->req_paddr, sizeof(struct message)) ? SEV_RET_SUCCESS : SEV_RET_INVALID_ADDRESS;
+}
+
+/* All are used one at a time: commands hold a mutex. */
 static u8 request_copy[PAGE_SIZE], payload_copy[PAGE_SIZE], response_copy[PAGE_SIZE];
 
 u32 softsev_snp_guest_request(void *buf)
@@ -260,31 +309,26 @@ u32 softsev_snp_guest_request(void *buf)
 	u8 iv[GCM_AES_IV_SIZE];
 	struct aesgcm_ctx gcm;
 	struct softsev_gctx *c;
-	struct softsev_rmp e;
-	u32 ret, size = 0;
+	u32 room = PAGE_SIZE - offset_in_page(d->req_paddr), size = 0;
+	u32 ret = check_request(d, &c);
 
-	c = softsev_gctx(d->gctx_paddr, &ret);
-	if (!c)
+	BUILD_BUG_ON(sizeof(*m) != 0x60);
+	if (ret)
 		return ret;
-	if (c->state != GCTX_RUNNING)
-		return SEV_RET_INVALID_GUEST_STATE;
-	if (!PAGE_ALIGNED(softsev_pa(d->req_paddr)) || !PAGE_ALIGNED(softsev_pa(d->res_paddr)) ||
-	    !softsev_pa_valid(d->req_paddr, PAGE_SIZE) || !softsev_pa_valid(d->res_paddr, PAGE_SIZE))
-		return SEV_RET_INVALID_ADDRESS;
-	if (softsev_page_state(d->res_paddr, &e) != PAGE_FIRMWARE)
-		return RET_INVALID_PAGE_STATE;
 	if (softsev_keys_ready())
 		return SEV_RET_HWSEV_RET_PLATFORM;
 
-	BUILD_BUG_ON(sizeof(*m) != 0x60);
-	memcpy(m, softsev_va(d->req_paddr), PAGE_SIZE);
-	ret = open_request(c, m, &gcm, payload_copy);
+	memcpy(m, softsev_va(d->req_paddr), room);
+	memset(payload_copy, 0, sizeof(payload_copy));
+	ret = open_request(c, m, room, &gcm, payload_copy);
 	ret = ret ?: answer(c, m, payload_copy, response_copy, &size);
+	if (!ret && offset_in_page(d->res_paddr) + sizeof(*r) + size > PAGE_SIZE)
+		ret = SEV_RET_INVALID_PARAM;
 	if (ret)
 		goto out;
 
 	r = softsev_va(d->res_paddr);
-	memset(r, 0, PAGE_SIZE);
+	memset(r, 0, sizeof(*r));
 	r->sequence = m->sequence + 1;
 	r->algo = ALGO_AES_256_GCM;
 	r->header_version = 1;
@@ -298,5 +342,7 @@ u32 softsev_snp_guest_request(void *buf)
 	c->msg_count[m->vmpck] += 2;
 out:
 	memzero_explicit(&gcm, sizeof(gcm));
+	memzero_explicit(payload_copy, sizeof(payload_copy));
+	memzero_explicit(response_copy, sizeof(response_copy));
 	return ret;
 }

@@ -136,7 +136,7 @@ static int certificate(struct der *d, const char *subject, const struct softsev_
 	der_key(d, key);
 	der_wrap(d, 0, DER_SEQUENCE);
 
-	ret = softsev_sign(signer, d->data, d->len, &sig);
+	ret = softsev_sign(signer, softsev_sha384, d->data, d->len, &sig);
 	if (ret)
 		return ret;
 	der_algorithm(d);

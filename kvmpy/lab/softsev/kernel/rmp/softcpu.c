@@ -10,6 +10,7 @@
 #include <linux/init.h>
 #include <linux/kernel.h>
 #include <linux/printk.h>
+#include <linux/topology.h>
 #include <asm/cmdline.h>
 #include <asm/cpufeature.h>
 #include <asm/processor.h>
@@ -32,7 +33,10 @@ static int __init softsev_parameter(char *value)
 }
 __setup("softsev", softsev_parameter);
 
-/* softsev_cpu_init - called while a processor is identified, so that its features are there from the beginning */
+/**
+ * softsev_cpu_init() - called while a processor is identified, so that its features are there from the beginning
+ * @c: the processor
+ */
 void softsev_cpu_init(struct cpuinfo_x86 *c)
 {
 	if (system_state < SYSTEM_RUNNING && cmdline_find_option_bool(boot_command_line, "softsev"))
@@ -46,7 +50,9 @@ void softsev_cpu_init(struct cpuinfo_x86 *c)
 	set_cpu_cap(c, X86_FEATURE_FLUSHBYASID);
 }
 
-/* softsev_cbit - the position of the encryption bit: the highest physical address bit that nested paging takes */
+/**
+ * softsev_cbit() - the position of the encryption bit: the highest physical address bit that nested paging takes
+ */
 unsigned int softsev_cbit(void)
 {
 	return boot_cpu_data.x86_phys_bits - 1;
@@ -82,3 +88,14 @@ u32 softsev_cpuid_eax(u32 fn)
 	return eax;
 }
 EXPORT_SYMBOL_GPL(softsev_cpuid_eax);
+
+/**
+ * softsev_smt() - whether the machine has hyper-threads, whether or not this kernel runs them
+ *
+ * As the firmware sees it: what "nosmt" and smt/control do changes nothing.
+ */
+bool softsev_smt(void)
+{
+	return topology_max_smt_threads() > 1;
+}
+EXPORT_SYMBOL_GPL(softsev_smt);

@@ -43,14 +43,27 @@ static int __init softsev_mem_init(void)
 }
 core_initcall(softsev_mem_init);
 
-/* softsev_mem - memory as the firmware and the processor write to it, whoever owns it */
+/**
+ * softsev_mem() - memory as the firmware and the processor write to it, whoever owns it
+ * @pa: a physical address
+ *
+ * Return: where it is mapped.
+ */
 void *softsev_mem(u64 pa)
 {
 	return second_mapping ? second_mapping + pa : __va(pa);
 }
 EXPORT_SYMBOL_GPL(softsev_mem);
 
-/* softsev_host_may_write - what RMPUPDATE does to the host's access; the caller may sleep. 0, or an error */
+/**
+ * softsev_host_may_write() - what RMPUPDATE does to the host's access
+ * @pfn: the page
+ * @large: it is the first one of 2M
+ * @may: whether the host may write to it from now on
+ *
+ * Context: may sleep.
+ * Return: 0, or an error.
+ */
 int softsev_host_may_write(u64 pfn, bool large, bool may)
 {
 	unsigned long address = (unsigned long)pfn_to_kaddr(pfn);
@@ -65,7 +78,10 @@ int softsev_host_may_write(u64 pfn, bool large, bool may)
 	return may ? set_memory_rw(address, pages) : set_memory_ro(address, pages);
 }
 
-/* softsev_rmp_describe - one line of the log about a page's entry */
+/**
+ * softsev_rmp_describe() - one line of the log about a page's entry
+ * @pfn: the page
+ */
 void softsev_rmp_describe(u64 pfn)
 {
 	struct softsev_rmp e;
@@ -76,7 +92,13 @@ void softsev_rmp_describe(u64 pfn)
 	       e.immutable ? ", immutable" : "", e.vmsa ? ", VMSA or context" : "", e.validated ? ", validated" : "");
 }
 
-/* softsev_host_fault - a page fault in the kernel: the error code, with the RMP bit where the RMP is the reason */
+/**
+ * softsev_host_fault() - what a page fault of the kernel is
+ * @error: its error code
+ * @address: where
+ *
+ * Return: the error code, with the RMP bit where the RMP is the reason.
+ */
 unsigned long softsev_host_fault(unsigned long error, unsigned long address)
 {
 	const unsigned long write = X86_PF_WRITE | X86_PF_PROT;
@@ -94,7 +116,12 @@ unsigned long softsev_host_fault(unsigned long error, unsigned long address)
 	return error | X86_PF_RMP;
 }
 
-/* softsev_host_write - try a write that changes nothing: 0, or -EFAULT where the page may not be written to */
+/**
+ * softsev_host_write() - try a write that changes nothing
+ * @pfn: the page
+ *
+ * Return: 0, or -EFAULT where the host may not write to it.
+ */
 int softsev_host_write(u64 pfn)
 {
 	int err = 0;

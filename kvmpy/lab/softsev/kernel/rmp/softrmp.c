@@ -33,16 +33,17 @@ static struct softsev_rmp *rmp_entry(u64 pfn)
 	return chunk ? &chunk->e[pfn % CHUNK_PAGES] : NULL;
 }
 
+/* The caller may sleep. */
 static struct softsev_rmp *rmp_entry_make(u64 pfn)
 {
 	unsigned long at = pfn / CHUNK_PAGES;
 	struct rmp_chunk *chunk, *old;
 
 	if (!xa_load(&rmp_chunks, at)) {
-		chunk = kzalloc(sizeof(*chunk), GFP_ATOMIC);
+		chunk = kzalloc(sizeof(*chunk), GFP_KERNEL);
 		if (!chunk)
 			return NULL;
-		old = xa_cmpxchg(&rmp_chunks, at, NULL, chunk, GFP_ATOMIC);
+		old = xa_cmpxchg(&rmp_chunks, at, NULL, chunk, GFP_KERNEL);
 		if (old)
 			kfree(chunk);
 		if (xa_is_err(old))
@@ -59,7 +60,11 @@ static struct softsev_rmp *rmp_authority(u64 pfn)
 	return head && head->assigned && head->large ? head : rmp_entry(pfn);
 }
 
-/* softsev_rmp_read - the RMP's opinion of one 4K page; a page inside a 2M entry has its own guest address */
+/**
+ * softsev_rmp_read() - the RMP's opinion of one 4K page
+ * @pfn: the page
+ * @e: becomes the entry; a guest's page inside a 2M entry has its own guest address
+ */
 void softsev_rmp_read(u64 pfn, struct softsev_rmp *e)
 {
 	struct softsev_rmp *from;
@@ -69,7 +74,7 @@ void softsev_rmp_read(u64 pfn, struct softsev_rmp *e)
 	from = rmp_authority(pfn);
 	if (from) {
 		*e = *from;
-		if (e->assigned && e->large)
+		if (e->assigned && e->large && e->asid)
 			e->gpa += (pfn % CHUNK_PAGES) << PAGE_SHIFT;
 	} else {
 		memset(e, 0, sizeof(*e));
@@ -78,27 +83,55 @@ void softsev_rmp_read(u64 pfn, struct softsev_rmp *e)
 }
 EXPORT_SYMBOL_GPL(softsev_rmp_read);
 
-/* softsev_rmp_write - change an entry past all checks, as the firmware and the processor do; never splits or joins */
+/**
+ * softsev_rmp_write() - change an entry past all checks, as the firmware and the processor do
+ * @pfn: the page, which was assigned before: its entry is there
+ * @e: the new entry; a 2M entry keeps its guest address
+ *
+ * Never splits or joins.
+ */
 void softsev_rmp_write(u64 pfn, const struct softsev_rmp *e)
 {
 	struct softsev_rmp *to;
 	unsigned long flags;
 	u64 gpa;
 
-	if (!rmp_entry_make(pfn))
-		return;
 	raw_spin_lock_irqsave(&rmp_lock, flags);
 	to = rmp_authority(pfn);
-	gpa = to->gpa;
-	if (to->validated && !e->validated)
-		rmp_generation++;
-	*to = *e;
-	if (to->assigned && to->large)
-		to->gpa = gpa;
+	if (to) {
+		gpa = to->gpa;
+		if (to->validated && !e->validated)
+			rmp_generation++;
+		*to = *e;
+		if (to->assigned && to->large)
+			to->gpa = gpa;
+	}
 	raw_spin_unlock_irqrestore(&rmp_lock, flags);
+	WARN_ON_ONCE(!to);
 }
 EXPORT_SYMBOL_GPL(softsev_rmp_write);
 
+/**
+ * softsev_rmp_uses() - whether any page is assigned to an ASID
+ * @asid: the ASID; nobody has 0
+ */
+bool softsev_rmp_uses(u32 asid)
+{
+	struct rmp_chunk *chunk;
+	unsigned long at;
+	int i;
+
+	xa_for_each(&rmp_chunks, at, chunk)
+		for (i = 0; asid && i < CHUNK_PAGES; i++)
+			if (chunk->e[i].assigned && chunk->e[i].asid == asid)
+				return true;
+	return false;
+}
+EXPORT_SYMBOL_GPL(softsev_rmp_uses);
+
+/**
+ * softsev_rmp_generation() - counts what was taken away from guests
+ */
 u64 softsev_rmp_generation(void)
 {
 	return READ_ONCE(rmp_generation);
@@ -150,7 +183,18 @@ static int rmp_update(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, boo
 	return ret;
 }
 
-/* softsev_rmpupdate - RMPUPDATE: the new entry is neither validated nor a VMSA. The caller may sleep. */
+/**
+ * softsev_rmpupdate() - RMPUPDATE: the new entry is neither validated nor a VMSA
+ * @pfn: the page, or the first of a 2M page
+ * @gpa: its guest address
+ * @asid: its guest, or 0
+ * @assigned: false gives it back to the hypervisor, whatever the rest says
+ * @large: a 2M entry
+ * @immutable: only the firmware may change it again
+ *
+ * Context: may sleep.
+ * Return: 0, or the instruction's error.
+ */
 int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, bool immutable)
 {
 	struct softsev_rmp old;
@@ -176,7 +220,12 @@ int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, boo
 	return ret == SOFTSEV_RMP_FAIL_OVERLAP ? SOFTSEV_RMP_FAIL_INUSE : ret;
 }
 
-/* softsev_psmash - PSMASH: a 2M entry becomes 512 that keep its validation and permissions */
+/**
+ * softsev_psmash() - PSMASH: a 2M entry becomes 512 that keep its validation and permissions
+ * @pfn: its first page
+ *
+ * Return: 0, or the instruction's error.
+ */
 int softsev_psmash(u64 pfn)
 {
 	struct softsev_rmp *e, one;
@@ -209,7 +258,11 @@ static void rmp_clear(struct softsev_rmp *e)
 	raw_spin_unlock_irqrestore(&rmp_lock, flags);
 }
 
-/* softsev_rmp_reset - what SNP_INIT does: every page is the hypervisor's */
+/**
+ * softsev_rmp_reset() - what SNP_INIT does: every page is the hypervisor's
+ *
+ * Context: may sleep.
+ */
 void softsev_rmp_reset(void)
 {
 	struct rmp_chunk *chunk;
@@ -230,7 +283,10 @@ void softsev_rmp_reset(void)
 }
 EXPORT_SYMBOL_GPL(softsev_rmp_reset);
 
-/* softsev_rmp_show - the entries of all assigned pages: PFN, guest address, ASID, size, what else holds */
+/**
+ * softsev_rmp_show() - print the entries of all assigned pages: PFN, guest address, ASID, size, what else holds
+ * @m: where to
+ */
 int softsev_rmp_show(struct seq_file *m)
 {
 	struct rmp_chunk *chunk;

@@ -86,6 +86,7 @@ static inline struct vmcb_save_area *softsev_state(struct vcpu_svm *svm)
 }
 
 /* softsev_run.c */
+int softsev_pre_run(struct kvm_vcpu *vcpu);
 void softsev_vcpu_run(struct vcpu_svm *svm, unsigned int flags);
 void softsev_es_vcpu_run(struct vcpu_svm *svm, unsigned int flags);
 void softsev_free_vcpu(struct kvm_vcpu *vcpu);

@@ -135,7 +135,13 @@ static int cr_write_es(struct kvm_vcpu *vcpu, int cr, u64 value, int len)
 	return 1;
 }
 
-/* softsev_cr_write - MOV to CR0 or CR4. Return as softsev_handle_exit(): SOFTSEV_PASS for instructions not known here */
+/**
+ * softsev_cr_write() - MOV to CR0 or CR4
+ * @vcpu: who writes
+ * @cr: 0 or 4
+ *
+ * Return: as softsev_handle_exit(); SOFTSEV_PASS for instructions not known here.
+ */
 int softsev_cr_write(struct kvm_vcpu *vcpu, int cr)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);
@@ -158,7 +164,13 @@ int softsev_cr_write(struct kvm_vcpu *vcpu, int cr)
 	return kvm_complete_insn_gp(vcpu, cr ? kvm_set_cr4(vcpu, value) : kvm_set_cr0(vcpu, value));
 }
 
-/* softsev_cr_read - MOV from CR0 or CR4 of a SEV guest, where KVM shows another value than it lets the CPU have */
+/**
+ * softsev_cr_read() - MOV from CR0 or CR4 of a SEV guest, where KVM shows another value than it lets the CPU have
+ * @vcpu: who reads
+ * @cr: 0 or 4
+ *
+ * Return: as softsev_handle_exit().
+ */
 int softsev_cr_read(struct kvm_vcpu *vcpu, int cr)
 {
 	int reg, size;

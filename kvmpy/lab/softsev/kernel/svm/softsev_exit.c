@@ -48,7 +48,12 @@ static int softsev_vc(struct kvm_vcpu *vcpu, u32 code)
 	return softsev_shutdown(vcpu, "#VC cannot be delivered");
 }
 
-/* softsev_guest_fault - what follows from the fault of an access: #VC in the guest, or an exit to KVM */
+/**
+ * softsev_guest_fault() - what follows from the fault of an access: #VC in the guest, or an exit to KVM
+ * @vcpu: whose access it was
+ *
+ * Return: as softsev_handle_exit().
+ */
 int softsev_guest_fault(struct kvm_vcpu *vcpu)
 {
 	if (to_svm(vcpu)->softsev->fault.unvalidated)
@@ -101,7 +106,14 @@ static void softsev_next_rip(struct kvm_vcpu *vcpu, u32 code)
 			to_svm(vcpu)->next_rip = kvm_rip_read(vcpu) + lengths[i].len;
 }
 
-/* softsev_trap - the exit behind a write that changed a control register, where KVM asked for it */
+/**
+ * softsev_trap() - the exit behind a write that changed a control register, where KVM asked for it
+ * @vcpu: who wrote
+ * @code: the exit's code
+ * @intercept: how KVM asks for it
+ * @old: the register's value before
+ * @new: the register's value now
+ */
 void softsev_trap(struct kvm_vcpu *vcpu, u32 code, int intercept, u64 old, u64 new)
 {
 	struct vmcb_control_area *c = &to_svm(vcpu)->vmcb->control;
@@ -197,8 +209,9 @@ static int softsev_es_exit(struct kvm_vcpu *vcpu, u32 code)
 	return SOFTSEV_PASS;
 }
 
-/*
- * softsev_handle_exit - called before KVM's handlers
+/**
+ * softsev_handle_exit() - called before KVM's handlers
+ * @vcpu: who came out
  *
  * Return: SOFTSEV_PASS when the exit, as it now stands in the VMCB, is KVM's; else what the handler returns.
  */

@@ -15,8 +15,11 @@
 #define TSS_RSP0	0x04
 #define TSS_IST1	0x24
 
-/*
- * softsev_guest_walk - a virtual address of the guest as its page tables have it
+/**
+ * softsev_guest_walk() - a virtual address of the guest as its page tables have it
+ * @vcpu: whose tables
+ * @gva: the virtual address
+ * @write: for a write
  * @raw: becomes the guest-physical address with the encryption bit
  * @pf_error: becomes the error code of the page fault, when it is one
  *
@@ -80,7 +83,14 @@ int softsev_guest_rw(struct kvm_vcpu *vcpu, u64 gva, void *buf, unsigned int len
 	return guest_rw(vcpu, gva, buf, len, write ? PFERR_WRITE_MASK : 0, pf_error);
 }
 
-/* softsev_guest_fetch - the bytes at the instruction pointer; may stop at a page's end. Returns how many, or an error */
+/**
+ * softsev_guest_fetch() - the bytes at the instruction pointer
+ * @vcpu: whose instruction
+ * @insn: becomes the bytes
+ * @len: how many at most
+ *
+ * Return: how many, fewer where the page ends and the next one cannot be read, or an error.
+ */
 int softsev_guest_fetch(struct kvm_vcpu *vcpu, u8 *insn, unsigned int len)
 {
 	struct vmcb_save_area *s = softsev_state(to_svm(vcpu));
@@ -118,10 +128,14 @@ static int vc_stack(struct kvm_vcpu *vcpu, struct sev_es_save_area *v, u8 ist, u
 	return 0;
 }
 
-/*
- * softsev_deliver_vc - #VC, as the processor delivers it in 64-bit mode
+/**
+ * softsev_deliver_vc() - #VC, as the processor delivers it in 64-bit mode
+ * @vcpu: who gets it
+ * @error: its error code
  *
  * Emulators push no error code for vector 29, so the frame is built here.
+ *
+ * Return: 0, or as softsev_guest_walk().
  */
 int softsev_deliver_vc(struct kvm_vcpu *vcpu, u32 error)
 {

@@ -25,7 +25,10 @@ static void intercept(u8 *map, u32 range, u32 msr, u8 bits)
 	map[MSRPM_BYTE(range, msr)] |= MSRPM_BITS(msr, bits);
 }
 
-/* softsev_msr_prepare - before VMRUN: let these MSRs come here */
+/**
+ * softsev_msr_prepare() - before VMRUN: let these MSRs come here
+ * @svm: the vCPU
+ */
 void softsev_msr_prepare(struct vcpu_svm *svm)
 {
 	u8 *map = (u8 *)svm->msrpm;
@@ -95,7 +98,12 @@ static int msr_read(struct kvm_vcpu *vcpu, struct sev_es_save_area *v, u32 msr, 
 	return 0;
 }
 
-/* softsev_msr - RDMSR and WRMSR. Return as softsev_handle_exit() */
+/**
+ * softsev_msr() - RDMSR and WRMSR
+ * @vcpu: who executes it
+ *
+ * Return: as softsev_handle_exit().
+ */
 int softsev_msr(struct kvm_vcpu *vcpu)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);

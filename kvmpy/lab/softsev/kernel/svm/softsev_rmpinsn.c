@@ -68,13 +68,17 @@ static int insn_page(struct kvm_vcpu *vcpu, bool may_be_unvalidated, u64 *pfn, s
 		return 1;
 	}
 	if (!ret) {
-		/* The page is taken as private whatever its C-bit says; it must be this guest's. */
-		ret = softsev_guest_entry(vcpu, raw | softsev_cmask(), 0, pfn);
+		ret = softsev_guest_entry(vcpu, raw, 0, pfn);
 		if (ret == -EFAULT && fault->unvalidated && may_be_unvalidated)
 			ret = 0;
 		/* 4K of a 2M entry are an error of the entry's size: KVM splits it. */
 		if (ret == -EFAULT && (fault->error & PFERR_GUEST_SIZEM_MASK) && (v->rcx & 1) == PAGE_2M)
-			ret = softsev_guest_entry(vcpu, ALIGN_DOWN(raw, PMD_SIZE) | softsev_cmask(), 0, pfn);
+			ret = softsev_guest_entry(vcpu, ALIGN_DOWN(raw, PMD_SIZE), 0, pfn);
+		/* Without the encryption bit the page is the hypervisor's, and no entry of the guest's. */
+		if (!ret && !(raw & softsev_cmask())) {
+			fault->error |= PFERR_PRESENT_MASK | PFERR_GUEST_RMP_MASK;
+			ret = -EFAULT;
+		}
 	}
 	if (ret == -EFAULT) {
 		*result = softsev_guest_fault(vcpu);

@@ -11,22 +11,29 @@
 #include "x86.h"
 #include "softsev.h"
 
-static struct softsev_vcpu *softsev_vcpu_get(struct vcpu_svm *svm)
+/**
+ * softsev_pre_run() - make what the software keeps of a vCPU of a SEV guest, before it first runs
+ * @vcpu: the vCPU
+ *
+ * Context: may sleep: VMRUN itself has interrupts off, and could not.
+ * Return: 0, or -ENOMEM.
+ */
+int softsev_pre_run(struct kvm_vcpu *vcpu)
 {
-	struct softsev_vcpu *sv = svm->softsev;
+	struct vcpu_svm *svm = to_svm(vcpu);
+	struct softsev_vcpu *sv;
 
-	if (sv)
-		return sv;
-	/* Interrupts are off. */
-	sv = kzalloc(sizeof(*sv), GFP_ATOMIC);
+	if (svm->softsev || !softsev_enabled() || !softsev_is_sev(svm))
+		return 0;
+	sv = kzalloc(sizeof(*sv), GFP_KERNEL_ACCOUNT);
 	if (!sv)
-		return NULL;
+		return -ENOMEM;
 	if (!softsev_tlb_init(sv)) {
 		kfree(sv);
-		return NULL;
+		return -ENOMEM;
 	}
 	svm->softsev = sv;
-	return sv;
+	return 0;
 }
 
 void softsev_free_vcpu(struct kvm_vcpu *vcpu)
@@ -209,7 +216,11 @@ static void softsev_repeat_soft_event(struct vmcb_control_area *c, u32 injected)
 		c->exit_int_info = 0;
 }
 
-/* softsev_vcpu_run - for guests without SEV, and with plain SEV */
+/**
+ * softsev_vcpu_run() - VMRUN for guests without SEV, and with plain SEV
+ * @svm: the vCPU
+ * @flags: as for KVM's own
+ */
 void softsev_vcpu_run(struct vcpu_svm *svm, unsigned int flags)
 {
 	struct vmcb_control_area *c = &svm->vmcb->control;
@@ -222,7 +233,7 @@ void softsev_vcpu_run(struct vcpu_svm *svm, unsigned int flags)
 		__svm_vcpu_run(svm, flags);
 		return;
 	}
-	sv = softsev_vcpu_get(svm);
+	sv = svm->softsev;
 	if (!sv) {
 		softsev_entry_fails(c);
 		return;
@@ -231,12 +242,16 @@ void softsev_vcpu_run(struct vcpu_svm *svm, unsigned int flags)
 	softsev_enter(svm, sv, flags);
 }
 
-/* softsev_es_vcpu_run - for SEV-ES and SNP guests */
+/**
+ * softsev_es_vcpu_run() - VMRUN for SEV-ES and SNP guests
+ * @svm: the vCPU
+ * @flags: as for KVM's own
+ */
 void softsev_es_vcpu_run(struct vcpu_svm *svm, unsigned int flags)
 {
 	struct vmcb_control_area *c = &svm->vmcb->control;
 	unsigned long *regs = svm->vcpu.arch.regs;
-	struct softsev_vcpu *sv = softsev_vcpu_get(svm);
+	struct softsev_vcpu *sv = svm->softsev;
 	u64 host_xcr0 = softsev_has_xsave() ? softsev_xgetbv() : 1;
 	struct sev_es_save_area *v;
 	u32 injected;

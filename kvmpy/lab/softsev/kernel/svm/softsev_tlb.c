@@ -39,7 +39,7 @@ bool softsev_tlb_init(struct softsev_vcpu *sv)
 {
 	INIT_LIST_HEAD(&sv->tables);
 	INIT_LIST_HEAD(&sv->spare);
-	sv->root = (u64 *)get_zeroed_page(GFP_ATOMIC);
+	sv->root = (u64 *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
 	return sv->root;
 }
 
@@ -268,8 +268,9 @@ static void tlb_enter_around(struct kvm_vcpu *vcpu, u64 raw, u64 access, struct 
 	}
 }
 
-/*
- * softsev_tlb_fill - enter the translation that an access missed
+/**
+ * softsev_tlb_fill() - enter the translation that an access missed
+ * @vcpu: whose access it was
  * @raw: guest-physical address with the encryption bit
  * @access: of a nested page fault's error code: write, fetch, and which stage
  *
@@ -299,7 +300,15 @@ int softsev_tlb_fill(struct kvm_vcpu *vcpu, u64 raw, u64 access)
 	return ret;
 }
 
-/* softsev_guest_entry - the page that an access would reach; for instructions that work on the RMP's entry of it */
+/**
+ * softsev_guest_entry() - the page that an access would reach; for instructions that work on the RMP's entry of it
+ * @vcpu: whose access it is
+ * @raw: guest-physical address with the encryption bit
+ * @access: of a nested page fault's error code
+ * @pfn: becomes the page, also when it is not validated
+ *
+ * Return: 0, or -EFAULT with the reason in the vCPU's fault.
+ */
 int softsev_guest_entry(struct kvm_vcpu *vcpu, u64 raw, u64 access, u64 *pfn)
 {
 	struct npt_leaf leaf;
@@ -316,7 +325,16 @@ int softsev_guest_entry(struct kvm_vcpu *vcpu, u64 raw, u64 access, u64 *pfn)
 	return ret;
 }
 
-/* softsev_guest_copy - read or write guest memory, inside one page, as an access of the guest would */
+/**
+ * softsev_guest_copy() - read or write guest memory, inside one page, as an access of the guest would
+ * @vcpu: whose access it is
+ * @raw: guest-physical address with the encryption bit
+ * @access: of a nested page fault's error code
+ * @buf: what is written, or becomes what is read
+ * @len: how many bytes
+ *
+ * Return: 0, or -EFAULT with the reason in the vCPU's fault.
+ */
 int softsev_guest_copy(struct kvm_vcpu *vcpu, u64 raw, u64 access, void *buf, unsigned int len)
 {
 	struct npt_leaf leaf;
