@@ -3,14 +3,9 @@
 
 from __future__ import annotations
 
-import struct
-
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.exits import MmioExit
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, Gpa, GuestVm, Gva, MakeVm, MmioExit
 
 # Does what `order` says, in ring 0 or 3, and shows the result.
 GUEST = """
@@ -92,8 +87,9 @@ class Accessor:
         if not self.vm.launched:
             self.vm.launch()
             self.vcpu.sync()
-        packed = struct.pack("<QQIIQ", int(gva), value or 0, size, value is not None, self.ring)
-        self.vm.symbol("order").bytes = packed
+        self.vm.symbol("order").set(
+            address=gva, value=value or 0, size=size, write=value is not None, ring=self.ring
+        )
 
     def read(self, gva: Gva, size: int = 8) -> int:
         """Let the guest read memory and return what it saw."""

@@ -7,11 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.structs import kvm_cpuid2
-from kvmpy.x86.cpuid import Cpuid
+from kvmpy import Cpuid, GuestVcpu, GuestVm, MakeVm, kvm_cpuid2
 
 _CPUID, _CR4, _WRMSR, _RDMSR = 1, 2, 3, 4
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.errors import VcpuBusyError
-from kvmpy.core.threads import VcpuThread
-from kvmpy.core.vcpu import VcpuKickedError
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import MakeVm, VcpuBusyError, VcpuKickedError, VcpuThread
 
 FOREVER = """
 #include <kvmpy/guest.h>
@@ -24,7 +21,6 @@ void guest_main(void)
 """
 
 
-@pytest.mark.protections("all")
 def test_stop(make_vm: MakeVm) -> None:
     """Vm.stop() ends KVM_RUN in every thread, after which the VM can be closed; before it cannot."""
     vm = make_vm(FOREVER, vcpus=3)

@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.core.exits import MsrExit, RdmsrExit, WrmsrExit
-from kvmpy.guest.ucall import USER, Ucall
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import GuestVm, MakeVm, MsrExit, RdmsrExit, Ucall, WrmsrExit
+from kvmpy.guest.ucall import USER
 
 _READ, _WRITE, _X2APIC = 1, 2, 3
 

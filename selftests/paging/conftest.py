@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva, RawGpa
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, Gpa, GuestVm, Gva, MakeVm, RawGpa
 from kvmpy.x86.entry import WalkStep
 
 GUEST = """
@@ -206,9 +203,10 @@ class Prober:
         if not self._started:
             self.vcpu.sync()
             self._started = True
-        where = self.ring if ring is None else ring
-        orders = self.vm.variable(self.vm.symbol("orders").gva + self._index * 48, 48)
-        orders.bytes = struct.pack("<6Q", op, gva, value, where, cr4, pkru)
+        order = self.vm.symbol("orders")[self._index]
+        order.set(
+            op=op, address=gva, value=value, ring=self.ring if ring is None else ring, cr4=cr4, pkru=pkru
+        )
         got, faulted, vector, error, cr2 = self.vcpu.sync().args
         return Fault(vector, error, cr2) if faulted else got
 

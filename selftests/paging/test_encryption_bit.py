@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmpy import (
+    PAGE_SIZE,
+    SIZE_2M,
+    EncryptionBit,
+    Gpa,
+    GuestProgram,
+    GuestVm,
+    Gva,
+    MakeVm,
+    PageTables,
+    RawGpa,
+)
 from kvmpy.coco.cbit import EmulatedEncryptionBit
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
 from kvmpy.core.kvm import Kvm
-from kvmpy.guest.program import GuestProgram
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
 from kvmpy.x86.entry import ACCESSED, USER, WRITABLE
-from kvmpy.x86.paging import PageTables
 from kvmpy.x86.walker import Walker
 
 if TYPE_CHECKING:

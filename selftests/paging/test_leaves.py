@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
-from kvmpy.core.backing import Anonymous
-from kvmpy.x86.bits import CR4
+from kvmpy import CR4, PAGE_SIZE, SIZE_1G, SIZE_2M, Anonymous, Gpa, Gva
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, Prober
 
-pytestmark = pytest.mark.protections("all")
 
 GVA = Gva(0x6000_0000_0000)
 GPA = Gpa(0x8000_0000)

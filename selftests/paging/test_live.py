@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa, Gva
+from kvmpy import PAGE_SIZE, SIZE_2M, Gpa, Gva, PageTables, PfErr
 from kvmpy.x86.entry import PRESENT, USER, WRITABLE
-from kvmpy.x86.paging import PageTables
-from kvmpy.x86.pferr import PfErr
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, PageFault, Prober
 
-pytestmark = [pytest.mark.protections("all"), pytest.mark.usefixtures("live_tables")]
+pytestmark = pytest.mark.usefixtures("live_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B

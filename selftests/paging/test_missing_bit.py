@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
-from kvmpy.core.exits import ShutdownExit
+from kvmpy import (
+    PAGE_SIZE,
+    SIZE_1G,
+    SIZE_2M,
+    Gpa,
+    GuestExceptionError,
+    GuestVm,
+    Gva,
+    MakeVm,
+    ShutdownExit,
+    Vector,
+)
 from kvmpy.guest import layout
-from kvmpy.guest.errors import GuestExceptionError
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.x86.exceptions import Vector
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, PageFault, Prober

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gva
-from kvmpy.x86.bits import CR0, CR4
+from kvmpy import CR0, CR4, PAGE_SIZE, Gva, PfErr
 from kvmpy.x86.entry import NO_EXECUTE, USER, WRITABLE
-from kvmpy.x86.pferr import PfErr
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, PageFault, Prober
 
-pytestmark = pytest.mark.protections("all")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B

@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gva
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.x86.cpuid import Cpuid
+from kvmpy import PAGE_SIZE, SIZE_2M, Cpuid, Gva, MakeVm, PfErr, Vector
 from kvmpy.x86.entry import PAGE_SIZE_BIT, PRESENT
-from kvmpy.x86.exceptions import Vector
-from kvmpy.x86.pferr import PfErr
 
 if TYPE_CHECKING:
-    from kvmpy.core.kvm import Kvm
+    from kvmpy import Kvm
     from selftests.paging.conftest import PageFault, Prober
 
-pytestmark = [pytest.mark.protections("all"), pytest.mark.usefixtures("live_tables")]
+pytestmark = pytest.mark.usefixtures("live_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import pytest
 
+from kvmpy import GuestVm, IdBlock, MakeVm, Message, MessageType, Snp, SnpPolicy
 from kvmpy.coco import idblock
 from kvmpy.coco.certificates import Chain
-from kvmpy.coco.guest_message import Message, MessageType, report_request
-from kvmpy.coco.idblock import IdBlock
-from kvmpy.coco.policy import SnpPolicy
+from kvmpy.coco.guest_message import report_request
 from kvmpy.coco.report import ReportError, SigningKey, from_response
-from kvmpy.coco.snp import Snp, SnpPlan, running
+from kvmpy.coco.snp import SnpPlan, running
 from kvmpy.coco.snp_launch import IdBlockPair
 from kvmpy.coco.snp_prediction import predict_digest, process_key
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
 from selftests.sev.attester import CERTIFICATES_VARIABLE, GUEST, KEYS, Attester, certificates
 
 pytestmark = pytest.mark.protections("snp")

@@ -9,14 +9,19 @@ from contextlib import ExitStack
 
 import pytest
 
-from kvmpy.coco.kvm import Kvm
-from kvmpy.coco.policy import SevPolicy, SnpPolicy
+from kvmpy import (
+    KVM_SEV_SNP_PAGE_TYPE_CPUID,
+    KVM_SEV_SNP_PAGE_TYPE_NORMAL,
+    PAGE_SIZE,
+    Kvm,
+    SevError,
+    SevPolicy,
+    SevRet,
+    SnpPolicy,
+    kvm_sev_init,
+)
 from kvmpy.coco.sev_launch import SevInitialised
 from kvmpy.coco.snp_launch import IdBlockPair
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.sev_errors import SevError
-from kvmpy.uapi.constants import KVM_SEV_SNP_PAGE_TYPE_CPUID, KVM_SEV_SNP_PAGE_TYPE_NORMAL, SevRet
-from kvmpy.uapi.structs import kvm_sev_init
 from selftests.sev.conftest import IN_PLACE, MEMORY, TYPES, Bare, BareMaker, start_sev, start_snp
 
 LIMIT = 2048

@@ -7,14 +7,16 @@ import errno
 
 import pytest
 
+from kvmpy import (
+    KVM_SYSTEM_EVENT_SEV_TERM,
+    Kvm,
+    MakeVm,
+    SystemEventExit,
+    UnexpectedExitError,
+    Vm,
+    kvm_sev_init,
+)
 from kvmpy.coco import ladder
-from kvmpy.coco.kvm import Kvm
-from kvmpy.core.exits import SystemEventExit
-from kvmpy.core.vm import Vm
-from kvmpy.guest.errors import UnexpectedExitError
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_SYSTEM_EVENT_SEV_TERM
-from kvmpy.uapi.structs import kvm_sev_init
 
 with_ghcb = pytest.mark.protections("all", has_ghcb=True)
 with_snp = pytest.mark.protections("all", must_validate=True)

@@ -12,13 +12,18 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.coco.kvm import Kvm
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.errors import KvmError
-from kvmpy.core.vm import Vm
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import KVM_CAP_VM_COPY_ENC_CONTEXT_FROM, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM
-from kvmpy.uapi.structs import kvm_enable_cap, kvm_sev_guest_status, kvm_sev_launch_start
+from kvmpy import (
+    KVM_CAP_VM_COPY_ENC_CONTEXT_FROM,
+    KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM,
+    PAGE_SIZE,
+    Kvm,
+    KvmError,
+    Vm,
+    ioctls,
+    kvm_enable_cap,
+    kvm_sev_guest_status,
+    kvm_sev_launch_start,
+)
 from selftests.sev.conftest import IN_PLACE, MEMORY, TYPES, Bare, BareMaker, start_sev
 
 needs_sev = pytest.mark.requires("protection:sev")

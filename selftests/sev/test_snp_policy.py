@@ -13,12 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from kvmpy import Kvm, SevDevice, SevRet, SnpPolicy, kvm_sev_snp_launch_start, sev_user_data_snp_status
 from kvmpy.coco import sev_platform
-from kvmpy.coco.kvm import Kvm
-from kvmpy.coco.policy import SnpPolicy, smt_active
-from kvmpy.core.sev_device import SevDevice
-from kvmpy.uapi.constants import SevRet
-from kvmpy.uapi.structs import kvm_sev_snp_launch_start, sev_user_data_snp_status
+from kvmpy.coco.policy import smt_active
 from selftests.sev.conftest import BareMaker
 
 pytestmark = [

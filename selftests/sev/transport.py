@@ -13,19 +13,20 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from kvmpy.coco.sev_platform import missing_pieces, software_platform
-from kvmpy.coco.sev_session import CERTIFICATE_SIZE, GuestOwner, read_dh_certificate, transport_keys
-from kvmpy.core.kvm import Kvm
-from kvmpy.core.sev_device import SevDevice
-from kvmpy.uapi import ffi
-from kvmpy.uapi.constants import VmType
-from kvmpy.uapi.structs import (
+from kvmpy import (
+    GuestOwner,
+    Kvm,
+    SevDevice,
     Struct,
+    VmType,
     kvm_sev_receive_start,
     kvm_sev_receive_update_data,
     kvm_sev_send_start,
     kvm_sev_send_update_data,
 )
+from kvmpy.coco.sev_platform import missing_pieces, software_platform
+from kvmpy.coco.sev_session import CERTIFICATE_SIZE, read_dh_certificate, transport_keys
+from kvmpy.uapi import ffi
 
 HEADER_SIZE = 52
 SESSION_SIZE = 128
