@@ -23,6 +23,11 @@ from kvmpy.core.vcpu import Vcpu as Vcpu
 from kvmpy.core.threads import VcpuThread as VcpuThread
 from kvmpy.core.fd import KvmFd as KvmFd
 from kvmpy.core.device import Device as Device
+from kvmpy.guest.agent import AGENT as AGENT
+from kvmpy.guest.agent import Agent as Agent
+from kvmpy.guest.agent import AgentFaultError as AgentFaultError
+from kvmpy.guest.agent import Fault as Fault
+from kvmpy.guest.agent import Registers as Registers
 
 # Addresses
 from kvmpy.core.address import Gva as Gva

@@ -215,4 +215,3 @@ def _members(child: DIE) -> list[Member]:
         unit = inner.size * 8
         return [Member(_text(child), first // unit * inner.size, inner, first % unit, bits)]
     return [Member(_text(child), offset, inner)]
-

@@ -7,8 +7,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy import Cpuid, Kvm, MakeVm, Msr, Vcpu, Vector, Vm, ioctls, kvm_cpuid2, kvm_msr_entry, kvm_msrs
-from selftests.msr.conftest import GUEST, MsrGuest
+from kvmpy import (
+    AGENT,
+    Cpuid,
+    Kvm,
+    MakeVm,
+    Msr,
+    Vcpu,
+    Vector,
+    Vm,
+    ioctls,
+    kvm_cpuid2,
+    kvm_msr_entry,
+    kvm_msrs,
+)
+from selftests.msr.conftest import MsrGuest
 
 if TYPE_CHECKING:
     from selftests.msr.conftest import MsrGuestMaker
@@ -146,7 +159,7 @@ def test_tsc_aux_without_cpuid(make_vm: MakeVm) -> None:
 
     Intel SDM, volume 4, IA32_TSC_AUX.
     """
-    guest = MsrGuest(make_vm(GUEST, cpuid=_without_tsc_aux))
+    guest = MsrGuest(make_vm(AGENT, cpuid=_without_tsc_aux))
     assert guest.read(Msr.MSR_TSC_AUX).fault() == GP0
     assert guest.write(Msr.MSR_TSC_AUX, 1).fault() == GP0
 

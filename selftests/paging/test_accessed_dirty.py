@@ -37,7 +37,7 @@ def use_and_clear(
     assert all(flags(prober, gva, levels))
     for level in levels:
         prober.change_entry(gva, level, clear=BOTH)
-    prober.invlpg(gva)
+    prober.kernel.invlpg(gva)
     assert not any(flags(prober, gva, levels))
 
 
@@ -151,7 +151,7 @@ def test_another_vcpu_sets_them_too(make_prober: MakeProber, ring: int) -> None:
     first.page(GVA, MARK)
     assert second.read(GVA) == MARK
     use_and_clear(first)
-    second.invlpg(GVA)
+    second.kernel.invlpg(GVA)
     assert first.read(GVA) == MARK
     assert flags(first, levels=(1,)) == [ACCESSED]
     assert second.write(GVA, 1) is None
