@@ -3,77 +3,9 @@
 
 from __future__ import annotations
 
-import struct
-
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.exits import MmioExit
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-
-# Does what `order` says, in ring 0 or 3, and shows the result.
-GUEST = """
-#include <kvmpy/guest.h>
-
-struct order {
-	u64 address;
-	u64 value;
-	u32 size;
-	u32 write;
-	u64 ring;
-};
-
-GUEST_SHARED struct order order;
-static struct order mine GUEST_USER_DATA;
-static u64 user_stack[256] GUEST_USER_DATA;
-
-static GUEST_USER u64 access(u64 unused)
-{
-	void *where = (void *)(uintptr_t)mine.address;
-
-	(void)unused;
-	switch (mine.size | mine.write << 8) {
-	case 1:
-		return mmio_read8(where);
-	case 2:
-		return mmio_read16(where);
-	case 4:
-		return mmio_read32(where);
-	case 8:
-		return mmio_read64(where);
-	case 0x101:
-		mmio_write8(where, mine.value);
-		break;
-	case 0x102:
-		mmio_write16(where, mine.value);
-		break;
-	case 0x104:
-		mmio_write32(where, mine.value);
-		break;
-	case 0x108:
-		mmio_write64(where, mine.value);
-		break;
-	}
-	return 0;
-}
-
-void guest_main(void)
-{
-	GUEST_SYNC();
-	for (;;) {
-		struct guest_user_exit exit = { .returned = true };
-
-		mine = order;
-		if (mine.ring)
-			exit = guest_user_run(access, 0, user_stack + ARRAY_SIZE(user_stack));
-		else
-			exit.value = access(0);
-		GUEST_ASSERT(exit.returned);
-		GUEST_SYNC(exit.value);
-	}
-}
-"""
+from kvmpy import AGENT, PAGE_SIZE, Agent, Gpa, GuestVm, Gva, MakeVm, MmioExit
 
 
 class Accessor:
@@ -86,14 +18,14 @@ class Accessor:
         self.vm = vm
         self.vcpu = vm.vcpus[0]
         self.ring = ring
+        self.agent = Agent(self.vcpu, ring=ring)
 
     def order(self, gva: Gva, size: int, value: int | None = None) -> None:
         """Tell the guest its next access; it does it when the vCPU runs."""
-        if not self.vm.launched:
-            self.vm.launch()
-            self.vcpu.sync()
-        packed = struct.pack("<QQIIQ", int(gva), value or 0, size, value is not None, self.ring)
-        self.vm.symbol("order").bytes = packed
+        if value is None:
+            self.agent.begin_read(gva, size)
+        else:
+            self.agent.begin_write(gva, value, size)
 
     def read(self, gva: Gva, size: int = 8) -> int:
         """Let the guest read memory and return what it saw."""
@@ -112,7 +44,7 @@ class Accessor:
 
     def result(self) -> int:
         """Return the result of the access under way."""
-        return self.vcpu.sync().args[0]
+        return self.agent.value()
 
     def map(self, gva: Gva, gpa: Gpa, size: int) -> None:
         """Map guest-physical addresses as shared memory, for both rings."""
@@ -137,7 +69,7 @@ def ring(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def accessor(make_vm: MakeVm, ring: int) -> Accessor:
     """A guest with 64 MiB of memory at address 0 that does one access at a time."""
-    return Accessor(make_vm(GUEST), ring)
+    return Accessor(make_vm(AGENT), ring)
 
 
 @pytest.fixture

@@ -104,6 +104,8 @@ void guest_exception(struct exception_frame *frame)
 		run_handler(handler, frame);
 	else if (exception_from_user(frame) && guest_cpu()->user_rsp)
 		guest_user_leave(frame);
+	else if (!exception_from_user(frame) && guest_cpu()->call_rsp && frame->vector < 32)
+		guest_call_leave(frame);
 	else
 		guest_exception_unexpected(frame);
 }

@@ -14,6 +14,13 @@ void guest_user_enter(u64 (*function)(u64 arg), u64 arg, void *stack);
 __noreturn void guest_user_resume(void);
 extern const char guest_user_return[];
 
+/* call.S: into a function of ring 0; back, as if from guest_call_enter(). */
+u64 guest_call_enter(u64 (*function)(u64 arg), u64 arg);
+__noreturn void guest_call_resume(void);
+
+/* End guest_try_call() with the exception in @frame. */
+__noreturn void guest_call_leave(struct exception_frame *frame);
+
 /* End guest_user_run() with the exception in @frame. */
 __noreturn void guest_user_leave(struct exception_frame *frame);
 

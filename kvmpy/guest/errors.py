@@ -84,6 +84,10 @@ class GuestSymbolError(GuestError, LookupError):
         super().__init__(f"guest program {program} has no symbol {symbol!r}{hint}")
 
 
+class GuestTypeError(GuestError, TypeError):
+    """A value that does not fit the C type of a guest's variable, or a variable whose type is not known."""
+
+
 class GuestBuildWarning(UserWarning):
     """The compiler warned about a guest program."""
 

@@ -19,7 +19,8 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 from kvmpy.core.address import Gva
-from kvmpy.guest import cache, origin, toolchain
+from kvmpy.guest import cache, ctype, origin, toolchain
+from kvmpy.guest.ctype import CType
 from kvmpy.guest.errors import GuestBuildError, GuestBuildWarning, GuestImageError
 from kvmpy.guest.symbols import Image, InlineTable, LineTable, Segment, Symbol, SymbolTable, read_image
 
@@ -51,6 +52,7 @@ class GuestProgram:
         self._image = image
         self._inputs: tuple[tuple[str, tuple[int, int] | None], ...] = ()
         self._key = ""
+        self._types: dict[str, CType] = {}
 
     @classmethod
     def from_c(
@@ -137,6 +139,12 @@ class GuestProgram:
     def address_of(self, name: str) -> Gva:
         """Return the address of the symbol *name*; GuestSymbolError when there is none."""
         return self._symbols.find(name).gva
+
+    def type_of(self, name: str) -> CType:
+        """Return the C type of the global *name*; GuestTypeError when there is no debug information of it."""
+        if name not in self._types:
+            self._types[name] = ctype.of_variable(self.elf, name, int(self.address_of(name)))
+        return self._types[name]
 
     def function(self, gva: int) -> tuple[str, int] | None:
         """Return the function that *gva* lies in and the offset in it, or None."""

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvmpy.core.address import Gpa, Gva
 
 if TYPE_CHECKING:
+    from kvmpy.guest.ctype import CType
     from kvmpy.guest.vm import GuestVm
 
 
@@ -32,19 +33,63 @@ def _number(code: str) -> property:
 
 class GuestVariable:
     """A global of the guest: read and write it as ``.u8`` to ``.u64``, ``.i8`` to ``.i64``, ``.bytes``,
-    ``.text`` or an array.
+    ``.text``, as an array of numbers (:meth:`view`), or by its C type: ``.value`` and :meth:`set`.
 
-    Every access goes to guest memory.  PrivateMemoryError where the page is private and the protection
-    keeps it from the host: declare the variable GUEST_SHARED to look at it under every protection.
+    ``vm.symbol("orders")[2].set(op=1, address=gva)`` writes an element of an array of structs;
+    ``vm.symbol("reply").value.status`` reads a field.  Every access goes to guest memory.
+    PrivateMemoryError where the page is private and the protection keeps it from the host: declare the
+    variable GUEST_SHARED to look at it under every protection.
     """
 
-    __slots__ = ("_vm", "gva", "name", "size")
+    __slots__ = ("_ctype", "_vm", "gva", "name", "size")
 
-    def __init__(self, vm: GuestVm, name: str, gva: Gva, size: int) -> None:
+    def __init__(self, vm: GuestVm, name: str, gva: Gva, size: int, ctype: CType | None = None) -> None:
         self._vm = vm
         self.name = name
         self.gva = gva
         self.size = size
+        self._ctype = ctype
+
+    @property
+    def ctype(self) -> CType:
+        """Its C type; GuestTypeError when the program does not say."""
+        if self._ctype is None:
+            self._ctype = self._vm.program.type_of(self.name)
+        return self._ctype
+
+    @property
+    def value(self) -> Any:
+        """What it holds by its C type: an int, a list, bytes, or a namespace of a struct's fields."""
+        return self.ctype.decode(self._load(self.ctype.size))
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._store(self.ctype.encode(value))
+
+    def set(self, **fields: Any) -> None:
+        """Write a struct; a field that is not given becomes 0.  GuestTypeError for an unknown field or a
+        value that does not fit.
+        """
+        self._store(self.ctype.encode(fields))
+
+    def __getitem__(self, index: int) -> GuestVariable:
+        """Return an element of an array; IndexError behind its end."""
+        element = self.ctype.element
+        if element is None:
+            raise TypeError(f"{self.name} is no array")
+        if not 0 <= index < self.ctype.count:
+            raise IndexError(f"{self.name} has {self.ctype.count} elements; there is no [{index}]")
+        name = f"{self.name}[{index}]"
+        return GuestVariable(self._vm, name, self.gva + index * element.size, element.size, element)
+
+    def field(self, name: str) -> GuestVariable:
+        """Return a field of a struct; GuestTypeError with the closest names when there is none."""
+        member = self.ctype.member(name)
+        if member.bits:
+            raise TypeError(f"{self.name}.{name} is a bit-field, which has no address")
+        return GuestVariable(
+            self._vm, f"{self.name}.{name}", self.gva + member.offset, member.type.size, member.type
+        )
 
     @property
     def gpa(self) -> Gpa:

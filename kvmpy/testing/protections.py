@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``@pytest.mark.protections(...)``: one test body, one item for each protection.
+"""One test body, one item for each protection.
 
-``protections("all", private_is_fd_backed=True)`` takes only those with these traits: for tests of the trait
-itself.  A test of something else that cannot do without one asks for ``requires("trait:NAME")``, and is
-skipped with that reason under the others.
+A test that makes VMs through the fixture ``make_vm``, also by way of other fixtures, runs under every
+protection.  ``@pytest.mark.protections("snp", "cbit")`` names those it runs under; ``protections("all",
+private_is_fd_backed=True)`` takes those with these traits: for tests of the trait itself.  A test of
+something else that cannot do without one asks for ``requires("trait:NAME")``, and is skipped with that reason
+under the others.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import pytest
 
 MARKER = "protections"
 FIXTURE = "protection"
+MAKER = "make_vm"
 ALL = "all"
 TRAIT = "trait:"
 AUTO = "auto"
@@ -72,17 +75,26 @@ def check_traits(item: pytest.Item, wanted: Sequence[Any]) -> list[Any]:
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
-    """Make one item for each protection of the test's marker."""
+    """Make one item for each protection that the test runs under."""
     marker = metafunc.definition.get_closest_marker(MARKER)
     if marker is None:
-        return
-    if FIXTURE not in metafunc.fixturenames:
+        if MAKER not in metafunc.fixturenames or _is_its_own(metafunc.definition):
+            return
+        marker = pytest.mark.protections(ALL).mark
+    elif FIXTURE not in metafunc.fixturenames:
         raise pytest.UsageError(
-            f"{metafunc.definition.nodeid}: the protections marker needs the fixture make_vm or {FIXTURE}"
+            f"{metafunc.definition.nodeid}: the protections marker needs the fixture {MAKER} or {FIXTURE}"
         )
     from kvmpy.coco import ladder
 
     metafunc.parametrize(FIXTURE, names_of(marker, ladder.protections()), indirect=True, scope="function")
+
+
+def _is_its_own(node: pytest.Item) -> bool:
+    """Whether a test parametrizes an argument of this name for a purpose of its own."""
+    return any(
+        FIXTURE in str(mark.args[0]).split(",") for mark in node.iter_markers("parametrize") if mark.args
+    )
 
 
 def of_item(item: pytest.Item) -> str | None:
@@ -90,8 +102,7 @@ def of_item(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
     chosen = callspec.params.get(FIXTURE) if callspec is not None else None
     if chosen is not None:
-        # A test may parametrize an argument of this name for a purpose of its own.
-        return str(chosen) if item.get_closest_marker(MARKER) else None
+        return None if _is_its_own(item) else str(chosen)
     return "none" if FIXTURE in getattr(item, "fixturenames", ()) else None
 
 

@@ -64,8 +64,8 @@ FIELDS: dict[tuple[str, str], Kind] = {
     ("kvm_run__notify", "flags"): c.NotifyFlag,
     ("kvm_run__memory_fault", "flags"): c.MemoryFaultFlag,
     ("kvm_run__arm_sea", "flags"): c.ArmSeaFlag,
-    ("kvm_run__ex", "exception"): c.Vector,
-    ("kvm_debug_exit_arch", "exception"): c.Vector,
+    ("kvm_run__ex", "exception"): c.X86Vector,
+    ("kvm_debug_exit_arch", "exception"): c.X86Vector,
     ("kvm_hyperv_exit", "type"): c.HypervExit,
     ("kvm_hyperv_eventfd", "flags"): c.HypervEventfd,
     ("kvm_xen_exit", "type"): c.XenExit,
@@ -183,7 +183,7 @@ def simultaneous(data: Sequence[int]) -> str:
     """
 
     def event(value: int) -> str:
-        vector = number_words(c.Vector, value & 0xFF)
+        vector = number_words(c.X86Vector, value & 0xFF)
         return f"{_EVENTS.get(value >> 8 & 7, 'event')} {vector}"
 
     text = f"{event(data[1])} while {event(data[0])} was delivered"

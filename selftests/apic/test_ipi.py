@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.irq import Msi
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+from kvmpy import KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, GuestVm, MakeVm, Msi
 from kvmpy.x86.apic import Delivery, Shorthand
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -160,7 +157,6 @@ def got(*interrupts: int) -> list[tuple[int, int]]:
     return [(count, 0) for count in interrupts]
 
 
-@pytest.mark.protections("all")
 @BOTH_MODES
 def test_physical(make_vm: MakeVm, x2apic: bool) -> None:
     """A fixed interrupt to an APIC id reaches the vCPU with that id, and no other.
@@ -173,7 +169,6 @@ def test_physical(make_vm: MakeVm, x2apic: bool) -> None:
     assert cluster.send(0) == got(1, 1, 1)
 
 
-@pytest.mark.protections("all")
 @BOTH_MODES
 def test_nobody(make_vm: MakeVm, x2apic: bool) -> None:
     """An interrupt to an id that no vCPU has reaches nobody.
@@ -184,7 +179,6 @@ def test_nobody(make_vm: MakeVm, x2apic: bool) -> None:
     assert cluster.send(77) == got(0, 0, 0)
 
 
-@pytest.mark.protections("all")
 @BOTH_MODES
 @pytest.mark.parametrize(
     ("shorthand", "counts"),
@@ -199,7 +193,6 @@ def test_shorthand(make_vm: MakeVm, x2apic: bool, shorthand: Shorthand, counts: 
     assert cluster.send(2, shorthand=shorthand) == got(*counts)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize(
     ("x2apic", "everybody"), [(XAPIC, 0xFF), (X2APIC, 0xFFFF_FFFF)], ids=["xapic", "x2apic"]
 )
@@ -212,7 +205,6 @@ def test_broadcast(make_vm: MakeVm, x2apic: bool, everybody: int) -> None:
     assert cluster.send(everybody) == got(1, 1, 1)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires(f"KVM_CAP_X2APIC_API&{NO_QUIRK}", "KVM_CAP_MAX_VCPU_ID>=256")
 @pytest.mark.parametrize(("quirk", "counts"), [(True, (1, 1, 1)), (False, (0, 0, 1))])
 def test_broadcast_quirk(make_vm: MakeVm, quirk: bool, counts: tuple[int, ...]) -> None:
@@ -225,7 +217,6 @@ def test_broadcast_quirk(make_vm: MakeVm, quirk: bool, counts: tuple[int, ...]) 
     assert cluster.counts() == got(*counts)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_MAX_VCPU_ID>=256")
 def test_id_255(make_vm: MakeVm) -> None:
     """An interrupt that a vCPU in x2APIC mode sends to 0xff reaches the vCPU with that id alone.
@@ -236,7 +227,6 @@ def test_id_255(make_vm: MakeVm) -> None:
     assert cluster.send(0xFF) == got(0, 0, 1)
 
 
-@pytest.mark.protections("all")
 def test_logical_flat(make_vm: MakeVm) -> None:
     """In xAPIC mode a logical destination is a set of bits: whoever has one of them is meant.
 
@@ -248,7 +238,6 @@ def test_logical_flat(make_vm: MakeVm) -> None:
     assert cluster.send(0b1000, logical=True) == got(1, 1, 1)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires(f"KVM_CAP_X2APIC_API&{NO_QUIRK}")
 def test_logical_cluster(make_vm: MakeVm) -> None:
     """In x2APIC mode a logical destination is a cluster of 16 and a set of bits in it.
@@ -261,7 +250,6 @@ def test_logical_cluster(make_vm: MakeVm) -> None:
     assert cluster.send(1 << 16 | 0b100, logical=True) == got(1, 1, 2)
 
 
-@pytest.mark.protections("all")
 @BOTH_MODES
 def test_lowest_priority(make_vm: MakeVm, x2apic: bool) -> None:
     """With lowest-priority delivery exactly one of the logical destinations is interrupted.
@@ -274,7 +262,6 @@ def test_lowest_priority(make_vm: MakeVm, x2apic: bool) -> None:
     assert sorted(counts[1:]) == got(0, 1)
 
 
-@pytest.mark.protections("all")
 @BOTH_MODES
 def test_nmi(make_vm: MakeVm, x2apic: bool) -> None:
     """NMI delivery raises an NMI at the destination, whose vector is always 2.
@@ -287,7 +274,6 @@ def test_nmi(make_vm: MakeVm, x2apic: bool) -> None:
     assert counts == [(0, 0), (0, 2), (0, 1)]
 
 
-@pytest.mark.protections("all")
 def test_self_ipi_register(make_vm: MakeVm) -> None:
     """x2APIC's SELF IPI register interrupts the vCPU that writes it.
 
@@ -297,7 +283,6 @@ def test_self_ipi_register(make_vm: MakeVm) -> None:
     assert cluster.send_self() == got(1, 0, 0)
 
 
-@pytest.mark.protections("all")
 @BOTH_MODES
 def test_disabled_receiver(make_vm: MakeVm, x2apic: bool) -> None:
     """A vCPU whose APIC is disabled by software takes no fixed interrupts, but NMIs.
@@ -310,7 +295,6 @@ def test_disabled_receiver(make_vm: MakeVm, x2apic: bool) -> None:
     assert cluster.send(1, delivery=Delivery.NMI) == [(0, 0), (0, 1), (0, 0)]
 
 
-@pytest.mark.protections("all")
 @BOTH_MODES
 def test_command_register(make_vm: MakeVm, x2apic: bool) -> None:
     """The interrupt command register reads back what was sent, with the delivery status clear.
@@ -323,7 +307,6 @@ def test_command_register(make_vm: MakeVm, x2apic: bool) -> None:
     vm.vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 @BOTH_MODES
 def test_wakes_halted(make_vm: MakeVm, x2apic: bool) -> None:
     """An interrupt wakes the vCPU that halted for it, back and forth between two running vCPUs.

@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.exits import MmioExit
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_LAPIC_MMIO_HOLE
-from kvmpy.x86 import apic
+from kvmpy import KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_LAPIC_MMIO_HOLE, GuestVm, MakeVm, MmioExit, apic
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
@@ -205,7 +201,6 @@ def run(make_vm: MakeVm, source: str, entry: str, *args: int, vcpu_id: int = 0) 
     vm.vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 def test_legal_transitions(make_vm: MakeVm) -> None:
     """The guest may go from xAPIC to x2APIC mode, switch either off, and come back to xAPIC mode.
 
@@ -214,7 +209,6 @@ def test_legal_transitions(make_vm: MakeVm) -> None:
     run(make_vm, TRANSITIONS, "legal_transitions")
 
 
-@pytest.mark.protections("all")
 def test_x2apic_to_xapic(make_vm: MakeVm) -> None:
     """From x2APIC mode the guest cannot go to xAPIC mode directly: #GP, and the mode stays.
 
@@ -223,7 +217,6 @@ def test_x2apic_to_xapic(make_vm: MakeVm) -> None:
     run(make_vm, TRANSITIONS, "x2apic_to_xapic")
 
 
-@pytest.mark.protections("all")
 def test_disabled_to_x2apic(make_vm: MakeVm) -> None:
     """From "disabled" the guest cannot go to x2APIC mode directly: #GP, and the mode stays.
 
@@ -232,7 +225,6 @@ def test_disabled_to_x2apic(make_vm: MakeVm) -> None:
     run(make_vm, TRANSITIONS, "disabled_to_x2apic")
 
 
-@pytest.mark.protections("all")
 def test_invalid_mode(make_vm: MakeVm) -> None:
     """x2APIC mode without the global enable bit is invalid from every mode: #GP.
 
@@ -241,7 +233,6 @@ def test_invalid_mode(make_vm: MakeVm) -> None:
     run(make_vm, TRANSITIONS, "invalid")
 
 
-@pytest.mark.protections("all")
 def test_reserved_bits_of_base(make_vm: MakeVm) -> None:
     """Reserved bits of IA32_APIC_BASE are #GP.
 
@@ -250,7 +241,6 @@ def test_reserved_bits_of_base(make_vm: MakeVm) -> None:
     run(make_vm, TRANSITIONS, "reserved_bits")
 
 
-@pytest.mark.protections("all")
 def test_cpuid_follows_enable(make_vm: MakeVm) -> None:
     """CPUID.1:EDX.APIC is clear while the APIC is disabled in IA32_APIC_BASE.
 
@@ -259,7 +249,6 @@ def test_cpuid_follows_enable(make_vm: MakeVm) -> None:
     run(make_vm, TRANSITIONS, "cpuid_bit")
 
 
-@pytest.mark.protections("all")
 def test_msrs_in_xapic_mode(make_vm: MakeVm) -> None:
     """In xAPIC mode the x2APIC MSRs are #GP, all of them.
 
@@ -268,7 +257,6 @@ def test_msrs_in_xapic_mode(make_vm: MakeVm) -> None:
     run(make_vm, REGISTERS, "msrs_in_xapic_mode")
 
 
-@pytest.mark.protections("all")
 def test_read_only_msrs(make_vm: MakeVm) -> None:
     """Writing ID, version, PPR, LDR, ISR, TMR, IRR or the timer's current count is #GP in x2APIC mode.
 
@@ -277,7 +265,6 @@ def test_read_only_msrs(make_vm: MakeVm) -> None:
     run(make_vm, REGISTERS, "read_only")
 
 
-@pytest.mark.protections("all")
 def test_write_only_msrs(make_vm: MakeVm) -> None:
     """Reading EOI or SELF IPI is #GP in x2APIC mode.
 
@@ -286,7 +273,6 @@ def test_write_only_msrs(make_vm: MakeVm) -> None:
     run(make_vm, REGISTERS, "write_only")
 
 
-@pytest.mark.protections("all")
 def test_absent_msrs(make_vm: MakeVm) -> None:
     """DFR, the upper half of the ICR and numbers without a register are #GP in x2APIC mode.
 
@@ -295,7 +281,6 @@ def test_absent_msrs(make_vm: MakeVm) -> None:
     run(make_vm, REGISTERS, "absent")
 
 
-@pytest.mark.protections("all")
 def test_reserved_bits_of_msrs(make_vm: MakeVm) -> None:
     """Reserved bits in x2APIC MSRs are #GP, also a value other than 0 for the error status.
 
@@ -304,7 +289,6 @@ def test_reserved_bits_of_msrs(make_vm: MakeVm) -> None:
     run(make_vm, REGISTERS, "reserved")
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("vcpu_id", [0, 9, 200])
 def test_ids(make_vm: MakeVm, vcpu_id: int) -> None:
     """The guest's APIC id is the vCPU id in both modes, and in x2APIC mode the logical id follows from it.
@@ -314,7 +298,6 @@ def test_ids(make_vm: MakeVm, vcpu_id: int) -> None:
     run(make_vm, REGISTERS, "ids", vcpu_id, vcpu_id=vcpu_id)
 
 
-@pytest.mark.protections("all")
 def test_software_disable_masks(make_vm: MakeVm) -> None:
     """Clearing the software enable bit masks all entries, and they stay masked until it is set.
 
@@ -323,7 +306,6 @@ def test_software_disable_masks(make_vm: MakeVm) -> None:
     run(make_vm, REGISTERS, "software_disable")
 
 
-@pytest.mark.protections("all")
 def test_page_of_disabled_apic(make_vm: MakeVm) -> None:
     """By KVM's quirk the page of a disabled APIC reads as all ones and ignores writes.
 
@@ -335,7 +317,6 @@ def test_page_of_disabled_apic(make_vm: MakeVm) -> None:
     assert [tuple(call.args) for call in vm.vcpus[0].syncs()] == [(0xFFFF_FFFF,), (1,)]
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires(f"KVM_CAP_DISABLE_QUIRKS2&{int(KVM_X86_QUIRK_LAPIC_MMIO_HOLE)}")
 def test_page_of_disabled_apic_without_quirk(make_vm: MakeVm) -> None:
     """With KVM_X86_QUIRK_LAPIC_MMIO_HOLE disabled the page of a disabled APIC is MMIO of user space.

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.irq import Msi
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.x86 import apic
+from kvmpy import GuestVm, MakeVm, Msi, apic
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
@@ -132,7 +129,6 @@ def story(vm: GuestVm, windows: int = 4) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_requests(make_vm: MakeVm, x2apic: int) -> None:
     """While interrupts are off, requests wait in the IRR, and the TMR tells levels from edges.
@@ -146,7 +142,6 @@ def test_requests(make_vm: MakeVm, x2apic: int) -> None:
     vm.vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_highest_first(make_vm: MakeVm, x2apic: int) -> None:
     """Of several requests the highest vector comes first, whatever order they arrived in.
@@ -160,7 +155,6 @@ def test_highest_first(make_vm: MakeVm, x2apic: int) -> None:
     assert [vector for word, vector in story(vm) if word == "h"] == [HIGH, MIDDLE, LOW]
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_task_priority(make_vm: MakeVm, x2apic: int) -> None:
     """Vectors whose class is not above that of the task priority wait until it is lowered.
@@ -178,7 +172,6 @@ def test_task_priority(make_vm: MakeVm, x2apic: int) -> None:
     assert story(vm) == [("h", LOW), ("e", LOW)]
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_cr8(make_vm: MakeVm, x2apic: int) -> None:
     """CR8 is the class of the task priority in both directions; its reserved bits are #GP.
@@ -189,7 +182,6 @@ def test_cr8(make_vm: MakeVm, x2apic: int) -> None:
     vm.vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_priority_subclass(make_vm: MakeVm, x2apic: int) -> None:
     """The task priority keeps its lower half, which CR8 does not show.
@@ -201,7 +193,6 @@ def test_priority_subclass(make_vm: MakeVm, x2apic: int) -> None:
     vm.vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_in_service_register(make_vm: MakeVm, x2apic: int) -> None:
     """While a handler runs, its vector has moved from the IRR to the ISR; the EOI takes it out.
@@ -218,7 +209,6 @@ def test_in_service_register(make_vm: MakeVm, x2apic: int) -> None:
     assert vm.vcpus[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 0
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_processor_priority(make_vm: MakeVm, x2apic: int) -> None:
     """The processor priority is the class of what is in service, while that is above the task priority.
@@ -233,7 +223,6 @@ def test_processor_priority(make_vm: MakeVm, x2apic: int) -> None:
     assert said(vm) == ("i", 0x20)
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_higher_interrupts_lower(make_vm: MakeVm, x2apic: int) -> None:
     """A vector of a higher class interrupts the handler of a lower one that has switched interrupts on.
@@ -248,7 +237,6 @@ def test_higher_interrupts_lower(make_vm: MakeVm, x2apic: int) -> None:
     assert story(vm) == [("h", HIGH), ("e", HIGH), ("e", LOW)]
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_lower_waits_for_higher(make_vm: MakeVm, x2apic: int) -> None:
     """A vector of a lower or the same class waits for the EOI of a higher one.

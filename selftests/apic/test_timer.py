@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import Kvm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.structs import kvm_cpuid2
+from kvmpy import Kvm, MakeVm, kvm_cpuid2
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
@@ -229,7 +227,6 @@ def milliseconds(kvm: Kvm, number: int) -> int:
         return vm.create_vcpu().get_tsc_khz() * number
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_one_shot(make_vm: MakeVm, x2apic: int) -> None:
     """A one-shot timer interrupts once, its current count is 0 then, and it can be started again.
@@ -239,7 +236,6 @@ def test_one_shot(make_vm: MakeVm, x2apic: int) -> None:
     run(make_vm, "one_shot", x2apic)
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_periodic(make_vm: MakeVm, x2apic: int) -> None:
     """A periodic timer interrupts again and again, until it is stopped.
@@ -249,7 +245,6 @@ def test_periodic(make_vm: MakeVm, x2apic: int) -> None:
     run(make_vm, "periodic", x2apic)
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_count(make_vm: MakeVm, x2apic: int) -> None:
     """The current count starts at the initial count and runs down; initial count 0 stops it.
@@ -259,7 +254,6 @@ def test_count(make_vm: MakeVm, x2apic: int) -> None:
     run(make_vm, "count", x2apic)
 
 
-@pytest.mark.protections("all")
 @MODES
 def test_masked(make_vm: MakeVm, x2apic: int) -> None:
     """A masked timer counts to 0 and does not interrupt.
@@ -269,7 +263,6 @@ def test_masked(make_vm: MakeVm, x2apic: int) -> None:
     run(make_vm, "masked", x2apic)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ", "stable-tsc")
 @MODES
 def test_deadline(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
@@ -280,7 +273,6 @@ def test_deadline(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
     run(make_vm, "deadline", x2apic, milliseconds(kvm, 2))
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER")
 @MODES
 def test_past_deadline(make_vm: MakeVm, x2apic: int) -> None:
@@ -291,7 +283,6 @@ def test_past_deadline(make_vm: MakeVm, x2apic: int) -> None:
     run(make_vm, "past_deadline", x2apic)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ")
 @MODES
 def test_disarm(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
@@ -302,7 +293,6 @@ def test_disarm(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
     run(make_vm, "disarm", x2apic, milliseconds(kvm, 5))
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER")
 @MODES
 def test_registers_of_other_modes(make_vm: MakeVm, x2apic: int) -> None:
@@ -313,7 +303,6 @@ def test_registers_of_other_modes(make_vm: MakeVm, x2apic: int) -> None:
     run(make_vm, "other_modes", x2apic)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ")
 @MODES
 def test_leaving_deadline_mode(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
@@ -324,7 +313,6 @@ def test_leaving_deadline_mode(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
     run(make_vm, "switch_mode", x2apic, milliseconds(kvm, 5))
 
 
-@pytest.mark.protections("all")
 def test_deadline_mode_without_cpuid(make_vm: MakeVm) -> None:
     """Without CPUID.1:ECX.TSC_DEADLINE the timer's entry has no such mode: the bit does not stick.
 

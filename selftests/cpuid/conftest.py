@@ -7,43 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.structs import kvm_cpuid2
-from kvmpy.x86.cpuid import Cpuid
-
-_CPUID, _CR4, _WRMSR, _RDMSR = 1, 2, 3, 4
-
-GUEST = """
-#include <kvmpy/guest.h>
-
-GUEST_SHARED u64 operands[2];
-
-void guest_main(void)
-{
-	struct cpuid_regs r = { 0 };
-	struct guest_fault fault = { 0 };
-	u64 value = 0;
-
-	for (;;) {
-		switch (GUEST_ASK(KVMPY_UCALL_CMD_USER, r.eax, r.ebx, r.ecx, r.edx, fault.faulted, value)) {
-		case 1:
-			r = cpuid(operands[0], operands[1]);
-			break;
-		case 2:
-			fault = write_cr4_safe((read_cr4() & ~operands[0]) | operands[1]);
-			break;
-		case 3:
-			fault = wrmsr_safe(operands[0], operands[1]);
-			break;
-		case 4:
-			fault = rdmsr_safe(operands[0], &value);
-			break;
-		}
-	}
-}
-"""
+from kvmpy import AGENT, Agent, Cpuid, Fault, GuestVcpu, GuestVm, MakeVm, kvm_cpuid2
 
 
 class CpuidGuest:
@@ -51,24 +15,18 @@ class CpuidGuest:
 
     def __init__(self, vm: GuestVm) -> None:
         self.vm = vm
-        vm.launch()
-        self._calls = {vcpu.index: vcpu.sync() for vcpu in vm.vcpus}
+        self._agents = [Agent(vcpu) for vcpu in vm.vcpus]
+        for agent in self._agents:
+            agent.start()
 
     @property
     def vcpu(self) -> GuestVcpu:
         """The first vCPU."""
         return self.vm.vcpus[0]
 
-    def _ask(self, what: int, first: int, second: int, index: int = 0) -> tuple[int, ...]:
-        self.vm.symbol("operands").bytes = first.to_bytes(8, "little") + second.to_bytes(8, "little")
-        self._calls[index].reply(what)
-        self._calls[index] = self.vm.vcpus[index].sync()
-        return self._calls[index].args
-
     def cpuid(self, leaf: int, subleaf: int = 0, *, vcpu: int = 0) -> tuple[int, int, int, int]:
         """Execute CPUID and return EAX, EBX, ECX, EDX."""
-        eax, ebx, ecx, edx = self._ask(_CPUID, leaf, subleaf, vcpu)[:4]
-        return eax, ebx, ecx, edx
+        return self._agents[vcpu].cpuid(leaf, subleaf)
 
     def has(self, feature: str) -> bool:
         """Tell whether the guest sees a feature, by Linux's name."""
@@ -79,16 +37,16 @@ class CpuidGuest:
 
     def change_cr4(self, *, clear: int = 0, put: int = 0) -> None:
         """Clear and set bits of CR4; a fault fails the test."""
-        assert not self._ask(_CR4, clear, put)[4]
+        assert self._agents[0].change_cr(4, clear=clear, put=put) is None
 
     def wrmsr(self, index: int, value: int) -> None:
         """Write an MSR; a fault fails the test."""
-        assert not self._ask(_WRMSR, index, value)[4]
+        assert self._agents[0].wrmsr(index, value) is None
 
     def rdmsr(self, index: int) -> int | None:
         """Return an MSR, None where it faults."""
-        _, _, _, _, faulted, value = self._ask(_RDMSR, index, 0)
-        return None if faulted else value
+        value = self._agents[0].rdmsr(index)
+        return None if isinstance(value, Fault) else value
 
 
 CpuidGuestMaker = Callable[..., CpuidGuest]
@@ -116,6 +74,6 @@ def cpuid_guest(make_vm: MakeVm) -> CpuidGuestMaker:
         before_vcpus: Callable[[GuestVm], None] | None = None,
         vcpus: int = 1,
     ) -> CpuidGuest:
-        return CpuidGuest(make_vm(GUEST, cpuid=changed(change), before_vcpus=before_vcpus, vcpus=vcpus))
+        return CpuidGuest(make_vm(AGENT, cpuid=changed(change), before_vcpus=before_vcpus, vcpus=vcpus))
 
     return make

@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.coco.kvm import Kvm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.testing.verdicts import Missing
-from kvmpy.uapi.structs import kvm_cpuid2
-from kvmpy.x86.cpuid import SIGNIFICANT_INDEX, Cpuid, CpuidEntry
+from kvmpy import Cpuid, CpuidEntry, Kvm, MakeVm, Missing, kvm_cpuid2
+from kvmpy.x86.cpuid import SIGNIFICANT_INDEX
 
 if TYPE_CHECKING:
     from kvmpy.core.kvm import Kvm as CoreKvm
@@ -35,7 +32,6 @@ def set_vendor(cpuid: Cpuid, vendor: bytes) -> None:
     leaf.ebx, leaf.edx, leaf.ecx = (int.from_bytes(vendor[at : at + 4], "little") for at in (0, 4, 8))
 
 
-@pytest.mark.protections("all")
 def test_leaf(cpuid_guest: CpuidGuestMaker) -> None:
     """The guest gets all four registers of a leaf as KVM_SET_CPUID2 set them.
 
@@ -47,7 +43,6 @@ def test_leaf(cpuid_guest: CpuidGuestMaker) -> None:
     assert guest.cpuid(LEAF) == values
 
 
-@pytest.mark.protections("all")
 def test_supported_table(cpuid_guest: CpuidGuestMaker, kvm: Kvm) -> None:
     """Leaves of KVM_GET_SUPPORTED_CPUID that describe the CPU and no state arrive in the guest as they are.
 
@@ -61,7 +56,6 @@ def test_supported_table(cpuid_guest: CpuidGuestMaker, kvm: Kvm) -> None:
         assert guest.cpuid(leaf) == entry.registers
 
 
-@pytest.mark.protections("all")
 def test_hidden_features(cpuid_guest: CpuidGuestMaker) -> None:
     """Features that the table lacks are not there for the guest, whatever the CPU has.
 
@@ -77,7 +71,6 @@ def test_hidden_features(cpuid_guest: CpuidGuestMaker) -> None:
     assert [feature for feature in features if guest.has(feature)] == []
 
 
-@pytest.mark.protections("all")
 def test_subleaves(cpuid_guest: CpuidGuestMaker) -> None:
     """Entries with KVM_CPUID_FLAG_SIGNIFCANT_INDEX answer for their ECX alone; others are zeros.
 
@@ -94,7 +87,6 @@ def test_subleaves(cpuid_guest: CpuidGuestMaker) -> None:
     assert guest.cpuid(LEAF, 2) == NOTHING
 
 
-@pytest.mark.protections("all")
 def test_index_without_meaning(cpuid_guest: CpuidGuestMaker) -> None:
     """An entry without KVM_CPUID_FLAG_SIGNIFCANT_INDEX answers whatever ECX holds.
 
@@ -105,7 +97,6 @@ def test_index_without_meaning(cpuid_guest: CpuidGuestMaker) -> None:
     assert [guest.cpuid(LEAF, ecx) for ecx in (0, 7, 0xFFFF_FFFF)] == [values] * 3
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize(
     ("vendor", "beyond"),
     [(b"GenuineIntel", (0x51, 0x52, 0x53, 0x54)), (b"AuthenticAMD", NOTHING)],
@@ -129,7 +120,6 @@ def test_leaf_out_of_range(
     assert guest.cpuid(0x2000_0000) == beyond
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("vendor", [b"GenuineIntel", b"AuthenticAMD"], ids=["intel", "amd"])
 def test_missing_leaf_in_range(cpuid_guest: CpuidGuestMaker, vendor: bytes) -> None:
     """A leaf that is missing below the highest one reads as zeros for both vendors.
@@ -145,7 +135,6 @@ def test_missing_leaf_in_range(cpuid_guest: CpuidGuestMaker, vendor: bytes) -> N
     assert guest.cpuid(LEAF - 1) == NOTHING
 
 
-@pytest.mark.protections("all")
 def test_upper_halves(make_vm: MakeVm) -> None:
     """CPUID ignores the upper halves of RAX and RCX, and clears those of the four registers that it writes.
 
@@ -170,7 +159,6 @@ void guest_main(void)
     assert vm.vcpus[0].sync().args == leaf0.registers
 
 
-@pytest.mark.protections("all")
 def test_each_vcpu_its_own(cpuid_guest: CpuidGuestMaker) -> None:
     """Every vCPU answers with the table that was set for it, such as its own APIC id.
 
@@ -187,7 +175,6 @@ def emulates_movbe(kvm: CoreKvm) -> Missing | None:
     return Missing("MOVBE in KVM_GET_EMULATED_CPUID", "a KVM that emulates it", ("cpuid-emulated:movbe",))
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_EXT_EMUL_CPUID", emulates_movbe)
 def test_emulated_feature_works(make_vm: MakeVm) -> None:
     """A guest whose CPUID shows MOVBE can use it when KVM_GET_EMULATED_CPUID names it, whatever the CPU has.

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.coco.kvm import Kvm
-from kvmpy.uapi.constants import KVM_CAP_ENFORCE_PV_FEATURE_CPUID
-from kvmpy.x86.cpuid import Cpuid
+from kvmpy import KVM_CAP_ENFORCE_PV_FEATURE_CPUID, Cpuid, Kvm
 
 if TYPE_CHECKING:
     from selftests.cpuid.conftest import CpuidGuestMaker
@@ -21,7 +19,6 @@ MSR_KVM_SYSTEM_TIME_NEW = 0x4B56_4D01
 MSR_KVM_STEAL_TIME = 0x4B56_4D03
 
 
-@pytest.mark.protections("all")
 def test_signature(cpuid_guest: CpuidGuestMaker) -> None:
     """With the supported CPUID the guest finds "KVMKVMKVM" at 0x40000000, with the highest leaf in EAX.
 
@@ -33,7 +30,6 @@ def test_signature(cpuid_guest: CpuidGuestMaker) -> None:
     assert FEATURES <= eax <= 0x4000_00FF
 
 
-@pytest.mark.protections("all")
 def test_features(cpuid_guest: CpuidGuestMaker, kvm: Kvm) -> None:
     """The guest finds KVM's features at 0x40000001, among them kvmclock, and the hypervisor bit in leaf 1.
 
@@ -46,7 +42,6 @@ def test_features(cpuid_guest: CpuidGuestMaker, kvm: Kvm) -> None:
     assert guest.has("hypervisor")
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 def test_hidden(cpuid_guest: CpuidGuestMaker) -> None:
     """A guest whose table lacks KVM's leaves finds no signature, and may use KVM's MSRs all the same.
@@ -66,7 +61,6 @@ def test_hidden(cpuid_guest: CpuidGuestMaker) -> None:
     assert guest.rdmsr(MSR_KVM_SYSTEM_TIME_NEW) == 0
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
 @pytest.mark.parametrize("offered", [False, True], ids=["hidden", "offered"])
 def test_enforced(cpuid_guest: CpuidGuestMaker, offered: bool) -> None:

@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.verdicts import Missing
-from kvmpy.uapi.constants import (
+from kvmpy import (
+    CR4,
     KVM_CAP_DISABLE_QUIRKS2,
     KVM_CAP_X86_DISABLE_EXITS,
     KVM_X86_DISABLE_EXITS_HLT,
     KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT,
+    XCR0,
+    Cpuid,
+    GuestVm,
+    Missing,
+    Msr,
+    kvm_xcrs,
 )
-from kvmpy.uapi.structs import kvm_xcrs
-from kvmpy.x86.bits import CR4, XCR0
-from kvmpy.x86.cpuid import Cpuid
-from kvmpy.x86.msr_numbers import Msr
 
 if TYPE_CHECKING:
-    from kvmpy.core.kvm import Kvm
+    from kvmpy import Kvm
     from selftests.cpuid.conftest import CpuidGuest, CpuidGuestMaker
 
 APICBASE_ENABLE = 1 << 11
@@ -42,7 +43,6 @@ def avx_state(kvm: Kvm) -> Missing | None:
     return Missing("AVX state in leaf 0xD of KVM_GET_SUPPORTED_CPUID", "a CPU with AVX", ("xcr0:avx",))
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize(
     ("feature", "bit"),
     [
@@ -63,7 +63,6 @@ def test_cr4(cpuid_guest: CpuidGuestMaker, feature: str, bit: int) -> None:
     assert (guest.has(feature), host_sees(guest, feature)) == (False, False)
 
 
-@pytest.mark.protections("all")
 def test_table_cannot_set_osxsave(cpuid_guest: CpuidGuestMaker) -> None:
     """A table with OSXSAVE set does not show it to a guest whose CR4.OSXSAVE is clear.
 
@@ -73,7 +72,6 @@ def test_table_cannot_set_osxsave(cpuid_guest: CpuidGuestMaker) -> None:
     assert not guest.has("osxsave")
 
 
-@pytest.mark.protections("all")
 def test_apic(cpuid_guest: CpuidGuestMaker) -> None:
     """The APIC feature goes while the guest has its local APIC disabled, and comes back with it.
 
@@ -89,7 +87,6 @@ def test_apic(cpuid_guest: CpuidGuestMaker) -> None:
     assert (guest.has("apic"), host_sees(guest, "apic")) == (True, True)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 @pytest.mark.requires("KVM_CAP_XCRS", avx_state)
 def test_xsave_size(cpuid_guest: CpuidGuestMaker) -> None:
@@ -107,7 +104,6 @@ def test_xsave_size(cpuid_guest: CpuidGuestMaker) -> None:
     assert sizes == {1: 576, 7: 832}
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires(f"KVM_CAP_DISABLE_QUIRKS2&{int(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT):#x}", "cpuid:xmm3")
 @pytest.mark.parametrize("disable", [False, True], ids=["quirk", "no-quirk"])
 def test_mwait(cpuid_guest: CpuidGuestMaker, disable: bool) -> None:
@@ -129,7 +125,6 @@ def test_mwait(cpuid_guest: CpuidGuestMaker, disable: bool) -> None:
     assert not guest.has("mwait")
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires(f"KVM_CAP_X86_DISABLE_EXITS&{int(KVM_X86_DISABLE_EXITS_HLT):#x}")
 @pytest.mark.parametrize("disable", [False, True], ids=["hlt-exits", "no-hlt-exits"])
 def test_pv_unhalt(cpuid_guest: CpuidGuestMaker, disable: bool) -> None:

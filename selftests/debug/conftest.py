@@ -7,15 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.core.address import Gva
-from kvmpy.core.exits import DebugExit
-from kvmpy.guest.ucall import Ucall
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import DebugExit, GuestVcpu, GuestVm, Gva, MakeVm, Missing, Ucall
 from kvmpy.testing.gate import refuse
 from kvmpy.testing.host import platform_name
-from kvmpy.testing.verdicts import Missing
 
 # RAX counts: 1 at ring_b, 2 at ring_write, 3 at ring_read and at the end.
 GUEST = """

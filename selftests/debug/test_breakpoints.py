@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.vcpu_state import DebugPoint
-from kvmpy.uapi.constants import (
+from kvmpy import (
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_INJECT_BP,
     KVM_GUESTDBG_USE_HW_BP,
     KVM_GUESTDBG_USE_SW_BP,
+    RFLAGS,
+    DebugPoint,
+    Vector,
 )
-from kvmpy.x86.bits import RFLAGS
-from kvmpy.x86.exceptions import Vector
 
 if TYPE_CHECKING:
     from selftests.debug.conftest import LineMaker
@@ -31,7 +31,6 @@ DR6_ACTIVE_LOW = 0xFFFF_0FF0
 UNTOUCHED = (3, 0, 0, 0, 0)
 
 
-@pytest.mark.protections("all")
 @rings
 def test_software_breakpoint(line: LineMaker, ring: str) -> None:
     """An INT3 that the debugger put into the code exits with #BP and its address, unseen by the guest.
@@ -51,7 +50,6 @@ def test_software_breakpoint(line: LineMaker, ring: str) -> None:
     assert guest.finish() == UNTOUCHED
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("control", [0, int(KVM_GUESTDBG_ENABLE)], ids=["off", "on"])
 def test_int3_of_the_guest(line: LineMaker, control: int) -> None:
     """Without KVM_GUESTDBG_USE_SW_BP an INT3 goes to the guest's own handler.
@@ -65,7 +63,6 @@ def test_int3_of_the_guest(line: LineMaker, control: int) -> None:
     assert guest.finish() == (3, 0, 0, 1, where + 1)
 
 
-@pytest.mark.protections("all")
 @rings
 def test_int3_handed_on(line: LineMaker, ring: str) -> None:
     """A #BP that is not the debugger's own can be given to the guest, which then goes on behind its INT3.
@@ -82,7 +79,6 @@ def test_int3_handed_on(line: LineMaker, ring: str) -> None:
     assert guest.finish() == (3, 0, 0, 1, where + 1)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("debug_registers")
 @rings
 @pytest.mark.parametrize("slot", [0, 1, 2, 3])
@@ -102,7 +98,6 @@ def test_hardware_breakpoint(line: LineMaker, ring: str, slot: int) -> None:
     assert guest.finish() == UNTOUCHED
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("debug_registers")
 def test_several_hardware_breakpoints(line: LineMaker) -> None:
     """Each of several breakpoints exits when the guest comes to it, in the order of the code.
@@ -123,7 +118,6 @@ def test_several_hardware_breakpoints(line: LineMaker) -> None:
     assert guest.finish() == UNTOUCHED
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("debug_registers")
 @rings
 def test_resume_flag(line: LineMaker, ring: str) -> None:
@@ -140,7 +134,6 @@ def test_resume_flag(line: LineMaker, ring: str) -> None:
     assert guest.finish() == UNTOUCHED
 
 
-@pytest.mark.protections("all")
 def test_hardware_breakpoint_needs_its_enable_bit(line: LineMaker) -> None:
     """An address whose enable bits in DR7 are clear does not exit.
 
@@ -152,7 +145,6 @@ def test_hardware_breakpoint_needs_its_enable_bit(line: LineMaker) -> None:
     assert guest.finish() == UNTOUCHED
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("debug_registers")
 @pytest.mark.parametrize("keep", [0, int(KVM_GUESTDBG_USE_HW_BP)], ids=["zero", "without-enable"])
 def test_switched_off(line: LineMaker, keep: int) -> None:

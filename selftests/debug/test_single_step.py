@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.exits import DebugExit, Exit, IoExit
-from kvmpy.guest.ucall import Ucall
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import (
+from kvmpy import (
     KVM_GUESTDBG_BLOCKIRQ,
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_SINGLESTEP,
+    RFLAGS,
+    DebugExit,
+    Exit,
+    GuestVcpu,
+    GuestVm,
+    IoExit,
+    MakeVm,
+    Ucall,
+    Vector,
 )
-from kvmpy.x86.bits import RFLAGS
-from kvmpy.x86.exceptions import Vector
 
 if TYPE_CHECKING:
     from selftests.debug.conftest import Line, LineMaker
@@ -41,7 +43,6 @@ def step_to(guest: Line, label: str, control: int = STEP) -> None:
     pytest.fail(f"1000 steps did not lead to {label}")
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("ring", ["kernel", "user"])
 def test_each_instruction(line: LineMaker, ring: str) -> None:
     """Every KVM_RUN executes one instruction and exits with #DB, DR6.BS and the address of the next one.
@@ -57,7 +58,6 @@ def test_each_instruction(line: LineMaker, ring: str) -> None:
         assert guest.vcpu.get_regs().rip == got.pc
 
 
-@pytest.mark.protections("all")
 def test_ends(line: LineMaker) -> None:
     """Stepping ends when it is switched off; the guest runs on and saw nothing of it.
 
@@ -69,7 +69,6 @@ def test_ends(line: LineMaker) -> None:
     assert guest.finish() == (3, 0, 0, 0, 0)
 
 
-@pytest.mark.protections("all")
 def test_not_without_enable(line: LineMaker) -> None:
     """KVM_GUESTDBG_SINGLESTEP without KVM_GUESTDBG_ENABLE does nothing.
 
@@ -80,7 +79,6 @@ def test_not_without_enable(line: LineMaker) -> None:
     assert guest.finish() == (3, 0, 0, 0, 0)
 
 
-@pytest.mark.protections("all")
 def test_trap_flag_is_hidden(line: LineMaker) -> None:
     """The trap flag that KVM uses for stepping does not show in KVM_GET_REGS.
 
@@ -91,7 +89,6 @@ def test_trap_flag_is_hidden(line: LineMaker) -> None:
     assert not guest.vcpu.get_regs().rflags & RFLAGS.TF
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires(f"KVM_CAP_SET_GUEST_DEBUG2&{int(KVM_GUESTDBG_BLOCKIRQ):#x}")
 def test_blocked_interrupts(line: LineMaker) -> None:
     """With KVM_GUESTDBG_BLOCKIRQ an NMI that is pending waits until stepping is over.
@@ -189,7 +186,6 @@ def steps(vcpu: GuestVcpu) -> tuple[list[int], Ucall]:
     pytest.fail("2000 steps did not lead to a SYNC")
 
 
-@pytest.mark.protections("all")
 def test_over_intercepted_instructions(make_vm: MakeVm) -> None:
     """Instructions that KVM executes for the guest, such as CPUID, RDMSR and MOV CR4, are single steps too.
 
@@ -209,7 +205,6 @@ def test_over_intercepted_instructions(make_vm: MakeVm) -> None:
     assert end.args == (1,)
 
 
-@pytest.mark.protections("all")
 def test_over_port_io(make_vm: MakeVm) -> None:
     """An instruction that exits for I/O is followed by the step's own exit once user space has done its part.
 
@@ -233,7 +228,6 @@ def test_over_port_io(make_vm: MakeVm) -> None:
     assert vcpu.get_regs().rax & 0xFF == 0x5A
 
 
-@pytest.mark.protections("all")
 def test_over_an_exception(make_vm: MakeVm) -> None:
     """Stepping over an instruction that faults runs the guest's handler once and goes on stepping behind it.
 

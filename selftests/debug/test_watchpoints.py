@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.vcpu_state import DebugPoint
-from kvmpy.x86.exceptions import Vector
+from kvmpy import DebugPoint, Vector
 
 if TYPE_CHECKING:
     from selftests.debug.conftest import LineMaker
@@ -23,7 +22,6 @@ DR6_ACTIVE_LOW = 0xFFFF_0FF0
 UNTOUCHED = (3, 0, 0, 0, 0)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:host_sees_private")
 @rings
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -41,7 +39,6 @@ def test_write(line: LineMaker, ring: str, size: int) -> None:
     assert guest.finish() == UNTOUCHED
 
 
-@pytest.mark.protections("all")
 @rings
 def test_read_and_write(line: LineMaker, ring: str) -> None:
     """A watchpoint for both exits behind the write and behind the read.
@@ -54,7 +51,6 @@ def test_read_and_write(line: LineMaker, ring: str) -> None:
     assert guest.finish() == UNTOUCHED
 
 
-@pytest.mark.protections("all")
 @rings
 def test_part(line: LineMaker, ring: str) -> None:
     """A watchpoint on any byte of what is written exits.
@@ -67,7 +63,6 @@ def test_part(line: LineMaker, ring: str) -> None:
     assert guest.finish() == UNTOUCHED
 
 
-@pytest.mark.protections("all")
 @rings
 def test_neighbours(line: LineMaker, ring: str) -> None:
     """Accesses beside a watchpoint do not exit.

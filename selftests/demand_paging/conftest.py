@@ -8,10 +8,7 @@ from typing import Protocol
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.errors import MissingError
-from kvmpy.core.uffd import DemandPager, PageFault, Userfaultfd
-from kvmpy.uapi.constants import UffdFeature
+from kvmpy import PAGE_SIZE, DemandPager, MissingError, PageFault, UffdFeature, Userfaultfd
 
 Handler = Callable[[PageFault], object]
 

@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.backing import Anonymous, Backing, MemFd
-from kvmpy.core.uffd import PageFault
-from kvmpy.uapi.constants import UffdFeature, UffdRegisterMode
+from kvmpy import PAGE_SIZE, Anonymous, Backing, Gpa, Gva, MemFd, PageFault, UffdFeature, UffdRegisterMode
 
 if TYPE_CHECKING:
     from selftests.conftest import Accessor
     from selftests.demand_paging.conftest import MakePager
 
-pytestmark = pytest.mark.protections("all")
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

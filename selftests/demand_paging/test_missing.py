@@ -9,16 +9,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa, Gva
-from kvmpy.core.backing import Anonymous, Backing, HugeTlb, Mapping, MemFd
-from kvmpy.core.uffd import PageFault
-from kvmpy.uapi.constants import UffdFeature
+from kvmpy import (
+    PAGE_SIZE,
+    SIZE_2M,
+    Anonymous,
+    Backing,
+    Gpa,
+    Gva,
+    HugeTlb,
+    Mapping,
+    MemFd,
+    PageFault,
+    UffdFeature,
+)
 
 if TYPE_CHECKING:
     from selftests.conftest import Accessor
     from selftests.demand_paging.conftest import MakePager
 
-pytestmark = pytest.mark.protections("all")
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

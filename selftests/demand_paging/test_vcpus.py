@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.backing import Anonymous, Mapping
-from kvmpy.core.threads import VcpuThread
-from kvmpy.core.uffd import PageFault
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, Anonymous, Gpa, GuestVm, Gva, MakeVm, Mapping, PageFault, VcpuThread
 
 if TYPE_CHECKING:
     from selftests.demand_paging.conftest import MakePager
 
-pytestmark = pytest.mark.protections("all")
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

@@ -7,13 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.backing import Backing
-from kvmpy.core.slots import MemorySlot
-from kvmpy.guest.ucall import Ucall
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MEM_LOG_DIRTY_PAGES
+from kvmpy import KVM_MEM_LOG_DIRTY_PAGES, PAGE_SIZE, Backing, Gpa, GuestVm, Gva, MakeVm, MemorySlot, Ucall
 
 REGION_GPA = Gpa(0x1000_0000)
 REGION_GVA = Gva(0x6000_0000)

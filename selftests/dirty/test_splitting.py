@@ -5,15 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M
-from kvmpy.core.backing import Anonymous
-from kvmpy.core.errors import MissingError
-from kvmpy.uapi.constants import KVM_MEM_LOG_DIRTY_PAGES
+from kvmpy import KVM_MEM_LOG_DIRTY_PAGES, PAGE_SIZE, SIZE_2M, Anonymous, MissingError
 
 from .conftest import REGION_GPA, MakeWriters, Writers
 
 pytestmark = [
-    pytest.mark.protections("all"),
     # Hosts that emulate ring 0 map nothing for it.
     pytest.mark.parametrize("ring", [3], ids=["ring3"], indirect=True),
 ]

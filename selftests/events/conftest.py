@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import GuestVcpu, GuestVm, MakeVm
 
 # Ring 0 only.  The host may change "interrupts" between two SYNCs.
 GUEST = """

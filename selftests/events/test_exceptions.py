@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import Gva
+from kvmpy import KVM_CAP_EXCEPTION_PAYLOAD, Gva, Missing, Vector
 from kvmpy.guest import layout
 from kvmpy.testing import host
-from kvmpy.testing.verdicts import Missing
-from kvmpy.uapi.constants import KVM_CAP_EXCEPTION_PAYLOAD
-from kvmpy.x86.exceptions import Vector
 
 if TYPE_CHECKING:
-    from kvmpy.core.kvm import Kvm
+    from kvmpy import Kvm
     from selftests.events.conftest import EventGuest, EventGuestMaker
 
 pytestmark = [
@@ -47,7 +44,6 @@ def pend(guest: EventGuest, vector: int, value: int | None, error_code: int | No
     guest.vcpu.set_vcpu_events(events)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("vector", [Vector.DE, Vector.BR, Vector.UD, Vector.NM, Vector.MF, Vector.XM])
 def test_without_error_code(event_guest: EventGuestMaker, vector: Vector) -> None:
     """An injected exception without error code reaches the guest's handler once, where the guest stood.
@@ -64,7 +60,6 @@ def test_without_error_code(event_guest: EventGuestMaker, vector: Vector) -> Non
     assert guest.counts() == {vector: 1}
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("vector", [Vector.TS, Vector.NP, Vector.SS, Vector.GP, Vector.AC])
 @pytest.mark.parametrize("error_code", [0, 0x8])
 def test_with_error_code(event_guest: EventGuestMaker, vector: Vector, error_code: int) -> None:
@@ -80,7 +75,6 @@ def test_with_error_code(event_guest: EventGuestMaker, vector: Vector, error_cod
     assert guest.seen(vector)[:3] == (1, error_code, where)
 
 
-@pytest.mark.protections("all")
 def test_page_fault_by_hand(event_guest: EventGuestMaker) -> None:
     """An injected page fault comes with its error code and the CR2 that KVM_SET_SREGS set.
 
@@ -104,7 +98,6 @@ def knows_vc(_kvm: Kvm) -> Missing | None:
     return Missing("#VC with an error code", how, ("vc-injection",))
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires.with_args(knows_vc)
 @pytest.mark.parametrize("error_code", [0x72, 0x7B, 0x400])
 def test_vmm_communication(event_guest: EventGuestMaker, error_code: int) -> None:
@@ -120,7 +113,6 @@ def test_vmm_communication(event_guest: EventGuestMaker, error_code: int) -> Non
     assert guest.seen(Vector.VC)[:3] == (1, error_code, where)
 
 
-@pytest.mark.protections("all")
 @payload
 def test_page_fault_with_payload(event_guest: EventGuestMaker) -> None:
     """A pending page fault's payload is in CR2 when the guest's handler runs.
@@ -135,7 +127,6 @@ def test_page_fault_with_payload(event_guest: EventGuestMaker) -> None:
     assert (seen.times, seen.error_code, seen.rip, seen.cr2) == (1, 0x2, where, CR2)
 
 
-@pytest.mark.protections("all")
 @payload
 def test_page_fault_without_payload(event_guest: EventGuestMaker) -> None:
     """A pending page fault without a payload leaves CR2 as it is.
@@ -151,7 +142,6 @@ def test_page_fault_without_payload(event_guest: EventGuestMaker) -> None:
     assert guest.seen(Vector.PF).cr2 == CR2
 
 
-@pytest.mark.protections("all")
 @payload
 @pytest.mark.parametrize("bits", [0x4000, 0x2, 0x400F])
 def test_debug_exception_with_payload(event_guest: EventGuestMaker, bits: int) -> None:
@@ -166,7 +156,6 @@ def test_debug_exception_with_payload(event_guest: EventGuestMaker, bits: int) -
     assert (seen.times, seen.dr6) == (1, DR6_ACTIVE_LOW | bits)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_tables")
 def test_double_fault(event_guest: EventGuestMaker) -> None:
     """An injected page fault whose gate is not present ends in #DF with error code 0.

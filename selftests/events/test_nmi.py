@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_VCPUEVENT_VALID_NMI_PENDING
-from kvmpy.x86.exceptions import Vector
+from kvmpy import KVM_VCPUEVENT_VALID_NMI_PENDING, MakeVm, Vector
 
 if TYPE_CHECKING:
     from selftests.events.conftest import EventGuestMaker
@@ -21,7 +19,6 @@ pytestmark = [
 NMI = Vector.NMI
 
 
-@pytest.mark.protections("all")
 def test_queued(event_guest: EventGuestMaker) -> None:
     """KVM_NMI makes one NMI pending, which the guest takes at once although its interrupts are off.
 
@@ -37,7 +34,6 @@ def test_queued(event_guest: EventGuestMaker) -> None:
     assert guest.vcpu.get_vcpu_events().nmi.pending == 0
 
 
-@pytest.mark.protections("all")
 def test_pending_by_events(event_guest: EventGuestMaker) -> None:
     """nmi.pending of KVM_SET_VCPU_EVENTS makes an NMI pending like KVM_NMI.
 
@@ -52,7 +48,6 @@ def test_pending_by_events(event_guest: EventGuestMaker) -> None:
     assert guest.counts() == {NMI: 1}
 
 
-@pytest.mark.protections("all")
 def test_taken_back(event_guest: EventGuestMaker) -> None:
     """A pending NMI that KVM_SET_VCPU_EVENTS clears is never delivered.
 
@@ -67,7 +62,6 @@ def test_taken_back(event_guest: EventGuestMaker) -> None:
     assert guest.counts() == {}
 
 
-@pytest.mark.protections("all")
 def test_masked(event_guest: EventGuestMaker) -> None:
     """With nmi.masked an NMI stays pending until the guest executes IRET.
 
@@ -109,7 +103,6 @@ void guest_main(void)
 """
 
 
-@pytest.mark.protections("all")
 def test_in_the_handler(make_vm: MakeVm) -> None:
     """NMIs are masked while the guest handles one; of those that come meanwhile it gets one afterwards.
 

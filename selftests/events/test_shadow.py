@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.exits import IrqWindowOpenExit
-from kvmpy.guest.errors import GuestTimeoutError
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import KVM_VCPUEVENT_VALID_SHADOW, GuestTimeoutError, IrqWindowOpenExit, MakeVm, ShadowInt
 from kvmpy.testing.host import platform_name
-from kvmpy.uapi.constants import KVM_VCPUEVENT_VALID_SHADOW, ShadowInt
 
 if TYPE_CHECKING:
     from selftests.events.conftest import EventGuest, EventGuestMaker
 
-pytestmark = pytest.mark.protections("all")
 VECTOR = 0x45
 # QEMU without KVM forgets the shadow at VMRUN: there it is lost where the host's timer comes between the two
 # instructions, which is seldom. A KVM that lets the interrupt in does so each time.

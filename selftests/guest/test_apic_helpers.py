@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import MakeVm
 
-pytestmark = [pytest.mark.protections("all"), pytest.mark.requires("KVM_CAP_IRQCHIP")]
+pytestmark = pytest.mark.requires("KVM_CAP_IRQCHIP")
 
 HELPERS = """
 #include <kvmpy/guest.h>

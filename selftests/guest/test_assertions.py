@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.guest.errors import GuestAssertionError
-from kvmpy.guest.program import GuestProgram
-from kvmpy.testing.fixtures import MakeVm
-
-pytestmark = pytest.mark.protections("all")
+from kvmpy import GuestAssertionError, GuestProgram, MakeVm
 
 HOLDING = """
 #include <kvmpy/guest.h>

@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from kvmpy.testing.fixtures import MakeVm
-
-pytestmark = pytest.mark.protections("all")
+from kvmpy import MakeVm
 
 VCPUS = 4
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.guest.errors import GuestExceptionError
-from kvmpy.testing.fixtures import MakeVm
-
-pytestmark = pytest.mark.protections("all")
+from kvmpy import GuestExceptionError, MakeVm
 
 FAULTS = """
 #include <kvmpy/guest.h>

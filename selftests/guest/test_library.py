@@ -3,14 +3,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from kvmpy.core.address import Gpa, Gva
-from kvmpy.core.exits import MmioExit
-from kvmpy.guest.program import GuestProgram
-from kvmpy.testing.fixtures import MakeVm
-
-pytestmark = pytest.mark.protections("all")
+from kvmpy import Gpa, GuestProgram, Gva, MakeVm, MmioExit
 
 STRINGS = """
 #include <kvmpy/guest.h>

@@ -3,12 +3,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from kvmpy.guest.program import GuestProgram
-from kvmpy.testing.fixtures import MakeVm
-
-pytestmark = pytest.mark.protections("all")
+from kvmpy import GuestProgram, MakeVm
 
 BIG = 0xFEDCBA9876543210
 

@@ -5,13 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.exits import IoExit
+from kvmpy import IoExit, MakeVm, Ucall, UnexpectedExitError
 from kvmpy.guest import layout, ucall
-from kvmpy.guest.errors import UnexpectedExitError
-from kvmpy.guest.ucall import Ucall
-from kvmpy.testing.fixtures import MakeVm
-
-pytestmark = pytest.mark.protections("all")
 
 ARGUMENTS = """
 #include <kvmpy/guest.h>

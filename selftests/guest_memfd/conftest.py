@@ -10,15 +10,15 @@ from typing import Protocol
 
 import pytest
 
-from kvmpy.core.errors import MissingError
-from kvmpy.core.gmem import GuestMemfd
-from kvmpy.core.kvm import Kvm
-from kvmpy.core.vm import Vm
-from kvmpy.uapi.constants import (
+from kvmpy import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
     KVM_CAP_GUEST_MEMFD,
     KVM_CAP_GUEST_MEMFD_FLAGS,
+    GuestMemfd,
+    Kvm,
+    MissingError,
+    Vm,
     VmType,
 )
 

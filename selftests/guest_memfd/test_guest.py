@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.backing import Anonymous, Mapping
-from kvmpy.core.errors import MissingError
-from kvmpy.core.exits import MemoryFaultExit, MmioExit
-from kvmpy.core.gmem import GuestMemfd
-from kvmpy.core.vm import Vm
-from kvmpy.uapi.constants import (
+from kvmpy import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
     KVM_CAP_GUEST_MEMFD,
     KVM_CAP_GUEST_MEMFD_FLAGS,
     KVM_CAP_MEMORY_FAULT_INFO,
     KVM_MEM_GUEST_MEMFD,
+    PAGE_SIZE,
+    Anonymous,
+    Gpa,
+    GuestMemfd,
+    Gva,
+    Mapping,
+    MemoryFaultExit,
+    MissingError,
+    MmioExit,
+    Vm,
     VmType,
 )
 
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
     from selftests.conftest import Accessor
     from selftests.guest_memfd.conftest import Touch
 
-pytestmark = [pytest.mark.requires("KVM_CAP_USER_MEMORY2"), pytest.mark.protections("all")]
+pytestmark = pytest.mark.requires("KVM_CAP_USER_MEMORY2")
 # Where userspace_addr is not the guest_memfd: KVM's emulator, which may run ring 0, uses userspace_addr.
 RING3 = pytest.mark.parametrize("ring", [3], ids=["ring3"], indirect=True)
 

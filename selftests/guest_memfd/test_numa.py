@@ -9,12 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.errors import MissingError
-from kvmpy.core.gmem import GuestMemfd
-from kvmpy.core.vm import Vm
+from kvmpy import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, PAGE_SIZE, GuestMemfd, MissingError, Vm
 from kvmpy.testing import host
-from kvmpy.uapi.constants import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
 from selftests.guest_memfd.place import Reserved
 
 PAGES = 4

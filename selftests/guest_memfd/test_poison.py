@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.backing import Mapping
-from kvmpy.core.errors import MissingError
-from kvmpy.core.exits import MemoryFaultExit
-from kvmpy.core.gmem import GuestMemfd
+from kvmpy import (
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
+    KVM_MEM_GUEST_MEMFD,
+    PAGE_SIZE,
+    Gpa,
+    GuestMemfd,
+    Gva,
+    Mapping,
+    MemoryFaultExit,
+    MissingError,
+)
 from kvmpy.core.vcpu import EHWPOISON
-from kvmpy.uapi.constants import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD
 
 if TYPE_CHECKING:
     from selftests.conftest import Accessor
@@ -95,6 +101,7 @@ def poison(mapped: tuple[GuestMemfd, Mapping]) -> Poison:
     return madvise
 
 
+@pytest.mark.protections("none")
 @pytest.mark.parametrize("used", [True, False], ids=["mapped-by-the-guest", "not-mapped"])
 @pytest.mark.parametrize("value", [None, 1], ids=["read", "write"])
 def test_the_guests_access_is_a_memory_fault(
@@ -114,6 +121,7 @@ def test_the_guests_access_is_a_memory_fault(
     assert (got.errno, got.gpa, got.size) == (EHWPOISON, int(GPA) + POISONED * PAGE_SIZE, PAGE_SIZE)
 
 
+@pytest.mark.protections("none")
 def test_other_pages_stay(accessor: Accessor, poison: Poison) -> None:
     """The other pages of the file keep their content, for guest and host.
 
@@ -126,6 +134,7 @@ def test_other_pages_stay(accessor: Accessor, poison: Poison) -> None:
         accessor.write(GVA + page * PAGE_SIZE + 8, page)
 
 
+@pytest.mark.protections("none")
 def test_the_host_gets_a_bus_error(
     accessor: Accessor, mapped: tuple[GuestMemfd, Mapping], poison: Poison, touch: Touch
 ) -> None:
@@ -139,6 +148,7 @@ def test_the_host_gets_a_bus_error(
     assert touch(gmem, SIZE, 0)[0] == 0
 
 
+@pytest.mark.protections("none")
 def test_a_hole_replaces_the_page(
     accessor: Accessor, mapped: tuple[GuestMemfd, Mapping], poison: Poison
 ) -> None:

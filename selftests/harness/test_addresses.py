@@ -7,10 +7,7 @@ import ctypes
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva, RawGpa
-from kvmpy.core.errors import PrivateMemoryError
-from kvmpy.guest.errors import GuestSymbolError
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, Gpa, GuestSymbolError, Gva, MakeVm, PrivateMemoryError, RawGpa
 
 GUEST = """
 #include <kvmpy/guest.h>
@@ -29,7 +26,6 @@ def word_at(hva: int) -> int:
     return ctypes.c_uint64.from_address(hva).value
 
 
-@pytest.mark.protections("all")
 def test_gpa_to_hva(make_vm: MakeVm) -> None:
     """vm.gpa_to_hva() gives the host address of the memory that the guest sees at that page."""
     vm = make_vm(GUEST)
@@ -40,7 +36,6 @@ def test_gpa_to_hva(make_vm: MakeVm) -> None:
     assert vm.vcpus[0].sync().args == (0x1122334455667788, 0x99AABBCCDDEEFF00)
 
 
-@pytest.mark.protections("all")
 def test_a_gpa_never_carries_the_bit(make_vm: MakeVm) -> None:
     """vm.gpa_to_hva() refuses a Gpa with the encryption bit by the bit's name, and a RawGpa by its type."""
     vm = make_vm(GUEST)
@@ -56,7 +51,6 @@ def test_a_gpa_never_carries_the_bit(make_vm: MakeVm) -> None:
         vm.gpa_to_hva(int(gpa))  # type: ignore[arg-type]
 
 
-@pytest.mark.protections("all")
 def test_raw_addresses(make_vm: MakeVm) -> None:
     """vm.to_raw() adds the bit that the page has now, or the one asked for; vm.from_raw() takes it off and
     says which.
@@ -73,7 +67,6 @@ def test_raw_addresses(make_vm: MakeVm) -> None:
     assert vm.from_raw(RawGpa(int(vm.pages.cr3)))[1] == (mask != 0)
 
 
-@pytest.mark.protections("all")
 def test_addresses_outside_memory(make_vm: MakeVm) -> None:
     """Addresses that no memory backs are refused with the ranges that there are, unmapped ones with the
     entry that ends the walk.
@@ -87,7 +80,6 @@ def test_addresses_outside_memory(make_vm: MakeVm) -> None:
         vm.read(Gva(0x7F00_0000_0000), 8)
 
 
-@pytest.mark.protections("all")
 def test_symbols_by_name(make_vm: MakeVm) -> None:
     """Globals are read and written as typed numbers, bytes and views; a name that does not exist brings the
     closest ones.
@@ -107,6 +99,7 @@ def test_symbols_by_name(make_vm: MakeVm) -> None:
     assert vm.vcpus[0].sync().args[0] == 7 << 32 | 0xFFFFFFFE
 
 
+@pytest.mark.protections("none")
 def test_what_the_protection_hides(make_vm: MakeVm) -> None:
     """After launch a private page is refused with its address and the reason, and a shared one is not."""
     vm = make_vm(GUEST, protection="cbit", strict_private=True)

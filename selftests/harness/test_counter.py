@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import MakeVm
 
 GUEST = """
 #include <kvmpy/guest.h>
@@ -21,7 +19,6 @@ void guest_main(void)
 """
 
 
-@pytest.mark.protections("all")
 def test_counter(make_vm: MakeVm) -> None:
     """A guest's SYNC ucalls reach the host in order with their arguments, and its shared globals by name."""
     vm = make_vm(GUEST, vcpus=1)

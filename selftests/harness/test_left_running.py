@@ -7,10 +7,8 @@ import threading
 
 import pytest
 
-from kvmpy.core.errors import ClosedError, VcpuBusyError
-from kvmpy.core.threads import VcpuThread
-from kvmpy.core.vcpu import VcpuKickedError
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import MakeVm, VcpuBusyError, VcpuKickedError, VcpuThread
+from kvmpy.core.errors import ClosedError
 
 FOREVER = """
 #include <kvmpy/guest.h>
@@ -26,7 +24,6 @@ void guest_main(void)
 """
 
 
-@pytest.mark.protections("all")
 def test_stop(make_vm: MakeVm) -> None:
     """Vm.stop() ends KVM_RUN in every thread, after which the VM can be closed; before it cannot."""
     vm = make_vm(FOREVER, vcpus=3)
@@ -58,7 +55,6 @@ void guest_main(void)
 """
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("how", ["stop", "close"])
 def test_between_two_runs(make_vm: MakeVm, how: str) -> None:
     """A thread that is between two KVM_RUNs when its VM is stopped or closed comes to no further one.

@@ -7,8 +7,7 @@ import errno
 
 import pytest
 
-from kvmpy.core.fd import KvmFd
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import KvmFd, MakeVm, refused
 
 GUEST = """
 #include <kvmpy/guest.h>
@@ -19,6 +18,7 @@ void guest_main(void)
 """
 
 
+@pytest.mark.protections("none")
 def test_vcpu_that_cannot_be_mapped(make_vm: MakeVm, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the host has no file descriptor left for a vCPU's mapping, that very error is raised: EMFILE."""
 
@@ -26,6 +26,5 @@ def test_vcpu_that_cannot_be_mapped(make_vm: MakeVm, monkeypatch: pytest.MonkeyP
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(KvmFd, "mmap", refuse)
-    with pytest.raises(OSError, match="Too many open files") as caught:
+    with refused(errno.EMFILE, by=OSError, match="Too many open files"):
         make_vm(GUEST)
-    assert caught.value.errno == errno.EMFILE

@@ -11,22 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.core.address import Gva
-from kvmpy.core.exits import DebugExit, InternalErrorExit, ShutdownExit
-from kvmpy.core.threads import ThreadTimeoutError, VcpuThread, run_threads
-from kvmpy.core.vcpu import VcpuKickedError
-from kvmpy.guest.errors import (
+from kvmpy import (
+    KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_SINGLESTEP,
+    DebugExit,
     GuestAssertionError,
     GuestError,
     GuestExceptionError,
     GuestTimeoutError,
+    GuestVcpu,
+    GuestVm,
+    Gva,
+    InternalErrorExit,
+    MakeVm,
+    ShutdownExit,
     UnexpectedExitError,
+    VcpuKickedError,
+    VcpuThread,
+    ioctls,
 )
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP
+from kvmpy.core.threads import ThreadTimeoutError, run_threads
 
 ASSERTION = """
 #include <kvmpy/guest.h>
@@ -131,7 +135,6 @@ def line_of(text: str) -> int:
     return next(number for number, line in enumerate(lines, 1) if text in line)
 
 
-@pytest.mark.protections("all")
 def test_assertion(make_vm: MakeVm) -> None:
     """A failed guest assertion names both values, the test's own source line, and the call chain."""
     vm = make_vm(ASSERTION)
@@ -152,7 +155,6 @@ def test_assertion(make_vm: MakeVm) -> None:
     assert "the last words" in error.postmortem
 
 
-@pytest.mark.protections("all")
 def test_unexpected_exception(make_vm: MakeVm) -> None:
     """An exception nobody handles is told with vector, error code, address, line, and the walk of CR2."""
     error = failure(make_vm(WILD_WRITE))
@@ -164,7 +166,6 @@ def test_unexpected_exception(make_vm: MakeVm) -> None:
     assert re.search(r"=> 0x[0-9a-f]+: mov qword ptr", error.postmortem)
 
 
-@pytest.mark.protections("all")
 def test_walks_show_the_encryption_bit(make_vm: MakeVm) -> None:
     """The post-mortem's walk of RIP shows each raw entry, with its encryption bit where there is one."""
     vm = make_vm(WILD_WRITE)
@@ -181,7 +182,6 @@ def test_walks_show_the_encryption_bit(make_vm: MakeVm) -> None:
     assert walk.group(1).count("private") == (5 if mask else 0)
 
 
-@pytest.mark.protections("all")
 def test_last_ioctls(make_vm: MakeVm) -> None:
     """What this VM was asked last is in the post-mortem with its result, what another was asked is not."""
     vm, other = make_vm(WILD_WRITE), make_vm(WILD_WRITE)
@@ -201,7 +201,6 @@ def test_last_ioctls(make_vm: MakeVm) -> None:
     assert not any("KVM_GET_STATS_FD" in line for line in lines)
 
 
-@pytest.mark.protections("all")
 def test_guest_that_loops_for_ever(make_vm: MakeVm) -> None:
     """A guest that never exits is stopped at its deadline; the post-mortem says where it was, or why not."""
     vm = make_vm(FOREVER)
@@ -212,7 +211,6 @@ def test_guest_that_loops_for_ever(make_vm: MakeVm) -> None:
     assert ("guest_main" if readable else "keeps registers from the host") in error.postmortem
 
 
-@pytest.mark.protections("all")
 def test_triple_fault(make_vm: MakeVm) -> None:
     """A triple fault is told as such: KVM_EXIT_SHUTDOWN where DONE was waited for."""
     error = failure(make_vm(TRIPLE_FAULT))
@@ -221,6 +219,7 @@ def test_triple_fault(make_vm: MakeVm) -> None:
     assert "triple fault" in error.message
 
 
+@pytest.mark.protections("none")
 def test_internal_error(make_vm: MakeVm) -> None:
     """A KVM_EXIT_INTERNAL_ERROR is told with its suberror (api.rst, KVM_EXIT_INTERNAL_ERROR)."""
     # The code page lies where no memory slot is: an instruction fetch from MMIO cannot be emulated.
@@ -235,6 +234,7 @@ def test_internal_error(make_vm: MakeVm) -> None:
     assert "no code is mapped here" in error.postmortem
 
 
+@pytest.mark.protections("none")
 def test_hidden_is_said_to_be_hidden(make_vm: MakeVm) -> None:
     """What the host may not see appears in a post-mortem as hidden, and the failure itself is kept."""
     error = failure(make_vm(WILD_WRITE, protection="cbit", strict_private=True))
@@ -243,7 +243,6 @@ def test_hidden_is_said_to_be_hidden(make_vm: MakeVm) -> None:
     assert "=== post-mortem" in error.postmortem
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:host_sees_private")
 def test_backtrace_of_small_functions(make_vm: MakeVm) -> None:
     """A function without locals and the function whose last statement calls it are both in the backtrace."""
@@ -254,7 +253,6 @@ def test_backtrace_of_small_functions(make_vm: MakeVm) -> None:
     assert frames == ["poke", "guest_main", "_start"]
 
 
-@pytest.mark.protections("all")
 def test_halted_with_interrupts_off(make_vm: MakeVm) -> None:
     """A vCPU that waits for an interrupt it cannot take is told apart from one that loops."""
     vm = make_vm(HALTED)
@@ -264,7 +262,6 @@ def test_halted_with_interrupts_off(make_vm: MakeVm) -> None:
     assert "mp state KVM_MP_STATE_HALTED, interrupts off: no interrupt wakes it" in postmortem
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_IRQCHIP")
 def test_interrupts_nobody_takes(make_vm: MakeVm) -> None:
     """The local APIC's requested vectors are told, under every protection: KVM holds them, not the guest."""
@@ -275,7 +272,6 @@ def test_interrupts_nobody_takes(make_vm: MakeVm) -> None:
     assert "lvt_timer" in section
 
 
-@pytest.mark.protections("all")
 def test_pending_events(make_vm: MakeVm) -> None:
     """Events that KVM holds for the vCPU are told, and an APIC as reset leaves it takes one line."""
     vm = make_vm(HALTED)
@@ -292,6 +288,7 @@ def test_pending_events(make_vm: MakeVm) -> None:
     assert section.splitlines() == ["  events: NMI masked", "  local APIC disabled by software"]
 
 
+@pytest.mark.protections("none")
 def test_no_local_apic(make_vm: MakeVm) -> None:
     """A VM whose local APIC is not KVM's says so."""
     postmortem = failure(make_vm(WILD_WRITE, irqchip=None)).postmortem

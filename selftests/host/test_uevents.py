@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy import Kvm
-from kvmpy.core.fd import KvmFd
+from kvmpy import Kvm, KvmFd
 from kvmpy.debug.uevents import KvmUevent, UeventKind, UeventListener, why_unreachable
 
 TIMEOUT = 5.0

@@ -7,12 +7,8 @@ import errno
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.exits import IoExit, MmioExit
+from kvmpy import PAGE_SIZE, Gpa, GuestVcpu, GuestVm, Gva, IoExit, MakeVm, MmioExit
 from kvmpy.core.vcpu import RUN_EINTR
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
 
 pytestmark = [pytest.mark.requires("KVM_CAP_IMMEDIATE_EXIT"), pytest.mark.usefixtures("open_registers")]
 
@@ -92,7 +88,6 @@ def run_immediate(vcpu: GuestVcpu) -> tuple[int, int]:
         vcpu.run_area.immediate_exit = 0
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("entry", ["pio_out", "mmio_write"])
 def test_write_completes(make_vm: MakeVm, entry: str) -> None:
     """KVM_RUN with immediate_exit ends with EINTR, with the write behind it and nothing after the write done.
@@ -108,7 +103,6 @@ def test_write_completes(make_vm: MakeVm, entry: str) -> None:
     assert vcpu.sync().args == (1,)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("entry", ["pio_in", "mmio_read"])
 def test_read_completes(make_vm: MakeVm, entry: str) -> None:
     """KVM_RUN with immediate_exit puts the answer of user space into the register and stops behind the read.
@@ -127,7 +121,6 @@ def test_read_completes(make_vm: MakeVm, entry: str) -> None:
     assert vcpu.sync().args == (1,)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_emulates")
 def test_completion_comes_to_the_next_exit(make_vm: MakeVm) -> None:
     """An instruction with a further access exits for it even though immediate_exit is set.
@@ -145,7 +138,6 @@ def test_completion_comes_to_the_next_exit(make_vm: MakeVm) -> None:
     assert vcpu.sync().args == (0x2222_2222_1111_1111,)
 
 
-@pytest.mark.protections("all")
 def test_nothing_runs(make_vm: MakeVm) -> None:
     """With nothing to finish, KVM_RUN with immediate_exit ends with EINTR before the first guest instruction.
 

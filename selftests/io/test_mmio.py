@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.exits import InternalErrorExit, MmioExit
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_INTERNAL_ERROR_EMULATION
+from kvmpy import (
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+    KVM_INTERNAL_ERROR_EMULATION,
+    PAGE_SIZE,
+    Gpa,
+    GuestVcpu,
+    GuestVm,
+    Gva,
+    InternalErrorExit,
+    MakeVm,
+    MmioExit,
+)
 
 # Behind the default memory and below the APICs; nothing backs it.
 MMIO_GPA = Gpa(0xD000_0000)
@@ -129,7 +135,6 @@ def read_exit(vcpu: GuestVcpu, answer: bytes) -> int:
     return got.phys_addr
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("offset", [0, 8, 0xFF8])
 def test_write(make_vm: MakeVm, size: int, offset: int) -> None:
@@ -143,7 +148,6 @@ def test_write(make_vm: MakeVm, size: int, offset: int) -> None:
     vcpu.sync()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize(
     ("size", "rax"),
     [
@@ -164,7 +168,6 @@ def test_read(make_vm: MakeVm, size: int, rax: int) -> None:
     assert vcpu.sync().args == (rax,)
 
 
-@pytest.mark.protections("all")
 def test_read_extended(make_vm: MakeVm) -> None:
     """Loads that extend read only their own width and extend what user space gives.
 
@@ -179,7 +182,6 @@ def test_read_extended(make_vm: MakeVm) -> None:
     assert vcpu.sync().args == (0xF1, 0xFFFF_FFFF_FFFF_F3F2, 0xFFFF_FFFF_F7F6_F5F4)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize(("offset", "size"), [(1, 2), (3, 4), (0x101, 8)])
 def test_unaligned(make_vm: MakeVm, offset: int, size: int) -> None:
     """An unaligned access inside a page is one exit with the address that the guest used.
@@ -193,7 +195,6 @@ def test_unaligned(make_vm: MakeVm, offset: int, size: int) -> None:
     vcpu.sync()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_emulates")
 def test_write_across_pages(make_vm: MakeVm) -> None:
     """A write across a page boundary exits once for each page, each part with the address of its own page.
@@ -207,7 +208,6 @@ def test_write_across_pages(make_vm: MakeVm) -> None:
     vcpu.sync()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_emulates")
 def test_read_across_pages(make_vm: MakeVm) -> None:
     """A read across a page boundary joins the answers for both pages.
@@ -221,7 +221,6 @@ def test_read_across_pages(make_vm: MakeVm) -> None:
     assert vcpu.sync().args == (0x0807_0605_0403_0201,)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_emulates")
 def test_write_half_in_memory(make_vm: MakeVm) -> None:
     """Of a write that begins outside of memory slots and ends in one, the exit shows only the part outside.
@@ -235,7 +234,6 @@ def test_write_half_in_memory(make_vm: MakeVm) -> None:
     assert vm.read(RAM, 4) == bytes.fromhex("33440000")
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_decodes_mmio")
 def test_wide_write(make_vm: MakeVm) -> None:
     """A 16-byte store exits in parts of at most 8 bytes that together are the whole, lowest address first.
@@ -255,7 +253,6 @@ def test_wide_write(make_vm: MakeVm) -> None:
     vcpu.sync()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_decodes_mmio")
 def test_read_modify_write(make_vm: MakeVm) -> None:
     """An instruction that modifies memory exits for its read, then for its write, and sets its flags.
@@ -270,7 +267,6 @@ def test_read_modify_write(make_vm: MakeVm) -> None:
     assert vcpu.sync().args[0] & 0x8C1 == carry_and_zero
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_emulates")
 def test_string_from_mmio(make_vm: MakeVm) -> None:
     """REP MOVS from MMIO reads each element once, in order, and stores it in memory.
@@ -287,7 +283,6 @@ def test_string_from_mmio(make_vm: MakeVm) -> None:
     assert vm.read(RAM, 4 * count + 4) == b"".join(elements) + bytes(4)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:has_string_io")
 def test_string_to_mmio(make_vm: MakeVm) -> None:
     """REP STOS to MMIO writes each element once, in order.
@@ -301,7 +296,6 @@ def test_string_to_mmio(make_vm: MakeVm) -> None:
     assert vcpu.sync().args == (8, 0)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 @pytest.mark.requires("KVM_CAP_EXIT_ON_EMULATION_FAILURE")
 def test_emulation_failure(make_vm: MakeVm) -> None:

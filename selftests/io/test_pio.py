@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.exits import IoExit
-from kvmpy.guest.ucall import Ucall
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_OUT_7E_INC_RIP
+from kvmpy import KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_OUT_7E_INC_RIP, IoExit, MakeVm, Ucall
 
 PORT = 0x600
 FILL = 0x1122_3344_5566_7788
@@ -89,7 +86,6 @@ __noinline void out_7e(void)
 """
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("port", [0, PORT, 0xFFFF - 3])
 def test_out(make_vm: MakeVm, port: int, size: int) -> None:
@@ -107,7 +103,6 @@ def test_out(make_vm: MakeVm, port: int, size: int) -> None:
     assert vcpu.sync().args == (FILL, port | 0xABCD_0000)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize(
     ("size", "answer", "rax"),
     [
@@ -132,7 +127,6 @@ def test_in(make_vm: MakeVm, size: int, answer: int, rax: int) -> None:
     assert vcpu.sync().args == (rax, PORT | 0xABCD_0000)
 
 
-@pytest.mark.protections("all")
 def test_immediate_port(make_vm: MakeVm) -> None:
     """The forms with the port in the instruction exit like those with the port in DX, and leave DX alone.
 
@@ -150,7 +144,6 @@ def test_immediate_port(make_vm: MakeVm) -> None:
     assert vcpu.sync().args == (FILL & ~0xFFFF | 0xBEEF, 0x1234)
 
 
-@pytest.mark.protections("all")
 def test_flags(make_vm: MakeVm) -> None:
     """Neither IN nor OUT changes RFLAGS, however long user space takes over the exit.
 
@@ -167,7 +160,6 @@ def test_flags(make_vm: MakeVm) -> None:
     assert (after_out, after_in) == (before, before)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 @pytest.mark.requires(f"KVM_CAP_DISABLE_QUIRKS2&{int(KVM_X86_QUIRK_OUT_7E_INC_RIP):#x}")
 def test_out_rip_at_exit(make_vm: MakeVm) -> None:
@@ -187,7 +179,6 @@ def test_out_rip_at_exit(make_vm: MakeVm) -> None:
     vcpu.run_to_done()
 
 
-@pytest.mark.protections("all")
 def test_exit_fields_of_the_last_run(make_vm: MakeVm) -> None:
     """Each KVM_RUN reports its own exit: nothing of the previous one is left in the data.
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gva
-from kvmpy.core.exits import IoExit
-from kvmpy.guest.ucall import Ucall
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, GuestVcpu, GuestVm, Gva, IoExit, MakeVm, Ucall
 
 PORT = 0x600
 BUFFER = Gva(0x7000_0000)
@@ -114,7 +109,6 @@ def feed(vcpu: GuestVcpu, size: int, source: bytes) -> tuple[int, Ucall]:
         taken += length
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.requires("trait:has_string_io")
 def test_outs(make_vm: MakeVm, size: int) -> None:
@@ -134,7 +128,6 @@ def test_outs(make_vm: MakeVm, size: int) -> None:
     assert end.args == (start + size * count, 0)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.requires("trait:has_string_io")
 def test_outs_backwards(make_vm: MakeVm, size: int) -> None:
@@ -155,7 +148,6 @@ def test_outs_backwards(make_vm: MakeVm, size: int) -> None:
     assert end.args == (first - size * count, 0)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.requires("trait:has_string_io")
 def test_ins(make_vm: MakeVm, size: int) -> None:
@@ -175,7 +167,6 @@ def test_ins(make_vm: MakeVm, size: int) -> None:
     assert end.args == (start + size * count, 0)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:has_string_io")
 def test_ins_backwards(make_vm: MakeVm) -> None:
     """With the direction flag set REP INS stores its elements at falling addresses.
@@ -195,7 +186,6 @@ def test_ins_backwards(make_vm: MakeVm) -> None:
     assert end.args == (first - size * count, 0)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("entry", ["rep_outs", "rep_ins"])
 @pytest.mark.requires("trait:has_string_io")
 def test_zero_count(make_vm: MakeVm, entry: str) -> None:
@@ -208,7 +198,6 @@ def test_zero_count(make_vm: MakeVm, entry: str) -> None:
     assert vcpu.sync().args == (BUFFER, 0)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:has_string_io")
 def test_single(make_vm: MakeVm) -> None:
     """Without REP one element is moved, whatever RCX holds.
@@ -227,7 +216,6 @@ def test_single(make_vm: MakeVm) -> None:
     assert vm.read(BUFFER + 64, 8) == b"wxyz\0\0\0\0"
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:has_string_io")
 def test_ins_ends_at_its_count(make_vm: MakeVm) -> None:
     """No exit of a REP INS asks for more elements than are left of its count, however they are bundled.

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import Gpa, Gva
-from kvmpy.core.irq import RedirectionEntry
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import Gpa, GuestVm, Gva, MakeVm, RedirectionEntry
 
 pytestmark = pytest.mark.requires("KVM_CAP_IRQCHIP")
 
@@ -130,7 +127,6 @@ def handled(vm: GuestVm) -> tuple[str | int, ...]:
     return next((found for found in (said(vm) for _ in range(3)) if found[0] == "h"), ("nothing",))
 
 
-@pytest.mark.protections("all")
 def test_ioapic_through_memory(make_vm: MakeVm) -> None:
     """The guest reaches the IOAPIC's registers at 0xfec00000, and what it writes there rules its interrupts.
 
@@ -148,7 +144,6 @@ def test_ioapic_through_memory(make_vm: MakeVm) -> None:
     vm.vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize(("irq", "in_service"), [(3, 1 << 3), (12, 1 << 2)])
 def test_pic_interrupt(make_vm: MakeVm, irq: int, in_service: int) -> None:
     """A line of either PIC interrupts at the vector that the guest gave it, the slave's through input 2.
@@ -162,7 +157,6 @@ def test_pic_interrupt(make_vm: MakeVm, irq: int, in_service: int) -> None:
     assert said(vm) == ("i",)
 
 
-@pytest.mark.protections("all")
 def test_pic_mask(make_vm: MakeVm) -> None:
     """A line that the guest masked does not interrupt; the edge waits until it is unmasked.
 
@@ -179,7 +173,6 @@ def test_pic_mask(make_vm: MakeVm) -> None:
     assert said(vm) == ("h", 3, 1 << 3)
 
 
-@pytest.mark.protections("all")
 def test_pic_priority(make_vm: MakeVm) -> None:
     """Of two lines the lower number comes first, and the other one only after its EOI.
 
@@ -193,7 +186,6 @@ def test_pic_priority(make_vm: MakeVm) -> None:
     assert said(vm) == ("i",)
 
 
-@pytest.mark.protections("all")
 def test_pic_state_while_in_service(make_vm: MakeVm) -> None:
     """KVM_GET_IRQCHIP shows the interrupt in service and the vector base that the guest programmed.
 
@@ -208,7 +200,6 @@ def test_pic_state_while_in_service(make_vm: MakeVm) -> None:
     assert vm.get_pic().isr == 0
 
 
-@pytest.mark.protections("all")
 def test_pic_level_by_elcr(make_vm: MakeVm) -> None:
     """A line that is level-triggered by the ELCR interrupts until it is lowered.
 

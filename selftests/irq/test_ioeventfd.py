@@ -7,11 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpy.core.address import Gpa, Gva
-from kvmpy.core.eventfd import EventFd
-from kvmpy.core.exits import IoExit, MmioExit
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import EventFd, Gpa, GuestVm, Gva, IoExit, MakeVm, MmioExit
 
 pytestmark = pytest.mark.requires("KVM_CAP_IOEVENTFD")
 
@@ -132,7 +128,6 @@ def mmio_exit(vm: GuestVm, number: int) -> tuple[int, int, int]:
     return got.phys_addr - int(MMIO_GPA), got.size, got.value
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_pio_size(make_vm: MakeVm, event: EventFd, size: int) -> None:
     """A write of the registered size to the registered port signals; other sizes and ports exit.
@@ -150,7 +145,6 @@ def test_pio_size(make_vm: MakeVm, event: EventFd, size: int) -> None:
     assert event.read() == 0
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_mmio_size(make_vm: MakeVm, event: EventFd, size: int) -> None:
     """A write of the registered size to the registered address signals; other sizes and addresses exit.
@@ -168,7 +162,6 @@ def test_mmio_size(make_vm: MakeVm, event: EventFd, size: int) -> None:
     assert event.read() == 0
 
 
-@pytest.mark.protections("all")
 def test_pio_datamatch(make_vm: MakeVm, event: EventFd) -> None:
     """With DATAMATCH only the registered value signals, on a port; all others exit.
 
@@ -183,7 +176,6 @@ def test_pio_datamatch(make_vm: MakeVm, event: EventFd) -> None:
     assert event.read() == 2
 
 
-@pytest.mark.protections("all")
 def test_mmio_datamatch_zero(make_vm: MakeVm, event: EventFd) -> None:
     """The value 0 is matched like any other: DATAMATCH with 0 is not the same as no DATAMATCH.
 
@@ -198,7 +190,6 @@ def test_mmio_datamatch_zero(make_vm: MakeVm, event: EventFd) -> None:
     assert event.read() == 1
 
 
-@pytest.mark.protections("all")
 def test_datamatch_compares_whole_value(make_vm: MakeVm, event: EventFd) -> None:
     """All 64 bits of an 8-byte write are compared: the same low half alone does not signal.
 
@@ -213,7 +204,6 @@ def test_datamatch_compares_whole_value(make_vm: MakeVm, event: EventFd) -> None
     assert event.read() == 1
 
 
-@pytest.mark.protections("all")
 def test_values_share_address(make_vm: MakeVm, event: EventFd) -> None:
     """Different values at one address may have an eventfd each, and each value signals its own.
 
@@ -230,7 +220,6 @@ def test_values_share_address(make_vm: MakeVm, event: EventFd) -> None:
         assert second.read() == 2
 
 
-@pytest.mark.protections("all")
 def test_bus_is_part_of_address(make_vm: MakeVm, event: EventFd) -> None:
     """An ioeventfd on an MMIO address does not hear the port of the same number, and the other way round.
 
@@ -245,7 +234,6 @@ def test_bus_is_part_of_address(make_vm: MakeVm, event: EventFd) -> None:
     assert event.read() == 0
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_IOEVENTFD_ANY_LENGTH")
 def test_pio_any_length(make_vm: MakeVm, event: EventFd) -> None:
     """With length 0 a write of any size to the port signals.
@@ -260,7 +248,6 @@ def test_pio_any_length(make_vm: MakeVm, event: EventFd) -> None:
     assert event.read() == 3
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_IOEVENTFD_ANY_LENGTH")
 def test_mmio_any_length(make_vm: MakeVm, event: EventFd) -> None:
     """With length 0 a write of any size to the address signals, once each, and the next address still exits.
@@ -276,7 +263,6 @@ def test_mmio_any_length(make_vm: MakeVm, event: EventFd) -> None:
     assert event.read() == 4
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("kind", ["in", "read"])
 def test_reads_still_exit(make_vm: MakeVm, event: EventFd, kind: str) -> None:
     """An ioeventfd takes writes only: a read of its address exits, and user space answers it.
@@ -294,7 +280,6 @@ def test_reads_still_exit(make_vm: MakeVm, event: EventFd, kind: str) -> None:
     assert event.read() == 0
 
 
-@pytest.mark.protections("all")
 def test_deassign_brings_exits_back(make_vm: MakeVm, event: EventFd) -> None:
     """After KVM_IOEVENTFD_FLAG_DEASSIGN the write ends KVM_RUN again and signals nothing.
 
@@ -314,7 +299,6 @@ def test_deassign_brings_exits_back(make_vm: MakeVm, event: EventFd) -> None:
     assert event.read() == 0
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_IOEVENTFD_ANY_LENGTH")
 def test_deassign_of_any_length(make_vm: MakeVm, event: EventFd) -> None:
     """Deassigning an MMIO ioeventfd of length 0 ends its fast path too.
@@ -330,14 +314,13 @@ def test_deassign_of_any_length(make_vm: MakeVm, event: EventFd) -> None:
     assert event.read() == 1
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_IRQFD")
 def test_ioeventfd_drives_irqfd(make_vm: MakeVm, event: EventFd) -> None:
     """One eventfd may be ioeventfd and irqfd: the guest's write interrupts the guest, without user space.
 
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD and 4.75 KVM_IRQFD.
     """
-    from kvmpy.core.irq import Msi, MsiRoute
+    from kvmpy import Msi, MsiRoute
 
     vm = make_vm(LOOP)
     vm.set_gsi_routing([MsiRoute(24, Msi.to(0, 0x51))])

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.vcpu import Vcpu
-from kvmpy.core.vm import Vm
+from kvmpy import Vcpu, Vm
 
 
 @pytest.fixture

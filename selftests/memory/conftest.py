@@ -8,10 +8,7 @@ from typing import Protocol
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.backing import Anonymous, Mapping
-from kvmpy.core.vm import Vm
-from kvmpy.uapi.constants import KVM_CAP_USER_MEMORY2
+from kvmpy import KVM_CAP_USER_MEMORY2, PAGE_SIZE, Anonymous, Mapping, Vm
 
 
 class SetRegion(Protocol):

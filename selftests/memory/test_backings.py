@@ -12,15 +12,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
-from kvmpy.core.backing import Anonymous, Backing, HugeTlb, Mapping, MemFd
+from kvmpy import (
+    KVM_EXIT_MEMORY_FAULT,
+    PAGE_SIZE,
+    SIZE_1G,
+    SIZE_2M,
+    Anonymous,
+    Backing,
+    Gpa,
+    Gva,
+    HugeTlb,
+    Mapping,
+    MemFd,
+)
 from kvmpy.core.vcpu import RUN_ERROR
-from kvmpy.uapi.constants import KVM_EXIT_MEMORY_FAULT
 
 if TYPE_CHECKING:
     from selftests.conftest import Accessor
 
-pytestmark = pytest.mark.protections("all")
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

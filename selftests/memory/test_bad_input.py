@@ -7,10 +7,7 @@ import errno
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva, RawGpa
-from kvmpy.core.errors import KvmError
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, Gpa, GuestVm, Gva, KvmError, MakeVm, RawGpa, refused
 from kvmpy.x86.paging_errors import EncryptionBitError
 
 GPA = Gpa(0x8000_0000)
@@ -41,7 +38,6 @@ def still_whole(vm: GuestVm) -> None:
     assert vm.vcpus[0].sync().args == (0x42,)
 
 
-@pytest.mark.protections("all")
 def test_overlapping_memory_is_refused(guest: GuestVm) -> None:
     """Memory that overlaps other memory is a ValueError with both ranges; nothing stays behind."""
     slots = dict(guest.slots)
@@ -51,7 +47,6 @@ def test_overlapping_memory_is_refused(guest: GuestVm) -> None:
     still_whole(guest)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize(
     ("gpa", "size"), [(GPA + 8, PAGE_SIZE), (GPA, PAGE_SIZE + 8), (GPA, 0)], ids=["gpa", "size", "nothing"]
 )
@@ -64,7 +59,6 @@ def test_unaligned_memory_is_refused(guest: GuestVm, gpa: Gpa, size: int) -> Non
     still_whole(guest)
 
 
-@pytest.mark.protections("all")
 def test_memory_that_kvm_refuses_leaves_nothing_behind(guest: GuestVm) -> None:
     """A slot that KVM refuses is a KvmError with a hint; the range is free afterwards."""
     slots = dict(guest.slots)
@@ -75,18 +69,15 @@ def test_memory_that_kvm_refuses_leaves_nothing_behind(guest: GuestVm) -> None:
     still_whole(guest)
 
 
-@pytest.mark.protections("all")
 def test_a_slot_number_in_use_is_refused(guest: GuestVm) -> None:
     """Memory for a slot number that is in use is refused (EINVAL), and the slot keeps its memory."""
     slots = dict(guest.slots)
-    with pytest.raises(KvmError) as caught:
+    with refused(errno.EINVAL):
         guest.add_memory(GPA, PAGE_SIZE, slot=min(guest.slots))
-    assert caught.value.errno == errno.EINVAL
     assert guest.slots == slots
     still_whole(guest)
 
 
-@pytest.mark.protections("all")
 def test_an_address_outside_memory_names_the_memory(guest: GuestVm) -> None:
     """A Gpa behind guest memory is a ValueError that lists what memory there is, for every way to use it."""
     outside = Gpa(MEMORY)
@@ -101,7 +92,6 @@ def test_an_address_outside_memory_names_the_memory(guest: GuestVm) -> None:
         guest.memory.view(outside - 8, 16)
 
 
-@pytest.mark.protections("all")
 def test_deleted_memory_is_outside(guest: GuestVm) -> None:
     """After a slot was deleted its addresses are outside guest memory."""
     slot = guest.add_memory(GPA, PAGE_SIZE)
@@ -112,7 +102,6 @@ def test_deleted_memory_is_outside(guest: GuestVm) -> None:
     still_whole(guest)
 
 
-@pytest.mark.protections("all")
 def test_moved_memory_is_found_where_it_went(guest: GuestVm) -> None:
     """After a slot moved, its memory has its new addresses and lost the old ones."""
     slot = guest.add_memory(GPA, PAGE_SIZE, private=False)
@@ -123,7 +112,6 @@ def test_moved_memory_is_found_where_it_went(guest: GuestVm) -> None:
     still_whole(guest)
 
 
-@pytest.mark.protections("all")
 def test_an_address_of_another_kind_is_refused(guest: GuestVm) -> None:
     """A RawGpa or a plain number is no Gpa: TypeError that says which conversion helps."""
     with pytest.raises(TypeError, match=r"takes a Gpa.*RawGpa; from_raw\(\)"):
@@ -163,7 +151,6 @@ def test_a_raw_address_is_split_into_both_parts(guest: GuestVm) -> None:
     assert guest.from_raw(guest.to_raw(GPA + PAGE_SIZE)) == (GPA + PAGE_SIZE, False)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("memory", [(4 << 20) - PAGE_SIZE, MEMORY + 1, 0], ids=["small", "odd", "none"])
 def test_a_size_that_no_vm_can_have_is_refused(make_vm: MakeVm, memory: int) -> None:
     """A VM's memory is whole pages, at least 4 MiB: a ValueError otherwise, and no VM stays behind."""

@@ -3,13 +3,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.exits import InternalErrorExit
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_INTERNAL_ERROR_DELIVERY_EV
-from kvmpy.x86.exceptions import Vector
+from kvmpy import KVM_INTERNAL_ERROR_DELIVERY_EV, PAGE_SIZE, Gpa, Gva, InternalErrorExit, MakeVm, Vector
 
 TABLE = 0x7000_0000
 
@@ -29,7 +23,6 @@ void guest_main(void)
 """
 
 
-@pytest.mark.protections("all")
 def test_interrupt_table_in_no_memory(make_vm: MakeVm) -> None:
     """An IDT at addresses without a slot cannot be read by user space: an internal error ends the delivery.
 

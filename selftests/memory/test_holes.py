@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.backing import Anonymous
+from kvmpy import PAGE_SIZE, Anonymous, Gpa, Gva
 
 if TYPE_CHECKING:
     from selftests.conftest import Accessor
@@ -19,7 +18,6 @@ GVA = Gva(0x70_0000_0000)
 PATTERN = 0x8877_6655_4433_2211
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_a_read_of_no_memory_is_answered_by_user_space(accessor: Accessor, size: int) -> None:
     """A read where no slot is exits with its address and size, and gets the data that user space gives.
@@ -34,7 +32,6 @@ def test_a_read_of_no_memory_is_answered_by_user_space(accessor: Accessor, size:
     assert accessor.result() == answer
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_a_write_to_no_memory_goes_to_user_space(accessor: Accessor, size: int) -> None:
     """A write where no slot is exits with its address, its size and the bytes written.
@@ -48,7 +45,6 @@ def test_a_write_to_no_memory_goes_to_user_space(accessor: Accessor, size: int) 
     assert accessor.result() == 0
 
 
-@pytest.mark.protections("all")
 def test_a_slot_ends_at_its_last_byte(accessor: Accessor) -> None:
     """The last bytes of a slot are memory, the next ones are not, and the same holds before its first byte.
 
@@ -65,7 +61,6 @@ def test_a_slot_ends_at_its_last_byte(accessor: Accessor) -> None:
         assert accessor.result() == 0
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_emulates")
 def test_a_write_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None:
     """Of a write that ends behind its slot, memory gets the first bytes and user space the rest.
@@ -81,7 +76,6 @@ def test_a_write_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None
     assert bytes(slot.mapping.view(PAGE_SIZE - 4, 4)) == b"\0" + data[:3]
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:kvm_emulates")
 def test_a_read_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None:
     """Of a read that ends behind its slot, memory gives the first bytes and user space the rest.
@@ -98,7 +92,6 @@ def test_a_read_across_the_end_of_a_slot_is_divided(accessor: Accessor) -> None:
     assert accessor.result() == PATTERN
 
 
-@pytest.mark.protections("all")
 def test_an_access_across_two_slots_reaches_both(accessor: Accessor) -> None:
     """Slots that touch are one piece of memory to the guest, whatever host memory is behind each.
 

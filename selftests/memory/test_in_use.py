@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.backing import Anonymous, Mapping
-from kvmpy.core.errors import KvmError
-from kvmpy.core.exits import MmioExit
-from kvmpy.core.threads import VcpuThread
-from kvmpy.guest.ucall import Ucall
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import (
+    PAGE_SIZE,
+    Anonymous,
+    Gpa,
+    GuestVcpu,
+    GuestVm,
+    Gva,
+    MakeVm,
+    Mapping,
+    MmioExit,
+    Ucall,
+    VcpuThread,
+    refused,
+)
 
 if TYPE_CHECKING:
     from selftests.conftest import Accessor
 
-pytestmark = pytest.mark.protections("all")
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)
@@ -269,9 +273,8 @@ def test_a_refused_move_leaves_the_slot_in_place(accessor: Accessor) -> None:
     fill(first.mapping, OLD)
     fill(second.mapping, NEW)
     accessor.map(GVA, GPA, 2 * PAGE_SIZE)
-    with pytest.raises(KvmError) as caught:
+    with refused(errno.EEXIST):
         vm.set_user_memory_region(first.slot, int(GPA) + PAGE_SIZE, PAGE_SIZE, first.hva)
-    assert caught.value.errno == errno.EEXIST
     assert [accessor.read(GVA + page * PAGE_SIZE) for page in range(2)] == [OLD, NEW]
 
 

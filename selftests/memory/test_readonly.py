@@ -7,19 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.exits import MmioExit
-from kvmpy.core.slots import MemorySlot
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MEM_READONLY
+from kvmpy import KVM_MEM_READONLY, PAGE_SIZE, Gpa, GuestVm, Gva, MakeVm, MemorySlot, MmioExit
 
 if TYPE_CHECKING:
     from selftests.conftest import Accessor
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_READONLY_MEM", "trait:readonly_slots"),
-    pytest.mark.protections("all"),
 ]
 
 GPA = Gpa(0x8000_0000)

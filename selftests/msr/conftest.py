@@ -7,38 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.core.exits import MsrExit, RdmsrExit, WrmsrExit
-from kvmpy.guest.ucall import USER, Ucall
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import AGENT, Agent, Fault, GuestVm, MakeVm, Msr, MsrExit, RdmsrExit, Registers, WrmsrExit
 
-_READ, _WRITE, _X2APIC = 1, 2, 3
-
-GUEST = """
-#include <kvmpy/guest.h>
-
-GUEST_SHARED u64 msr_index;
-GUEST_SHARED u64 msr_value;
-
-void guest_main(void)
-{
-	struct guest_fault fault = { 0 };
-
-	for (;;) {
-		switch (GUEST_ASK(KVMPY_UCALL_CMD_USER, fault.faulted, fault.vector, fault.error_code)) {
-		case 1:
-			fault = rdmsr_safe(msr_index, &msr_value);
-			break;
-		case 2:
-			fault = wrmsr_safe(msr_index, msr_value);
-			break;
-		case 3:
-			x2apic_enable();
-			break;
-		}
-	}
-}
-"""
+# IA32_APIC_BASE: the APIC enabled, in x2APIC mode (Intel SDM volume 3, 12.4.4).
+_X2APIC = 1 << 11 | 1 << 10
 
 
 class MsrGuest:
@@ -47,49 +19,40 @@ class MsrGuest:
     def __init__(self, vm: GuestVm) -> None:
         self.vm = vm
         self.vcpu = vm.vcpus[0]
-        vm.launch()
-        self._call = self.vcpu.sync()
+        self._agent = Agent(self.vcpu)
+        self._agent.start()
 
     def read(self, index: int) -> MsrGuest:
         """Let the guest execute RDMSR at the next run."""
-        return self._ask(_READ, index, 0xDEAD_DEAD_DEAD_DEAD)
+        self._agent.begin_rdmsr(index)
+        return self
 
     def write(self, index: int, value: int) -> MsrGuest:
         """Let the guest execute WRMSR at the next run."""
-        return self._ask(_WRITE, index, value)
+        self._agent.begin_wrmsr(index, value)
+        return self
 
     def enable_x2apic(self) -> None:
         """Switch the guest's local APIC to x2APIC mode."""
-        self._ask(_X2APIC, 0, 0)._result()
-
-    def _ask(self, what: int, index: int, value: int) -> MsrGuest:
-        self.vm.symbol("msr_index").u64 = index
-        self.vm.symbol("msr_value").u64 = value
-        self._call.reply(what)
-        return self
-
-    def _result(self) -> tuple[int, int] | None:
-        got = self.vcpu.next()
-        if not isinstance(got, Ucall) or got.cmd != USER:
-            raise self.vcpu.unexpected(got, "the end of the access")
-        self._call = got
-        faulted, vector, error_code = got.args
-        return (vector, error_code) if faulted else None
+        base = self._agent.rdmsr(Msr.MSR_IA32_APICBASE)
+        assert isinstance(base, int)
+        assert self._agent.wrmsr(Msr.MSR_IA32_APICBASE, base | _X2APIC) is None
 
     def value(self) -> int:
         """Run to the end of a read that must succeed, and return what the guest got."""
-        assert self._result() is None
-        return int(self.vm.symbol("msr_value").u64)
+        result = self._agent.end()
+        assert isinstance(result, Registers)
+        return result.edx_eax
 
     def done(self) -> None:
         """Run to the end of a write that must succeed."""
-        assert self._result() is None
+        assert isinstance(self._agent.end(), Registers)
 
     def fault(self) -> tuple[int, int]:
         """Run to the end of an access that must fault; return the vector and the error code."""
-        found = self._result()
-        assert found is not None
-        return found
+        result = self._agent.end()
+        assert isinstance(result, Fault), "the access did not fault"
+        return result.vector, result.error_code
 
     def exit(self) -> MsrExit:
         """Run to the exit that the access must end in."""
@@ -107,7 +70,7 @@ def msr_guest(make_vm: MakeVm) -> MsrGuestMaker:
     """Make the guest, with user-space MSR exits for *reasons*."""
 
     def make(reasons: int = 0) -> MsrGuest:
-        vm = make_vm(GUEST)
+        vm = make_vm(AGENT)
         if reasons:
             vm.enable_user_space_msr(reasons)
         return MsrGuest(vm)

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import Gva
-from kvmpy.core.errors import KvmError
-from kvmpy.core.exits import RdmsrExit, WrmsrExit
-from kvmpy.core.vm import Vm
-from kvmpy.uapi.constants import (
+from kvmpy import (
     KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_EXIT_REASON_INVAL,
     KVM_MSR_EXIT_REASON_UNKNOWN,
     KVM_MSR_EXIT_REASON_VALID_MASK,
+    Gva,
+    Msr,
+    RdmsrExit,
+    Vector,
+    Vm,
+    WrmsrExit,
+    refused,
 )
-from kvmpy.x86.exceptions import Vector
-from kvmpy.x86.msr_numbers import Msr
 
 if TYPE_CHECKING:
     from selftests.msr.conftest import MsrGuestMaker
@@ -33,7 +34,6 @@ RDMSR = b"\x0f\x32"
 pytestmark = pytest.mark.requires("KVM_CAP_X86_USER_SPACE_MSR", "param:kvm.ignore_msrs=N")
 
 
-@pytest.mark.protections("all")
 def test_unknown_without_capability(msr_guest: MsrGuestMaker) -> None:
     """While the capability is off, RDMSR and WRMSR of an MSR that KVM does not know get #GP(0).
 
@@ -44,7 +44,6 @@ def test_unknown_without_capability(msr_guest: MsrGuestMaker) -> None:
     assert guest.write(UNKNOWN_MSR, 1).fault() == GP0
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("answer", [0, 0x1234_5678_9ABC_DEF0, (1 << 64) - 1])
 def test_unknown_read(msr_guest: MsrGuestMaker, answer: int) -> None:
     """RDMSR of an unknown MSR exits with its index, and returns all 64 bits that user space answers.
@@ -59,7 +58,6 @@ def test_unknown_read(msr_guest: MsrGuestMaker, answer: int) -> None:
     assert guest.value() == answer
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("data", [0, 0x1234_5678_9ABC_DEF0, (1 << 64) - 1])
 def test_unknown_write(msr_guest: MsrGuestMaker, data: int) -> None:
     """WRMSR to an unknown MSR exits with its index and all 64 bits of its data, and then succeeds.
@@ -74,7 +72,6 @@ def test_unknown_write(msr_guest: MsrGuestMaker, data: int) -> None:
     guest.done()
 
 
-@pytest.mark.protections("all")
 def test_error_becomes_gp(msr_guest: MsrGuestMaker) -> None:
     """With 1 in the error field of a read's or a write's exit the guest gets #GP(0).
 
@@ -88,7 +85,6 @@ def test_error_becomes_gp(msr_guest: MsrGuestMaker) -> None:
     assert guest.fault() == GP0
 
 
-@pytest.mark.protections("all")
 def test_error_starts_as_zero(msr_guest: MsrGuestMaker) -> None:
     """Each exit starts with a clear error field, also after one that user space refused.
 
@@ -103,7 +99,6 @@ def test_error_starts_as_zero(msr_guest: MsrGuestMaker) -> None:
 
 
 # Where registers are the guest's own, so is EFER: no exit.
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:can_read_registers")
 def test_invalid_write(msr_guest: MsrGuestMaker) -> None:
     """A write of reserved bits to a known MSR exits with the reason INVAL and the value that the guest wrote.
@@ -124,7 +119,6 @@ def test_invalid_write(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(Msr.MSR_EFER).value() == efer
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:can_read_registers")
 def test_only_the_reasons_asked_for(msr_guest: MsrGuestMaker) -> None:
     """Accesses whose reason was not asked for get #GP as without the capability.
@@ -140,7 +134,6 @@ def test_only_the_reasons_asked_for(msr_guest: MsrGuestMaker) -> None:
     assert guest.fault() == GP0
 
 
-@pytest.mark.protections("all")
 def test_switched_off_again(msr_guest: MsrGuestMaker) -> None:
     """Enabling the capability with an empty mask ends the exits.
 
@@ -153,7 +146,6 @@ def test_switched_off_again(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(UNKNOWN_MSR).fault() == GP0
 
 
-@pytest.mark.protections("all")
 def test_known_msrs_stay_with_kvm(msr_guest: MsrGuestMaker) -> None:
     """Accesses that KVM can do itself do not exit, whatever reasons are asked for.
 
@@ -165,7 +157,6 @@ def test_known_msrs_stay_with_kvm(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(Msr.MSR_STAR).value() == value
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 @pytest.mark.requires("KVM_CAP_IMMEDIATE_EXIT", "trait:host_sees_tables")
 def test_immediate_exit_completes(msr_guest: MsrGuestMaker) -> None:
@@ -188,6 +179,5 @@ def test_unknown_reason(vm: Vm, bit: int) -> None:
 
     Documentation/virt/kvm/api.rst, 7.21 KVM_CAP_X86_USER_SPACE_MSR ("The valid mask flags").
     """
-    with pytest.raises(KvmError) as e:
+    with refused(errno.EINVAL):
         vm.enable_user_space_msr(KVM_MSR_EXIT_REASON_FILTER | 1 << bit)
-    assert e.value.errno == errno.EINVAL

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.msr_filter import MAX_RANGES, READ, WRITE, MsrFilter, MsrRange
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_UNKNOWN
-from kvmpy.x86.exceptions import Vector
-from kvmpy.x86.msr_numbers import Msr
+from kvmpy import (
+    KVM_MSR_EXIT_REASON_FILTER,
+    KVM_MSR_EXIT_REASON_UNKNOWN,
+    MakeVm,
+    Msr,
+    MsrFilter,
+    MsrRange,
+    Vector,
+)
+from kvmpy.core.msr_filter import MAX_RANGES, READ, WRITE
 
 if TYPE_CHECKING:
     from selftests.msr.conftest import MsrGuest, MsrGuestMaker
@@ -49,7 +54,6 @@ def watched(msr_guest: MsrGuestMaker, *ranges: MsrRange, default_deny: bool = Fa
     return guest
 
 
-@pytest.mark.protections("all")
 def test_deny_read(msr_guest: MsrGuestMaker) -> None:
     """A 0 in a range for reads turns RDMSR into #GP(0), leaves WRMSR alone, and the MSR keeps its value.
 
@@ -63,7 +67,6 @@ def test_deny_read(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(LSTAR).value() == 0x1234_5000
 
 
-@pytest.mark.protections("all")
 def test_deny_write(msr_guest: MsrGuestMaker) -> None:
     """A 0 in a range for writes turns WRMSR into #GP(0) that changes nothing, and leaves RDMSR alone.
 
@@ -76,7 +79,6 @@ def test_deny_write(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(LSTAR).value() == 0x1000
 
 
-@pytest.mark.protections("all")
 @by_reason
 def test_bitmap(msr_guest: MsrGuestMaker) -> None:
     """Each bit of a bitmap decides for its own MSR, across bytes and 64-bit words, for both kinds of access.
@@ -91,7 +93,6 @@ def test_bitmap(msr_guest: MsrGuestMaker) -> None:
     assert [write_reason(guest, BASE + number) for number in range(len(bits))] == expected
 
 
-@pytest.mark.protections("all")
 @by_reason
 @pytest.mark.parametrize("default_deny", [False, True])
 def test_range_ends(msr_guest: MsrGuestMaker, default_deny: bool) -> None:
@@ -106,7 +107,6 @@ def test_range_ends(msr_guest: MsrGuestMaker, default_deny: bool) -> None:
     assert [read_reason(guest, place) for place in places] == [outside, inside, inside, outside]
 
 
-@pytest.mark.protections("all")
 @by_reason
 def test_kind_without_range(msr_guest: MsrGuestMaker) -> None:
     """For the kind of access that a range does not name, its MSRs follow the default.
@@ -123,7 +123,6 @@ def test_kind_without_range(msr_guest: MsrGuestMaker) -> None:
     assert (read_reason(guest, BASE + 0x100), write_reason(guest, BASE + 0x100)) == (DENIED, ALLOWED)
 
 
-@pytest.mark.protections("all")
 @by_reason
 def test_all_ranges(msr_guest: MsrGuestMaker) -> None:
     """All 16 ranges of a filter count.
@@ -137,7 +136,6 @@ def test_all_ranges(msr_guest: MsrGuestMaker) -> None:
     assert [read_reason(guest, item.base + 1) for item in ranges] == [ALLOWED] * MAX_RANGES
 
 
-@pytest.mark.protections("all")
 @by_reason
 def test_widest_range(msr_guest: MsrGuestMaker) -> None:
     """A range may hold 12288 MSRs, and its last bit counts as its first does.
@@ -152,7 +150,6 @@ def test_widest_range(msr_guest: MsrGuestMaker) -> None:
     assert [read_reason(guest, place) for place in places] == [DENIED, ALLOWED, ALLOWED, DENIED]
 
 
-@pytest.mark.protections("all")
 def test_default_deny(msr_guest: MsrGuestMaker) -> None:
     """With KVM_MSR_FILTER_DEFAULT_DENY an MSR in no range is denied, and one with a 1 in its range works.
 
@@ -166,7 +163,6 @@ def test_default_deny(msr_guest: MsrGuestMaker) -> None:
     assert guest.write(CSTAR, 0x1000).fault() == GP0
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("default_deny", [False, True])
 def test_x2apic_is_not_filtered(msr_guest: MsrGuestMaker, default_deny: bool) -> None:
     """Neither a range over x2APIC MSRs nor denial by default keeps the guest from them.
@@ -184,7 +180,6 @@ def test_x2apic_is_not_filtered(msr_guest: MsrGuestMaker, default_deny: bool) ->
     assert guest.read(version).value() & 0xF0 == 0x10
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_X86_USER_SPACE_MSR")
 def test_user_space_handles_the_denied(msr_guest: MsrGuestMaker) -> None:
     """With exit reason FILTER user space answers the accesses that the filter denies, in KVM's place.
@@ -208,7 +203,6 @@ def test_user_space_handles_the_denied(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(LSTAR).value() == 0x1000
 
 
-@pytest.mark.protections("all")
 @by_reason
 def test_replaced_as_a_whole(msr_guest: MsrGuestMaker) -> None:
     """A new filter takes the place of the old one: ranges that only the old one had no longer count.
@@ -222,7 +216,6 @@ def test_replaced_as_a_whole(msr_guest: MsrGuestMaker) -> None:
     assert (read_reason(guest, BASE), read_reason(guest, BASE + 1)) == (ALLOWED, DENIED)
 
 
-@pytest.mark.protections("all")
 @by_reason
 def test_empty_filter_disables(msr_guest: MsrGuestMaker) -> None:
     """A filter whose ranges are all empty switches filtering off.
@@ -235,7 +228,6 @@ def test_empty_filter_disables(msr_guest: MsrGuestMaker) -> None:
     assert (read_reason(guest, BASE), read_reason(guest, BASE + 1)) == (ALLOWED, ALLOWED)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 def test_host_is_not_filtered(msr_guest: MsrGuestMaker) -> None:
     """A filter denies accesses of the guest; KVM_GET_MSRS and KVM_SET_MSRS go on as before.
@@ -278,7 +270,6 @@ void guest_main(void)
 """
 
 
-@pytest.mark.protections("all")
 def test_side_effects_are_not_filtered(make_vm: MakeVm) -> None:
     """SWAPGS exchanges the GS base with KERNEL_GS_BASE although the filter denies RDMSR and WRMSR of that.
 

@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy import Kvm
-from kvmpy.core.vcpu import Vcpu
-from kvmpy.core.vm import Vm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.structs import kvm_cpuid2, kvm_msr_entry, kvm_msrs
-from kvmpy.x86.cpuid import Cpuid
-from kvmpy.x86.exceptions import Vector
-from kvmpy.x86.msr_numbers import Msr
-from selftests.msr.conftest import GUEST, MsrGuest
+from kvmpy import (
+    AGENT,
+    Cpuid,
+    Kvm,
+    MakeVm,
+    Msr,
+    Vcpu,
+    Vector,
+    Vm,
+    ioctls,
+    kvm_cpuid2,
+    kvm_msr_entry,
+    kvm_msrs,
+)
+from selftests.msr.conftest import MsrGuest
 
 if TYPE_CHECKING:
     from selftests.msr.conftest import MsrGuestMaker
@@ -46,7 +51,6 @@ def bare_vcpu(kvm: Kvm, vm: Vm) -> Vcpu:
     return vcpu
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("name", BASES)
 def test_address_must_be_canonical(msr_guest: MsrGuestMaker, name: str) -> None:
     """MSRs that hold linear addresses take canonical ones; others are #GP(0) and change nothing.
@@ -70,7 +74,6 @@ def test_host_may_not_set_a_non_canonical_address(bare_vcpu: Vcpu, name: str) ->
     assert bare_vcpu.get_msr(Msr[name]) == CANONICAL
 
 
-@pytest.mark.protections("all")
 def test_pat(msr_guest: MsrGuestMaker) -> None:
     """The PAT has its architectural value at reset, and takes any of the six memory types in each entry.
 
@@ -82,7 +85,6 @@ def test_pat(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(Msr.MSR_IA32_CR_PAT).value() == 0x0001_0405_0607_0600
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("memory_type", [2, 3, 8, 0x80])
 def test_reserved_memory_types(msr_guest: MsrGuestMaker, memory_type: int) -> None:
     """A reserved memory type in any entry of the PAT is #GP(0) and changes nothing.
@@ -133,7 +135,6 @@ def _without_tsc_aux(table: kvm_cpuid2) -> kvm_cpuid2:
     return cpuid.to_struct()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("cpuid:rdtscp")
 def test_tsc_aux(msr_guest: MsrGuestMaker) -> None:
     """TSC_AUX keeps 32 bits; what is above is #GP(0) on Intel CPUs and dropped on AMD's.
@@ -152,14 +153,13 @@ def test_tsc_aux(msr_guest: MsrGuestMaker) -> None:
         assert guest.read(Msr.MSR_TSC_AUX).value() == 2
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("cpuid:rdtscp")
 def test_tsc_aux_without_cpuid(make_vm: MakeVm) -> None:
     """Where the vCPU's CPUID has neither RDTSCP nor RDPID, there is no TSC_AUX: #GP(0).
 
     Intel SDM, volume 4, IA32_TSC_AUX.
     """
-    guest = MsrGuest(make_vm(GUEST, cpuid=_without_tsc_aux))
+    guest = MsrGuest(make_vm(AGENT, cpuid=_without_tsc_aux))
     assert guest.read(Msr.MSR_TSC_AUX).fault() == GP0
     assert guest.write(Msr.MSR_TSC_AUX, 1).fault() == GP0
 
@@ -187,7 +187,6 @@ def test_xss(kvm: Kvm, bare_vcpu: Vcpu) -> None:
     assert taken & ~offered == 0
 
 
-@pytest.mark.protections("all")
 def test_long_mode_stays_enabled(msr_guest: MsrGuestMaker) -> None:
     """While paging is on, EFER.LME cannot be changed: #GP(0); and writing EFER.LMA has no effect.
 
@@ -220,7 +219,6 @@ void guest_main(void)
 """
 
 
-@pytest.mark.protections("all")
 def test_each_vcpu_has_its_own(make_vm: MakeVm) -> None:
     """vCPUs that take turns on one thread keep their own values of MSRs that the CPU itself holds.
 

@@ -3,182 +3,17 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva, RawGpa
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import AGENT, CR4, PAGE_SIZE, Agent, Fault, Gpa, GuestVm, Gva, MakeVm, RawGpa, Vector
 from kvmpy.x86.entry import WalkStep
-
-GUEST = """
-#include <kvmpy/guest.h>
-
-enum { READ, WRITE, FETCH, INVLPG, WRITE_CR3, WRITE_CR0, READ_CR4 };
-
-#define CR4_PKE		BIT(22)
-
-struct order {
-	u64 op;
-	u64 address;
-	u64 value;
-	u64 ring;
-	u64 cr4;	/* set during the access, which must be one of ring 0 */
-	u64 pkru;	/* so is this, where cr4 has PKE */
-};
-
-GUEST_SHARED struct order orders[4];
-
-static u64 user_stacks[4][256] GUEST_USER_DATA;
-static struct order user_orders[4] GUEST_USER_DATA;
-static u64 fetching[4];
-static struct guest_fault fetch_faults[4];
-
-static GUEST_USER u64 user_read(u64 address)
-{
-	return mmio_read64((void *)(uintptr_t)address);
-}
-
-static GUEST_USER u64 user_write(u64 me)
-{
-	mmio_write64((void *)(uintptr_t)user_orders[me].address, user_orders[me].value);
-	return 0;
-}
-
-/* The fault of a fetch is at the target; go back to the caller. */
-static void fetch_faulted(struct exception_frame *frame)
-{
-	u32 me = guest_cpu_index();
-
-	if (frame->rip != fetching[me])
-		guest_exception_unexpected(frame);
-	fetch_faults[me] = (struct guest_fault) {
-		.vector = frame->vector, .error_code = frame->error_code, .cr2 = read_cr2(), .faulted = true,
-	};
-	frame->rip = *(u64 *)(uintptr_t)frame->rsp;
-	frame->rsp += 8;
-}
-
-static __noinline u64 kernel_fetch(u64 address, struct guest_fault *fault)
-{
-	u64 (*function)(void) = (void *)(uintptr_t)address;
-	u32 me = guest_cpu_index();
-	u64 value;
-
-	fetching[me] = address;
-	fetch_faults[me].faulted = false;
-	guest_exception_install(PF_VECTOR, fetch_faulted);
-	value = function();
-	guest_exception_install(PF_VECTOR, NULL);
-	*fault = fetch_faults[me];
-	return value;
-}
-
-static void wrpkru(u32 value)
-{
-	asm volatile(".byte 0x0f, 0x01, 0xef" : : "a"(value), "c"(0), "d"(0) : "memory");
-}
-
-static u64 in_ring_0(const struct order *o, struct guest_fault *fault)
-{
-	u64 cr4 = o->cr4 ? read_cr4() : 0;
-	u64 value = 0;
-
-	if (o->cr4)
-		write_cr4(cr4 | o->cr4);
-	if (o->cr4 & CR4_PKE)
-		wrpkru(o->pkru);
-	switch (o->op) {
-	case READ:
-		*fault = GUEST_TRY("movq (%1), %0", : "=&r"(value) : "r"(o->address) : "memory");
-		break;
-	case WRITE:
-		*fault = GUEST_TRY("movq %0, (%1)", : : "r"(o->value), "r"(o->address) : "memory");
-		break;
-	case FETCH:
-		value = kernel_fetch(o->address, fault);
-		break;
-	}
-	if (o->cr4)
-		write_cr4(cr4);
-	return value;
-}
-
-static u64 in_ring_3(const struct order *o, struct guest_fault *fault)
-{
-	u32 me = guest_cpu_index();
-	u64 *stack = user_stacks[me] + ARRAY_SIZE(user_stacks[me]);
-	struct guest_user_exit exit = { 0 };
-
-	user_orders[me] = *o;
-	switch (o->op) {
-	case READ:
-		exit = guest_user_run(user_read, o->address, stack);
-		break;
-	case WRITE:
-		exit = guest_user_run(user_write, me, stack);
-		break;
-	case FETCH:
-		exit = guest_user_run((u64 (*)(u64))(uintptr_t)o->address, 0, stack);
-		break;
-	}
-	*fault = exit.fault;
-	return exit.value;
-}
-
-void guest_main(void)
-{
-	const struct order *mine = &orders[guest_cpu_index()];
-
-	GUEST_SYNC();
-	for (;;) {
-		struct guest_fault fault = { 0 };
-		struct order o = *mine;
-		u64 value = 0;
-
-		switch (o.op) {
-		case INVLPG:
-			invlpg((void *)(uintptr_t)o.address);
-			break;
-		case WRITE_CR3:
-			write_cr3(o.value ? o.value : read_cr3());
-			break;
-		case WRITE_CR0:
-			write_cr0((read_cr0() & ~o.address) | o.value);
-			break;
-		case READ_CR4:
-			value = read_cr4();
-			break;
-		default:
-			value = o.ring ? in_ring_3(&o, &fault) : in_ring_0(&o, &fault);
-			break;
-		}
-		GUEST_SYNC(value, fault.faulted, fault.vector, fault.error_code, fault.cr2);
-	}
-}
-"""
-
-READ, WRITE, FETCH, INVLPG, WRITE_CR3, WRITE_CR0, READ_CR4 = range(7)
-PF_VECTOR = 14
 
 # Where the guest finds page tables that it changes.
 WINDOWS = Gva(0x5000_0000_0000)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """How an access faulted; *address* is CR2, 0 unless it was a page fault."""
-
-    vector: int
-    error: int
-    address: int = 0
-
-    def __repr__(self) -> str:
-        return f"Fault(vector {self.vector}, error {self.error:#x}, address {self.address:#x})"
 
 
 class Prober:
@@ -188,8 +23,9 @@ class Prober:
         self.vm = vm
         self.vcpu = vm.vcpus[index]
         self.ring = ring
-        self._index = index
-        self._started = False
+        self.agent = Agent(self.vcpu, ring=ring)
+        # What only the kernel may do.
+        self.kernel = Agent(self.vcpu)
         self._windows: dict[RawGpa, Gva] = {}
 
     def on_vcpu(self, index: int) -> Prober:
@@ -198,50 +34,33 @@ class Prober:
 
     # What the guest does.
 
-    def _do(
-        self, op: int, gva: int = 0, value: int = 0, *, ring: int | None = None, cr4: int = 0, pkru: int = 0
-    ) -> int | Fault:
-        if not self.vm.launched:
-            self.vm.launch()
-        if not self._started:
-            self.vcpu.sync()
-            self._started = True
-        where = self.ring if ring is None else ring
-        orders = self.vm.variable(self.vm.symbol("orders").gva + self._index * 48, 48)
-        orders.bytes = struct.pack("<6Q", op, gva, value, where, cr4, pkru)
-        got, faulted, vector, error, cr2 = self.vcpu.sync().args
-        return Fault(vector, error, cr2) if faulted else got
+    @contextmanager
+    def _state(self, cr4: int, pkru: int) -> Iterator[None]:
+        """Set bits of CR4, and PKRU where they have PKE, around accesses of ring 0."""
+        if cr4:
+            assert self.kernel.change_cr(4, put=cr4) is None
+        if cr4 & CR4.PKE:
+            self.kernel.must(b"\x0f\x01\xef", rax=pkru)
+        yield
+        if cr4:
+            assert self.kernel.change_cr(4, clear=cr4) is None
 
-    def read(self, gva: Gva, **how: int) -> int | Fault:
-        """Read 8 bytes; keywords ring, cr4 and pkru."""
-        return self._do(READ, int(gva), **how)
+    def read(self, gva: Gva, *, ring: int | None = None, cr4: int = 0, pkru: int = 0) -> int | Fault:
+        """Read 8 bytes, in another ring, or with bits of CR4 and PKRU set during the access."""
+        with self._state(cr4, pkru):
+            return self.agent.read(gva, ring=ring)
 
-    def write(self, gva: Gva, value: int, **how: int) -> Fault | None:
+    def write(
+        self, gva: Gva, value: int, *, ring: int | None = None, cr4: int = 0, pkru: int = 0
+    ) -> Fault | None:
         """Write 8 bytes; None when it went well."""
-        got = self._do(WRITE, int(gva), value, **how)
-        return got if isinstance(got, Fault) else None
+        with self._state(cr4, pkru):
+            return self.agent.write(gva, value, ring=ring)
 
-    def fetch(self, gva: Gva, **how: int) -> int | Fault:
+    def fetch(self, gva: Gva, *, ring: int | None = None, cr4: int = 0) -> int | Fault:
         """Call the function at *gva* and return its result."""
-        return self._do(FETCH, int(gva), **how)
-
-    def invlpg(self, gva: Gva) -> None:
-        """Drop the translation of one address."""
-        self._do(INVLPG, int(gva))
-
-    def write_cr3(self, raw: int = 0) -> None:
-        """Load CR3, 0 for the value it has."""
-        self._do(WRITE_CR3, 0, raw)
-
-    def write_cr0(self, *, clear: int = 0, set_: int = 0) -> None:
-        """Change bits of CR0."""
-        self._do(WRITE_CR0, clear, set_)
-
-    def read_cr4(self) -> int:
-        """Return CR4."""
-        got = self._do(READ_CR4)
-        assert isinstance(got, int)
-        return got
+        with self._state(cr4, 0):
+            return self.agent.call(gva, ring=ring)
 
     # What the host does.
 
@@ -318,7 +137,7 @@ def make_prober(make_vm: MakeVm) -> MakeProber:
     """Probers with more vCPUs, memory or levels than the usual."""
 
     def make(*, ring: int = 0, vcpus: int = 1, memory: int | None = None, levels: int = 4) -> Prober:
-        return Prober(make_vm(GUEST, vcpus=vcpus, memory=memory, levels=levels), ring)
+        return Prober(make_vm(AGENT, vcpus=vcpus, memory=memory, levels=levels), ring)
 
     return make
 
@@ -332,7 +151,7 @@ def prober(make_prober: MakeProber, ring: int) -> Prober:
 @pytest.fixture
 def page_fault() -> PageFault:
     """A page fault with an error code at an address."""
-    return lambda error, address: Fault(PF_VECTOR, int(error), int(address))
+    return lambda error, address: Fault(Vector.PF, int(error), int(address))
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gva
+from kvmpy import PAGE_SIZE, SIZE_2M, Gva, PfErr
 from kvmpy.x86.entry import ACCESSED, DIRTY
-from kvmpy.x86.pferr import PfErr
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, PageFault, Prober
 
-pytestmark = [pytest.mark.protections("all"), pytest.mark.usefixtures("live_tables")]
+pytestmark = pytest.mark.usefixtures("live_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B
@@ -38,7 +37,7 @@ def use_and_clear(
     assert all(flags(prober, gva, levels))
     for level in levels:
         prober.change_entry(gva, level, clear=BOTH)
-    prober.invlpg(gva)
+    prober.kernel.invlpg(gva)
     assert not any(flags(prober, gva, levels))
 
 
@@ -152,7 +151,7 @@ def test_another_vcpu_sets_them_too(make_prober: MakeProber, ring: int) -> None:
     first.page(GVA, MARK)
     assert second.read(GVA) == MARK
     use_and_clear(first)
-    second.invlpg(GVA)
+    second.kernel.invlpg(GVA)
     assert first.read(GVA) == MARK
     assert flags(first, levels=(1,)) == [ACCESSED]
     assert second.write(GVA, 1) is None

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmpy import (
+    PAGE_SIZE,
+    SIZE_2M,
+    EncryptionBit,
+    Gpa,
+    GuestProgram,
+    GuestVm,
+    Gva,
+    MakeVm,
+    PageTables,
+    RawGpa,
+)
 from kvmpy.coco.cbit import EmulatedEncryptionBit
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
 from kvmpy.core.kvm import Kvm
-from kvmpy.guest.program import GuestProgram
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
 from kvmpy.x86.entry import ACCESSED, USER, WRITABLE
-from kvmpy.x86.paging import PageTables
 from kvmpy.x86.walker import Walker
 
 if TYPE_CHECKING:
@@ -169,7 +176,7 @@ def test_tables(prober: Prober) -> None:
         assert private
         vm.memory.shared_view(where, PAGE_SIZE)[:] = b"\xcc" * PAGE_SIZE
     assert prober.read(GVA) == PRIVATE
-    prober.write_cr3()
+    prober.kernel.flush_tlb()
     assert prober.read(GVA) == PRIVATE
 
 
@@ -211,7 +218,7 @@ def test_shared_tables(prober: Prober) -> None:
     for step in (step for item in tables.mappings() for step in tables.walk(item.gva).steps):
         vm.memory.private_view(vm.from_raw(step.table)[0], PAGE_SIZE)[:] = b"\xcc" * PAGE_SIZE
     assert (prober.read(GVA), prober.read(OPEN)) == (PRIVATE, SHARED)
-    prober.write_cr3(int(tables.cr3))
+    assert prober.kernel.write_cr(3, int(tables.cr3)) is None
     assert (prober.read(GVA), prober.read(OPEN)) == (SHARED, PRIVATE)
 
 
@@ -229,7 +236,7 @@ def test_conversion(prober: Prober) -> None:
     for convert, expected in ((vm.set_shared, SHARED), (vm.set_private, PRIVATE)) * 2:
         convert(gpa, PAGE_SIZE)
         prober.edit(lambda: vm.pages.refresh_private(GVA, PAGE_SIZE), GVA)
-        prober.invlpg(GVA)
+        prober.kernel.invlpg(GVA)
         assert prober.read(GVA) == expected
 
 

@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
-from kvmpy.core.backing import Anonymous
-from kvmpy.x86.bits import CR4
+from kvmpy import CR4, PAGE_SIZE, SIZE_1G, SIZE_2M, Anonymous, Gpa, Gva
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, Prober
 
-pytestmark = pytest.mark.protections("all")
 
 GVA = Gva(0x6000_0000_0000)
 GPA = Gpa(0x8000_0000)
@@ -152,7 +149,9 @@ def test_five_levels_translate_57_bits(make_prober: MakeProber, ring: int, gva: 
     prober.page(gva, MARK)
     assert len(prober.vm.pages.walk(gva).steps) == 5
     assert prober.read(gva) == MARK
-    assert prober.read_cr4() & CR4.LA57
+    cr4 = prober.kernel.read_cr(4)
+    assert isinstance(cr4, int)
+    assert cr4 & CR4.LA57
 
 
 def test_four_levels_leave_la57_off(prober: Prober) -> None:
@@ -162,4 +161,6 @@ def test_four_levels_leave_la57_off(prober: Prober) -> None:
     """
     prober.page(GVA, MARK)
     assert prober.read(GVA) == MARK
-    assert prober.read_cr4() & CR4.LA57 == 0
+    cr4 = prober.kernel.read_cr(4)
+    assert isinstance(cr4, int)
+    assert cr4 & CR4.LA57 == 0

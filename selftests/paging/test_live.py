@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa, Gva
+from kvmpy import PAGE_SIZE, SIZE_2M, Gpa, Gva, PageTables, PfErr
 from kvmpy.x86.entry import PRESENT, USER, WRITABLE
-from kvmpy.x86.paging import PageTables
-from kvmpy.x86.pferr import PfErr
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, PageFault, Prober
 
-pytestmark = [pytest.mark.protections("all"), pytest.mark.usefixtures("live_tables")]
+pytestmark = pytest.mark.usefixtures("live_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B
@@ -47,7 +45,7 @@ def test_another_page(prober: Prober) -> None:
     assert prober.read(GVA) == MARK
     new = another_page(prober, MARK + 1)
     prober.edit(lambda: prober.vm.pages.remap(GVA, new, PAGE_SIZE), GVA)
-    prober.invlpg(GVA)
+    prober.kernel.invlpg(GVA)
     assert prober.read(GVA) == MARK + 1
     assert prober.write(GVA, MARK + 2) is None
     assert prober.vm.memory.read(new, 8) == (MARK + 2).to_bytes(8, "little")
@@ -67,7 +65,7 @@ def test_a_load_of_cr3_flushes_too(prober: Prober) -> None:
         gva = GVA + number * PAGE_SIZE
         gpa = another_page(prober, MARK - number)
         prober.edit(partial(prober.vm.pages.remap, gva, gpa, PAGE_SIZE), gva)
-    prober.write_cr3()
+    prober.kernel.flush_tlb()
     values = [prober.read(GVA + number * PAGE_SIZE) for number in range(pages)]
     assert values == [MARK - number for number in range(pages)]
 
@@ -81,7 +79,7 @@ def test_a_page_that_goes_away(prober: Prober, page_fault: PageFault, u: int) ->
     prober.page(GVA + PAGE_SIZE, MARK + 1)
     assert prober.read(GVA) == MARK
     prober.edit(lambda: prober.vm.pages.unmap(GVA, PAGE_SIZE), GVA)
-    prober.invlpg(GVA)
+    prober.kernel.invlpg(GVA)
     assert prober.read(GVA) == page_fault(u, GVA)
     assert prober.read(GVA + PAGE_SIZE) == MARK + 1
 
@@ -108,11 +106,11 @@ def test_writes_forbidden_and_allowed_again(prober: Prober, page_fault: PageFaul
     for turn in range(1, 4):
         assert prober.write(GVA, turn) is None
         prober.edit(lambda: prober.vm.pages.protect(GVA, PAGE_SIZE, writable=False), GVA)
-        prober.invlpg(GVA)
+        prober.kernel.invlpg(GVA)
         assert prober.write(GVA, 99) == page_fault(PfErr.P | PfErr.W | u, GVA)
         assert prober.read(GVA) == turn
         prober.edit(lambda: prober.vm.pages.protect(GVA, PAGE_SIZE, writable=True), GVA)
-        prober.invlpg(GVA)
+        prober.kernel.invlpg(GVA)
 
 
 def test_execution_forbidden_and_allowed_again(prober: Prober, page_fault: PageFault, u: int) -> None:
@@ -123,10 +121,10 @@ def test_execution_forbidden_and_allowed_again(prober: Prober, page_fault: PageF
     prober.page(GVA, CODE)
     assert prober.fetch(GVA) == MARK
     prober.edit(lambda: prober.vm.pages.protect(GVA, PAGE_SIZE, nx=True), GVA)
-    prober.invlpg(GVA)
+    prober.kernel.invlpg(GVA)
     assert prober.fetch(GVA) == page_fault(PfErr.P | PfErr.I | u, GVA)
     prober.edit(lambda: prober.vm.pages.protect(GVA, PAGE_SIZE, nx=False), GVA)
-    prober.invlpg(GVA)
+    prober.kernel.invlpg(GVA)
     assert prober.fetch(GVA) == MARK
 
 
@@ -139,7 +137,7 @@ def test_ring_3_locked_out_and_let_in_again(make_prober: MakeProber, page_fault:
     prober.page(GVA, MARK)
     for user in (True, False, True):
         prober.edit(partial(prober.vm.pages.protect, GVA, PAGE_SIZE, user=user), GVA)
-        prober.invlpg(GVA)
+        prober.kernel.invlpg(GVA)
         expected = MARK if user else page_fault(PfErr.P | PfErr.U, GVA)
         assert prober.read(GVA, ring=3) == expected
         assert prober.read(GVA) == MARK
@@ -157,11 +155,11 @@ def test_a_large_page_that_is_split(prober: Prober, page_fault: PageFault, u: in
         assert prober.write(gva + part * PAGE_SIZE, MARK + part) is None
     prober.edit(lambda: vm.pages.split(gva), gva)
     assert vm.pages.walk(gva).page_size == PAGE_SIZE
-    prober.invlpg(gva)
+    prober.kernel.invlpg(gva)
     assert [prober.read(gva + part * PAGE_SIZE) for part in parts] == [MARK + part for part in parts]
     part_77 = gva + 77 * PAGE_SIZE
     prober.edit(lambda: vm.pages.protect(part_77, PAGE_SIZE, writable=False), part_77)
-    prober.invlpg(gva + 77 * PAGE_SIZE)
+    prober.kernel.invlpg(gva + 77 * PAGE_SIZE)
     refused = page_fault(PfErr.P | PfErr.W | u, gva + 77 * PAGE_SIZE)
     assert [prober.write(gva + part * PAGE_SIZE, 1) for part in parts] == [None, None, refused, None]
 
@@ -180,7 +178,7 @@ def test_small_pages_that_become_a_large_one(prober: Prober) -> None:
         vm.memory.write(gpa + page * PAGE_SIZE, (MARK - page).to_bytes(8, "little"))
     prober.edit(lambda: vm.map(GVA, gpa, SIZE_2M, page_size=SIZE_2M, user=True, overwrite=True), GVA)
     for page in (0, 3, 511):
-        prober.invlpg(GVA + page * PAGE_SIZE)
+        prober.kernel.invlpg(GVA + page * PAGE_SIZE)
     assert [prober.read(GVA + page * PAGE_SIZE) for page in (0, 3, 511)] == [MARK, MARK - 3, MARK - 511]
 
 
@@ -193,7 +191,7 @@ def test_a_table_that_is_unlinked(prober: Prober, page_fault: PageFault, u: int,
     prober.page(GVA, MARK)
     assert prober.read(GVA) == MARK
     prober.change_entry(GVA, level, clear=PRESENT)
-    prober.invlpg(GVA)
+    prober.kernel.invlpg(GVA)
     assert prober.read(GVA) == page_fault(u, GVA)
     prober.change_entry(GVA, level, set_=PRESENT)
     assert prober.read(GVA) == MARK
@@ -210,8 +208,8 @@ def test_another_vcpu_sees_it_after_its_own_flush(make_prober: MakeProber, ring:
     assert (first.read(GVA), second.read(GVA)) == (MARK, MARK)
     gpa = another_page(first, MARK + 1)
     first.edit(lambda: first.vm.pages.remap(GVA, gpa, PAGE_SIZE), GVA)
-    first.invlpg(GVA)
-    second.invlpg(GVA)
+    first.kernel.invlpg(GVA)
+    second.kernel.invlpg(GVA)
     assert (first.read(GVA), second.read(GVA)) == (MARK + 1, MARK + 1)
     assert second.write(GVA, MARK + 2) is None
     assert first.read(GVA) == MARK + 2
@@ -247,10 +245,10 @@ def test_address_spaces_are_switched_by_cr3(prober: Prober, page_fault: PageFaul
     twin.unmap(GVA + PAGE_SIZE, PAGE_SIZE)
     for _ in range(3):
         assert (prober.read(GVA), prober.read(GVA + PAGE_SIZE)) == (MARK, MARK)
-        prober.write_cr3(int(twin.cr3))
+        assert prober.kernel.write_cr(3, int(twin.cr3)) is None
         assert prober.read(GVA) == MARK + 1
         assert prober.read(GVA + PAGE_SIZE) == page_fault(u, GVA + PAGE_SIZE)
-        prober.write_cr3(int(prober.vm.pages.cr3))
+        assert prober.kernel.write_cr(3, int(prober.vm.pages.cr3)) is None
 
 
 def test_the_guest_changes_its_own_tables(prober: Prober, page_fault: PageFault, u: int) -> None:
@@ -266,10 +264,10 @@ def test_the_guest_changes_its_own_tables(prober: Prober, page_fault: PageFault,
     assert prober.read(GVA) == MARK
     for number, gpa in enumerate(others, 1):
         assert prober.write(where, int(prober.vm.to_raw(gpa)) | flags, ring=0) is None
-        prober.invlpg(GVA)
+        prober.kernel.invlpg(GVA)
         assert prober.read(GVA) == MARK + number
     assert prober.write(where, 0, ring=0) is None
-    prober.invlpg(GVA)
+    prober.kernel.invlpg(GVA)
     assert prober.read(GVA) == page_fault(u, GVA)
     assert prober.write(where, entry, ring=0) is None
     assert prober.read(GVA) == MARK
@@ -284,7 +282,7 @@ def test_a_table_becomes_ordinary_memory(prober: Prober, page_fault: PageFault, 
     assert prober.read(GVA) == MARK
     table = prober.show(prober.entry(GVA, 1).table)
     prober.change_entry(GVA, 2, clear=PRESENT)
-    prober.write_cr3()
+    prober.kernel.flush_tlb()
     for offset in range(0, PAGE_SIZE, 256):
         assert prober.write(table + offset, MARK + offset, ring=0) is None
     for offset in range(0, PAGE_SIZE, 256):

@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
-from kvmpy.core.exits import ShutdownExit
+from kvmpy import (
+    PAGE_SIZE,
+    SIZE_1G,
+    SIZE_2M,
+    Gpa,
+    GuestExceptionError,
+    GuestVm,
+    Gva,
+    MakeVm,
+    ShutdownExit,
+    Vector,
+)
 from kvmpy.guest import layout
-from kvmpy.guest.errors import GuestExceptionError
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.x86.exceptions import Vector
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, PageFault, Prober
@@ -83,8 +89,8 @@ def test_a_leaf_that_lacks_the_bit(make_prober: MakeProber, ring: int, size: int
     places = (GVA, GVA + size - PAGE_SIZE)
     assert [prober.read(place) for place in places] == [PRIVATE] * 2
     flip(prober, level)
-    prober.invlpg(GVA)
-    prober.invlpg(places[1])
+    prober.kernel.invlpg(GVA)
+    prober.kernel.invlpg(places[1])
     walk = prober.vm.pages.walk(GVA)
     assert (walk.gpa, walk.private) == (gpa, False)
     assert [prober.read(place) for place in places] == [SHARED] * 2
@@ -127,7 +133,7 @@ def test_a_table_pointer_that_lacks_the_bit(prober: Prober, page_fault: PageFaul
     assert False in prober.vm.pages.walk(GVA).tables_private
     assert not prober.vm.pages.walk(GVA).present
     flip(prober, level)
-    prober.invlpg(GVA)
+    prober.kernel.invlpg(GVA)
     assert prober.read(GVA) == PRIVATE
     assert prober.vm.pages.walk(GVA).tables_private == (True,) * 4
 

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gva
-from kvmpy.x86.bits import CR0, CR4
+from kvmpy import CR0, CR4, PAGE_SIZE, Gva, PfErr
 from kvmpy.x86.entry import NO_EXECUTE, USER, WRITABLE
-from kvmpy.x86.pferr import PfErr
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import MakeProber, PageFault, Prober
 
-pytestmark = pytest.mark.protections("all")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B
@@ -72,11 +69,11 @@ def test_write_protection_of_ring_0_can_be_lifted(make_prober: MakeProber, page_
     prober.page(GVA, MARK, writable=False)
     refused = page_fault(PfErr.P | PfErr.W, GVA)
     assert prober.write(GVA, 1) == refused
-    prober.write_cr0(clear=CR0.WP)
+    assert prober.kernel.change_cr(0, clear=CR0.WP) is None
     assert prober.write(GVA, 2) is None
     assert prober.read(GVA) == 2
     assert prober.write(GVA, 3, ring=3) == page_fault(PfErr.P | PfErr.W | PfErr.U, GVA)
-    prober.write_cr0(set_=CR0.WP)
+    assert prober.kernel.change_cr(0, put=CR0.WP) is None
     assert prober.write(GVA, 4) == refused
     assert prober.read(GVA, ring=3) == 2
 

@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gva
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.x86.cpuid import Cpuid
+from kvmpy import PAGE_SIZE, SIZE_2M, Cpuid, Gva, MakeVm, PfErr, Vector
 from kvmpy.x86.entry import PAGE_SIZE_BIT, PRESENT
-from kvmpy.x86.exceptions import Vector
-from kvmpy.x86.pferr import PfErr
 
 if TYPE_CHECKING:
-    from kvmpy.core.kvm import Kvm
+    from kvmpy import Kvm
     from selftests.paging.conftest import PageFault, Prober
 
-pytestmark = [pytest.mark.protections("all"), pytest.mark.usefixtures("live_tables")]
+pytestmark = pytest.mark.usefixtures("live_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B
@@ -80,7 +76,7 @@ def test_an_address_that_is_not_canonical(prober: Prober, address: int) -> None:
     for fault in (prober.read(Gva(address)), prober.write(Gva(address), 1)):
         assert not isinstance(fault, int)
         assert fault is not None
-        assert (fault.vector, fault.error) == (Vector.GP, 0)
+        assert (fault.vector, fault.error_code) == (Vector.GP, 0)
     assert prober.read(GVA) == MARK
 
 
@@ -107,7 +103,7 @@ def test_a_table_entry_that_would_be_a_leaf_at_the_top(prober: Prober, page_faul
     assert prober.write(GVA, 1) == page_fault(error | PfErr.W, GVA)
     assert prober.fetch(GVA) == page_fault(error | PfErr.I, GVA)
     prober.change_entry(GVA, 4, clear=PAGE_SIZE_BIT)
-    prober.invlpg(GVA)
+    prober.kernel.invlpg(GVA)
     assert prober.fetch(GVA) == MARK
 
 
@@ -122,7 +118,7 @@ def test_a_large_leaf_that_is_not_aligned(prober: Prober, page_fault: PageFault,
     prober.change_entry(gva, 2, set_=1 << bit)
     assert prober.read(gva) == page_fault(PfErr.P | PfErr.RSVD | u, gva)
     prober.change_entry(gva, 2, clear=1 << bit)
-    prober.invlpg(gva)
+    prober.kernel.invlpg(gva)
     assert prober.read(gva) == 0
 
 

@@ -10,13 +10,20 @@ from typing import Protocol
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa, Gva
-from kvmpy.core.backing import Anonymous, Mapping
-from kvmpy.core.exits import MemoryFaultExit
-from kvmpy.core.gmem import GuestMemfd
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE
+from kvmpy import (
+    KVM_MEM_GUEST_MEMFD,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    PAGE_SIZE,
+    SIZE_2M,
+    Anonymous,
+    Gpa,
+    GuestMemfd,
+    GuestVm,
+    Gva,
+    MakeVm,
+    Mapping,
+    MemoryFaultExit,
+)
 
 PRIVATE = KVM_MEMORY_ATTRIBUTE_PRIVATE
 GPA = Gpa(0x8000_0000)

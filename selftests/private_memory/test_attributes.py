@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.errors import KvmError
-from kvmpy.core.kvm import Kvm
-from kvmpy.core.vm import Vm
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import KVM_CAP_MEMORY_ATTRIBUTES, VmType
+from kvmpy import KVM_CAP_MEMORY_ATTRIBUTES, PAGE_SIZE, Kvm, Vm, VmType, ioctls, refused
 from selftests.private_memory.conftest import PRIVATE
 
 if TYPE_CHECKING:
@@ -47,12 +42,6 @@ def protected(kvm: Kvm) -> Iterator[Vm]:
         yield vm
 
 
-def refused(vm: Vm, address: int, size: int, attributes: int = PRIVATE, flags: int = 0) -> int:
-    with pytest.raises(KvmError) as caught:
-        vm.set_memory_attributes(address, size, attributes, flags)
-    return caught.value.errno or 0
-
-
 def test_which_attributes_there_are(protected: Vm) -> None:
     """A software-protected VM has KVM_MEMORY_ATTRIBUTE_PRIVATE, and no attribute that KVM as a whole lacks.
 
@@ -70,7 +59,8 @@ def test_a_default_vm_beside_it_has_none(protected: Vm) -> None:
     """
     with protected.kvm.create_vm() as plain:
         assert plain.check_extension(KVM_CAP_MEMORY_ATTRIBUTES) == 0
-        assert refused(plain, ADDRESS, PAGE_SIZE) == errno.EINVAL
+        with refused(errno.EINVAL):
+            plain.set_memory_attributes(ADDRESS, PAGE_SIZE, PRIVATE)
         plain.set_memory_attributes(ADDRESS, PAGE_SIZE, 0)
 
 
@@ -82,8 +72,10 @@ def test_unsupported_attributes_are_refused(protected: Vm) -> None:
     here = protected.check_extension(KVM_CAP_MEMORY_ATTRIBUTES)
     for bit in range(64):
         if not here >> bit & 1:
-            assert refused(protected, ADDRESS, PAGE_SIZE, 1 << bit) == errno.EINVAL, f"bit {bit}"
-            assert refused(protected, ADDRESS, PAGE_SIZE, 1 << bit | PRIVATE) == errno.EINVAL, f"bit {bit}"
+            with refused(errno.EINVAL, about=f"bit {bit}"):
+                protected.set_memory_attributes(ADDRESS, PAGE_SIZE, 1 << bit)
+            with refused(errno.EINVAL, about=f"bit {bit}"):
+                protected.set_memory_attributes(ADDRESS, PAGE_SIZE, 1 << bit | PRIVATE)
 
 
 def test_flags_must_be_zero(protected: Vm) -> None:
@@ -92,7 +84,8 @@ def test_flags_must_be_zero(protected: Vm) -> None:
     Documentation/virt/kvm/api.rst 4.141.
     """
     for bit in range(64):
-        assert refused(protected, ADDRESS, PAGE_SIZE, flags=1 << bit) == errno.EINVAL, f"bit {bit}"
+        with refused(errno.EINVAL, about=f"bit {bit}"):
+            protected.set_memory_attributes(ADDRESS, PAGE_SIZE, PRIVATE, flags=1 << bit)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +106,8 @@ def test_parts_of_pages_are_refused(protected: Vm, address: int, size: int) -> N
 
     Documentation/virt/kvm/api.rst 4.141.
     """
-    assert refused(protected, address, size) == errno.EINVAL
+    with refused(errno.EINVAL):
+        protected.set_memory_attributes(address, size, PRIVATE)
 
 
 @pytest.mark.parametrize("address", [0, ADDRESS])
@@ -122,7 +116,8 @@ def test_nothing_is_no_range(protected: Vm, address: int) -> None:
 
     kvm_vm_ioctl_set_mem_attributes(), virt/kvm/kvm_main.c.
     """
-    assert refused(protected, address, 0) == errno.EINVAL
+    with refused(errno.EINVAL):
+        protected.set_memory_attributes(address, 0, PRIVATE)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +136,8 @@ def test_ranges_that_overflow_are_refused(protected: Vm, address: int, size: int
 
     kvm_vm_ioctl_set_mem_attributes(), virt/kvm/kvm_main.c.
     """
-    assert refused(protected, address, size) == errno.EINVAL
+    with refused(errno.EINVAL):
+        protected.set_memory_attributes(address, size, PRIVATE)
 
 
 def test_no_slot_is_needed(protected: Vm) -> None:
@@ -211,11 +207,10 @@ def test_only_the_vm_has_it(protected: Vm) -> None:
     """
     vcpu = protected.create_vcpu()
     for fd in (vcpu.fd, protected.kvm.fd):
-        with pytest.raises(OSError) as caught:
+        with refused(errno.EINVAL, by=OSError):
             fcntl.ioctl(
                 fd, ioctls.KVM_SET_MEMORY_ATTRIBUTES.nr, struct.pack("<4Q", ADDRESS, PAGE_SIZE, PRIVATE, 0)
             )
-        assert caught.value.errno == errno.EINVAL
 
 
 @pytest.mark.protections("sw-protected")
@@ -233,7 +228,8 @@ def test_a_refused_call_changes_nothing(region: Region) -> None:
         (start, 4 * PAGE_SIZE, PRIVATE | 1, 0),
         (start, 4 * PAGE_SIZE, PRIVATE, 1),
     ):
-        assert refused(region.vm, address, size, attributes, flags) == errno.EINVAL
+        with refused(errno.EINVAL):
+            region.vm.set_memory_attributes(address, size, attributes, flags)
     region.check(0, 16, VALUE)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M
+from kvmpy import PAGE_SIZE, SIZE_2M
 
 if TYPE_CHECKING:
     from selftests.private_memory.conftest import MakeRegion, Region
@@ -305,9 +305,7 @@ def test_conversions_while_the_guest_reads(region: Region) -> None:
 
     Documentation/virt/kvm/api.rst 4.140; an access that races with a conversion may end in a memory fault.
     """
-    from kvmpy.core.exits import MemoryFaultExit
-    from kvmpy.core.threads import VcpuThread
-    from kvmpy.guest.ucall import Ucall
+    from kvmpy import MemoryFaultExit, Ucall, VcpuThread
     from selftests.private_memory.conftest import SPIN
 
     region.write(9, SHARED)

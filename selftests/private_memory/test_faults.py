@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gva
-from kvmpy.core.exits import MemoryFaultExit, MmioExit
-from kvmpy.core.threads import VcpuThread
-from kvmpy.uapi.constants import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from kvmpy import KVM_MEMORY_EXIT_FLAG_PRIVATE, PAGE_SIZE, Gva, MemoryFaultExit, MmioExit, VcpuThread
 from selftests.private_memory.conftest import ADD_RETURN, FETCH, READ, SPIN, WRITE
 
 if TYPE_CHECKING:
-    from kvmpy.guest.vm import GuestVm
+    from kvmpy import GuestVm
     from selftests.private_memory.conftest import MakeRegion, Region
 
 pytestmark = [

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.exits import Exit, HypercallExit, MemoryFaultExit
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.uapi.constants import (
+from kvmpy import (
     KVM_CAP_EXIT_HYPERCALL,
     KVM_EXIT_HYPERCALL_LONG_MODE,
     KVM_HC_MAP_GPA_RANGE,
     KVM_MAP_GPA_RANGE_ENCRYPTED,
+    PAGE_SIZE,
+    Exit,
+    GuestVcpu,
+    HypercallExit,
+    MemoryFaultExit,
 )
 from selftests.private_memory.conftest import HYPERCALL
 
 if TYPE_CHECKING:
-    from kvmpy.guest.vm import GuestVm
+    from kvmpy import GuestVm
     from selftests.private_memory.conftest import MakeRegion, Region
 
 pytestmark = [

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M
-from kvmpy.core.errors import MissingError
-from kvmpy.guest.vm import GuestVm
+from kvmpy import PAGE_SIZE, SIZE_2M, GuestVm, MissingError
 
 if TYPE_CHECKING:
-    from kvmpy.testing.fixtures import MakeVm
+    from kvmpy import MakeVm
     from selftests.private_memory.conftest import MakeRegion, Region
 
 HUGE = SIZE_2M // PAGE_SIZE
@@ -226,7 +224,6 @@ def live(make_vm: MakeVm) -> None:
     vm.close()
 
 
-@pytest.mark.protections("all")
 def test_the_direct_map_keeps_its_size(make_vm: MakeVm) -> None:
     """Splits turn large pages of the direct map into small ones and lose none: the sum stays.
 
@@ -237,7 +234,6 @@ def test_the_direct_map_keeps_its_size(make_vm: MakeVm) -> None:
     assert sum(direct_map().values()) == before
 
 
-@pytest.mark.protections("all")
 def test_split_counters_do_not_go_back(make_vm: MakeVm) -> None:
     """The counters of direct-map splits grow or stand still.
 
@@ -250,7 +246,6 @@ def test_split_counters_do_not_go_back(make_vm: MakeVm) -> None:
     assert all(after[name] >= before[name] for name in before)
 
 
-@pytest.mark.protections("all")
 def test_only_encryption_splits_the_direct_map(make_vm: MakeVm, protection: str) -> None:
     """Memory of a VM that the CPU does not encrypt stays in large pages of the direct map.
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_1G, Gpa, Gva
-from kvmpy.core.backing import Anonymous
-from kvmpy.core.errors import PrivateMemoryError
-from kvmpy.core.exits import MemoryFaultExit, MmioExit
-from kvmpy.guest.errors import LaunchError
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD
+from kvmpy import (
+    KVM_MEM_GUEST_MEMFD,
+    PAGE_SIZE,
+    SIZE_1G,
+    Anonymous,
+    Gpa,
+    GuestVm,
+    Gva,
+    LaunchError,
+    MakeVm,
+    MemoryFaultExit,
+    MmioExit,
+    PrivateMemoryError,
+)
 
 pytestmark = pytest.mark.protections("all", private_is_fd_backed=True)
 # Elsewhere the firmware brings the image in.

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gva
-from kvmpy.core.errors import KvmError, MissingError
-from kvmpy.core.exits import MemoryFaultExit
-from kvmpy.core.threads import VcpuThread
+from kvmpy import PAGE_SIZE, SIZE_2M, Gva, KvmError, MemoryFaultExit, MissingError, PfErr, VcpuThread
 from kvmpy.debug.faults import (
     AttributesEvent,
     ExitEvent,
@@ -22,7 +19,6 @@ from kvmpy.debug.faults import (
     PageFaultEvent,
 )
 from kvmpy.debug.tracefs import TracefsError
-from kvmpy.x86.pferr import PfErr
 from selftests.private_memory.conftest import ADD_RETURN, FETCH, PRIVATE, READ, WRITE
 
 if TYPE_CHECKING:

@@ -10,22 +10,31 @@ import threading
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, Gpa, Gva
-from kvmpy.core.backing import Anonymous, Backing, MemFd
-from kvmpy.core.errors import KvmError, VcpuBusyError
-from kvmpy.core.exits import HypercallExit
-from kvmpy.core.vcpu import VcpuKickedError
-from kvmpy.guest.private import PrivacyDifference
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import (
+from kvmpy import (
+    AGENT,
     KVM_HC_MAP_GPA_RANGE,
     KVM_MAP_GPA_RANGE_ENCRYPTED,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    PAGE_SIZE,
+    SIZE_1G,
+    SIZE_2M,
+    Agent,
+    Anonymous,
+    Backing,
+    Gpa,
+    GuestVcpu,
+    GuestVm,
+    Gva,
+    HypercallExit,
+    MakeVm,
+    MemFd,
+    VcpuBusyError,
+    VcpuKickedError,
+    ioctls,
+    kvm_memory_attributes,
+    refused,
 )
-from kvmpy.uapi.structs import kvm_memory_attributes
+from kvmpy.guest.private import PrivacyDifference
 
 # Pages that the guest must validate, too, are those of sev/test_page_states.py.
 fd_backed = pytest.mark.protections("all", private_is_fd_backed=True, must_validate=False)
@@ -33,36 +42,6 @@ fd_backed = pytest.mark.protections("all", private_is_fd_backed=True, must_valid
 GPA = Gpa(8 * SIZE_1G)
 GVA = Gva(0x70_0000_0000)
 GUEST_VALUE, HOST_VALUE = 0x1111, 0x2222
-
-# Does what it is told, at one address: 'r'ead, 'w'rite, make it 's'hared or 'p'rivate.
-GUEST = """
-#include <kvmpy/guest.h>
-
-struct {
-	u64 what, gva, gpa, size, value;
-} order GUEST_SHARED;
-
-void guest_main(void)
-{
-	u64 result = 0;
-
-	for (;;) {
-		GUEST_SYNC(result);
-		switch (order.what) {
-		case 'r':
-			result = *(volatile u64 *)order.gva;
-			break;
-		case 'w':
-			*(volatile u64 *)order.gva = order.value;
-			break;
-		case 's':
-		case 'p':
-			result = guest_map_gpa_range(order.gpa, order.size, order.what == 'p');
-			break;
-		}
-	}
-}
-"""
 
 # Each vCPU converts pages of its own back and forth, and one page that all have in common.
 CROWD = """
@@ -102,14 +81,18 @@ class Range:
             vm.add_memory(at, size, backing=backing)
             at += size
         vm.map(GVA, GPA, self.size, page_size=PAGE_SIZE, private=False)
-        vm.launch()
-        vm.vcpus[0].sync()
+        self.agent = Agent(vm.vcpus[0])
+        self.agent.start()
 
     def do(self, what: str, offset: int = 0, size: int = PAGE_SIZE, value: int = 0) -> int:
-        """Let the guest do something to its end."""
-        words = (ord(what), GVA + offset, GPA + offset, size, value)
-        self.vm.symbol("order").bytes = b"".join(int(word).to_bytes(8, "little") for word in words)
-        return self.vm.vcpus[0].sync().args[0]
+        """Let the guest do something to its end: 'r'ead, 'w'rite, make pages 's'hared or 'p'rivate."""
+        if what in "sp":
+            return self.agent.convert(GPA + offset, size, private=what == "p")
+        if what == "r":
+            self.agent.begin_read(GVA + offset)
+        else:
+            self.agent.begin_write(GVA + offset, value)
+        return self.agent.value()
 
     def shown(self, offset: int) -> int:
         """What the shared memory holds."""
@@ -131,7 +114,7 @@ def test_two_memories(make_vm: MakeVm, by: str) -> None:
 
     Documentation/virt/kvm/api.rst 4.141; Documentation/virt/kvm/x86/hypercalls.rst, KVM_HC_MAP_GPA_RANGE.
     """
-    pages = Range(make_vm(GUEST), 4 * PAGE_SIZE)
+    pages = Range(make_vm(AGENT), 4 * PAGE_SIZE)
 
     def convert(private: bool) -> None:
         if by == "guest":
@@ -166,7 +149,7 @@ def test_discard(make_vm: MakeVm, backing: Backing) -> None:
     Documentation/virt/kvm/api.rst 4.142: PUNCH_HOLE on a guest_memfd; madvise(2), MADV_DONTNEED and
     MADV_REMOVE.
     """
-    pages = Range(make_vm(GUEST), 5 * PAGE_SIZE, PAGE_SIZE, backing=backing)
+    pages = Range(make_vm(AGENT), 5 * PAGE_SIZE, PAGE_SIZE, backing=backing)
     vm, places = pages.vm, range(0, 6 * PAGE_SIZE, PAGE_SIZE)
     vm.set_private(GPA, pages.size)
     for offset in places:
@@ -189,7 +172,7 @@ def test_memory_added_after_launch(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.142 KVM_CREATE_GUEST_MEMFD: not mappable unless asked for.
     """
-    vm = Range(make_vm(GUEST), PAGE_SIZE).vm
+    vm = Range(make_vm(AGENT), PAGE_SIZE).vm
     later = GPA + SIZE_1G
     vm.add_memory(later, 2 * PAGE_SIZE)
     assert vm.memory.find(later).private is None
@@ -205,7 +188,7 @@ def test_across_slots(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst 4.141: the range need not lie in one slot.
     """
     sizes = (SIZE_2M, PAGE_SIZE, 3 * PAGE_SIZE)
-    pages = Range(make_vm(GUEST), *sizes)
+    pages = Range(make_vm(AGENT), *sizes)
     borders = [SIZE_2M - PAGE_SIZE, SIZE_2M, SIZE_2M + PAGE_SIZE, SIZE_2M + 2 * PAGE_SIZE]
     length = borders[-1] - borders[0]
     assert pages.do("p", borders[0], length) == 0
@@ -231,10 +214,10 @@ def test_hypercall_that_is_refused(make_vm: MakeVm, what: str, offset: int, size
 
     Documentation/virt/kvm/x86/hypercalls.rst, KVM_HC_MAP_GPA_RANGE.
     """
-    pages = Range(make_vm(GUEST), 2 * PAGE_SIZE)
+    pages = Range(make_vm(AGENT), 2 * PAGE_SIZE)
     pages.vm.set_private(GPA + PAGE_SIZE, PAGE_SIZE)
     before = pages.vm.memory.private.copy()
-    assert pages.do(what, offset, size) == (1 << 64) - errno.EINVAL
+    assert pages.do(what, offset, size) == -errno.EINVAL
     assert pages.vm.memory.private == before
     assert pages.agreed()
 
@@ -245,10 +228,10 @@ def test_plain_slot_is_refused(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/x86/hypercalls.rst, KVM_HC_MAP_GPA_RANGE.
     """
-    vm = make_vm(GUEST)
+    vm = make_vm(AGENT)
     vm.add_memory(GPA + PAGE_SIZE, PAGE_SIZE, private=False)
     pages = Range(vm, PAGE_SIZE)
-    assert pages.do("p", PAGE_SIZE) == (1 << 64) - errno.EINVAL
+    assert pages.do("p", PAGE_SIZE) == -errno.EINVAL
     assert pages.do("p", 0) == 0
 
 
@@ -259,11 +242,11 @@ def test_hook_answers(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 5, KVM_EXIT_HYPERCALL.
     """
-    vm = make_vm(GUEST)
+    vm = make_vm(AGENT)
     gva = vm.alloc(2 * PAGE_SIZE)
     gpa = vm.gva_to_gpa(gva)
-    vm.launch()
-    vm.vcpus[0].sync()
+    agent = Agent(vm.vcpus[0])
+    agent.start()
     seen: list[tuple[int, tuple[int, ...]]] = []
 
     def hook(vcpu: GuestVcpu, call: HypercallExit) -> bool:
@@ -273,9 +256,7 @@ def test_hook_answers(make_vm: MakeVm) -> None:
         return True
 
     vm.on_hypercall = hook
-    words = (ord("s"), gva, gpa, 2 * PAGE_SIZE, 0)
-    vm.symbol("order").bytes = b"".join(int(word).to_bytes(8, "little") for word in words)
-    assert vm.vcpus[0].sync().args[0] == (1 << 64) - errno.EAGAIN
+    assert agent.convert(gpa, 2 * PAGE_SIZE, private=False) == -errno.EAGAIN
     assert seen == [(KVM_HC_MAP_GPA_RANGE, (gpa, 2, 0))]
     assert vm.memory.is_private(gpa)
     assert vm.compare_private(gpa, 2 * PAGE_SIZE) == []
@@ -287,7 +268,7 @@ def test_hook_that_passes(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 5, KVM_EXIT_HYPERCALL.
     """
-    pages = Range(make_vm(GUEST), PAGE_SIZE)
+    pages = Range(make_vm(AGENT), PAGE_SIZE)
     flags: list[int] = []
 
     def hook(_vcpu: GuestVcpu, call: HypercallExit) -> bool:
@@ -332,7 +313,7 @@ def test_comparison_finds_what_went_past_the_bitmap(make_vm: MakeVm, private: bo
 
     The promise of compare_private() (docs/protections.md).
     """
-    pages = Range(make_vm(GUEST), 8 * PAGE_SIZE)
+    pages = Range(make_vm(AGENT), 8 * PAGE_SIZE)
     vm = pages.vm
     if not private:
         vm.set_private(GPA, 8 * PAGE_SIZE)
@@ -352,7 +333,7 @@ def test_comparison_asks_kvm_itself(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.143, KVM_PRE_FAULT_MEMORY.
     """
-    pages = Range(make_vm(GUEST), 4 * PAGE_SIZE)
+    pages = Range(make_vm(AGENT), 4 * PAGE_SIZE)
     vm = pages.vm
     pages.do("w", 0, value=GUEST_VALUE)
     arg = kvm_memory_attributes(
@@ -371,7 +352,7 @@ def test_comparison_keeps_private_content(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.143, KVM_PRE_FAULT_MEMORY.
     """
-    pages = Range(make_vm(GUEST), 2 * PAGE_SIZE)
+    pages = Range(make_vm(AGENT), 2 * PAGE_SIZE)
     pages.vm.set_private(GPA, PAGE_SIZE)
     pages.do("w", 0, value=GUEST_VALUE)
     pages.do("w", PAGE_SIZE, value=GUEST_VALUE + 1)
@@ -419,7 +400,7 @@ def test_comparison_reads_the_page_tables(make_vm: MakeVm) -> None:
 
     The promise of compare_private() (docs/protections.md).
     """
-    vm = make_vm(GUEST)
+    vm = make_vm(AGENT)
     gva = vm.alloc(2 * PAGE_SIZE, private=True)
     gpa = vm.gva_to_gpa(gva)
     vm.launch()
@@ -442,7 +423,7 @@ def test_bad_range(make_vm: MakeVm, gpa: int, size: int) -> None:
 
     The promise of set_private() and set_shared() (kvmpy/guest/private.py).
     """
-    vm = make_vm(GUEST)
+    vm = make_vm(AGENT)
     for launched in (False, True):
         if launched:
             vm.launch()  # which may make pages of its own private
@@ -460,7 +441,7 @@ def test_what_kvm_refuses_is_not_noted(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.141: flags must be zero, EINVAL.
     """
-    pages = Range(make_vm(GUEST), PAGE_SIZE)
+    pages = Range(make_vm(AGENT), PAGE_SIZE)
     vm = pages.vm
     wrong = kvm_memory_attributes(
         address=int(GPA), size=PAGE_SIZE, attributes=KVM_MEMORY_ATTRIBUTE_PRIVATE, flags=1
@@ -470,8 +451,7 @@ def test_what_kvm_refuses_is_not_noted(make_vm: MakeVm) -> None:
         vm.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, wrong)
 
     vm.memory.convert = refuse
-    with pytest.raises(KvmError) as caught:
+    with refused(errno.EINVAL):
         vm.set_private(GPA, PAGE_SIZE)
-    assert caught.value.errno == errno.EINVAL
     assert not vm.memory.is_private(GPA)
     assert pages.agreed()

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.vcpu import Vcpu
-from kvmpy.core.vm import Vm
-from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP
-from kvmpy.x86 import segments
+from kvmpy import KVM_CAP_SPLIT_IRQCHIP, Vcpu, Vm, segments
 
 
 @pytest.fixture

@@ -5,14 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import Gva
-from kvmpy.core.exits import IoExit
-from kvmpy.core.vcpu import Vcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.structs import kvm_regs
-from kvmpy.x86 import segments
-from kvmpy.x86.bits import CR4, RFLAGS
+from kvmpy import CR4, RFLAGS, GuestVm, Gva, IoExit, MakeVm, Vcpu, kvm_regs, segments
 from kvmpy.x86.registers import GENERAL
 
 INCREMENT = """
@@ -114,7 +107,6 @@ def what_guest_saw(vm: GuestVm) -> dict[str, int]:
     return dict(zip(FIELDS, words, strict=True))
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 def test_general_registers(make_vm: MakeVm) -> None:
     """KVM_SET_REGS reaches every general register of the guest, and KVM_GET_REGS shows it changed.
@@ -147,7 +139,6 @@ def test_fixed_flag(vcpu: Vcpu) -> None:
         assert vcpu.get_regs().rflags == flags | RFLAGS.FIXED
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 def test_guest_sees_what_host_set(make_vm: MakeVm) -> None:
     """Control registers, bases, tables and selectors of KVM_SET_SREGS are those that the guest reads.
@@ -189,7 +180,6 @@ def test_guest_sees_what_host_set(make_vm: MakeVm) -> None:
     }
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 def test_host_sees_what_guest_set(make_vm: MakeVm) -> None:
     """KVM_GET_SREGS shows what the guest wrote to control registers, to a segment base and to a selector.
@@ -209,7 +199,6 @@ def test_host_sees_what_guest_set(make_vm: MakeVm) -> None:
     assert (after.cr0, after.cr3, after.efer) == (before.cr0, before.cr3, before.efer)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 def test_pending_interrupt(make_vm: MakeVm) -> None:
     """An interrupt in KVM_SET_SREGS' interrupt_bitmap is delivered when the guest runs on.
@@ -250,7 +239,6 @@ void guest_main(void)
     assert list(vcpu.get_sregs().interrupt_bitmap) == [0, 0, 0, 0]
 
 
-@pytest.mark.protections("all")
 @pytest.mark.usefixtures("open_registers")
 @pytest.mark.requires("trait:host_sees_private")
 def test_redirected(make_vm: MakeVm) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import errno
 
-from kvmpy.core.errors import KvmError
-from kvmpy.core.vm import Vm
-from kvmpy.x86.bits import CR4
+from kvmpy import CR4, KvmError, Vm
 
 FEATURES = [
     CR4.UMIP,

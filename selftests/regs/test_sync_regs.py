@@ -7,19 +7,20 @@ import errno
 
 import pytest
 
-from kvmpy.core.exits import IoExit
-from kvmpy.core.vcpu import RUN_ERROR
-from kvmpy.core.vm import Vm
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import (
+from kvmpy import (
+    CR0,
+    CR4,
     KVM_CAP_SYNC_REGS,
     KVM_SYNC_X86_EVENTS,
     KVM_SYNC_X86_REGS,
     KVM_SYNC_X86_SREGS,
     KVM_SYNC_X86_VALID_FIELDS,
+    GuestVcpu,
+    IoExit,
+    MakeVm,
+    Vm,
 )
-from kvmpy.x86.bits import CR0, CR4
+from kvmpy.core.vcpu import RUN_ERROR
 
 REGS, SREGS, EVENTS = int(KVM_SYNC_X86_REGS), int(KVM_SYNC_X86_SREGS), int(KVM_SYNC_X86_EVENTS)
 PORT = 0x42
@@ -59,7 +60,7 @@ def exit_again(vcpu: GuestVcpu) -> int:
     return vcpu.get_regs().rbx
 
 
-def refused(vcpu: GuestVcpu) -> int:
+def run_errno(vcpu: GuestVcpu) -> int:
     """Expect that KVM_RUN fails, and return its errno."""
     assert vcpu.run_once() == RUN_ERROR
     return vcpu.run_errno
@@ -73,7 +74,6 @@ def test_capability(vm: Vm) -> None:
     assert vm.check_extension(KVM_CAP_SYNC_REGS) == KVM_SYNC_X86_VALID_FIELDS
 
 
-@pytest.mark.protections("all")
 def test_valid(vcpu: GuestVcpu) -> None:
     """Each class in kvm_valid_regs is filled at every exit with what its ioctl returns.
 
@@ -88,7 +88,6 @@ def test_valid(vcpu: GuestVcpu) -> None:
         assert vcpu.sync_regs.events == vcpu.get_vcpu_events()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("valid", [0, REGS, SREGS, EVENTS], ids=["none", "regs", "sregs", "events"])
 def test_only_valid(vcpu: GuestVcpu, valid: int) -> None:
     """Classes that are not in kvm_valid_regs are left as they are.
@@ -107,7 +106,6 @@ def test_only_valid(vcpu: GuestVcpu, valid: int) -> None:
     assert kept == expected
 
 
-@pytest.mark.protections("all")
 def test_dirty_regs(vcpu: GuestVcpu) -> None:
     """General registers marked dirty are loaded before the guest runs on, and the mark is taken back.
 
@@ -123,7 +121,6 @@ def test_dirty_regs(vcpu: GuestVcpu) -> None:
     assert vcpu.run_area.kvm_dirty_regs == 0
 
 
-@pytest.mark.protections("all")
 def test_dirty_sregs(vcpu: GuestVcpu) -> None:
     """System registers marked dirty are loaded before the guest runs on.
 
@@ -139,7 +136,6 @@ def test_dirty_sregs(vcpu: GuestVcpu) -> None:
     assert vcpu.run_area.kvm_dirty_regs == 0
 
 
-@pytest.mark.protections("all")
 def test_not_dirty(vcpu: GuestVcpu) -> None:
     """Changes to the shared registers that are not marked dirty never reach the vCPU.
 
@@ -153,7 +149,6 @@ def test_not_dirty(vcpu: GuestVcpu) -> None:
     assert (vcpu.sync_regs.regs.rbx, vcpu.sync_regs.sregs.cr2) == (3, 0)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("bit", [3, 31, 63])
 @pytest.mark.parametrize("field", ["kvm_valid_regs", "kvm_dirty_regs"])
 def test_unknown_bits(vcpu: GuestVcpu, field: str, bit: int) -> None:
@@ -162,12 +157,11 @@ def test_unknown_bits(vcpu: GuestVcpu, field: str, bit: int) -> None:
     Documentation/virt/kvm/api.rst, 6.74 KVM_CAP_SYNC_REGS ("Unused bitfields ... must be set to zero").
     """
     setattr(vcpu.run_area, field, 1 << bit)
-    assert refused(vcpu) == errno.EINVAL
+    assert run_errno(vcpu) == errno.EINVAL
     setattr(vcpu.run_area, field, 0)
     assert exit_again(vcpu) == 2
 
 
-@pytest.mark.protections("all")
 def test_illegal_sregs(vcpu: GuestVcpu) -> None:
     """KVM_RUN with dirty system registers that KVM_SET_SREGS would refuse fails with EINVAL.
 
@@ -183,13 +177,12 @@ def test_illegal_sregs(vcpu: GuestVcpu) -> None:
             setattr(sregs, name, int(value))
         vcpu.sync_regs.sregs = sregs
         vcpu.mark_sync_regs_dirty(SREGS)
-        assert refused(vcpu) == errno.EINVAL
+        assert run_errno(vcpu) == errno.EINVAL
         vcpu.run_area.kvm_dirty_regs = 0
         assert vcpu.get_sregs() == before
     assert exit_again(vcpu) == 3
 
 
-@pytest.mark.protections("all")
 def test_illegal_events(vcpu: GuestVcpu) -> None:
     """KVM_RUN with dirty events that KVM_SET_VCPU_EVENTS would refuse fails with EINVAL.
 
@@ -199,6 +192,6 @@ def test_illegal_events(vcpu: GuestVcpu) -> None:
     exit_again(vcpu)
     vcpu.sync_regs.events.flags |= 1 << 31
     vcpu.mark_sync_regs_dirty(EVENTS)
-    assert refused(vcpu) == errno.EINVAL
+    assert run_errno(vcpu) == errno.EINVAL
     vcpu.run_area.kvm_dirty_regs = 0
     assert exit_again(vcpu) == 3

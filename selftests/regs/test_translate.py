@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gva
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, SIZE_2M, GuestVm, Gva, MakeVm
 
 # The highest 4 KiB below the hole that addresses of 48 bits leave, and the lowest address in the hole.
 LAST_LOW, NON_CANONICAL = 0x0000_7FFF_FFFF_F000, 0x0000_8000_0000_0000
@@ -37,7 +35,6 @@ def vm(make_vm: MakeVm) -> GuestVm:
 pytestmark = pytest.mark.usefixtures("open_registers", "open_tables")
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("offset", [0, 1, PAGE_SIZE - 1])
 def test_mapped(vm: GuestVm, offset: int) -> None:
     """A mapped address is valid and translates to what its page-table entry holds, plus its offset.
@@ -50,7 +47,6 @@ def test_mapped(vm: GuestVm, offset: int) -> None:
     assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + offset
 
 
-@pytest.mark.protections("all")
 def test_huge_page(vm: GuestVm) -> None:
     """An address in a 2 MiB page translates with its offset in that page.
 
@@ -62,7 +58,6 @@ def test_huge_page(vm: GuestVm) -> None:
     assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + 0x12_3456
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("gva", [0, LAST_LOW])
 def test_unmapped(vm: GuestVm, gva: int) -> None:
     """An address without a mapping is not valid, and the ioctl succeeds all the same.
@@ -72,7 +67,6 @@ def test_unmapped(vm: GuestVm, gva: int) -> None:
     assert vm.vcpus[0].translate(gva).valid == 0
 
 
-@pytest.mark.protections("all")
 def test_follows_the_tables(vm: GuestVm) -> None:
     """A translation is of the tables as they are now, after pages were unmapped and moved.
 

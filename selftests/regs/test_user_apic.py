@@ -7,11 +7,8 @@ import errno
 
 import pytest
 
-from kvmpy.core.exits import SetTprExit
+from kvmpy import GuestVcpu, MakeVm, SetTprExit, Ucall
 from kvmpy.core.vcpu import RUN_ERROR
-from kvmpy.guest.ucall import Ucall
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.testing.fixtures import MakeVm
 
 GUEST = """
 #include <kvmpy/guest.h>
@@ -51,7 +48,6 @@ def sync(vcpu: GuestVcpu) -> tuple[int, ...]:
         assert isinstance(got, SetTprExit)
 
 
-@pytest.mark.protections("all")
 def test_cr8(vcpu: GuestVcpu) -> None:
     """The guest's CR8 is what kvm_run.cr8 held at KVM_RUN, and what the guest writes is there at the exit.
 
@@ -66,7 +62,6 @@ def test_cr8(vcpu: GuestVcpu) -> None:
     assert vcpu.run_area.cr8 == 2
 
 
-@pytest.mark.protections("all")
 def test_cr8_reserved(vcpu: GuestVcpu) -> None:
     """KVM_RUN with reserved bits in kvm_run.cr8 fails with EINVAL; without them the guest goes on.
 
@@ -79,7 +74,6 @@ def test_cr8_reserved(vcpu: GuestVcpu) -> None:
     assert sync(vcpu) == (3,)
 
 
-@pytest.mark.protections("all")
 def test_apic_base(vcpu: GuestVcpu) -> None:
     """kvm_run.apic_base is the guest's IA32_APIC_BASE.
 
@@ -90,7 +84,6 @@ def test_apic_base(vcpu: GuestVcpu) -> None:
     assert vcpu.run_area.apic_base & ~0xFFF == 0xFEE0_0000
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:exits_in_place")
 def test_if_flag(vcpu: GuestVcpu) -> None:
     """kvm_run.if_flag is the guest's interrupt flag at the exit.

@@ -9,11 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
-from kvmpy.core.vcpu_save import VcpuSnapshot
-from kvmpy.guest.program import GuestProgram
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, Gpa, GuestProgram, GuestVm, Gva, MakeVm, VcpuSnapshot
 
 HOLE = Gva(0x6000_0000)
 

@@ -7,13 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.core.exits import IoExit
-from kvmpy.core.irq import Msi
-from kvmpy.guest.errors import GuestTimeoutError
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MP_STATE_HALTED
-from kvmpy.uapi.structs import kvm_cpuid2
+from kvmpy import KVM_MP_STATE_HALTED, GuestTimeoutError, GuestVm, IoExit, MakeVm, Msi, kvm_cpuid2
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
@@ -209,7 +203,6 @@ def handled(vm: GuestVm) -> str | int:
     return next((word for word in (said(vm)[0] for _ in range(3)) if word != "w"), "nothing")
 
 
-@pytest.mark.protections("all")
 def test_goes_on(make_vm: MakeVm, move: Move) -> None:
     """A guest that counts goes on counting through ten moves, private and shared memory included.
 
@@ -224,7 +217,6 @@ def test_goes_on(make_vm: MakeVm, move: Move) -> None:
         vm = move(vm)
 
 
-@pytest.mark.protections("all")
 def test_registers(make_vm: MakeVm, move: Move) -> None:
     """All general registers, the flags and the stack are those that the guest had.
 
@@ -243,7 +235,6 @@ def test_registers(make_vm: MakeVm, move: Move) -> None:
     assert tuple(vm.vcpus[0].sync().args) == (expected,)
 
 
-@pytest.mark.protections("all")
 def test_answered_input(make_vm: MakeVm, move: Move) -> None:
     """A port input that is answered before the move reaches the guest after it.
 
@@ -254,7 +245,6 @@ def test_answered_input(make_vm: MakeVm, move: Move) -> None:
     assert tuple(move(vm).vcpus[0].sync().args) == (0xCAFE_F00D,)
 
 
-@pytest.mark.protections("all")
 def test_pending_interrupt(make_vm: MakeVm, move: Move) -> None:
     """An interrupt that waits in the local APIC moves along, as do x2APIC mode and task priority.
 
@@ -268,7 +258,6 @@ def test_pending_interrupt(make_vm: MakeVm, move: Move) -> None:
     assert said(vm) == ("d", 1)
 
 
-@pytest.mark.protections("all")
 def test_pending_nmi(make_vm: MakeVm, move: Move) -> None:
     """A queued NMI moves along; in its handler, further ones stay blocked until the IRET after the move.
 
@@ -286,7 +275,6 @@ def test_pending_nmi(make_vm: MakeVm, move: Move) -> None:
     assert said(vm) == ("e",)
 
 
-@pytest.mark.protections("all")
 def test_halted(make_vm: MakeVm, move: Move) -> None:
     """A halted vCPU is halted in the new VM too, and wakes there.
 
@@ -306,7 +294,6 @@ def test_halted(make_vm: MakeVm, move: Move) -> None:
     assert said(vm) == ("d", 1)
 
 
-@pytest.mark.protections("all")
 def test_one_shot_timer(make_vm: MakeVm, move: Move) -> None:
     """A timer that runs goes on running: its count does not go up, and it interrupts in the new VM.
 
@@ -325,7 +312,6 @@ def offer_deadline(table: kvm_cpuid2) -> kvm_cpuid2:
     return table
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ")
 def test_deadline_timer(make_vm: MakeVm, move: Move) -> None:
     """A TSC deadline moves along and interrupts in the new VM, not before the guest's TSC has reached it.
@@ -339,7 +325,6 @@ def test_deadline_timer(make_vm: MakeVm, move: Move) -> None:
     assert said(move(vm)) == ("d", 1)
 
 
-@pytest.mark.protections("all")
 def test_tsc_never_goes_back(make_vm: MakeVm, move: Move) -> None:
     """The guest's TSC does not go back when it moves.
 
@@ -353,7 +338,6 @@ def test_tsc_never_goes_back(make_vm: MakeVm, move: Move) -> None:
     assert seen == sorted(seen)
 
 
-@pytest.mark.protections("all")
 def test_cpuid(make_vm: MakeVm, move: Move) -> None:
     """The guest finds the CPUID that it had, though the new VM was made with another one.
 

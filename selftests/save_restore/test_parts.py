@@ -9,9 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.core.threads import VcpuThread
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import GuestVm, MakeVm, VcpuThread
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
@@ -182,7 +180,6 @@ def moved_at_ready(make_vm: MakeVm, move: Move, entry: str) -> None:
     move(vm).vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 def test_msrs(make_vm: MakeVm, move: Move) -> None:
     """System call, segment base and page attribute MSRs have the values that the guest gave them.
 
@@ -191,7 +188,6 @@ def test_msrs(make_vm: MakeVm, move: Move) -> None:
     moved_at_ready(make_vm, move, "msrs")
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_DEBUGREGS")
 def test_debug_registers(make_vm: MakeVm, move: Move) -> None:
     """The guest's debug registers move along.
@@ -201,7 +197,6 @@ def test_debug_registers(make_vm: MakeVm, move: Move) -> None:
     moved_at_ready(make_vm, move, "debug_registers")
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_XSAVE")
 def test_vector_registers(make_vm: MakeVm, move: Move) -> None:
     """SSE and x87 registers that ring 3 loaded are there when it goes on.
@@ -211,7 +206,6 @@ def test_vector_registers(make_vm: MakeVm, move: Move) -> None:
     moved_at_ready(make_vm, move, "vectors")
 
 
-@pytest.mark.protections("all")
 def test_snapshot_is_the_same_after_restore(make_vm: MakeVm, move: Move) -> None:
     """What is saved from a restored vCPU equals what it was restored from, clocks apart.
 
@@ -227,7 +221,6 @@ def test_snapshot_is_the_same_after_restore(make_vm: MakeVm, move: Move) -> None
     assert tuple(vm.vcpus[0].sync().args) == (0, 2, 2)
 
 
-@pytest.mark.protections("all")
 def test_several_vcpus(make_vm: MakeVm, move: Move) -> None:
     """Each of several vCPUs goes on where it was, in the same memory.
 
@@ -247,7 +240,6 @@ def test_several_vcpus(make_vm: MakeVm, move: Move) -> None:
         vcpu.run_to_done()
 
 
-@pytest.mark.protections("all")
 def test_vcpus_that_wait_for_each_other(make_vm: MakeVm, move: Move) -> None:
     """vCPUs that run at once, meet at barriers and interrupt each other finish their work in a new VM.
 

@@ -18,13 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.coco.kvm import Kvm
+from kvmpy import Kvm, KvmError, MissingError, SevDevice, Vm, VmType, kvm_sev_init
 from kvmpy.coco.sev_platform import SevCpuid, sev_cpuid
-from kvmpy.core.errors import KvmError, MissingError
-from kvmpy.core.sev_device import SevDevice
-from kvmpy.core.vm import Vm
-from kvmpy.uapi.constants import VmType
-from kvmpy.uapi.structs import kvm_sev_init
 
 # How many guests of each kind the cgroup allows, and what KVM calls the two kinds of ASIDs there.
 BOUND = 8

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from cryptography import x509
 
+from kvmpy import PAGE_SIZE, GuestVm, Message, MessageType, Report
 from kvmpy.coco.certificates import load
-from kvmpy.coco.guest_message import Message, MessageError, MessageType, report_request
-from kvmpy.coco.report import Report, from_response
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.guest.vm import GuestVm
+from kvmpy.coco.guest_message import MessageError, report_request
+from kvmpy.coco.report import from_response
 
 CERTIFICATES_VARIABLE = "KVMPY_SNP_CERTIFICATES"
 _SOFTWARE_CERTIFICATES = Path("/sys/kernel/debug/softsev")

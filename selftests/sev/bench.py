@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M
-from kvmpy.uapi.constants import SevRet
+from kvmpy import PAGE_SIZE, SIZE_2M, SevRet
 
 FOLDER = Path("/sys/kernel/debug/softsev")
 PAGES = SIZE_2M // PAGE_SIZE

@@ -9,12 +9,10 @@ from collections.abc import Callable
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from kvmpy import PAGE_SIZE, SIZE_2M, IdBlock, Message, MessageType, SnpPolicy
 from kvmpy.coco import idblock
-from kvmpy.coco.guest_message import Message, MessageType, report_request
-from kvmpy.coco.idblock import IdBlock
-from kvmpy.coco.policy import SnpPolicy
+from kvmpy.coco.guest_message import report_request
 from kvmpy.coco.sev_session import CERTIFICATE_SIZE, SESSION_SIZE
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M
 from selftests.sev.bench import ES_ASID, OUTSIDE, SEV_ASID
 from selftests.sev.bench_scene import CHAIN_SIZE, PLACES, POLICY_BITS, Scene, oca_certificate, sign
 from selftests.sev.transport import HEADER_SIZE, Packet
@@ -490,13 +488,13 @@ def _snp_page_unsmash(scene: Scene) -> Fields:
         bench.page(page, "pre-guest", asid=ES_ASID, gpa=gpa + page * PAGE_SIZE)
     wrong = scene.word("wrong", "nothing")
     if wrong != "nothing":
-        page = {
+        kinds = {
             "state": {"state": "guest-invalid", "asid": ES_ASID},
             "asid": {"state": "pre-guest", "asid": ES_ASID - 1},
             "address": {"state": "pre-guest", "asid": ES_ASID, "gpa": 1 << 30},
             "owner": {"state": "firmware"},
         }[wrong]
-        bench.page(7, **page)  # type: ignore[arg-type]
+        bench.page(7, **kinds)  # type: ignore[arg-type]
     return {"address": bench.base + scene.number("offset", 0)}
 
 

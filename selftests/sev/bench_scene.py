@@ -10,9 +10,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from kvmpy.coco.guest_message import Message
-from kvmpy.coco.policy import SnpPolicy
-from kvmpy.coco.sev_session import CERTIFICATE_SIZE, SESSION_SIZE, GuestOwner, dh_certificate
+from kvmpy import GuestOwner, Message, SnpPolicy
+from kvmpy.coco.sev_session import CERTIFICATE_SIZE, SESSION_SIZE, dh_certificate
 from selftests.sev.bench import ES_ASID, OUTSIDE, SEV_ASID, Bench
 
 CHAIN_SIZE = 3 * CERTIFICATE_SIZE

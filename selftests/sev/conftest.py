@@ -12,17 +12,23 @@ from typing import Protocol
 
 import pytest
 
-from kvmpy.coco.kvm import Kvm
+from kvmpy import (
+    KVM_CAP_SPLIT_IRQCHIP,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    PAGE_SIZE,
+    Gpa,
+    Kvm,
+    SevPolicy,
+    SnpPolicy,
+    Struct,
+    Vm,
+    VmType,
+)
 from kvmpy.coco.launch_state import LaunchState
-from kvmpy.coco.policy import SevPolicy, SnpPolicy
 from kvmpy.coco.sev_launch import SevInitialised, SevLaunching
 from kvmpy.coco.snp_launch import SnpInitialised, SnpLaunching
-from kvmpy.core.address import PAGE_SIZE, Gpa
 from kvmpy.core.sev_errors import SevResult
-from kvmpy.core.vm import Vm
 from kvmpy.uapi import ffi
-from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP, KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
-from kvmpy.uapi.structs import Struct
 from selftests.sev.asids import all_asids, asids, give_time
 from selftests.sev.transport import Argument
 

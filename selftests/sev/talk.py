@@ -6,12 +6,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from kvmpy.core.exits import Exit
-from kvmpy.guest.ucall import Ucall
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.x86.ghcb import GHCB
+from kvmpy import GHCB, Exit, GuestVcpu, GuestVm, MakeVm, Ucall
 
 PAGE, MSR, TERMINATE = range(3)
 MAX_FIELDS = 12

@@ -7,18 +7,14 @@ import struct
 
 import pytest
 
+from kvmpy import GuestVm, IdBlock, MakeVm, Message, MessageType, SevRet, Snp, SnpPolicy
 from kvmpy.coco import idblock
 from kvmpy.coco.certificates import Chain
-from kvmpy.coco.guest_message import Message, MessageType, report_request
-from kvmpy.coco.idblock import IdBlock
-from kvmpy.coco.policy import SnpPolicy
+from kvmpy.coco.guest_message import report_request
 from kvmpy.coco.report import ReportError, SigningKey, from_response
-from kvmpy.coco.snp import Snp, SnpPlan, running
+from kvmpy.coco.snp import SnpPlan, running
 from kvmpy.coco.snp_launch import IdBlockPair
 from kvmpy.coco.snp_prediction import predict_digest, process_key
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import SevRet
 from selftests.sev.attester import CERTIFICATES_VARIABLE, GUEST, KEYS, Attester, certificates
 
 pytestmark = pytest.mark.protections("snp")

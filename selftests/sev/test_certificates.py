@@ -7,15 +7,10 @@ import errno
 
 import pytest
 
+from kvmpy import PAGE_SIZE, Gpa, GuestError, GuestVm, MakeVm, Message, MessageType, Snp, SnpReqCertsExit
 from kvmpy.coco import cert_table
-from kvmpy.coco.guest_message import Message, MessageType, report_request
+from kvmpy.coco.guest_message import report_request
 from kvmpy.coco.report import from_response
-from kvmpy.coco.snp import Snp
-from kvmpy.core.address import PAGE_SIZE, Gpa
-from kvmpy.core.exits import SnpReqCertsExit
-from kvmpy.guest.errors import GuestError
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
 from selftests.sev.attester import ATTESTS, Attester
 
 pytestmark = pytest.mark.protections("snp")

@@ -11,13 +11,9 @@ import errno
 
 import pytest
 
-from kvmpy.coco.policy import SevPolicy
+from kvmpy import PAGE_SIZE, SevError, SevPolicy, SevRet, kvm_sev_dbg
 from kvmpy.coco.sev_launch import SevRunning
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.sev_errors import SevError
 from kvmpy.uapi import ffi
-from kvmpy.uapi.constants import SevRet
-from kvmpy.uapi.structs import kvm_sev_dbg
 from selftests.sev.conftest import IN_PLACE, MEMORY, Bare, BareMaker, read_only, start_sev
 
 EINVAL = (errno.EINVAL, 0)

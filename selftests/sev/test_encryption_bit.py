@@ -9,16 +9,20 @@ KVM_EXIT_MEMORY_FAULT: under SNP an access that the page's state does not allow 
 from __future__ import annotations
 
 import errno
-import struct
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa, Gva
-from kvmpy.core.exits import MemoryFaultExit
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from kvmpy import (
+    KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    PAGE_SIZE,
+    SIZE_2M,
+    Gpa,
+    GuestVcpu,
+    GuestVm,
+    Gva,
+    MakeVm,
+    MemoryFaultExit,
+)
 
 everywhere = pytest.mark.protections("sev", "sev-es", "snp")
 in_place = pytest.mark.protections("sev", "sev-es")
@@ -105,7 +109,7 @@ class Access:
         if not self.vm.launched:
             self.vm.launch()
             self.vcpu.sync()
-        self.vm.symbol("order").bytes = struct.pack("<3Q", op, address, value)
+        self.vm.symbol("order").set(op=op, address=address, value=value)
 
     def result(self) -> int | tuple[int, int]:
         """Run, and return the value, or vector and error code of the fault."""

@@ -8,12 +8,17 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.coco.policy import SevPolicy, SnpPolicy
+from kvmpy import (
+    KVM_SEV_SNP_PAGE_TYPE_CPUID,
+    KVM_SEV_SNP_PAGE_TYPE_NORMAL,
+    PAGE_SIZE,
+    SevError,
+    SevPolicy,
+    SevRet,
+    SnpPolicy,
+)
 from kvmpy.coco.sev_launch import SevInitialised
 from kvmpy.coco.snp_launch import IdBlockPair
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.sev_errors import SevError
-from kvmpy.uapi.constants import KVM_SEV_SNP_PAGE_TYPE_CPUID, KVM_SEV_SNP_PAGE_TYPE_NORMAL, SevRet
 from selftests.sev.asids import Asids
 from selftests.sev.conftest import IN_PLACE, MEMORY, TYPES, Bare, BareMaker, start_sev, start_snp
 

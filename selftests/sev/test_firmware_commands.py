@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import pytest
 
+from kvmpy import SevRet
 from kvmpy.coco.sev_session import SESSION_SIZE
-from kvmpy.uapi.constants import SevRet
 from selftests.sev import firmware_table
 from selftests.sev.bench import FOLDER, Bench, fields_of
 from selftests.sev.bench_commands import BUILDERS

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.exits import HypercallExit, IoExit, MmioExit, SystemEventExit
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_HC_MAP_GPA_RANGE, KVM_HC_VAPIC_POLL_IRQ, KVM_SYSTEM_EVENT_SEV_TERM
+from kvmpy import (
+    KVM_HC_MAP_GPA_RANGE,
+    KVM_HC_VAPIC_POLL_IRQ,
+    KVM_SYSTEM_EVENT_SEV_TERM,
+    HypercallExit,
+    IoExit,
+    MakeVm,
+    MmioExit,
+    SystemEventExit,
+)
 from kvmpy.x86.ghcb import HvFeature, InputError, MsrInfo, VmgExit
 from selftests.sev.talk import MSR, TERMINATE, Talker, talker
 

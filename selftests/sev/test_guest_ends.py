@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvmpy import KVM_SYSTEM_EVENT_SEV_TERM, MakeVm, SystemEventExit, UnexpectedExitError
 from kvmpy.coco import ladder
-from kvmpy.core.exits import SystemEventExit
-from kvmpy.guest.errors import UnexpectedExitError
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_SYSTEM_EVENT_SEV_TERM
 from selftests.sev.asids import Asids
 
 with_ghcb = pytest.mark.protections("all", has_ghcb=True)

@@ -8,12 +8,9 @@ import os
 
 import pytest
 
+from kvmpy import Kvm, MissingError, ioctls, kvm_sev_init, kvm_sev_launch_start, kvm_sev_snp_launch_start
 from kvmpy.coco import sev_platform
-from kvmpy.coco.kvm import Kvm
-from kvmpy.core.errors import MissingError
-from kvmpy.uapi import ioctls
 from kvmpy.uapi.commands import SEV_COMMANDS
-from kvmpy.uapi.structs import kvm_sev_init, kvm_sev_launch_start, kvm_sev_snp_launch_start
 from selftests.sev.asids import BOUND, Asids
 from selftests.sev.conftest import IN_PLACE, KINDS, TYPES, BareMaker
 

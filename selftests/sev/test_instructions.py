@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import Gpa, Gva
-from kvmpy.core.exits import IoExit, MmioExit
-from kvmpy.testing.fixtures import MakeVm
-
-everywhere = pytest.mark.protections("all")
+from kvmpy import Gpa, Gva, IoExit, MakeVm, MmioExit
 
 MMIO_GVA = Gva(0x70_0000_0000)
 MMIO_GPA = Gpa(0xC000_0000)
@@ -47,7 +43,6 @@ void guest_main(void)
 """
 
 
-@everywhere
 def test_ports(make_vm: MakeVm) -> None:
     """IN and OUT of every size, with the port in DX or in the instruction, keep the rest of RAX."""
     vm = make_vm(PORTS)
@@ -105,7 +100,6 @@ void guest_main(void)
 """
 
 
-@everywhere
 def test_strings(make_vm: MakeVm) -> None:
     """String accesses of any length and direction move their bytes in order, and RSI, RDI and RCX along."""
     vm = make_vm(STRINGS)
@@ -166,7 +160,6 @@ void guest_main(u8 *p)
 """
 
 
-@everywhere
 def test_mmio_stores(make_vm: MakeVm) -> None:
     """Stores of every size and addressing mode to MMIO give their address and bytes to user space."""
     vm = make_vm(STORES)
@@ -226,7 +219,6 @@ void guest_main(u8 *p)
 """
 
 
-@everywhere
 def test_mmio_loads(make_vm: MakeVm) -> None:
     """Loads of every size from MMIO take user space's answer, extended as the instruction says."""
     vm = make_vm(LOADS)
@@ -278,7 +270,6 @@ void guest_main(void)
 """
 
 
-@everywhere
 def test_registers_and_msrs(make_vm: MakeVm) -> None:
     """CPUID, MSRs with and without #GP, DR7 and WBINVD do what they do without a handler."""
     vm = make_vm(REGISTERS)
@@ -307,7 +298,6 @@ void guest_main(void)
 """
 
 
-@everywhere
 def test_an_nmi_between_ucalls(make_vm: MakeVm) -> None:
     """An NMI's handler makes ucalls and CPUID accesses of its own, and the interrupted code goes on."""
     vm = make_vm(NMI)

@@ -12,12 +12,18 @@ import errno
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_2M, Gpa, Gva
-from kvmpy.core.exits import HypercallExit, MemoryFaultExit
-from kvmpy.guest.errors import GuestTimeoutError
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MEMORY_EXIT_FLAG_PRIVATE
+from kvmpy import (
+    KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    PAGE_SIZE,
+    SIZE_2M,
+    Gpa,
+    GuestTimeoutError,
+    GuestVm,
+    Gva,
+    HypercallExit,
+    MakeVm,
+    MemoryFaultExit,
+)
 
 pytestmark = pytest.mark.protections("all", must_validate=True)
 

@@ -11,14 +11,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from kvmpy.coco.policy import SevPolicy
-from kvmpy.coco.sev import Sev, SevEs
+from kvmpy import PAGE_SIZE, GuestOwner, MakeVm, Sev, SevEs, SevPolicy, SevRet, kvm_sev_launch_secret
 from kvmpy.coco.sev_launch import GuestState, SevGuest, SevInitialised, SevMeasured, SevRunning
-from kvmpy.coco.sev_session import SECRET_HEADER_SIZE, GuestOwner
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import SevRet
-from kvmpy.uapi.structs import kvm_sev_launch_secret
+from kvmpy.coco.sev_session import SECRET_HEADER_SIZE
 from selftests.sev.conftest import IN_PLACE, MEMORY, Bare, BareMaker
 from selftests.sev.transport import Argument, platform_key
 

@@ -9,21 +9,26 @@ from dataclasses import replace
 
 import pytest
 
+from kvmpy import (
+    KVM_CAP_ONE_REG,
+    KVM_SEV_SNP_PAGE_TYPE_NORMAL,
+    PAGE_SIZE,
+    GuestVcpu,
+    GuestVm,
+    IdBlock,
+    MakeVm,
+    MsrError,
+    SevError,
+    SevRet,
+    Snp,
+    kvm_xsave,
+)
 from kvmpy.coco import idblock
-from kvmpy.coco.idblock import IdBlock
 from kvmpy.coco.sev_platform import vmsa_features
-from kvmpy.coco.snp import PlannedPages, Snp, SnpPlan, running
+from kvmpy.coco.snp import PlannedPages, SnpPlan, running
 from kvmpy.coco.snp_launch import IdBlockPair
 from kvmpy.coco.snp_prediction import predict_digest, predicted_id_block, process_key
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.msrs import MsrError
-from kvmpy.core.sev_errors import SevError
 from kvmpy.core.vcpu_state import GUEST_SSP_REG_ID
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_CAP_ONE_REG, KVM_SEV_SNP_PAGE_TYPE_NORMAL, SevRet
-from kvmpy.uapi.structs import kvm_xsave
 
 pytestmark = pytest.mark.protections("snp")
 

@@ -12,20 +12,19 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.coco.kvm import Kvm
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.errors import KvmError
-from kvmpy.core.exits import IoExit, SystemEventExit
-from kvmpy.core.vcpu import Vcpu
-from kvmpy.core.vm import Vm
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.constants import (
+from kvmpy import (
     KVM_CAP_SPLIT_IRQCHIP,
     KVM_CAP_VM_COPY_ENC_CONTEXT_FROM,
     KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM,
     KVM_SYSTEM_EVENT_SEV_TERM,
-)
-from kvmpy.uapi.structs import (
+    PAGE_SIZE,
+    IoExit,
+    Kvm,
+    KvmError,
+    SystemEventExit,
+    Vcpu,
+    Vm,
+    ioctls,
     kvm_enable_cap,
     kvm_regs,
     kvm_sev_guest_status,

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.guest.errors import GuestExceptionError
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import PAGE_SIZE, GuestExceptionError, MakeVm
 
 with_ghcb = pytest.mark.protections("all", has_ghcb=True)
 with_snp = pytest.mark.protections("all", must_validate=True)

@@ -11,13 +11,13 @@ import struct
 
 import pytest
 
-from kvmpy.core.exits import IoExit
-from kvmpy.guest.program import GuestProgram
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.structs import (
+from kvmpy import (
+    GuestProgram,
+    GuestVm,
+    IoExit,
+    MakeVm,
     Struct,
+    ioctls,
     kvm_debugregs,
     kvm_fpu,
     kvm_guest_debug,

@@ -11,12 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from kvmpy.coco.policy import SevPolicy
+from kvmpy import PAGE_SIZE, GuestOwner, SevPolicy, SevRet, kvm_sev_send_start, kvm_sev_send_update_data
 from kvmpy.coco.sev_launch import GuestState, SevGuest
-from kvmpy.coco.sev_session import GuestOwner
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.uapi.constants import SevRet
-from kvmpy.uapi.structs import kvm_sev_send_start, kvm_sev_send_update_data
 from selftests.sev.conftest import IN_PLACE, MEMORY, PAGES, Bare, BareMaker, start_sev
 from selftests.sev.transport import (
     HEADER_SIZE,

@@ -7,21 +7,24 @@ import errno
 
 import pytest
 
-from kvmpy.coco import sev_platform, snp_cpuid
-from kvmpy.coco.idblock import IdBlock, generate_key
-from kvmpy.coco.kvm import Kvm
-from kvmpy.coco.policy import SnpPolicy
-from kvmpy.coco.snp_cpuid import CpuidFunction
-from kvmpy.coco.snp_digest import PageType, SnpDigest
-from kvmpy.coco.snp_launch import IdBlockPair, cpuid_page
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.sev_errors import SevError
-from kvmpy.uapi.constants import KVM_MEMORY_ATTRIBUTE_PRIVATE, SevRet, SnpPageType
-from kvmpy.uapi.structs import (
+from kvmpy import (
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    PAGE_SIZE,
+    IdBlock,
+    Kvm,
+    SevError,
+    SevRet,
+    SnpPageType,
+    SnpPolicy,
     kvm_sev_snp_launch_finish,
     kvm_sev_snp_launch_start,
     kvm_sev_snp_launch_update,
 )
+from kvmpy.coco import sev_platform, snp_cpuid
+from kvmpy.coco.idblock import generate_key
+from kvmpy.coco.snp_cpuid import CpuidFunction
+from kvmpy.coco.snp_digest import PageType, SnpDigest
+from kvmpy.coco.snp_launch import IdBlockPair, cpuid_page
 from selftests.sev.conftest import MEMORY, PAGES, Bare, BareMaker, read_only, start_snp
 
 pytestmark = pytest.mark.requires("protection:snp")

@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from kvmpy import (
+    Kvm,
+    MakeVm,
+    SevDevice,
+    SevRet,
+    SnpPolicy,
+    kvm_sev_snp_launch_start,
+    sev_user_data_snp_status,
+)
 from kvmpy.coco import sev_platform
-from kvmpy.coco.kvm import Kvm
-from kvmpy.coco.policy import SnpPolicy
 from kvmpy.coco.report import PlatformInfo
-from kvmpy.core.sev_device import SevDevice
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import SevRet
-from kvmpy.uapi.structs import kvm_sev_snp_launch_start, sev_user_data_snp_status
 from selftests.sev.attester import GUEST, Attester
 from selftests.sev.conftest import BareMaker
 

@@ -14,9 +14,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from kvmpy.core.address import PAGE_SIZE
+from kvmpy import PAGE_SIZE, SnpPageType
 from kvmpy.lab.softsev.log import KernelLog
-from kvmpy.uapi.constants import SnpPageType
 from selftests.sev.conftest import MEMORY, BareMaker, start_snp
 from selftests.sev.test_snp_launch import update
 

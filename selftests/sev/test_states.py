@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 
-from kvmpy.coco.policy import SevPolicy
-from kvmpy.coco.sev_launch import GuestState, SevGuest, SevInitialised, SevLaunching
-from kvmpy.coco.sev_session import GuestOwner
-from kvmpy.core.address import PAGE_SIZE
-from kvmpy.uapi import ffi
-from kvmpy.uapi.constants import SevRet
-from kvmpy.uapi.structs import (
+from kvmpy import (
+    PAGE_SIZE,
+    GuestOwner,
+    SevPolicy,
+    SevRet,
     Struct,
     kvm_sev_attestation_report,
     kvm_sev_dbg,
@@ -27,6 +25,8 @@ from kvmpy.uapi.structs import (
     kvm_sev_launch_start,
     kvm_sev_launch_update_data,
 )
+from kvmpy.coco.sev_launch import GuestState, SevGuest, SevInitialised, SevLaunching
+from kvmpy.uapi import ffi
 from selftests.sev.conftest import IN_PLACE, MEMORY, PAGES, Bare, BareMaker
 from selftests.sev.transport import (
     Argument,

@@ -12,14 +12,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy.core.exits import IoExit
-from kvmpy.guest.program import GuestProgram
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.structs import kvm_segment, kvm_sregs
-from kvmpy.x86.cpuid import Cpuid
-from kvmpy.x86.xsave import Layout, XsaveArea
+from kvmpy import Cpuid, GuestProgram, GuestVcpu, GuestVm, IoExit, MakeVm, XsaveArea, kvm_segment, kvm_sregs
+from kvmpy.x86.xsave import Layout
 
 hidden = pytest.mark.protections("all", can_read_registers=False)
 PORT, SEEN = 0x80, 0x1234

@@ -11,17 +11,18 @@ import time
 
 import pytest
 
-from kvmpy.core.exits import ApResetHoldExit, FailEntryExit
-from kvmpy.core.vcpu import RUN_DEADLINE, RUN_EINTR
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import (
+from kvmpy import (
     KVM_MP_STATE_AP_RESET_HOLD,
     KVM_MP_STATE_HALTED,
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_UNINITIALIZED,
+    ApResetHoldExit,
+    FailEntryExit,
+    GuestVcpu,
+    GuestVm,
+    MakeVm,
 )
+from kvmpy.core.vcpu import RUN_DEADLINE, RUN_EINTR
 from kvmpy.x86.ghcb import MsrInfo
 
 with_ghcb = pytest.mark.protections("all", has_ghcb=True)

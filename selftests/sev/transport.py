@@ -13,18 +13,19 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from kvmpy.coco.sev_session import CERTIFICATE_SIZE, GuestOwner, read_dh_certificate, transport_keys
-from kvmpy.core.errors import MissingError
-from kvmpy.core.kvm import Kvm
-from kvmpy.core.sev_device import SevDevice
-from kvmpy.uapi import ffi
-from kvmpy.uapi.structs import (
+from kvmpy import (
+    GuestOwner,
+    Kvm,
+    MissingError,
+    SevDevice,
     Struct,
     kvm_sev_receive_start,
     kvm_sev_receive_update_data,
     kvm_sev_send_start,
     kvm_sev_send_update_data,
 )
+from kvmpy.coco.sev_session import CERTIFICATE_SIZE, read_dh_certificate, transport_keys
+from kvmpy.uapi import ffi
 
 HEADER_SIZE = 52
 SESSION_SIZE = 128

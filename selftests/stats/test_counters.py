@@ -9,16 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmpy import Kvm
-from kvmpy.core.address import Gpa, Gva
-from kvmpy.core.exits import Exit
-from kvmpy.core.irq import Msi
-from kvmpy.core.stats import Stats, StatsFd
-from kvmpy.core.threads import VcpuThread
-from kvmpy.guest.ucall import Ucall
-from kvmpy.guest.vm import GuestVm
+from kvmpy import Exit, Gpa, GuestVm, Gva, Kvm, MakeVm, Msi, Stats, StatsFd, Ucall, VcpuThread
 from kvmpy.testing import host
-from kvmpy.testing.fixtures import MakeVm
 
 pytestmark = pytest.mark.requires("KVM_CAP_BINARY_STATS_FD", "KVM_CAP_SPLIT_IRQCHIP")
 
@@ -151,7 +143,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
         os.sched_yield()
 
 
-@pytest.mark.protections("all")
 def test_fresh_vcpu(make_vm: MakeVm) -> None:
     """A vCPU that never ran has counted no exits, halts and injections.
 
@@ -162,7 +153,6 @@ def test_fresh_vcpu(make_vm: MakeVm) -> None:
         assert stats[name].value == 0, name
 
 
-@pytest.mark.protections("all")
 def test_vcpus_count_for_themselves(make_vm: MakeVm) -> None:
     """What one vCPU does is not counted for another.
 
@@ -174,7 +164,6 @@ def test_vcpus_count_for_themselves(make_vm: MakeVm) -> None:
     assert vm.vcpus[1].get_stats()["exits"].value == 0
 
 
-@pytest.mark.protections("all")
 def test_cumulative_never_shrinks(make_vm: MakeVm) -> None:
     """Cumulative and peak statistics never get smaller, whatever the guest does, for VM and vCPU.
 
@@ -190,7 +179,6 @@ def test_cumulative_never_shrinks(make_vm: MakeVm) -> None:
             assert new[one.name].value >= one.value, one.name
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("name", ["exits", "io_exits"])
 def test_port_exits(make_vm: MakeVm, name: str) -> None:
     """Every port access that the host sees is an exit, and an I/O exit.
@@ -201,7 +189,6 @@ def test_port_exits(make_vm: MakeVm, name: str) -> None:
     assert growth(before, after, name) >= 25
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("trait:exits_in_place")
 def test_mmio_exits(make_vm: MakeVm) -> None:
     """Every MMIO access that user space has to serve is one in mmio_exits, and an emulated instruction.
@@ -213,7 +200,6 @@ def test_mmio_exits(make_vm: MakeVm) -> None:
     assert growth(before, after, "insn_emulation") >= 25
 
 
-@pytest.mark.protections("all")
 def test_halt_exits(make_vm: MakeVm) -> None:
     """Every HLT of the guest is one in halt_exits.
 
@@ -223,7 +209,6 @@ def test_halt_exits(make_vm: MakeVm) -> None:
     assert growth(before, after, "halt_exits") >= 10
 
 
-@pytest.mark.protections("all")
 def test_nmi_injections(make_vm: MakeVm) -> None:
     """Every NMI that the guest takes is one in nmi_injections, or more if its delivery is interrupted.
 
@@ -241,7 +226,6 @@ def kvm_delivers_interrupts(_kvm: Kvm) -> str | None:
     return None
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("kvm", kvm_delivers_interrupts)
 def test_irq_injections(make_vm: MakeVm) -> None:
     """Every interrupt that KVM injects is one in irq_injections, or more if its delivery is interrupted.
@@ -252,7 +236,6 @@ def test_irq_injections(make_vm: MakeVm) -> None:
     assert 10 <= growth(before, after, "irq_injections") < 100
 
 
-@pytest.mark.protections("all")
 def test_hypercalls(make_vm: MakeVm) -> None:
     """Every hypercall is counted, also one that KVM does not know.
 
@@ -262,7 +245,6 @@ def test_hypercalls(make_vm: MakeVm) -> None:
     assert growth(before, after, "hypercalls") == 7
 
 
-@pytest.mark.protections("all")
 def test_signal_exits(make_vm: MakeVm) -> None:
     """Every KVM_RUN that a signal ends while the guest runs is one in signal_exits.
 
@@ -292,7 +274,6 @@ def halt_for(vm: GuestVm, stats: StatsFd, seconds: float) -> None:
         thread.join(TIMEOUT)
 
 
-@pytest.mark.protections("all")
 def test_blocking(make_vm: MakeVm) -> None:
     """The boolean `blocking` is 1 exactly while the vCPU is halted in the kernel.
 
@@ -307,7 +288,6 @@ def test_blocking(make_vm: MakeVm) -> None:
         assert stats.read()["blocking"].value == 0
 
 
-@pytest.mark.protections("all")
 def test_halt_times(make_vm: MakeVm) -> None:
     """The time of a halt is in halt_wait_ns, the halt in the histogram beside it, its end in halt_wakeup.
 
@@ -335,7 +315,6 @@ def test_halt_times(make_vm: MakeVm) -> None:
     assert last == len(new) - 1 or waited < sum(new) << last
 
 
-@pytest.mark.protections("all")
 def test_not_nested(make_vm: MakeVm) -> None:
     """A guest that runs no guest of its own is never in guest_mode.
 
@@ -347,7 +326,6 @@ def test_not_nested(make_vm: MakeVm) -> None:
     assert (before["guest_mode"].value, after["guest_mode"].value) == (0, 0)
 
 
-@pytest.mark.protections("all")
 def test_mapped_pages(make_vm: MakeVm) -> None:
     """Pages that the guest has touched are among those that the VM's statistics count as mapped.
 

@@ -11,10 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_CAP_ENFORCE_PV_FEATURE_CPUID
-from kvmpy.uapi.structs import kvm_cpuid2
+from kvmpy import KVM_CAP_ENFORCE_PV_FEATURE_CPUID, GuestVm, MakeVm, kvm_cpuid2
 
 pytestmark = pytest.mark.requires("KVM_CAP_STEAL_TIME", "msr:0x4b564d03")
 
@@ -128,7 +125,6 @@ def rival() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-@pytest.mark.protections("all")
 def test_grows_with_a_rival(make_vm: MakeVm, rival: None) -> None:
     """While another process has the vCPU's host CPU, steal time grows, and the version with it.
 
@@ -151,7 +147,6 @@ def test_grows_with_a_rival(make_vm: MakeVm, rival: None) -> None:
     assert now > version
 
 
-@pytest.mark.protections("all")
 def test_is_plausible(make_vm: MakeVm, rival: None) -> None:
     """Steal time is not more than the time that went by.
 
@@ -168,7 +163,6 @@ def test_is_plausible(make_vm: MakeVm, rival: None) -> None:
     assert 0 <= last - first <= time.monotonic_ns() - before
 
 
-@pytest.mark.protections("all")
 def test_reserved_bits(make_vm: MakeVm) -> None:
     """The address has 64-byte alignment: bits below it other than the enable bit are #GP.
 
@@ -179,7 +173,6 @@ def test_reserved_bits(make_vm: MakeVm) -> None:
     vm.vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 def test_switched_off(make_vm: MakeVm) -> None:
     """Once the guest has cleared the enable bit, KVM leaves its memory alone.
 
@@ -193,7 +186,6 @@ def test_switched_off(make_vm: MakeVm) -> None:
     assert off == [0x5EED0, 0x5EED0]
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
 def test_cpuid_is_enforced(make_vm: MakeVm) -> None:
     """With KVM_CAP_ENFORCE_PV_FEATURE_CPUID the MSR is #GP where CPUID does not offer it.

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import Kvm
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import GuestVm, Kvm, MakeVm
 
 pytestmark = pytest.mark.requires("KVM_CAP_GET_TSC_KHZ")
 
@@ -156,7 +154,6 @@ def reading(vm: GuestVm, vcpu: int = 0) -> int:
 STABLE = pytest.mark.requires("stable-tsc")
 
 
-@pytest.mark.protections("all")
 def test_msr_is_the_counter(make_vm: MakeVm) -> None:
     """IA32_TIME_STAMP_COUNTER reads what RDTSC reads, and both go forward.
 
@@ -165,7 +162,6 @@ def test_msr_is_the_counter(make_vm: MakeVm) -> None:
     start(make_vm, "msr_agrees").vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 def test_host_reads_it(make_vm: MakeVm) -> None:
     """KVM_GET_MSRS of the TSC is between the guest's readings before and after.
 
@@ -178,7 +174,6 @@ def test_host_reads_it(make_vm: MakeVm) -> None:
         assert before <= host <= reading(vm)
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("value", [1 << 40, 1 << 60])
 def test_host_writes_it(make_vm: MakeVm, kvm: Kvm, value: int) -> None:
     """The guest's counter goes on from what KVM_SET_MSRS wrote.
@@ -191,7 +186,6 @@ def test_host_writes_it(make_vm: MakeVm, kvm: Kvm, value: int) -> None:
     assert value <= reading(vm) < value + limit(kvm)
 
 
-@pytest.mark.protections("all")
 def test_guest_writes_it(make_vm: MakeVm, kvm: Kvm) -> None:
     """The guest may write its counter, forward and back.
 
@@ -200,7 +194,6 @@ def test_guest_writes_it(make_vm: MakeVm, kvm: Kvm) -> None:
     start(make_vm, "guest_writes", limit(kvm)).vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("msr:0x3b")
 def test_adjust(make_vm: MakeVm, kvm: Kvm) -> None:
     """Writing IA32_TSC_ADJUST shifts the counter, and writing the counter shifts IA32_TSC_ADJUST.
@@ -210,7 +203,6 @@ def test_adjust(make_vm: MakeVm, kvm: Kvm) -> None:
     start(make_vm, "adjust", limit(kvm)).vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 @pytest.mark.requires("msr:0x3b")
 def test_adjust_by_host(make_vm: MakeVm, kvm: Kvm) -> None:
     """Restoring IA32_TSC_ADJUST by KVM_SET_MSRS does not shift the counter, which is restored by itself.
@@ -226,7 +218,6 @@ def test_adjust_by_host(make_vm: MakeVm, kvm: Kvm) -> None:
     assert before <= now < before + limit(kvm)
 
 
-@pytest.mark.protections("all")
 def test_ring3(make_vm: MakeVm) -> None:
     """Ring 3 reads the same counter, unless CR4.TSD is set: then RDTSC is #GP there.
 
@@ -235,7 +226,6 @@ def test_ring3(make_vm: MakeVm) -> None:
     start(make_vm, "ring3").vcpus[0].run_to_done()
 
 
-@pytest.mark.protections("all")
 @STABLE
 def test_one_vcpu_after_the_other(make_vm: MakeVm) -> None:
     """A reading on one vCPU is never before an earlier one on another.
@@ -247,7 +237,6 @@ def test_one_vcpu_after_the_other(make_vm: MakeVm) -> None:
     assert seen == sorted(seen)
 
 
-@pytest.mark.protections("all")
 @STABLE
 def test_vcpus_at_once(make_vm: MakeVm) -> None:
     """vCPUs that run at once never read a TSC before one that another has read.

@@ -10,10 +10,8 @@ import struct
 
 import pytest
 
-from kvmpy.core.address import Gpa, Gva
+from kvmpy import KVM_MP_STATE_UNINITIALIZED, Gpa, Gva, MakeVm
 from kvmpy.guest import layout
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_MP_STATE_UNINITIALIZED
 
 pytestmark = pytest.mark.requires("KVM_CAP_MP_STATE", "KVM_CAP_SPLIT_IRQCHIP")
 
@@ -103,6 +101,7 @@ void second(u64 value)
 """
 
 
+@pytest.mark.protections("none")
 def test_ap_start(make_vm: MakeVm) -> None:
     """After INIT and SIPI a vCPU brings itself from real mode to 64-bit mode, and runs beside the first.
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import Gpa
-from kvmpy.core.exits import IoExit
-from kvmpy.core.threads import VcpuThread
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import (
+from kvmpy import (
     KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_SIPI_RECEIVED,
     KVM_MP_STATE_UNINITIALIZED,
     KVM_VCPUEVENT_VALID_SIPI_VECTOR,
+    Gpa,
+    GuestVcpu,
+    GuestVm,
+    IoExit,
+    MakeVm,
+    VcpuThread,
 )
 
 pytestmark = pytest.mark.requires("KVM_CAP_MP_STATE", "KVM_CAP_SPLIT_IRQCHIP")

@@ -6,20 +6,10 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
 
 import pytest
 
-from kvmpy import Kvm
-from kvmpy.core.errors import KvmError
-from kvmpy.core.irq import Msi
-from kvmpy.core.threads import VcpuThread
-from kvmpy.core.vcpu import VcpuKickedError
-from kvmpy.core.vm import Vm
-from kvmpy.guest.vcpu import GuestVcpu
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import (
+from kvmpy import (
     KVM_CAP_X86_DISABLE_EXITS,
     KVM_MP_STATE_AP_RESET_HOLD,
     KVM_MP_STATE_HALTED,
@@ -28,6 +18,15 @@ from kvmpy.uapi.constants import (
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_STOPPED,
     KVM_MP_STATE_UNINITIALIZED,
+    GuestVcpu,
+    GuestVm,
+    Kvm,
+    MakeVm,
+    Msi,
+    VcpuKickedError,
+    VcpuThread,
+    Vm,
+    refused,
 )
 
 pytestmark = pytest.mark.requires("KVM_CAP_MP_STATE", "KVM_CAP_SPLIT_IRQCHIP")
@@ -83,13 +82,6 @@ def statistic_blocking(kvm: Kvm) -> str | None:
 
 
 BLOCKING = pytest.mark.requires("KVM_CAP_BINARY_STATS_FD", statistic_blocking)
-
-
-def refused(call: Callable[[], object]) -> int:
-    """Return the errno with which *call* fails."""
-    with pytest.raises(KvmError) as caught:
-        call()
-    return int(caught.value.errno or 0)
 
 
 def start(make_vm: MakeVm, entry: str) -> GuestVm:
@@ -149,7 +141,6 @@ def wake(vm: GuestVm, msi: Msi) -> tuple[int, ...]:
         return sleeper.said()
 
 
-@pytest.mark.protections("all")
 @BLOCKING
 def test_halt_ends_with_interrupt(make_vm: MakeVm) -> None:
     """With an in-kernel local APIC HLT does not end KVM_RUN: the vCPU sleeps until an interrupt comes.
@@ -160,7 +151,6 @@ def test_halt_ends_with_interrupt(make_vm: MakeVm) -> None:
     assert wake(vm, Msi.to(0, VECTOR)) == (1, 0)
 
 
-@pytest.mark.protections("all")
 @BLOCKING
 def test_halted_state_is_seen(make_vm: MakeVm) -> None:
     """A halted vCPU that is kicked out of KVM_RUN is in state HALTED, and sleeps on when run again.
@@ -179,7 +169,6 @@ def test_halted_state_is_seen(make_vm: MakeVm) -> None:
     assert vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE
 
 
-@pytest.mark.protections("all")
 @BLOCKING
 def test_interrupts_off(make_vm: MakeVm) -> None:
     """With interrupts off a pending interrupt does not end HLT, an NMI does; the interrupt is taken later.
@@ -192,7 +181,6 @@ def test_interrupts_off(make_vm: MakeVm) -> None:
     assert tuple(vm.vcpus[0].sync().args) == (1, 1)
 
 
-@pytest.mark.protections("all")
 @BLOCKING
 def test_set_halted(make_vm: MakeVm) -> None:
     """A vCPU that user space puts into HALTED does not run until an event comes for it.
@@ -211,7 +199,6 @@ def test_set_halted(make_vm: MakeVm) -> None:
         assert sleeper.said() == (0, 2)
 
 
-@pytest.mark.protections("all")
 @BLOCKING
 def test_set_runnable_ends_halt(make_vm: MakeVm) -> None:
     """A halted vCPU that user space makes RUNNABLE goes on behind its HLT, without any event.
@@ -256,7 +243,8 @@ def test_states_of_others(vm: Vm, state: int) -> None:
     """
     vm.create_split_irqchip()
     vcpu = vm.create_vcpu()
-    assert refused(lambda: vcpu.set_mp_state(state)) == errno.EINVAL
+    with refused(errno.EINVAL):
+        vcpu.set_mp_state(state)
     assert vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE
 
 
@@ -268,7 +256,8 @@ def test_without_irqchip(vm: Vm, state: int) -> None:
     """
     vcpu = vm.create_vcpu(1)
     assert vcpu.get_mp_state() == KVM_MP_STATE_RUNNABLE
-    assert refused(lambda: vcpu.set_mp_state(state)) == errno.EINVAL
+    with refused(errno.EINVAL):
+        vcpu.set_mp_state(state)
     vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)
 
 
@@ -279,7 +268,9 @@ def test_disabled_exits_are_checked(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 7.13 KVM_CAP_X86_DISABLE_EXITS.
     """
     offered = vm.check_extension(KVM_CAP_X86_DISABLE_EXITS)
-    assert refused(lambda: vm.enable_cap(KVM_CAP_X86_DISABLE_EXITS, 1 << 31)) == errno.EINVAL
+    with refused(errno.EINVAL):
+        vm.enable_cap(KVM_CAP_X86_DISABLE_EXITS, 1 << 31)
     vm.enable_cap(KVM_CAP_X86_DISABLE_EXITS, offered)
     vm.create_vcpu()
-    assert refused(lambda: vm.enable_cap(KVM_CAP_X86_DISABLE_EXITS, offered)) == errno.EINVAL
+    with refused(errno.EINVAL):
+        vm.enable_cap(KVM_CAP_X86_DISABLE_EXITS, offered)

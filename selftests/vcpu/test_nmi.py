@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
+from kvmpy import GuestVm, MakeVm
 
 pytestmark = pytest.mark.requires("KVM_CAP_USER_NMI")
 
@@ -71,7 +70,6 @@ def next_of(vm: GuestVm, word: str) -> tuple[str | int, ...]:
     return next((found for found in (said(vm) for _ in range(4)) if found[0] == word), ("nothing",))
 
 
-@pytest.mark.protections("all")
 @pytest.mark.parametrize("irqchip", ["split", "full", None])
 def test_delivered_with_interrupts_off(make_vm: MakeVm, irqchip: str | None) -> None:
     """KVM_NMI interrupts the guest though it has interrupts off, with and without a local APIC in the kernel.
@@ -86,7 +84,6 @@ def test_delivered_with_interrupts_off(make_vm: MakeVm, irqchip: str | None) -> 
     assert said(vm) == ("w", 0, 1)
 
 
-@pytest.mark.protections("all")
 def test_blocked_until_iret(make_vm: MakeVm) -> None:
     """An NMI that is queued while the handler runs is delivered after the handler's IRET, not inside of it.
 
@@ -102,7 +99,6 @@ def test_blocked_until_iret(make_vm: MakeVm) -> None:
     assert said(vm) == ("w", 0, 2)
 
 
-@pytest.mark.protections("all")
 def test_events_show_it(make_vm: MakeVm) -> None:
     """KVM_GET_VCPU_EVENTS shows a queued NMI as pending, and NMIs as masked while the handler runs.
 
@@ -121,7 +117,6 @@ def test_events_show_it(make_vm: MakeVm) -> None:
     assert vcpu.get_vcpu_events().nmi.masked == 0
 
 
-@pytest.mark.protections("all")
 def test_masked_by_user_space(make_vm: MakeVm) -> None:
     """A vCPU whose NMIs user space masks takes none until it unmasks them.
 

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.address import Gpa
-from kvmpy.core.exits import IoExit
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
-from kvmpy.uapi.constants import KVM_RUN_X86_SMM
+from kvmpy import KVM_RUN_X86_SMM, Gpa, GuestVm, IoExit, MakeVm
 
 pytestmark = pytest.mark.requires("KVM_CAP_X86_SMM", "KVM_CAP_MULTI_ADDRESS_SPACE>=2")
 
@@ -54,6 +50,7 @@ def in_smm(vm: GuestVm) -> bool:
     return bool(vm.vcpus[0].run_area.flags & KVM_RUN_X86_SMM)
 
 
+@pytest.mark.protections("none")
 def test_smi(make_vm: MakeVm) -> None:
     """KVM_SMI runs the handler at SMBASE + 0x8000, and its RSM brings the guest back to where it was.
 
@@ -70,6 +67,7 @@ def test_smi(make_vm: MakeVm) -> None:
     assert not in_smm(vm)
 
 
+@pytest.mark.protections("none")
 def test_events_show_mode(make_vm: MakeVm) -> None:
     """KVM_GET_VCPU_EVENTS shows a queued SMI as pending, and the mode while the handler runs.
 
@@ -86,6 +84,7 @@ def test_events_show_mode(make_vm: MakeVm) -> None:
     assert vcpu.get_vcpu_events().smi.smm == 0
 
 
+@pytest.mark.protections("none")
 def test_second_smi_waits(make_vm: MakeVm) -> None:
     """An SMI that comes while the handler runs is taken after its RSM.
 

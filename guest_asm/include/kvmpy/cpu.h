@@ -41,7 +41,9 @@ struct guest_cpu {
 	u64 encryption_mask;	/* of page-table entries, 0 without an encryption bit */
 	u64 ghcb_msr;		/* what the GHCB MSR holds, as far as this vCPU knows */
 	u64 dr7;		/* as written last, 0 before that: hypervisors of SEV-ES do not read it */
-	u64 unused[8];
+	u64 call_rsp;		/* where guest_try_call() left its stack, or 0 */
+	u64 call_exit;		/* its struct guest_user_exit */
+	u64 unused[6];
 };
 
 #define KVMPY_CHECK_OFFSET(type, member, offset) \
@@ -63,6 +65,7 @@ KVMPY_CHECK_OFFSET(struct guest_cpu, sev, KVMPY_CPU_SEV);
 KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb_depth, KVMPY_CPU_GHCB_DEPTH);
 KVMPY_CHECK_OFFSET(struct guest_cpu, encryption_mask, KVMPY_CPU_ENC_MASK);
 KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb_msr, KVMPY_CPU_GHCB_MSR);
+KVMPY_CHECK_OFFSET(struct guest_cpu, call_rsp, KVMPY_CPU_CALL_RSP);
 _Static_assert(sizeof(struct guest_cpu) == KVMPY_CPU_SIZE, "struct guest_cpu");
 
 static __always_inline struct guest_cpu *guest_cpu(void)

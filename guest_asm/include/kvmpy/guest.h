@@ -6,6 +6,7 @@
 #ifndef KVMPY_GUEST_H
 #define KVMPY_GUEST_H
 
+#include <kvmpy/agent.h>
 #include <kvmpy/apic.h>
 #include <kvmpy/assert.h>
 #include <kvmpy/atomic.h>

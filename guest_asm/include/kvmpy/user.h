@@ -18,4 +18,7 @@ struct guest_user_exit {
  */
 struct guest_user_exit guest_user_run(u64 (*function)(u64 arg), u64 arg, void *stack_top);
 
+/* Call @function in ring 0.  It ends when it returns or raises an exception that has no handler. */
+struct guest_user_exit guest_try_call(u64 (*function)(u64 arg), u64 arg);
+
 #endif /* KVMPY_USER_H */

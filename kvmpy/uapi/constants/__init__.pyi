@@ -6,7 +6,7 @@ from typing import Final
 
 from kvmpy.uapi.constants.caps import Cap as Cap
 from kvmpy.uapi.constants.coco import SevCmd as SevCmd
-from kvmpy.uapi.constants.coco import SevDevice as SevDevice
+from kvmpy.uapi.constants.coco import SevIoctlType as SevIoctlType
 from kvmpy.uapi.constants.coco import SevPlatformCmd as SevPlatformCmd
 from kvmpy.uapi.constants.coco import SevRet as SevRet
 from kvmpy.uapi.constants.coco import SevStatusFlag as SevStatusFlag
@@ -87,7 +87,7 @@ from kvmpy.uapi.constants.vcpu import ShadowInt as ShadowInt
 from kvmpy.uapi.constants.vcpu import Sregs2Flag as Sregs2Flag
 from kvmpy.uapi.constants.vcpu import VcpuEventFlag as VcpuEventFlag
 from kvmpy.uapi.constants.vcpu import VcpuLimit as VcpuLimit
-from kvmpy.uapi.constants.vcpu import Vector as Vector
+from kvmpy.uapi.constants.vcpu import X86Vector as X86Vector
 from kvmpy.uapi.constants.vm import S390 as S390
 from kvmpy.uapi.constants.vm import Api as Api
 from kvmpy.uapi.constants.vm import ArmVmType as ArmVmType
@@ -587,28 +587,28 @@ KVM_VCPUEVENT_VALID_TRIPLE_FAULT: Final = VcpuEventFlag.KVM_VCPUEVENT_VALID_TRIP
 KVM_X86_SHADOW_INT_MOV_SS: Final = ShadowInt.KVM_X86_SHADOW_INT_MOV_SS
 KVM_X86_SHADOW_INT_STI: Final = ShadowInt.KVM_X86_SHADOW_INT_STI
 
-DE_VECTOR: Final = Vector.DE_VECTOR
-DB_VECTOR: Final = Vector.DB_VECTOR
-BP_VECTOR: Final = Vector.BP_VECTOR
-OF_VECTOR: Final = Vector.OF_VECTOR
-BR_VECTOR: Final = Vector.BR_VECTOR
-UD_VECTOR: Final = Vector.UD_VECTOR
-NM_VECTOR: Final = Vector.NM_VECTOR
-DF_VECTOR: Final = Vector.DF_VECTOR
-TS_VECTOR: Final = Vector.TS_VECTOR
-NP_VECTOR: Final = Vector.NP_VECTOR
-SS_VECTOR: Final = Vector.SS_VECTOR
-GP_VECTOR: Final = Vector.GP_VECTOR
-PF_VECTOR: Final = Vector.PF_VECTOR
-MF_VECTOR: Final = Vector.MF_VECTOR
-AC_VECTOR: Final = Vector.AC_VECTOR
-MC_VECTOR: Final = Vector.MC_VECTOR
-XM_VECTOR: Final = Vector.XM_VECTOR
-VE_VECTOR: Final = Vector.VE_VECTOR
-CP_VECTOR: Final = Vector.CP_VECTOR
-HV_VECTOR: Final = Vector.HV_VECTOR
-VC_VECTOR: Final = Vector.VC_VECTOR
-SX_VECTOR: Final = Vector.SX_VECTOR
+DE_VECTOR: Final = X86Vector.DE_VECTOR
+DB_VECTOR: Final = X86Vector.DB_VECTOR
+BP_VECTOR: Final = X86Vector.BP_VECTOR
+OF_VECTOR: Final = X86Vector.OF_VECTOR
+BR_VECTOR: Final = X86Vector.BR_VECTOR
+UD_VECTOR: Final = X86Vector.UD_VECTOR
+NM_VECTOR: Final = X86Vector.NM_VECTOR
+DF_VECTOR: Final = X86Vector.DF_VECTOR
+TS_VECTOR: Final = X86Vector.TS_VECTOR
+NP_VECTOR: Final = X86Vector.NP_VECTOR
+SS_VECTOR: Final = X86Vector.SS_VECTOR
+GP_VECTOR: Final = X86Vector.GP_VECTOR
+PF_VECTOR: Final = X86Vector.PF_VECTOR
+MF_VECTOR: Final = X86Vector.MF_VECTOR
+AC_VECTOR: Final = X86Vector.AC_VECTOR
+MC_VECTOR: Final = X86Vector.MC_VECTOR
+XM_VECTOR: Final = X86Vector.XM_VECTOR
+VE_VECTOR: Final = X86Vector.VE_VECTOR
+CP_VECTOR: Final = X86Vector.CP_VECTOR
+HV_VECTOR: Final = X86Vector.HV_VECTOR
+VC_VECTOR: Final = X86Vector.VC_VECTOR
+SX_VECTOR: Final = X86Vector.SX_VECTOR
 
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX: Final = CpuidFlag.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 KVM_CPUID_FLAG_STATEFUL_FUNC: Final = CpuidFlag.KVM_CPUID_FLAG_STATEFUL_FUNC
@@ -948,7 +948,7 @@ SEV_RET_SEV_STATUS_RESYNC_REQ: Final = SevRet.SEV_RET_SEV_STATUS_RESYNC_REQ
 SEV_RET_SEV_STATUS_RESPONSE_TOO_LARGE: Final = SevRet.SEV_RET_SEV_STATUS_RESPONSE_TOO_LARGE
 SEV_RET_MAX: Final = SevRet.SEV_RET_MAX
 
-SEV_IOC_TYPE: Final = SevDevice.SEV_IOC_TYPE
+SEV_IOC_TYPE: Final = SevIoctlType.SEV_IOC_TYPE
 
 SEV_STATUS_FLAGS_CONFIG_ES: Final = SevStatusFlag.SEV_STATUS_FLAGS_CONFIG_ES
 

@@ -121,7 +121,7 @@ class SevRet(IntEnum):
     SEV_RET_MAX = 0x40
 
 
-class SevDevice(IntEnum):
+class SevIoctlType(IntEnum):
     """The ioctl type of /dev/sev."""
 
     SEV_IOC_TYPE = 0x53

@@ -52,7 +52,7 @@ class ShadowInt(IntFlag):
     KVM_X86_SHADOW_INT_STI = 2
 
 
-class Vector(IntEnum):
+class X86Vector(IntEnum):
     """Exception vectors."""
 
     DE_VECTOR = 0
