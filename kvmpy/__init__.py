@@ -8,12 +8,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvmpy.coco.kvm import Kvm
+    from kvmpy.coco.recording import record
     from kvmpy.core.address import EncryptionBit, Gpa, Gva, RawGpa
     from kvmpy.core.errors import KvmError, MissingError
+    from kvmpy.debug.timeline import timeline
 
 __version__ = "0.1.0"
 
-__all__ = ["EncryptionBit", "Gpa", "Gva", "Kvm", "KvmError", "MissingError", "RawGpa", "__version__"]
+__all__ = [
+    "EncryptionBit",
+    "Gpa",
+    "Gva",
+    "Kvm",
+    "KvmError",
+    "MissingError",
+    "RawGpa",
+    "__version__",
+    "record",
+    "timeline",
+]
 
 # Imported at first use: the pytest plugin and `kvmpy --help` come without the native part.
 _HOMES = {
@@ -24,6 +37,8 @@ _HOMES = {
     "KvmError": "kvmpy.core.errors",
     "MissingError": "kvmpy.core.errors",
     "RawGpa": "kvmpy.core.address",
+    "record": "kvmpy.coco.recording",
+    "timeline": "kvmpy.debug.timeline",
 }
 
 

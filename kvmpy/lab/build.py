@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmpy.lab import debian, kconfig, kernels, places, tools
+from kvmpy.lab import debian, kconfig, kernels, places, softsev, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import call
@@ -157,7 +156,7 @@ class _Plan:
         """Change *tree*, which must be the lab's own copy."""
         if self.soft_sev:
             say("adding the software AMD-SP to the source")
-            importlib.import_module("kvmpy.lab.softsev").apply(tree)
+            softsev.apply(tree)
 
     def build(self, tree: Path, name: str, origin: str, say: Say) -> tuple[Kernel, Path]:
         """Build *tree* and put the kernel into the cache; return it with the folder it was built in."""
