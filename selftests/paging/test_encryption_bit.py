@@ -19,7 +19,7 @@ from kvmpy.guest.vm import GuestVm
 from kvmpy.testing.fixtures import MakeVm
 from kvmpy.x86.entry import ACCESSED, USER, WRITABLE
 from kvmpy.x86.paging import PageTables
-from kvmpy.x86.walker import Walker
+from selftests.paging.walker import Walker
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import Prober
