@@ -7,7 +7,7 @@ Layout: SEV Secure Nested Paging Firmware ABI, section 7.3 (ATTESTATION_REPORT),
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
@@ -254,11 +254,6 @@ class Report:
                 )
         if wrong:
             raise ReportError("; ".join(wrong))
-
-
-def field_names() -> Sequence[str]:
-    """Return the names of all fields in the order of the report."""
-    return tuple(_AT)
 
 
 def build(fields: Mapping[str, int | bytes]) -> bytes:

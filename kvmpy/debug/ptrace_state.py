@@ -12,7 +12,6 @@ from kvmpy.debug.record.format import ObjectKind
 
 _MAPS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ *(.*)$", re.MULTILINE)
 _NAMED = {"/dev/kvm": (ObjectKind.SYSTEM, "kvm"), "/dev/sev": (ObjectKind.SEV, "sev")}
-RUN_MAPPING_MIN = 4096
 
 
 @dataclass
