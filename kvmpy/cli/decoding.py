@@ -196,7 +196,12 @@ def _member(text: str, kind: type[ExitReason] | type[SevRet], prefix: str, what:
         if name in kind.__members__:
             return int(kind.__members__[name])
     try:
-        return int(text, 0)
+        number = int(text, 0)
+        if not -(1 << 31) <= number < 1 << 32:
+            raise DecodeError(f"{text[:40]} is no {what}: those have 32 bits")
+        return number
+    except DecodeError:
+        raise
     except ValueError:
         close = difflib.get_close_matches(prefix + text.upper().removeprefix(prefix), kind.__members__, 3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
@@ -209,6 +214,8 @@ def _errno(args: Sequence[str], full: bool) -> list[str]:
         raise DecodeError("expected errno NUMBER|NAME [IOCTL]")
     names = {errno_name(number): number for number in range(1, 134)}
     number = names.get(args[0].upper()) or parse_number(args[0])
+    if abs(number) >= 1 << 12:
+        raise DecodeError(f"{args[0][:40]} is no errno: they are below 4096")
     op = find_ioctl(args[1]) if len(args) == 2 else None
     if len(args) == 2 and not isinstance(op, Ioctl):
         raise DecodeError(f"{args[1]!r} is no ioctl that kvmpy knows")

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from kvmpy.debug.record.format import FrameType as Kind
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.debug.trace_events import Event, Stream
 from kvmpy.debug.trace_program import ProgramError, examine
+from kvmpy.owned import OwnedFolder
 
 _PAUSE_S = 0.002
 _LONGEST_PAUSE_S = 0.02
@@ -107,13 +106,14 @@ class PreloadTracer:
         self.command = list(command)
         self.sink = sink
         self.interrupts = 0
-        base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - shared memory is the point
-        self._folder = Path(tempfile.mkdtemp(prefix="kvmpy-trace-", dir=base))
+        shared_memory = Path("/dev/shm")  # noqa: S108 - shared memory is the point
+        self._owned = OwnedFolder("trace", shared_memory if os.access(shared_memory, os.W_OK) else None)
+        self._folder = self._owned.path
         try:
             self._library = recorder(self._folder)
             self.shared = Shared(self._folder, memory=memory, writes=writes)
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._owned.close()
             raise
         self._warned: set[str] = set()
 
@@ -125,7 +125,7 @@ class PreloadTracer:
         finally:
             signal.signal(signal.SIGINT, earlier)
             self.shared.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._owned.close()
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         # The program got the signal, too, where it shares our terminal; what it does then is worth seeing.
