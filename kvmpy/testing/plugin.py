@@ -233,11 +233,14 @@ class Session:
         return html.render([self._document(exit_status)])
 
     def _incomplete(self) -> bool:
-        """Whether a session that pytest calls good is none: what was selected was not judged, or leaked."""
+        """Whether a session that pytest calls good is none: something was lost, or leaked all the time."""
         if self._config.option.collectonly:
             return False
-        lost = any(entry.verdict is Verdict.LOST for entry in self.results.verdicts())
-        return lost or bool(self.results.not_run()) or self.results.growth() >= GROWTH_FAILS
+        results = self.results
+        lost = any(entry.verdict is Verdict.LOST for entry in results.verdicts())
+        # xdist gives up after many dead workers, and calls what it did not run no failure.
+        given_up = self._config.getoption("dist", "no") != "no" and bool(results.not_run())
+        return lost or given_up or results.growth() >= GROWTH_FAILS
 
     def _document(self, exit_status: int) -> dict[str, Any]:
         return document(

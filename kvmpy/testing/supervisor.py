@@ -171,7 +171,8 @@ class _Child:
             self._process.kill()
         else:
             self._until = now + END_GRACE
-            self._process.send_signal(signal.SIGINT)
+            # Not SIGINT, which jobs in a shell's background ignore.
+            self._process.send_signal(signal.SIGTERM)
 
     def _kill(self, pid: int) -> list[str]:
         if pid == self._process.pid:
@@ -254,7 +255,9 @@ class _Run:
             reason = _death(code)
             if child.interrupted:
                 if history.running is not None:
-                    journal.mark_lost(self._path, history.running, "the session ended in the middle of it")
+                    journal.mark_lost(
+                        self._path, history.running, "told to end, its session was killed in it"
+                    )
                 self._report(history, "interrupted, and did not end by itself")
                 return INTERRUPTED
             history = self._died(child, reason)

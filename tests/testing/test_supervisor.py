@@ -232,27 +232,38 @@ def test_the_exit_status_is_pytests(
 WAITS = "import threading\ndef test_a():\n    open('started', 'w').close()\n    threading.Event().wait(100)\n"
 
 
-def _start(here: Suite) -> subprocess.Popen[bytes]:
+def _start(here: Suite, *, background: bool = False) -> subprocess.Popen[bytes]:
     os.mkfifo(here.folder / "started")
     here.add("test_a.py", WAITS)
     code = (
         "import sys\nfrom kvmpy.testing.supervisor import supervise\n"
         f"sys.exit(supervise({here.arguments()!r}, print))\n"
     )
+    # A shell starts its background jobs with SIGINT ignored.
+    interrupts = signal.SIG_IGN if background else signal.default_int_handler
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts) and None,  # noqa: PLW1509 - one thread
     )
     # Opening the pipe waits for the test to open its end.
     (here.folder / "started").read_bytes()
     return process
 
 
-def test_sigterm_ends_the_session_in_order(here: Suite) -> None:
-    with _start(here) as process:
-        process.terminate()
-        assert process.wait(60) == 2
+@pytest.mark.parametrize(
+    ("number", "background"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGINT, False)],
+)
+def test_a_signal_ends_the_session_in_order(here: Suite, number: signal.Signals, background: bool) -> None:
+    with _start(here, background=background) as process:
+        process.send_signal(number)
+        assert process.wait(100) == 2
     outcome = here.outcome(2, "")
     assert outcome.verdicts() == {"test_a": "lost"}
+    # It was not killed for want of an answer.
+    assert outcome.reason("test_a") == "the session ended in the middle of it"
 
 
 def test_a_killed_supervisor_leaves_no_child(here: Suite) -> None:
