@@ -3,8 +3,8 @@
 write.
 
 AMD APM volume 2, 15.36 (SEV-SNP), volume 3 (RMPUPDATE, PSMASH, PVALIDATE, RMPADJUST), and chapter 5 of the
-SEV Secure Nested Paging Firmware ABI (page states). It is what conversion tests compare a real host with,
-and needs none itself.
+SEV Secure Nested Paging Firmware ABI (page states). It needs no host: tests follow with it what they do to
+a guest, and compare the RMP that the lab's software AMD-SP shows.
 
 Pages are named by system page frame numbers (*pfn*); an entry of 2 MiB covers 512 of them.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 
 PAGES_2M = 512
-PAGES_1G = PAGES_2M * 512
 PAGE_SIZE = 4096
 ALL_PERMISSIONS = 0xF
 _NONE = (0, 0, 0, 0)
@@ -186,13 +185,16 @@ class Rmp:
 
     # ---- the firmware's changes
 
-    def launch_update(self, pfn: int) -> Result:
-        """Turn a page that the host has assigned (pre-guest) into a valid one, as SNP_LAUNCH_UPDATE does."""
+    def launch_update(self, pfn: int, *, vmsa: bool = False) -> Result:
+        """Turn a page that the host has assigned (pre-guest) into a valid one, as SNP_LAUNCH_UPDATE does.
+
+        *vmsa* for the page type VMSA.
+        """
         entry = self.lookup(pfn)
         if entry.state is not PageState.PRE_GUEST:
             return Result.FAIL_PERMISSION
         self._entries[pfn & -PAGES_2M if entry.large else pfn] = replace(
-            entry, immutable=False, validated=True
+            entry, immutable=False, validated=True, vmsa=vmsa
         )
         return Result.SUCCESS
 
@@ -291,47 +293,3 @@ class Rmp:
             return Access.NOT_VALIDATED
         wanted = 2 if write else 1
         return Access.ALLOWED if entry.permissions[vmpl] & wanted else Access.VMPL_FAULT
-
-
-class DirectMap:
-    """The host kernel's own mapping of all memory, and how giving pages away splits it.
-
-    Assigning a 4 KiB page splits the mapping that covers it down to 4 KiB; assigning 2 MiB splits nothing,
-    since accesses through 1 GiB mappings are checked as those of 2 MiB (Linux: adjust_direct_map). Nothing
-    is joined again.
-    """
-
-    def __init__(self, pages: int, mapping_pages: int = PAGES_1G) -> None:
-        if mapping_pages not in (1, PAGES_2M, PAGES_1G):
-            raise ValueError(f"mappings have 1, {PAGES_2M} or {PAGES_1G} pages, not {mapping_pages}")
-        self.pages = pages
-        self._initial = mapping_pages
-        self._split_1g: set[int] = set()
-        self._split_2m: set[int] = set()
-
-    @property
-    def level3_splits(self) -> int:
-        """How many 1 GiB mappings were split (``direct_map_level3_splits`` of /proc/vmstat)."""
-        return len(self._split_1g)
-
-    @property
-    def level2_splits(self) -> int:
-        """How many 2 MiB mappings were split (``direct_map_level2_splits`` of /proc/vmstat)."""
-        return len(self._split_2m)
-
-    def mapping_pages(self, pfn: int) -> int:
-        """Return the size of the mapping that covers *pfn*, in pages."""
-        if pfn // PAGES_2M in self._split_2m:
-            return 1
-        if pfn // PAGES_1G in self._split_1g:
-            return min(PAGES_2M, self._initial)
-        return self._initial
-
-    def assign(self, pfn: int, *, large: bool) -> None:
-        """Split what must be split before *pfn* is given away."""
-        if large:
-            return
-        if self.mapping_pages(pfn) == PAGES_1G:
-            self._split_1g.add(pfn // PAGES_1G)
-        if self.mapping_pages(pfn) == PAGES_2M:
-            self._split_2m.add(pfn // PAGES_2M)

@@ -7,44 +7,19 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from kvmpy import PAGE_SIZE, SnpPageType
+from kvmpy.coco.rmp import Entry, PageState
 from kvmpy.lab.softsev.log import KernelLog
 from selftests.sev.conftest import MEMORY, BareMaker, start_snp
+from selftests.sev.softrmp import FOLDER, needs_softsev, rmp
 from selftests.sev.test_snp_launch import update
 
-FOLDER = Path("/sys/kernel/debug/softsev")
-
-pytestmark = [
-    pytest.mark.requires("protection:snp"),
-    pytest.mark.skipif(
-        not FOLDER.is_dir(), reason="no software AMD-SP in debugfs: `kvmpy lab run --soft-sev`"
-    ),
-]
-
-
-class Entry(NamedTuple):
-    """A line of the RMP."""
-
-    gpa: int
-    asid: int
-    size: str
-    states: frozenset[str]
-
-
-def rmp() -> dict[int, Entry]:
-    """Return the entry of every assigned page, by page frame number."""
-    found = {}
-    for line in (FOLDER / "rmp").read_text(encoding="ascii").splitlines():
-        pfn, gpa, asid, size, *states = line.split()
-        found[int(pfn, 16)] = Entry(int(gpa, 16), int(asid), size, frozenset(states))
-    return found
+pytestmark = [pytest.mark.requires("protection:snp"), needs_softsev]
 
 
 def guest_pages() -> list[Entry]:
@@ -64,7 +39,7 @@ def test_launched_pages_are_the_guests_and_valid(bare: BareMaker) -> None:
     assert sorted(entry.gpa for entry in new) == [int(MEMORY) + page * PAGE_SIZE for page in range(3)]
     assert {entry.asid for entry in new} <= set(range(1, 33))
     assert len({entry.asid for entry in new}) == 1
-    assert {(entry.size, entry.states) for entry in new} == {("4K", frozenset({"validated"}))}
+    assert {(entry.large, entry.state) for entry in new} == {(False, PageState.GUEST_VALID)}
 
 
 def test_a_refused_page_goes_back_to_the_hypervisor(bare: BareMaker) -> None:
@@ -143,7 +118,7 @@ def test_a_host_write_to_a_launch_context_is_a_violation(bare: BareMaker) -> Non
     made = bare("snp")
     start_snp(made)
     now = rmp()
-    [context] = [pfn for pfn in now.keys() - before.keys() if "vmsa" in now[pfn].states]
+    [context] = [pfn for pfn in now.keys() - before.keys() if now[pfn].state is PageState.CONTEXT]
 
     assert host_write(context) == errno.EFAULT
     made.vm.close()

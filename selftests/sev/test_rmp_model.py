@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's RMP beside a model of it, from launch to close: owner, address, size and state of every page.
+
+AMD APM volume 3 (RMPUPDATE, PVALIDATE, RMPADJUST); SEV Secure Nested Paging Firmware ABI, chapter 5 (page
+states).  Linux: sev_gmem_prepare() assigns a page at its first use, sev_gmem_invalidate() takes it back when
+guest_memfd frees it, sev_free_vcpu() the VMSAs.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from kvmpy.coco.rmp import Access, Entry, PageState, Result, Rmp
+from kvmpy.core.address import PAGE_SIZE, Gpa
+from kvmpy.guest.vm import GuestVm
+from kvmpy.testing.fixtures import MakeVm
+from selftests.sev.softrmp import needs_softsev, rmp
+
+pytestmark = [pytest.mark.protections("snp"), needs_softsev]
+
+# KVM's INITIAL_VMSA_GPA: where the firmware's entry says that each VMSA is.
+VMSA_GPA = 0xFFFF_FFFF_F000
+PAGES = 6
+STEPS = 60
+
+GUEST = """
+#include <kvmpy/guest.h>
+
+struct {
+	u64 op, page, value;
+} order GUEST_SHARED;
+
+void guest_main(void)
+{
+	struct pvalidate_result done;
+	u64 code = 0, unchanged = 0;
+
+	for (;;) {
+		GUEST_SYNC(code, unchanged);
+		code = unchanged = 0;
+		switch (order.op) {
+		case 'c':
+			code = guest_set_private((void *)order.page, 4096, order.value);
+			break;
+		case 'v':
+			done = pvalidate((void *)order.page, false, order.value);
+			code = done.code;
+			unchanged = done.unchanged;
+			break;
+		case 'a':
+			code = rmpadjust((void *)order.page, false, order.value);
+			break;
+		}
+	}
+}
+"""
+
+
+class Modelled:
+    """An SNP guest and a model of its RMP entries, which the model keeps by guest frame number.
+
+    VMSAs, whose entries all say VMSA_GPA, are kept behind the frames of memory.
+    """
+
+    def __init__(self, vm: GuestVm, before: dict[int, Entry]) -> None:
+        self.vm = vm
+        self.before = before
+        launched = [gpa.gfn + at for gpa, size in vm.private_image() for at in range(size // PAGE_SIZE)]
+        self.frames = max(launched) + 1
+        self.model = Rmp(self.frames + len(vm.vcpus))
+        [self.asid] = {entry.asid for pfn, entry in rmp().items() if pfn not in before} - {0}
+        for gfn in launched:
+            self.launch(gfn, gfn * PAGE_SIZE)
+        for vcpu in range(len(vm.vcpus)):
+            self.launch(self.frames + vcpu, VMSA_GPA, vmsa=True)
+
+    def launch(self, frame: int, gpa: int, *, vmsa: bool = False) -> None:
+        """Assign a page and bring it in, as SNP_LAUNCH_UPDATE and SNP_LAUNCH_FINISH do."""
+        done = self.model.rmpupdate(frame, assigned=True, gpa=gpa, asid=self.asid, immutable=True)
+        assert (done, self.model.launch_update(frame, vmsa=vmsa)) == (Result.SUCCESS, Result.SUCCESS)
+
+    def assign(self, gpa: Gpa) -> None:
+        """Assign a page to the guest, as KVM does at a fault."""
+        done = self.model.rmpupdate(gpa.gfn, assigned=True, gpa=int(gpa), asid=self.asid)
+        assert done is Result.SUCCESS
+
+    def take_back(self, gpa: Gpa) -> None:
+        """Give a page back to the hypervisor, as KVM does when guest_memfd frees it."""
+        assert self.model.rmpupdate(gpa.gfn, assigned=False) is Result.SUCCESS
+
+    def pvalidate(self, gpa: Gpa, validate: bool) -> tuple[int, int]:
+        """Return PVALIDATE's code and carry flag; a page that is not assigned is, and it goes on."""
+        done = self.model.pvalidate(gpa.gfn, int(gpa), self.asid, large=False, validate=validate)
+        if done is Access.RMP_FAULT:
+            self.assign(gpa)
+            done = self.model.pvalidate(gpa.gfn, int(gpa), self.asid, large=False, validate=validate)
+        assert isinstance(done, Result)
+        return (0, 1) if done is Result.NO_UPDATE else (int(done), 0)
+
+    def state(self, gpa: Gpa) -> PageState:
+        """Return the state of a page in the model."""
+        return self.model.lookup(gpa.gfn).state
+
+    def order(self, op: str, page: int, value: int) -> tuple[int, int]:
+        """Have the guest do something with a page; return the code and the carry flag."""
+        order = self.vm.symbol("order").view("Q")
+        order[0], order[1], order[2] = ord(op), page, value
+        code, unchanged = self.vm.vcpus[0].sync().args
+        return code, unchanged
+
+    def check(self) -> None:
+        """Compare every entry of this guest's ASID with the model."""
+        shown = [entry for entry in rmp().values() if entry.asid == self.asid]
+        expected = [replace(entry, permissions=Entry().permissions) for _, entry in self.model.assigned()]
+        assert sorted(shown, key=repr) == sorted(expected, key=repr)
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_launch_and_close(make_vm: MakeVm, vcpus: int) -> None:
+    """After the launch image and VMSAs are valid pages of the guest; after the end the table is as before."""
+    before = rmp()
+    vm = make_vm(GUEST, vcpus=vcpus)
+    vm.launch()
+    modelled = Modelled(vm, before)
+    modelled.check()
+    vm.vcpus[0].sync()
+    modelled.check()
+
+    vm.close()
+
+    assert rmp() == before
+
+
+def test_conversions(make_vm: MakeVm, seed: int) -> None:
+    """Guest and host convert, validate and discard pages in any order: results and table are the model's."""
+    choose = random.Random(seed)
+    before = rmp()
+    vm = make_vm(GUEST)
+    first = vm.alloc(PAGES * PAGE_SIZE)
+    vm.launch()
+    modelled = Modelled(vm, before)
+    assert vm.vcpus[0].sync().args == (0, 0)
+    shared: set[Gpa] = set()
+    done: set[str] = set()
+    for step in range(STEPS):
+        gva = first + choose.randrange(PAGES) * PAGE_SIZE
+        gpa = vm.gva_to_gpa(gva)
+        valid = modelled.state(gpa) is PageState.GUEST_VALID
+        if gpa in shared:
+            ops = ["accept", "discard shared"]
+        else:
+            # RMPADJUST of a page that is not validated is a #VC: see test_page_states.py.
+            ops = ["accept", "share", "pvalidate", "discard private", "host there and back"]
+            ops += ["adjust"] if valid else []
+        op = choose.choice(ops)
+        done.add(op)
+        print(f"step {step}: {op} {gpa:#x}, {modelled.state(gpa).value}")
+        if op == "accept":
+            assert modelled.order("c", int(gva), 1) == (0, 0)
+            assert modelled.pvalidate(gpa, True)[0] == 0
+            shared.discard(gpa)
+        elif op == "share":
+            assert modelled.order("c", int(gva), 0) == (0, 0)
+            assert modelled.pvalidate(gpa, False)[0] == 0
+            shared.add(gpa)
+        elif op == "pvalidate":
+            validate = choose.random() < 0.5
+            assert modelled.order("v", int(gva), validate) == modelled.pvalidate(gpa, validate)
+        elif op == "adjust":
+            # What VMPL 1 may do, and that the page is a VMSA; then that it is none.
+            for vmsa in (True, False):
+                expected = modelled.model.rmpadjust(
+                    gpa.gfn, int(gpa), modelled.asid, caller=0, target=1, permissions=1, vmsa=vmsa
+                )
+                assert modelled.order("a", int(gva), 1 | 1 << 8 | vmsa << 16) == (expected, 0)
+                modelled.check()
+        else:
+            vm.set_shared(gpa, PAGE_SIZE, discard=op.startswith("discard"))
+            if op.startswith("discard"):
+                modelled.take_back(gpa)
+            if gpa not in shared:
+                vm.set_private(gpa, PAGE_SIZE)
+        modelled.check()
+    assert len(done) == 7
+    vm.close()
+    assert rmp() == before
