@@ -13,6 +13,7 @@ from kvmpy.core.gmem import GuestMemfd
 from kvmpy.core.vcpu_state import VcpuState
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_MEMORY_ATTRIBUTE_PRIVATE
+from kvmpy.uapi.links import link_of
 from kvmpy.uapi.structs import (
     Struct,
     kvm_create_guest_memfd,
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 _MMAP = 1  # GUEST_MEMFD_FLAG_MMAP
 _PAGE_SHIFT = 12
-_EVENTFDS = frozenset({ioctls.KVM_IRQFD.nr, ioctls.KVM_IOEVENTFD.nr})
-# What refers to vCPUs, or would act while they are made.
-_AFTER_VCPUS = _EVENTFDS | {ioctls.KVM_SET_GSI_ROUTING.nr, ioctls.KVM_SET_PMU_EVENT_FILTER.nr}
 
 
 @contextmanager
@@ -56,8 +54,11 @@ def _introduce(recorder: Recorder, vm: Vm) -> None:
     recorder.fd_opened(vm.kvm)
     recorder.tell(vm.kvm, ioctls.KVM_CREATE_VM, vm.vm_type, vm.fd)
     recorder.fd_opened(vm)
-    early = [call for call in vm.settings.calls() if call[0].nr not in _AFTER_VCPUS]
-    late = [call for call in vm.settings.calls() if call[0].nr in _AFTER_VCPUS]
+    early: list[tuple[ioctls.Ioctl, Struct | int | None]] = []
+    late: list[tuple[ioctls.Ioctl, Struct | int | None]] = []
+    for call in vm.settings.calls():
+        lasting = call[0].lasting
+        (late if lasting is not None and lasting.late else early).append(call)
     for op, arg in early:
         recorder.tell(vm, op, arg)
     told: set[GuestMemfd] = set()
@@ -76,7 +77,7 @@ def _introduce(recorder: Recorder, vm: Vm) -> None:
             continue
         _Teller(vcpu, recorder).restore(state)
     for op, arg in late:
-        if op.nr not in _EVENTFDS or _is_eventfd(getattr(arg, "fd", -1)):
+        if not op.fd_fields or _is_eventfd(getattr(arg, "fd", -1)):
             recorder.tell(vm, op, arg)
     if vm.msr_filter is not None:
         recorder.tell(vm, ioctls.KVM_X86_SET_MSR_FILTER, vm.msr_filter.argument())
@@ -104,7 +105,7 @@ def _attributes(recorder: Recorder, vm: Vm) -> None:
 def _is_eventfd(number: int) -> bool:
     # Its owner may have closed it, and KVM keeps using it; the number may be another file's by now.
     try:
-        return os.readlink(f"/proc/self/fd/{number}") == "anon_inode:[eventfd]"
+        return link_of(os.readlink(f"/proc/self/fd/{number}")).kind == "eventfd"
     except OSError:
         return False
 
@@ -161,7 +162,7 @@ class _Teller(VcpuState):
 
     def ioctl_raw(self, op: ioctls.Ioctl, arg: Struct | int | None = None) -> tuple[int, int]:
         """Issue what asks, tell what sets."""
-        if "_SET_" not in op.name:
+        if op.asks:
             return self._vcpu.ioctl_raw(op, arg)
         if isinstance(arg, kvm_msrs):
             # One by one: KVM may refuse some, and would not look at those behind.

@@ -34,11 +34,9 @@ from kvmpy.uapi.ioctl_type import READ, WRITE, decode
 from kvmpy.uapi.ioctls import (
     BY_NR,
     IOCTLS,
-    KVM_GET_MSRS,
     KVM_GET_TSC_KHZ,
     KVM_MEMORY_ENCRYPT_OP,
     KVM_RUN,
-    KVM_SET_MSRS,
 )
 from kvmpy.uapi.ioctls import Ioctl as Op
 from kvmpy.uapi.struct_base import FlexStruct, Struct
@@ -50,7 +48,7 @@ _SHOWN_BYTES = 32
 _EXIT_BESIDE_ERROR = (errno.EINTR, errno.EFAULT, EHWPOISON)
 _EXITS_BESIDE_ERROR = (ExitReason.KVM_EXIT_INTR, ExitReason.KVM_EXIT_MEMORY_FAULT)
 _REASON_AT = 8
-PARTIAL = (KVM_GET_MSRS.nr, KVM_SET_MSRS.nr)
+PARTIAL = frozenset(op.nr for op in IOCTLS.values() if op.struct == "kvm_msrs")
 """Ioctls that return how many entries were done, without an error for the one that was not."""
 
 

@@ -29,19 +29,14 @@ from kvmpy.debug.counters import (
     stats_folders,
     summed,
 )
+from kvmpy.uapi import ioctls
+from kvmpy.uapi.links import link_of
 
-_VM = re.compile(r"anon_inode:\[?kvm-vm\]?")
-_VCPU = re.compile(r"anon_inode:\[?kvm-vcpu:(\d+)\]?")
-_VM_STATS = re.compile(r"anon_inode:\[?kvm-vm-stats\]?")
-_VCPU_STATS = re.compile(r"anon_inode:\[?kvm-vcpu-stats:(\d+)\]?")
-# Since Linux 6.18 guest_memfd has a file system of its own and its link no longer starts with anon_inode.
-_GMEM = re.compile(r"(?:anon_inode:|/)?\[kvm-gmem\](?: \(deleted\))?")
 _STATS_ID = re.compile(r"kvm-(\d+)/vcpu-(\d+)")
 
 _SYS_IOCTL = 16
 _SYS_KCMP = 312
 _KCMP_FILE = 0
-_KVM_RUN = 0xAE80
 # What VMMs call the thread of vCPU N: QEMU, Firecracker, Cloud Hypervisor, crosvm, kvmtool, libkrun, kvmpy.
 _THREAD_NAMES = (
     re.compile(r"CPU (\d+)/KVM"),
@@ -124,7 +119,6 @@ class _Fds:
 
     vms: list[int] = field(default_factory=list)
     vcpus: list[tuple[int, int]] = field(default_factory=list)
-    vm_stats: list[int] = field(default_factory=list)
     vcpu_stats: list[tuple[int, int]] = field(default_factory=list)
     gmem: list[int] = field(default_factory=list)
     sev: bool = False
@@ -135,22 +129,18 @@ def _fds_of(pid: int) -> _Fds:
     folder = f"/proc/{pid}/fd"
     for name in sorted(os.listdir(folder), key=int):
         try:
-            link = os.readlink(f"{folder}/{name}")
+            link = link_of(os.readlink(f"{folder}/{name}"))
         except FileNotFoundError:
             continue
         fd = int(name)
-        if _VM.fullmatch(link):
+        if link.kind == "vm":
             found.vms.append(fd)
-        elif match := _VCPU.fullmatch(link):
-            found.vcpus.append((fd, int(match[1])))
-        elif _VM_STATS.fullmatch(link):
-            found.vm_stats.append(fd)
-        elif match := _VCPU_STATS.fullmatch(link):
-            found.vcpu_stats.append((fd, int(match[1])))
-        elif _GMEM.fullmatch(link):
+        elif link.kind == "gmem":
             found.gmem.append(fd)
-        elif link == "/dev/sev":
+        elif link.kind == "sev":
             found.sev = True
+        elif link.number is not None:
+            (found.vcpus if link.kind == "vcpu" else found.vcpu_stats).append((fd, link.number))
     return found
 
 
@@ -232,7 +222,7 @@ def _threads(
             continue
         # A thread that waits inside KVM_RUN says so; one that runs says no more than that.
         words = _read(f"/proc/{pid}/task/{task}/syscall").split()
-        if len(words) > 2 and words[0] == str(_SYS_IOCTL) and int(words[2], 16) == _KVM_RUN:
+        if len(words) > 2 and words[0] == str(_SYS_IOCTL) and int(words[2], 16) == ioctls.KVM_RUN.nr:
             number = by_fd.get(int(words[1], 16))
             if number is not None:
                 found[number] = (task, "syscall")

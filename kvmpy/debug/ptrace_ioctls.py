@@ -7,9 +7,9 @@ import errno
 import time
 from collections.abc import Callable
 
-from kvmpy.debug.preload.shared import DUMP
+from kvmpy.debug.preload.shared import RING_DUMP
 from kvmpy.debug.ptrace_calls import SyscallInfo
-from kvmpy.debug.ptrace_state import Known, Process, kind_of
+from kvmpy.debug.ptrace_state import Known, Process
 from kvmpy.debug.record.arguments import Follower, chunk, content_of, plan_of
 from kvmpy.debug.record.events import IOCTL, MEMORY, Close, Map, Object
 from kvmpy.debug.record.format import (
@@ -20,9 +20,12 @@ from kvmpy.debug.record.format import (
     ObjectKind,
     What,
     When,
+    object_kind,
 )
 from kvmpy.uapi import ioctls
+from kvmpy.uapi.buffers import BUFFERS, descriptors_in
 from kvmpy.uapi.constants import KVM_CAP_XSAVE2, KVM_CREATE_DEVICE_TEST, KVM_EXIT_IO, KVM_EXIT_IO_IN
+from kvmpy.uapi.links import Link
 from kvmpy.uapi.structs import kvm_create_device, kvm_run, kvm_userspace_memory_region
 
 _IOCTL, _CLOSE, _MMAP, _MUNMAP, _DUP, _DUP2, _FCNTL, _DUP3, _CLOSE_RANGE = 16, 3, 9, 11, 32, 33, 72, 292, 436
@@ -34,14 +37,6 @@ _MAP_SHARED = 1
 
 Put = Callable[[int, bytes, int, int, int, int], None]
 Finish = Callable[[SyscallInfo], None]
-_CREATES = {
-    ioctls.KVM_CREATE_VM.nr: ObjectKind.VM,
-    ioctls.KVM_CREATE_VCPU.nr: ObjectKind.VCPU,
-    ioctls.KVM_CREATE_GUEST_MEMFD.nr: ObjectKind.GMEM,
-    ioctls.KVM_CREATE_DEVICE.nr: ObjectKind.DEVICE,
-    ioctls.KVM_GET_STATS_FD.nr: ObjectKind.STATS,
-}
-_SLOTS = (ioctls.KVM_SET_USER_MEMORY_REGION.nr, ioctls.KVM_SET_USER_MEMORY_REGION2.nr)
 
 
 def _nothing(address: int) -> bool:
@@ -91,15 +86,12 @@ class IoctlWatcher:
 
     def existing(self, process: Process) -> None:
         """Take in what a process had when it was attached to."""
-        found = {fd: kind_of(process.target(fd)) for fd in process.open_files()}
-        vms = [
-            self._vm(process, fd, process.pid)
-            for fd, what in found.items()
-            if what is not None and what[0] == ObjectKind.VM
-        ]
-        for fd, what in found.items():
-            if what is not None and what[0] != ObjectKind.VM:
-                self._found(process, fd, what, vms[0] if len(vms) == 1 else None, process.pid)
+        links = {fd: process.link(fd) for fd in process.open_files()}
+        known = {fd: link for fd, link in links.items() if link.kvm}
+        vms = [self._vm(process, fd, process.pid) for fd, link in known.items() if link.kind == "vm"]
+        for fd, link in known.items():
+            if link.kind != "vm":
+                self._found(process, fd, link, vms[0] if len(vms) == 1 else None, process.pid)
 
     def _vm(self, process: Process, fd: int, tid: int, made_by: int = 0, kvm: Known | None = None) -> Known:
         known = self._new(process, fd, ObjectKind.VM, f"vm{self._vms}", kvm, tid, made_by)
@@ -107,30 +99,28 @@ class IoctlWatcher:
         self._vms += 1
         return known
 
-    def _found(
-        self, process: Process, fd: int, what: tuple[ObjectKind, str], vm: Known | None, tid: int
-    ) -> Known:
-        kind, name = what
-        if kind in (ObjectKind.SYSTEM, ObjectKind.SEV):
-            return self._new(process, fd, kind, name, None, tid)
-        known = self._new(process, fd, kind, f"{vm.name if vm is not None else 'vm?'}/{name}", vm, tid)
+    def _found(self, process: Process, fd: int, link: Link, vm: Known | None, tid: int) -> Known:
+        kind = object_kind(link.kind)
+        if not link.of_vm:
+            return self._new(process, fd, kind, link.name, None, tid)
+        known = self._new(process, fd, kind, f"{vm.name if vm is not None else 'vm?'}/{link.name}", vm, tid)
         if kind == ObjectKind.VCPU:
-            number = name.removeprefix("vcpu")
-            areas = process.run_mappings(f"anon_inode:kvm-vcpu:{number}")
+            areas = process.run_mappings(link)
             if len(areas) == 1:
                 known.run, known.run_length = areas[0]
         return known
 
-    def _of(self, process: Process, fd: int, tid: int) -> Known | None:
+    def _of(self, process: Process, fd: int, tid: int, *, foreign: bool = False) -> Known | None:
+        """Return what a descriptor is; with *foreign* also where it takes no ioctls of KVM."""
         known = process.objects.get(fd)
         if known is not None:
             return known
-        what = kind_of(process.target(fd))
-        if what is None:
+        link = process.link(fd)
+        if not (link.kvm or (foreign and link.name)):
             return None
-        if what[0] == ObjectKind.VM:
+        if link.kind == "vm":
             return self._vm(process, fd, tid)
-        return self._found(process, fd, what, None, tid)
+        return self._found(process, fd, link, None, tid)
 
     # System calls.
 
@@ -190,6 +180,7 @@ class IoctlWatcher:
             known = self._of(process, fd, tid)
         if known is None:
             return self._stray(tid, process, fd, nr, arg) if nr >> 8 & 0xFF == ioctls.KVMIO else None
+        self._name_descriptors(tid, process, nr, arg)
         running = nr == ioctls.KVM_RUN.nr
         if running and self._memory and not known.owner.dumped:
             self._dump(tid, process, known.owner)
@@ -217,6 +208,16 @@ class IoctlWatcher:
 
         return finish
 
+    def _name_descriptors(self, tid: int, process: Process, nr: int, arg: int) -> None:
+        """A descriptor that is none of KVM's becomes an object when it is given to KVM first."""
+        op = ioctls.BY_NR.get(nr)
+        if op is None or not op.fd_fields or (buffer := BUFFERS.get(nr)) is None:
+            return
+        content = process.peek(arg, buffer.size.bytes(0))
+        for offset, _ in descriptors_in(op, content, seen=False):
+            fd = int.from_bytes(content[offset : offset + 4], "little", signed=True)
+            self._of(process, fd, tid, foreign=True)
+
     def _stray(self, tid: int, process: Process, fd: int, nr: int, arg: int) -> Finish:
         """An ioctl of KVM's on what is none of its file descriptors, or on none at all."""
         start = time.monotonic_ns()
@@ -234,7 +235,7 @@ class IoctlWatcher:
         for address, size in vm.slots.values():
             for where, content in process.populated(address, size):
                 head = MEMORY.pack(where, len(content) // PAGE_SIZE, MEMORY_INITIAL)
-                self._say(DUMP, head + content, tid, process)
+                self._say(RING_DUMP, head + content, tid, process)
 
     def _argument(self, process: Process, known: Known, nr: int, arg: int, when: When) -> list[bytes]:
         plan = plan_of(nr)
@@ -288,7 +289,7 @@ class IoctlWatcher:
         self, tid: int, process: Process, known: Known, nr: int, arg: int, result: int, order: int
     ) -> None:
         """Learn from an ioctl that succeeded."""
-        if nr in _SLOTS:
+        if nr in ioctls.SETS_SLOT:
             raw = process.peek(arg, kvm_userspace_memory_region.SIZE)
             if len(raw) == kvm_userspace_memory_region.SIZE:
                 region = kvm_userspace_memory_region.from_bytes(raw)
@@ -298,13 +299,13 @@ class IoctlWatcher:
         elif nr == ioctls.KVM_CREATE_VM.nr:
             self._closed(tid, process, result)
             self._vm(process, result, tid, order, known)
-        elif nr in _CREATES:
+        elif nr in ioctls.MAKERS:
             self._created(tid, process, known, nr, arg, result, order)
 
     def _created(
         self, tid: int, process: Process, known: Known, nr: int, arg: int, result: int, order: int
     ) -> None:
-        kind = _CREATES[nr]
+        kind = object_kind(ioctls.MAKERS[nr])
         name = {ObjectKind.VCPU: f"vcpu{arg}", ObjectKind.STATS: "stats"}.get(kind, f"gmem{known.gmems}")
         if kind == ObjectKind.GMEM:
             known.gmems += 1

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvmpy.debug.record.format import PAGE_SIZE, ObjectKind
+from kvmpy.uapi.links import Link, link_of
 
 _MAPS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ *(.*)$", re.MULTILINE)
 RUN_PAGES = 64
@@ -131,12 +132,12 @@ class Process:
             os.close(self._memory)
             self._memory = -1
 
-    def target(self, fd: int) -> str:
+    def link(self, fd: int) -> Link:
         """Return what /proc says of a file descriptor."""
         try:
-            return os.readlink(f"/proc/{self.pid}/fd/{fd}")
+            return link_of(os.readlink(f"/proc/{self.pid}/fd/{fd}"))
         except OSError:
-            return ""
+            return link_of("")
 
     def open_files(self) -> list[int]:
         """Return the process's file descriptors."""
@@ -145,12 +146,12 @@ class Process:
         except OSError:
             return []
 
-    def run_mappings(self, vcpu: str) -> list[tuple[int, int]]:
+    def run_mappings(self, vcpu: Link) -> list[tuple[int, int]]:
         """Return address and length of the mappings of vCPU files with this name, from their begin."""
         return [
             (start, end - start)
             for start, end, offset, name in self._maps()
-            if name.removesuffix(" (deleted)") == vcpu and offset == 0
+            if offset == 0 and link_of(name) == vcpu
         ]
 
     def _maps(self) -> list[tuple[int, int, int, str]]:
@@ -183,23 +184,3 @@ def _data_of(file: int, offset: int, size: int) -> set[int]:
             at = min(os.lseek(file, begin, os.SEEK_HOLE), offset + size)
             found.update(range((begin - offset) // PAGE_SIZE, -(-(at - offset) // PAGE_SIZE)))
     return found
-
-
-def kind_of(target: str) -> tuple[ObjectKind, str] | None:
-    """Return what a file descriptor is, and its name, by what /proc says; None for what is not KVM's."""
-    if target in _NAMED:
-        return _NAMED[target]
-    name = target.removeprefix("anon_inode:")
-    if name == target and "guest_memfd" not in target:
-        return None
-    if name == "kvm-vm":
-        return ObjectKind.VM, "vm"
-    if name.startswith(("kvm-vcpu-stats", "kvm-vm-stats")):
-        return ObjectKind.STATS, name.removeprefix("kvm-")
-    if name.startswith("kvm-vcpu"):
-        return ObjectKind.VCPU, f"vcpu{name.partition(':')[2]}"
-    if "guest_memfd" in name or "kvm-gmem" in name:
-        return ObjectKind.GMEM, "gmem"
-    if name.startswith("kvm-"):
-        return ObjectKind.DEVICE, name.removeprefix("kvm-")
-    return None

@@ -14,15 +14,6 @@ from kvmpy.debug.timeline import Event, TraceFile, Tracks
 from kvmpy.uapi.ioctls import BY_NR
 
 _RUN = "KVM_RUN"
-_KINDS = {
-    ObjectKind.SYSTEM: "system",
-    ObjectKind.VM: "vm",
-    ObjectKind.VCPU: "vcpu",
-    ObjectKind.DEVICE: "device",
-    ObjectKind.GMEM: "gmem",
-    ObjectKind.STATS: "stats",
-    ObjectKind.SEV: "sev",
-}
 
 
 class _Converter:
@@ -63,7 +54,7 @@ class _Converter:
         thread = tracks.thread(frame.tid, self._names.get((frame.pid, frame.tid), ""))
         name = request_name(what)
         found = self._objects.get(what.object)
-        kind = _KINDS.get(ObjectKind(found.kind), "") if found is not None else ""
+        kind = ObjectKind(found.kind).name.lower() if found is not None else ""
         decoded = self._decoder.ioctl(what, Place(kind))
         args: dict[str, object] = {"on": self._name(what.object), "result": what.result}
         if what.errno:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from kvmpy.debug.preload.build import recorder
-from kvmpy.debug.preload.shared import DUMP, FIRST_ORDER, Shared
+from kvmpy.debug.preload.shared import FIRST_ORDER, RING_DUMP, Shared
 from kvmpy.debug.record.events import MEMORY, Lost, Memory, Note, Object, Thread, unpack
 from kvmpy.debug.record.format import PAGE_SIZE, Frame, FrameReader, RecordError
 from kvmpy.debug.record.format import FrameType as Kind
@@ -60,7 +60,7 @@ class Sink:
         for frame in frames:
             count += 1
             ioctls += frame.type in _IOCTLS
-            if frame.type == DUMP:
+            if frame.type == RING_DUMP:
                 self._memory(frame)
                 continue
             if record is not None:

@@ -35,8 +35,7 @@ from kvmpy.uapi.error_rules import region_of
 from kvmpy.uapi.ioctls import (
     KVM_CREATE_VM,
     KVM_RUN,
-    KVM_SET_USER_MEMORY_REGION,
-    KVM_SET_USER_MEMORY_REGION2,
+    SETS_SLOT,
 )
 
 KINDS: dict[int, str] = {
@@ -51,7 +50,6 @@ KINDS: dict[int, str] = {
 }
 _NS = 1_000_000_000
 _NOWHERE = Place()
-_SLOTS = (KVM_SET_USER_MEMORY_REGION.nr, KVM_SET_USER_MEMORY_REGION2.nr)
 # Members of an enum are looked up anew each time.
 _ENTER, _IOCTL = int(FrameType.ENTER), int(FrameType.IOCTL)
 _DAMAGED = "damaged frame: its parts do not fit into it"
@@ -276,7 +274,7 @@ class Stream:
         event = Event(
             frame, self._thread(frame), self._name(ident, fd), head=head, decoder=self.decoder, place=place
         )
-        if request in _SLOTS and event.ioctl is not None and isinstance(place.slots, dict):
+        if request in SETS_SLOT and event.ioctl is not None and isinstance(place.slots, dict):
             # The words are about what was before.
             before = Place(place.kind, place.vm_type, dict(place.slots))
             event.place = before

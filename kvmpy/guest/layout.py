@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where everything lives in the guest's address space, and the formats shared with the guest.
 
-``guest_asm/include/kvmpy/layout.h`` says the same to the guest, with each name prefixed by ``KVMPY_``.
+``guest_asm/include/kvmpy/layout.h``, written by :mod:`kvmpy.gen`, says it to the guest, with each name
+prefixed by ``KVMPY_``.
 Addresses are guest-virtual; sizes and offsets are bytes.
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# Guest virtual addresses.
 IMAGE_BASE = 0x0040_0000
 GDT_GVA = 0x07FF_0000
 IDT_GVA = 0x07FF_1000
@@ -32,22 +34,27 @@ UCALL_PAGE_SIZE = 0x1000
 STACK_SIZE = 0x1_0000
 STACK_GUARD = 0x1000
 
+# Within a vCPU's four per-CPU pages; the IST stacks grow down from their tops.
 PERCPU_TSS = 0x1000
 PERCPU_IST1_TOP = 0x3000
 PERCPU_IST2_TOP = 0x4000
 TSS_RSP0 = 0x1004
 
+# Program header flags (within PF_MASKOS) that the linker script sets.
 PF_SHARED = 0x0010_0000
 PF_USER = 0x0020_0000
 
+# Selectors of the GDT that the host writes.
 KERNEL_CS = 0x08
 KERNEL_DS = 0x10
 USER_DS = 0x23
 USER_CS = 0x2B
 
+# Interrupt stubs: 256 of them under the symbol guest_vectors.
 VECTOR_STRIDE = 16
 VECTORS_SYMBOL = "guest_vectors"
 
+# struct guest_cpu: the GS base of every vCPU points to one.
 CPU_SELF = 0
 CPU_INDEX = 8
 CPU_APIC_ID = 12
@@ -69,10 +76,12 @@ CPU_CALL_RSP = 192
 CPU_SIZE = 256
 CPU_NR_ARGS = 6
 
+# Bits of guest_cpu.sev, and the top-level page table entry that maps the tables themselves.
 SEV_ES = 1
 SEV_SNP = 2
 SELF_MAP_SLOT = 510
 
+# struct guest_ucall_slot: eight to a page, the last one takes what overflows.
 UCALL_PORT = 0xE6
 UCALL_SLOT_SIZE = 512
 UCALL_SLOTS = 8
@@ -86,9 +95,11 @@ UCALL_TEXT_SIZE = 416
 UCALL_NR_ARGS = 8
 UCALL_NO_SLOT = 0xFFFF_FFFF
 
+# cmd word: command in the low 16 bits, number of arguments, flags.
 UCALL_NARGS_SHIFT = 16
 UCALL_HAS_TEXT = 0x0100_0000
 
+# What an ABORT compares: its fourth argument, the kind in the low 8 bits.
 ASSERT_KIND_MASK = 0xFF
 ASSERT_GOT_SIGNED = 0x100
 ASSERT_EXPECTED_SIGNED = 0x200

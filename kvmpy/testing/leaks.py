@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import re
 import statistics
 import time
 from collections import Counter
@@ -15,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvmpy.testing.host import ACCELERATOR_VARIABLE
+from kvmpy.uapi.links import MAPPED, link_of
 
 # A VM takes a worker thread of KVM along when it is closed, and on an emulated CPU that takes a while.
 GRACE = 30.0 if os.environ.get(ACCELERATOR_VARIABLE) == "tcg" else 5.0
 _SELF = Path("/proc/self")
-# Mappings whose name tells that a test made them; anonymous ones come and go with the allocators.
-_NAMED = re.compile(r"anon_inode:|/memfd:|/anon_hugepage|/dev/hugepages|/dev/kvm|guest_memfd")
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,21 @@ def resident() -> int:
     return int((_SELF / "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def named_mappings(maps: str) -> Counter[str]:
+    """Count the mappings in /proc/PID/maps whose name tells that a test made them."""
+    # Anonymous ones come and go with the allocators. Before and after most tests there is no other: one
+    # search through all of it is enough.
+    lines = maps.splitlines() if MAPPED.search(maps) else []
+    return Counter(line.split(None, 5)[5] for line in lines if MAPPED.search(line))
+
+
 def snapshot() -> Snapshot:
     """Look at this process."""
     threads = _threads()
     maps = (_SELF / "maps").read_text(encoding="utf-8", errors="replace")
-    # Before and after most tests there is none: one search through all of it is enough.
-    lines = maps.splitlines() if _NAMED.search(maps) else []
-    named = Counter(line.split(None, 5)[5] for line in lines if _NAMED.search(line))
-    return Snapshot(_fds(), threads, _children(tuple(threads)), named, maps.count("\n"), resident())
+    return Snapshot(
+        _fds(), threads, _children(tuple(threads)), named_mappings(maps), maps.count("\n"), resident()
+    )
 
 
 @dataclass
@@ -123,7 +128,7 @@ class Allowed:
 
 
 def _vm_word(target: str) -> str:
-    return " (a VM)" if target == "anon_inode:kvm-vm" else ""
+    return " (a VM)" if link_of(target).kind == "vm" else ""
 
 
 def differences(before: Snapshot, after: Snapshot, allowed: Allowed) -> list[str]:

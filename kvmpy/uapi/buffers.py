@@ -286,6 +286,19 @@ TDX_BUFFER = _struct("kvm_tdx_cmd", "inout", select="id", cases=_cases(TDX_COMMA
 """The argument of KVM_MEMORY_ENCRYPT_OP on VMs of type KVM_X86_TDX_VM and their vCPUs."""
 
 
+def descriptors_in(op: Ioctl, content: bytes, *, seen: bool = True) -> Iterator[tuple[int, int]]:
+    """Yield offset and size of each field of the argument *content* that holds a file descriptor.
+
+    Without *seen* those are left out that a recorder saw being opened or made.
+    """
+    for struct, each in ((op.struct, each) for each in op.fd_fields if seen or not each.seen):
+        if struct is None or len(content) < struct_class(struct).SIZE:
+            continue
+        offset, size = field_place(struct, each.where) if each.mask else (0, 0)
+        if int.from_bytes(content[offset : offset + size], "little") & each.mask == each.value:
+            yield field_place(struct, each.name)
+
+
 def children_of(buffer: Buffer, selected: int | None) -> Iterator[Buffer]:
     """Yield what the pointers of *buffer* lead to; *selected* is the value of its field ``select``."""
     yield from buffer.children

@@ -18,7 +18,8 @@ class Command:
     """One command: ``id`` goes into the command field, ``data`` points to ``struct``.
 
     ``arg`` says what the kernel does to that struct, ``families`` which guests take the command.  One that
-    the kernel numbers but does not carry out has ``implemented`` False and ends in EINVAL.
+    the kernel numbers but does not carry out has ``implemented`` False and ends in EINVAL.  ``asks``: without
+    it guest and firmware would be in the same state.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Command:
     families: tuple[Family, ...]
     doc: str
     implemented: bool = True
+    asks: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -67,12 +69,20 @@ def _sev(
     doc: str,
     *,
     implemented: bool = True,
+    asks: bool = False,
 ) -> SevCommand:
-    return SevCommand(id.name, int(id), struct, arg, families, doc, implemented)
+    return SevCommand(id.name, int(id), struct, arg, families, doc, implemented, asks)
 
 
-def _platform(id: SevPlatformCmd, struct: str | None, arg: DataKind, doc: str) -> SevPlatformCommand:  # noqa: A002
-    return SevPlatformCommand(id.name, int(id), struct, arg, _PLATFORM, doc)
+def _platform(
+    id: SevPlatformCmd,  # noqa: A002
+    struct: str | None,
+    arg: DataKind,
+    doc: str,
+    *,
+    asks: bool = False,
+) -> SevPlatformCommand:
+    return SevPlatformCommand(id.name, int(id), struct, arg, _PLATFORM, doc, asks=asks)
 
 
 def _tdx(id: TdxCmd, struct: str | None, arg: DataKind, doc: str) -> TdxCommand:  # noqa: A002
@@ -142,7 +152,14 @@ _SEV_ROWS: Iterable[SevCommand] = (
         implemented=False,
     ),
     _sev(SevCmd.KVM_SEV_RECEIVE_FINISH, None, "none", _SEV, "End receiving: the guest may run."),
-    _sev(SevCmd.KVM_SEV_GUEST_STATUS, "kvm_sev_guest_status", "out", _SEV, "Read handle, policy and state."),
+    _sev(
+        SevCmd.KVM_SEV_GUEST_STATUS,
+        "kvm_sev_guest_status",
+        "out",
+        _SEV,
+        "Read handle, policy and state.",
+        asks=True,
+    ),
     _sev(
         SevCmd.KVM_SEV_DBG_DECRYPT,
         "kvm_sev_dbg",
@@ -164,6 +181,7 @@ _SEV_ROWS: Iterable[SevCommand] = (
         "inout",
         _SEV,
         "Read an attestation report of the guest.",
+        asks=True,
     ),
     _sev(SevCmd.KVM_SEV_SEND_CANCEL, None, "none", _SEV, "Give up sending; the guest runs on here."),
     _sev(SevCmd.KVM_SEV_INIT2, "kvm_sev_init", "in", _ALL, "Prepare a VM of type SEV, SEV-ES or SNP."),
@@ -193,7 +211,13 @@ _SEV_ROWS: Iterable[SevCommand] = (
 
 _PLATFORM_ROWS: Iterable[SevPlatformCommand] = (
     _platform(SevPlatformCmd.SEV_FACTORY_RESET, None, "none", "Reset the platform to its state of delivery."),
-    _platform(SevPlatformCmd.SEV_PLATFORM_STATUS, "sev_user_data_status", "out", "Read version and state."),
+    _platform(
+        SevPlatformCmd.SEV_PLATFORM_STATUS,
+        "sev_user_data_status",
+        "out",
+        "Read version and state.",
+        asks=True,
+    ),
     _platform(SevPlatformCmd.SEV_PEK_GEN, None, "none", "Make a new platform endorsement key."),
     _platform(
         SevPlatformCmd.SEV_PEK_CSR, "sev_user_data_pek_csr", "inout", "Read a signing request for the key."
@@ -204,6 +228,7 @@ _PLATFORM_ROWS: Iterable[SevPlatformCommand] = (
         "sev_user_data_pdh_cert_export",
         "inout",
         "Read the Diffie-Hellman certificate and its chain.",
+        asks=True,
     ),
     _platform(
         SevPlatformCmd.SEV_PEK_CERT_IMPORT,
@@ -211,10 +236,16 @@ _PLATFORM_ROWS: Iterable[SevPlatformCommand] = (
         "in",
         "Install a signed certificate.",
     ),
-    _platform(SevPlatformCmd.SEV_GET_ID, "sev_user_data_get_id", "out", "Read the chip ids (old form)."),
-    _platform(SevPlatformCmd.SEV_GET_ID2, "sev_user_data_get_id2", "inout", "Read the chip id."),
     _platform(
-        SevPlatformCmd.SNP_PLATFORM_STATUS, "sev_user_data_snp_status", "out", "Read SNP version and state."
+        SevPlatformCmd.SEV_GET_ID, "sev_user_data_get_id", "out", "Read the chip ids (old form).", asks=True
+    ),
+    _platform(SevPlatformCmd.SEV_GET_ID2, "sev_user_data_get_id2", "inout", "Read the chip id.", asks=True),
+    _platform(
+        SevPlatformCmd.SNP_PLATFORM_STATUS,
+        "sev_user_data_snp_status",
+        "out",
+        "Read SNP version and state.",
+        asks=True,
     ),
     _platform(
         SevPlatformCmd.SNP_COMMIT, None, "none", "Commit the running firmware: no way back to an older one."

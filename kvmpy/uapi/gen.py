@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the stubs that tell type checkers what structs.py and constants/ make at run time.
-
-``python -m kvmpy.uapi.gen`` writes them, with ``--check`` it only says whether they are up to date (exit 1).
-"""
+"""The stubs that tell type checkers what structs.py and constants/ make at run time (:mod:`kvmpy.gen`)."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from kvmpy.uapi import constants, structs
@@ -15,7 +11,7 @@ from kvmpy.uapi.struct_base import Field, FlexStruct, Struct
 HERE = Path(__file__).resolve().parent
 _WIDTH = 110
 
-_HEAD = "# SPDX-License-Identifier: Apache-2.0\n# Written by `python -m kvmpy.uapi.gen`: do not edit.\n"
+_HEAD = "# SPDX-License-Identifier: Apache-2.0\n# Written by `python -m kvmpy.gen`: do not edit.\n"
 
 _STRUCTS_HEAD = (
     _HEAD
@@ -145,27 +141,3 @@ def stubs() -> dict[Path, str]:
         HERE / "structs.pyi": structs_stub(),
         HERE / "constants" / "__init__.pyi": constants_stub(),
     }
-
-
-def outdated() -> list[Path]:
-    """Return the generated files that differ from what would be written now."""
-    return [path for path, text in stubs().items() if not path.exists() or path.read_text() != text]
-
-
-def main(arguments: list[str]) -> int:
-    """Write the stubs, or check them."""
-    if arguments not in ([], ["--check"]):
-        print("usage: python -m kvmpy.uapi.gen [--check]", file=sys.stderr)
-        return 2
-    stale = outdated()
-    for path in stale:
-        if arguments:
-            print(f"{path}: outdated; run python -m kvmpy.uapi.gen", file=sys.stderr)
-        else:
-            path.write_text(stubs()[path])
-            print(path)
-    return 1 if arguments and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -43,6 +43,31 @@ def decode(nr: int) -> Request:
     )
 
 
+class FdField(NamedTuple):
+    """A field that holds a file descriptor where ``where & mask == value``, *where* being another field.
+
+    *seen*: of a kind that a recorder sees being opened or made by KVM.
+    """
+
+    name: str
+    where: str = "flags"
+    mask: int = 0
+    value: int = 0
+    seen: bool = False
+
+
+class Lasting(NamedTuple):
+    """A setting that KVM keeps and cannot be asked about.
+
+    Calls with the same *key* (names of fields) replace each other; one with the flag *undo* takes the setting
+    back.  *late*: it refers to vCPUs, or would act while they are made.
+    """
+
+    key: tuple[str, ...] = ()
+    undo: int = 0
+    late: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Ioctl:
     """One ioctl: the kernel's name, the request number, where it may be issued and what it takes.
@@ -52,6 +77,13 @@ class Ioctl:
     ``struct`` is the struct that the argument points to, ``scalar`` the C type if that is a plain number.
     ``cap`` announces the ioctl on ``fd`` (None: every KVM has it), ``also`` holds further kinds of file
     descriptor, with the capability for each.
+
+    ``makes`` is the kind of the object that it makes, ``made_in`` the field with its descriptor where that is
+    not the result, and ``fd_fields`` are those that hold descriptors of others.  ``addresses`` are the fields
+    with host addresses beside the pointers of :mod:`kvmpy.uapi.buffers`.  ``memory`` says whether KVM reads
+    guest memory ("in") or writes it, too ("inout").  ``asks``: without it KVM would be in the same state.
+    ``volatile`` are the fields of the answer that no two runs share, ``""`` is all of it.  ``lasting`` is how
+    a setting is kept.
     """
 
     name: str
@@ -63,6 +95,14 @@ class Ioctl:
     doc: str
     scalar: str | None = None
     also: tuple[tuple[FdKind, str | None], ...] = ()
+    makes: FdKind | None = None
+    made_in: str = ""
+    fd_fields: tuple[FdField, ...] = ()
+    addresses: tuple[str, ...] = ()
+    memory: Literal["none", "in", "inout"] = "none"
+    asks: bool = False
+    volatile: tuple[str, ...] = ()
+    lasting: Lasting | None = None
 
     @property
     def fds(self) -> tuple[FdKind, ...]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 import subprocess
 import zlib
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvmpy.debug import layouts
+from kvmpy.debug.preload import plan, shared
 from kvmpy.debug.record import events, format  # noqa: A004 - the module's name
 from kvmpy.debug.record.events import (
     Chunk,
@@ -82,6 +83,7 @@ def test_a_device_keeps_its_mode(tmp_path: Path) -> None:
 
 
 HEADER = Path(format.__file__).with_name("format.h")
+RING = Path(shared.__file__).with_name("ring.h")
 
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 64) - 1)
@@ -141,62 +143,30 @@ def sample() -> bytes:
 
 
 def test_c_and_python_agree(tmp_path: Path) -> None:
-    """format.h has the sizes, offsets and numbers of format.py."""
-    structs = {
-        "file_header": (format.FILE_HEADER, "magic major minor arch page_size flags reserved crc"),
-        "frame": (format.FRAME_HEADER, "magic crc length type flags tid pid order time_ns"),
-        "thread": (events.THREAD, "tid pid ppid reserved"),
-        "object": (events.OBJECT, "id parent fd kind made_by"),
-        "close": (events.CLOSE, "object reserved"),
-        "ioctl": (events.IOCTL, "object fd request arg result error chunks reserved end_order end_ns"),
-        "chunk": (events.CHUNK, "address length when what flags"),
-        "map": (events.MAP, "address length offset object flags"),
-        "pages": (events.PAGES, "first count codec stored"),
-        "memory": (events.MEMORY, "address count flags"),
-        "write": (events.WRITE, "address"),
-        "kick": (events.KICK, "object how signal tid"),
-        "deadline": (events.DEADLINE, "object reserved ns"),
-        "file": (events.FILE, "object call mode offset length result error reserved"),
-        "event": (events.EVENT, "object what value"),
-        "end": (events.END, "frames"),
-        "lost": (events.LOST, "frames"),
-    }
-    assert set(re.findall(r"struct kvmpy_rec_(\w+) \{", HEADER.read_text())) == set(structs)
+    """The compiler lays out what the generated headers declare as Python packs it."""
+    sizes = {name: packing.size for name, packing in layouts.PACKINGS.items()}
     lines = []
-    for name, (packing, expected) in structs.items():
-        members = expected.split()
-        offsets = [struct.calcsize("<" + "".join(codes)) for codes in _prefixes(packing.format)]
-        assert len(members) == len(offsets), name
-        lines.append(f'_Static_assert(sizeof(struct kvmpy_rec_{name}) == {packing.size}, "{name}");')
+    for name, members in layouts.OFFSETS.items():
+        # C rounds the size up to the strictest alignment.
+        size, align = sizes[name], 64 if "_Alignas(64)" in layouts.LAYOUTS[name] else 1
+        lines.append(f'_Static_assert(sizeof(struct kvmpy_{name}) == {-(-size // align) * align}, "{name}");')
         lines += [
-            f'_Static_assert(offsetof(struct kvmpy_rec_{name}, {member}) == {offset}, "{name}.{member}");'
-            for member, offset in zip(members, offsets, strict=True)
+            f'_Static_assert(offsetof(struct kvmpy_{name}, {member}) == {offset}, "{name}.{member}");'
+            for member, offset in members.items()
         ]
-    for kind in FrameType:
-        lines.append(f'_Static_assert(KVMPY_REC_{kind.name} == {kind.value}, "{kind.name}");')
-    for each in format.ObjectKind:
-        lines.append(f'_Static_assert(KVMPY_REC_KIND_{each.name} == {each.value}, "{each.name}");')
-    for name in (
-        "MAJOR", "MINOR", "X86_64", "PAGE_SIZE", "MAX_PAYLOAD", "CHECKED_FROM", "SYNTHETIC", "CUT",
-        "MAP_SHARED", "MAP_HUGETLB", "MAP_THP", "MAP_NO_THP", "MAP_NO_READ", "MAP_NO_WRITE",
-        "MEMORY_INITIAL", "KICK_IMMEDIATE_EXIT",
-        "KICK_SIGNAL", "FILE_FALLOCATE", "FILE_FTRUNCATE", "FILE_MADVISE", "EVENT_WRITTEN", "EVENT_READ",
-        "CODEC_RAW", "CODEC_ZLIB", "FRAME_MAGIC",
-    ):  # fmt: skip
-        lines.append(f'_Static_assert(KVMPY_REC_{name} == {getattr(format, name)}U, "{name}");')
+    lines += [f'_Static_assert(KVMPY_REC_{kind.name} == {kind.value}, "{kind.name}");' for kind in FrameType]
+    lines.append(f'_Static_assert(KVMPY_REC_FRAME_MAGIC == {format.FRAME_MAGIC}, "magic");')
+    lines.append(f'_Static_assert(KVMPY_PLAN_MAGIC == {plan.MAGIC} && KVMPY_PLAN_GUEST == 2, "plan");')
     source = tmp_path / "check.c"
-    source.write_text(f'#include <stddef.h>\n#include "{HEADER}"\n' + "\n".join(lines) + "\n")
+    source.write_text(
+        f'#include <stddef.h>\n#include "{HEADER}"\n#include "{RING}"\n' + "\n".join(lines) + "\n"
+    )
     done = subprocess.run(
         ["gcc", "-fsyntax-only", "-Wall", "-Werror", str(source)], capture_output=True, text=True,
         check=False, timeout=60,
     )  # fmt: skip
     assert done.stderr == ""
     assert done.returncode == 0
-
-
-def _prefixes(text: str) -> list[list[str]]:
-    codes = re.findall(r"\d*[a-zA-Z]", text)
-    return [codes[:number] for number in range(len(codes))]
 
 
 def test_document_has_every_frame() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.testing.leaks import snapshot, steady_growth
+from kvmpy.testing.leaks import named_mappings, snapshot, steady_growth
 from tests.testing.support import Suite
 
 TESTS = """
@@ -120,6 +120,31 @@ def test_a_vm_left_open(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = suite.run()
     assert outcome.verdicts() == {"test_vm": "fail"}
     assert "anon_inode:kvm-vm (a VM)" in outcome.test("test_vm")["details"]
+
+
+@pytest.mark.requires("kvm", "KVM_CAP_GUEST_MEMFD_FLAGS")
+def test_a_guest_memfd_left_mapped(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mapping outlives descriptor and VM."""
+    monkeypatch.delenv("KVMPY_DEV_KVM")
+    suite.add(
+        "test_a.py",
+        "import mmap\nkept = []\n"
+        "def test_vm(kvm):\n"
+        "    with kvm.create_vm() as vm:\n"
+        "        kept.append(mmap.mmap(vm.create_guest_memfd(8192, 1).fd, 8192))\n",
+    )
+    outcome = suite.run()
+    assert outcome.verdicts() == {"test_vm": "fail"}
+    details = outcome.test("test_vm")["details"]
+    assert "mapping of" in details
+    assert "[kvm-gmem]" in details
+
+
+@pytest.mark.parametrize("name", ["/[kvm-gmem] (deleted)", "anon_inode:[kvm-gmem]"])
+def test_a_guest_memfd_is_a_named_mapping(name: str) -> None:
+    """Before and since Linux 6.18, where guest_memfd got a file system of its own."""
+    maps = f"7f0000000000-7f0000002000 rw-s 0 00:10 106 {name}\n7f0000002000-7f0000003000 rw-p 0 00:00 0\n"
+    assert named_mappings(maps) == {name: 1}
 
 
 def test_only_tests_that_use_kvmpy_are_checked_elsewhere(suite: Suite) -> None:

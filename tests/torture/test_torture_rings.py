@@ -33,7 +33,7 @@ PROGRAM_S = 120
 
 
 def frame(dice: random.Random, at: int) -> bytes:
-    kind = dice.choice([*FrameType, shared.DUMP, dice.getrandbits(16)])
+    kind = dice.choice([*FrameType, shared.RING_DUMP, dice.getrandbits(16)])
     ioctl = Ioctl(1, 5, dice.choice([KVM_RUN.nr, KVM_SET_MSRS.nr]), 0x1000, 0, 0, 9, 9).pack()
     payload = dice.choice([ioctl, ioctl[: dice.randrange(60)], dice.randbytes(dice.randrange(400))])
     head = FRAME_HEADER.pack(FRAME_MAGIC, 0, len(payload), kind, 0, 7, 8, at, 9)
@@ -58,7 +58,9 @@ def test_rings_of_random_content(torture: Torture, tmp_path: Path) -> None:
         folder.mkdir()
         area = Shared(folder, ring_size=SIZE)
         ring = bytearray(shared.RING_HEADER + SIZE)
-        ring[: shared.RING.size] = shared.RING.pack(shared.RING_MAGIC, SIZE, 1, 1, dice.randbytes(40))
+        ring[: shared.RING.size] = shared.RING.pack(
+            shared.RING_MAGIC, SIZE, 1, 1, dice.randbytes(40), 0, 0, 0
+        )
         body = b"".join(frame(dice, number) for number in range(dice.randrange(1, 20)))[:SIZE]
         ring[shared.RING_HEADER : shared.RING_HEADER + len(body)] = body
         ring[shared.HEAD_AT : shared.HEAD_AT + 8] = len(body).to_bytes(8, "little")

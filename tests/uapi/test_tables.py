@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import kvmpy
 from kvmpy.uapi import constants, ioctls
+from kvmpy.uapi.buffers import field_place
 from kvmpy.uapi.constants import ALL, Cap, ExitReason, SevCmd, SevPlatformCmd, TdxCmd
 from kvmpy.uapi.ioctl_type import NONE, READ, WRITE
 from kvmpy.uapi.ioctls import IOCTLS, SEV_COMMANDS, SEV_PLATFORM_COMMANDS, TDX_COMMANDS, Ioctl
@@ -168,3 +173,60 @@ def test_aliases_are_known_ones() -> None:
         "UFFDIO",
         "UFFD_API",
     }
+
+
+def _ioctls_in(node: ast.expr) -> str:
+    """Return the ioctl that an item names: by name, as an attribute, or by its number."""
+    for each in ast.walk(node):
+        name = each.attr if isinstance(each, ast.Attribute) else each.id if isinstance(each, ast.Name) else ""
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            name = each.value
+        if name in ioctls.IOCTLS:
+            return name
+    return ""
+
+
+def _is_tuple(targets: list[ast.expr]) -> bool:
+    return any(isinstance(target, ast.Tuple) for target in targets)
+
+
+def _displays(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
+    # The right side of "a, b = c, d" is no set of anything.
+    pairs = {node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) if _is_tuple(node.targets)}
+    for node in ast.walk(tree):
+        items: list[ast.expr] = []
+        if isinstance(node, (ast.Set, ast.List, ast.Tuple)) and node not in pairs:
+            items = node.elts
+        elif isinstance(node, ast.Dict):
+            items = [key for key in node.keys if key is not None]
+        names = [name for name in map(_ioctls_in, items) if name]
+        if len(names) > 1 and isinstance(node, ast.expr):
+            yield node.lineno, names
+
+
+def test_a_display_of_ioctls_is_noticed() -> None:
+    source = "a = {x.KVM_RUN.nr, x.KVM_NMI.nr}\nb = ('KVM_SMI', 'KVM_NMI')\nc = {KVM_RUN: 1, KVM_NMI: 2}\n"
+    assert [line for line, _ in _displays(ast.parse(source))] == [1, 2, 3]
+    assert not list(_displays(ast.parse("a, b = KVM_RUN.nr, KVM_NMI.nr\nc = (ioctls.KVM_RUN.nr, 5)\n")))
+
+
+def test_what_ioctls_mean_stands_in_the_table_alone() -> None:
+    """No set, tuple or dict of ioctls outside the table: its columns say what they have in common."""
+    package = Path(kvmpy.__file__).parent
+    found = [
+        f"{path.relative_to(package)}:{line}: {', '.join(names)}"
+        for path in sorted(package.rglob("*.py"))
+        if "uapi" not in path.relative_to(package).parts
+        for line, names in _displays(ast.parse(path.read_text()))
+    ]
+    assert found == []
+
+
+def test_fields_of_the_table_exist() -> None:
+    for op in ioctls.IOCTLS.values():
+        names = [each.name for each in op.fd_fields] + [each.where for each in op.fd_fields if each.mask]
+        names += [*op.addresses, *filter(None, [op.made_in, *op.volatile])]
+        names += op.lasting.key if op.lasting is not None else ()
+        for name in names:
+            assert op.struct is not None, op
+            assert field_place(op.struct, name)

@@ -14,7 +14,7 @@ from kvmpy import caches
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("recorder.c", "capture.c", "memory.c", "objects.c", "frames.c")
-HEADERS = ("recorder.h", "ring.h", "../record/format.h")
+HEADERS = ("recorder.h", "ring.h", "tables.h", "../record/format.h")
 FLAGS = ("-shared", "-fPIC", "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden")
 LIBRARIES = ("-ldl", "-pthread")
 TARGET = "kvmpy-recorder.so"

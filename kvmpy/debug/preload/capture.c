@@ -59,7 +59,7 @@ const struct kvmpy_plan_node *plan_find(uint64_t request, const struct object *o
 {
 	size_t low = 0, high = plan->nr_roots;
 
-	if (request == REQ_ENCRYPT_OP && object && object->vm_type == TDX_VM_TYPE)
+	if (request == KVM_MEMORY_ENCRYPT_OP && object && object->vm_type == KVM_X86_TDX_VM)
 		return &nodes[plan->tdx_node];
 	while (low < high) {
 		size_t middle = (low + high) / 2;
@@ -302,11 +302,11 @@ static uint64_t io_data(const uint8_t *head, uint64_t run_length, uint64_t *offs
 {
 	uint64_t length;
 
-	if (number_at(head + 8, 4) != 2 /* KVM_EXIT_IO */)
+	if (number_at(head + AT_kvm_run_exit_reason, 4) != KVM_EXIT_IO)
 		return 0;
-	length = number_at(head + 33, 1) * number_at(head + 36, 4);
-	*offset = number_at(head + 40, 8);
-	*out = head[32];
+	length = number_at(head + AT_kvm_run_io_size, 1) * number_at(head + AT_kvm_run_io_count, 4);
+	*offset = number_at(head + AT_kvm_run_io_data_offset, 8);
+	*out = head[AT_kvm_run_io_direction];
 	return *offset >= PAGE && *offset < run_length && length <= run_length - *offset ? length : 0;
 }
 

@@ -99,61 +99,59 @@ struct object *object_new(int fd, uint32_t kind, struct object *vm, uint64_t ord
 	return object;
 }
 
-/* A descriptor nobody saw being made: /proc knows what it is. */
-struct object *object_find(int fd)
+/* Read what /proc says of a descriptor; return the row of the table, NULL for another file. */
+static const struct kvmpy_link *link_of(int fd, char target[64])
 {
-	char path[64], target[64];
+	char path[64];
 
-	if (!in_table(fd) || atomic_load(&fds[fd]) == NOT_KVM)
-		return NULL;
 	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-	long length = raw(SYS_readlinkat, AT_FDCWD, path, target, sizeof target - 1);
+	long length = raw(SYS_readlinkat, AT_FDCWD, path, target, 63);
 
-	if (length < 0)
-		return NULL;
-	target[length] = 0;
-	if (!strcmp(target, "/dev/kvm"))
-		return object_new(fd, KVMPY_REC_KIND_SYSTEM, NULL, 0, "kvm");
-	if (!strcmp(target, "/dev/sev"))
-		return object_new(fd, KVMPY_REC_KIND_SEV, NULL, 0, "sev");
-	if (!strcmp(target, "anon_inode:kvm-vm")) {
-		char name[24];
+	target[length < 0 ? 0 : length] = 0;
+	if (length > 10 && !strcmp(target + length - 10, " (deleted)"))
+		target[length - 10] = 0;
+	for (size_t i = 0; i < ROWS(kvmpy_link_table); i++) {
+		const struct kvmpy_link *row = &kvmpy_link_table[i];
 
-		snprintf(name, sizeof name, "vm%u", atomic_fetch_add(&control->vms, 1));
-		return object_new(fd, KVMPY_REC_KIND_VM, NULL, 0, name);
+		if (row->is_open ? !strncmp(target, row->text, row->length) : !strcmp(target, row->text))
+			return row;
 	}
-	if (!strncmp(target, "anon_inode:kvm-vcpu", 19)) {
-		char name[80];
+	return NULL;
+}
 
-		snprintf(name, sizeof name, "vm?/vcpu%s", target[19] == ':' ? target + 20 : "?");
-		return object_new(fd, KVMPY_REC_KIND_VCPU, NULL, 0, name);
-	}
-	if (strstr(target, "guest_memfd") || strstr(target, "kvm-gmem"))
-		return object_new(fd, KVMPY_REC_KIND_GMEM, NULL, 0, "vm?/gmem?");
-	if (!strcmp(target, "anon_inode:[eventfd]"))
-		return object_new(fd, KVMPY_REC_KIND_EVENTFD, NULL, 0, "eventfd");
-	if (!strncmp(target, "anon_inode:kvm-", 15))
-		return object_new(fd, KVMPY_REC_KIND_DEVICE, NULL, 0, target + 11);
+/* A descriptor nobody saw being made; with foreign also what takes no ioctls of KVM. */
+struct object *object_find(int fd, bool foreign)
+{
+	char target[64], name[80];
 	uint16_t unknown = 0;
 
-	atomic_compare_exchange_strong(&fds[fd], &unknown, NOT_KVM);
-	return NULL;
+	if (!in_table(fd) || (!foreign && atomic_load(&fds[fd]) == NOT_KVM))
+		return NULL;
+	const struct kvmpy_link *row = link_of(fd, target);
+
+	if (!target[0])
+		return NULL;
+	if (!foreign && !(row && row->kvm)) {
+		atomic_compare_exchange_strong(&fds[fd], &unknown, NOT_KVM);
+		return NULL;
+	}
+	if (!row)
+		return object_new(fd, KVMPY_REC_KIND_OTHER, NULL, 0, target);
+	if (row->kind == KVMPY_REC_KIND_VM)
+		snprintf(name, sizeof name, "vm%u", atomic_fetch_add(&control->vms, 1));
+	else
+		snprintf(name, sizeof name, "%s%s%s", row->of_vm ? "vm?/" : "", row->name, target + row->length);
+	return object_new(fd, row->kind, NULL, 0, name);
 }
 
 void objects_inherited(void)
 {
 	for (int fd = 0; fd < 256; fd++) {
-		char path[64], target[64];
+		char target[64];
+		const struct kvmpy_link *row = link_of(fd, target);
 
-		snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-		long length = raw(SYS_readlinkat, AT_FDCWD, path, target, sizeof target - 1);
-
-		if (length < 0)
-			continue;
-		target[length] = 0;
-		if (strstr(target, "kvm") || !strcmp(target, "/dev/sev"))
-			if (recording())
-				object_find(fd);
+		if (row && row->kvm && recording())
+			object_find(fd, false);
 	}
 }
 
@@ -229,50 +227,46 @@ uint64_t slot_pages(const struct object *object, uint32_t id)
 void note_created(struct object *object, uint64_t request, uint64_t arg, long result, uint64_t order)
 {
 	struct object *vm = object->kind == KVMPY_REC_KIND_VM ? object : object->vm;
-	const uint32_t *words = (const uint32_t *)arg;
+	const uint8_t *argument = (const uint8_t *)arg;
+	const struct kvmpy_maker *maker = NULL;
 	char name[64];
 
-	switch (request) {
-	case REQ_CREATE_VM:
+	if (vm && (request == KVM_SET_USER_MEMORY_REGION || request == KVM_SET_USER_MEMORY_REGION2))
+		slot_set(vm, *(const uint32_t *)(argument + AT_kvm_userspace_memory_region_slot),
+			 *(const uint64_t *)(argument + AT_kvm_userspace_memory_region_userspace_addr),
+			 *(const uint64_t *)(argument + AT_kvm_userspace_memory_region_memory_size));
+	if (request == KVM_CHECK_EXTENSION && arg == KVM_CAP_XSAVE2)
+		object->xsave_size = (uint64_t)result;
+	for (size_t i = 0; i < ROWS(kvmpy_maker_table) && !maker; i++)
+		if (kvmpy_maker_table[i].request == request)
+			maker = &kvmpy_maker_table[i];
+	if (!maker)
+		return;
+	switch (maker->kind) {
+	case KVMPY_REC_KIND_VM:
 		snprintf(name, sizeof name, "vm%u", atomic_fetch_add(&control->vms, 1));
-		vm = object_new((int)result, KVMPY_REC_KIND_VM, object, order, name);
-		if (vm) {
-			vm->vm = NULL;
-			vm->vm_type = (uint32_t)arg;
-		}
 		break;
-	case REQ_CREATE_VCPU:
+	case KVMPY_REC_KIND_VCPU:
 		snprintf(name, sizeof name, "%s/vcpu%lu", object->name, (unsigned long)arg);
-		object_new((int)result, KVMPY_REC_KIND_VCPU, object, order, name);
 		break;
-	case REQ_CREATE_GMEM:
+	case KVMPY_REC_KIND_GMEM:
 		snprintf(name, sizeof name, "%s/gmem%u", object->name, object->next_gmem++);
-		object_new((int)result, KVMPY_REC_KIND_GMEM, object, order, name);
 		break;
-	case REQ_CREATE_DEVICE:
-		if (words[2] & 1) /* KVM_CREATE_DEVICE_TEST makes none */
-			break;
-		snprintf(name, sizeof name, "%s/device%u", object->name, words[0]);
-		object_new((int)words[1], KVMPY_REC_KIND_DEVICE, object, order, name);
+	case KVMPY_REC_KIND_DEVICE:
+		if (*(const uint32_t *)(argument + AT_kvm_create_device_flags) & KVM_CREATE_DEVICE_TEST)
+			return;
+		snprintf(name, sizeof name, "%s/device%u", object->name,
+			 *(const uint32_t *)(argument + AT_kvm_create_device_type));
 		break;
-	case REQ_GET_STATS_FD:
-		snprintf(name, sizeof name, "%s/stats", object->name);
-		object_new((int)result, KVMPY_REC_KIND_STATS, object, order, name);
-		break;
-	case REQ_CHECK_EXTENSION:
-		if (arg == CAP_XSAVE2)
-			object->xsave_size = (uint64_t)result;
-		break;
-	case REQ_SET_MEMORY:
-	case REQ_SET_MEMORY2: {
-		const uint64_t *region = (const uint64_t *)arg;
-
-		if (vm)
-			slot_set(vm, words[0], region[3], region[2]);
-		break;
-	}
 	default:
-		break;
+		snprintf(name, sizeof name, "%s/stats", object->name);
+	}
+	if (maker->offset >= 0)
+		result = *(const int *)(argument + maker->offset);
+	object = object_new((int)result, maker->kind, object, order, name);
+	if (object && maker->kind == KVMPY_REC_KIND_VM) {
+		object->vm = NULL;
+		object->vm_type = (uint32_t)arg;
 	}
 }
 

@@ -3,21 +3,40 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
+from kvmpy.debug.layouts import layout
 from kvmpy.uapi.buffers import BUFFERS, TDX_BUFFER, Buffer
 
 MAGIC = 0x6E616C705652564B
-HEAD = struct.Struct("<QIIII")
-ROOT = struct.Struct("<II")
-NODE = struct.Struct("<18I")
-CASE = struct.Struct("<4I")
 NO_FIELD = 0xFFFFFFFF
-EVERYTHING = 0xFFFFFFFF
+IN = 1
+OUT = 2
+# Flags of a node: the count is a field of the buffer itself; it is guest memory.
+OWN = 1
+GUEST = 2
+SLOT_BITMAP = 1
+XSAVE = 2
+ONE_REG = 3
 
-_DIRECTIONS = {"in": 1, "out": 2, "inout": 3, "none": 0}
-_SPECIALS = {None: 0, "slot-bitmap": 1, "xsave": 2, "one-reg": 3}
+# Roots, nodes and cases follow, the roots sorted by request; tdx_node is of TDX VMs' KVM_MEMORY_ENCRYPT_OP.
+HEAD = layout(
+    "plan", "uint64_t magic; uint32_t nr_roots; uint32_t nr_nodes; uint32_t nr_cases; uint32_t tdx_node;"
+)
+ROOT = layout("plan_root", "uint32_t request; uint32_t node;")
+# pointer is an offset in the parent, count, when and select are offsets or NO_FIELD; children and cases are
+# the index of the first, the others follow.
+NODE = layout(
+    "plan_node",
+    "uint32_t pointer; uint32_t direction; uint32_t flags; uint32_t special; uint32_t base; uint32_t count; "
+    "uint32_t count_size; uint32_t unit; uint32_t per; uint32_t least; uint32_t round; uint32_t reads; "
+    "uint32_t when; uint32_t select; uint32_t children; uint32_t nr_children; uint32_t cases; "
+    "uint32_t nr_cases;",
+)
+CASE = layout("plan_case", "uint32_t value; uint32_t children; uint32_t nr_children; uint32_t reserved;")
+
+_DIRECTIONS = {"in": IN, "out": OUT, "inout": IN | OUT, "none": 0}
+_SPECIALS = {None: 0, "slot-bitmap": SLOT_BITMAP, "xsave": XSAVE, "one-reg": ONE_REG}
 
 
 class _Tables:
@@ -46,7 +65,7 @@ class _Tables:
         return NODE.pack(
             parent.place(buffer.pointer)[0] if parent is not None else 0,
             _DIRECTIONS[buffer.arg],
-            (1 if size.own else 0) | (2 if buffer.guest else 0),
+            (OWN if size.own else 0) | (GUEST if buffer.guest else 0),
             _SPECIALS[size.special],
             size.base,
             count,
@@ -55,7 +74,7 @@ class _Tables:
             size.per,
             size.least,
             size.round,
-            EVERYTHING if buffer.reads is None else buffer.reads,
+            NO_FIELD if buffer.reads is None else buffer.reads,
             parent.place(buffer.when)[0] if parent is not None and buffer.when else NO_FIELD,
             buffer.place(buffer.select)[0] if buffer.select else NO_FIELD,
             children,

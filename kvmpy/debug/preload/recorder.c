@@ -69,23 +69,29 @@ static bool watched(int fd, uint64_t request, struct object **object)
 {
 	*object = object_of(fd);
 	if (!*object && (request >> 8 & 0xff) == KVM_TYPE && recording())
-		*object = object_find(fd);
+		*object = object_find(fd, false);
 	return *object != NULL && recording();
 }
 
-/* An eventfd becomes an object when it is given to KVM first. */
-static void name_eventfd(uint64_t request, uint64_t arg)
+/* A descriptor that is none of KVM's becomes an object when it is given to KVM first. */
+static void name_descriptors(uint64_t request, uint64_t arg)
 {
-	const uint32_t *words = (const uint32_t *)arg;
-	int at = request == REQ_IRQFD ? 0 : request == REQ_IOEVENTFD ? 5 : -1;
+	for (size_t i = 0; i < ROWS(kvmpy_fd_field_table); i++) {
+		const struct kvmpy_fd_field *row = &kvmpy_fd_field_table[i];
+		const uint8_t *argument = (const uint8_t *)arg;
 
-	if (at >= 0 && readable(words, 24) == 24 && !object_of((int)words[at]))
-		object_find((int)words[at]);
+		if (row->request != request || readable(argument, row->size) < row->size)
+			continue;
+		int fd = *(const int *)(argument + row->offset);
+
+		if ((*(const uint32_t *)(argument + row->where) & row->mask) == row->value && !object_of(fd))
+			object_find(fd, true);
+	}
 }
 
 static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object *object)
 {
-	struct object *vcpu = request == REQ_RUN && object->kind == KVMPY_REC_KIND_VCPU ? object : NULL;
+	struct object *vcpu = request == KVM_RUN && object->kind == KVMPY_REC_KIND_VCPU ? object : NULL;
 	const struct kvmpy_plan_node *node = vcpu ? NULL : plan_find(request, object);
 	struct kvmpy_plan_node unknown;
 	struct capture capture;
@@ -96,7 +102,7 @@ static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object 
 		node = &unknown;
 	if (vcpu && vcpu->vm)
 		memory_before_run(vcpu->vm);
-	name_eventfd(request, arg);
+	name_descriptors(request, arg);
 	capture_begin(&capture);
 	if (node)
 		capture_in(&capture, node, arg, object);

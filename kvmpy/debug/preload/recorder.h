@@ -10,30 +10,17 @@
 
 #include "../record/format.h"
 #include "ring.h"
+#include "tables.h"
 
 #define HIDDEN __attribute__((visibility("hidden")))
 #define PAGE 4096UL
 
-/* ioctls that make or change what the recorder keeps track of */
-#define REQ_CREATE_VM 0xae01u
-#define REQ_CHECK_EXTENSION 0xae03u
-#define REQ_CREATE_VCPU 0xae41u
-#define REQ_SET_MEMORY 0x4020ae46u
-#define REQ_SET_MEMORY2 0x40a0ae49u
-#define REQ_GET_STATS_FD 0xaeceu
-#define REQ_CREATE_GMEM 0xc040aed4u
-#define REQ_CREATE_DEVICE 0xc00caee0u
-#define REQ_RUN 0xae80u
-#define REQ_ENCRYPT_OP 0xc008aebau
-#define REQ_IRQFD 0x4020ae76u
-#define REQ_IOEVENTFD 0x4040ae79u
-#define CAP_XSAVE2 208
-#define TDX_VM_TYPE 5
+#define ROWS(table) (sizeof(table) / sizeof *(table))
 
-/* the part of struct kvm_run that every exit may have written */
-#define RUN_HEAD 288
-#define RUN_SYNC_OFFSET 288
-#define RUN_SYNC_SIZE 2064
+/* the part of struct kvm_run that every exit may have written, and what kvm_valid_regs asks for */
+#define RUN_HEAD AT_kvm_run_kvm_valid_regs
+#define RUN_SYNC_OFFSET AT_kvm_run_kvm_valid_regs
+#define RUN_SYNC_SIZE (SIZE_kvm_run - RUN_SYNC_OFFSET)
 
 struct slot {
 	uint32_t id;
@@ -121,7 +108,7 @@ HIDDEN void memory_forget(struct object *vm);
 
 /* objects.c */
 HIDDEN struct object *object_of(int fd);
-HIDDEN struct object *object_find(int fd);
+HIDDEN struct object *object_find(int fd, bool foreign);
 HIDDEN struct object *object_new(int fd, uint32_t kind, struct object *vm, uint64_t order, const char *name);
 HIDDEN void object_dup(int from, int to);
 HIDDEN void object_close(int fd);

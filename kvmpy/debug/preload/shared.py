@@ -22,22 +22,39 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from kvmpy.debug.layouts import OFFSETS, layout
 from kvmpy.debug.preload.plan import compile_plan
 from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, Frame, FrameType
 
 CONTROL_SIZE = 4096
 RING_HEADER = 4096
 RING_MAGIC = 0x676E69725652564B
+# Copy guest memory before the first KVM_RUN of a VM, and before later ones what the program changed.
 FLAG_MEMORY = 1
 FLAG_WRITES = 2
-DUMP = 0xFF00
-
-CONTROL = struct.Struct("<QIIIIIIQ")
-RINGS_AT, REFUSED_AT, HOLDER_AT = 16, 20, 64
-RING = struct.Struct("<QQII40s")
-HEAD_AT, TAIL_AT, LOST_AT = 64, 128, 192
+# A frame type of its own, never in a file: MEMORY of the record format with its pages in place of their ids.
+RING_DUMP = 0xFF00
+# The word of a robust mutex: the holder's number, marked by the kernel when the holder died.
+HOLDER_TID = 0x3FFF_FFFF
+HOLDER_DIED = 0x4000_0000
+# Numbers below are free for frames that kvmpy adds.
 FIRST_ORDER = 1 << 32
-"""Numbers below are free for frames that this process adds."""
+
+# refused counts processes that found no room for a ring; ring_size is a power of two.
+CONTROL = layout(
+    "control",
+    "_Atomic uint64_t order; _Atomic uint32_t objects; _Atomic uint32_t vms; _Atomic uint32_t rings; "
+    "_Atomic uint32_t refused; uint32_t flags; uint32_t reserved; uint64_t ring_size; "
+    "_Alignas(64) _Atomic uint32_t holder; uint8_t mutex[60];",
+)
+RING = layout(
+    "ring",
+    "uint64_t magic; uint64_t size; uint32_t pid; uint32_t ppid; char name[40]; "
+    "_Alignas(64) _Atomic uint64_t head; _Alignas(64) _Atomic uint64_t tail; "
+    "_Alignas(64) _Atomic uint64_t lost;",
+)
+RINGS_AT, REFUSED_AT, HOLDER_AT = (OFFSETS["control"][name] for name in ("rings", "refused", "holder"))
+HEAD_AT, TAIL_AT, LOST_AT = (OFFSETS["ring"][name] for name in ("head", "tail", "lost"))
 
 _FROM_PROCESSES = frozenset(
     (
@@ -50,7 +67,7 @@ _FROM_PROCESSES = frozenset(
         FrameType.UNMAP,
         FrameType.FILE,
         FrameType.NOTE,
-        DUMP,
+        RING_DUMP,
     )
 )
 _MAGIC_AND_LENGTH = struct.Struct("<I4xI")
@@ -68,8 +85,6 @@ class Lease:
     descriptor nor a process number for it.
     """
 
-    OWNER_DIED = 0x4000_0000
-    TID_MASK = 0x3FFF_FFFF
     SIZE = 64
     # What the C library's list of held robust mutexes leads to must stay mapped.
     _held: set[Lease] = set()  # noqa: RUF012 - shared on purpose
@@ -90,7 +105,7 @@ class Lease:
                 raise OSError(step, os.strerror(step))
         self._held.add(self)
         word = int.from_bytes(page[HOLDER_AT : HOLDER_AT + 4], "little")
-        if word & self.TID_MASK != threading.get_native_id():
+        if word & HOLDER_TID != threading.get_native_id():
             raise OSError(errno.ENOSYS, "this C library's mutexes do not begin with the holder's number")
 
     def end(self) -> None:
@@ -103,7 +118,7 @@ class Lease:
     def lives(cls, page: bytes) -> bool:
         """Whether the holder of the control page with this content is alive and has not let go."""
         word = int.from_bytes(page[HOLDER_AT : HOLDER_AT + 4], "little")
-        return bool(word & cls.TID_MASK) and not word & cls.OWNER_DIED
+        return bool(word & HOLDER_TID) and not word & HOLDER_DIED
 
 
 class Raw(NamedTuple):
@@ -132,7 +147,7 @@ class Ring:
         try:
             info = os.fstat(self._file)
             head = os.pread(self._file, RING.size, 0)
-            magic, self.size, self.pid, self.ppid, name = RING.unpack(head.ljust(RING.size, b"\0"))
+            magic, self.size, self.pid, self.ppid, name, *_ = RING.unpack(head.ljust(RING.size, b"\0"))
             if magic != RING_MAGIC or not stat.S_ISREG(info.st_mode):
                 raise ValueError(f"{path} is no ring")
             if not size == self.size == info.st_size - RING_HEADER:
@@ -303,7 +318,7 @@ class Shared:
         self._seen: set[str] = set()
         (folder / "plan").write_bytes(compile_plan())
         flags = (FLAG_MEMORY if memory or writes else 0) | (FLAG_WRITES if writes else 0)
-        content = CONTROL.pack(FIRST_ORDER, 0, 0, 0, 0, flags, 0, ring_size)
+        content = CONTROL.pack(FIRST_ORDER, 0, 0, 0, 0, flags, 0, ring_size, 0, b"")
         (folder / "control").write_bytes(content.ljust(CONTROL_SIZE, b"\0"))
         with (folder / "control").open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), CONTROL_SIZE)

@@ -4,25 +4,19 @@
 from __future__ import annotations
 
 from kvmpy.debug.record.events import Ioctl, Payload
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.buffers import field_place
+from kvmpy.uapi.buffers import BUFFERS, field_place
 from kvmpy.uapi.commands import SEV_COMMANDS, SEV_PLATFORM_COMMANDS, Command
 from kvmpy.uapi.constants import SevRet
 
-# Request number -> the struct of its argument, the field with the command's number, and the commands.
-_CARRIERS: dict[int, tuple[str, str, dict[int, Command]]] = {
-    ioctls.KVM_MEMORY_ENCRYPT_OP.nr: ("kvm_sev_cmd", "id", {c.id: c for c in SEV_COMMANDS.values()}),
-    ioctls.SEV_ISSUE_CMD.nr: ("sev_issue_cmd", "cmd", {c.id: c for c in SEV_PLATFORM_COMMANDS.values()}),
+_COMMANDS: dict[str | None, dict[int, Command]] = {
+    "kvm_sev_cmd": {each.id: each for each in SEV_COMMANDS.values()},
+    "sev_issue_cmd": {each.id: each for each in SEV_PLATFORM_COMMANDS.values()},
 }
-# What only asks.
-_QUESTIONS = {
-    "KVM_SEV_GUEST_STATUS",
-    "KVM_SEV_GET_ATTESTATION_REPORT",
-    "SEV_PLATFORM_STATUS",
-    "SEV_PDH_CERT_EXPORT",
-    "SEV_GET_ID",
-    "SEV_GET_ID2",
-    "SNP_PLATFORM_STATUS",
+# Request number -> the struct of its argument, the field with the command's number, and the commands.
+_CARRIERS = {
+    nr: (buffer.struct, buffer.select, _COMMANDS[buffer.struct])
+    for nr, buffer in BUFFERS.items()
+    if buffer.struct is not None and buffer.struct in _COMMANDS
 }
 
 
@@ -32,12 +26,6 @@ def command_of(what: Payload) -> Command | None:
         return None
     struct, name, commands = _CARRIERS[what.request]
     return commands.get(_number(what.argument_in, struct, name))
-
-
-def is_question(what: Payload) -> bool:
-    """Tell whether an ioctl carries a command that only asks."""
-    command = command_of(what)
-    return command is not None and command.name in _QUESTIONS
 
 
 def status_of(request: int, after: bytes | None) -> int | None:

@@ -20,18 +20,6 @@ RUN_HEAD = kvm_run.fields()["io"][0]
 REASON_AT = kvm_run.fields()["exit_reason"][0]
 _UNION_END = kvm_run.fields()["kvm_valid_regs"][0]
 
-# Fields that no two runs share: time, counters, which CPU answered. A dot ends a path of which all is meant.
-VOLATILE: dict[str, tuple[str, ...]] = {
-    "KVM_GET_CLOCK": ("",),
-    "KVM_GET_TSC_KHZ": ("",),
-    "KVM_GET_LAPIC": ("regs",),
-    "KVM_GET_PIT": ("",),
-    "KVM_GET_PIT2": ("",),
-    "KVM_GET_SUPPORTED_CPUID": ("entries",),
-    "KVM_GET_SUPPORTED_HV_CPUID": ("entries",),
-    "KVM_XEN_VCPU_GET_ATTR": ("",),
-    "SEV_ISSUE_CMD": ("data",),
-}
 # TSC, APERF and MPERF, TSC deadline, Hyper-V's reference counters.
 _VOLATILE_MSRS = {0x10, 0xE7, 0xE8, 0x6E0, 0x4000_0010, 0x4000_0020, 0x4000_0022}
 _PAD = re.compile(r"\b(pad|padding|reserved)\d*(\[|$)")
@@ -83,7 +71,7 @@ def differences(step: Step, then: Outcome, now: Outcome) -> list[Difference]:
         return []
     found: list[Difference] = []
     same = then.errno == now.errno and (then.result >= 0) == (now.result >= 0)
-    if same and not step.makes and "" not in _volatile(step):
+    if same and not step.makes and "" not in volatile(step.request):
         same = then.result == now.result
     if not same:
         found.append(Difference("result", result_text(then), result_text(now)))
@@ -100,9 +88,9 @@ def differences(step: Step, then: Outcome, now: Outcome) -> list[Difference]:
     return found
 
 
-def _volatile(step: Step) -> tuple[str, ...]:
-    name = ioctls.BY_NR[step.request].name if step.request in ioctls.BY_NR else ""
-    return VOLATILE.get(name, ())
+def volatile(request: int) -> tuple[str, ...]:
+    """Return the fields of an ioctl's answer that no two runs share; ``""`` is all of it."""
+    return ioctls.BY_NR[request].volatile if request in ioctls.BY_NR else ()
 
 
 def exit_reason(outcome: Outcome) -> int | None:
@@ -164,8 +152,8 @@ def _run_differences(then: Outcome, now: Outcome) -> Iterator[Difference]:
 
 def _struct_differences(step: Step, then: bytes, now: bytes) -> Iterator[Difference]:
     node = step.argument.node if step.argument is not None else None
-    volatile = _volatile(step)
-    if "" in volatile:
+    unsteady = volatile(step.request)
+    if "" in unsteady:
         return
     if node is None or node.struct is None:
         yield Difference("argument", then.hex(), now.hex())
@@ -180,7 +168,7 @@ def _struct_differences(step: Step, then: bytes, now: bytes) -> Iterator[Differe
     pointers = {name for name, (offset, _) in kind.fields().items() if offset in references}
     for name in old.keys() | new.keys():
         top = re.split(r"[.\[]", name)[0]
-        if top in volatile or top in pointers or _POINTER.search(name):
+        if top in unsteady or top in pointers or _POINTER.search(name):
             continue
         if node.struct == "kvm_msrs" and name.endswith(".data"):
             index = old.get(name.replace(".data", ".index"), "0")
@@ -217,11 +205,11 @@ def comparable(step: Step, after: bytes) -> Iterator[tuple[str, int]]:
     kind = struct_class(node.struct)
     references = {ref.offset for ref in node.refs}
     pointers = {name for name, (offset, _) in kind.fields().items() if offset in references}
-    volatile = _volatile(step)
+    unsteady = volatile(step.request)
     value = _make(kind, after)
     for name, text in _flat(value, ""):
         top = re.split(r"[.\[]", name)[0]
-        if top in volatile or top in pointers or not text.startswith("0x"):
+        if top in unsteady or top in pointers or not text.startswith("0x"):
             continue
         # Not every kernel's headers name the padding.
         if _POINTER.search(name) or _PAD.search(name):

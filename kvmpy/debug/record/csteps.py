@@ -11,19 +11,18 @@ from kvmpy.debug.record.carguments import CArguments, Scope, Variable
 from kvmpy.debug.record.cmemory import pieces
 from kvmpy.debug.record.command import command_of, status_of
 from kvmpy.debug.record.compare import (
-    VOLATILE,
     comparable,
     exit_payload,
     exit_reason,
     reason_text,
     recorded_outcome,
     result_text,
+    volatile,
 )
 from kvmpy.debug.record.csource import byte_rows, number
 from kvmpy.debug.record.events import Close, Event, FileCall, Ioctl, Kick, Memory, Object, Write
 from kvmpy.debug.record.format import EVENT_WRITTEN, FILE_FALLOCATE, KICK_SIGNAL, PAGE_SIZE, ObjectKind
 from kvmpy.debug.record.guestcode import discover
-from kvmpy.debug.record.model import request_name
 from kvmpy.debug.record.prune import is_question
 from kvmpy.debug.record.script import Region, Script, Step
 from kvmpy.uapi import ioctls
@@ -31,7 +30,7 @@ from kvmpy.uapi.constants import KVM_DIRTY_LOG_PAGE_OFFSET, ExitReason
 from kvmpy.uapi.field_words import ARGUMENTS
 
 _RUN = ioctls.KVM_RUN.nr
-_READS_MEMORY = {_RUN, ioctls.KVM_TRANSLATE.nr, ioctls.KVM_MEMORY_ENCRYPT_OP.nr}
+_READS_MEMORY = frozenset(op.nr for op in ioctls.IOCTLS.values() if op.memory != "none")
 _MOST_CHECKS = 400
 _DIRTY_RING = KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE
 _SHORTEST_US, _LONGEST_US = 50, 2_000_000
@@ -219,7 +218,7 @@ class CSteps(CArguments):
             self.uses.add("collect")
             block.statements.append(f"collected = {what.result};")
             block.statements += [f"collect({ring}, {r.size:#x});" for r, ring in self.rings.items()]
-        any_result = step.makes or ("" in VOLATILE.get(request_name(what), ()) and what.result >= 0)
+        any_result = step.makes or ("" in volatile(what.request) and what.result >= 0)
         call = Call(
             str(command_of(what) or name),
             f"ioctl({self.fd(what.object)}, {name}, {argument})",
@@ -253,9 +252,7 @@ class CSteps(CArguments):
             return []
         # Of what failed, the argument says no more than the status of the secure processor.
         failed = what.result < 0
-        if "" in VOLATILE.get(request_name(what), ()) or (
-            failed and status_of(what.request, node.after) is None
-        ):
+        if "" in volatile(what.request) or (failed and status_of(what.request, node.after) is None):
             return []
         return [
             self._value(step, path, variable.member(path), number(value))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from kvmpy.debug.layouts import layout
 from kvmpy.debug.record.format import (
     CODEC_RAW,
     CODEC_ZLIB,
@@ -33,21 +34,32 @@ from kvmpy.debug.record.format import (
     parse_lines,
 )
 
-THREAD = struct.Struct("<IIII")
-OBJECT = struct.Struct("<IIiIQ")
-CLOSE = struct.Struct("<II")
-IOCTL = struct.Struct("<IiQQqIHHQQ")
-CHUNK = struct.Struct("<QIBBH")
-MAP = struct.Struct("<QQQII")
-PAGES = struct.Struct("<IIII")
-MEMORY = struct.Struct("<QII")
-WRITE = struct.Struct("<Q")
-KICK = struct.Struct("<IIII")
-DEADLINE = struct.Struct("<IIQ")
-FILE = struct.Struct("<IIQQQqII")
-EVENT = struct.Struct("<IIQ")
-END = struct.Struct("<Q")
-LOST = struct.Struct("<Q")
+THREAD = layout("rec_thread", "uint32_t tid; uint32_t pid; uint32_t ppid; uint32_t reserved;")
+OBJECT = layout("rec_object", "uint32_t id; uint32_t parent; int32_t fd; uint32_t kind; uint64_t made_by;")
+CLOSE = layout("rec_close", "uint32_t object; uint32_t reserved;")
+IOCTL = layout(
+    "rec_ioctl",
+    "uint32_t object; int32_t fd; uint64_t request; uint64_t arg; int64_t result; uint32_t error; "
+    "uint16_t chunks; uint16_t reserved; uint64_t end_order; uint64_t end_ns;",
+)
+CHUNK = layout("rec_chunk", "uint64_t address; uint32_t length; uint8_t when; uint8_t what; uint16_t flags;")
+MAP = layout(
+    "rec_map",
+    "uint64_t address; uint64_t length; uint64_t offset; uint32_t object; uint32_t flags;",
+)
+PAGES = layout("rec_pages", "uint32_t first; uint32_t count; uint32_t codec; uint32_t stored;")
+MEMORY = layout("rec_memory", "uint64_t address; uint32_t count; uint32_t flags;")
+WRITE = layout("rec_write", "uint64_t address;")
+KICK = layout("rec_kick", "uint32_t object; uint32_t how; uint32_t signal; uint32_t tid;")
+DEADLINE = layout("rec_deadline", "uint32_t object; uint32_t reserved; uint64_t ns;")
+FILE = layout(
+    "rec_file",
+    "uint32_t object; uint32_t call; uint64_t mode; uint64_t offset; uint64_t length; int64_t result; "
+    "uint32_t error; uint32_t reserved;",
+)
+EVENT = layout("rec_event", "uint32_t object; uint32_t what; uint64_t value;")
+END = layout("rec_end", "uint64_t frames;")
+LOST = layout("rec_lost", "uint64_t frames;")
 
 
 @dataclass(frozen=True)

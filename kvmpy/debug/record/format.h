@@ -1,8 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/*
- * The record format, version 1.0, for writers in C: docs/record.md says what the fields mean. Little-endian hosts
- * only; every field lies at a multiple of its size, so no packing is needed.
- */
+/* Written by `python -m kvmpy.gen`: do not edit. From kvmpy.debug.record.format and kvmpy.debug.record.events; docs/record.md says what the fields mean. */
 #ifndef KVMPY_RECORD_FORMAT_H
 #define KVMPY_RECORD_FORMAT_H
 
@@ -12,9 +9,29 @@
 #define KVMPY_REC_MINOR 0
 #define KVMPY_REC_X86_64 62
 #define KVMPY_REC_PAGE_SIZE 4096
-#define KVMPY_REC_FRAME_MAGIC 0x524d564bU
-#define KVMPY_REC_MAX_PAYLOAD (64U << 20)
+#define KVMPY_REC_FRAME_MAGIC 0x524d564b
+#define KVMPY_REC_MAX_PAYLOAD 67108864
+
 #define KVMPY_REC_CHECKED_FROM 8
+
+#define KVMPY_REC_SYNTHETIC 1
+#define KVMPY_REC_CUT 1
+#define KVMPY_REC_MAP_SHARED 1
+#define KVMPY_REC_MAP_HUGETLB 2
+#define KVMPY_REC_MAP_THP 4
+#define KVMPY_REC_MAP_NO_THP 8
+#define KVMPY_REC_MAP_NO_READ 16
+#define KVMPY_REC_MAP_NO_WRITE 32
+#define KVMPY_REC_MEMORY_INITIAL 1
+#define KVMPY_REC_KICK_IMMEDIATE_EXIT 1
+#define KVMPY_REC_KICK_SIGNAL 2
+#define KVMPY_REC_FILE_FALLOCATE 1
+#define KVMPY_REC_FILE_FTRUNCATE 2
+#define KVMPY_REC_FILE_MADVISE 3
+#define KVMPY_REC_EVENT_WRITTEN 1
+#define KVMPY_REC_EVENT_READ 2
+#define KVMPY_REC_CODEC_RAW 0
+#define KVMPY_REC_CODEC_ZLIB 1
 
 #define KVMPY_REC_HOST 1
 #define KVMPY_REC_THREAD 2
@@ -50,28 +67,10 @@
 #define KVMPY_REC_WHEN_IN 1
 #define KVMPY_REC_WHEN_OUT 2
 #define KVMPY_REC_WHEN_BOTH 3
+
 #define KVMPY_REC_WHAT_ARGUMENT 0
 #define KVMPY_REC_WHAT_NESTED 1
 #define KVMPY_REC_WHAT_RUN 2
-
-#define KVMPY_REC_SYNTHETIC 1
-#define KVMPY_REC_CUT 1
-#define KVMPY_REC_MAP_SHARED 1
-#define KVMPY_REC_MAP_HUGETLB 2
-#define KVMPY_REC_MAP_THP 4
-#define KVMPY_REC_MAP_NO_THP 8
-#define KVMPY_REC_MAP_NO_READ 16
-#define KVMPY_REC_MAP_NO_WRITE 32
-#define KVMPY_REC_MEMORY_INITIAL 1
-#define KVMPY_REC_KICK_IMMEDIATE_EXIT 1
-#define KVMPY_REC_KICK_SIGNAL 2
-#define KVMPY_REC_FILE_FALLOCATE 1
-#define KVMPY_REC_FILE_FTRUNCATE 2
-#define KVMPY_REC_FILE_MADVISE 3
-#define KVMPY_REC_EVENT_WRITTEN 1
-#define KVMPY_REC_EVENT_READ 2
-#define KVMPY_REC_CODEC_RAW 0
-#define KVMPY_REC_CODEC_ZLIB 1
 
 struct kvmpy_rec_file_header {
 	uint8_t magic[8];

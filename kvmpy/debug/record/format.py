@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record format, version 1.0, as docs/record.md defines it: the file header and the frames.
 
-What frames say is in :mod:`kvmpy.debug.record.events`.  Needs neither KVM nor the native part; format.h holds
-the same layouts for C.
+What frames say is in :mod:`kvmpy.debug.record.events`.  Needs neither KVM nor the native part; format.h has
+the same for C (:mod:`kvmpy.debug.gen`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 
+from kvmpy.debug.layouts import layout
+
 MAGIC = b"kvmpyrec"
 MAJOR = 1
 MINOR = 0
@@ -23,12 +25,20 @@ PAGE_SIZE = 4096
 FRAME_MAGIC = 0x524D564B
 MAX_PAYLOAD = 64 << 20
 
-FILE_HEADER = struct.Struct("<8sHHIIIII")
-# magic, crc, then what the checksum covers: length, type, flags, tid, pid, order, time
-FRAME_HEADER = struct.Struct("<IIIHHIIQQ")
-FRAME_CHECKED = struct.Struct("<IHHIIQQ")
-
+FILE_HEADER = layout(
+    "rec_file_header",
+    "uint8_t magic[8]; uint16_t major; uint16_t minor; uint32_t arch; uint32_t page_size; uint32_t flags; "
+    "uint32_t reserved; uint32_t crc;",
+)
+FRAME_HEADER = layout(
+    "rec_frame",
+    "uint32_t magic; uint32_t crc; "
+    # What the checksum covers.
+    "uint32_t length; uint16_t type; uint16_t flags; uint32_t tid; uint32_t pid; uint64_t order; "
+    "uint64_t time_ns;",
+)
 CHECKED_FROM = 8
+FRAME_CHECKED = struct.Struct("<" + FRAME_HEADER.format.removeprefix("<II"))
 PADDING = tuple(bytes(-size % 8) for size in range(8))
 
 
@@ -74,6 +84,11 @@ class ObjectKind(IntEnum):
     def _missing_(cls, value: object) -> ObjectKind | None:
         # A newer minor version may know further kinds: they are descriptors of no kind that is known here.
         return cls.OTHER if isinstance(value, int) and value >= 0 else None
+
+
+def object_kind(name: str) -> ObjectKind:
+    """Return the kind of a descriptor that kvmpy calls *name* (FdKind, LinkKind)."""
+    return ObjectKind.__members__.get(name.upper(), ObjectKind.OTHER)
 
 
 class When(IntFlag):

@@ -129,10 +129,7 @@ def view_of(steps: Iterable[Step]) -> GuestView:
         node = step.argument.node if step.argument is not None else None
         if what is None or node is None or what.result < 0:
             continue
-        if step.request in (
-            ioctls.KVM_SET_USER_MEMORY_REGION.nr,
-            ioctls.KVM_SET_USER_MEMORY_REGION2.nr,
-        ):
+        if step.request in ioctls.SETS_SLOT:
             gpa, size, address = (int.from_bytes(node.data[at : at + 8], "little") for at in (8, 16, 24))
             region = next((ref.region for ref in node.refs if ref.region is not None), None)
             if region is not None and size:
@@ -166,7 +163,7 @@ def cpus_of(steps: Iterable[Step]) -> list[Cpu]:
         node = step.argument.node if step.argument is not None else None
         if node is not None and what.result >= 0:
             # kvm_sregs2 begins like kvm_sregs, as far as is looked at here.
-            if step.request in (ioctls.KVM_SET_SREGS.nr, ioctls.KVM_SET_SREGS2.nr, ioctls.KVM_GET_SREGS.nr):
+            if node.struct in ("kvm_sregs", "kvm_sregs2"):
                 data = node.after if node.after is not None else node.data
                 sregs[what.object] = kvm_sregs.from_bytes(data[: kvm_sregs.SIZE].ljust(kvm_sregs.SIZE, b"\0"))
             elif step.request == ioctls.KVM_SET_REGS.nr:

@@ -6,15 +6,8 @@ from __future__ import annotations
 from kvmpy.debug.record import command
 from kvmpy.debug.record.events import Close, Deadline, Kick, Object
 from kvmpy.debug.record.format import ObjectKind
-from kvmpy.debug.record.model import request_name
 from kvmpy.debug.record.script import Node, Script, Step, select
 from kvmpy.uapi import ioctls
-
-# Reading these changes something, or makes something.
-_NO_QUESTIONS = {
-    "KVM_GET_DIRTY_LOG",
-    "KVM_GET_STATS_FD",
-}
 
 
 def is_question(step: Step) -> bool:
@@ -22,14 +15,9 @@ def is_question(step: Step) -> bool:
     what = step.ioctl
     if what is None:
         return False
-    name = request_name(what)
-    if name in _NO_QUESTIONS:
-        return False
-    return (
-        "_GET_" in name
-        or name in ("KVM_CHECK_EXTENSION", "KVM_TRANSLATE", "KVM_HAS_DEVICE_ATTR")
-        or command.is_question(what)
-    )
+    op = ioctls.BY_NR.get(what.request)
+    carried = command.command_of(what)
+    return (op is not None and op.asks) or (carried is not None and carried.asks)
 
 
 def target_of(script: Script) -> Step:
@@ -45,7 +33,7 @@ def target_of(script: Script) -> Step:
         if what is None:
             continue
         asked = asked or step
-        beside = is_question(step) or request_name(what) == "KVM_GET_STATS_FD" or step.ended_by_signal
+        beside = is_question(step) or what.request == ioctls.KVM_GET_STATS_FD.nr or step.ended_by_signal
         if (what.result < 0 and not step.ended_by_signal) or step.interrupted or not beside:
             return step
     if asked is None:

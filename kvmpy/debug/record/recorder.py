@@ -29,61 +29,32 @@ from kvmpy.debug.record.format import (
     FrameType,
     ObjectKind,
     When,
+    object_kind,
 )
 from kvmpy.debug.record.runarea import RunArea
 from kvmpy.debug.record.tracker import MemoryTracker
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.uapi import ffi, ioctls, lib
-from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD, SnpPageType
+from kvmpy.uapi.buffers import descriptors_in, field_place
+from kvmpy.uapi.constants import SnpPageType
 from kvmpy.uapi.constants.coco import SevCmd
-from kvmpy.uapi.structs import kvm_sev_cmd, kvm_sev_snp_launch_update, kvm_userspace_memory_region2
+from kvmpy.uapi.links import link_of
+from kvmpy.uapi.structs import kvm_sev_cmd, kvm_sev_snp_launch_update
 
 if TYPE_CHECKING:
     from kvmpy.core.observe import KvmFd
     from kvmpy.uapi.ioctls import Ioctl
     from kvmpy.uapi.structs import Struct
 
-_KINDS = {
-    "system": ObjectKind.SYSTEM,
-    "vm": ObjectKind.VM,
-    "vcpu": ObjectKind.VCPU,
-    "device": ObjectKind.DEVICE,
-    "gmem": ObjectKind.GMEM,
-    "stats": ObjectKind.STATS,
-    "sev": ObjectKind.SEV,
-    "uffd": ObjectKind.UFFD,
-}
-_FOREIGN_KINDS = {
-    "anon_inode:[eventfd]": ObjectKind.EVENTFD,
-    "anon_inode:[userfaultfd]": ObjectKind.UFFD,
-    "anon_inode:[kvm-gmem]": ObjectKind.GMEM,
-}
 _RUN = ioctls.KVM_RUN.nr
-_SLOT_OPS = {ioctls.KVM_SET_USER_MEMORY_REGION.nr, ioctls.KVM_SET_USER_MEMORY_REGION2.nr}
-_MAKERS = {
-    ioctls.KVM_CREATE_VM.nr,
-    ioctls.KVM_CREATE_VCPU.nr,
-    ioctls.KVM_CREATE_GUEST_MEMFD.nr,
-    ioctls.KVM_GET_STATS_FD.nr,
-    ioctls.KVM_CREATE_DEVICE.nr,
-}
-# Ioctls that look at guest memory: its content must be in the record by then.
-_READERS = {
-    ioctls.KVM_MEMORY_ENCRYPT_OP.nr,
-    ioctls.KVM_TRANSLATE.nr,
-    ioctls.KVM_SET_NESTED_STATE.nr,
-}
 _ENCRYPT = ioctls.KVM_MEMORY_ENCRYPT_OP.nr
-# Ioctls after which guest memory is another: what the host finds there then, it did not write.
-_WRITERS = {_RUN, _ENCRYPT}
-# Where an argument holds file descriptors that are no KVM objects.
-_FOREIGN: dict[int, tuple[int, ...]] = {
-    ioctls.KVM_IRQFD.nr: (0, 12),
-    ioctls.KVM_IOEVENTFD.nr: (20,),
-    ioctls.KVM_HYPERV_EVENTFD.nr: (4,),
-    ioctls.KVM_SET_USER_MEMORY_REGION2.nr: (kvm_userspace_memory_region2.fields()["guest_memfd"][0],),
-}
-_SPECIAL = {_RUN, *_SLOT_OPS, *_MAKERS, *_READERS, *_FOREIGN}
+# Ioctls that look at guest memory: its content must be in the record by then. After some it is another: what
+# the host finds there then, it did not write.
+_READERS = frozenset(op.nr for op in ioctls.IOCTLS.values() if op.memory != "none")
+_WRITERS = frozenset(op.nr for op in ioctls.IOCTLS.values() if op.memory == "inout")
+# Arguments with descriptors of what is no KVM object.
+_FOREIGN = frozenset(op.nr for op in ioctls.IOCTLS.values() if any(not each.seen for each in op.fd_fields))
+_SPECIAL = _READERS | ioctls.SETS_SLOT | ioctls.MAKERS.keys() | _FOREIGN
 _pack = Packing("<IiQQqIHHQQ").pack
 _IOCTL, _ENTER = int(FrameType.IOCTL), int(FrameType.ENTER)
 _IN, _OUT = int(When.IN), int(When.OUT)
@@ -228,7 +199,7 @@ class Recorder:
             if not above and parent is not None and parent is not fd:
                 above = self._object(parent)
             ident = self._next_id()
-            kind = _KINDS.get(fd.kind, ObjectKind.OTHER)
+            kind = object_kind(fd.kind)
             if kind == ObjectKind.GMEM and not made_by:
                 above = self._same_file(number)
             flags = SYNTHETIC if late and not made_by else self._flags
@@ -247,14 +218,14 @@ class Recorder:
             if number in self._by_number:
                 return
             try:
-                name = os.readlink(f"/proc/self/fd/{number}")
+                link = link_of(os.readlink(f"/proc/self/fd/{number}"))
             except OSError:
                 return
             ident = self._next_id()
-            kind = _FOREIGN_KINDS.get(name, ObjectKind.OTHER)
+            kind = object_kind(link.kind)
             parent = self._same_file(number) if kind == ObjectKind.GMEM else 0
             self._by_number[number] = ident
-            self.writer.put(Object(ident, parent, number, kind, 0, name), tid=self._tid())
+            self.writer.put(Object(ident, parent, number, kind, 0, link.name), tid=self._tid())
             count = _event_count(number) if kind == ObjectKind.EVENTFD else 0
             if count:
                 self.writer.put(Event(ident, EVENT_WRITTEN, count), tid=self._tid())
@@ -333,7 +304,7 @@ class Recorder:
 
     def _special_before(self, fd: KvmFd, nr: int, arg: Struct | int | None) -> list[bytes]:
         tid = self._tid()
-        if nr == _RUN or nr in _READERS:
+        if nr in _READERS:
             if self.memory.unread:
                 self._object(fd)
                 self.memory.read_fresh(getattr(fd, "vm", fd), tid)
@@ -346,9 +317,8 @@ class Recorder:
         chunks = [] if arg is None else self._before(fd, nr, arg)
         if nr in _FOREIGN and chunks:
             content = content_of(chunks[0])
-            if nr not in _SLOT_OPS or int.from_bytes(content[4:8], "little") & KVM_MEM_GUEST_MEMFD:
-                for offset in _FOREIGN[nr]:
-                    self._foreign(int.from_bytes(content[offset : offset + 4], "little"))
+            for offset, _ in descriptors_in(ioctls.BY_NR[nr], content, seen=False):
+                self._foreign(int.from_bytes(content[offset : offset + 4], "little"))
         return chunks
 
     def _source(self, fd: KvmFd, arg: Struct | int | None, tid: int) -> None:
@@ -416,16 +386,18 @@ class Recorder:
     def _special_after(
         self, fd: KvmFd, nr: int, chunks: list[bytes], result: int, order: int, tid: int
     ) -> None:
-        if nr in _MAKERS:
+        if nr in ioctls.MAKERS:
+            op = ioctls.BY_NR[nr]
             number = result
-            if nr == ioctls.KVM_CREATE_DEVICE.nr:
-                number = int.from_bytes(content_of(chunks[-1])[4:8], "little")
+            if op.made_in and op.struct is not None:
+                offset, size = field_place(op.struct, op.made_in)
+                number = int.from_bytes(content_of(chunks[-1])[offset : offset + size], "little")
             self._by_number.pop(number, None)
             self._made[number] = (order, self._ids[fd])
         elif nr == _ENCRYPT and chunks:
             if content_of(chunks[0])[0] == SevCmd.KVM_SEV_SNP_LAUNCH_FINISH:
                 self.memory.sources_done(fd, tid)
-        elif nr in _SLOT_OPS and chunks:
+        elif nr in ioctls.SETS_SLOT and chunks:
             content = content_of(chunks[0])
             slot = int.from_bytes(content[:4], "little")
             size, address = (int.from_bytes(content[at : at + 8], "little") for at in (16, 24))

@@ -28,28 +28,10 @@ from kvmpy.debug.record.events import (
 from kvmpy.debug.record.format import MEMORY_INITIAL, ObjectKind, What, When
 from kvmpy.debug.record.model import Entry, Record, request_name
 from kvmpy.uapi import ioctls
-from kvmpy.uapi.buffers import BUFFERS, Buffer, children_of, field_place
+from kvmpy.uapi.buffers import BUFFERS, Buffer, children_of, descriptors_in, field_place
 from kvmpy.uapi.structs import kvm_run
 
-# Where arguments hold host addresses, beside the pointers that BUFFERS knows.
-ADDRESSES: dict[int, tuple[str, ...]] = {
-    ioctls.KVM_SET_USER_MEMORY_REGION.nr: ("userspace_addr",),
-    ioctls.KVM_SET_USER_MEMORY_REGION2.nr: ("userspace_addr",),
-    ioctls.KVM_MEMORY_ENCRYPT_REG_REGION.nr: ("addr",),
-    ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION.nr: ("addr",),
-}
-# Where they hold file descriptors.
-DESCRIPTORS: dict[int, tuple[str, ...]] = {
-    ioctls.KVM_SET_USER_MEMORY_REGION2.nr: ("guest_memfd",),
-    ioctls.KVM_IRQFD.nr: ("fd", "resamplefd"),
-    ioctls.KVM_IOEVENTFD.nr: ("fd",),
-    ioctls.KVM_HYPERV_EVENTFD.nr: ("fd",),
-    ioctls.KVM_MEMORY_ENCRYPT_OP.nr: ("sev_fd",),
-}
 _RUN = ioctls.KVM_RUN.nr
-_SLOT_OPS = (ioctls.KVM_SET_USER_MEMORY_REGION.nr, ioctls.KVM_SET_USER_MEMORY_REGION2.nr)
-# Capabilities whose first argument is a VM's descriptor.
-_VM_FD_CAPS = (197, 206)
 _USER_END = 1 << 47
 _LARGEST = 1 << 42
 _IN, _OUT = int(When.IN), int(When.OUT)
@@ -196,7 +178,7 @@ class _Builder:
                         region.until = entry.order
             elif isinstance(what, Map):
                 self._claim(entry, what.address, what.length, what.object, what.offset, what.flags)
-            elif isinstance(what, Ioctl) and what.request in _SLOT_OPS and what.argument_in:
+            elif isinstance(what, Ioctl) and what.request in ioctls.SETS_SLOT and what.argument_in:
                 raw = what.argument_in
                 size, address = (int.from_bytes(raw[at : at + 8], "little") for at in (16, 24))
                 if 0 < size <= _LARGEST and address >= 0x10000 and address + size < _USER_END:
@@ -265,19 +247,13 @@ class _Builder:
         if not (before or after):
             return Ref(0, 8, what.arg, bad=True)
         node = self._node(entry, what, buffer, before, after)
-        for name in ADDRESSES.get(what.request, ()):
-            self._address(entry, node, *self._place(buffer, name))
-        for name in DESCRIPTORS.get(what.request, ()):
-            self._descriptor(entry, node, *self._place(buffer, name))
-        if what.request == ioctls.KVM_ENABLE_CAP.nr and _number(node.data, 0, 4) in _VM_FD_CAPS:
-            self._descriptor(entry, node, 8, 8)
+        op = ioctls.BY_NR.get(what.request)
+        if op is not None and op.struct is not None:
+            for name in op.addresses:
+                self._address(entry, node, *field_place(op.struct, name))
+            for place in descriptors_in(op, node.data):
+                self._descriptor(entry, node, *place)
         return Ref(0, 8, what.arg, node=node)
-
-    @staticmethod
-    def _place(buffer: Buffer | None, name: str) -> tuple[int, int]:
-        if buffer is None or buffer.struct is None:
-            raise ValueError(f"no struct has the field {name}")
-        return field_place(buffer.struct, name)
 
     def _node(
         self, entry: Entry, what: Ioctl, buffer: Buffer | None, before: bytes | None, after: bytes | None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Written by `python -m kvmpy.uapi.gen`: do not edit.
+# Written by `python -m kvmpy.gen`: do not edit.
 from enum import IntEnum, IntFlag
 from types import ModuleType
 from typing import Final

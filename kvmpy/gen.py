@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the files that say elsewhere what Python says: stubs of types, and headers for C.
+
+``python -m kvmpy.gen`` writes them, with ``--check`` it only says whether they are up to date (exit 1).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from enum import Enum, EnumMeta
+from pathlib import Path
+from types import ModuleType
+
+from kvmpy.debug import layouts
+from kvmpy.debug.preload import plan, shared
+from kvmpy.debug.record import events, format  # noqa: A004
+from kvmpy.debug.record.format import object_kind
+from kvmpy.guest import layout
+from kvmpy.guest.toolchain import runtime_dir
+from kvmpy.uapi import constants, gen, ioctls
+from kvmpy.uapi.buffers import field_place, struct_class
+from kvmpy.uapi.links import LINKS, Link
+from kvmpy.uapi.structs import kvm_run
+
+HERE = Path(__file__).resolve().parent
+_HEAD = (
+    "/* SPDX-License-Identifier: Apache-2.0 */\n"
+    "/* Written by `python -m kvmpy.gen`: do not edit. {about} */\n"
+    "#ifndef {guard}\n#define {guard}\n\n{body}\n#endif\n"
+)
+_CONSTANT = re.compile(r"([A-Z][A-Z0-9_]*) = (.*)")
+# Constants and fields that the preloaded recorder looks at.
+_CONSTANTS = ("KVM_CAP_XSAVE2", "KVM_CREATE_DEVICE_TEST", "KVM_EXIT_IO", "KVM_X86_TDX_VM")
+_FIELDS = (
+    ("kvm_run", "exit_reason"), ("kvm_run", "io.direction"), ("kvm_run", "io.size"), ("kvm_run", "io.count"),
+    ("kvm_run", "io.data_offset"), ("kvm_run", "kvm_valid_regs"), ("kvm_run", "kvm_dirty_regs"),
+    ("kvm_userspace_memory_region", "slot"), ("kvm_userspace_memory_region", "memory_size"),
+    ("kvm_userspace_memory_region", "userspace_addr"), ("kvm_create_device", "type"),
+    ("kvm_create_device", "flags"),
+)  # fmt: skip
+
+
+def _rows(name: str, members: str, rows: list[str]) -> str:
+    body = "".join(f"\t{{ {row} }},\n" for row in rows)
+    return f"static const struct {name} {{\n{members}}} {name}_table[] = {{\n{body}}};\n"
+
+
+def _members(*names: str) -> str:
+    return "".join(f"\tuint32_t {name};\n" for name in names)
+
+
+def tables() -> str:
+    """Return the content of preload/tables.h."""
+    ops = list(ioctls.IOCTLS.values())
+    lines = ["#include <stdbool.h>\n#include <stdint.h>\n\n"]
+    lines += [f"#define {op.name} {op.nr:#x}U\n" for op in ops if op.nr >> 8 & 0xFF == ioctls.KVMIO]
+    lines += [f"#define {name} {constants.ALL[name]}U\n" for name in _CONSTANTS]
+    lines += [
+        f"#define AT_{struct}_{name.replace('.', '_')} {field_place(struct, name)[0]}U\n"
+        for struct, name in _FIELDS
+    ]
+    lines.append(f"#define SIZE_kvm_run {kvm_run.SIZE}U\n")
+    links = []
+    for text, kind, name in LINKS:
+        link, is_open = Link(kind, name), text.endswith("*")
+        flags = ", ".join(str(flag).lower() for flag in (is_open, link.kvm, link.of_vm))
+        plain = text.rstrip("*")
+        links.append(f'"{plain}", {len(plain)}, {flags}, {int(object_kind(kind))}, "{name}"')
+    lines.append(
+        "\n/* A link in /proc/PID/fd: the text, with is_open its begin; the kind of the object. */\n"
+        + _rows(
+            "kvmpy_link",
+            "\tconst char *text;\n\tuint32_t length;\n\tbool is_open, kvm, of_vm;\n"
+            "\tuint32_t kind;\n\tconst char *name;\n",
+            links,
+        )
+    )
+    lines.append(
+        "\n/* Where an argument of size bytes holds a descriptor, if the u32 at where, masked, is value. */\n"
+        + _rows(
+            "kvmpy_fd_field",
+            _members("request", "size", "offset", "where", "mask", "value"),
+            [
+                f"{op.name}, {struct_class(op.struct).SIZE}, {field_place(op.struct, each.name)[0]}, "
+                f"{field_place(op.struct, each.where)[0] if each.mask else 0}, {each.mask}, {each.value}"
+                for op in ops
+                for each in op.fd_fields
+                if op.struct is not None and not each.seen
+            ],
+        )
+    )
+    lines.append(
+        "\n/* The kind of object that an ioctl makes, and where its descriptor is: -1 is the result. */\n"
+        + _rows(
+            "kvmpy_maker",
+            "\tuint32_t request;\n\tuint32_t kind;\n\tint32_t offset;\n",
+            [
+                f"{op.name}, {int(object_kind(op.makes))}, "
+                f"{field_place(op.struct, op.made_in)[0] if op.struct and op.made_in else -1}"
+                for op in ops
+                if op.makes is not None and op.nr >> 8 & 0xFF == ioctls.KVMIO
+            ],
+        )
+    )
+    return _HEAD.format(
+        about="From kvmpy/uapi/ioctls.py and links.py.", guard="KVMPY_TABLES_H", body="".join(lines)
+    )
+
+
+def _defines(module: ModuleType, prefix: str) -> str:
+    """Return the integers of a module, with the comments that are there, as C has them."""
+    lines = [""]
+    comments: list[str] = []
+    for line in inspect.getsource(module).splitlines():
+        if (match := _CONSTANT.match(line)) and type(vars(module)[match[1]]) is int:
+            value = vars(module)[match[1]]
+            text = hex(value) if match[2].startswith("0x") else str(value)
+            lines += [*comments, f"#define {prefix}{match[1]} {text}"]
+        elif not line and lines[-1]:
+            lines.append("")
+        comments = [*comments, f"/* {line[2:]} */"] if line.startswith("# ") else []
+    return "\n".join(lines[1:]).strip() + "\n"
+
+
+def _enum(kind: EnumMeta, prefix: str) -> str:
+    members: Mapping[str, Enum] = kind.__members__
+    return "\n" + "".join(f"#define {prefix}{name} {int(value.value)}\n" for name, value in members.items())
+
+
+def _structs(*names: str) -> str:
+    bodies = {name: re.sub(r"; (?=[_a-z])", ";\n\t", layouts.LAYOUTS[name]) for name in names}
+    return "".join(f"\nstruct kvmpy_{name} {{\n\t{body}\n}};\n" for name, body in bodies.items())
+
+
+def record_format() -> str:
+    """Return the content of record/format.h."""
+    body = "#include <stdint.h>\n\n" + _defines(format, "KVMPY_REC_")
+    kinds = {"": format.FrameType, "KIND_": format.ObjectKind, "WHEN_": format.When, "WHAT_": format.What}
+    body += "".join(_enum(kind, f"KVMPY_REC_{prefix}") for prefix, kind in kinds.items())
+    body += _structs(*(name for name in layouts.LAYOUTS if name.startswith("rec_")))
+    about = f"From {format.__name__} and {events.__name__}; docs/record.md says what the fields mean."
+    return _HEAD.format(about=about, guard="KVMPY_RECORD_FORMAT_H", body=body)
+
+
+def ring() -> str:
+    """Return the content of preload/ring.h."""
+    body = "#include <stdatomic.h>\n#include <stdint.h>\n\n" + _defines(shared, "KVMPY_")
+    body += "\n" + _defines(plan, "KVMPY_PLAN_")
+    body += _structs("control", "ring", "plan_node", "plan_case", "plan_root", "plan")
+    about = f"From {shared.__name__} and {plan.__name__}."
+    return _HEAD.format(about=about, guard="KVMPY_PRELOAD_RING_H", body=body)
+
+
+def guest_layout() -> str:
+    """Return the content of the guest's kvmpy/layout.h: plain literals, as assembly and linker read it."""
+    body = _defines(layout, "KVMPY_")
+    body += _enum(layout.UcallCmd, "KVMPY_UCALL_CMD_") + _enum(layout.AssertKind, "KVMPY_ASSERT_")
+    return _HEAD.format(about=f"From {layout.__name__}.", guard="KVMPY_LAYOUT_H", body=body)
+
+
+def files() -> dict[Path, str]:
+    """Return every generated file with its content."""
+    return {
+        **gen.stubs(),
+        HERE / "debug/preload/tables.h": tables(),
+        HERE / "debug/preload/ring.h": ring(),
+        HERE / "debug/record/format.h": record_format(),
+        runtime_dir() / "include/kvmpy/layout.h": guest_layout(),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Write the files, or check them."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python -m kvmpy.gen [--check]", file=sys.stderr)
+        return 2
+    stale = {path: text for path, text in files().items() if not path.exists() or path.read_text() != text}
+    for path, text in stale.items():
+        if arguments:
+            print(f"{path}: outdated; run python -m kvmpy.gen", file=sys.stderr)
+        else:
+            path.write_text(text)
+            print(path)
+    return 1 if arguments and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
