@@ -31,6 +31,8 @@ def summary(value: object) -> str:
     """Return the first sentence of what *value* says of itself."""
     if isinstance(value, int):
         return f"{int(value):#x}"
+    if isinstance(value, str):
+        return "the program `" + " ".join(value.split()) + "`"
     if isinstance(value, types.UnionType):
         return "any of " + ", ".join(f"`{part.__name__}`" for part in value.__args__)
     if isinstance(value, types.GenericAlias):

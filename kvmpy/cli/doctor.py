@@ -194,7 +194,7 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def doctor(as_json: bool) -> None:
-    """Look at CPU, kernel, modules, capabilities and protections, and measure what an exit costs."""
+    """Check CPU, kernel, modules, capabilities and protections, and measure the cost of an exit."""
     found = examine()
     if as_json:
         click.echo(json.dumps(found, indent=2))

@@ -190,11 +190,11 @@ def _encode(what: str, args: Sequence[str]) -> Encoded:
 
 
 @click.command()
-@click.option("-r", "--raw", is_flag=True, help="Write the bytes themselves, and nothing else.")
+@click.option("-r", "--raw", is_flag=True, help="Write only the bytes, in binary.")
 @click.argument("what")
 @click.argument("args", nargs=-1)
 def encode(raw: bool, what: str, args: tuple[str, ...]) -> None:
-    """Print the number of WHAT and the bytes that FIELD=VALUE arguments make; `kvmpy decode` takes both.
+    """Print the number of WHAT and the bytes of its fields, in the form that `kvmpy decode` reads.
 
     \b
     kvmpy encode KVM_SET_MSRS index=TSC data=5 index=0x174 data=8
