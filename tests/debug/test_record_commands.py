@@ -62,7 +62,7 @@ def test_replay_shows_the_difference(refused: Path) -> None:
 
 def test_until(refused: Path) -> None:
     """--until stops behind that ioctl; one that is not there is refused."""
-    assert "3 ioctls issued" in call("replay", "--until", "3", refused).output
+    assert "3 ioctls replayed" in call("replay", "--until", "3", refused).output
     done = call("replay", "--until", "99", refused)
     assert done.exit_code == 1
     assert "there is no ioctl 99" in done.output
