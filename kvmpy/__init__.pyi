@@ -124,6 +124,10 @@ from kvmpy.core.msrs import MsrError as MsrError
 from kvmpy.x86 import apic as apic
 from kvmpy.x86 import segments as segments
 
+# What a VM did
+from kvmpy.coco.recording import record as record
+from kvmpy.debug.timeline import timeline as timeline
+
 # Encrypted VMs
 from kvmpy.coco.policy import SevPolicy as SevPolicy
 from kvmpy.coco.policy import SnpPolicy as SnpPolicy

@@ -8,7 +8,7 @@ version the fields of version 5 are read: so far, each version has filled what w
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 
@@ -287,11 +287,6 @@ class Report:
                 )
         if wrong:
             raise ReportError("; ".join(wrong))
-
-
-def field_names() -> Sequence[str]:
-    """Return the names of all fields in the order of the report."""
-    return tuple(_AT)
 
 
 def build(fields: Mapping[str, int | bytes]) -> bytes:

@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from kvmpy.core.coalesced import VmCoalesced
@@ -55,12 +52,6 @@ class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, V
         """Wrap the file descriptor of a new vCPU; subclasses return their own kind."""
         return Vcpu(self, fd, vcpu_id)
 
-    def timeline(self, path: str | os.PathLike[str]) -> AbstractContextManager[object]:
-        """Write what this VM does within a with block to *path*, for Perfetto's viewer (docs/timeline.md)."""
-        # By name: what is observed does not know its observers.
-        made: AbstractContextManager[object] = import_module("kvmpy.debug.timeline").Timeline(path, vm=self)
-        return made
-
     def get_clock(self) -> kvm_clock_data:
         """Return kvmclock's time in ns with its flags (KVM_GET_CLOCK)."""
         arg = kvm_clock_data()
@@ -82,16 +73,6 @@ class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, V
     def get_tsc_khz(self) -> int:
         """Return the default TSC frequency in kHz (KVM_GET_TSC_KHZ on the VM)."""
         return self.ioctl(ioctls.KVM_GET_TSC_KHZ)
-
-    def record(self, path: str | os.PathLike[str]) -> AbstractContextManager[object]:
-        """Record what this process asks of KVM into *path*, for a with block that gets the recorder.
-
-        The record begins with what brings a VM into this one's present state, as far as KVM can be asked
-        about it: see :func:`kvmpy.coco.recording.record`.
-        """
-        # By name: what is observed does not know its observers.
-        made: AbstractContextManager[object] = import_module("kvmpy.coco.recording").record(self, path)
-        return made
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the vCPUs for good; VcpuBusyError when one still runs in a thread after *timeout* seconds.

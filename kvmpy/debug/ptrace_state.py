@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from kvmpy.debug.record.format import PAGE_SIZE, ObjectKind
 
 _MAPS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ *(.*)$", re.MULTILINE)
-_NAMED = {"/dev/kvm": (ObjectKind.SYSTEM, "kvm"), "/dev/sev": (ObjectKind.SEV, "sev")}
 RUN_PAGES = 64
+_NAMED = {"/dev/kvm": (ObjectKind.SYSTEM, "kvm"), "/dev/sev": (ObjectKind.SEV, "sev")}
 
 
 @dataclass

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from errno import EINTR, errorcode
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -390,6 +389,9 @@ def _how_it_ended(fd: Any, result: int, errno: int) -> tuple[str, dict[str, Any]
     return name, values
 
 
-def remove_old(path: str | os.PathLike[str]) -> None:
-    """Remove the file of an earlier run, so that several processes can add to a new one."""
-    Path(path).unlink(missing_ok=True)
+def timeline(vm: KvmFd, path: str | os.PathLike[str]) -> Timeline:
+    """Write what *vm* and its vCPUs do to *path* until the end of the with block, for Perfetto's viewer.
+
+    TimelineError when the file cannot be written.  See docs/timeline.md.
+    """
+    return Timeline(path, vm=vm)

@@ -34,11 +34,6 @@ class Program:
     privileged: str = ""
     foreign: str = ""
 
-    @property
-    def preloadable(self) -> bool:
-        """Whether the recorder is loaded into it."""
-        return not (self.static or self.privileged or self.foreign)
-
 
 def find(name: str, path: str | None = None) -> Path:
     """Return the file that executing *name* runs; ProgramError with the reason where that fails."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmpy.lab import debian, kconfig, kernels, places, softsev, tools
+from kvmpy.lab import debian, kconfig, kernels, places, softsev, tools, tree_copy
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import call
@@ -188,19 +188,17 @@ def present(soft_sev: bool) -> Kernel | None:
 
 
 def _copied(tree: Path, name: str, say: Say) -> Path:
-    """Return a copy of *tree* in the cache, without its repository."""
+    """Return a copy of *tree* in the cache, without its repository; an earlier one is brought up to date."""
     copy = places.cache() / "trees" / name
-    places.need_space(copy.parent, _COPY_MIB, f"copying {tree}")
-    say(f"copying {tree}, since it is going to be changed")
-    shutil.rmtree(copy, ignore_errors=True)
-
-    def left_out(folder: str, names: list[str]) -> list[str]:
-        return [".git"] if Path(folder) == tree and ".git" in names else []
-
+    if copy.is_dir():
+        say(f"bringing the copy of {tree} up to date")
+    else:
+        places.need_space(copy.parent, _COPY_MIB, f"copying {tree}")
+        say(f"copying {tree}, since it is going to be changed")
     try:
-        shutil.copytree(tree, copy, symlinks=True, ignore=left_out)
-    except shutil.Error as error:
-        raise LabError(f"copying {tree} failed: {error.args[0][0][2]}") from error
+        tree_copy.synchronise(tree, copy, without=(".git",))
+    except OSError as error:
+        raise LabError(f"copying {tree} failed: {error}") from error
     return copy
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import kvmpy
 from kvmpy import caches
 from kvmpy.lab.errors import LabError
 
@@ -32,12 +31,8 @@ def cache() -> Path:
 
 
 def files() -> Path:
-    """Return the folder with the lab's own files: inside the installed package, or the checkout's."""
-    package = Path(kvmpy.__file__).resolve().parent
-    for folder in (package / "lab" / "files", package.parent / "ci" / "lab"):
-        if folder.is_dir():
-            return folder
-    raise LabError("this kvmpy has no lab files: neither in the package nor in ci/lab beside it")
+    """Return the folder with kernel options, first process and mounts of a lab kernel."""
+    return Path(__file__).resolve().parent / "files"
 
 
 def fragment() -> Path:

@@ -192,7 +192,8 @@ def build(folder: Path, needed: Iterable[Path], wanted: Iterable[Path]) -> Root:
     for share in shares:
         if not _below(share, map(Path, _COVERED)):
             layout.inside(share).mkdir(parents=True, exist_ok=True)
-    shutil.copy2(places.files() / "init.sh", folder / "init")
+    shutil.copy(places.files() / "init.sh", folder / "init")
+    (folder / "init").chmod(0o755)
     base = (places.files() / "fstab").read_text(encoding="utf-8")
     (folder / "etc" / "fstab").write_text(base + _mounts(shares), encoding="utf-8")
     return Root(folder, shares)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.commands import SEV_COMMANDS, SEV_PLATFORM_COMMANDS, TDX_COMMANDS, Command, DataKind
-from kvmpy.uapi.constants.coco import SevCmd, SevPlatformCmd, SnpSize
+from kvmpy.uapi.constants.coco import SnpSize
 from kvmpy.uapi.ioctl_type import Ioctl
 from kvmpy.uapi.struct_base import FlexStruct, Struct
 from kvmpy.uapi.structs import NESTED, STRUCTS
@@ -284,9 +284,6 @@ BUFFERS[ioctls.SEV_ISSUE_CMD.nr] = _struct(
 
 TDX_BUFFER = _struct("kvm_tdx_cmd", "inout", select="id", cases=_cases(TDX_COMMANDS))
 """The argument of KVM_MEMORY_ENCRYPT_OP on VMs of type KVM_X86_TDX_VM and their vCPUs."""
-
-COMMAND_ENUMS = {"kvm_sev_cmd": SevCmd, "sev_issue_cmd": SevPlatformCmd}
-"""The enum of the field that selects the command."""
 
 
 def children_of(buffer: Buffer, selected: int | None) -> Iterator[Buffer]:

@@ -12,7 +12,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 # Folders of the checkout, and where they lie inside the package.
-SHIPPED = {"selftests": "selftests", "guest_asm": "guest_asm", "ci/lab": "lab/files"}
+SHIPPED = {"selftests": "selftests", "guest_asm": "guest_asm"}
 
 
 class NativeBuildHook(BuildHookInterface[Any]):

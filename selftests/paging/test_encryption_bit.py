@@ -26,7 +26,7 @@ from kvmpy import (
 from kvmpy.coco.cbit import EmulatedEncryptionBit
 from kvmpy.core.kvm import Kvm
 from kvmpy.x86.entry import ACCESSED, USER, WRITABLE
-from kvmpy.x86.walker import Walker
+from selftests.paging.walker import Walker
 
 if TYPE_CHECKING:
     from selftests.paging.conftest import Prober

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import kvmpy
 from kvmpy import Kvm
 from kvmpy.core import observe
 from kvmpy.core.address import Gpa
@@ -329,13 +330,13 @@ def test_threads_at_once(kvm: Kvm, tmp_path: Path) -> None:
 
 
 def test_record_of_a_vm_that_exists(kvm: Kvm, tmp_path: Path) -> None:
-    """vm.record() begins with what makes the VM as it is, and can be replayed from there."""
+    """kvmpy.record() begins with what makes the VM as it is, and can be replayed from there."""
     path = tmp_path / "a.rec"
     with machine(kvm, b"\xe4\x20\x04\x01\xe6\x21\xf4") as vm:
         first = vm.vcpus[0].run(5)
         assert isinstance(first, IoExit)
         first.respond(b"\x37")
-        with vm.record(path):
+        with kvmpy.record(vm, path):
             vm.vcpus[0].run(5)
             vm.memory.write(Gpa(0x3000), b"\x01")
             vm.vcpus[0].run(5)
@@ -360,7 +361,7 @@ def test_a_record_of_a_vm_that_exists_has_what_kvm_cannot_be_asked(kvm: Kvm, tmp
         vm.ioeventfd(event, 0x80, 1, pio=True)
         vm.ioeventfd(gone, 0x81, 1, pio=True)
         vm.ioeventfd(gone, 0x81, 1, pio=True, deassign=True)
-        with vm.record(path):
+        with kvmpy.record(vm, path):
             exit_ = vm.vcpus[0].run(5)
             assert isinstance(exit_, MsrExit)
     record = Record.load(path)

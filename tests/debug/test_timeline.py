@@ -94,15 +94,15 @@ def test_a_vm(tmp_path: Path) -> None:
 
 @pytest.mark.requires("kvm")
 def test_of_one_vm(tmp_path: Path) -> None:
-    """`with vm.timeline(file)` shows that VM and its vCPUs, and nothing else."""
-    from kvmpy import Kvm
+    """`with timeline(vm, file)` shows that VM and its vCPUs, and nothing else."""
+    from kvmpy import Kvm, timeline
     from kvmpy.guest import GuestProgram
 
     program = GuestProgram.from_c(GUEST)
     with Kvm() as kvm, kvm.create_vm(program) as vm, kvm.create_vm(program) as other:
         for each in (vm, other):
             each.launch()
-        with vm.timeline(tmp_path / "t.json"):
+        with timeline(vm, tmp_path / "t.json"):
             vm.vcpus[0].sync()
             other.vcpus[0].sync()
             vm.vcpus[0].get_regs()

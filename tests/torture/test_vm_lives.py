@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmpy import record
 from kvmpy.core.errors import ClosedError, VcpuBusyError
 from kvmpy.guest.program import GuestProgram
 
@@ -97,7 +98,7 @@ def test_lives_of_vms_leave_nothing(kvm: Kvm, torture: Torture, tmp_path: Path, 
             if not recorded:
                 vm.vcpus[0].sync()
                 return
-            with vm.record(tmp_path / "a.rec"):
+            with record(vm, tmp_path / "a.rec"):
                 vm.vcpus[0].sync()
 
     for _ in range(20):  # what is loaded and cached once

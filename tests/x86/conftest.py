@@ -13,7 +13,7 @@ from kvmpy.core.address import EncryptionBit, Gpa
 from kvmpy.core.backing import Anonymous, Mapping
 from kvmpy.core.memory import GuestMemory, PageAllocator, Segment
 from kvmpy.x86.paging import PageTables
-from kvmpy.x86.walker import Walker
+from selftests.paging.walker import Walker
 
 TABLES_AT = 0x4_0000_0000
 POISON = b"\xcc" * 4096

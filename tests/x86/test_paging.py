@@ -16,7 +16,7 @@ from kvmpy.x86.paging_errors import (
     MixedPrivacyError,
     NotMappedError,
 )
-from kvmpy.x86.walker import Walker
+from selftests.paging.walker import Walker
 
 if TYPE_CHECKING:
     from tests.x86.conftest import Space, SpaceMaker

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvmpy.x86.walker import Translation, Walker
+from selftests.paging.walker import Translation, Walker
 
 CBIT = 1 << 51
 

@@ -9,13 +9,13 @@ from importlib import resources
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from kvmpy import __version__
 from kvmpy.debug.record.command import command_of, status_of, status_words
 from kvmpy.debug.record.compare import exit_reason, reason_text, recorded_outcome
 from kvmpy.debug.record.csteps import Block, CSteps
 from kvmpy.debug.record.format import MAP_NO_READ, MAP_NO_WRITE, MAP_SHARED
 from kvmpy.debug.record.model import request_name
 from kvmpy.debug.record.script import Script, Step
-from kvmpy.debug.record.writer import version
 from kvmpy.uapi import ioctls
 
 LIMIT = 30
@@ -99,7 +99,7 @@ def _about(writer: CSteps) -> list[tuple[str, str]]:
         ("KVM module", " ".join([host.get("module", "?"), *params])),
         ("CPU", host.get("cpu", "?")),
         ("Platform", host.get("platform", "?")),
-        ("Written by", f"kvmpy {version()}, from a record of kvmpy {host.get('kvmpy', '?')}"),
+        ("Written by", f"kvmpy {__version__}, from a record of kvmpy {host.get('kvmpy', '?')}"),
     )
     return [(label, text.replace("*/", "* /").replace("\n", " ")[:400]) for label, text in rows]
 

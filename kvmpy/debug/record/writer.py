@@ -10,9 +10,9 @@ import platform
 import resource
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
+from kvmpy import __version__
 from kvmpy.debug.record.events import End, Lines, Lost, Pages, Payload
 from kvmpy.debug.record.format import PAGE_SIZE, FileHeader, private
 from kvmpy.uapi import ffi, lib
@@ -27,17 +27,11 @@ _ROOM = 256
 _HIGHEST = 1 << 16
 
 
-def version() -> str:
-    """Return kvmpy's version."""
-    # By name: the package's front door leads to every room.
-    return str(import_module("kvmpy").__version__)
-
-
 def host_summary() -> dict[str, str]:
     """Return what is known of this host, for the frame HOST."""
     uname = os.uname()
     values = {
-        "kvmpy": version(),
+        "kvmpy": __version__,
         "kernel": uname.release,
         "machine": uname.machine,
         "cpu": _cpu(),
