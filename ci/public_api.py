@@ -53,8 +53,8 @@ def page() -> str:
         rows = "\n".join(f"| `{name}` | {summary(getattr(kvmpy, name))} |" for name in names)
         parts.append(f"## {title}\n\n| name | what it is |\n|---|---|\n{rows}\n")
     parts.append(
-        "Every constant and struct of KVM's user interface has its own name, too: `KVM_CAP_IRQCHIP`, "
-        "`kvm_regs`, ...\n"
+        "Every constant and struct of KVM's user interface is public under the kernel's name, too:\n"
+        "`KVM_CAP_IRQCHIP`, `kvm_regs`, ...\n"
     )
     return "\n".join(parts)
 
