@@ -17,7 +17,7 @@ class MalformedError(ValueError):
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise MalformedError(f"{constant} is no number of JSON")
+    raise MalformedError(f"{constant} is not a JSON number")
 
 
 def parse_json(data: str | bytes) -> Any:

@@ -77,7 +77,7 @@ def show(names: tuple[str, ...]) -> None:
             close = difflib.get_close_matches(name, known, 3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise click.ClickException(
-                f"{name} is no ioctl, struct, command or constant that kvmpy knows{hint}"
+                f"{name} is not an ioctl, struct, command or constant that kvmpy knows{hint}"
             )
         click.echo(text)
 

@@ -33,10 +33,10 @@ def html(files: tuple[Path, ...], output: Path) -> None:
         try:
             reports += pages.reports_in(json.loads(file.read_text(encoding="utf-8")), str(file))
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise click.ClickException(f"{file} cannot be read: {reason}") from None
         except json.JSONDecodeError as error:
-            raise click.ClickException(f"{file} is no JSON: {error}") from None
+            raise click.ClickException(f"{file} is not JSON: {error}") from None
         except pages.ReportError as error:
             raise click.ClickException(str(error)) from None
     try:

@@ -56,7 +56,7 @@ class LazyGroup(click.Group):
             return None
         command = getattr(importlib.import_module(f"kvmpy.cli.{cmd_name}"), cmd_name)
         if not isinstance(command, click.Command):
-            raise TypeError(f"kvmpy.cli.{cmd_name}.{cmd_name} is no click command")
+            raise TypeError(f"kvmpy.cli.{cmd_name}.{cmd_name} is not a click command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -33,7 +33,7 @@ def number(bits: int) -> Callable[[str], int]:
         try:
             value = int(text, 0)
         except ValueError:
-            raise click.BadParameter(f"{text!r} is no number") from None
+            raise click.BadParameter(f"{text!r} is not a number") from None
         if not 0 <= value < 1 << bits:
             raise click.BadParameter(f"{text} does not fit {bits} bits")
         return value

@@ -142,7 +142,7 @@ def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
             plain_console().print(render(found, everything, None))
         return
     if not as_json and not sys.stdout.isatty():
-        raise click.UsageError("standard output is no terminal: use --once, --json, or both")
+        raise click.UsageError("standard output is not a terminal: use --once, --json, or both")
     before = survey()
     if as_json:
         try:

@@ -176,7 +176,7 @@ def test_damaged_records_show_what_can_be_read(record: Path, tmp_path: Path) -> 
     assert "what could be read is above" in done.stderr
     none = tmp_path / "none.rec"
     none.write_text("hello")
-    assert "this is no record" in kvmpy("trace", "--read", none).stderr
+    assert "this is not a record" in kvmpy("trace", "--read", none).stderr
     assert "No such file" in kvmpy("trace", "--read", tmp_path / "absent").stderr
 
 

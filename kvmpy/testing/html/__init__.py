@@ -74,7 +74,7 @@ def reports_in(document: Any, name: str) -> list[dict[str, Any]]:
         ]
     if isinstance(schema, str) and schema.startswith("kvmpy-report/"):
         raise ReportError(f"{name} is a report of format {schema}; this kvmpy reads {SCHEMA}")
-    raise ReportError(f"{name} is no JSON report of kvmpy")
+    raise ReportError(f"{name} is not a JSON report of kvmpy")
 
 
 def base_id(identifier: str, protection: str | None) -> str:
