@@ -198,7 +198,12 @@ def _member(text: str, kind: type[ExitReason] | type[SevRet], prefix: str, what:
         if name in kind.__members__:
             return int(kind.__members__[name])
     try:
-        return int(text, 0)
+        number = int(text, 0)
+        if not -(1 << 31) <= number < 1 << 32:
+            raise DecodeError(f"{text[:40]} is no {what}: those have 32 bits")
+        return number
+    except DecodeError:
+        raise
     except ValueError:
         close = difflib.get_close_matches(prefix + text.upper().removeprefix(prefix), kind.__members__, 3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
@@ -211,6 +216,8 @@ def _errno(args: Sequence[str], full: bool) -> list[str]:
         raise DecodeError("expected errno NUMBER|NAME [IOCTL]")
     names = {errno_name(number): number for number in range(1, 134)}
     number = names.get(args[0].upper()) or parse_number(args[0])
+    if abs(number) >= 1 << 12:
+        raise DecodeError(f"{args[0][:40]} is no errno: they are below 4096")
     if len(args) == 2 and args[1].upper() in SEV_COMMANDS:
         meaning = sev_hint(args[1].upper(), abs(number)) or hint("KVM_MEMORY_ENCRYPT_OP", abs(number))
         return [f"{number}: {error_words(None, abs(number)).partition(':')[0]}{meaning and ': '}{meaning}"]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,23 @@ def html(files: tuple[Path, ...], output: Path) -> None:
     FILES are what --json of `kvmpy run`, `kvmpy lab run` and `kvmpy lab run --matrix` wrote.
     """
     from kvmpy.owned import write_atomically
+    from kvmpy.parsing import MalformedError, parse_json
     from kvmpy.testing import html as pages
 
     reports: list[dict[str, Any]] = []
     for file in files:
         try:
-            reports += pages.reports_in(json.loads(file.read_text(encoding="utf-8")), str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise click.ClickException(f"{file} cannot be read: {reason}") from None
-        except json.JSONDecodeError as error:
-            raise click.ClickException(f"{file} is not JSON: {error}") from None
+            reports += pages.reports_in(parse_json(file.read_bytes()), str(file))
+        except OSError as error:
+            raise click.ClickException(f"{file} cannot be read: {error.strerror}") from None
+        except MalformedError as error:
+            raise click.ClickException(f"{file} is {error}") from None
         except pages.ReportError as error:
             raise click.ClickException(str(error)) from None
     try:
         text = pages.render(reports)
     except pages.ReportError as error:
         raise click.ClickException(str(error)) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise click.ClickException(f"a report lacks what it must have: {error!r}") from None
     try:
         write_atomically(output, text)
     except OSError as error:

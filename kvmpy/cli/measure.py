@@ -213,18 +213,12 @@ def sev_es(
 
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from kvmpy.coco.idblock import load_key
 
     try:
-        key = load_pem_private_key(path.read_bytes(), None)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: no unencrypted PEM key: {error}") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError(
-            f"{path}: not an elliptic curve key; make one with: openssl ecparam -name secp384r1 -genkey"
-        )
-    return key
+        return load_key(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @measure.command()

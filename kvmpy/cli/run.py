@@ -14,6 +14,7 @@ import click
 
 import kvmpy
 from kvmpy import caches
+from kvmpy.testing import naming
 from kvmpy.testing.verdicts import suite_id
 
 _EXTRA = "kvmpy.pytest_args"
@@ -39,34 +40,18 @@ class SplitCommand(click.Command):
 
 def suite_folder() -> Path:
     """Return the folder of the selftests: inside the installed package, or the checkout's."""
-    package = Path(kvmpy.__file__).parent
-    for folder in (package / "selftests", package.parent / "selftests"):
-        if folder.is_dir():
-            return folder
-    raise click.ClickException("this kvmpy has no selftests: neither in the package nor beside it")
+    folder = naming.suite_folder()
+    if folder is None:
+        raise click.ClickException("this kvmpy has no selftests: neither in the package nor beside it")
+    return folder
 
 
-def targets(paths: tuple[str, ...], suite: Path) -> tuple[list[str], Path]:
-    """Return pytest's arguments for *paths* (of the suite, or the user's own files) and its root folder."""
-    # Folders below the root become modules: with the suite as root, its io would replace the module io.
-    root = suite.parent
-    if not paths:
-        return [str(suite)], root
-    chosen = []
-    for text in paths:
-        file, separator, test = text.partition("::")
-        if (suite / file).exists():
-            chosen.append(f"{suite / file}{separator}{test}")
-        elif Path(file).exists():
-            root = Path.cwd()
-            if Path(file).parts[0] in sys.stdlib_module_names:
-                root = root.parent
-            chosen.append(f"{Path(file).absolute()}{separator}{test}")
-        else:
-            raise click.BadParameter(
-                f"{file} is neither in the suite ({suite}) nor a file here", param_hint="PATHS"
-            )
-    return chosen, root
+def targets(paths: tuple[str, ...], suite: Path) -> naming.Targets:
+    """Return what *paths* name (of the suite, or the user's own files); a usage error for what is neither."""
+    try:
+        return naming.targets(paths, suite, Path.cwd())
+    except naming.NamingError as error:
+        raise click.BadParameter(str(error), param_hint="PATHS") from None
 
 
 def extra_arguments(ctx: click.Context) -> list[str]:
@@ -76,9 +61,12 @@ def extra_arguments(ctx: click.Context) -> list[str]:
 
 def pytest_args(suite: Path, options: Mapping[str, object], paths: tuple[str, ...]) -> list[str]:
     """Return pytest's arguments for this command's *options*; what is absent is not asked for."""
-    chosen, root = targets(paths, suite)
+    chosen = targets(paths, suite)
+    for remark in chosen.remarks:
+        _say(f"kvmpy run: {remark}")
     settings = Path(kvmpy.__file__).parent / "testing" / "suite.ini"
-    args = ["-c", str(settings), "--rootdir", str(root), *chosen]
+    args = ["-c", str(settings), "--rootdir", str(chosen.root), "--kvmpy-ids-from", str(Path.cwd())]
+    args += chosen.arguments
     for option, flag in (
         ("expression", "-k"),
         ("workers", "-n"),

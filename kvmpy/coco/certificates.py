@@ -6,8 +6,9 @@ Extensions and signatures as the VCEK certificate and KDS interface specificatio
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -69,6 +70,10 @@ class Chain:
 
         Without *root* the chain's own root is trusted: that proves consistency, not where it comes from.
         """
+        with _reading():
+            self._verify(root)
+
+    def _verify(self, root: x509.Certificate | None) -> None:
         if root is not None and root.public_bytes(Encoding.DER) != self.root.public_bytes(Encoding.DER):
             raise ReportError(
                 f"the chain ends in {_name(self.root)}, which is not the trusted root {_name(root)}"
@@ -91,6 +96,17 @@ class Chain:
         return _compare_extensions(self.leaf, report)
 
 
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Tell as a ReportError what cryptography cannot read: it looks at most of a certificate when asked."""
+    try:
+        yield
+    except ReportError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the library has many errors of its own, of no common class
+        raise ReportError(f"no certificate that can be read: {str(error) or type(error).__name__}") from None
+
+
 def load(files: Sequence[bytes]) -> list[x509.Certificate]:
     """Read certificates from PEM files (any number in each) or DER files; raises ReportError."""
     found: list[x509.Certificate] = []
@@ -98,13 +114,11 @@ def load(files: Sequence[bytes]) -> list[x509.Certificate]:
         # The serial number of a VCEK is 0 by AMD's specification, whatever RFC 5280 says.
         warnings.simplefilter("ignore", CryptographyDeprecationWarning)
         for data in files:
-            try:
+            with _reading():
                 if b"-----BEGIN CERTIFICATE" in data:
                     found += x509.load_pem_x509_certificates(data)
                 else:
                     found.append(x509.load_der_x509_certificate(data))
-            except ValueError as error:
-                raise ReportError(f"no certificate: {error}") from None
     return found
 
 

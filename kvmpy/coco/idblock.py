@@ -15,6 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 ID_BLOCK_SIZE = 96
 ID_AUTH_SIZE = 4096
@@ -145,6 +146,17 @@ class IdAuth:
 def generate_key() -> ec.EllipticCurvePrivateKey:
     """Return a new P-384 key."""
     return ec.generate_private_key(ec.SECP384R1())
+
+
+def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """Read an unencrypted P-384 key in PEM; raises ValueError for anything else."""
+    try:
+        key = load_pem_private_key(pem, None)
+    except Exception as error:  # noqa: BLE001 - the library has many errors of its own, of no common class
+        raise ValueError(f"no unencrypted PEM key: {str(error) or type(error).__name__}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("not an elliptic curve key; make one with: openssl ecparam -name secp384r1 -genkey")
+    return key
 
 
 def encode_public_key(key: ec.EllipticCurvePublicKey) -> bytes:

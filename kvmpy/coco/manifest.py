@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from kvmpy.coco.snp_digest import GPA_LIMIT, PAGE_SIZE, PageType, SnpDigest, file_page_digests
+from kvmpy.parsing import MalformedError, parse_json
 
 _TYPES = {kind.name.lower(): kind for kind in PageType if kind is not PageType.VMSA}
+
+MAX_PAGES = 1 << 24
+"""Pages without contents in one manifest, 64 GiB: every one of them takes a SHA-384."""
 
 
 class ManifestError(ValueError):
@@ -49,9 +53,9 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """Read a JSON file; file names in it are relative to its folder."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ManifestError(f"{path}: not JSON: {error}") from None
+            data = parse_json(path.read_bytes())
+        except MalformedError as error:
+            raise ManifestError(f"{path}: {error}") from None
         return cls.parse(data, path.parent)
 
     @classmethod
@@ -67,6 +71,8 @@ class Manifest:
             for index, entry in enumerate(_list(data.get("pages", []), "pages"))
         )
         _refuse_overlap(runs)
+        if (pages := sum(run.pages for run in runs if run.file is None)) > MAX_PAGES:
+            raise ManifestError(f"{pages} pages without a file: {MAX_PAGES} of them are measured at most")
         vmsas = []
         for index, name in enumerate(_list(data.get("vmsas", []), "vmsas")):
             file = _file(f"vmsas[{index}]", name, folder)
@@ -149,9 +155,12 @@ def _file(where: str, name: object, folder: Path) -> Path:
     if not isinstance(name, str) or not name:
         raise ManifestError(f"{where}: a file name is missing")
     path = folder / name
-    if not path.is_file():
-        raise ManifestError(f"{where}: no file {path}")
-    return path
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{where}: {name[:200]!r} is no file name: {error}") from None
+    raise ManifestError(f"{where}: no file {path}")
 
 
 def _refuse_overlap(runs: Sequence[PageRun]) -> None:

@@ -38,7 +38,7 @@ _AFTER_VCPUS = _EVENTFDS | {ioctls.KVM_SET_GSI_ROUTING.nr, ioctls.KVM_SET_PMU_EV
 
 @contextmanager
 def record(vm: Vm, path: str | os.PathLike[str]) -> Iterator[Recorder]:
-    """Record the KVM objects of this process to *path* until the end of the with block, *vm* from its creation on.
+    """Record this process's KVM objects to *path* until the with block ends, *vm* from its creation on.
 
     What KVM cannot be asked about (enabled capabilities, interrupt routes, eventfds, filters) is what was set
     through this VM's objects.  A note says what is missing: private memory that the host does not see, vCPU

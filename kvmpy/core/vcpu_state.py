@@ -81,6 +81,10 @@ def msr_reg_id(index: int) -> int:
     return _REG_X86 | _REG_U64 | 2 << 32 | index
 
 
+# KVM_X86_REG_KVM(KVM_REG_GUEST_SSP): the shadow stack pointer of CET.
+GUEST_SSP_REG_ID = _REG_X86 | _REG_U64 | 3 << 32
+
+
 class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
     """The part of a vCPU that is about its state; what the kernel calls a struct is returned as one."""
 

@@ -4,29 +4,27 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from kvmpy.debug.preload.build import recorder
-from kvmpy.debug.preload.shared import DUMP, FIRST_ORDER, Shared, sweep
+from kvmpy.debug.preload.shared import DUMP, FIRST_ORDER, Shared
 from kvmpy.debug.record.events import MEMORY, Lost, Memory, Note, Object, Thread, unpack
 from kvmpy.debug.record.format import PAGE_SIZE, Frame, FrameReader, RecordError
 from kvmpy.debug.record.format import FrameType as Kind
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.debug.trace_events import AnyFrame, Event, Stream
 from kvmpy.debug.trace_program import ProgramError, examine, passed_on
+from kvmpy.owned import OwnedFolder
 
 # A look at the rings costs as much as some twenty frames: it waits for that many where there is room.
 _PAUSE_S = 0.005
 _LONGEST_PAUSE_S = 0.02
 _FILL = 0.25
-_PREFIX = "kvmpy-trace-"
 _LAST_ORDER = 1 << 63
 _IOCTLS = (int(Kind.IOCTL), int(Kind.ENTER))
 
@@ -136,14 +134,14 @@ class PreloadTracer:
         self.command = list(command)
         self.sink = sink
         self.interrupts = 0
-        base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - shared memory is the point
-        sweep(Path(base or tempfile.gettempdir()), _PREFIX)
-        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        shared_memory = Path("/dev/shm")  # noqa: S108 - shared memory is the point
+        self._owned = OwnedFolder("trace", shared_memory if os.access(shared_memory, os.W_OK) else None)
+        self._folder = self._owned.path
         try:
             self._library = recorder(self._folder)
             self.shared = Shared(self._folder, memory=memory, writes=writes)
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._owned.close()
             raise
         self._warned: set[str] = set()
 
@@ -158,7 +156,7 @@ class PreloadTracer:
         finally:
             signal.signal(signal.SIGINT, earlier)
             self.shared.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._owned.close()
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         # The program got the signal, too, where it shares our terminal; what it does then is worth seeing.

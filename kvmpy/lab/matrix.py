@@ -10,7 +10,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from rich import box
 from rich.table import Table
 
 from kvmpy.lab.kernels import Kernel, Say
-from kvmpy.owned import dies_with_parent
+from kvmpy.owned import OwnedFolder, dies_with_parent
 from kvmpy.testing.table import plain_console
 
 SCHEMA = "kvmpy-lab-matrix/1"
@@ -158,13 +157,13 @@ def run_matrix(
     running: list[_Run] = []
     ended: dict[str, _Run] = {}
     with (
-        tempfile.TemporaryDirectory(prefix="kvmpy-matrix-") as folder,
+        OwnedFolder("matrix") as folder,
         _interrupts_passed_on(running) as interrupts,
     ):
         while (waiting and not interrupts) or running:
             while waiting and len(running) < together and not interrupts:
                 number, kernel = waiting.popleft()
-                running.append(_Run(kernel, each, Path(folder) / str(number)))
+                running.append(_Run(kernel, each, folder / str(number)))
             ready, _, _ = select.select(running, [], [])
             for entry in ready:
                 if not entry.pass_on():

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
 from kvmpy.lab.session import WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
 from kvmpy.testing.host import PLATFORM_VARIABLE
+from kvmpy.testing.testprocess import Interrupter, handled
 
 # Emulated, every import counts: what the suite needs, and what of pytest's own it does not.
 _PLUGINS = ("kvmpy.testing.plugin", "pytest_timeout")
@@ -159,7 +161,9 @@ def run(request: Request, say: Say) -> int:
     session = LabSession(setup, say)
     code = 3
     try:
-        code = int(pytest.main([*here, *request.reports, "-pno:xdist", *common], plugins=[session]))
+        # What ends this process ends the session in order, with its reports and without a QEMU.
+        with handled(Interrupter(), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            code = int(pytest.main([*here, *request.reports, "-pno:xdist", *common], plugins=[session]))
     finally:
         session.close()
         if code in WITHOUT_TRACE:

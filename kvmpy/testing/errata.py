@@ -7,13 +7,13 @@ The format is described in docs/errata.md. Pure: no KVM, no pytest.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 BUILTIN = Path(__file__).with_name("errata.toml")
+_VERSION_LENGTH = 100
 CONDITIONS = frozenset({"kernel", "module", "cpu", "platform", "protection"})
 # "param:kvm_amd.npt", as the marker requires has it.
 _PARAMETER = re.compile(r"param:(\w+\.\w+)")
@@ -94,14 +95,16 @@ def glob_match(pattern: str, text: str) -> bool:
 # Every test is compared with every entry.
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    expression = "".join({"*": ".*", "?": "."}.get(char) or re.escape(char) for char in pattern)
-    return re.compile(expression, re.DOTALL)
+    # fnmatch's expressions take no exponential time, whatever the pattern.
+    return re.compile(fnmatch.translate(pattern.replace("[", "[[]")))
 
 
 def _version(text: str) -> tuple[int, ...]:
     found = re.match(r"\d+(?:\.\d+)*", text)
     if not found:
         raise ErrataError(f"not a kernel version: {text!r}")
+    if len(found[0]) > _VERSION_LENGTH:
+        raise ErrataError(f"not a kernel version: {found[0][:_VERSION_LENGTH]}...")
     return tuple(int(part) for part in found[0].split("."))
 
 
@@ -129,7 +132,9 @@ def kernel_in_range(release: str, wanted: str) -> bool:
     return True
 
 
-def _entry(raw: Mapping[str, Any], where: str) -> Erratum:
+def _entry(raw: object, where: str) -> Erratum:
+    if not isinstance(raw, dict):
+        raise ErrataError(f"{where}: an entry is a table, [[erratum]]")
     unknown = set(raw) - {"test", "reason", "origin", "when", "message"}
     if unknown:
         raise ErrataError(f"{where}: unknown keys {', '.join(sorted(unknown))}")
@@ -142,6 +147,8 @@ def _entry(raw: Mapping[str, Any], where: str) -> Erratum:
         raise ErrataError(f"{where}: 'when' is needed, a condition on {known}")
     if odd := sorted(key for key in when if key not in CONDITIONS and not _PARAMETER.fullmatch(key)):
         raise ErrataError(f"{where}: unknown conditions {', '.join(odd)}; known are {known}")
+    if not isinstance(raw.get("message", ""), str):
+        raise ErrataError(f"{where}: 'message' is text")
     if not all(isinstance(value, str) for value in when.values()):
         raise ErrataError(f"{where}: conditions are text")
     if "kernel" in when:
@@ -158,11 +165,14 @@ def load(paths: Iterable[Path]) -> list[Erratum]:
     for path in paths:
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ErrataError(f"{path}: {error}") from error
         if set(data) - {"erratum"}:
             raise ErrataError(f"{path}: only [[erratum]] entries belong here")
-        for number, raw in enumerate(data.get("erratum", []), 1):
+        listed = data.get("erratum", [])
+        if not isinstance(listed, list):
+            raise ErrataError(f"{path}: only [[erratum]] entries belong here")
+        for number, raw in enumerate(listed, 1):
             entries.append(_entry(raw, f"{path.name} entry {number}"))
     return entries
 

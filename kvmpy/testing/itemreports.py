@@ -152,6 +152,13 @@ def _clean(report: pytest.TestReport | pytest.CollectReport) -> None:
     for name in ("longrepr", "wasxfail", "user_properties"):
         if hasattr(report, name):
             setattr(report, name, _printable(getattr(report, name)))
+    if report.skipped:
+        # pytest's summary prints a reason as it is: it may not look like lines of another report.
+        if isinstance(report.longrepr, tuple):
+            path, line, reason = report.longrepr
+            report.longrepr = (path, line, " ".join(reason.split()))
+        if isinstance(expected := getattr(report, "wasxfail", None), str):
+            report.__dict__["wasxfail"] = " ".join(expected.split())
     # The log's levels are coloured by pytest itself.
     report.sections = [
         (printable(title), text if title.startswith("Captured log") else printable(text))

@@ -120,6 +120,9 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--kvmpy-only-report", metavar="WHY", help="run nothing: report what the journal holds, and WHY"
     )
+    group.addoption(
+        "--kvmpy-ids-from", metavar="DIR", help="name own test files by their path below DIR, not the root's"
+    )
     parser.addini("kvmpy_suite", "this is a suite of KVM tests: host header and verdict table", "bool", False)
     parser.addini(
         "kvmpy_leaks",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmpy import __version__
-from kvmpy.testing import gate, host, options, protections, recording
+from kvmpy.testing import gate, host, naming, options, protections, recording
 from kvmpy.testing.errata import BUILTIN, ErrataError, load
 from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
 from kvmpy.testing.fixtures import _protection as protection
@@ -102,6 +102,17 @@ def _attach_tail(config: pytest.Config) -> IoctlTail:
     return tail
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Name a test file the same wherever the session's root is, where somebody wants that."""
+    here = parent.config.getoption("--kvmpy-ids-from")
+    if here is None:
+        return None
+    name = naming.identifier(module_path, Path(here))
+    made: pytest.Module = pytest.Module.from_parent(parent, path=module_path, nodeid=name)
+    return made
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one item for each protection."""
     protections.parametrize(metafunc)
@@ -178,6 +189,7 @@ class Session:
         reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
             self._output = reporter._tw._file = SteadyStream(reporter._tw._file)
+            self._config.add_cleanup(self._output.finish)
         return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -42,7 +42,8 @@ class Junit:
     """pytest's own JUnit report, written to memory so that it can be written like all others."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._writer: Any = config.stash.get(xml_key, None)
+        self._config = config
+        self._writer: Any = None
         self._memory = -1
 
     @property
@@ -51,6 +52,7 @@ class Junit:
 
     def divert(self) -> None:
         """Let pytest write to memory, when it does."""
+        self._writer = self._config.stash.get(xml_key, None)
         if self._writer is not None:
             self._memory = os.memfd_create("junit")
             self.target, self._writer.logfile = Path(self._writer.logfile), self._path
@@ -83,24 +85,29 @@ class SteadyStream:
 
     def write(self, text: str) -> int:
         """Write text; what the stream's encoding lacks is escaped."""
+        if self.failure is not None:
+            return len(text)
         try:
             return int(self._stream.write(text))
         except UnicodeEncodeError:
             return int(self._stream.write(text.encode("ascii", "backslashreplace").decode()))
         except OSError as error:
-            self._lose(error)
+            self.failure = error
         return len(text)
 
     def flush(self) -> None:
         """Write out what is buffered."""
+        if self.failure is not None:
+            return
         try:
             self._stream.flush()
         except OSError as error:
-            self._lose(error)
+            self.failure = error
 
-    def _lose(self, error: OSError) -> None:
-        self.failure = self.failure or error
-        # What is buffered has to go somewhere, also at the end of the process.
+    def finish(self) -> None:
+        """Let what is still buffered go nowhere: the end of the process would try once more to write it."""
+        if self.failure is None:
+            return
         with contextlib.suppress(OSError, ValueError):
             sink = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             os.dup2(sink, self._stream.fileno(), inheritable=True)

@@ -253,6 +253,8 @@ class _Run:
                 return code
             reason = _death(code)
             if child.interrupted:
+                if history.running is not None:
+                    journal.mark_lost(self._path, history.running, "the session ended in the middle of it")
                 self._report(history, "interrupted, and did not end by itself")
                 return INTERRUPTED
             history = self._died(child, reason)

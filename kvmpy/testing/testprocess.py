@@ -36,7 +36,7 @@ def stack_file(journal: Path) -> Path:
     return journal.with_name(journal.name + STACK_SUFFIX)
 
 
-class _Interrupter:
+class Interrupter:
     """A handler that ends the session like Ctrl-C, once for what is sent twice."""
 
     def __init__(self) -> None:
@@ -83,5 +83,5 @@ def attach(config: pytest.Config, journal: Path) -> None:
     die_with_parent()
     stack = contextlib.ExitStack()
     stack.enter_context(_stacks(stack_file(journal)))
-    stack.enter_context(handled(_Interrupter(), signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    stack.enter_context(handled(Interrupter(), signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     config.add_cleanup(stack.close)

@@ -488,13 +488,13 @@ def _snp_page_unsmash(scene: Scene) -> Fields:
         bench.page(page, "pre-guest", asid=ES_ASID, gpa=gpa + page * PAGE_SIZE)
     wrong = scene.word("wrong", "nothing")
     if wrong != "nothing":
-        kinds = {
+        other = {
             "state": {"state": "guest-invalid", "asid": ES_ASID},
             "asid": {"state": "pre-guest", "asid": ES_ASID - 1},
             "address": {"state": "pre-guest", "asid": ES_ASID, "gpa": 1 << 30},
             "owner": {"state": "firmware"},
         }[wrong]
-        bench.page(7, **kinds)  # type: ignore[arg-type]
+        bench.page(7, **other)  # type: ignore[arg-type]
     return {"address": bench.base + scene.number("offset", 0)}
 
 

@@ -6,6 +6,8 @@ A scene is made of options, ``name=value``, each of which makes one thing other 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
@@ -48,7 +50,11 @@ class Scene:
         self.bench = bench
         self._options = dict(options)
         self._left = set(options)
-        self.owner = GuestOwner()
+
+    @cached_property
+    def owner(self) -> GuestOwner:
+        """The guest's owner: one for all that this scene signs and wraps."""
+        return GuestOwner()
 
     # Options.
 

@@ -16,7 +16,7 @@ import pytest
 
 from kvmpy.debug.preload import build, plan, shared
 from kvmpy.debug.preload.build import RecorderBuildError, recorder
-from kvmpy.debug.preload.shared import Lease, Ring, Shared, sweep
+from kvmpy.debug.preload.shared import Lease, Ring, Shared
 from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, FrameType
 from kvmpy.uapi.buffers import BUFFERS
 from kvmpy.uapi.ioctls import KVM_GET_MSRS, KVM_MEMORY_ENCRYPT_OP
@@ -196,26 +196,6 @@ def test_a_killed_tracer_is_noticed_and_a_stopped_one_is_waited_for(program: Pat
     assert child.communicate() == ("", "")
     assert not Lease.lives(control.read_bytes())
     tracer.communicate()
-
-
-def test_what_a_killed_tracer_left_is_swept(tmp_path: Path) -> None:
-    """Its folder goes with the next trace; that of one who lives stays."""
-    ours, dead, strange = (tmp_path / f"kvmpy-trace-{name}" for name in ("ours", "dead", "strange"))
-    for folder in (ours, dead, strange):
-        folder.mkdir()
-    area = Shared(ours, ring_size=1 << 14)
-    subprocess.run(
-        [sys.executable, "-c", TRACER + "import os\nos._exit(0)", dead],
-        check=True,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=TIMEOUT,
-    )
-    sweep(tmp_path, "kvmpy-trace-")
-    assert (ours.is_dir(), dead.exists(), strange.is_dir()) == (True, False, True)
-    area.close()
-    sweep(tmp_path, "kvmpy-trace-")
-    assert not ours.exists()
 
 
 def test_a_full_disk_is_said(program: Path, tmp_path: Path) -> None:

@@ -21,15 +21,18 @@ IMPORTING = {
     "__init__.py": "the face imports what it names at first use: --help and the plugin come without the rest",
     "cli/main.py": "a command's module is imported when the command is called",
     "cli/shell.py": "IPython is optional, and no module of kvmpy",
+    "lab/inside.py": "what a post-mortem imports comes before it is needed, a module at a time between tests",
     "uapi/build.py": "reads the list of declarations before there is an extension to import",
     "uapi/hatch_build.py": "builds the extension before there is one to import",
 }
 
 # Where a string names a module, and why.
 NAMED = {
-    "__init__.py": "the face says where its names come from",
+    "cli/hardware.py": "a program of its own: python -m",
     "cli/main.py": "a command's module is named after it",
     "debug/record/worker.py": "a program of its own: python -m",
+    "guest/postmortem.py": "tells the session in the lab which of its imports to make early",
+    "lab/inside.py": "makes them",
     "lab/runs.py": "plugins of the pytest inside, on its command line",
     "testing/itemreports.py": "looked up in sys.modules: whoever raised a MissingError has imported it",
     "uapi/struct_base.py": "the __module__ of generated classes",

@@ -257,10 +257,13 @@ def test_matrix_of_kernels() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not JSON: Expecting"),
         ("[]", "is not a JSON report of kvmpy"),
         ('{"schema": "kvmpy-report/9"}', "format kvmpy-report/9"),
-        ('{"schema": "kvmpy-report/1"}', "lacks what it must have"),
+        (
+            '{"schema": "kvmpy-report/1"}',
+            "cannot be shown: Object missing required",
+        ),
         ('{"schema": "kvmpy-lab-matrix/1", "reports": {}}', "there is no report"),
     ],
 )

@@ -8,11 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 
+from kvmpy.owned import OwnedFolder
 from kvmpy.testing import journal
 from kvmpy.testing.supervisor import supervise
 from tests.testing.support import Suite
@@ -270,3 +272,33 @@ def test_a_journal_that_ends_in_half_a_line_is_read(tmp_path: Path) -> None:
     assert (history.seed, history.running, history.limit, history.finished) == (7, "a", 3.0, False)
     journal.mark_lost(path, "a", "gone")
     assert journal.read(path).lost == {"a": "gone"}
+
+
+def test_what_dead_owners_left_is_swept_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal, sys, tempfile\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}\n"
+        "from kvmpy.owned import OwnedFolder\n"
+        "folder = OwnedFolder('run')\n"
+        "(folder.path / 'content').write_text('x')\n"
+        "print(folder.path, flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", code]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as dead,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alive,
+    ):
+        assert dead.stdout is not None
+        assert alive.stdout is not None
+        left, kept = Path(dead.stdout.readline().strip()), Path(alive.stdout.readline().strip())
+        dead.kill()
+        dead.wait(60)
+        assert (left / "content").exists()
+        (tmp_path / "kvmpy-notes").mkdir()
+        (tmp_path / "kvmpy-notes" / "mine").write_text("no lock: not one of these")
+        with OwnedFolder("run") as own:
+            assert {path.name for path in tmp_path.iterdir()} == {own.name, kept.name, "kvmpy-notes"}
+        assert not own.exists()
+        alive.kill()

@@ -371,13 +371,3 @@ class Shared:
         self.rings.clear()
         with contextlib.suppress(BufferError):
             self._map.close()
-
-
-def sweep(base: Path, prefix: str) -> None:
-    """Remove the folders of this user below *base* whose tracer died."""
-    for folder in base.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):
-            if folder.lstat().st_uid == os.geteuid() and not Lease.lives((folder / "control").read_bytes()):
-                for item in folder.iterdir():
-                    item.unlink()
-                folder.rmdir()

@@ -70,6 +70,11 @@ class ObjectKind(IntEnum):
     MEMFD = 10
     OTHER = 11
 
+    @classmethod
+    def _missing_(cls, value: object) -> ObjectKind | None:
+        # A newer minor version may know further kinds: they are descriptors of no kind that is known here.
+        return cls.OTHER if isinstance(value, int) and value >= 0 else None
+
 
 class When(IntFlag):
     """Whether a chunk is what the kernel found, what it left, or both."""

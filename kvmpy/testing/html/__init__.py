@@ -17,6 +17,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from kvmpy import __version__
+from kvmpy.parsing import MalformedError
+from kvmpy.testing.html import schema
 from kvmpy.testing.json_report import SCHEMA
 from kvmpy.testing.verdicts import Verdict
 
@@ -44,7 +46,8 @@ def script_json(values: Any) -> str:
     text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
     for character in ("<", ">", "&", "\u2028", "\u2029"):
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    # Half of a surrogate pair is no text of a page.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,18 +66,28 @@ def reports_in(document: Any, name: str) -> list[dict[str, Any]]:
 
     ReportError when it is neither; *name* is the file's name for the message.
     """
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema == SCHEMA:
-        return [document]
-    if schema == MATRIX_SCHEMA:
+    kind = document.get("schema") if isinstance(document, dict) else None
+    if kind == SCHEMA:
+        return [_checked(document, name)]
+    if kind == MATRIX_SCHEMA:
+        reports = document.get("reports")
+        if not isinstance(reports, dict) or not all(isinstance(entry, dict) for entry in reports.values()):
+            raise ReportError(f"{name} is no report: expected a report for each kernel - at `$.reports`")
         return [
-            {**report, "name": kernel}
-            for kernel, report in document["reports"].items()
+            _checked({**report, "name": kernel}, f"{name}, {kernel}")
+            for kernel, report in reports.items()
             if report.get("tests")
         ]
-    if isinstance(schema, str) and schema.startswith("kvmpy-report/"):
-        raise ReportError(f"{name} is a report of format {schema}; this kvmpy reads {SCHEMA}")
+    if isinstance(kind, str) and kind.startswith("kvmpy-report/"):
+        raise ReportError(f"{name} is a report of format {kind}; this kvmpy reads {SCHEMA}")
     raise ReportError(f"{name} is not a JSON report of kvmpy")
+
+
+def _checked(report: dict[str, Any], name: str) -> dict[str, Any]:
+    try:
+        return schema.checked(report)
+    except MalformedError as error:
+        raise ReportError(f"{name} cannot be shown: {error}") from None
 
 
 def base_id(identifier: str, protection: str | None) -> str:
