@@ -168,8 +168,8 @@ TABLE_END = 4 * 4096 - 32
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"", "no whole number of pages"),
-        (bytes(4097), "no whole number of pages"),
+        (b"", "not a whole number of pages"),
+        (bytes(4097), "not a whole number of pages"),
         (image(sections=None), "has no SEV metadata"),
         (changed(0x100, b"BSEV"), "b'BSEV' version 1, not b'ASEV'"),
         (changed(0x108, b"\2"), "version 2, not"),

@@ -121,7 +121,7 @@ def test_paths_and_entries() -> None:
         ("kvm_sregs", "interrupt_bitmap=1,2,3,4,5", "takes 4 numbers, 5 were given"),
         ("kvm_lapic_state", "regs=" + "00" * 1025, "takes 1024 bytes, 1025 were given"),
         ("kvm_lapic_state", "regs=0g", "'g' is not a hexadecimal digit"),
-        ("kvm_userspace_memory_region", "flags=KVM_MEM_X", "no number, or names of MemFlag"),
+        ("kvm_userspace_memory_region", "flags=KVM_MEM_X", "not a number, or names of MemFlag"),
         ("kvm_msrs", "entries[99999].data=1", "more than 65536 entries"),
     ],
 )

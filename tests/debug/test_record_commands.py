@@ -119,7 +119,7 @@ def test_bad_files(tmp_path: Path) -> None:
         for path, says in (
             (newer, "format version 7.0"),
             (other, "ELF machine 183"),
-            (none, "no record"),
+            (none, "not a record"),
             (empty, "no ioctl that returned"),
             (tmp_path / "missing.rec", "No such file"),
         ):

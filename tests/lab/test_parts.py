@@ -350,7 +350,7 @@ def test_a_tree_that_does_not_build(tree: Path) -> None:
 
 
 def test_what_is_no_tree(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(LabError, match="no Linux source tree"):
+    with pytest.raises(LabError, match="not a Linux source tree"):
         build.from_source(tmp_path, lambda _: None)
 
 

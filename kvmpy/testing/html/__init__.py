@@ -72,7 +72,7 @@ def reports_in(document: Any, name: str) -> list[dict[str, Any]]:
     if kind == MATRIX_SCHEMA:
         reports = document.get("reports")
         if not isinstance(reports, dict) or not all(isinstance(entry, dict) for entry in reports.values()):
-            raise ReportError(f"{name} is no report: expected a report for each kernel - at `$.reports`")
+            raise ReportError(f"{name} is not a report: expected a report for each kernel - at `$.reports`")
         return [
             _checked({**report, "name": kernel}, f"{name}, {kernel}")
             for kernel, report in reports.items()
