@@ -15,30 +15,30 @@ SECONDS ?= 60
 .DEFAULT_GOAL := help
 .PHONY: help run hardware lab kernel test torture lint format wheel docs clean check-host
 
-help: ## this list
+help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "ARGS='...' is passed on by run, lab (kvmpy run, kvmpy lab run) and test (pytest)."
 	@echo "PYTHON=python3.12 picks the interpreter."
 
-run: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests on this host's KVM, or in the lab where it has none
+run: $(VENV)/.kvmpy-run $(NATIVE) ## run the selftests on this host's KVM, or in the lab if it has none
 	@$(BIN)/kvmpy run $(ARGS)
 
-lab: $(VENV)/.kvmpy-run $(NATIVE) ## the selftests under QEMU, in a kernel with a software AMD-SP that is built first when there is none that is up to date
+lab: $(VENV)/.kvmpy-run $(NATIVE) ## run the selftests under QEMU, in a kernel with the software AMD-SP (built first if none is up to date)
 	@$(BIN)/kvmpy lab run --soft-sev --build $(ARGS)
 
-hardware: $(VENV)/.kvmpy-run $(NATIVE) ## on a machine with SEV: doctor, the suite, bench, and one archive of it all
+hardware: $(VENV)/.kvmpy-run $(NATIVE) ## on a machine with SEV: run doctor, the suite and bench, and pack the results
 	@$(BIN)/kvmpy hardware $(ARGS)
 
-kernel: $(VENV)/.kvmpy-run $(NATIVE) ## a kernel for the lab, unless there is one that is up to date
+kernel: $(VENV)/.kvmpy-run $(NATIVE) ## build a kernel for the lab if none is up to date
 	@$(BIN)/kvmpy lab build --soft-sev --missing
 
-test: $(VENV)/.kvmpy-dev $(NATIVE) ## kvmpy's own tests, then the selftests
+test: $(VENV)/.kvmpy-dev $(NATIVE) ## run kvmpy's own tests, then the selftests
 	@$(BIN)/python -m pytest $(ARGS)
 
-torture: $(VENV)/.kvmpy-dev $(NATIVE) ## hangs, kills, malformed inputs and corrupt guests, SECONDS=60 for each kind
+torture: $(VENV)/.kvmpy-dev $(NATIVE) ## run hangs, kills, malformed input and corrupt guests against kvmpy, SECONDS=60 for each test
 	@KVMPY_TORTURE_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/torture $(ARGS)
 
-lint: $(VENV)/.kvmpy-dev $(NATIVE) ## ruff, mypy --strict, import contracts
+lint: $(VENV)/.kvmpy-dev $(NATIVE) ## run ruff, mypy --strict and the import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
@@ -47,13 +47,13 @@ format: $(VENV)/.kvmpy-dev ## reformat the sources with ruff
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-wheel: $(VENV)/.kvmpy-dev ## the installable package, in dist/
+wheel: $(VENV)/.kvmpy-dev ## build the installable package in dist/
 	@$(BIN)/python -m build --wheel --outdir dist .
 
-docs: $(VENV)/.kvmpy-docs $(NATIVE) ## the API reference from the docstrings, in build/api/
+docs: $(VENV)/.kvmpy-docs $(NATIVE) ## build the API reference from the docstrings in build/api/
 	@$(BIN)/python ci/api_reference.py build/api
 
-clean: ## remove everything that was built, the virtual environment included
+clean: ## remove everything that was built, including the virtual environment
 	rm -rf $(VENV) $(NATIVE) build dist .mypy_cache .ruff_cache .pytest_cache
 
 check-host:

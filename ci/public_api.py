@@ -31,6 +31,8 @@ def summary(value: object) -> str:
     """Return the first sentence of what *value* says of itself."""
     if isinstance(value, int):
         return f"{int(value):#x}"
+    if isinstance(value, str):
+        return "the program `" + " ".join(value.split()) + "`"
     if isinstance(value, types.UnionType):
         return "any of " + ", ".join(f"`{part.__name__}`" for part in value.__args__)
     if isinstance(value, types.GenericAlias):
@@ -51,8 +53,8 @@ def page() -> str:
         rows = "\n".join(f"| `{name}` | {summary(getattr(kvmpy, name))} |" for name in names)
         parts.append(f"## {title}\n\n| name | what it is |\n|---|---|\n{rows}\n")
     parts.append(
-        "Every constant and struct of KVM's user interface has its own name, too: `KVM_CAP_IRQCHIP`, "
-        "`kvm_regs`, ...\n"
+        "Every constant and struct of KVM's user interface is public under the kernel's name, too:\n"
+        "`KVM_CAP_IRQCHIP`, `kvm_regs`, ...\n"
     )
     return "\n".join(parts)
 

@@ -17,7 +17,7 @@ class MalformedError(ValueError):
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise MalformedError(f"{constant} is no number of JSON")
+    raise MalformedError(f"{constant} is not a JSON number")
 
 
 def parse_json(data: str | bytes) -> Any:
@@ -28,7 +28,7 @@ def parse_json(data: str | bytes) -> Any:
     except MalformedError:
         raise
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"no JSON: {error}") from None
+        raise MalformedError(f"not JSON: {error}") from None
 
 
 def conform(values: object, kind: type[T]) -> T:

@@ -16,18 +16,16 @@ if TYPE_CHECKING:
 
 
 @click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.pass_context
 def abi(ctx: click.Context, as_json: bool) -> None:
     """Show the ioctls, structs and constants that kvmpy knows.
 
-    Without a command: a table of the ioctls, or all of it with --json.
+    Without a command, print a table of the ioctls; with --json, print everything.
     """
     if ctx.invoked_subcommand is not None:
         if as_json:
-            raise click.UsageError(
-                f"--json goes behind the command: kvmpy abi {ctx.invoked_subcommand} --json"
-            )
+            raise click.UsageError(f"put --json after the command: kvmpy abi {ctx.invoked_subcommand} --json")
         return
     from kvmpy.uapi.abi import content
 
@@ -79,7 +77,7 @@ def show(names: tuple[str, ...]) -> None:
             close = difflib.get_close_matches(name, known, 3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise click.ClickException(
-                f"{name} is no ioctl, struct, command or constant that kvmpy knows{hint}"
+                f"{name} is not an ioctl, struct, command or constant that kvmpy knows{hint}"
             )
         click.echo(text)
 
@@ -119,11 +117,13 @@ def _describe(name: str, everything: dict[str, Any]) -> list[str]:
     required=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="A `make headers_install` tree, an unpacked linux-libc-dev, or an include folder.",
+    help="A `make headers_install` tree, an unpacked linux-libc-dev, or an include directory.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option(
-    "--fail-on-drift", is_flag=True, help="Exit 1 too when the headers have more, without a known reason."
+    "--fail-on-drift",
+    is_flag=True,
+    help="Also exit 1 when the headers have more than kvmpy, unless the reason is known.",
 )
 def check(directory: Path, as_json: bool, fail_on_drift: bool) -> None:
     """Compare with kernel headers: exit 1 when a number, size or offset differs.
@@ -155,7 +155,7 @@ def _print_report(report: Report, directory: Path) -> None:
     unexplained = report.unexplained
     explained = len(report.drift) - len(unexplained)
     click.echo(
-        f"drift (only in the headers): {len(unexplained)} unexplained, {explained} left out on purpose"
+        f"drift (only in the headers): {len(unexplained)} unexplained, {explained} ignored (reason known)"
     )
     for drift in unexplained:
         click.echo(f"  {drift}")
@@ -164,7 +164,7 @@ def _print_report(report: Report, directory: Path) -> None:
         if drift.reason:
             left_out.setdefault(drift.reason, []).append(f"{drift.kind} {drift.name}")
     for reason, names in left_out.items():
-        click.echo(f"left out on purpose, {reason}: {len(names)}")
+        click.echo(f"ignored, {reason}: {len(names)}")
         for name in names:
             click.echo(f"  {name}")
     if report.absent:

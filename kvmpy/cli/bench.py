@@ -21,14 +21,18 @@ GROUPS = ("core", "private", "launch", "sev", "digest", "trace")
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@click.option("--rounds", type=click.IntRange(MIN_ROUNDS, 1000), default=11, show_default=True)
+@click.option("--rounds", type=click.IntRange(MIN_ROUNDS, 1000), default=11, show_default=True,
+              help="How often each figure is measured.")  # fmt: skip
 @click.option(
-    "--only", type=click.Choice(GROUPS), multiple=True, help="Measure this group of figures (default: all)."
+    "--only",
+    type=click.Choice(GROUPS),
+    multiple=True,
+    help="Measure only this group of figures (repeatable; default: all).",
 )
 def bench(as_json: bool, rounds: int, only: tuple[str, ...]) -> None:
-    """Measure kvmpy beside bare C loops that do the same: medians, and ratios within each round.
+    """Compare kvmpy with C programs that do the same work, in the same run; print medians and ratios.
 
-    A benchmark and no test: a target that is missed is shown, and the exit status stays 0.
+    A missed target is reported, but the exit status stays 0.
     """
     from kvmpy.coco.kvm import Kvm
     from kvmpy.core.errors import MissingError
@@ -44,7 +48,10 @@ def bench(as_json: bool, rounds: int, only: tuple[str, ...]) -> None:
         click.echo(f"kvmpy bench: {error}", err=True)
         sys.exit(1)
     if not figures:
-        click.echo("nothing to measure: no protection here keeps private memory from the host", err=True)
+        click.echo(
+            "nothing to measure: this host has no protection that hides private memory from the host",
+            err=True,
+        )
     if as_json:
         click.echo(
             json.dumps({"rounds": rounds, "figures": [asdict(figure) for figure in figures]}, indent=2)

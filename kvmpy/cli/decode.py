@@ -7,12 +7,12 @@ import click
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option("-a", "--all", "full", is_flag=True, help="Shorten no array.")
-@click.option("-w", "--words", "as_words", is_flag=True, help="Print what `kvmpy encode` takes.")
+@click.option("-a", "--all", "full", is_flag=True, help="Print arrays in full.")
+@click.option("-w", "--words", "as_words", is_flag=True, help="Print the arguments for `kvmpy encode`.")
 @click.argument("what")
 @click.argument("args", nargs=-1)
 def decode(full: bool, as_words: bool, what: str, args: tuple[str, ...]) -> None:
-    """Say what WHAT is, and decode what follows it.
+    """Decode WHAT and the values that follow it.
 
     \b
     kvmpy decode 0xc008aeba [BYTES]        an ioctl by number or name, and its argument

@@ -79,7 +79,7 @@ def find_ioctl(text: str) -> Ioctl | int | None:
     except ValueError:
         return None
     if not 0 <= number < 1 << 32:
-        raise DecodeError(f"{text} is no ioctl number: those have 32 bits")
+        raise DecodeError(f"{text} is not an ioctl number: those have 32 bits")
     return BY_NR.get(number, number)
 
 
@@ -223,7 +223,7 @@ def _errno(args: Sequence[str], full: bool) -> list[str]:
         return [f"{number}: {error_words(None, abs(number)).partition(':')[0]}{meaning and ': '}{meaning}"]
     op = find_ioctl(args[1]) if len(args) == 2 else None
     if len(args) == 2 and not isinstance(op, Ioctl):
-        raise DecodeError(f"{args[1]!r} is no ioctl that kvmpy knows{_elsewhere(args[1])}")
+        raise DecodeError(f"{args[1]!r} is not an ioctl that kvmpy knows{_elsewhere(args[1])}")
     return [f"{number}: {error_words(op.name if isinstance(op, Ioctl) else None, abs(number))}"]
 
 
@@ -246,7 +246,7 @@ def _msr(args: Sequence[str], full: bool) -> list[str]:
         except KeyError as error:
             raise DecodeError(str(error.args[0])) from None
     if not 0 <= number < 1 << 32:
-        raise DecodeError(f"{args[0]} is no MSR: their numbers have 32 bits")
+        raise DecodeError(f"{args[0]} is not an MSR: their numbers have 32 bits")
     if len(args) == 1:
         return [f"{number:#x} {msrs.name(number)}"]
     value = parse_number(args[1])
@@ -304,7 +304,7 @@ def _policy(args: Sequence[str], full: bool) -> list[str]:
         raise DecodeError("expected policy [sev|snp] VALUE")
     value = parse_number(args[-1])
     if not 0 <= value < 1 << 64:
-        raise DecodeError(f"{args[-1]} is no policy: SNP's have 64 bits, SEV's 32")
+        raise DecodeError(f"{args[-1]} is not a policy: SNP's have 64 bits, SEV's 32")
     kinds = {"snp": snp_policy_words, "sev": sev_policy_words}
     wanted = [args[0]] if len(args) == 2 else ["snp", "sev"]
     return [f"{value:#x} as {kind.upper()} policy: {kinds[kind](value)}" for kind in wanted]
@@ -350,7 +350,7 @@ def _ghcb(args: Sequence[str], full: bool) -> list[str]:
     if len(text) <= 18 and not text.startswith(("@", "-")):
         value = parse_number(text)
         if not 0 <= value < 1 << 64:
-            raise DecodeError(f"{text} is no value of an MSR: those have 64 bits")
+            raise DecodeError(f"{text} is not a value of an MSR: those have 64 bits")
         return [f"GHCB MSR {value:#x}", f"  {ghcb.msr_words(value)}"]
     page = content(text)
     lines = ["GHCB, fields that are not 0:"]
@@ -390,7 +390,7 @@ def lines_of(what: str, args: Sequence[str], *, full: bool, as_words: bool) -> l
     close = [] if other else difflib.get_close_matches(what, [*DOMAINS, *IOCTLS, *STRUCTS, *commands], 3, 0.6)
     words = f"; did you mean {', '.join(close)}?" if close else other
     raise DecodeError(
-        f"{what!r} is no ioctl (by number or name), command, struct, or one of {', '.join(DOMAINS)}{words}"
+        f"{what!r} is not an ioctl (number or name), command, struct, or one of {', '.join(DOMAINS)}{words}"
     )
 
 

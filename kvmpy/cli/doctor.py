@@ -119,7 +119,7 @@ def examine() -> dict[str, Any]:
 
 
 def _words(flags: Mapping[str, bool]) -> str:
-    return " ".join(name for name, there in flags.items() if there) or "none of those that matter"
+    return " ".join(name for name, there in flags.items() if there) or "none of the relevant ones"
 
 
 def _print_fixes(console: Console, fixes: Mapping[str, bool]) -> None:
@@ -154,13 +154,13 @@ def _print_measured(console: Console, measured: Mapping[str, Any]) -> None:
         return
     how = "natively" if measured["ring0_native"] else "in KVM's instruction emulator"
     console.print(f"  ring 0 runs {how}: {measured['instruction_ns']:.2f} ns an instruction")
-    console.print(f"  a port exit and the way back: {measured['exit_us']:.1f} us")
+    console.print(f"  a port exit, round trip: {measured['exit_us']:.1f} us")
 
 
 def show(console: Console, found: Mapping[str, Any]) -> None:
     """Print what :func:`examine` found, for people."""
     cpu, kernel, kvm = found["cpu"], found["kernel"], found["kvm"]
-    emulated = "" if found["platform"] == "host" else " (emulated: its results are no hardware results)"
+    emulated = "" if found["platform"] == "host" else " (emulated: its results say nothing about hardware)"
     console.print(f"kvmpy {found['kvmpy']}, platform {found['platform']}{emulated}")
     console.print(f"CPU: {cpu['count']} x {cpu['model']}, flags: {_words(cpu['flags'])}")
     console.print(f"kernel: {kernel['release']} {kernel['machine']}")
@@ -179,7 +179,7 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
     console.print("guest_memfd flags: " + _words(found["guest_memfd_flags"]))
     console.print("protections, strongest first:")
     _print_protections(console, found["protections"])
-    console.print(f"  auto takes {found['auto']}")
+    console.print(f"  auto selects {found['auto']}")
     console.print("measured:")
     _print_measured(console, found["measured"])
     offered = {name: value for name, value in found["capabilities"].items() if value}
@@ -194,7 +194,7 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def doctor(as_json: bool) -> None:
-    """Look at CPU, kernel, modules, capabilities and protections, and measure what an exit costs."""
+    """Check CPU, kernel, modules, capabilities and protections, and measure the cost of an exit."""
     found = examine()
     if as_json:
         click.echo(json.dumps(found, indent=2))

@@ -57,7 +57,7 @@ def _exit(args: Sequence[str]) -> Encoded:
             reason = ExitReason[each]
             data = build("kvm_run", [f"exit_reason={each}", *args[1:]]).to_bytes()[: 32 + 256]
             return str(int(reason)), data if args[1:] else b""
-    raise DecodeError(f"{args[0]!r} is no exit reason")
+    raise DecodeError(f"{args[0]!r} is not an exit reason")
 
 
 def _sev_error(args: Sequence[str]) -> Encoded:
@@ -70,7 +70,7 @@ def _sev_error(args: Sequence[str]) -> Encoded:
         if name not in SevRet.__members__:
             close = difflib.get_close_matches(name, SevRet.__members__, 3)
             raise DecodeError(
-                f"{text!r} is no status of the SEV firmware; close: {', '.join(close) or 'none'}"
+                f"{text!r} is not a status of the SEV firmware; close: {', '.join(close) or 'none'}"
             )
         codes.append(hex(int(SevRet[name]) & 0xFFFF_FFFF))
     return " ".join(codes), b""
@@ -146,7 +146,7 @@ def _ioctl(what: str, args: Sequence[str]) -> Encoded | None:
     if op is None:
         return None
     if not isinstance(op, Ioctl):
-        raise DecodeError(f"{op:#x} is no ioctl that kvmpy knows: nothing can be encoded for it")
+        raise DecodeError(f"{op:#x} is not an ioctl that kvmpy knows: nothing can be encoded for it")
     if op.struct is not None:
         return f"{op.nr:#x}", build(op.struct, args, _parsers()).to_bytes()
     if op.arg == "none":
@@ -186,15 +186,15 @@ def _encode(what: str, args: Sequence[str]) -> Encoded:
         return found
     close = difflib.get_close_matches(what, [*_DOMAINS, *IOCTLS, *STRUCTS, *commands], 3, 0.5)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
-    raise DecodeError(f"{what!r} is no ioctl, command, struct, or one of {', '.join(_DOMAINS)}{hint}")
+    raise DecodeError(f"{what!r} is not an ioctl, command, struct, or one of {', '.join(_DOMAINS)}{hint}")
 
 
 @click.command()
-@click.option("-r", "--raw", is_flag=True, help="Write the bytes themselves, and nothing else.")
+@click.option("-r", "--raw", is_flag=True, help="Write only the bytes, in binary.")
 @click.argument("what")
 @click.argument("args", nargs=-1)
 def encode(raw: bool, what: str, args: tuple[str, ...]) -> None:
-    """Print the number of WHAT and the bytes that FIELD=VALUE arguments make; `kvmpy decode` takes both.
+    """Print the number of WHAT and the bytes of its fields, in the form that `kvmpy decode` reads.
 
     \b
     kvmpy encode KVM_SET_MSRS index=TSC data=5 index=0x174 data=8

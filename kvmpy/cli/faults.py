@@ -30,10 +30,10 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """
 _STOP_TIMEOUT = 5.0
 NO_FAULTS = (
-    "kvmpy faults: no page fault was seen: no guest ran, or its vendor module raises no kvm_page_fault "
-    "(kvm_amd and kvm_intel do{more})"
+    "kvmpy faults: no page fault was seen: no guest ran, or the vendor module has no kvm_page_fault event "
+    "(kvm_amd and kvm_intel have one{more})"
 )
-MAPPINGS = "; --mappings shows what any KVM maps"
+MAPPINGS = "; --mappings works with every KVM"
 
 
 class _StopError(Exception):
@@ -41,16 +41,18 @@ class _StopError(Exception):
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--pid", type=click.IntRange(1), help="Watch the threads of this process, and those it starts.")
-@click.option("--exits", is_flag=True, help="Show every exit of the guest, too (kvm_exit).")
-@click.option("--mappings", is_flag=True, help="Show what KVM maps in answer, and in which size.")
-@click.option("--count", type=click.IntRange(1), help="End after this many events.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object for each event.")
+@click.option("--pid", type=click.IntRange(1), help="Trace the threads of this process, and those it starts.")
+@click.option("--exits", is_flag=True, help="Also show every exit of the guest (kvm_exit).")
+@click.option(
+    "--mappings", is_flag=True, help="Also show what KVM maps to resolve a fault, and the page size."
+)
+@click.option("--count", type=click.IntRange(1), help="Stop after this many events.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each event.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def faults(
     pid: int | None, exits: bool, mappings: bool, count: int | None, as_json: bool, command: tuple[str, ...]
 ) -> None:
-    """Show page faults and conversions of a VM live: of a process (--pid), or of COMMAND (after --).
+    """Show page faults and conversions of a VM live, for a process (--pid) or for COMMAND (after --).
 
     Needs root and tracefs, which is mounted for this command alone where it is not mounted.  With COMMAND
     the exit status is the command's.
@@ -60,7 +62,7 @@ def faults(
     from kvmpy.debug.tracering import FormatError
 
     if (pid is None) == (not command):
-        raise click.UsageError("name a process (--pid N) or a command (-- COMMAND...), one of them")
+        raise click.UsageError("give either a process (--pid N) or a command (-- COMMAND...)")
     kinds = ["faults", *(["exits"] if exits else [])]
     optional = ["attributes", *(["mappings"] if mappings else [])]
     status = 0

@@ -91,20 +91,18 @@ def _steps(
     ]
 
 
-@click.command(cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
+@click.command(cls=SplitCommand, epilog="Arguments after -- are passed to pytest.")
 @click.argument("paths", nargs=-1)
 @click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="The archive, a .tar.gz."
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="The archive to write, a .tar.gz."
 )
 @click.option("--require", metavar="NAMES", default=PROTECTIONS, show_default=True,
-              help="What may not be missing (KVMPY_REQUIRE); '' for nothing.")  # fmt: skip
-@click.option("--bench/--no-bench", default=True, help="Measure, too.")
+              help="Fail where one of these is missing (KVMPY_REQUIRE); '' for none.")  # fmt: skip
+@click.option("--bench/--no-bench", default=True, help="Also run the benchmark.")
 @click.option("--limit", metavar="SECONDS", type=click.FloatRange(1),
-              help="The longest that a step may take (default: " +
+              help="Time limit for each step (default: " +
               ", ".join(f"{name} {seconds:g}" for name, seconds in LIMITS.items()) + ").")  # fmt: skip
-@click.option(
-    "--pack", "pack_only", is_flag=True, help="Pack what runs that died have left, and run nothing."
-)
+@click.option("--pack", "pack_only", is_flag=True, help="Run nothing; pack the results of runs that crashed.")
 @click.pass_context
 def hardware(
     ctx: click.Context,
@@ -116,10 +114,10 @@ def hardware(
     limit: float | None,
     pack_only: bool,
 ) -> None:
-    """Run doctor, the whole suite (or PATHS) and the benchmark, and put all of it into one archive.
+    """Run doctor, the whole suite (or PATHS) and the benchmark, and pack the results into one archive.
 
-    All of it is on the disk as it comes, in a folder beside the archive: what is left of a run that died with
-    its machine is packed by the next call.
+    Results are written to disk as they come, in a folder beside the archive.  If the machine crashes, the
+    next call packs what is left.
     """
     from kvmpy.testing.runfolder import RunFolder, pack_dead
 
@@ -132,13 +130,13 @@ def hardware(
     dead = pack_dead(target.absolute().parent, _say)
     if pack_only:
         if not dead:
-            _say("no run has died here")
+            _say("there is no crashed run to pack")
         return
     try:
         folder = RunFolder(target.absolute())
     except FileExistsError as error:
         raise click.BadParameter(
-            f"{error.filename} is of a run that goes on", param_hint="--output"
+            f"{error.filename} belongs to a run in progress", param_hint="--output"
         ) from None
     with folder, _ended_in_order():
         code = 1
@@ -146,7 +144,7 @@ def hardware(
             code = _run(folder, _steps(folder, paths, extra_arguments(ctx), require, bench, limit))
         finally:  # an interrupted run has something to say, too
             inside = folder.pack()
-            _say(f"{target}: {len(inside)} files; host, user and network names are taken out of the texts")
+            _say(f"{target}: {len(inside)} files; host, user and network names are removed from the texts")
     sys.exit(code)
 
 

@@ -12,10 +12,15 @@ import click
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The page."
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The page to write.",
 )
 def html(files: tuple[Path, ...], output: Path) -> None:
-    """Write the JSON reports in FILES as one HTML page, the verdicts of each kernel side by side.
+    """Turn the JSON reports in FILES into one HTML page with the verdicts of all kernels side by side.
 
     FILES are what --json of `kvmpy run`, `kvmpy lab run` and `kvmpy lab run --matrix` wrote.
     """

@@ -13,27 +13,27 @@ import kvmpy
 
 # Command and its line in --help, so that help imports none of them.
 COMMANDS = {
-    "abi": "the KVM ABI as kvmpy knows it, and its check against kernel headers",
-    "bench": "what kvmpy costs beside bare C loops, in one run",
-    "decode": "ioctls, structs, exits, error codes, MSRs, CPUID, SEV's numbers and pages: to words",
-    "doctor": "what this host offers, protection by protection, and what is missing",
-    "encode": "the same from words: numbers and bytes",
-    "faults": "page faults and conversions of a VM as KVM sees them, live and decoded",
-    "hardware": "the whole suite on a machine with SEV, and one archive of it to attach to a report",
-    "html": "JSON reports, of one kernel or several, as one HTML page",
-    "lab": "kernels under QEMU, and the selftests inside them: no /dev/kvm needed",
-    "measure": "what an SNP launch will measure, and ID blocks for it: no KVM needed",
-    "ps": "every VM on this machine: its process, vCPUs with their threads, memory, exits",
-    "replay": "a record's ioctls once more, results compared",
-    "report": "SNP attestation reports, shown and verified: no KVM needed",
-    "repro": "a record as one C file that shows the same",
-    "run": "the selftests on this host's KVM, with a verdict table",
-    "shell": "a prompt with a VM in hand, and every ioctl and struct by name",
-    "shrink": "a record without what is not needed",
-    "timeline": "a record as a timeline with a track for each thread and vCPU",
-    "top": "the hottest exits of the VMs on this machine, refreshed",
-    "trace": "every KVM ioctl of a program and its children, decoded as it happens",
-    "watch": "VMs as they are created and destroyed, live",
+    "abi": "show the KVM ABI that kvmpy uses, or check it against kernel headers",
+    "bench": "measure the overhead of kvmpy against plain C",
+    "decode": "decode ioctls, structs, exits, error codes, MSRs, CPUID, and SEV values and pages",
+    "doctor": "show which protections this host supports, and what the others need",
+    "encode": "encode names and fields as numbers and bytes, for decode or a C program",
+    "faults": "show page faults and conversions of a VM live, decoded",
+    "hardware": "run everything on a machine with SEV and pack the results into one archive",
+    "html": "turn JSON reports of one or more kernels into an HTML page",
+    "lab": "build and boot kernels under QEMU and run tests in them; needs no /dev/kvm",
+    "measure": "predict SEV and SNP launch digests and sign ID blocks; needs no KVM",
+    "ps": "list the VMs on this machine: process, vCPUs and threads, memory, exits",
+    "replay": "replay the ioctls of a record and compare the results",
+    "report": "show and verify SNP attestation reports; needs no KVM",
+    "repro": "turn a record into a C reproducer",
+    "run": "run the selftests on this host's KVM and print a verdict table",
+    "shell": "open a Python prompt with a running VM",
+    "shrink": "minimise a record",
+    "timeline": "turn a record into a timeline for Perfetto",
+    "top": "show the most frequent exits of the VMs on this machine, live",
+    "trace": "trace the KVM ioctls of a program and its children, decoded",
+    "watch": "show VMs as they are created and destroyed",
 }
 
 
@@ -56,7 +56,7 @@ class LazyGroup(click.Group):
             return None
         command = getattr(importlib.import_module(f"kvmpy.cli.{cmd_name}"), cmd_name)
         if not isinstance(command, click.Command):
-            raise TypeError(f"kvmpy.cli.{cmd_name}.{cmd_name} is no click command")
+            raise TypeError(f"kvmpy.cli.{cmd_name}.{cmd_name} is not a click command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
 @click.version_option(kvmpy.__version__, prog_name="kvmpy", message="%(prog)s %(version)s")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Real KVM virtual machines, made and tested from Python."""
+    """Create and test KVM virtual machines from Python."""
     if context.invoked_subcommand not in _OWN_SIGNALS:
         for number in (signal.SIGTERM, signal.SIGHUP):
             # What nohup had us ignore stays ignored.

@@ -33,11 +33,12 @@ def number(bits: int) -> Callable[[str], int]:
         try:
             value = int(text, 0)
         except ValueError:
-            raise click.BadParameter(f"{text!r} is no number") from None
+            raise click.BadParameter(f"{text!r} is not a number") from None
         if not 0 <= value < 1 << bits:
             raise click.BadParameter(f"{text} does not fit {bits} bits")
         return value
 
+    convert.__name__ = "number"  # the placeholder in --help
     return convert
 
 
@@ -53,12 +54,13 @@ def hex_bytes(size: int, *, shorter: bool = False) -> Callable[[str], bytes]:
             raise click.BadParameter(f"{len(data)} bytes, expected {'up to ' if shorter else ''}{size}")
         return data.ljust(size, b"\0")
 
+    convert.__name__ = "hex"
     return convert
 
 
 @click.group()
 def measure() -> None:
-    """Predict launch digests, and make the ID block that lets the firmware compare one."""
+    """Predict launch digests, and sign ID blocks, with which the firmware checks them."""
 
 
 def _processes() -> int:
@@ -67,10 +69,12 @@ def _processes() -> int:
 
 def _kernel_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--append", metavar="TEXT", default="", help="Its command line, measured by its hash."),
-        click.option("--initrd", metavar="FILE", type=_FILE, help="Its initrd, measured by its hash."),
         click.option(
-            "--kernel", metavar="FILE", type=_FILE, help="What is booted directly, measured by its hash."
+            "--append", metavar="TEXT", default="", help="The kernel command line; its hash is measured."
+        ),
+        click.option("--initrd", metavar="FILE", type=_FILE, help="The initrd; its hash is measured."),
+        click.option(
+            "--kernel", metavar="FILE", type=_FILE, help="The kernel for direct boot; its hash is measured."
         ),
     ):
         command = option(command)
@@ -85,10 +89,12 @@ _ovmf_option = click.option(
 def _vcpu_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
-            "--vcpu-sig", type=number(32), help="Or what EAX of its CPUID leaf 1 is, such as 0xa00f11."
+            "--vcpu-sig",
+            type=number(32),
+            help="Instead of --vcpu-type: EAX of CPUID leaf 1, such as 0xa00f11.",
         ),
-        click.option("--vcpu-type", metavar="MODEL", help="QEMU's model of them, such as EPYC-Milan."),
-        click.option("--vcpus", type=click.IntRange(1, 4096), help="How many vCPUs are launched."),
+        click.option("--vcpu-type", metavar="MODEL", help="QEMU CPU model of the vCPUs, such as EPYC-Milan."),
+        click.option("--vcpus", type=click.IntRange(1, 4096), help="Number of vCPUs."),
     ):
         command = option(command)
     return command
@@ -117,17 +123,24 @@ def _launch(
 
 
 @measure.command()
-@click.option("--manifest", metavar="FILE", type=_FILE, help="What is launched, as JSON.")
-@click.option("--ovmf", metavar="FILE", type=_FILE, help="Or the firmware image that QEMU launches.")
+@click.option(
+    "--manifest",
+    metavar="FILE",
+    type=_FILE,
+    help="A JSON list of the launched pages and save areas (docs/measurement.md).",
+)
+@click.option(
+    "--ovmf", metavar="FILE", type=_FILE, help="Instead of --manifest: the firmware image that QEMU launches."
+)
 @_vcpu_options
 @_kernel_options
 @click.option("--guest-features", type=number(64), default="0x1", show_default=True, help="SEV_FEATURES.")
 @click.option("--start-digest", "--snp-ovmf-hash", metavar="HEX", type=hex_bytes(48),
-              help="Go on from this one; with --ovmf it stands for the image's content.")  # fmt: skip
+              help="Start from this digest; with --ovmf it replaces the content of the image.")  # fmt: skip
 @click.option(
-    "--image-only", is_flag=True, help="Print the digest of the --ovmf image alone: a start digest."
+    "--image-only", is_flag=True, help="Print only the digest of the --ovmf image, for --start-digest."
 )
-@click.option("--json", "as_json", is_flag=True, help="Digest and number of pages as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print digest and number of pages as JSON.")
 def snp(
     manifest: Path | None,
     ovmf: Path | None,
@@ -171,7 +184,7 @@ def snp(
 @_ovmf_option
 @_kernel_options
 def sev(ovmf: Path, kernel: Path | None, initrd: Path | None, append: str) -> None:
-    """Print the launch digest of an SEV guest, in hex; LAUNCH_MEASURE answers with an HMAC over it."""
+    """Print the launch digest of an SEV guest, in hex; LAUNCH_MEASURE returns an HMAC over it."""
     try:
         click.echo(_launch(ovmf, kernel, initrd, append).sev().value.hex())
     except (ValueError, OSError) as error:
@@ -191,7 +204,7 @@ def sev_es(
     initrd: Path | None,
     append: str,
 ) -> None:
-    """Print the launch digest of an SEV-ES guest, in hex; LAUNCH_MEASURE answers with an HMAC over it."""
+    """Print the launch digest of an SEV-ES guest, in hex; LAUNCH_MEASURE returns an HMAC over it."""
     try:
         launch = _launch(ovmf, kernel, initrd, append, (vcpus, vcpu_type, vcpu_sig))
         click.echo(launch.sev(es=True).value.hex())
@@ -210,22 +223,34 @@ def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 @measure.command()
 @click.option("--digest", metavar="HEX", type=hex_bytes(48), help="The launch digest, 48 bytes.")
-@click.option("--manifest", metavar="FILE", type=_FILE, help="Or what it is computed from.")
+@click.option(
+    "--manifest", metavar="FILE", type=_FILE, help="Instead of --digest: the manifest to compute it from."
+)
 @click.option(
     "--policy", required=True, type=number(64), help="The guest policy of the launch, such as 0x30000."
 )
-@click.option("--id-key", required=True, metavar="PEM", type=_FILE, help="The P-384 key that signs.")
+@click.option(
+    "--id-key", required=True, metavar="PEM", type=_FILE, help="The P-384 key that signs the ID block."
+)
 @click.option("--author-key", metavar="PEM", type=_FILE, help="The P-384 key that signs the ID key.")
-@click.option("--family-id", type=hex_bytes(16, shorter=True), default="", help="Up to 16 bytes.")
-@click.option("--image-id", type=hex_bytes(16, shorter=True), default="", help="Up to 16 bytes.")
+@click.option("--family-id", type=hex_bytes(16, shorter=True), default="", help="At most 16 bytes, in hex.")
+@click.option("--image-id", type=hex_bytes(16, shorter=True), default="", help="At most 16 bytes, in hex.")
 @click.option("--guest-svn", type=number(32), default="0", help="The guest's security version number.")
 @click.option(
-    "--block", "block_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the block."
+    "--block",
+    "block_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the ID block to this file.",
 )
 @click.option(
-    "--auth", "auth_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the ID_AUTH page."
+    "--auth",
+    "auth_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the ID_AUTH page to this file.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, blobs in base64.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, binary data in base64.")
 def idblock(
     digest: bytes | None,
     manifest: Path | None,
@@ -239,7 +264,7 @@ def idblock(
     auth_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Sign an ID block: a firmware that is given it refuses every other launch digest."""
+    """Sign an ID block, with which the firmware refuses any other launch digest."""
     from kvmpy.coco.idblock import IdBlock
     from kvmpy.coco.manifest import Manifest
     from kvmpy.coco.policy import SNP_RESERVED_ONE

@@ -122,17 +122,16 @@ def explain(unseen: Iterable[Unseen]) -> None:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with every counter.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every counter.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.05, 60),
     default=0.5,
     show_default=True,
-    help="Seconds between the two looks that rates come from.",
+    help="Seconds between the two samples that rates are computed from.",
 )
 def ps(as_json: bool, interval: float) -> None:
-    """List every VM on this machine: process, type where it can be known, vCPUs with their threads, memory,
-    exits.
+    """List every VM on this machine: process, type if known, vCPUs and threads, memory, exits.
 
     Exits per second come from debugfs, or from statistics files that the VMM has open; both need root.
     """
@@ -152,5 +151,5 @@ def ps(as_json: bool, interval: float) -> None:
     if found.vms:
         plain_console().print(table(found))
     else:
-        click.echo("no VM is running here, as far as can be seen")
+        click.echo("no running VM was seen")
     explain(found.unseen)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvmpy replay``: a record's ioctls once more, results compared."""
+"""``kvmpy replay``: replay a record and compare the results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def script_of(record: Record, path: str) -> Script:
     from kvmpy.debug.record.script import ProcessesError, build
 
     if not record.ioctls:
-        raise click.ClickException(f"{path}: no ioctl in it that returned")
+        raise click.ClickException(f"{path}: the record has no ioctl that returned")
     try:
         return build(record)
     except ProcessesError as error:
@@ -102,13 +102,13 @@ def side_by_side(script: Script, played: Played) -> str:
 @click.command()
 @click.argument("record", type=click.Path())
 @click.option("--until", type=int, metavar="N", help="Stop after the N-th ioctl.")
-@click.option("--stop-on-difference", is_flag=True, help="Stop at the first ioctl that ends otherwise.")
+@click.option("--stop-on-difference", is_flag=True, help="Stop at the first ioctl with a different result.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every ioctl.")
 def replay(record: str, until: int | None, stop_on_difference: bool, verbose: bool) -> None:
-    """Issue the ioctls of RECORD again, in the same order and threads, and compare the results.
+    """Replay the ioctls of RECORD in the same order and threads, and compare the results.
 
-    Exit status 0: all ended as recorded, 1: some did not, 2: it could not be carried out, 3: it takes more
-    than one process.
+    Exit status: 0 same results, 1 different results, 2 the replay could not run to its end, 3 the record
+    needs more than one process.
     """
     from kvmpy.core.kvm import device_path
     from kvmpy.debug.record.compare import result_text
@@ -137,7 +137,7 @@ def replay(record: str, until: int | None, stop_on_difference: bool, verbose: bo
     different = sum(1 for each in result.played if each.differences)
     if first is not None:
         click.echo("first difference, " + side_by_side(script, first))
-    click.echo(f"{len(result.played)} ioctls issued, {different} ended otherwise than recorded")
+    click.echo(f"{len(result.played)} ioctls replayed, {different} with a different result")
     if result.stopped:
         click.echo(f"stopped: {result.stopped}", err=True)
     sys.exit(DIFFERENT if different else FAILED if result.stopped else SAME)

@@ -21,7 +21,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.group()
 def report() -> None:
-    """Read SNP attestation reports and check them."""
+    """Show and verify SNP attestation reports."""
 
 
 def _read(path: Path) -> Report:
@@ -45,9 +45,9 @@ def _fail(error: Exception) -> None:
 
 @report.command()
 @click.argument("file", type=_FILE)
-@click.option("--json", "as_json", is_flag=True, help="Every field as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print every field as JSON.")
 def show(file: Path, as_json: bool) -> None:
-    """Print the fields of a report; nothing is checked."""
+    """Print the fields of a report without checking anything."""
     from kvmpy.coco.report import VERSIONS, SigningKey
 
     try:
@@ -93,20 +93,20 @@ def show(file: Path, as_json: bool) -> None:
 @click.argument("file", type=_FILE)
 @click.option("--cert", "certificates", metavar="FILE", type=_FILE, multiple=True, required=True,
               help="PEM or DER, in one file or more: VCEK or VLEK, ASK or ASVK, ARK or --root.")  # fmt: skip
+@click.option("--root", metavar="FILE", type=_FILE, help="The trusted ARK (default: the one in the chain).")
+@click.option("--policy", type=number(64), help="The expected policy.")
+@click.option("--vmpl", type=number(32), help="The expected VMPL.")
+@click.option("--measurement", type=hex_bytes(48), help="The expected launch digest.")
+@click.option("--host-data", type=hex_bytes(32, shorter=True), help="The expected host data.")
 @click.option(
-    "--root", metavar="FILE", type=_FILE, help="The ARK that is trusted; without it the chain's own is."
+    "--report-data", type=hex_bytes(64, shorter=True), help="The expected report data (from the guest)."
 )
-@click.option("--policy", type=number(64), help="The policy that is expected.")
-@click.option("--vmpl", type=number(32), help="The VMPL that is expected.")
-@click.option("--measurement", type=hex_bytes(48), help="The launch digest that is expected.")
-@click.option("--host-data", type=hex_bytes(32, shorter=True), help="The host data that are expected.")
-@click.option("--report-data", type=hex_bytes(64, shorter=True), help="The guest's data that are expected.")
-@click.option("--id-key-digest", type=hex_bytes(48), help="The ID key digest that is expected.")
-@click.option("--author-key-digest", type=hex_bytes(48), help="The author key digest that is expected.")
+@click.option("--id-key-digest", type=hex_bytes(48), help="The expected ID key digest.")
+@click.option("--author-key-digest", type=hex_bytes(48), help="The expected author key digest.")
 def verify(
     file: Path, certificates: tuple[Path, ...], root: Path | None, **stated: int | bytes | None
 ) -> None:
-    """Check signature, certificates, chip, TCB, and what is expected of the fields."""
+    """Verify signature, certificate chain, chip and TCB, and compare fields with expected values."""
     from kvmpy.coco.certificates import Chain, load
     from kvmpy.coco.report import ReportError
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvmpy repro``: a record as one C file."""
+"""``kvmpy repro``: turn a record into a C reproducer."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ if TYPE_CHECKING:
 @click.argument("record", type=click.Path())
 @click.option("-o", "--output", metavar="FILE", default="-", help="The C file (default: standard output).")
 @click.option(
-    "--at", type=int, metavar="N", help="The file is about ioctl N (default: the last that matters)."
+    "--at", type=int, metavar="N", help="Reproduce ioctl N (default: the last that failed or changed state)."
 )
-@click.option("--shrink/--no-shrink", default=None, help="Remove what is not needed, by trying on this KVM.")
-@click.option("--attempts", type=int, default=300, show_default=True, help="How long to try.")
-@click.option("--all", "everything", is_flag=True, help="Leave no ioctl out.")
+@click.option(
+    "--shrink/--no-shrink",
+    default=None,
+    help="Minimise the record first, by replaying it here (default: if it reproduces).",
+)
+@click.option(
+    "--attempts", type=int, default=300, show_default=True, help="Maximum number of replays while minimising."
+)
+@click.option("--all", "everything", is_flag=True, help="Keep every ioctl.")
 def repro(
     record: str, output: str, at: int | None, shrink: bool | None, attempts: int, everything: bool
 ) -> None:
-    """Write RECORD as a self-contained C file that tells whether it reproduces.
+    """Turn RECORD into a self-contained C reproducer.
 
-    It is cut down first where this host's KVM repeats what was recorded.
+    If the record reproduces on this host's KVM, it is minimised first.
     """
     from kvmpy.debug.record.prune import prune, target_of
     from kvmpy.debug.record.repro import write_c
@@ -49,7 +55,7 @@ def repro(
         ):
             loaded = _cut(loaded, target.entry.order, attempts, insist=bool(shrink))
         elif shrink:
-            raise click.ClickException("--shrink needs a KVM that can be opened")
+            raise click.ClickException("--shrink needs access to /dev/kvm")
         script = script_of(loaded, record)
         target = next(step for step in script.steps if step.entry.order == target.entry.order and step.ioctl)
         chosen = prune(script, target)
@@ -91,8 +97,8 @@ def _cut(record: Record, order: int, attempts: int, *, insist: bool) -> Record:
     ):
         if not shrinker.holds():
             if insist:
-                raise click.ClickException("this host's KVM does not repeat what was recorded")
-            click.echo("this host's KVM does not repeat what was recorded: nothing is left out", err=True)
+                raise click.ClickException("the record does not reproduce on this host's KVM")
+            click.echo("the record does not reproduce on this host's KVM: not minimised", err=True)
             return record
         try:
             return shrinker.run()

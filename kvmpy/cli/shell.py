@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvmpy shell``: a prompt with a VM in hand."""
+"""``kvmpy shell``: a Python prompt with a running VM."""
 
 from __future__ import annotations
 
@@ -193,26 +193,26 @@ def _open(names: dict[str, Any], stack: ExitStack, options: dict[str, Any]) -> s
 
 
 @click.command()
-@click.option("--protection", default="auto", show_default=True, help="What the VM runs under.")
+@click.option("--protection", default="auto", show_default=True, help="The protection of the VM.")
 @click.option("--vcpus", type=click.IntRange(1, 64), default=1, show_default=True)
 @click.option("--memory", metavar="MIB", type=click.IntRange(4), default=64, show_default=True)
 @click.option(
     "--program",
     metavar="FILE",
     type=click.Path(exists=True, path_type=Path),
-    help="A guest of your own, in C or assembly.",
+    help="Your own guest program, in C or assembly.",
 )
 @click.option(
     "--deadline",
     type=click.FloatRange(0.1),
     default=20.0,
     show_default=True,
-    help="Seconds a run of the guest may take.",
+    help="Time limit for a run of the guest, in seconds.",
 )
-@click.option("--bare", is_flag=True, help="Open /dev/kvm, make no VM.")
-@click.option("--plain", is_flag=True, help="The standard prompt, even where IPython is installed.")
+@click.option("--bare", is_flag=True, help="Only open /dev/kvm; create no VM.")
+@click.option("--plain", is_flag=True, help="Use the standard prompt even if IPython is installed.")
 @click.option("--trace", "traced", is_flag=True, help="Print every ioctl from the start.")
-@click.option("-c", "commands", metavar="CODE", help="Run CODE instead of a prompt.")
+@click.option("-c", "commands", metavar="CODE", help="Run CODE instead of opening a prompt.")
 def shell(plain: bool, traced: bool, commands: str | None, **options: Any) -> None:
     """Open a Python prompt with a running VM: kvm, vm, vcpu, and every ioctl, struct and constant by name.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvmpy shrink``: a record without what is not needed."""
+"""``kvmpy shrink``: minimise a record."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from kvmpy.cli.replay import load, script_of, step_index
 @click.command()
 @click.argument("record", type=click.Path())
 @click.option(
-    "--until", metavar="EXPR", help="What has to stay true, such as 'errno==EINVAL at KVM_SET_SREGS'."
+    "--until", metavar="EXPR", help="The condition to preserve, such as 'errno==EINVAL at KVM_SET_SREGS'."
 )
-@click.option("--test", metavar="CMD", help="A command that exits with 0 for a record that still shows it.")
-@click.option("--at", type=int, metavar="N", help="Keep ioctl N, and everything that ends as recorded.")
-@click.option("-o", "--output", metavar="FILE", help="Where the result goes (default RECORD with .small).")
-@click.option("--attempts", type=int, default=5000, show_default=True, help="Give up after so many attempts.")
+@click.option("--test", metavar="CMD", help="A command that exits with 0 while the record still reproduces.")
+@click.option("--at", type=int, metavar="N", help="Keep ioctl N and its recorded result.")
+@click.option("-o", "--output", metavar="FILE", help="The minimised record (default: RECORD with .small).")
+@click.option("--attempts", type=int, default=5000, show_default=True, help="Stop after this many attempts.")
 def shrink(
     record: str, until: str | None, test: str | None, at: int | None, output: str | None, attempts: int
 ) -> None:
-    """Remove from RECORD what is not needed: ioctls, pages, bytes of memory, fields of structs.
+    """Minimise RECORD: remove ioctls, pages, bytes of memory and struct fields that are not needed.
 
-    Without --until and --test, the last ioctl that matters has to end as it was recorded. On Ctrl-C the
-    smallest record so far is kept.
+    By default the last ioctl that failed or changed state must keep its recorded result.  Ctrl-C keeps the
+    smallest record so far.
     """
     from kvmpy.debug.record.condition import (
         Condition,
@@ -41,7 +41,7 @@ def shrink(
     from kvmpy.debug.record.worker import Player
 
     if sum(option is not None for option in (until, test, at)) > 1:
-        raise click.UsageError("--until, --test and --at: only one of them")
+        raise click.UsageError("give only one of --until, --test and --at")
     loaded = load(record)
     script = script_of(loaded, record)
     target = output or str(Path(record).with_suffix(".small.rec"))
@@ -60,9 +60,9 @@ def shrink(
         with Shrinker(
             loaded, condition, limit=attempts, progress=lambda text: click.echo(text, err=True)
         ) as shrinker:
-            click.echo(f"at first: {size_text(loaded)}", err=True)
+            click.echo(f"before: {size_text(loaded)}", err=True)
             if not shrinker.holds():
-                raise click.ClickException(f"{record} as it is does not show it: nothing to cut down")
+                raise click.ClickException(f"{record} does not reproduce here, so it cannot be minimised")
             stopped = False
             try:
                 shrinker.run()
@@ -71,5 +71,5 @@ def shrink(
             save(shrinker.best, target)
             click.echo(f"{target}: {size_text(shrinker.best)}, {shrinker.attempts} attempts")
             if stopped:
-                click.echo("interrupted: this is the smallest so far", err=True)
+                click.echo("interrupted: wrote the smallest record so far", err=True)
                 sys.exit(130)

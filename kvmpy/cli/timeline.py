@@ -10,11 +10,13 @@ import click
 
 @click.command()
 @click.argument("record", metavar="REC", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, metavar="FILE", help="The timeline, Trace Event JSON.")
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", help="The timeline to write, in Trace Event JSON."
+)
 def timeline(record: Path, output: str) -> None:
-    """Write the timeline of the record REC, with a track for each thread and each vCPU.
+    """Turn the record REC into a timeline with a track for each thread and each vCPU.
 
-    Open it in Perfetto's viewer (Open trace file) or in Chrome's.
+    Open it in the Perfetto UI ("Open trace file") or in chrome://tracing.
     """
     from kvmpy.debug.record.format import RecordError
     from kvmpy.debug.record.model import Record

@@ -115,20 +115,20 @@ def document(found: Survey, everything: bool, interval: float) -> dict[str, Any]
 
 
 @click.command()
-@click.option("--once", is_flag=True, help="Show one moment and end.")
-@click.option("--json", "as_json", is_flag=True, help="JSON, one object for each refresh; with --once, one.")
-@click.option("--all", "everything", is_flag=True, help="Also counters that are no reason of an exit.")
+@click.option("--once", is_flag=True, help="Print one sample and exit.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each refresh.")
+@click.option("--all", "everything", is_flag=True, help="Also show counters that are not exit reasons.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 60),
     default=1.0,
     show_default=True,
-    help="Seconds between two refreshes.",
+    help="Seconds between refreshes.",
 )
 def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
-    """Show which exits happen most, over all VMs of this machine; q ends it, a shows all counters.
+    """Show the most frequent exits of all VMs on this machine; press q to quit, a to show all counters.
 
-    The counters come from debugfs, or from statistics files that a VMM has open: run it as root.
+    Run it as root: the counters come from debugfs, or from statistics files that a VMM has open.
     """
     from kvmpy.cli.ps import explain
     from kvmpy.debug.processes import survey, survey_twice, with_rates
@@ -142,7 +142,7 @@ def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
             plain_console().print(render(found, everything, None))
         return
     if not as_json and not sys.stdout.isatty():
-        raise click.UsageError("standard output is no terminal: use --once, --json, or both")
+        raise click.UsageError("standard output is not a terminal: use --once, --json, or both")
     before = survey()
     if as_json:
         try:

@@ -92,28 +92,30 @@ class _Output:
 
 
 @click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
-@click.option("-o", "--output", "record", metavar="REC", help="Write a record, for replay, shrink and repro.")
+@click.option("-o", "--output", "record", metavar="REC", help="Write a record for replay, shrink and repro.")
 @click.option("-t", "--text", metavar="FILE", help="Write the lines to FILE instead of standard error.")
 @click.option("-p", "--pid", type=click.IntRange(min=1), help="Trace a running process through ptrace.")
-@click.option("--ptrace", is_flag=True, help="Use ptrace even where the recorder could be loaded.")
-@click.option("--read", "source", metavar="REC", help="Show a record instead of running something.")
+@click.option("--ptrace", is_flag=True, help="Use ptrace even if the recorder can be loaded.")
+@click.option("--read", "source", metavar="REC", help="Show a record instead of running a command.")
 @click.option(
     "-f",
     "--filter",
     "filters",
     multiple=True,
     metavar="TERM",
-    help="Show only what matches: [!][ioctl|fd|errno|exit|thread=]PATTERN[,PATTERN...]; all of several.",
+    help="Show only matching lines: [!][ioctl|fd|errno|exit|thread=]PATTERN[,PATTERN...]; repeat to narrow.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("-s", "--summary", is_flag=True, help="Counts, time and errors by ioctl at the end, no lines.")
-@click.option("-a", "--all", "full", is_flag=True, help="Shorten no array.")
-@click.option("-q", "--quiet", is_flag=True, help="No lines; for -o.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option(
+    "-s", "--summary", is_flag=True, help="Print only a summary at the end: count, time and errors by ioctl."
+)
+@click.option("-a", "--all", "full", is_flag=True, help="Print arrays in full.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no lines (use with -o).")
 @click.option("--no-memory", is_flag=True, help="Leave guest memory out of the record.")
 @click.option(
     "--host-writes",
     is_flag=True,
-    help="Record what the program writes to guest memory between runs, too; slow where that is large.",
+    help="Also record what the program writes to guest memory between runs; slow for large guests.",
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def trace(
@@ -131,21 +133,21 @@ def trace(
     host_writes: bool,
     command: tuple[str, ...],
 ) -> None:
-    """Show every KVM, guest_memfd and /dev/sev ioctl of COMMAND and its children, decoded as it happens.
+    """Trace every KVM, guest_memfd and /dev/sev ioctl of COMMAND and its children, and print it decoded.
 
-    Lines go to standard error (those of --read to standard output): time, thread, file descriptor, ioctl with
-    its argument before -> after, = result or errno with its meaning, the exit of KVM_RUN, <duration>.  The
-    exit status is COMMAND's, or 125 where the trace is incomplete.
+    Each line has time, thread, file descriptor, ioctl with its argument before -> after, = result or errno
+    with its meaning, the exit of KVM_RUN, <duration>.  Lines go to standard error; with --read, to standard
+    output.  The exit status is COMMAND's, or 125 if the trace is incomplete.
 
-    Dynamically linked programs are run with a recorder loaded (LD_PRELOAD).  Static ones, and running ones
-    (-p), are traced through ptrace, which is much slower.
+    Dynamically linked programs run with a recorder in LD_PRELOAD.  Static programs and running processes (-p)
+    are traced through ptrace, which is much slower.
     """
     if sum((pid is not None, source is not None, bool(command))) != 1:
-        raise click.UsageError("give a command (after --), or -p PID, or --read REC: one of the three")
+        raise click.UsageError("give one of: a command (after --), -p PID, --read REC")
     if source is not None and (record or ptrace):
-        raise click.UsageError("--read takes no -o and no --ptrace")
+        raise click.UsageError("--read cannot be combined with -o or --ptrace")
     if host_writes and (no_memory or pid is not None or ptrace or record is None):
-        raise click.UsageError("--host-writes is for -o with the recorder loaded, and not with --no-memory")
+        raise click.UsageError("--host-writes needs -o, and excludes --no-memory, -p and --ptrace")
     from kvmpy.cli.names import decoder
     from kvmpy.debug.trace import Sink
     from kvmpy.debug.trace_events import Stream

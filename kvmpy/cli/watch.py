@@ -58,11 +58,11 @@ def describe(event: KvmUevent, pid: int, command: str, age: float | None) -> str
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("--count", type=click.IntRange(1), help="End after so many events.")
-@click.option("--timeout", type=click.FloatRange(0.1), help="End after so many seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option("--count", type=click.IntRange(1), help="Stop after this many events.")
+@click.option("--timeout", type=click.FloatRange(0.1), help="Stop after this many seconds.")
 def watch(as_json: bool, count: int | None, timeout: float | None) -> None:
-    """Show each VM of this machine when it is created and when it is destroyed; Ctrl-C ends it.
+    """Show VMs of this machine as they are created and destroyed; press Ctrl-C to stop.
 
     Needs no privilege: the kernel sends these events to everybody in its initial network namespace.
     """
@@ -70,7 +70,7 @@ def watch(as_json: bool, count: int | None, timeout: float | None) -> None:
 
     reason = why_unreachable()
     if reason is not None:
-        raise click.ClickException(f"KVM's uevents do not come here: {reason}")
+        raise click.ClickException(f"cannot receive KVM uevents: {reason}")
     names = Names()
     born: dict[tuple[int, int | None], float] = {}
     seen = 0

@@ -63,7 +63,7 @@ class Chain:
             if leaf.issuer == intermediate.subject and intermediate.issuer == root.subject:
                 return cls(leaf, intermediate, root)
         names = ", ".join(_name(certificate) for certificate in given)
-        raise ReportError(f"these certificates are no chain: {names}")
+        raise ReportError(f"these certificates are not a chain: {names}")
 
     def verify(self, root: x509.Certificate | None = None) -> None:
         """Check every signature, and that the root is the one that is trusted; raises ReportError.
@@ -91,7 +91,7 @@ class Chain:
         self.verify(root)
         key = self.leaf.public_key()
         if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ReportError(f"the key of {_name(self.leaf)} is no elliptic curve key")
+            raise ReportError(f"the key of {_name(self.leaf)} is not an elliptic curve key")
         report.verify_signature(key)
         return _compare_extensions(self.leaf, report)
 
@@ -162,7 +162,7 @@ def certified_tcb(certificate: x509.Certificate) -> Tcb | None:
         if value is not None:
             # A DER INTEGER: tag 2, length, value.
             if len(value) < 3 or value[0] != 2 or value[1] != len(value) - 2:
-                raise ReportError(f"{_name(certificate)}: the extension {oid} is no integer")
+                raise ReportError(f"{_name(certificate)}: the extension {oid} is not an integer")
             levels[name] = int.from_bytes(value[2:], "big")
     if not {"bootloader", "tee", "snp", "microcode"} <= set(levels):
         return None

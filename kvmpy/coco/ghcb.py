@@ -284,7 +284,7 @@ def decode(
             f"{name} is not declared valid" for name in (*_COMMON, *needs) if not is_valid(view, name)
         ]
         problems += [
-            f"the valid bitmap names {name}, which is no field"
+            f"the valid bitmap names {name}, which is not a field"
             for name in valid_fields(view)
             if name not in GHCB.places
         ]

@@ -51,7 +51,7 @@ class MessageError(ValueError):
 
 @dataclass(frozen=True)
 class Message:
-    """One message in the clear; *vmpck* is the number of the key that seals it, 0 to 3."""
+    """One plaintext message; *vmpck* is the number of the key that seals it, 0 to 3."""
 
     type: int
     payload: bytes = field(repr=False)  # a report names its chip, a key is one

@@ -124,7 +124,7 @@ def _run(where: str, entry: object, folder: Path) -> PageRun:
         file = _file(where, entry.get("file"), folder)
         size = file.stat().st_size
         if not size or size % PAGE_SIZE:
-            raise ManifestError(f"{where}: {file} has {size} bytes, which is no whole number of pages")
+            raise ManifestError(f"{where}: {file} has {size} bytes, which is not a whole number of pages")
         run = PageRun(gpa, kind, size // PAGE_SIZE, file)
     else:
         if "file" in entry:
@@ -145,7 +145,7 @@ def _number(where: str, key: str, value: Any) -> int:
         try:
             value = int(value, 0)
         except ValueError:
-            raise ManifestError(f"{where}: {key!r} is no number: {value!r}") from None
+            raise ManifestError(f"{where}: {key!r} is not a number: {value!r}") from None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ManifestError(f'{where}: {key!r} is a number such as 4096 or "0x1000", not {value!r}')
     return value

@@ -80,7 +80,7 @@ class Ovmf:
     def parse(cls, data: bytes) -> Ovmf:
         """Find the table of an image; one without has no entries."""
         if not data or len(data) % PAGE_SIZE or len(data) >= FLASH_END:
-            raise OvmfError(f"{len(data):#x} bytes are no whole number of pages below 4 GiB")
+            raise OvmfError(f"{len(data):#x} bytes are not a whole number of pages below 4 GiB")
         return cls(data, _table(data))
 
     @property
@@ -147,7 +147,7 @@ def _section(gpa: int, size: int, kind: int) -> Section:
     if kind not in SectionKind._value2member_map_:
         raise OvmfError(f"the SEV metadata have a section of unknown kind {kind:#x} at {gpa:#x}")
     if gpa % PAGE_SIZE or size % PAGE_SIZE or not size:
-        raise OvmfError(f"section {SectionKind(kind).name}, {size:#x} bytes at {gpa:#x}, is no whole pages")
+        raise OvmfError(f"section {SectionKind(kind).name}, {size:#x} bytes at {gpa:#x}, is not whole pages")
     return Section(gpa, size, SectionKind(kind))
 
 

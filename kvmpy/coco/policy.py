@@ -34,7 +34,7 @@ def _version(major: int, minor: int) -> None:
 
 @dataclass(frozen=True)
 class SevPolicy:
-    """Policy of an SEV or SEV-ES guest; what is named ``no_...`` forbids.
+    """Policy of an SEV or SEV-ES guest; a field named ``no_...`` forbids its feature.
 
     *no_debug*: no DBG_DECRYPT and DBG_ENCRYPT.  *no_key_sharing*: no other guest shares its key.  *es*: must
     run with an encrypted VMSA.  *no_send*: never leaves this platform.  *domain*: goes to platforms of the
@@ -72,7 +72,7 @@ class SevPolicy:
 
 @dataclass(frozen=True)
 class SnpPolicy:
-    """Policy of an SNP guest; what is not named is forbidden, or not asked for.
+    """Policy of an SNP guest; a feature that is not set is forbidden, or not required.
 
     *smt*: may run where hyper-threads are on (needed there).  *debug*: the host may decrypt and encrypt its
     memory.  *migrate_ma*: may have a migration agent.  *single_socket*: runs on one socket only.  *cxl*: CXL

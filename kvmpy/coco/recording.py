@@ -36,7 +36,7 @@ _PAGE_SHIFT = 12
 
 @contextmanager
 def record(vm: Vm, path: str | os.PathLike[str]) -> Iterator[Recorder]:
-    """Record this process's KVM objects into *path* for the length of a with block, *vm* from its making on.
+    """Record this process's KVM objects to *path* until the with block ends, *vm* from its creation on.
 
     What KVM cannot be asked about (enabled capabilities, interrupt routes, eventfds, filters) is what was set
     through this VM's objects.  A note says what is missing: private memory that the host does not see, vCPU

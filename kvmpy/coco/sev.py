@@ -73,7 +73,7 @@ class _Pinned:
 
 
 class Sev(Protection):
-    """SEV: encrypted memory, registers in clear.
+    """SEV: encrypted memory, registers in plaintext.
 
     *policy* and the owner's *dh_certificate* and *session* go into LAUNCH_START.  Without a session the
     launch is given one of kvmpy's own, and LaunchError says when it measures anything else than was
@@ -206,7 +206,7 @@ def running(vm: GuestVm) -> SevRunning:
     """Return the launched SEV or SEV-ES guest of *vm*: status, debugging, attestation report."""
     state = vm.launch_state
     if not isinstance(state, SevRunning):
-        raise LaunchError(f"{vm.name} is no launched SEV guest: {type(state).__name__}")
+        raise LaunchError(f"{vm.name} is not a launched SEV guest: {type(state).__name__}")
     return state
 
 

@@ -187,7 +187,7 @@ class LaunchDigest:
     def add(self, data: bytes | bytearray | memoryview) -> None:
         """Add plaintext of 16-byte blocks, before it is encrypted in place."""
         if memoryview(data).nbytes % 16:
-            raise ValueError(f"{memoryview(data).nbytes} bytes are no whole number of 16-byte blocks")
+            raise ValueError(f"{memoryview(data).nbytes} bytes are not a whole number of 16-byte blocks")
         self._hash.update(data)
 
     @property

@@ -231,7 +231,7 @@ def running(vm: GuestVm) -> SnpRunning:
     """Return the launched SNP guest of *vm*."""
     state = vm.launch_state
     if not isinstance(state, SnpRunning):
-        raise LaunchError(f"{vm.name} is no launched SNP guest: {type(state).__name__}")
+        raise LaunchError(f"{vm.name} is not a launched SNP guest: {type(state).__name__}")
     return state
 
 

@@ -93,7 +93,7 @@ class SnpDigest:
                 raise ValueError(f"a page of type {page_type.name} is measured by its contents")
             view = memoryview(contents).cast("B")
             if not len(view) or len(view) % PAGE_SIZE:
-                raise ValueError(f"{len(view):#x} bytes are no whole number of pages")
+                raise ValueError(f"{len(view):#x} bytes are not a whole number of pages")
             digests: Iterable[bytes] = page_digests(view)
             count = len(view) // PAGE_SIZE
         else:
@@ -162,7 +162,7 @@ def file_page_digests(path: Path, processes: int = 1) -> Iterator[bytes]:
     """
     size = path.stat().st_size
     if not size or size % PAGE_SIZE:
-        raise ValueError(f"{path}: {size:#x} bytes are no whole number of pages of {PAGE_SIZE:#x}")
+        raise ValueError(f"{path}: {size:#x} bytes are not a whole number of pages of {PAGE_SIZE:#x}")
     total = size // PAGE_SIZE
     parts = [(start, min(_CHUNK_PAGES, total - start)) for start in range(0, total, _CHUNK_PAGES)]
     if processes < 2 or total < _PARALLEL_FROM:

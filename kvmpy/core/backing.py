@@ -157,7 +157,7 @@ class HugeTlb:
         """Map *size* bytes, a multiple of the page size."""
         if self.page_size not in _HUGE_KIB or size % self.page_size:
             raise ValueError(
-                f"size {size:#x} is no multiple of a 2 MiB or 1 GiB huge page ({self.page_size:#x})"
+                f"size {size:#x} is not a multiple of a 2 MiB or 1 GiB huge page ({self.page_size:#x})"
             )
         shift = self.page_size.bit_length() - 1
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB | shift << _MAP_HUGE_SHIFT
@@ -191,7 +191,7 @@ class MemFd:
         flags = os.MFD_CLOEXEC
         if self.huge_page_size is not None:
             if self.huge_page_size not in _HUGE_KIB or size % self.huge_page_size:
-                raise ValueError(f"size {size:#x} is no multiple of the huge page size")
+                raise ValueError(f"size {size:#x} is not a multiple of the huge page size")
             flags |= _MFD_HUGETLB | (self.huge_page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
         fd = os.memfd_create("kvmpy", flags)
         try:

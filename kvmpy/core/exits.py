@@ -173,7 +173,7 @@ class DebugExit(Exit):
 
 @dataclass(frozen=True)
 class HypercallExit(Exit):
-    """KVM_EXIT_HYPERCALL: a hypercall given to user space by KVM_CAP_EXIT_HYPERCALL; answer with
+    """KVM_EXIT_HYPERCALL: a hypercall passed to user space by KVM_CAP_EXIT_HYPERCALL; answer with
     :meth:`respond`.
     """
 
@@ -275,7 +275,7 @@ class HypervExit(Exit):
 
 @dataclass(frozen=True)
 class MsrExit(Exit):
-    """A RDMSR or WRMSR given to user space by KVM_CAP_X86_USER_SPACE_MSR; answer with :meth:`respond`."""
+    """A RDMSR or WRMSR passed to user space by KVM_CAP_X86_USER_SPACE_MSR; answer with :meth:`respond`."""
 
     index: int
     data: int

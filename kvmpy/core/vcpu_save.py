@@ -36,7 +36,7 @@ _RUNNING_MSRS = frozenset({0x10, 0xE7, 0xE8, 0x40000010, 0x40000020})
 
 
 class RestoreError(RuntimeError):
-    """A vCPU did not take a saved state: KVM refused MSRs that hold other values than the saved ones."""
+    """A vCPU did not accept a saved state: KVM refused MSRs whose values differ from the saved ones."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def parse_number(text: str) -> int:
     try:
         return int(text.strip(), 0)
     except ValueError:
-        raise EncodeError(f"{text!r} is no number (decimal, 0x..., 0b...)") from None
+        raise EncodeError(f"{text!r} is not a number (decimal, 0x..., 0b...)") from None
 
 
 def parse_hex(text: str) -> bytes:
@@ -40,9 +40,9 @@ def parse_hex(text: str) -> bytes:
     digits = re.sub(r"(0[xX])|[\s:,_]", "", text)
     bad = re.search(r"[^0-9a-fA-F]", digits)
     if bad is not None:
-        raise EncodeError(f"{bad[0]!r} is no hexadecimal digit (digit {bad.start() + 1} of {text[:40]!r})")
+        raise EncodeError(f"{bad[0]!r} is not a hexadecimal digit (digit {bad.start() + 1} of {text[:40]!r})")
     if len(digits) % 2:
-        raise EncodeError(f"{len(digits)} hexadecimal digits: an odd number is no whole bytes")
+        raise EncodeError(f"{len(digits)} hexadecimal digits: an odd number does not make whole bytes")
     return bytes.fromhex(digits)
 
 
@@ -51,7 +51,7 @@ def _steps(path: str) -> list[tuple[str, list[int]]]:
     for part in path.split("."):
         found = _STEP.fullmatch(part)
         if found is None:
-            raise EncodeError(f"{path!r} is no field: expected name, name.name or name[number]")
+            raise EncodeError(f"{path!r} is not a field: expected name, name.name or name[number]")
         steps.append((found[1], [int(number) for number in re.findall(r"\d+", found[2])]))
     return steps
 
@@ -84,14 +84,14 @@ class _Builder:
             except (KeyError, ValueError) as error:
                 raise EncodeError(str(error.args[0])) from None
         allowed = f", or names of {FIELDS[key].__name__}" if key in FIELDS else ""
-        raise EncodeError(f"{value.NAME}.{field.name}: {text!r} is no number{allowed}")
+        raise EncodeError(f"{value.NAME}.{field.name}: {text!r} is not a number{allowed}")
 
     def set(self, value: Struct, path: str, text: str) -> None:
         steps = _steps(path)
         for name, indices in steps[:-1]:
             found = self._into(value, name, indices)
             if not isinstance(found, Struct):
-                raise EncodeError(f"{path}: {value.NAME}.{name} is no struct")
+                raise EncodeError(f"{path}: {value.NAME}.{name} is not a struct")
             value = found
         name, indices = steps[-1]
         try:

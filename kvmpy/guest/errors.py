@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 
 
 class GuestError(RuntimeError):
-    """A guest that cannot be used, or did not do what was asked; ``.postmortem`` is its state, or empty.
+    """A guest program or VM that cannot be used, or that failed; ``.postmortem`` is its state, or empty.
 
     Both hold text of the guest's: control characters are escaped.
     """
@@ -53,7 +53,7 @@ class GuestTimeoutError(GuestError, TimeoutError):
 
 
 class UnexpectedExitError(GuestError):
-    """A vCPU ended its run in another way than the test waited for; ``.got`` is the exit or ucall."""
+    """A vCPU left the guest in another way than the test expected; ``.got`` is the exit or ucall."""
 
     def __init__(self, message: str, postmortem: str = "", got: object = None) -> None:
         self.got = got
@@ -75,7 +75,7 @@ class GuestImageError(GuestError):
 
 
 class GuestSymbolError(GuestError, LookupError):
-    """The program has no such symbol; ``.closest`` are the names most like it."""
+    """The program has no such symbol; ``.closest`` are the closest names."""
 
     def __init__(self, symbol: str, program: str, closest: list[str]) -> None:
         self.symbol = symbol

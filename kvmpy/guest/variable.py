@@ -76,7 +76,7 @@ class GuestVariable:
         """Return an element of an array; IndexError behind its end."""
         element = self.ctype.element
         if element is None:
-            raise TypeError(f"{self.name} is no array")
+            raise TypeError(f"{self.name} is not an array")
         if not 0 <= index < self.ctype.count:
             raise IndexError(f"{self.name} has {self.ctype.count} elements; there is no [{index}]")
         name = f"{self.name}[{index}]"

@@ -209,7 +209,7 @@ def from_source(tree: Path, say: Say, *, soft_sev: bool = False, extra: Sequence
     """
     tree = tree.resolve()
     if not (tree / "Kbuild").is_file() or not (tree / "arch" / "x86").is_dir():
-        raise LabError(f"{tree} is no Linux source tree")
+        raise LabError(f"{tree} is not a Linux source tree")
     tools.need(tools.BUILD, "building a kernel")
     plan = _Plan(soft_sev, extra)
     key = f"tree-{hashlib.sha256(str(tree).encode()).hexdigest()[:12]}"

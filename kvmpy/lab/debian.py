@@ -79,7 +79,7 @@ def apt_options(state: Path) -> list[str]:
 def source_line(suite: str, keyring: Path = KEYRING) -> str:
     """Return the line for sources.list; LabError for a name that is no suite's, or without Debian's keys."""
     if not _SUITE.fullmatch(suite):
-        raise LabError(f"{suite!r} is no name of a Debian suite", "such as sid, trixie, bookworm-backports")
+        raise LabError(f"{suite!r} is not a Debian suite", "such as sid, trixie, bookworm-backports")
     if not keyring.is_file():
         raise LabError(
             f"{keyring} is missing: the kernel source could not be verified",

@@ -78,7 +78,7 @@ def image_release(image: Path) -> str:
         hint = "pass arch/x86/boot/bzImage of the build folder"
         if head[:4] == b"\x7fELF":
             hint = f"it is an ELF file such as vmlinux: {hint}"
-        raise LabError(f"{image} is no bzImage: it has no x86 boot header", hint)
+        raise LabError(f"{image} is not a bzImage: it has no x86 boot header", hint)
     (pointer,) = struct.unpack_from("<H", head, _VERSION_POINTER_AT)
     text = head[pointer + _SETUP :].partition(b"\0")[0].decode("ascii", "replace") if pointer else ""
     return text.split()[0] if text.split() else "unknown"

@@ -145,8 +145,8 @@ class Lane:
                 return f"the test process was killed by signal {self.exit - 128}"
             return f"the test process ended itself with status {self.exit}"
         if machine.status:
-            return f"QEMU ended with status {machine.status}: {machine.complaints() or 'without a word'}"
-        return "the kernel ended without a word"
+            return f"QEMU ended with status {machine.status}: {machine.complaints() or 'no message'}"
+        return "the kernel stopped, and its console does not say why"
 
     def _why_stop(self, machine: Machine) -> str:
         trouble = machine.trouble()

@@ -29,7 +29,7 @@ def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # A collection error has no crash entry: pytest marks what went wrong by an E.
     marked = [line.removeprefix("E").strip() for line in lines if line.startswith("E  ")]
-    return (marked or lines or ["failed without a word"])[0][:FIRST_LINE]
+    return (marked or lines or ["failed without a message"])[0][:FIRST_LINE]
 
 
 def _skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

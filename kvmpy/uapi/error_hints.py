@@ -73,9 +73,9 @@ HINTS: dict[tuple[str | None, int], str] = {
         "KVM_RUN",
         _errno.EFAULT,
     ): "KVM could not reach guest memory: see the exit reason (KVM_EXIT_MEMORY_FAULT carries the gpa)",
-    ("KVM_SET_USER_MEMORY_REGION", _errno.EFAULT): "userspace_addr is no address of this process",
-    ("KVM_SET_USER_MEMORY_REGION2", _errno.EFAULT): "userspace_addr is no address of this process",
-    ("KVM_SET_USER_MEMORY_REGION2", _errno.EBADF): "guest_memfd is no open file descriptor",
+    ("KVM_SET_USER_MEMORY_REGION", _errno.EFAULT): "userspace_addr is not an address of this process",
+    ("KVM_SET_USER_MEMORY_REGION2", _errno.EFAULT): "userspace_addr is not an address of this process",
+    ("KVM_SET_USER_MEMORY_REGION2", _errno.EBADF): "guest_memfd is not an open file descriptor",
     ("KVM_SET_MEMORY_ATTRIBUTES", _errno.EINVAL): (
         "address and size page aligned and not 0, flags 0, attributes as KVM_CAP_MEMORY_ATTRIBUTES says"
     ),
@@ -104,7 +104,7 @@ HINTS: dict[tuple[str | None, int], str] = {
     (
         "KVM_SET_VCPU_EVENTS",
         _errno.EINVAL,
-    ): "an unknown flag, a vector that is no exception, or both kinds of event",
+    ): "an unknown flag, a vector that is not an exception, or both kinds of event",
     ("KVM_SET_DEBUGREGS", _errno.EINVAL): "flags must be 0 and the upper halves of DR6 and DR7 clear",
     ("KVM_SET_XSAVE", _errno.EINVAL): "a feature bit or reserved MXCSR bit that the vCPU does not have",
     ("KVM_SET_XCRS", _errno.EINVAL): "an XCR0 that this CPU or the vCPU's CPUID does not allow",
@@ -124,7 +124,7 @@ HINTS: dict[tuple[str | None, int], str] = {
     ): "unknown flags, a range without flags, or a bitmap beyond 1536 bytes",
     ("KVM_SIGNAL_MSI", _errno.EINVAL): "the VM has no in-kernel APIC",
     ("KVM_IRQFD", _errno.EINVAL): "unknown flags, or the VM has no in-kernel irqchip",
-    ("KVM_IRQFD", _errno.EBADF): "fd is no open eventfd",
+    ("KVM_IRQFD", _errno.EBADF): "fd is not an open eventfd",
     ("KVM_IOEVENTFD", _errno.EINVAL): "len must be 0, 1, 2, 4 or 8, flags known, and addr + len not wrap",
     ("KVM_CREATE_IRQCHIP", _errno.EEXIST): "the VM has one already",
     ("KVM_PRE_FAULT_MEMORY", _errno.EOPNOTSUPP): "the vCPU has no two-dimensional paging",

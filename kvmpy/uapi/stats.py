@@ -154,7 +154,7 @@ class StatValue:
         elif self.descriptor.type == StatsType.KVM_STATS_TYPE_LOG_HIST:
             bounds = [0] + [1 << n for n in range(last)]
         else:
-            raise ValueError(f"{self.name} is no histogram")
+            raise ValueError(f"{self.name} is not a histogram")
         return [
             Bucket(bounds[n], bounds[n + 1] if n < last else None, count)
             for n, count in enumerate(self.values)

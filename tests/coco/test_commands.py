@@ -138,7 +138,7 @@ def test_an_id_block_takes_the_digest_of_a_manifest(files: Path) -> None:
         ([], "give either --digest or --manifest"),
         (["--digest", DIGEST.hex(), "--manifest", "m.json"], "give either --digest or --manifest"),
         (["--digest", DIGEST.hex(), "--guest-svn", "0x100000000"], "does not fit 32 bits"),
-        (["--digest", DIGEST.hex(), "--guest-svn", "many"], "'many' is no number"),
+        (["--digest", DIGEST.hex(), "--guest-svn", "many"], "'many' is not a number"),
         (["--digest", DIGEST.hex(), "--author-key", "x.bin"], "no unencrypted PEM key"),
     ],
 )

@@ -168,15 +168,15 @@ TABLE_END = 4 * 4096 - 32
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"", "no whole number of pages"),
-        (bytes(4097), "no whole number of pages"),
+        (b"", "not a whole number of pages"),
+        (bytes(4097), "not a whole number of pages"),
         (image(sections=None), "has no SEV metadata"),
         (changed(0x100, b"BSEV"), "b'BSEV' version 1, not b'ASEV'"),
         (changed(0x108, b"\2"), "version 2, not"),
         (changed(0x10C, struct.pack("<I", 7)), "7 sections do not fit"),
         (changed(0x10C, b"\xff\xff\xff\xff"), "sections do not fit"),
         (changed(0x118, struct.pack("<I", 9)), "unknown kind 0x9"),
-        (changed(0x110, b"\1"), "SEC_MEM, 0x9000 bytes at 0x800001, is no whole pages"),
+        (changed(0x110, b"\1"), "SEC_MEM, 0x9000 bytes at 0x800001, is not whole pages"),
         (changed(0x114, bytes(4)), "SEC_MEM, 0x0 bytes"),
         (changed(TABLE_END - 18, b"\1\0"), "table of 1 bytes does not fit"),
         (changed(TABLE_END - 18, b"\xff\xff"), "table of 65535 bytes does not fit"),
@@ -232,7 +232,7 @@ def test_one_vcpu_needs_no_reset_block() -> None:
         (["snp", "--ovmf", "ovmf.fd", *cpus("snp"), "--vcpu-sig", "1"], "either --vcpu-type or --vcpu-sig"),
         (["snp", "--ovmf", "ovmf.fd", *cpus("snp", 1, "EPYC-Paris")], "no CPU model 'EPYC-Paris'"),
         (["snp", "--ovmf", "ovmf.fd", *cpus("snp"), "--append", "ro"], "are those of a --kernel"),
-        (["sev", "--ovmf", "kernel"], "kernel: 0x2710 bytes are no whole number of pages"),
+        (["sev", "--ovmf", "kernel"], "kernel: 0x2710 bytes are not a whole number of pages"),
         (["snp", "--ovmf", "ovmf.fd", *cpus("snp"), "--start-digest", "00"], "1 bytes, expected 48"),
     ],
 )

@@ -151,11 +151,11 @@ def test_certificates_of_no_chain_are_listed() -> None:
     mine = authority()
     with pytest.raises(ReportError, match=r"3 certificates .*, not 1"):
         Chain.of([mine.root])
-    with pytest.raises(ReportError, match="are no chain: CN=VCEK, CN=ARK"):
+    with pytest.raises(ReportError, match="are not a chain: CN=VCEK, CN=ARK"):
         Chain.of([mine.leaf, mine.root])
     with pytest.raises(ReportError, match="0 of the certificates sign themselves"):
         Chain.of([mine.leaf, mine.leaf, mine.intermediate])
-    with pytest.raises(ReportError, match="are no chain: CN=VCEK, CN=VCEK, CN=ARK"):
+    with pytest.raises(ReportError, match="are not a chain: CN=VCEK, CN=VCEK, CN=ARK"):
         Chain.of([mine.leaf, Authority().leaf, mine.root])
 
 

@@ -112,16 +112,16 @@ def test_paths_and_entries() -> None:
     [
         ("kvm_regs", "ripp=1", "struct kvm_regs has no field 'ripp' (did you mean rip"),
         ("kvm_regs", "rax", "'rax': expected FIELD=VALUE"),
-        ("kvm_regs", "rax=zz", "kvm_regs.rax: 'zz' is no number"),
+        ("kvm_regs", "rax=zz", "kvm_regs.rax: 'zz' is not a number"),
         ("kvm_regs", "rax=0x10000000000000000", "does not fit uint64_t"),
-        ("kvm_regs", "rax.x=1", "kvm_regs.rax is no struct"),
-        ("kvm_regs", "ra x=1", "'ra x' is no field"),
+        ("kvm_regs", "rax.x=1", "kvm_regs.rax is not a struct"),
+        ("kvm_regs", "ra x=1", "'ra x' is not a field"),
         ("kvm_sregs", "cs=1", "kvm_sregs.cs holds structs: name one of their fields"),
         ("kvm_sregs", "interrupt_bitmap[4]=1", "index 4 of 4 items"),
         ("kvm_sregs", "interrupt_bitmap=1,2,3,4,5", "takes 4 numbers, 5 were given"),
         ("kvm_lapic_state", "regs=" + "00" * 1025, "takes 1024 bytes, 1025 were given"),
-        ("kvm_lapic_state", "regs=0g", "'g' is no hexadecimal digit"),
-        ("kvm_userspace_memory_region", "flags=KVM_MEM_X", "no number, or names of MemFlag"),
+        ("kvm_lapic_state", "regs=0g", "'g' is not a hexadecimal digit"),
+        ("kvm_userspace_memory_region", "flags=KVM_MEM_X", "not a number, or names of MemFlag"),
         ("kvm_msrs", "entries[99999].data=1", "more than 65536 entries"),
     ],
 )
@@ -135,7 +135,7 @@ def test_hexadecimal() -> None:
     assert parse_hex("0x01 02:03_ff") == b"\1\2\3\xff"
     assert parse_hex("") == b""
     for text, message in (
-        ("0g", "'g' is no hexadecimal digit (digit 2"),
+        ("0g", "'g' is not a hexadecimal digit (digit 2"),
         ("123", "3 hexadecimal digits: an odd"),
     ):
         with pytest.raises(EncodeError) as caught:
@@ -267,19 +267,19 @@ def test_bytes_from_files_and_standard_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("zz",), "'zz' is no ioctl (by number or name), command, struct, or one of exit"),
+        (("zz",), "'zz' is not an ioctl (number or name), command, struct, or one of exit"),
         (("KVM_GET_REG",), "did you mean KVM_GET_REGS"),
-        (("0x1ffffffff",), "is no ioctl number: those have 32 bits"),
-        (("-5",), "is no ioctl number"),
-        (("KVM_SET_REGS", "xyz"), "'x' is no hexadecimal digit (digit 1 of 'xyz')"),
-        (("KVM_SET_REGS", "012"), "an odd number is no whole bytes"),
+        (("0x1ffffffff",), "is not an ioctl number: those have 32 bits"),
+        (("-5",), "is not an ioctl number"),
+        (("KVM_SET_REGS", "xyz"), "'x' is not a hexadecimal digit (digit 1 of 'xyz')"),
+        (("KVM_SET_REGS", "012"), "an odd number does not make whole bytes"),
         (("KVM_SET_REGS", "0102"), "KVM_SET_REGS takes 144 bytes, 2 were given"),
         (("KVM_SET_REGS", "00", "00"), "takes one argument"),
         (("KVM_SET_REGS", "@/nonexistent"), "/nonexistent: No such file or directory"),
         (("KVM_RUN", "00"), "KVM_RUN takes no argument"),
         (("KVM_SEV_LAUNCH_FINISH", "00"), "takes no struct"),
         (("pferr",), "expected pferr ERROR_CODE"),
-        (("pferr", "foo"), "'foo' is no number"),
+        (("pferr", "foo"), "'foo' is not a number"),
         (("pferr", "-1"), "is not an unsigned 64-bit value"),
         (("msr", "EFERR"), "did you mean"),
         (("msr", "0x100000000"), "their numbers have 32 bits"),
@@ -287,9 +287,9 @@ def test_bytes_from_files_and_standard_input(tmp_path: Path) -> None:
         (("cpuid", "0x1ffffffff"), "expected cpuid FUNCTION"),
         (("sev-error", "INVALID_PARM"), "did you mean SEV_RET_INVALID_PARAM"),
         (("policy", "tdx", "1"), "expected policy [sev|snp] VALUE"),
-        (("policy", "0x1ffffffffffffffff"), "is no policy"),
+        (("policy", "0x1ffffffffffffffff"), "is not a policy"),
         (("exit", "KVM_EXIT_IOO"), "did you mean KVM_EXIT_IO"),
-        (("errno", "EINVAL", "KVM_FOO"), "'KVM_FOO' is no ioctl"),
+        (("errno", "EINVAL", "KVM_FOO"), "'KVM_FOO' is not an ioctl"),
         (("ghcb", "0x1ffffffffffffffff"), "hexadecimal digits: an odd number"),
     ],
 )
@@ -303,7 +303,7 @@ def test_what_cannot_be_decoded(arguments: tuple[str, ...], message: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("zz",), "'zz' is no ioctl, command, struct"),
+        (("zz",), "'zz' is not an ioctl, command, struct"),
         (("0xae55",), "nothing can be encoded for it"),
         (("KVM_SET_REGS", "rax"), "expected FIELD=VALUE"),
         (("KVM_SET_MSRS", "index=TSCC"), "no MSR is called 'TSCC'"),
@@ -314,8 +314,8 @@ def test_what_cannot_be_decoded(arguments: tuple[str, ...], message: str) -> Non
         (("pferr", "Q"), "unknown page-fault bit 'Q'"),
         (("msr", "NOPE"), "no MSR is called"),
         (("cpuid", "nope"), "no CPUID feature is called"),
-        (("exit", "NOPE"), "is no exit reason"),
-        (("sev-error", "NOPE"), "is no status of the SEV firmware"),
+        (("exit", "NOPE"), "is not an exit reason"),
+        (("sev-error", "NOPE"), "is not a status of the SEV firmware"),
         (("policy", "tdx"), "expected policy sev|snp"),
         (("policy", "snp", "smtt"), "'smtt': an SNP policy has smt"),
         (("policy", "snp", "smt=1"), "an SNP policy has"),

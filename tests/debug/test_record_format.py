@@ -288,7 +288,7 @@ def test_zeroes_are_the_end() -> None:
 
 def test_no_record() -> None:
     """A file that is none says so."""
-    with pytest.raises(RecordError, match="no record"):
+    with pytest.raises(RecordError, match="not a record"):
         FrameReader(b"\x7fELF" + bytes(60))
 
 

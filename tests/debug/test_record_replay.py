@@ -137,4 +137,4 @@ def test_bad_record_in_a_child(kvm: Kvm, tmp_path: Path) -> None:
     """A file that is no record is a failure of that replay."""
     (tmp_path / "no.rec").write_bytes(b"nothing")
     with Player() as player:
-        assert "no record" in player.play(str(tmp_path / "no.rec")).failure
+        assert "not a record" in player.play(str(tmp_path / "no.rec")).failure

@@ -149,8 +149,8 @@ def test_shell_test(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("errno=EINVAL", "expected errno"),
-        ("errno==EWHAT", "no number, errno or constant"),
-        ("errno==EINVAL at KVM_WHAT", "no ioctl"),
+        ("errno==EWHAT", "not a number, errno or constant"),
+        ("errno==EINVAL at KVM_WHAT", "not an ioctl"),
         ("", "expected errno"),
         ("errno==1 and", "expected errno"),
     ],

@@ -60,7 +60,7 @@ def test_repeats(mode: str, program: Path, tmp_path: Path) -> None:
     path = traced(program, mode, tmp_path)
     done = call("replay", path)
     assert done.exit_code == 0, done.output
-    assert " 0 ended otherwise than recorded" in done.output
+    assert " 0 with a different result" in done.output
     assert reproduced(path, tmp_path, "--all") == (0, "reproduced\n")
 
 

@@ -281,8 +281,8 @@ def test_programs_that_cannot_be_run(tmp_path: Path) -> None:
 
 
 def test_usage_errors() -> None:
-    assert "one of the three" in kvmpy("trace").stderr
-    assert "one of the three" in kvmpy("trace", "-p", "1", "--", "true").stderr
+    assert "give one of" in kvmpy("trace").stderr
+    assert "give one of" in kvmpy("trace", "-p", "1", "--", "true").stderr
     assert "filter 'color=red': expected" in kvmpy("trace", "-f", "color=red", "--", "true").stderr
     assert "Is a directory" in kvmpy("trace", "-o", "/", "--", "true").stderr
 

@@ -49,7 +49,7 @@ def test_the_shipped_fragment_has_what_the_lab_is_for() -> None:
 def test_what_is_no_image_is_refused(tmp_path: Path, cache: Path, data: bytes) -> None:
     file = tmp_path / "vmlinux"
     file.write_bytes(data)
-    with pytest.raises(LabError, match="is no bzImage"):
+    with pytest.raises(LabError, match="is not a bzImage"):
         build.from_image(file)
     assert kernels.cached() == []
 
@@ -128,7 +128,7 @@ def test_the_source_line_is_verified_and_checked(tmp_path: Path, monkeypatch: py
     assert (
         debian.source_line("sid", keys) == f"deb [signed-by={keys}] http://mirror.example/debian sid main\n"
     )
-    with pytest.raises(LabError, match="no name of a Debian suite"):
+    with pytest.raises(LabError, match="is not a Debian suite"):
         debian.source_line("sid main\ndeb http://evil.example", keys)
 
 
@@ -350,7 +350,7 @@ def test_a_tree_that_does_not_build(tree: Path) -> None:
 
 
 def test_what_is_no_tree(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(LabError, match="no Linux source tree"):
+    with pytest.raises(LabError, match="not a Linux source tree"):
         build.from_source(tmp_path, lambda _: None)
 
 

@@ -42,7 +42,7 @@ def test_without_kvm_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_emulated_platform_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
     monkeypatch.setenv("KVMPY_PLATFORM", "lab")
-    assert "platform lab (emulated: its results are no hardware results)" in shown()
+    assert "platform lab (emulated: its results say nothing about hardware)" in shown()
 
 
 @pytest.mark.requires("kvm")

@@ -215,7 +215,7 @@ def test_a_map_is_told_once() -> None:
 
 def test_emulated_platform_is_said() -> None:
     """A page with results of an emulated platform says that they are none of hardware; others do not."""
-    words = "are no results of hardware"
+    words = "say nothing about hardware"
     assert words in Page(render([a_report(a_test("test_a"), platform="lab")])).text
     assert words not in Page(render([a_report(a_test("test_a"))])).text
 
@@ -257,12 +257,12 @@ def test_matrix_of_kernels() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "is no JSON: Expecting"),
-        ("[]", "is no JSON report of kvmpy"),
+        ("{", "is not JSON: Expecting"),
+        ("[]", "is not a JSON report of kvmpy"),
         ('{"schema": "kvmpy-report/9"}', "format kvmpy-report/9"),
         (
             '{"schema": "kvmpy-report/1"}',
-            "no report that can be shown: Object missing required",
+            "cannot be shown: Object missing required",
         ),
         ('{"schema": "kvmpy-lab-matrix/1", "reports": {}}', "there is no report"),
     ],

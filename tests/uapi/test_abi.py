@@ -97,7 +97,7 @@ def test_show_of_an_unknown_name_tells_close_ones() -> None:
 def test_json_in_the_wrong_place_is_an_error() -> None:
     result = run("--json", "show", "KVM_RUN")
     assert result.exit_code == 2
-    assert "--json goes behind the command" in result.stderr
+    assert "put --json after the command" in result.stderr
 
 
 @pytest.mark.usefixtures("gcc")

@@ -149,7 +149,7 @@ class Ring:
             head = os.pread(self._file, RING.size, 0)
             magic, self.size, self.pid, self.ppid, name, *_ = RING.unpack(head.ljust(RING.size, b"\0"))
             if magic != RING_MAGIC or not stat.S_ISREG(info.st_mode):
-                raise ValueError(f"{path} is no ring")
+                raise ValueError(f"{path} is not a ring")
             if not size == self.size == info.st_size - RING_HEADER:
                 raise ValueError(f"{path}: a ring of {self.size} bytes in {info.st_size}, not of {size}")
             self._map = mmap.mmap(self._file, RING_HEADER + self.size)

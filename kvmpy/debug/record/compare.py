@@ -53,7 +53,7 @@ def recorded_outcome(step: Step) -> Outcome:
     """Return what the record says of *step*, an ioctl."""
     what = step.ioctl
     if what is None:
-        raise ValueError(f"step {step.index} is no ioctl")
+        raise ValueError(f"step {step.index} is not an ioctl")
     after = step.argument.node.after if step.argument is not None and step.argument.node else None
     return Outcome(what.result, what.errno, after, step.run_out)
 

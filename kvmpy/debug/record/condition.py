@@ -70,7 +70,7 @@ def parse(text: str) -> Expression:
     terms_text, mark, ioctl = text.partition(" at ")
     name = ioctl.strip() if mark else None
     if name is not None and name not in IOCTLS.keys() | SEV_COMMANDS.keys() | SEV_PLATFORM_COMMANDS.keys():
-        raise ConditionError(f"{name} is no ioctl or SEV command that kvmpy knows")
+        raise ConditionError(f"{name} is not an ioctl or SEV command that kvmpy knows")
     terms = []
     for part in re.split(r"\s+and\s+|&&", terms_text.strip()):
         found = _TERM.match(part.strip())
@@ -93,7 +93,7 @@ def _value(text: str) -> int:
     try:
         return int(text, 0)
     except ValueError:
-        raise ConditionError(f"{text!r} is no number, errno or constant of KVM") from None
+        raise ConditionError(f"{text!r} is not a number, errno or constant of KVM") from None
 
 
 class Condition(ABC):

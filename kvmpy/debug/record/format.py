@@ -205,7 +205,7 @@ def read_header(data: bytes | memoryview) -> FileHeader:
     """Return the file header at the begin of *data*; RecordError when it is none or damaged."""
     raw = bytes(data[: FILE_HEADER.size])
     if raw[:8] != MAGIC[: len(raw)] or len(raw) < 8:
-        raise RecordError("this is no record: it does not begin with 'kvmpyrec'")
+        raise RecordError("this is not a record: it does not begin with 'kvmpyrec'")
     if len(raw) < FILE_HEADER.size:
         raise RecordError(f"the record ends within its header, after {len(raw)} bytes")
     _, major, minor, arch, page_size, flags, _, crc = FILE_HEADER.unpack(raw)

@@ -243,7 +243,7 @@ class World:
         vcpu, area = self._vcpu(step)
         what = step.ioctl
         if what is None:
-            raise ReplayError(f"step {step.index} is no ioctl")
+            raise ReplayError(f"step {step.index} is not an ioctl")
         if what.object in self._early:
             if step.ended_by_signal:
                 return _INTERRUPTED

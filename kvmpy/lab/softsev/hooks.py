@@ -174,7 +174,7 @@ class HookList:
         hooks = [Hook(**entry) for entry in data.get("hook", [])]
         for hook in hooks:
             if hook.place not in PLACES:
-                raise HookError(f"hook {hook.name}: {hook.place!r} is no place")
+                raise HookError(f"hook {hook.name}: {hook.place!r} is not a place")
             if hook.place in {"before", "after"} and not hook.anchor:
                 raise HookError(f"hook {hook.name} has no anchor")
         return cls([Copy(folder / entry["from"], entry["to"]) for entry in data.get("copy", [])], hooks)

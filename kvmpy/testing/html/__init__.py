@@ -72,7 +72,7 @@ def reports_in(document: Any, name: str) -> list[dict[str, Any]]:
     if kind == MATRIX_SCHEMA:
         reports = document.get("reports")
         if not isinstance(reports, dict) or not all(isinstance(entry, dict) for entry in reports.values()):
-            raise ReportError(f"{name} is no report: expected a report for each kernel - at `$.reports`")
+            raise ReportError(f"{name} is not a report: expected a report for each kernel - at `$.reports`")
         return [
             _checked({**report, "name": kernel}, f"{name}, {kernel}")
             for kernel, report in reports.items()
@@ -80,14 +80,14 @@ def reports_in(document: Any, name: str) -> list[dict[str, Any]]:
         ]
     if isinstance(kind, str) and kind.startswith("kvmpy-report/"):
         raise ReportError(f"{name} is a report of format {kind}; this kvmpy reads {SCHEMA}")
-    raise ReportError(f"{name} is no JSON report of kvmpy")
+    raise ReportError(f"{name} is not a JSON report of kvmpy")
 
 
 def _checked(report: dict[str, Any], name: str) -> dict[str, Any]:
     try:
         return schema.checked(report)
     except MalformedError as error:
-        raise ReportError(f"{name} is no report that can be shown: {error}") from None
+        raise ReportError(f"{name} cannot be shown: {error}") from None
 
 
 def base_id(identifier: str, protection: str | None) -> str:
