@@ -32,8 +32,7 @@ _HEAD = (
     "#ifndef {guard}\n#define {guard}\n\n{body}\n#endif\n"
 )
 _CONSTANT = re.compile(r"([A-Z][A-Z0-9_]*) = (.*)")
-# Constants and fields that the preloaded recorder looks at.
-_CONSTANTS = ("KVM_CAP_XSAVE2", "KVM_CREATE_DEVICE_TEST", "KVM_EXIT_IO", "KVM_X86_TDX_VM")
+# Fields that the preloaded recorder looks at.
 _FIELDS = (
     ("kvm_run", "exit_reason"), ("kvm_run", "io.direction"), ("kvm_run", "io.size"), ("kvm_run", "io.count"),
     ("kvm_run", "io.data_offset"), ("kvm_run", "kvm_valid_regs"), ("kvm_run", "kvm_dirty_regs"),
@@ -56,8 +55,10 @@ def tables() -> str:
     """Return the content of preload/tables.h."""
     ops = list(ioctls.IOCTLS.values())
     lines = ["#include <stdbool.h>\n#include <stdint.h>\n\n"]
-    lines += [f"#define {op.name} {op.nr:#x}U\n" for op in ops if op.nr >> 8 & 0xFF == ioctls.KVMIO]
-    lines += [f"#define {name} {constants.ALL[name]}U\n" for name in _CONSTANTS]
+    sources = "".join(path.read_text() for path in sorted((HERE / "debug/preload").glob("*.c")))
+    used = {*re.findall(r"\bKVM_\w+", sources)} | {op.name for op in ops if op.makes or op.fd_fields}
+    lines += [f"#define {op.name} {op.nr:#x}U\n" for op in ops if op.name in used]
+    lines += [f"#define {name} {number}U\n" for name, number in constants.ALL.items() if name in used]
     lines += [
         f"#define AT_{struct}_{name.replace('.', '_')} {field_place(struct, name)[0]}U\n"
         for struct, name in _FIELDS

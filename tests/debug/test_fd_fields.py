@@ -58,7 +58,8 @@ def in_process(path: Path) -> list[int]:
 
 def traced(path: Path, *options: str) -> list[int]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = kvmpy("trace", "-q", *options, "-o", path, "--", sys.executable, "-c", PROGRAM, env=environment)
+    command = ("trace", "-q", *options, "-o", path, "--", sys.executable, "-c", PROGRAM)
+    done = kvmpy(*command, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
 
