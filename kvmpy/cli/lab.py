@@ -56,15 +56,17 @@ def lab() -> None:
 @lab.command()
 @click.option("--source", metavar="TREE", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--debian", metavar="SUITE", help="A Debian suite with linux-source-X.Y (default: sid).")
-@click.option("--kernel", metavar="BZIMAGE", type=click.Path(path_type=Path), help="One that is built.")
-@click.option("--missing", is_flag=True, help="Only when the cache has no such kernel, or an outdated one.")
-@click.option("--soft-sev", is_flag=True, help="With the software AMD-SP: SEV, SEV-ES and SNP inside.")
+@click.option(
+    "--kernel", metavar="BZIMAGE", type=click.Path(path_type=Path), help="A kernel that is already built."
+)
+@click.option("--missing", is_flag=True, help="Build only if no such kernel in the cache is up to date.")
+@click.option("--soft-sev", is_flag=True, help="Add the software AMD-SP, for SEV, SEV-ES and SNP.")
 @click.option(
     "--config",
     "configs",
     metavar="FILE",
     multiple=True,
-    help="Kernel options besides the lab's, such as CONFIG_KASAN=y in a file; 'debug' are kvmpy's own.",
+    help="A file with additional kernel options, such as CONFIG_KASAN=y; 'debug' stands for kvmpy's own.",
 )
 def build(
     source: Path | None,
@@ -108,7 +110,9 @@ def list_kernels() -> None:
 
 @lab.command("rm")
 @click.argument("names", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="All of the lab's cache, downloads included.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Remove the whole cache of the lab, including downloads."
+)
 def remove(names: tuple[str, ...], everything: bool) -> None:
     """Remove kernels from the cache, by name or release."""
     import shutil
@@ -141,12 +145,18 @@ def _machine_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--kernel", metavar="NAME", help="A cached kernel (name or release), or a bzImage."),
         click.option("--cpus", type=click.IntRange(1, 255), default=2, show_default=True),
-        click.option("--memory", metavar="SIZE", default="4G", show_default=True, help="Such as 512M or 6G."),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            default="4G",
+            show_default=True,
+            help="Memory of each VM, such as 512M or 6G.",
+        ),
         click.option("--accel", type=click.Choice(["auto", "tcg", "kvm"]), default="auto", show_default=True),
         click.option(
             "--soft-sev/--no-soft-sev",
             default=None,
-            help="With or without the software AMD-SP (default: as the kernel has it, one without it first).",
+            help="Boot with or without the software AMD-SP (default: as the kernel has it).",
         ),
         click.option(
             "--param",
@@ -154,7 +164,7 @@ def _machine_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="MODULE.NAME=VALUE",
             multiple=True,
             callback=_parameters,
-            help="A module's parameter, such as kvm_amd.npt=0; the run ends if it is another one inside.",
+            help="Set a module parameter, such as kvm_amd.npt=0; another value inside stops the run.",
         ),
     ):
         command = option(command)
@@ -189,36 +199,43 @@ def _machine(
     return Options(found, cpus, parse_memory(memory), chosen, (softsev.PARAMETER, *parameters))
 
 
-@lab.command("run", cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
+@lab.command("run", cls=SplitCommand, epilog="Arguments after -- are passed to pytest.")
 @click.argument("paths", nargs=-1)
 @_machine_options
-@click.option("--matrix", metavar="A,B", help="Several kernels, and one table with a column for each.")
-@click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as in pytest -k.")
+@click.option(
+    "--matrix", metavar="A,B", help="Run on several kernels; print one table with a column for each."
+)
+@click.option("-k", "expression", metavar="EXPR", help="Run only tests whose names match, as in pytest -k.")
 @click.option(
     "-n",
     "--machines",
     type=click.IntRange(1, 64),
-    help="How many kernels at once (default: one for each CPU, as far as memory lasts).",
+    help="Number of VMs at once (default: one for each CPU, as memory allows).",
 )
 @click.option("--json", metavar="FILE", help="Write the verdicts as JSON.")
 @click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
 @click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
 @click.option("--html", metavar="FILE", help="Write one HTML page; not with --matrix.")
-@click.option("--protection", metavar="P[,P]", help="Not under other protections than these.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat a run's random choices.")
-@click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
+@click.option("--protection", metavar="P[,P]", help="Run only under these protections.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Repeat the random choices of a run.")
+@click.option("--deadline", metavar="SECONDS", help="Time limit for a guest to run without an expected exit.")
 @click.option(
     "--record",
     type=click.Choice(["failures", "all"]),
-    help="Record every test's ioctls and keep the records of failures or of all tests; not with --matrix.",
+    help="Record the ioctls of each test and keep the records of failed or of all tests; not with --matrix.",
 )
-@click.option("--record-dir", metavar="DIR", help="Where records go (default kvmpy-records).")
+@click.option("--record-dir", metavar="DIR", help="Folder for records (default: kvmpy-records).")
 @strict_private
-@click.option("--timeout", type=click.FloatRange(1), default=4 * 3600.0, help="Seconds for the whole run.")
-@click.option("--build", "may_build", is_flag=True, help="Build a kernel first when there is none.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=4 * 3600.0,
+    help="Time limit for the whole run, in seconds.",
+)
+@click.option("--build", "may_build", is_flag=True, help="Build a kernel first if none is up to date.")
 @click.pass_context
 def run_inside(ctx: click.Context, /, paths: tuple[str, ...], **values: Any) -> None:
-    """Run the selftests, or the tests in PATHS, inside a kernel under QEMU; dangerous ones are included."""
+    """Run the selftests, or the tests in PATHS, in a kernel under QEMU, including dangerous ones."""
     sys.exit(run_tests(paths, values, extra_arguments(ctx)))
 
 
@@ -338,11 +355,11 @@ _REPORTS = (
 )
 
 
-@lab.command("shell", cls=SplitCommand, epilog="What follows -- is run instead of a shell.")
+@lab.command("shell", cls=SplitCommand, epilog="Arguments after -- are a command to run instead of a shell.")
 @_machine_options
 @click.pass_context
 def interactive(ctx: click.Context, /, **values: Any) -> None:
-    """Open a shell inside; its end ends the lab."""
+    """Open a shell in the VM; leaving it powers the VM off."""
     from kvmpy.lab.runs import shell
 
     command = extra_arguments(ctx) or ["/bin/bash" if Path("/bin/bash").exists() else "/bin/sh", "-i"]

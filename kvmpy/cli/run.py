@@ -22,7 +22,9 @@ NOTHING_SELECTED = 5
 
 
 strict_private = click.option(
-    "--strict-private", is_flag=True, help="Keep private pages from the host everywhere, as SEV-SNP does."
+    "--strict-private",
+    is_flag=True,
+    help="Refuse host access to private pages under every protection, as SEV-SNP does.",
 )
 """The option of the commands that run tests."""
 
@@ -129,26 +131,26 @@ def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[s
         return run_tests(paths, {**options, "machines": machines, "may_build": True}, extra)
 
 
-@click.command(cls=SplitCommand, epilog="What follows -- goes to pytest as it is.")
+@click.command(cls=SplitCommand, epilog="Arguments after -- are passed to pytest.")
 @click.argument("paths", nargs=-1)
-@click.option("-k", "expression", metavar="EXPR", help="Only tests whose names match, as in pytest -k.")
+@click.option("-k", "expression", metavar="EXPR", help="Run only tests whose names match, as in pytest -k.")
 @click.option("-n", "workers", metavar="N", help="Run in N processes at once (a number or auto).")
 @click.option("--json", metavar="FILE", help="Write the verdicts as JSON.")
 @click.option("--ktap", metavar="FILE", help="Write the verdicts as KTAP version 1.")
 @click.option("--junit", metavar="FILE", help="Write the verdicts as JUnit XML.")
 @click.option("--html", metavar="FILE", help="Write one HTML page: verdicts, reasons, memory maps, ioctls.")
-@click.option("--timeline", metavar="FILE", help="Write what threads and vCPUs did, for Perfetto's viewer.")
-@click.option("--list", "listing", is_flag=True, help="List the tests, run none.")
-@click.option("--protection", metavar="P[,P]", help="Not under other protections than these.")
-@click.option("--seed", metavar="N", help="Repeat a run's random choices.")
-@click.option("--deadline", metavar="SECONDS", help="How long a guest may run without a wanted exit.")
+@click.option("--timeline", metavar="FILE", help="Write a timeline of threads and vCPUs for Perfetto.")
+@click.option("--list", "listing", is_flag=True, help="List the tests without running them.")
+@click.option("--protection", metavar="P[,P]", help="Run only under these protections.")
+@click.option("--seed", metavar="N", help="Repeat the random choices of a run.")
+@click.option("--deadline", metavar="SECONDS", help="Time limit for a guest to run without an expected exit.")
 @click.option(
     "--record",
     type=click.Choice(["failures", "all"]),
-    help="Record every test's ioctls and keep the records of failures or of all tests.",
+    help="Record the ioctls of each test and keep the records of failed or of all tests.",
 )
-@click.option("--record-dir", metavar="DIR", help="Where records go (default kvmpy-records).")
-@click.option("--dangerous", is_flag=True, help="Also run what can crash an unfixed host.")
+@click.option("--record-dir", metavar="DIR", help="Folder for records (default: kvmpy-records).")
+@click.option("--dangerous", is_flag=True, help="Also run tests that can crash an unfixed host.")
 @strict_private
 @click.option("--journal", type=click.Path(path_type=Path), hidden=True)
 @click.option(
@@ -158,7 +160,7 @@ def _in_lab(paths: tuple[str, ...], options: Mapping[str, object], extra: list[s
     envvar="KVMPY_LAB",
     show_default=True,
     show_envvar=True,
-    help="Run in a kernel under QEMU: where KVM cannot be used here, never, or always.",
+    help="Run in a kernel under QEMU: if KVM cannot be used here, never, or always.",
 )
 @click.pass_context
 def run(ctx: click.Context, /, paths: tuple[str, ...], **options: object) -> None:

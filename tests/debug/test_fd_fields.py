@@ -58,7 +58,7 @@ def in_process(path: Path) -> list[int]:
 
 def traced(path: Path, *options: str) -> list[int]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = ("trace", "-q", *options, "-o", path, "--", sys.executable, "-c", PROGRAM)
+    command = ("trace", "-q", *options, "-o", str(path), "--", sys.executable, "-c", PROGRAM)
     done = kvmpy(*command, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
