@@ -44,7 +44,7 @@ def complaints(record: Record) -> str:
 def reproducers_compile(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile ``repro --all`` of every record that the test left in its folder."""
     yield
-    folder = request.node.funcargs.get("tmp_path")
+    folder = (request.node.funcargs or {}).get("tmp_path")
     if not isinstance(folder, Path) or shutil.which("gcc") is None:
         return
     for path in sorted(folder.rglob("*.rec")):

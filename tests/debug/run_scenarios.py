@@ -51,6 +51,8 @@ def alarms(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
+        # No signal is left for the handler of before, which is that of the test's time-out.
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
