@@ -213,7 +213,7 @@ static __always_inline struct pvalidate_result pvalidate(void *gva, bool huge, b
 
 	asm volatile(".byte 0xf2, 0x0f, 0x01, 0xff"
 		     : "=a"(result.code), "=@ccc"(result.unchanged)
-		     : "a"(gva), "c"(huge), "d"(validate) : "memory");
+		     : "a"(gva), "c"((u32)huge), "d"((u32)validate) : "memory");
 	return result;
 }
 
