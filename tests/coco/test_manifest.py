@@ -122,5 +122,5 @@ def test_neighbours_do_not_overlap(folder: Path) -> None:
 def test_no_json_is_said(folder: Path, text: str) -> None:
     file = folder / "manifest.json"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ManifestError, match="no JSON"):
+    with pytest.raises(ManifestError, match="not JSON"):
         Manifest.read(file)

@@ -127,7 +127,7 @@ def test_replay_says_why_it_stopped_behind_a_difference(counted: Path) -> None:
     record.with_entries(entries).save(counted)
     done = call("replay", counted)
     assert done.exit_code == 1
-    assert "1 ended otherwise than recorded" in done.output
+    assert "1 with a different result" in done.output
     assert re.search(r"stopped: step \d+: its file descriptor does not exist here", done.output)
 
 

@@ -188,7 +188,7 @@ def _follow(view: GuestView, cpu: Cpu, found: dict[Region, dict[int, Instruction
     seen: set[int] = set()
     while work and len(seen) < _MOST_INSTRUCTIONS:
         linear = work.pop()
-        while linear not in seen:
+        while linear not in seen and len(seen) < _MOST_INSTRUCTIONS:
             seen.add(linear)
             place = _fetch(view, cpu, linear)
             if place is None:
