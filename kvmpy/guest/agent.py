@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, TypeVar
 
 from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
@@ -38,7 +38,6 @@ MAX_CODE = 56
 _ORDER = struct.Struct(f"<20Q{MAX_CODE}s")
 _REPLY = struct.Struct("<21Q")
 _STRIDE = 256
-_REGISTERS = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 _ROOM_SIZE = PAGE_SIZE // MAX_VCPUS
 _RET = b"\xc3"
 _UINT64 = (1 << 64) - 1
@@ -101,6 +100,10 @@ class Registers:
     def edx_eax(self) -> int:
         """EDX and EAX as one number, as RDMSR and XGETBV return it."""
         return (self.rdx & 0xFFFF_FFFF) << 32 | self.rax & 0xFFFF_FFFF
+
+
+# Those that an order loads, in the order of struct guest_agent_registers.
+_REGISTERS = tuple(each.name for each in fields(Registers) if each.name != "rflags")
 
 
 class _Rooms:
