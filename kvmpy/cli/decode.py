@@ -34,7 +34,7 @@ def decode(full: bool, as_words: bool, what: str, args: tuple[str, ...]) -> None
 
     try:
         lines = lines_of(what, args, full=full, as_words=as_words)
-    except (DecodeError, EncodeError, ValueError) as error:
+    except (DecodeError, EncodeError, ValueError, OverflowError) as error:
         raise click.ClickException(str(error)) from None
     for line in lines:
         click.echo(line)

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
-import psutil
-
 from kvmpy.core.errors import ClosedError
 from kvmpy.core.vcpu import VcpuKickedError
 
@@ -39,7 +37,7 @@ class ThreadTimeoutError(TimeoutError):
 
 def allowed_cpus() -> list[int]:
     """Return the host CPUs that this process may use."""
-    return sorted(psutil.Process().cpu_affinity())
+    return sorted(os.sched_getaffinity(0))
 
 
 def _check_cpus(cpus: Iterable[int]) -> set[int]:
@@ -121,6 +119,8 @@ class VcpuThread(Generic[T]):
 
     def cpu_times(self) -> tuple[float, float]:
         """Return the (user, system) seconds that the thread has used; (0, 0) once it has ended."""
+        import psutil
+
         for thread in psutil.Process().threads():
             if thread.id == self._thread.native_id:
                 return thread.user_time, thread.system_time

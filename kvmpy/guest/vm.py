@@ -17,7 +17,6 @@ from kvmpy.core.errors import PrivateMemoryError
 from kvmpy.core.exits import Exit
 from kvmpy.core.memory import PageAllocator
 from kvmpy.core.slots import MemorySlot
-from kvmpy.core.threads import VcpuThread, run_threads
 from kvmpy.core.vcpu import Vcpu
 from kvmpy.guest import layout
 from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
@@ -35,6 +34,7 @@ from kvmpy.x86.paging import PageTables
 
 if TYPE_CHECKING:
     from kvmpy.core.kvm import Kvm
+    from kvmpy.core.threads import VcpuThread
 
 DEFAULT_MEMORY = 64 << 20
 DEFAULT_DEADLINE = 20.0
@@ -464,6 +464,8 @@ class GuestVm(VmPrivate):
         callback that has not come back CALLBACK_GRACE seconds later is a ThreadTimeoutError, with its Python
         stack: its thread goes on, but its vCPU runs no more.
         """
+        from kvmpy.core.threads import VcpuThread, run_threads
+
         limit = self.deadline if timeout is None else timeout
 
         def body(vcpu: GuestVcpu) -> None:

@@ -159,6 +159,9 @@ def _clean(report: pytest.TestReport | pytest.CollectReport) -> None:
             report.longrepr = (path, line, " ".join(reason.split()))
         if isinstance(expected := getattr(report, "wasxfail", None), str):
             report.__dict__["wasxfail"] = " ".join(expected.split())
+    elif (crash := getattr(report.longrepr, "reprcrash", None)) is not None:
+        # So is a message where pytest sees a CI system.
+        crash.message = crash.message.replace("\n", "\n| ")
     # The log's levels are coloured by pytest itself.
     report.sections = [
         (printable(title), text if title.startswith("Captured log") else printable(text))

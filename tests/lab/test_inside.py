@@ -95,7 +95,8 @@ class Inside:
 
     def events(self) -> list[dict[str, Any]]:
         """Return what the session has said."""
-        return [json.loads(line) for line in (self.folder / "journal").read_text().splitlines()]
+        lines = (self.folder / "journal").read_text().splitlines()
+        return [json.loads(line) for line in lines if line]
 
 
 @pytest.fixture
