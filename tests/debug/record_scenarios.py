@@ -425,7 +425,7 @@ def reply(kvm: Kvm) -> None:
         assert vm.vcpus[0].sync().args == (42,)
 
 
-@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_MMIO")
+@scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_MMIO", "KVM_RUN on vcpu0 fails with EFAULT")
 def no_access(kvm: Kvm) -> None:
     """A slot whose memory nobody may touch: mov 0x3000, %al"""
     with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0) as nothing, kvm.create_vm() as vm:

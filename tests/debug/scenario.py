@@ -14,7 +14,7 @@ from kvmpy.core.errors import KvmError
 Scenario = Callable[[Kvm], None]
 SCENARIOS: dict[str, Scenario] = {}
 # Name of a scenario -> what its C file says it shows.
-SHOWS: dict[str, str] = {}
+SHOWS: dict[str, tuple[str, ...]] = {}
 # Name of a scenario -> the protection that it needs.
 NEEDS: dict[str, str] = {}
 
@@ -27,8 +27,8 @@ def names() -> list[Any]:
     ]
 
 
-def scenario(shows: str, *, needs: str | None = None) -> Callable[[Scenario], Scenario]:
-    """Enter the function as a scenario whose last word is *shows*."""
+def scenario(*shows: str, needs: str | None = None) -> Callable[[Scenario], Scenario]:
+    """Enter the function as a scenario whose last word is *shows*, one of them where KVMs differ."""
 
     def enter(function: Scenario) -> Scenario:
         name = function.__name__.strip("_")

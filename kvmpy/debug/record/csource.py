@@ -39,6 +39,8 @@ NEW_STRUCTS = {
     "kvm_sev_snp_launch_update": "KVM_X86_SNP_VM",
     "kvm_sev_snp_launch_finish": "KVM_X86_SNP_VM",
 }
+# Structs whose fields differ from one version of <linux/psp-sev.h> to the next: they get names of their own.
+_CHANGING = "sev_user_data_snp_"
 _NEW_IOCTLS = {name: struct for struct, name in NEW_STRUCTS.items() if "_VM" not in name}
 # Fields that are pointers in the kernel's headers; elsewhere addresses are numbers.
 _POINTERS = {
@@ -86,7 +88,7 @@ class Vocabulary:
     def struct(self, name: str) -> str:
         """Return the C type of a struct."""
         self.structs.add(name)
-        return f"struct {name}"
+        return f"struct {_c_name(name)}"
 
     def definitions(self) -> Iterator[str]:
         """Yield the lines that make up for older headers."""
@@ -105,11 +107,17 @@ class Vocabulary:
                 letters = {1: "W", 2: "R", 3: "WR"}[op.request.direction]
                 yield f"#define {op.name} _IO{letters}(KVMIO, {op.request.number:#x}, struct {name})"
             yield "#endif"
+        for name in sorted(name for name in self.structs if name.startswith(_CHANGING)):
+            yield from declaration(name)
         for name, value in sorted(self.names.items()):
             if _NEWER.match(name) or (name.startswith("KVM_CAP_") and value >= _FIRST_NEW_CAP):
                 yield f"#ifndef {name}"
                 yield f"#define {name} {number(value)}"
                 yield "#endif"
+
+
+def _c_name(struct: str) -> str:
+    return struct.removeprefix("sev_user_data_") if struct.startswith(_CHANGING) else struct
 
 
 def declaration(name: str) -> list[str]:
@@ -119,7 +127,7 @@ def declaration(name: str) -> list[str]:
         found = re.search(rf"^struct {name} \{{.*?^\}};", path.read_text(), re.MULTILINE | re.DOTALL)
         if found:
             text = re.sub(r"\bu?int\d+_t\b", lambda match: _C_TYPES[match[0]], found[0])
-            return text.splitlines()
+            return text.replace(name, _c_name(name), 1).splitlines()
     raise KeyError(name)
 
 
