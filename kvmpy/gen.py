@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the files that say elsewhere what Python says: stubs of types, and headers for C.
+"""The files that say elsewhere what Python says: stubs of types, and headers for C.
 
-``python -m kvmpy.gen`` writes them, with ``--check`` it only says whether they are up to date (exit 1).
+The build (:mod:`kvmpy.build`) writes them.  It has no more than the standard library and cffi then.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from enum import Enum, EnumMeta
 from pathlib import Path
@@ -28,7 +27,7 @@ from kvmpy.uapi.structs import kvm_run
 HERE = Path(__file__).resolve().parent
 _HEAD = (
     "/* SPDX-License-Identifier: Apache-2.0 */\n"
-    "/* Written by `python -m kvmpy.gen`: do not edit. {about} */\n"
+    "/* Written by kvmpy/gen.py: do not edit. {about} */\n"
     "#ifndef {guard}\n#define {guard}\n\n{body}\n#endif\n"
 )
 _CONSTANT = re.compile(r"([A-Z][A-Z0-9_]*) = (.*)")
@@ -173,20 +172,10 @@ def files() -> dict[Path, str]:
     }
 
 
-def main(arguments: list[str]) -> int:
-    """Write the files, or check them."""
-    if arguments not in ([], ["--check"]):
-        print("usage: python -m kvmpy.gen [--check]", file=sys.stderr)
-        return 2
-    stale = {path: text for path, text in files().items() if not path.exists() or path.read_text() != text}
-    for path, text in stale.items():
-        if arguments:
-            print(f"{path}: outdated; run python -m kvmpy.gen", file=sys.stderr)
-        else:
+def write() -> list[Path]:
+    """Write what is not there or differs; return every generated file."""
+    generated = files()
+    for path, text in generated.items():
+        if not path.exists() or path.read_text() != text:
             path.write_text(text)
-            print(path)
-    return 1 if arguments and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return list(generated)
