@@ -50,12 +50,31 @@ def _members(*names: str) -> str:
     return "".join(f"\tuint32_t {name};\n" for name in names)
 
 
+# What follows the name of an object that was made: nothing, the argument, or how many there were before.
+_MADE_NUMBERS = {"": -1, "arg": -2, "count": -3}
+
+
+def _maker(op: ioctls.Ioctl) -> str:
+    def at(name: str) -> int:
+        return field_place(str(op.struct), name)[0]
+
+    name, _, number = op.made_name.removesuffix("}").partition("{")
+    unless, mask = op.made_unless or ("", 0)
+    numbered = _MADE_NUMBERS[number] if number in _MADE_NUMBERS else at(number)
+    return (
+        f"{op.name}, {int(object_kind(str(op.makes)))}, {at(op.made_in) if op.made_in else -1}, "
+        f'{at(unless) if unless else 0}, {mask}, "{name}", {numbered}'
+    )
+
+
 def tables() -> str:
     """Return the content of preload/tables.h."""
     ops = list(ioctls.IOCTLS.values())
     lines = ["#include <stdbool.h>\n#include <stdint.h>\n\n"]
     sources = "".join(path.read_text() for path in sorted((HERE / "debug/preload").glob("*.c")))
-    used = {*re.findall(r"\bKVM_\w+", sources)} | {op.name for op in ops if op.makes or op.fd_fields}
+    used = {*re.findall(r"\bKVM_\w+", sources)} | {
+        op.name for op in ops if op.makes or op.fd_fields or op.nr in ioctls.SETS_SLOT
+    }
     lines += [f"#define {op.name} {op.nr:#x}U\n" for op in ops if op.name in used]
     lines += [f"#define {name} {number}U\n" for name, number in constants.ALL.items() if name in used]
     lines += [
@@ -93,16 +112,21 @@ def tables() -> str:
         )
     )
     lines.append(
-        "\n/* The kind of object that an ioctl makes, and where its descriptor is: -1 is the result. */\n"
+        "\n/* The kind of object that an ioctl makes, and where its descriptor is: -1 is the result.\n"
+        " * It makes none if the u32 at unless has a bit of mask. After the name comes the u32 at number,\n"
+        " * or what KVMPY_MADE_ says. */\n"
+        + "".join(
+            f"#define KVMPY_MADE_{name.upper() or 'ALONE'} {value}\n" for name, value in _MADE_NUMBERS.items()
+        )
         + _rows(
             "kvmpy_maker",
-            "\tuint32_t request;\n\tuint32_t kind;\n\tint32_t offset;\n",
-            [
-                f"{op.name}, {int(object_kind(op.makes))}, "
-                f"{field_place(op.struct, op.made_in)[0] if op.struct and op.made_in else -1}"
-                for op in ops
-                if op.makes is not None and op.nr >> 8 & 0xFF == ioctls.KVMIO
-            ],
+            "\tuint32_t request;\n\tuint32_t kind;\n\tint32_t offset;\n"
+            "\tuint32_t unless, mask;\n\tconst char *name;\n\tint32_t number;\n",
+            [_maker(op) for op in ops if op.makes is not None and op.nr >> 8 & 0xFF == ioctls.KVMIO],
+        )
+        + "\n/* These set memory slots; their arguments begin like struct kvm_userspace_memory_region. */\n"
+        + _rows(
+            "kvmpy_slot_setter", "\tuint32_t request;\n", [op.name for op in ops if op.nr in ioctls.SETS_SLOT]
         )
     )
     return _HEAD.format(
