@@ -82,10 +82,11 @@ class Ioctl:
     ``cap`` announces the ioctl on ``fd`` (None: every KVM has it), ``also`` holds further kinds of file
     descriptor, with the capability for each.
 
-    ``names`` are the names of an argument passed by value, ``unit`` is its unit.  ``pointers`` are what the
-    struct's pointers lead to, ``addresses`` the other fields with host addresses.  ``fills``: of the struct
-    the kernel reads no more than the count, and fills the entries.  ``size`` is a size that the struct does
-    not tell.  ``select`` is the field that holds the id of one of ``commands``.
+    ``names`` are the names of an argument passed by value, ``unit`` is its unit, or the result's where there
+    is no argument.  ``pointers`` are what the struct's pointers lead to, ``addresses`` the other fields with
+    host addresses.  ``fills``: of the struct the kernel reads no more than the count, and fills the entries.
+    ``size`` is a size that the struct does not tell.  ``select`` is the field that holds the id of one of
+    ``commands``.
 
     ``makes`` is the kind of the object that it makes, except where the field and bits of ``made_unless`` are
     set.  ``made_in`` is the field with its descriptor where that is not the result, ``made_name`` its name

@@ -315,7 +315,8 @@ KVM_SET_DEBUGREGS = _io("KVM_SET_DEBUGREGS", "vcpu", "in", 0xA2, "kvm_debugregs"
 KVM_SET_TSC_KHZ = _io("KVM_SET_TSC_KHZ", "vcpu", "int", 0xA2, None, "KVM_CAP_TSC_CONTROL",
     "Set the frequency of the time stamp counter.", (("vm", "KVM_CAP_VM_TSC_CONTROL"),), unit="kHz")
 KVM_GET_TSC_KHZ = _io("KVM_GET_TSC_KHZ", "vcpu", "none", 0xA3, None, "KVM_CAP_GET_TSC_KHZ",
-    "Return the frequency of the time stamp counter.", (("vm", "KVM_CAP_VM_TSC_CONTROL"),), volatile=("",))
+    "Return the frequency of the time stamp counter.", (("vm", "KVM_CAP_VM_TSC_CONTROL"),),
+    volatile=("",), unit="kHz")
 KVM_ENABLE_CAP = _io("KVM_ENABLE_CAP", "vcpu", "in", 0xA3, "kvm_enable_cap", "KVM_CAP_ENABLE_CAP",
     "Switch a capability on.", (("vm", "KVM_CAP_ENABLE_CAP_VM"),),
     lasting=Lasting(("cap",)),
