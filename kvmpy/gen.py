@@ -71,8 +71,9 @@ def tables() -> str:
     """Return the content of preload/tables.h."""
     ops = list(ioctls.IOCTLS.values())
     lines = ["#include <stdbool.h>\n#include <stdint.h>\n\n"]
-    sources = "".join(path.read_text() for path in sorted((HERE / "debug/preload").glob("*.c")))
-    used = {*re.findall(r"\bKVM_\w+", sources)} | {
+    folders = (HERE / "debug/preload", HERE / "uapi/native")
+    sources = "".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.c")))
+    used = {*re.findall(r"\b(?:KVM|UFFD)\w+", sources)} | {
         op.name for op in ops if op.makes or op.fd_fields or op.nr in ioctls.SETS_SLOT
     }
     lines += [f"#define {op.name} {op.nr:#x}U\n" for op in ops if op.name in used]
