@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,17 @@ def test_git_ignores_what_is_generated() -> None:
     command = ["git", "-C", str(ROOT), "check-ignore", *names]
     ignored = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ignored.stdout.split() == names, ignored.stderr
+
+
+def test_the_recorder_learns_what_ioctls_make() -> None:
+    """Request, kind, place of the descriptor, where it makes nothing, name, and what numbers it."""
+    rows = re.findall(r"\{ (KVM_CREATE_\w+, .*) \},", kvmpy.gen.tables())
+    assert rows == [
+        'KVM_CREATE_VM, 2, -1, 0, 0, "vm", -3',
+        'KVM_CREATE_VCPU, 3, -1, 0, 0, "vcpu", -2',
+        'KVM_CREATE_GUEST_MEMFD, 5, -1, 0, 0, "gmem", -3',
+        'KVM_CREATE_DEVICE, 4, 4, 8, 1, "device", 0',
+    ]
 
 
 def test_struct_stub_declares_every_field() -> None:
