@@ -7,18 +7,22 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 NATIVE := kvmpy/uapi/_native.abi3.so
-NATIVE_SOURCES := kvmpy/uapi/build.py $(wildcard kvmpy/uapi/cdef/* kvmpy/uapi/native/*)
+NATIVE_SOURCES := kvmpy/build.py kvmpy/gen.py kvmpy/guest/layout.py $(wildcard \
+	kvmpy/uapi/*.py kvmpy/uapi/constants/*.py kvmpy/uapi/cdef/* kvmpy/uapi/native/* \
+	kvmpy/debug/layouts.py kvmpy/debug/preload/*.[cp]* kvmpy/debug/record/events.py kvmpy/debug/record/format.py)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help run hardware lab kernel test torture lint format wheel docs clean check-host
+.PHONY: help build run hardware lab kernel test torture lint format wheel docs clean check-host
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "ARGS='...' is passed on by run, lab (kvmpy run, kvmpy lab run) and test (pytest)."
 	@echo "PYTHON=python3.12 picks the interpreter."
+
+build: $(VENV)/.kvmpy-run $(NATIVE) ## build the extension and the generated stubs and headers, if they are out of date
 
 run: $(VENV)/.kvmpy-run $(NATIVE) ## run the selftests on this host's KVM, or in the lab if it has none
 	@$(BIN)/kvmpy run $(ARGS)
@@ -54,7 +58,8 @@ docs: $(VENV)/.kvmpy-docs $(NATIVE) ## build the API reference from the docstrin
 	@$(BIN)/python ci/api_reference.py build/api
 
 clean: ## remove everything that was built, including the virtual environment
-	rm -rf $(VENV) $(NATIVE) build dist .mypy_cache .ruff_cache .pytest_cache
+	-git clean -fdXq kvmpy guest_asm
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
 
 check-host:
 	@PYTHON='$(PYTHON)' sh ci/prerequisites.sh
@@ -64,13 +69,13 @@ $(BIN)/python:
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.kvmpy-run: pyproject.toml kvmpy/uapi/hatch_build.py | $(BIN)/python
+$(VENV)/.kvmpy-run: pyproject.toml hatch_build.py | $(BIN)/python
 	@PYTHON='$(PYTHON)' sh ci/prerequisites.sh
 	@echo "installing kvmpy and what it needs into $(VENV)"
 	@$(PIP) install --editable .
 	@touch $@
 
-$(VENV)/.kvmpy-dev: pyproject.toml kvmpy/uapi/hatch_build.py | $(BIN)/python
+$(VENV)/.kvmpy-dev: pyproject.toml hatch_build.py | $(BIN)/python
 	@PYTHON='$(PYTHON)' sh ci/prerequisites.sh
 	@echo "installing kvmpy and its development tools into $(VENV)"
 	@$(PIP) install --editable '.[dev]'
@@ -80,8 +85,8 @@ $(VENV)/.kvmpy-docs: $(VENV)/.kvmpy-dev
 	@$(PIP) install --editable '.[docs]'
 	@touch $@
 
-# The editable install has built it; this rule rebuilds when a declaration or a C file changes.
+# The editable install has built it, and what is generated; this rule does when what they are made from changes.
 $(NATIVE): $(NATIVE_SOURCES) | $(BIN)/python
 	@$(PIP) install 'cffi>=1.16' 'setuptools>=65'
 	@echo "building $@"
-	@$(BIN)/python -I kvmpy/uapi/build.py
+	@$(BIN)/python -I -m kvmpy.build

@@ -12,8 +12,8 @@ import pdoc
 
 import kvmpy
 
-# No part of the interface: the build hook needs hatchling, __main__ runs the command.
-LEFT_OUT = ("kvmpy.__main__", "kvmpy.uapi.hatch_build", "kvmpy.uapi._native", "kvmpy.selftests")
+# No part of the interface: __main__ runs the command.
+LEFT_OUT = ("kvmpy.__main__", "kvmpy.uapi._native", "kvmpy.selftests")
 
 
 def modules() -> list[str]:

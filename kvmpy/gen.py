@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the files that say elsewhere what Python says: stubs of types, and headers for C.
+"""The files that say elsewhere what Python says: stubs of types, and headers for C.
 
-``python -m kvmpy.gen`` writes them, with ``--check`` it only says whether they are up to date (exit 1).
+The build (:mod:`kvmpy.build`) writes them.  It has no more than the standard library and cffi then.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from enum import Enum, EnumMeta
 from pathlib import Path
@@ -28,7 +27,7 @@ from kvmpy.uapi.structs import kvm_run
 HERE = Path(__file__).resolve().parent
 _HEAD = (
     "/* SPDX-License-Identifier: Apache-2.0 */\n"
-    "/* Written by `python -m kvmpy.gen`: do not edit. {about} */\n"
+    "/* Written by kvmpy/gen.py: do not edit. {about} */\n"
     "#ifndef {guard}\n#define {guard}\n\n{body}\n#endif\n"
 )
 _CONSTANT = re.compile(r"([A-Z][A-Z0-9_]*) = (.*)")
@@ -51,12 +50,32 @@ def _members(*names: str) -> str:
     return "".join(f"\tuint32_t {name};\n" for name in names)
 
 
+# What follows the name of an object that was made: nothing, the argument, or how many there were before.
+_MADE_NUMBERS = {"": -1, "arg": -2, "count": -3}
+
+
+def _maker(op: ioctls.Ioctl) -> str:
+    def at(name: str) -> int:
+        return field_place(str(op.struct), name)[0]
+
+    name, _, number = op.made_name.removesuffix("}").partition("{")
+    unless, mask = op.made_unless or ("", 0)
+    numbered = _MADE_NUMBERS[number] if number in _MADE_NUMBERS else at(number)
+    return (
+        f"{op.name}, {int(object_kind(str(op.makes)))}, {at(op.made_in) if op.made_in else -1}, "
+        f'{at(unless) if unless else 0}, {mask}, "{name}", {numbered}'
+    )
+
+
 def tables() -> str:
     """Return the content of preload/tables.h."""
     ops = list(ioctls.IOCTLS.values())
     lines = ["#include <stdbool.h>\n#include <stdint.h>\n\n"]
-    sources = "".join(path.read_text() for path in sorted((HERE / "debug/preload").glob("*.c")))
-    used = {*re.findall(r"\bKVM_\w+", sources)} | {op.name for op in ops if op.makes or op.fd_fields}
+    folders = (HERE / "debug/preload", HERE / "uapi/native")
+    sources = "".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.c")))
+    used = {*re.findall(r"\b(?:KVM|UFFD)\w+", sources)} | {
+        op.name for op in ops if op.makes or op.fd_fields or op.nr in ioctls.SETS_SLOT
+    }
     lines += [f"#define {op.name} {op.nr:#x}U\n" for op in ops if op.name in used]
     lines += [f"#define {name} {number}U\n" for name, number in constants.ALL.items() if name in used]
     lines += [
@@ -94,16 +113,21 @@ def tables() -> str:
         )
     )
     lines.append(
-        "\n/* The kind of object that an ioctl makes, and where its descriptor is: -1 is the result. */\n"
+        "\n/* The kind of object that an ioctl makes, and where its descriptor is: -1 is the result.\n"
+        " * It makes none if the u32 at unless has a bit of mask. After the name comes the u32 at number,\n"
+        " * or what KVMPY_MADE_ says. */\n"
+        + "".join(
+            f"#define KVMPY_MADE_{name.upper() or 'ALONE'} {value}\n" for name, value in _MADE_NUMBERS.items()
+        )
         + _rows(
             "kvmpy_maker",
-            "\tuint32_t request;\n\tuint32_t kind;\n\tint32_t offset;\n",
-            [
-                f"{op.name}, {int(object_kind(op.makes))}, "
-                f"{field_place(op.struct, op.made_in)[0] if op.struct and op.made_in else -1}"
-                for op in ops
-                if op.makes is not None and op.nr >> 8 & 0xFF == ioctls.KVMIO
-            ],
+            "\tuint32_t request;\n\tuint32_t kind;\n\tint32_t offset;\n"
+            "\tuint32_t unless, mask;\n\tconst char *name;\n\tint32_t number;\n",
+            [_maker(op) for op in ops if op.makes is not None and op.nr >> 8 & 0xFF == ioctls.KVMIO],
+        )
+        + "\n/* These set memory slots; their arguments begin like struct kvm_userspace_memory_region. */\n"
+        + _rows(
+            "kvmpy_slot_setter", "\tuint32_t request;\n", [op.name for op in ops if op.nr in ioctls.SETS_SLOT]
         )
     )
     return _HEAD.format(
@@ -173,20 +197,10 @@ def files() -> dict[Path, str]:
     }
 
 
-def main(arguments: list[str]) -> int:
-    """Write the files, or check them."""
-    if arguments not in ([], ["--check"]):
-        print("usage: python -m kvmpy.gen [--check]", file=sys.stderr)
-        return 2
-    stale = {path: text for path, text in files().items() if not path.exists() or path.read_text() != text}
-    for path, text in stale.items():
-        if arguments:
-            print(f"{path}: outdated; run python -m kvmpy.gen", file=sys.stderr)
-        else:
+def write() -> list[Path]:
+    """Write what is not there or differs; return every generated file."""
+    generated = files()
+    for path, text in generated.items():
+        if not path.exists() or path.read_text() != text:
             path.write_text(text)
-            print(path)
-    return 1 if arguments and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return list(generated)

@@ -3,17 +3,14 @@
 #include <kvmpy/agent.h>
 #include <kvmpy/layout.h>
 
+#include "saved.h"
+
 	.text
 	/* u64 guest_call_enter(function, arg): also returns when guest_call_resume() is jumped to. */
 	.globl	guest_call_enter
 	.type	guest_call_enter, @function
 guest_call_enter:
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
+	push_saved
 	pushfq
 	pushq	%gs:KVMPY_CPU_CALL_RSP
 	movq	%rsp, %gs:KVMPY_CPU_CALL_RSP
@@ -26,12 +23,7 @@ guest_call_resume:
 	movq	%gs:KVMPY_CPU_CALL_RSP, %rsp
 	popq	%gs:KVMPY_CPU_CALL_RSP
 	popfq
-	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%rbp
-	popq	%rbx
+	pop_saved
 	ret
 	.size	guest_call_enter, . - guest_call_enter
 
@@ -43,12 +35,7 @@ guest_call_resume:
 	.globl	\name
 	.type	\name, @function
 \name:
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
+	push_saved
 	pushq	%rdi
 	pushq	GUEST_AGENT_CODE(%rdi)
 	.set	place, 0
@@ -73,12 +60,7 @@ guest_call_resume:
 	popq	GUEST_AGENT_RDI(%rdi)
 	popq	GUEST_AGENT_FLAGS(%rdi)
 	addq	$16, %rsp
-	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%rbp
-	popq	%rbx
+	pop_saved
 	cld
 	ret
 	.size	\name, . - \name

@@ -2,6 +2,8 @@
 /* The ways to ring 3 and back. */
 #include <kvmpy/layout.h>
 
+#include "saved.h"
+
 #define RFLAGS_IN_USER		0x202
 
 	.text
@@ -12,12 +14,7 @@
 	.globl	guest_user_enter
 	.type	guest_user_enter, @function
 guest_user_enter:
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
+	push_saved
 	pushfq
 	/* An exception handler of an outer run may be what starts this one. */
 	pushq	%gs:KVMPY_CPU_USER_RSP
@@ -44,12 +41,7 @@ guest_user_resume:
 	popq	%gs:KVMPY_TSS_RSP0
 	popq	%gs:KVMPY_CPU_USER_RSP
 	popfq
-	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%rbp
-	popq	%rbx
+	pop_saved
 	ret
 	.size	guest_user_resume, . - guest_user_resume
 

@@ -22,8 +22,7 @@ from kvmpy.debug.decode import (
 from kvmpy.debug.encode import EncodeError, assignments, parse_hex, parse_number
 from kvmpy.uapi.buffers import struct_class
 from kvmpy.uapi.constants import ExitReason, SevRet
-from kvmpy.uapi.error_hints import errno_name, error_words, hint
-from kvmpy.uapi.error_rules import sev_hint
+from kvmpy.uapi.error_hints import errno_name, error_words
 from kvmpy.uapi.field_words import ARGUMENTS, argument_words, number_words, parse_words
 from kvmpy.uapi.ioctls import BY_NR, IOCTLS, SEV_COMMANDS, SEV_PLATFORM_COMMANDS, TDX_COMMANDS, Ioctl
 from kvmpy.uapi.struct_text import EXIT_MEMBERS
@@ -218,9 +217,8 @@ def _errno(args: Sequence[str], full: bool) -> list[str]:
     number = names.get(args[0].upper()) or parse_number(args[0])
     if abs(number) >= 1 << 12:
         raise DecodeError(f"{args[0][:40]} is no errno: they are below 4096")
-    if len(args) == 2 and args[1].upper() in SEV_COMMANDS:
-        meaning = sev_hint(args[1].upper(), abs(number)) or hint("KVM_MEMORY_ENCRYPT_OP", abs(number))
-        return [f"{number}: {error_words(None, abs(number)).partition(':')[0]}{meaning and ': '}{meaning}"]
+    if len(args) == 2 and args[1].upper() in {**SEV_COMMANDS, **SEV_PLATFORM_COMMANDS}:
+        return [f"{number}: {error_words(args[1].upper(), abs(number))}"]
     op = find_ioctl(args[1]) if len(args) == 2 else None
     if len(args) == 2 and not isinstance(op, Ioctl):
         raise DecodeError(f"{args[1]!r} is not an ioctl that kvmpy knows{_elsewhere(args[1])}")

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import errno as _errno
 import os
 from dataclasses import dataclass
 
 from kvmpy.core.errors import KvmError, errno_name
-from kvmpy.uapi.commands import Command, SevPlatformCommand
+from kvmpy.uapi.commands import Command
 from kvmpy.uapi.constants import SevRet, SnpPageType
+from kvmpy.uapi.error_hints import hint
 from kvmpy.uapi.ioctl_type import Ioctl
 from kvmpy.uapi.structs import Struct
 
@@ -145,70 +145,11 @@ class SevError(KvmError):
         if arg is not None:
             self.arg = repr(arg)
             text += f"\n  argument: {arg!r}"
-        hint = _hint(command, number, result.firmware)
-        if hint:
-            self.hint = hint
-            text += f"\n  hint: {hint}"
+        self.hint = hint(command.name, number, status=result.firmware)
+        if result.firmware == SevRet.SEV_RET_POLICY_FAILURE and "LAUNCH_START" in command.name:
+            self.hint = "SMT (bit 16 of an SNP policy), the ABI version and debugging must suit this platform"
+        if self.hint:
+            text += f"\n  hint: {self.hint}"
         # OSError keeps errno and text apart; KvmError prints the text alone.
         self.strerror = text
         self.args = (number, text)
-
-
-_DEAD = "the secure processor does not answer; reboot"
-_HINTS: dict[tuple[str | None, int], str] = {
-    (None, _errno.ENOTTY): "kvm_amd runs without SEV (see `kvmpy doctor`), or the VM is of another type",
-    (None, _errno.EBADF): "the command needs an open /dev/sev",
-    (None, _errno.EPERM): "an SNP VM takes SNP commands only",
-    (None, _errno.ETIMEDOUT): _DEAD,
-    ("KVM_SEV_INIT2", _errno.EBUSY): (
-        "no free ASID: other SEV guests hold them all, or misc.max of this process's cgroup is reached"
-    ),
-    ("KVM_SEV_INIT2", _errno.ENOTTY): "no ASID is for guests of this kind: see `kvmpy doctor`",
-    ("KVM_SEV_INIT2", _errno.EINVAL): (
-        "once for each VM, before its vCPUs, on a VM of type SEV, SEV-ES or SNP, with features that "
-        "KVM_X86_SEV_VMSA_FEATURES lists and a GHCB version that the type knows"
-    ),
-    ("KVM_SEV_SNP_LAUNCH_START", _errno.ENOTTY): (
-        "the VM is of another type, or the firmware made no context for the guest (SNP_GCTX_CREATE, whatever "
-        "it said: snp_launch_start() in Linux); see dmesg | grep -i ccp"
-    ),
-    ("KVM_SEV_SNP_LAUNCH_START", _errno.EINVAL): (
-        "once for each VM, with policy bit 17 set and no bit that KVM_X86_SNP_POLICY_BITS lacks"
-    ),
-    ("KVM_SEV_SNP_LAUNCH_UPDATE", _errno.EINVAL): (
-        "after SNP_LAUNCH_START; whole pages in a guest_memfd memory slot, a known page type, no flags"
-    ),
-    ("KVM_SEV_SNP_LAUNCH_UPDATE", _errno.EIO): (
-        "each page must be private (KVM_SET_MEMORY_ATTRIBUTES) and not part of the guest already, and its "
-        "source readable"
-    ),
-    ("KVM_SEV_LAUNCH_UPDATE_VMSA", _errno.EINVAL): (
-        "once for each vCPU, without guest debugging and with DR7 at its reset value"
-    ),
-    (None, _errno.ENOMEM): "the range cannot be pinned: see RLIMIT_MEMLOCK (ulimit -l) and free memory",
-}
-
-
-# Of /dev/sev: sev_ioctl() in drivers/crypto/ccp/sev-dev.c.
-_PLATFORM_HINTS: dict[tuple[str | None, int], str] = {
-    (None, _errno.EBUSY): _DEAD,
-    (None, _errno.ETIMEDOUT): _DEAD,
-    (None, _errno.ENOTTY): "the file is no /dev/sev",
-    (None, _errno.EPERM): "the command needs a /dev/sev that is open for writing, and no other right",
-    (None, _errno.ENODEV): "the secure processor, or SNP for a command of SNP, is not initialised",
-    ("SEV_FACTORY_RESET", _errno.EBUSY): "guests are active",
-}
-_LATE = (
-    "with ccp.psp_init_on_probe=0 and no guest the platform is not initialised: ccp does that for this "
-    "command, and shuts it down again, SNP too (sev_ioctl_do_pdh_export() in Linux)"
-)
-
-
-def _hint(command: Command, number: int, firmware: int) -> str:
-    if firmware == SevRet.SEV_RET_POLICY_FAILURE and "LAUNCH_START" in command.name:
-        return "SMT (bit 16 of an SNP policy), the ABI version and debugging must suit this platform"
-    hints = _PLATFORM_HINTS if isinstance(command, SevPlatformCommand) else _HINTS
-    found = hints.get((command.name, number)) or hints.get((None, number)) or ""
-    if not found and command.name == "SEV_PDH_CERT_EXPORT":
-        return _LATE
-    return found

@@ -16,10 +16,13 @@ from kvmpy.core.closing import Closing
 from kvmpy.core.errors import MissingError
 from kvmpy.core.eventfd import EventFd
 from kvmpy.uapi import ffi, lib
-from kvmpy.uapi.constants import UffdFeature, UffdRegisterMode
+from kvmpy.uapi.constants import UffdEvent, UffdFeature, UffdPagefaultFlag, UffdRegisterMode
 
 DEVICE = "/dev/userfaultfd"
-_EVENT_PAGEFAULT = 0x12
+_EVENT_PAGEFAULT = int(UffdEvent.UFFD_EVENT_PAGEFAULT)
+_WRITE = int(UffdPagefaultFlag.UFFD_PAGEFAULT_FLAG_WRITE)
+_WP = int(UffdPagefaultFlag.UFFD_PAGEFAULT_FLAG_WP)
+_MINOR = int(UffdPagefaultFlag.UFFD_PAGEFAULT_FLAG_MINOR)
 _BATCH = 16
 
 
@@ -160,7 +163,9 @@ class Userfaultfd(Closing):
                 return []
             raise OSError(number, f"read of userfaultfd: {os.strerror(number)}")
         return [
-            PageFault(e.address, bool(e.flags & 1), bool(e.flags & 2), bool(e.flags & 4), e.thread_id)
+            PageFault(
+                e.address, bool(e.flags & _WRITE), bool(e.flags & _WP), bool(e.flags & _MINOR), e.thread_id
+            )
             for e in (events[n] for n in range(count))
             if e.event == _EVENT_PAGEFAULT
         ]

@@ -24,6 +24,11 @@ from kvmpy.uapi.constants import (
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_SINGLESTEP,
     KVM_GUESTDBG_USE_HW_BP,
+    KVM_REG_GUEST_SSP,
+    KVM_REG_SIZE_U64,
+    KVM_REG_X86,
+    KVM_X86_REG_TYPE_KVM,
+    KVM_X86_REG_TYPE_MSR,
 )
 from kvmpy.uapi.structs import (
     kvm_cpuid2,
@@ -56,8 +61,7 @@ if TYPE_CHECKING:
     from kvmpy.core.vm import Vm
     from kvmpy.uapi.structs import kvm_run
 
-_REG_X86 = 0x2000_0000_0000_0000
-_REG_U64 = 0x0030_0000_0000_0000
+_REG_U64 = KVM_REG_X86 | KVM_REG_SIZE_U64
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,11 @@ class DebugPoint:
 
 def msr_reg_id(index: int) -> int:
     """Return the id of MSR *index* for :meth:`VcpuState.get_one_reg` (KVM_X86_REG_MSR)."""
-    return _REG_X86 | _REG_U64 | 2 << 32 | index
+    return _REG_U64 | KVM_X86_REG_TYPE_MSR << 32 | index
 
 
 # KVM_X86_REG_KVM(KVM_REG_GUEST_SSP): the shadow stack pointer of CET.
-GUEST_SSP_REG_ID = _REG_X86 | _REG_U64 | 3 << 32
+GUEST_SSP_REG_ID = _REG_U64 | KVM_X86_REG_TYPE_KVM << 32 | KVM_REG_GUEST_SSP
 
 
 class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):

@@ -34,7 +34,6 @@ from kvmpy.uapi.ioctl_type import READ, WRITE, decode
 from kvmpy.uapi.ioctls import (
     BY_NR,
     IOCTLS,
-    KVM_GET_TSC_KHZ,
     KVM_MEMORY_ENCRYPT_OP,
     KVM_RUN,
 )
@@ -224,8 +223,9 @@ class Decoder:
     def _result(self, event: Ioctl, meaning: str) -> str:
         if event.result < 0:
             return f"-1 {error_words(None, event.errno).partition(':')[0]}{meaning and ': '}{meaning}"
-        if event.request in _IN_KHZ:
-            return f"{event.result} kHz"
+        op = BY_NR.get(event.request)
+        if op is not None and op.arg == "none" and op.unit:
+            return f"{event.result} {op.unit}"
         text = hex(event.result) if event.result > 0xFFFF else str(event.result)
         missing = refused_msr(event)
         if missing is None:
@@ -339,7 +339,6 @@ class Decoder:
 
 
 _HEAD = 32 + 256
-_IN_KHZ = (KVM_GET_TSC_KHZ.nr,)
 _RUN, _OUT = int(What.RUN), int(When.OUT)
 _MSRS_AT, _MSR_SIZE = 8, 16
 

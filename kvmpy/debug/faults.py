@@ -30,6 +30,10 @@ class Traced:
     tid: int
 
 
+def _where(record: Record) -> tuple[int, int, int]:
+    return record.timestamp, record.cpu, record.tid
+
+
 @dataclass(frozen=True)
 class PageFaultEvent(Traced):
     """kvm:kvm_page_fault: a fault that KVM's MMU has to resolve.
@@ -48,9 +52,7 @@ class PageFaultEvent(Traced):
     def read(cls, record: Record) -> PageFaultEvent:
         """Make the event from *record*."""
         return cls(
-            record.timestamp,
-            record.cpu,
-            record.tid,
+            *_where(record),
             record["vcpu_id"],
             record["guest_rip"],
             record["fault_address"],
@@ -80,9 +82,7 @@ class ExitEvent(Traced):
     def read(cls, record: Record) -> ExitEvent:
         """Make the event from *record*."""
         return cls(
-            record.timestamp,
-            record.cpu,
-            record.tid,
+            *_where(record),
             record["vcpu_id"],
             record["guest_rip"],
             record["isa"],
@@ -109,9 +109,7 @@ class AttributesEvent(Traced):
         """Make the event from *record*, which counts in pages."""
         start, end = record["start"], record["end"]
         return cls(
-            record.timestamp,
-            record.cpu,
-            record.tid,
+            *_where(record),
             start << PAGE_SHIFT,
             end - start << PAGE_SHIFT,
             record["attr"],
@@ -134,9 +132,7 @@ class MappingEvent(Traced):
     def read(cls, record: Record) -> MappingEvent:
         """Make the event from *record*; level 1 is 4 KiB, each further one 512 times that."""
         return cls(
-            record.timestamp,
-            record.cpu,
-            record.tid,
+            *_where(record),
             record["gfn"] << PAGE_SHIFT,
             record["pfn"],
             1 << PAGE_SHIFT + 9 * (record["level"] - 1),

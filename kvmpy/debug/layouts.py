@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structs that C and Python share, declared once as C has them: :mod:`kvmpy.debug.gen` writes the headers."""
+"""Structs that C and Python share, declared once as C has them: :mod:`kvmpy.gen` makes the headers."""
 
 from __future__ import annotations
 

@@ -38,16 +38,6 @@ from kvmpy.uapi.ioctls import (
     SETS_SLOT,
 )
 
-KINDS: dict[int, str] = {
-    ObjectKind.SYSTEM: "system",
-    ObjectKind.VM: "vm",
-    ObjectKind.VCPU: "vcpu",
-    ObjectKind.DEVICE: "device",
-    ObjectKind.GMEM: "gmem",
-    ObjectKind.STATS: "stats",
-    ObjectKind.SEV: "sev",
-    ObjectKind.UFFD: "uffd",
-}
 _NS = 1_000_000_000
 _NOWHERE = Place()
 # Members of an enum are looked up anew each time.
@@ -247,12 +237,11 @@ class Stream:
 
     def _object(self, said: Object) -> None:
         self.objects[said.id] = said
-        kind = KINDS.get(said.kind, "")
         parent = self._places.get(said.parent, _NOWHERE)
         vm_type = self._made.pop(said.made_by, 0) if said.kind == ObjectKind.VM else parent.vm_type
         # A VM whose making was seen has no slots yet; what one had before is not known.
         made = {} if said.kind == ObjectKind.VM and said.made_by else parent.slots
-        self._places[said.id] = Place(kind, vm_type, made)
+        self._places[said.id] = Place(ObjectKind(said.kind).name.lower(), vm_type, made)
 
     def _thread(self, frame: AnyFrame) -> str:
         name = self.threads.get(frame.tid, "")

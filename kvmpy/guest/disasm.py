@@ -42,30 +42,3 @@ def disassemble(
                     break
         lines.append((where, text))
     return lines
-
-
-def around(
-    code: bytes,
-    address: int,
-    rip: int,
-    *,
-    start: int | None = None,
-    before: int = 5,
-    after: int = 5,
-    bits: int = 64,
-) -> list[tuple[int, str]]:
-    """Return the instruction at *rip* with up to *before* and *after* neighbours.
-
-    Decoding begins at *start*, a known instruction boundary such as a function's head.  Without one it
-    begins at the earliest byte of *code* from which the instructions meet *rip*.
-    """
-    offset = int(rip) - int(address)
-    if not 0 <= offset < len(code):
-        raise ValueError(f"rip {int(rip):#x} is outside the {len(code)} bytes at {int(address):#x}")
-    starts = [start - address] if start is not None else [*range(offset + 1)]
-    for begin in starts:
-        lines = disassemble(code[begin:], address + begin, bits=bits)
-        at = next((number for number, (where, _) in enumerate(lines) if where == rip), None)
-        if at is not None:
-            return lines[max(0, at - before) : at + after + 1]
-    return disassemble(code[offset:], int(rip), bits=bits)[: after + 1]

@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
     if error.name != "kvmpy.uapi._native":
         raise
     raise ImportError(
-        "kvmpy's native part is not built: run `make` in the checkout, or `python -m pip install .`"
+        "kvmpy's native part is not built: run `make build` in the checkout, or `python -m pip install .`"
     ) from error
 
 __all__ = ["ffi", "lib"]

@@ -12,9 +12,8 @@ import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kvmpy.uapi.constants import MemFlag, SevCmd
+from kvmpy.uapi.constants import MemFlag
 from kvmpy.uapi.structs import (
-    kvm_sev_cmd,
     kvm_sev_snp_launch_start,
     kvm_sregs,
     kvm_userspace_memory_region,
@@ -52,6 +51,8 @@ class Slot:
 
 
 Slots = Mapping[int, Slot]
+Rule = Callable[[bytes, "Slots | None", int], str]
+"""Returns the rule that an argument of a VM with these slots breaks, ``""`` where that cannot be told."""
 
 
 def region_of(content: bytes) -> tuple[int, Slot, int]:
@@ -166,72 +167,12 @@ def sregs_rule(content: bytes, slots: Slots | None, number: int) -> str:
     )
 
 
-SEV: dict[tuple[str, int], str] = {
-    ("KVM_SEV_INIT", errno.EINVAL): "it is for default VMs without vCPUs, once; others take KVM_SEV_INIT2",
-    ("KVM_SEV_ES_INIT", errno.EINVAL): "it is for default VMs without vCPUs, once; others take KVM_SEV_INIT2",
-    ("KVM_SEV_INIT2", errno.EINVAL): (
-        "it is for VMs of the types SEV, SEV-ES and SNP, before the first vCPU, once; flags 0, vmsa_features "
-        "as KVM_X86_SEV_VMSA_FEATURES says, ghcb_version at most 2 (0 for SEV, 0 or 2 for SNP)"
-    ),
-    ("KVM_SEV_LAUNCH_UPDATE_DATA", errno.EINVAL): "len is 0, or the range wraps",
-    ("KVM_SEV_LAUNCH_MEASURE", errno.EINVAL): "len is more than 16 KiB",
-    (
-        "KVM_SEV_LAUNCH_SECRET",
-        errno.EINVAL,
-    ): "the guest's range is not contiguous in host memory, or is empty",
-    ("KVM_SEV_SEND_START", errno.EINVAL): "len of a certificate or session is more than 16 KiB",
-    ("KVM_SEV_DBG_DECRYPT", errno.EINVAL): "len is 0, or a range wraps",
-    ("KVM_SEV_DBG_ENCRYPT", errno.EINVAL): "len is 0, or a range wraps",
-    ("KVM_SEV_SNP_LAUNCH_START", errno.EINVAL): (
-        "it was issued already, flags are not 0, or the policy has bits that KVM does not know "
-        "(KVM_X86_SNP_POLICY_BITS) or lacks bit 17"
-    ),
-    ("KVM_SEV_SNP_LAUNCH_UPDATE", errno.EINVAL): (
-        "before KVM_SEV_SNP_LAUNCH_START, len is 0, len or uaddr not page aligned, flags not 0, an unknown "
-        "type, or gfn_start is in no slot with guest_memfd"
-    ),
-    ("KVM_SEV_SNP_LAUNCH_UPDATE", errno.EIO): (
-        "the firmware was not asked (its status is 0): KVM wants every page of the range private "
-        "(KVM_SET_MEMORY_ATTRIBUTES), in a guest_memfd, and not launched already"
-    ),
-    ("KVM_SEV_SNP_LAUNCH_FINISH", errno.EINVAL): (
-        "before KVM_SEV_SNP_LAUNCH_START, flags not 0, or a pointer of the ID block is bad"
-    ),
-}
-"""What an errno of a SEV command means, where the firmware's status is 0."""
-
-_NOT_ASKED = "not the firmware's refusal (its status is 0): KVM refused, or the firmware did not answer"
-_FIRST_SNP = SevCmd.KVM_SEV_SNP_LAUNCH_START
-
-
-def sev_hint(command: str, number: int) -> str:
-    """Return what errno *number* means for a SEV command by name, ``""`` where that is not known."""
-    return SEV.get((command, number), "")
-
-
-def sev_rule(content: bytes, slots: Slots | None, number: int, nested: bytes = b"") -> str:
-    """Return why a KVM_MEMORY_ENCRYPT_OP failed, by its command; *nested* is what ``data`` points to."""
-    del slots
-    if len(content) < kvm_sev_cmd.SIZE:
+def snp_start_rule(content: bytes, slots: Slots | None, number: int) -> str:
+    """Return which rule of KVM_SEV_SNP_LAUNCH_START's struct is broken."""
+    del slots, number
+    if len(content) < kvm_sev_snp_launch_start.SIZE:
         return ""
-    command = kvm_sev_cmd.from_bytes(content[: kvm_sev_cmd.SIZE])
-    member = SevCmd._value2member_map_.get(command.id)
-    if member is None:
-        return f"there is no command {command.id}" if number == errno.EINVAL else ""
-    name = str(member.name)
-    if number == errno.EPERM and command.id < _FIRST_SNP:
-        return f"an SNP VM takes the SNP commands only, not {name}"
-    if command.error:
-        return ""
-    if name == "KVM_SEV_SNP_LAUNCH_START" and number == errno.EINVAL:
-        return _snp_start_rule(nested) or sev_hint(name, number)
-    return sev_hint(name, number) or (_NOT_ASKED if number == errno.EIO else "")
-
-
-def _snp_start_rule(nested: bytes) -> str:
-    if len(nested) < kvm_sev_snp_launch_start.SIZE:
-        return ""
-    start = kvm_sev_snp_launch_start.from_bytes(nested[: kvm_sev_snp_launch_start.SIZE])
+    start = kvm_sev_snp_launch_start.from_bytes(content[: kvm_sev_snp_launch_start.SIZE])
     if start.flags:
         return f"flags are {start.flags:#x}, must be 0"
     return (
@@ -239,25 +180,3 @@ def _snp_start_rule(nested: bytes) -> str:
         if start.policy & _SNP_RESERVED_ONE
         else f"policy {start.policy:#x} lacks bit 17, which must be one"
     )
-
-
-_Rule = Callable[[bytes, "Slots | None", int], str]
-RULES: dict[tuple[str, int], _Rule] = {
-    ("KVM_SET_USER_MEMORY_REGION", errno.EINVAL): memory_slot_rule,
-    ("KVM_SET_USER_MEMORY_REGION", errno.EEXIST): memory_slot_rule,
-    ("KVM_SET_USER_MEMORY_REGION2", errno.EINVAL): memory_slot_rule,
-    ("KVM_SET_USER_MEMORY_REGION2", errno.EEXIST): memory_slot_rule,
-    ("KVM_SET_SREGS", errno.EINVAL): sregs_rule,
-    ("KVM_SET_SREGS2", errno.EINVAL): sregs_rule,
-}
-"""By (ioctl, errno): what looks at the argument."""
-
-
-def broken_rule(
-    ioctl: str | None, number: int, content: bytes, slots: Slots | None = None, nested: bytes = b""
-) -> str:
-    """Return the rule that the argument *content* breaks, ``""`` where that cannot be told."""
-    if ioctl == "KVM_MEMORY_ENCRYPT_OP":
-        return sev_rule(content, slots, number, nested)
-    rule = RULES.get((ioctl or "", number))
-    return rule(content, slots, number) if rule is not None and content else ""

@@ -12,6 +12,7 @@ from enum import IntEnum, IntFlag
 
 from kvmpy.uapi import constants as c
 from kvmpy.uapi.ioctl_type import Ioctl
+from kvmpy.uapi.ioctls import IOCTLS
 from kvmpy.uapi.struct_base import Field, Struct
 
 Kind = type[IntEnum] | type[IntFlag]
@@ -91,7 +92,7 @@ FIELDS: dict[tuple[str, str], Kind] = {
 }
 """Fields of structs by (struct, field)."""
 
-ARGUMENTS: dict[str, Kind] = {"KVM_CREATE_VM": c.VmType, "KVM_CHECK_EXTENSION": c.Cap}
+ARGUMENTS: dict[str, Kind] = {op.name: op.names for op in IOCTLS.values() if op.names is not None}
 """Ioctls whose argument is a number with a name."""
 
 CAP_ARGUMENTS: dict[int, Kind] = {
@@ -153,10 +154,9 @@ def parse_words(kind: Kind, text: str) -> int:
 
 def argument_words(op: Ioctl, value: int) -> str:
     """Return the argument of an ioctl that takes a number."""
-    kind = ARGUMENTS.get(op.name)
-    if op.name == "KVM_SET_TSC_KHZ":
-        return f"{value} kHz"
-    return number_words(kind, value) if kind is not None else hex(value) if value > 9 else str(value)
+    if op.names is not None:
+        return number_words(op.names, value)
+    return f"{value} {op.unit}" if op.unit else hex(value) if value > 9 else str(value)
 
 
 # Basic exit reasons of VM entries that failed (Intel SDM volume 3, 28.8), and VM-instruction errors (32.4).

@@ -11,12 +11,11 @@ from kvmpy.uapi.struct_base import Field, FlexStruct, Struct
 HERE = Path(__file__).resolve().parent
 _WIDTH = 110
 
-_HEAD = "# SPDX-License-Identifier: Apache-2.0\n# Written by `python -m kvmpy.gen`: do not edit.\n"
+_HEAD = "# SPDX-License-Identifier: Apache-2.0\n# Written by kvmpy/uapi/gen.py: do not edit.\n"
 
 _STRUCTS_HEAD = (
     _HEAD
-    + """# ruff: noqa: A002
-from collections.abc import Iterable, Mapping
+    + """from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from kvmpy.uapi.struct_arrays import ByteArray as ByteArray

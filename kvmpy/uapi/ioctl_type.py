@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Literal, NamedTuple
+
+from kvmpy.uapi.buffer_type import Buffer, Special
+from kvmpy.uapi.commands import Command
 
 FdKind = Literal["system", "vm", "vcpu", "device", "gmem", "stats", "sev", "uffd", "uffd_dev"]
 ArgKind = Literal["none", "int", "in", "out", "inout"]
@@ -78,9 +82,16 @@ class Ioctl:
     ``cap`` announces the ioctl on ``fd`` (None: every KVM has it), ``also`` holds further kinds of file
     descriptor, with the capability for each.
 
-    ``makes`` is the kind of the object that it makes, ``made_in`` the field with its descriptor where that is
-    not the result, and ``fd_fields`` are those that hold descriptors of others.  ``addresses`` are the fields
-    with host addresses beside the pointers of :mod:`kvmpy.uapi.buffers`.  ``memory`` says whether KVM reads
+    ``names`` are the names of an argument passed by value, ``unit`` is its unit, or the result's where there
+    is no argument.  ``pointers`` are what the struct's pointers lead to, ``addresses`` the other fields with
+    host addresses.  ``fills``: of the struct the kernel reads no more than the count, and fills the entries.
+    ``size`` is a size that the struct does not tell.  ``select`` is the field that holds the id of one of
+    ``commands``.
+
+    ``makes`` is the kind of the object that it makes, except where the field and bits of ``made_unless`` are
+    set.  ``made_in`` is the field with its descriptor where that is not the result, ``made_name`` its name
+    within the object that made it: {arg} is the argument, {count} how many were made before, else a field.
+    ``fd_fields`` are those that hold descriptors of others.  ``memory`` says whether KVM reads
     guest memory ("in") or writes it, too ("inout").  ``asks``: without it KVM would be in the same state.
     ``volatile`` are the fields of the answer that no two runs share, ``""`` is all of it.  ``lasting`` is how
     a setting is kept.
@@ -95,10 +106,19 @@ class Ioctl:
     doc: str
     scalar: str | None = None
     also: tuple[tuple[FdKind, str | None], ...] = ()
-    makes: FdKind | None = None
-    made_in: str = ""
-    fd_fields: tuple[FdField, ...] = ()
+    names: type[IntEnum] | None = None
+    unit: str = ""
+    pointers: tuple[Buffer, ...] = field(default=(), compare=False, repr=False)
     addresses: tuple[str, ...] = ()
+    fills: bool = False
+    size: Special | None = None
+    select: str = ""
+    commands: tuple[Command, ...] = field(default=(), compare=False, repr=False)
+    makes: FdKind | None = None
+    made_unless: tuple[str, int] | None = None
+    made_in: str = ""
+    made_name: str = ""
+    fd_fields: tuple[FdField, ...] = ()
     memory: Literal["none", "in", "inout"] = "none"
     asks: bool = False
     volatile: tuple[str, ...] = ()

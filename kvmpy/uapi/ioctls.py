@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmpy.uapi import ffi
+from kvmpy.uapi.buffer_type import Buffer, Size, bytes_at, fixed_at
 from kvmpy.uapi.commands import (
     SEV_COMMANDS,
     SEV_PLATFORM_COMMANDS,
@@ -24,10 +25,13 @@ from kvmpy.uapi.commands import (
 from kvmpy.uapi.constants import (
     KVM_CAP_VM_COPY_ENC_CONTEXT_FROM,
     KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM,
+    KVM_CREATE_DEVICE_TEST,
     KVM_IOEVENTFD_FLAG_DEASSIGN,
     KVM_IRQFD_FLAG_DEASSIGN,
     KVM_IRQFD_FLAG_RESAMPLE,
     KVM_MEM_GUEST_MEMFD,
+    Cap,
+    VmType,
 )
 from kvmpy.uapi.ioctl_type import (
     NONE,
@@ -110,27 +114,29 @@ def _io(
 KVM_GET_API_VERSION = _io("KVM_GET_API_VERSION", "system", "none", 0x00, None, None,
     "Return the API version, 12.")
 KVM_CREATE_VM = _io("KVM_CREATE_VM", "system", "int", 0x01, None, None,
-    "Create a VM of the given type; returns its file descriptor.", makes="vm")
+    "Create a VM of the given type; returns its file descriptor.", makes="vm",
+    names=VmType, made_name="vm{count}")
 KVM_CHECK_EXTENSION = _io("KVM_CHECK_EXTENSION", "system", "int", 0x03, None, None,
-    "Return what KVM offers of a capability.", (("vm", "KVM_CAP_CHECK_EXTENSION_VM"),), asks=True)
+    "Return what KVM offers of a capability.", (("vm", "KVM_CAP_CHECK_EXTENSION_VM"),), asks=True, names=Cap)
 KVM_GET_VCPU_MMAP_SIZE = _io("KVM_GET_VCPU_MMAP_SIZE", "system", "none", 0x04, None, None,
     "Return the size of the mapping of a vCPU.")
 KVM_GET_MSR_INDEX_LIST = _io("KVM_GET_MSR_INDEX_LIST", "system", "inout", 0x02, "kvm_msr_list", None,
-    "List the MSRs that KVM saves and restores.")
+    "List the MSRs that KVM saves and restores.", fills=True)
 KVM_GET_SUPPORTED_CPUID = _io("KVM_GET_SUPPORTED_CPUID", "system", "inout", 0x05, "kvm_cpuid2",
-    "KVM_CAP_EXT_CPUID", "Read the CPUID that KVM and the host support.", volatile=("entries",))
+    "KVM_CAP_EXT_CPUID", "Read the CPUID that KVM and the host support.", volatile=("entries",), fills=True)
 KVM_GET_EMULATED_CPUID = _io("KVM_GET_EMULATED_CPUID", "system", "inout", 0x09, "kvm_cpuid2",
-    "KVM_CAP_EXT_EMUL_CPUID", "Read the CPUID features that KVM emulates.")
+    "KVM_CAP_EXT_EMUL_CPUID", "Read the CPUID features that KVM emulates.", fills=True)
 KVM_GET_MSR_FEATURE_INDEX_LIST = _io("KVM_GET_MSR_FEATURE_INDEX_LIST", "system", "inout", 0x0A,
-    "kvm_msr_list", "KVM_CAP_GET_MSR_FEATURES", "List the MSRs that describe features.")
+    "kvm_msr_list", "KVM_CAP_GET_MSR_FEATURES", "List the MSRs that describe features.", fills=True)
 KVM_X86_GET_MCE_CAP_SUPPORTED = _io("KVM_X86_GET_MCE_CAP_SUPPORTED", "system", "out", 0x9D, "uint64_t",
     "KVM_CAP_MCE", "Read the machine check capabilities.")
 
 # VM
 KVM_CREATE_VCPU = _io("KVM_CREATE_VCPU", "vm", "int", 0x41, None, None,
-    "Create the vCPU with the given id; returns its file descriptor.", makes="vcpu")
+    "Create the vCPU with the given id; returns its file descriptor.", makes="vcpu", made_name="vcpu{arg}")
 KVM_GET_DIRTY_LOG = _io("KVM_GET_DIRTY_LOG", "vm", "in", 0x42, "kvm_dirty_log", None,
-    "Read the bitmap of the pages written in a memory slot.", asks=False)
+    "Read the bitmap of the pages written in a memory slot.", asks=False,
+    pointers=(Buffer(None, "out", Size(special="slot-bitmap"), "dirty_bitmap"),))
 KVM_SET_NR_MMU_PAGES = _io("KVM_SET_NR_MMU_PAGES", "vm", "int", 0x44, None,
     "KVM_CAP_MMU_SHADOW_CACHE_CONTROL", "Limit the shadow page tables.")
 KVM_GET_NR_MMU_PAGES = _io("KVM_GET_NR_MMU_PAGES", "vm", "none", 0x45, None,
@@ -186,7 +192,11 @@ KVM_IOEVENTFD = _io("KVM_IOEVENTFD", "vm", "in", 0x79, "kvm_ioeventfd", "KVM_CAP
     fd_fields=(FdField("fd"),),
     lasting=Lasting(("addr", "len", "fd", "flags", "datamatch"), KVM_IOEVENTFD_FLAG_DEASSIGN, late=True))
 KVM_XEN_HVM_CONFIG = _io("KVM_XEN_HVM_CONFIG", "vm", "in", 0x7A, "kvm_xen_hvm_config", "KVM_CAP_XEN_HVM",
-    "Set the Xen hypercall page and features.", lasting=Lasting())
+    "Set the Xen hypercall page and features.", lasting=Lasting(),
+    pointers=(
+        Buffer(None, "in", Size(count="blob_size_32", unit=4096), "blob_addr_32"),
+        Buffer(None, "in", Size(count="blob_size_64", unit=4096), "blob_addr_64"),
+    ))
 KVM_SET_CLOCK = _io("KVM_SET_CLOCK", "vm", "in", 0x7B, "kvm_clock_data", "KVM_CAP_ADJUST_CLOCK",
     "Set kvmclock.")
 KVM_GET_CLOCK = _io("KVM_GET_CLOCK", "vm", "out", 0x7C, "kvm_clock_data", "KVM_CAP_ADJUST_CLOCK",
@@ -202,7 +212,8 @@ KVM_SET_PMU_EVENT_FILTER = _io("KVM_SET_PMU_EVENT_FILTER", "vm", "in", 0xB2, "kv
     lasting=Lasting(late=True))
 KVM_MEMORY_ENCRYPT_OP = _io("KVM_MEMORY_ENCRYPT_OP", "vm", "inout", 0xBA, "kvm_sev_cmd", None,
     "Issue a SEV command (kvm_sev_cmd) or a TDX one (kvm_tdx_cmd).", (("vcpu", None),),
-    encoded="unsigned long", memory="inout", fd_fields=(FdField("sev_fd", seen=True),))
+    encoded="unsigned long", memory="inout", fd_fields=(FdField("sev_fd", seen=True),),
+    select="id", commands=tuple(SEV_COMMANDS.values()))
 KVM_MEMORY_ENCRYPT_REG_REGION = _io("KVM_MEMORY_ENCRYPT_REG_REGION", "vm", "out", 0xBB, "kvm_enc_region",
     None, "Pin memory that may become encrypted.", arg="in", addresses=("addr",))
 KVM_MEMORY_ENCRYPT_UNREG_REGION = _io("KVM_MEMORY_ENCRYPT_UNREG_REGION", "vm", "out", 0xBC, "kvm_enc_region",
@@ -210,9 +221,14 @@ KVM_MEMORY_ENCRYPT_UNREG_REGION = _io("KVM_MEMORY_ENCRYPT_UNREG_REGION", "vm", "
 KVM_HYPERV_EVENTFD = _io("KVM_HYPERV_EVENTFD", "vm", "in", 0xBD, "kvm_hyperv_eventfd",
     "KVM_CAP_HYPERV_EVENTFD", "Bind an eventfd to a Hyper-V connection.", fd_fields=(FdField("fd"),))
 KVM_CLEAR_DIRTY_LOG = _io("KVM_CLEAR_DIRTY_LOG", "vm", "inout", 0xC0, "kvm_clear_dirty_log",
-    "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "Clear pages of the dirty log and protect them again.", arg="in")
+    "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "Clear pages of the dirty log and protect them again.", arg="in",
+    pointers=(Buffer(None, "in", Size(count="num_pages", per=8, round=8), "dirty_bitmap"),))
 KVM_X86_SET_MSR_FILTER = _io("KVM_X86_SET_MSR_FILTER", "vm", "in", 0xC6, "kvm_msr_filter",
-    "KVM_CAP_X86_MSR_FILTER", "Choose the MSRs whose accesses are denied.")
+    "KVM_CAP_X86_MSR_FILTER", "Choose the MSRs whose accesses are denied.",
+    pointers=tuple(
+        Buffer(None, "in", Size(count=f"ranges[{number}].nmsrs", per=8, round=8), f"ranges[{number}].bitmap")
+        for number in range(16)
+    ))
 KVM_RESET_DIRTY_RINGS = _io("KVM_RESET_DIRTY_RINGS", "vm", "none", 0xC7, None, "KVM_CAP_DIRTY_LOG_RING",
     "Take back harvested entries of all dirty rings; returns how many.")
 KVM_XEN_HVM_GET_ATTR = _io("KVM_XEN_HVM_GET_ATTR", "vm", "inout", 0xC8, "kvm_xen_hvm_attr", "KVM_CAP_XEN_HVM",
@@ -221,23 +237,26 @@ KVM_XEN_HVM_SET_ATTR = _io("KVM_XEN_HVM_SET_ATTR", "vm", "in", 0xC9, "kvm_xen_hv
     "Write a Xen attribute of the VM.")
 KVM_GET_STATS_FD = _io("KVM_GET_STATS_FD", "vm", "none", 0xCE, None, "KVM_CAP_BINARY_STATS_FD",
     "Return a file descriptor of statistics.", (("vcpu", "KVM_CAP_BINARY_STATS_FD"),),
-    makes="stats", asks=False)
+    makes="stats", asks=False, made_name="stats")
 KVM_XEN_HVM_EVTCHN_SEND = _io("KVM_XEN_HVM_EVTCHN_SEND", "vm", "in", 0xD0, "kvm_irq_routing_xen_evtchn",
     "KVM_CAP_XEN_HVM", "Deliver a Xen event.")
 KVM_SET_MEMORY_ATTRIBUTES = _io("KVM_SET_MEMORY_ATTRIBUTES", "vm", "in", 0xD2, "kvm_memory_attributes",
     "KVM_CAP_MEMORY_ATTRIBUTES", "Make a range private or shared.")
 KVM_CREATE_GUEST_MEMFD = _io("KVM_CREATE_GUEST_MEMFD", "vm", "inout", 0xD4, "kvm_create_guest_memfd",
     "KVM_CAP_GUEST_MEMFD", "Create guest memory that is a file; returns its descriptor.", arg="in",
-    makes="gmem")
+    makes="gmem", made_name="gmem{count}")
 KVM_CREATE_DEVICE = _io("KVM_CREATE_DEVICE", "vm", "inout", 0xE0, "kvm_create_device", "KVM_CAP_DEVICE_CTRL",
-    "Create a device; its descriptor is in the struct.", makes="device", made_in="fd")
+    "Create a device; its descriptor is in the struct.", makes="device", made_in="fd",
+    made_name="device{type}", made_unless=("flags", KVM_CREATE_DEVICE_TEST))
 
 # devices, and attributes of other objects
 KVM_SET_DEVICE_ATTR = _io("KVM_SET_DEVICE_ATTR", "device", "in", 0xE1, "kvm_device_attr",
-    "KVM_CAP_DEVICE_CTRL", "Write an attribute.", (("vcpu", "KVM_CAP_VCPU_ATTRIBUTES"),))
+    "KVM_CAP_DEVICE_CTRL", "Write an attribute.", (("vcpu", "KVM_CAP_VCPU_ATTRIBUTES"),),
+    pointers=(fixed_at("addr", 8, "in"),))
 KVM_GET_DEVICE_ATTR = _io("KVM_GET_DEVICE_ATTR", "device", "in", 0xE2, "kvm_device_attr",
     "KVM_CAP_DEVICE_CTRL", "Read an attribute into addr.",
-    (("vcpu", "KVM_CAP_VCPU_ATTRIBUTES"), ("system", "KVM_CAP_SYS_ATTRIBUTES")))
+    (("vcpu", "KVM_CAP_VCPU_ATTRIBUTES"), ("system", "KVM_CAP_SYS_ATTRIBUTES")),
+    pointers=(fixed_at("addr", 8, "out"),))
 KVM_HAS_DEVICE_ATTR = _io("KVM_HAS_DEVICE_ATTR", "device", "in", 0xE3, "kvm_device_attr",
     "KVM_CAP_DEVICE_CTRL", "Learn whether an attribute exists.",
     (("vcpu", "KVM_CAP_VCPU_ATTRIBUTES"), ("system", "KVM_CAP_SYS_ATTRIBUTES")), asks=True)
@@ -269,7 +288,7 @@ KVM_SET_LAPIC = _io("KVM_SET_LAPIC", "vcpu", "in", 0x8F, "kvm_lapic_state", "KVM
 KVM_SET_CPUID2 = _io("KVM_SET_CPUID2", "vcpu", "in", 0x90, "kvm_cpuid2", "KVM_CAP_EXT_CPUID",
     "Set the CPUID that the guest sees.")
 KVM_GET_CPUID2 = _io("KVM_GET_CPUID2", "vcpu", "inout", 0x91, "kvm_cpuid2", "KVM_CAP_EXT_CPUID",
-    "Read the CPUID that the guest sees.")
+    "Read the CPUID that the guest sees.", fills=True)
 KVM_TPR_ACCESS_REPORTING = _io("KVM_TPR_ACCESS_REPORTING", "vcpu", "inout", 0x92, "kvm_tpr_access_ctl",
     "KVM_CAP_VAPIC", "Exit on accesses to the task priority.", lasting=Lasting())
 KVM_SET_VAPIC_ADDR = _io("KVM_SET_VAPIC_ADDR", "vcpu", "in", 0x93, "kvm_vapic_addr", "KVM_CAP_VAPIC",
@@ -294,9 +313,10 @@ KVM_GET_DEBUGREGS = _io("KVM_GET_DEBUGREGS", "vcpu", "out", 0xA1, "kvm_debugregs
 KVM_SET_DEBUGREGS = _io("KVM_SET_DEBUGREGS", "vcpu", "in", 0xA2, "kvm_debugregs", "KVM_CAP_DEBUGREGS",
     "Write the debug registers.")
 KVM_SET_TSC_KHZ = _io("KVM_SET_TSC_KHZ", "vcpu", "int", 0xA2, None, "KVM_CAP_TSC_CONTROL",
-    "Set the frequency of the time stamp counter.", (("vm", "KVM_CAP_VM_TSC_CONTROL"),))
+    "Set the frequency of the time stamp counter.", (("vm", "KVM_CAP_VM_TSC_CONTROL"),), unit="kHz")
 KVM_GET_TSC_KHZ = _io("KVM_GET_TSC_KHZ", "vcpu", "none", 0xA3, None, "KVM_CAP_GET_TSC_KHZ",
-    "Return the frequency of the time stamp counter.", (("vm", "KVM_CAP_VM_TSC_CONTROL"),), volatile=("",))
+    "Return the frequency of the time stamp counter.", (("vm", "KVM_CAP_VM_TSC_CONTROL"),),
+    volatile=("",), unit="kHz")
 KVM_ENABLE_CAP = _io("KVM_ENABLE_CAP", "vcpu", "in", 0xA3, "kvm_enable_cap", "KVM_CAP_ENABLE_CAP",
     "Switch a capability on.", (("vm", "KVM_CAP_ENABLE_CAP_VM"),),
     lasting=Lasting(("cap",)),
@@ -305,28 +325,30 @@ KVM_ENABLE_CAP = _io("KVM_ENABLE_CAP", "vcpu", "in", 0xA3, "kvm_enable_cap", "KV
 KVM_GET_XSAVE = _io("KVM_GET_XSAVE", "vcpu", "out", 0xA4, "kvm_xsave", "KVM_CAP_XSAVE",
     "Read the extended state, its first 4 KiB.")
 KVM_SET_XSAVE = _io("KVM_SET_XSAVE", "vcpu", "in", 0xA5, "kvm_xsave", "KVM_CAP_XSAVE",
-    "Write the extended state.")
+    "Write the extended state.", size="xsave")
 KVM_GET_XCRS = _io("KVM_GET_XCRS", "vcpu", "out", 0xA6, "kvm_xcrs", "KVM_CAP_XCRS",
     "Read the extended control registers.")
 KVM_SET_XCRS = _io("KVM_SET_XCRS", "vcpu", "in", 0xA7, "kvm_xcrs", "KVM_CAP_XCRS",
     "Write the extended control registers.")
 KVM_GET_ONE_REG = _io("KVM_GET_ONE_REG", "vcpu", "in", 0xAB, "kvm_one_reg", "KVM_CAP_ONE_REG",
-    "Read one register into addr.")
+    "Read one register into addr.",
+    pointers=(Buffer(None, "out", Size(special="one-reg"), "addr"),))
 KVM_SET_ONE_REG = _io("KVM_SET_ONE_REG", "vcpu", "in", 0xAC, "kvm_one_reg", "KVM_CAP_ONE_REG",
-    "Write one register from addr.")
+    "Write one register from addr.",
+    pointers=(Buffer(None, "in", Size(special="one-reg"), "addr"),))
 KVM_KVMCLOCK_CTRL = _io("KVM_KVMCLOCK_CTRL", "vcpu", "none", 0xAD, None, "KVM_CAP_KVMCLOCK_CTRL",
     "Tell the guest that it was paused.")
 KVM_GET_REG_LIST = _io("KVM_GET_REG_LIST", "vcpu", "inout", 0xB0, "kvm_reg_list", "KVM_CAP_ONE_REG",
-    "List the registers of KVM_GET_ONE_REG.")
+    "List the registers of KVM_GET_ONE_REG.", fills=True)
 KVM_SMI = _io("KVM_SMI", "vcpu", "none", 0xB7, None, "KVM_CAP_X86_SMM",
     "Queue a system management interrupt.")
 KVM_GET_NESTED_STATE = _io("KVM_GET_NESTED_STATE", "vcpu", "inout", 0xBE, "kvm_nested_state",
-    "KVM_CAP_NESTED_STATE", "Read the state of a nested hypervisor.")
+    "KVM_CAP_NESTED_STATE", "Read the state of a nested hypervisor.", fills=True)
 KVM_SET_NESTED_STATE = _io("KVM_SET_NESTED_STATE", "vcpu", "in", 0xBF, "kvm_nested_state",
     "KVM_CAP_NESTED_STATE", "Write the state of a nested hypervisor.", memory="in")
 KVM_GET_SUPPORTED_HV_CPUID = _io("KVM_GET_SUPPORTED_HV_CPUID", "vcpu", "inout", 0xC1, "kvm_cpuid2",
     "KVM_CAP_HYPERV_CPUID", "Read the Hyper-V leaves that KVM supports.",
-    (("system", "KVM_CAP_SYS_HYPERV_CPUID"),), volatile=("entries",))
+    (("system", "KVM_CAP_SYS_HYPERV_CPUID"),), volatile=("entries",), fills=True)
 KVM_XEN_VCPU_GET_ATTR = _io("KVM_XEN_VCPU_GET_ATTR", "vcpu", "inout", 0xCA, "kvm_xen_vcpu_attr",
     "KVM_CAP_XEN_HVM", "Read a Xen attribute of the vCPU.", volatile=("",))
 KVM_XEN_VCPU_SET_ATTR = _io("KVM_XEN_VCPU_SET_ATTR", "vcpu", "in", 0xCB, "kvm_xen_vcpu_attr",
@@ -336,13 +358,14 @@ KVM_GET_SREGS2 = _io("KVM_GET_SREGS2", "vcpu", "out", 0xCC, "kvm_sregs2", "KVM_C
 KVM_SET_SREGS2 = _io("KVM_SET_SREGS2", "vcpu", "in", 0xCD, "kvm_sregs2", "KVM_CAP_SREGS2",
     "Write the system registers with the page directory pointers.")
 KVM_GET_XSAVE2 = _io("KVM_GET_XSAVE2", "vcpu", "out", 0xCF, "kvm_xsave", "KVM_CAP_XSAVE2",
-    "Read the extended state, all of it.")
+    "Read the extended state, all of it.", size="xsave")
 KVM_PRE_FAULT_MEMORY = _io("KVM_PRE_FAULT_MEMORY", "vcpu", "inout", 0xD5, "kvm_pre_fault_memory",
     "KVM_CAP_PRE_FAULT_MEMORY", "Map guest memory before the guest touches it.")
 
 # /dev/sev
 SEV_ISSUE_CMD = _io("SEV_ISSUE_CMD", "sev", "inout", 0x00, "sev_issue_cmd", None,
-    "Issue a command to the SEV firmware.", kind=SEV_IOC_TYPE, volatile=("data",))
+    "Issue a command to the SEV firmware.", kind=SEV_IOC_TYPE, volatile=("data",),
+    select="cmd", commands=tuple(SEV_PLATFORM_COMMANDS.values()))
 
 # userfaultfd
 USERFAULTFD_IOC_NEW = _io("USERFAULTFD_IOC_NEW", "uffd_dev", "int", 0x00, None, None,
@@ -354,7 +377,8 @@ UFFDIO_UNREGISTER = _io("UFFDIO_UNREGISTER", "uffd", "out", 0x01, "uffdio_range"
 UFFDIO_WAKE = _io("UFFDIO_WAKE", "uffd", "out", 0x02, "uffdio_range", None,
     "Wake the threads that wait for a range.", arg="in", kind=UFFDIO)
 UFFDIO_COPY = _io("UFFDIO_COPY", "uffd", "inout", 0x03, "uffdio_copy", None,
-    "Fill missing pages with a copy.", kind=UFFDIO)
+    "Fill missing pages with a copy.", kind=UFFDIO,
+    pointers=(bytes_at("src", "len", "in", guest=True),))
 UFFDIO_ZEROPAGE = _io("UFFDIO_ZEROPAGE", "uffd", "inout", 0x04, "uffdio_zeropage", None,
     "Fill missing pages with zeros.", kind=UFFDIO)
 UFFDIO_MOVE = _io("UFFDIO_MOVE", "uffd", "inout", 0x05, "uffdio_move", None,

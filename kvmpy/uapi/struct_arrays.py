@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from kvmpy.uapi import ffi
@@ -19,9 +20,16 @@ _SHOWN_BYTES = 32
 
 
 class _Array(Sequence[_T]):
-    """*cdata* points to the first of *length* items; *owner* keeps the memory alive."""
+    """*cdata* points to the first of *length* items; *owner* keeps the memory alive.
+
+    Slices are lists.
+    """
 
     __slots__ = ("_length", "_owner", "cdata")
+
+    # What an item is called, and what makes it 0.
+    ITEMS = "numbers"
+    ZERO: Any = 0
 
     def __init__(self, cdata: Any, length: int, owner: object) -> None:
         self.cdata = cdata
@@ -48,6 +56,39 @@ class _Array(Sequence[_T]):
         """Return the memory of all items."""
         return bytes(ffi.buffer(self.cdata, self.size))
 
+    def _item(self, index: int) -> _T:
+        item: _T = self.cdata[index]
+        return item
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[_T]: ...
+
+    def __getitem__(self, index: int | slice) -> _T | list[_T]:
+        if isinstance(index, slice):
+            return [self._item(i) for i in self._range(index)]
+        return self._item(self._at(index))
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        item: Any = self[index]
+        item.assign(value)
+
+    def assign(self, values: Iterable[Any]) -> None:
+        """Set the leading items to *values* and the others to 0; ValueError when there are too many."""
+        items = list(values)
+        if len(items) > self._length:
+            raise ValueError(f"{len(items)} {self.ITEMS} for {self._length} items")
+        for i in range(self._length):
+            self[i] = items[i] if i < len(items) else self.ZERO
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(self._shown, self[:_SHOWN_ITEMS]))
+        return f"[{shown}{f', ... {self._length} items' if self._length > _SHOWN_ITEMS else ''}]"
+
+    _shown: Callable[[Any], str] = staticmethod(repr)
+
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Sequence) and not isinstance(other, str):
             return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
@@ -56,21 +97,13 @@ class _Array(Sequence[_T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-class IntArray(_Array[int]):
-    """An array of numbers; slices are lists, assigned slices must keep their length."""
-
+class _Numbers(_Array[int]):
     __slots__ = ()
 
-    @overload
-    def __getitem__(self, index: int) -> int: ...
+    _pack: Callable[[Iterable[int]], Any] = list
 
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        if isinstance(index, slice):
-            return [self.cdata[i] for i in self._range(index)]
-        return int(self.cdata[self._at(index)])
+    def _store(self, start: int, values: Any) -> None:
+        self.cdata[start : start + len(values)] = values
 
     @overload
     def __setitem__(self, index: int, value: int) -> None: ...
@@ -80,72 +113,54 @@ class IntArray(_Array[int]):
 
     def __setitem__(self, index: int | slice, value: int | Iterable[int]) -> None:
         if isinstance(index, slice):
-            values = [value] if isinstance(value, int) else list(value)
+            values = self._pack([value] if isinstance(value, int) else value)
             where = self._range(index)
             if len(values) != len(where):
-                raise ValueError(f"{len(values)} numbers for {len(where)} items")
-            for i, number in zip(where, values, strict=True):
-                self.cdata[i] = number
-        else:
-            self.cdata[self._at(index)] = value
-
-    def assign(self, values: Iterable[int]) -> None:
-        """Set the leading items to *values* and the others to 0; ValueError when there are too many."""
-        numbers = list(values)
-        if len(numbers) > self._length:
-            raise ValueError(f"{len(numbers)} numbers for {self._length} items")
-        self[:] = numbers + [0] * (self._length - len(numbers))
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(ffi.unpack(self.cdata, self._length) if self._length else ())
-
-    def __repr__(self) -> str:
-        shown = ", ".join(hex(number) for number in self[:_SHOWN_ITEMS])
-        return f"[{shown}{f', ... {self._length} items' if self._length > _SHOWN_ITEMS else ''}]"
-
-
-class ByteArray(_Array[int]):
-    """An array of bytes; slices are ``bytes``, and ``bytes(array)`` copies all of it."""
-
-    __slots__ = ()
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> bytes: ...
-
-    def __getitem__(self, index: int | slice) -> int | bytes:
-        if isinstance(index, slice):
-            return self.to_bytes()[index]
-        return int(self.cdata[self._at(index)])
-
-    @overload
-    def __setitem__(self, index: int, value: int) -> None: ...
-
-    @overload
-    def __setitem__(self, index: slice, value: Iterable[int]) -> None: ...
-
-    def __setitem__(self, index: int | slice, value: int | Iterable[int]) -> None:
-        if isinstance(index, slice):
-            raw = bytes([value]) if isinstance(value, int) else bytes(value)
-            where = self._range(index)
-            if len(raw) != len(where):
-                raise ValueError(f"{len(raw)} bytes for {len(where)} items")
+                raise ValueError(f"{len(values)} {self.ITEMS} for {len(where)} items")
             if where.step == 1:
-                ffi.memmove(self.cdata + where.start, raw, len(raw))
+                self._store(where.start, values)
             else:
-                for i, number in zip(where, raw, strict=True):
+                for i, number in zip(where, values, strict=True):
                     self.cdata[i] = number
         else:
             self.cdata[self._at(index)] = value
 
     def assign(self, values: Iterable[int]) -> None:
         """Set the leading items to *values* and the others to 0; ValueError when there are too many."""
-        raw = bytes(values)
-        if len(raw) > self._length:
-            raise ValueError(f"{len(raw)} bytes for {self._length} items")
-        ffi.memmove(self.cdata, raw.ljust(self._length, b"\0"), self._length)
+        packed = self._pack(values)
+        self[:] = packed + self._pack([0]) * (self._length - len(packed))
+
+
+class IntArray(_Numbers):
+    """An array of numbers; slices are lists, assigned slices must keep their length."""
+
+    __slots__ = ()
+
+    _shown = staticmethod(hex)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(ffi.unpack(self.cdata, self._length) if self._length else ())
+
+
+class ByteArray(_Numbers):
+    """An array of bytes; slices are ``bytes``, and ``bytes(array)`` copies all of it."""
+
+    __slots__ = ()
+
+    ITEMS = "bytes"
+    _pack = bytes
+
+    def _store(self, start: int, values: Any) -> None:
+        ffi.memmove(self.cdata + start, values, len(values))
+
+    @overload  # type: ignore[override]
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> bytes: ...
+
+    def __getitem__(self, index: int | slice) -> int | bytes:
+        return self.to_bytes()[index] if isinstance(index, slice) else super().__getitem__(index)
 
     def __bytes__(self) -> bytes:
         return self.to_bytes()
@@ -163,38 +178,15 @@ class StructArray(_Array[_S], Generic[_S]):
 
     __slots__ = ("_kind",)
 
+    ITEMS = "structs"
+    ZERO: Mapping[str, object] = MappingProxyType({})
+
     def __init__(self, cdata: Any, length: int, owner: object, kind: type[_S]) -> None:
         super().__init__(cdata, length, owner)
         self._kind = kind
 
-    @overload
-    def __getitem__(self, index: int) -> _S: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[_S]: ...
-
-    def __getitem__(self, index: int | slice) -> _S | list[_S]:
-        if isinstance(index, slice):
-            return [self._view(i) for i in self._range(index)]
-        return self._view(self._at(index))
-
-    def _view(self, index: int) -> _S:
+    def _item(self, index: int) -> _S:
         return self._kind.wrap(self.cdata + index, self._owner)
-
-    def __setitem__(self, index: int, value: _S | Mapping[str, object]) -> None:
-        self[index].assign(value)
-
-    def assign(self, values: Iterable[_S | Mapping[str, object]]) -> None:
-        """Set the leading items to *values* and the others to 0; ValueError when there are too many."""
-        items = list(values)
-        if len(items) > self._length:
-            raise ValueError(f"{len(items)} structs for {self._length} items")
-        for i in range(self._length):
-            self[i] = items[i] if i < len(items) else {}
-
-    def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self[:_SHOWN_ITEMS]))
-        return f"[{shown}{f', ... {self._length} items' if self._length > _SHOWN_ITEMS else ''}]"
 
 
 class NestedArray(_Array[ByteArray]):
@@ -202,34 +194,12 @@ class NestedArray(_Array[ByteArray]):
 
     __slots__ = ()
 
-    @overload
-    def __getitem__(self, index: int) -> ByteArray: ...
+    ITEMS = "rows"
+    ZERO = b""
 
-    @overload
-    def __getitem__(self, index: slice) -> list[ByteArray]: ...
-
-    def __getitem__(self, index: int | slice) -> ByteArray | list[ByteArray]:
-        if isinstance(index, slice):
-            return [self._row(i) for i in self._range(index)]
-        return self._row(self._at(index))
-
-    def _row(self, index: int) -> ByteArray:
+    def _item(self, index: int) -> ByteArray:
         row = self.cdata[index]
         return ByteArray(row + 0, len(row), self._owner)
-
-    def __setitem__(self, index: int, value: Iterable[int]) -> None:
-        self[index].assign(value)
-
-    def assign(self, values: Iterable[Iterable[int]]) -> None:
-        """Set the leading rows to *values* and the others to 0; ValueError when there are too many."""
-        rows = list(values)
-        if len(rows) > self._length:
-            raise ValueError(f"{len(rows)} rows for {self._length} items")
-        for i in range(self._length):
-            self[i] = rows[i] if i < len(rows) else b""
-
-    def __repr__(self) -> str:
-        return f"[{', '.join(map(repr, self))}]"
 
 
 AnyArray = IntArray | ByteArray | StructArray[Any] | NestedArray

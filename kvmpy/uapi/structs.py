@@ -2,7 +2,7 @@
 """One class for every kernel struct, by the kernel's name: ``kvm_regs(rax=1)``, ``kvm_msrs.with_entries(9)``.
 
 Nested types that are nameless in the kernel are called by their path (``kvm_run__io``).  ``structs.pyi``,
-which tells type checkers the fields, is written by ``python -m kvmpy.gen``.
+which tells type checkers the fields, is generated (:mod:`kvmpy.uapi.gen`).
 """
 
 from __future__ import annotations

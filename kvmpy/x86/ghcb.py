@@ -97,16 +97,8 @@ def event_name(exit_code: int) -> str:
     return VmgExit(exit_code).name if exit_code in list(VmgExit) else vc_reason(exit_code)
 
 
-class Response(IntEnum):
-    """Low half of ``sw_exit_info_1`` when the hypervisor is done (section 4.1)."""
-
-    NO_ACTION = 0
-    ISSUE_EXCEPTION = 1
-    MALFORMED_INPUT = 2
-
-
 class InputError(IntEnum):
-    """``sw_exit_info_2`` beside ``Response.MALFORMED_INPUT``."""
+    """``sw_exit_info_2`` where the low half of ``sw_exit_info_1`` is 2: malformed input (section 4.1)."""
 
     NOT_REGISTERED = 1
     INVALID_USAGE = 2

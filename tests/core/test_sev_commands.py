@@ -110,7 +110,7 @@ def test_a_file_that_is_no_device(tmp_path: Path) -> None:
         ("KVM_SEV_INIT2", errno.EBUSY, "misc.max of this process's cgroup"),
         ("KVM_SEV_INIT2", errno.ENOTTY, "no ASID is for guests of this kind"),
         ("KVM_SEV_LAUNCH_START", errno.ENOTTY, "kvm_amd runs without SEV"),
-        ("KVM_SEV_LAUNCH_START", errno.EPERM, "an SNP VM takes SNP commands only"),
+        ("KVM_SEV_LAUNCH_START", errno.EPERM, "an SNP VM takes the SNP commands only"),
         ("KVM_SEV_LAUNCH_FINISH", errno.ETIMEDOUT, "the secure processor does not answer; reboot"),
         ("SNP_SET_CONFIG", errno.EPERM, "open for writing, and no other right"),
         ("SNP_SET_CONFIG", errno.ENODEV, "SNP for a command of SNP, is not initialised"),

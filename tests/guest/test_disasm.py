@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code bytes become instructions, also around an address in the middle."""
+"""Code bytes become instructions."""
 
 from __future__ import annotations
 
 import pytest
 
-from kvmpy.guest.disasm import around, disassemble
+from kvmpy.guest.disasm import disassemble
 
 # push rbp; mov rbp,rsp; call 0x400020; ud2; pop rbp; ret
 CODE = bytes.fromhex("55 4889e5 e817000000 0f0b 5d c3")
@@ -36,18 +36,3 @@ def test_sixteen_bit_code() -> None:
     assert disassemble(b"\xb8\x34\x12\xf4", 0x7C00, bits=16) == [(0x7C00, "mov ax, 0x1234"), (0x7C03, "hlt")]
     with pytest.raises(ValueError, match="8-bit"):
         disassemble(b"\x90", 0, bits=8)
-
-
-def test_around_an_address_without_a_known_start() -> None:
-    shown = around(CODE, BASE, BASE + 9, before=1, after=1)
-    assert [address for address, _ in shown] == [BASE + 4, BASE + 9, BASE + 11]
-
-
-def test_around_an_address_inside_an_instruction_decodes_from_there() -> None:
-    # From the function's head, no instruction begins at BASE + 2.
-    assert around(CODE, BASE, BASE + 2, start=BASE)[0] == (BASE + 2, "mov ebp, esp")
-
-
-def test_around_an_address_outside_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="outside"):
-        around(CODE, BASE, BASE + 100)

@@ -22,8 +22,6 @@ IMPORTING = {
     "cli/main.py": "a command's module is imported when the command is called",
     "cli/shell.py": "IPython is optional, and no module of kvmpy",
     "lab/inside.py": "what a post-mortem imports comes before it is needed, a module at a time between tests",
-    "uapi/build.py": "reads the list of declarations before there is an extension to import",
-    "uapi/hatch_build.py": "builds the extension before there is one to import",
 }
 
 # Where a string names a module, and why.

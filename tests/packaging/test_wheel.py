@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import kvmpy
+from kvmpy import gen
 from kvmpy.testing.host import kvm_missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,8 @@ def test_name_and_content(wheel: Path) -> None:
     assert "kvmpy/testing/errata.toml" in names
     assert {"kvmpy/lab/files/init.sh", "kvmpy/lab/files/kernel.config"} <= names
     assert "kvmpy/guest_asm/include/kvmpy/guest.h" in names
+    generated = {path.relative_to(ROOT).as_posix() for path in gen.files()}
+    assert {name.replace("guest_asm/", "kvmpy/guest_asm/") for name in generated} <= names
     shipped = {name.removeprefix("kvmpy/") for name in names if name.startswith("kvmpy/selftests/")}
     here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "selftests").rglob("*.py")}
     assert here

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy.uapi.constants import MemFlag, SevCmd
-from kvmpy.uapi.error_hints import HINTS, hint
-from kvmpy.uapi.error_rules import RULES, SEV, Slot, broken_rule
+from kvmpy.uapi.error_hints import HINTS, errno_name, hint
+from kvmpy.uapi.error_rules import Slot
 from kvmpy.uapi.field_words import entry_failure, simultaneous
-from kvmpy.uapi.ioctls import IOCTLS, SEV_COMMANDS
+from kvmpy.uapi.ioctls import IOCTLS, SEV_COMMANDS, SEV_PLATFORM_COMMANDS
 from kvmpy.uapi.structs import (
     kvm_segment,
     kvm_sev_cmd,
@@ -57,12 +57,12 @@ def test_memory_slots_with_guest_memfd() -> None:
     region = kvm_userspace_memory_region2(
         slot=0, flags=MemFlag.KVM_MEM_GUEST_MEMFD, memory_size=0x10000, userspace_addr=HVA
     )
-    words = broken_rule(f"{REGION}2", errno.EINVAL, region.to_bytes(), SLOTS)
+    words = hint(f"{REGION}2", errno.EINVAL, region.to_bytes(), SLOTS)
     assert words == "slot 0 exists, and one with guest_memfd can only be deleted"
     region.guest_memfd_offset = 0x800
-    assert "guest_memfd_offset 0x800" in broken_rule(f"{REGION}2", errno.EINVAL, region.to_bytes(), SLOTS)
+    assert "guest_memfd_offset 0x800" in hint(f"{REGION}2", errno.EINVAL, region.to_bytes(), SLOTS)
     region.flags |= MemFlag.KVM_MEM_LOG_DIRTY_PAGES
-    assert "neither dirty log" in broken_rule(f"{REGION}2", errno.EINVAL, region.to_bytes(), SLOTS)
+    assert "neither dirty log" in hint(f"{REGION}2", errno.EINVAL, region.to_bytes(), SLOTS)
 
 
 def test_an_overlap_names_the_other_slot() -> None:
@@ -73,8 +73,8 @@ def test_an_overlap_names_the_other_slot() -> None:
     assert words == "0xf000 to 0x10fff overlaps slot 0, 0x0 to 0xffff"
     # Of another address space (SMM) it may overlap; without slots there is the general remark.
     region.slot = 1 << 16
-    assert hint(REGION, errno.EEXIST, region.to_bytes(), SLOTS) == HINTS[REGION, errno.EEXIST]
-    assert hint(REGION, errno.EEXIST, region.to_bytes()) == HINTS[REGION, errno.EEXIST]
+    assert hint(REGION, errno.EEXIST, region.to_bytes(), SLOTS) == "the range overlaps another memory slot"
+    assert hint(REGION, errno.EEXIST, region.to_bytes()) == "the range overlaps another memory slot"
 
 
 LONG = {"cr0": 0x8000_0001, "cr4": 0x20, "efer": 0x500, "apic_base": 0xFEE0_0900}
@@ -112,7 +112,8 @@ def test_sev_commands() -> None:
     """arch/x86/kvm/svm/sev.c, by command; a status of the firmware's is the firmware's refusal."""
     update = SevCmd.KVM_SEV_SNP_LAUNCH_UPDATE
     assert "the firmware was not asked" in sev(update, errno.EIO)
-    assert sev(update, errno.EIO, status=16) == HINTS["KVM_MEMORY_ENCRYPT_OP", errno.EIO]
+    assert sev(update, errno.EIO, status=16) == HINTS["KVM_MEMORY_ENCRYPT_OP"]["EIO"]
+    assert sev(update, errno.EIO, status=0xFFFF_FFFF) == sev(update, errno.EIO)
     assert "gfn_start is in no slot with guest_memfd" in sev(update, errno.EINVAL)
     assert "status is 0" in sev(SevCmd.KVM_SEV_LAUNCH_MEASURE, errno.EIO)
     assert "takes the SNP commands only" in sev(SevCmd.KVM_SEV_LAUNCH_START, errno.EPERM)
@@ -127,8 +128,25 @@ def test_sev_commands() -> None:
 
 
 def test_what_the_tables_name_exists() -> None:
-    assert {name for name, _ in RULES} | {name for name, _ in HINTS if name} <= set(IOCTLS)
-    assert {name for name, _ in SEV} <= set(SEV_COMMANDS)
+    assert HINTS.keys() - {""} <= IOCTLS.keys() | SEV_COMMANDS.keys() | SEV_PLATFORM_COMMANDS.keys()
+    names = {errno_name(number) for number in range(134)}
+    assert names.issuperset(name for hints in HINTS.values() for name in hints)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [
+        ("SEV_FACTORY_RESET", errno.EBUSY, "guests are active"),
+        ("SEV_PEK_GEN", errno.EBUSY, "the secure processor does not answer; reboot"),
+        ("SEV_PEK_GEN", errno.EIO, "the firmware refused: its status is in the field error"),
+        ("SEV_PEK_GEN", errno.EMFILE, HINTS[""]["EMFILE"]),
+        ("KVM_NMI", errno.EMFILE, HINTS[""]["EMFILE"]),
+        ("KVM_NMI", errno.EDOM, ""),
+        (None, errno.EINVAL, ""),
+    ],
+)
+def test_a_command_has_the_hints_of_its_ioctl_too(name: str | None, number: int, words: str) -> None:
+    assert hint(name, number) == words
 
 
 @given(

@@ -210,22 +210,33 @@ def test_a_display_of_ioctls_is_noticed() -> None:
     assert not list(_displays(ast.parse("a, b = KVM_RUN.nr, KVM_NMI.nr\nc = (ioctls.KVM_RUN.nr, 5)\n")))
 
 
+# What an errno of an ioctl means.
+ERRORS = {"uapi/error_hints.py", "uapi/error_rules.py"}
+
+
 def test_what_ioctls_mean_stands_in_the_table_alone() -> None:
     """No set, tuple or dict of ioctls outside the table: its columns say what they have in common."""
     package = Path(kvmpy.__file__).parent
     found = [
         f"{path.relative_to(package)}:{line}: {', '.join(names)}"
         for path in sorted(package.rglob("*.py"))
-        if "uapi" not in path.relative_to(package).parts
+        if path.relative_to(package).as_posix() not in ERRORS
         for line, names in _displays(ast.parse(path.read_text()))
     ]
     assert found == []
 
 
+def test_what_is_made_by_kvm_has_a_name() -> None:
+    for op in ioctls.IOCTLS.values():
+        assert bool(op.made_name) == (op.makes not in (None, "uffd")), op
+
+
 def test_fields_of_the_table_exist() -> None:
     for op in ioctls.IOCTLS.values():
         names = [each.name for each in op.fd_fields] + [each.where for each in op.fd_fields if each.mask]
-        names += [*op.addresses, *filter(None, [op.made_in, *op.volatile])]
+        names += [*op.addresses, *filter(None, [op.made_in, op.select, *op.volatile])]
+        names += [each.pointer for each in op.pointers] + ([op.made_unless[0]] if op.made_unless else [])
+        names += set(re.findall(r"\{(\w+)\}", op.made_name)) - {"arg", "count"}
         names += op.lasting.key if op.lasting is not None else ()
         for name in names:
             assert op.struct is not None, op

@@ -19,11 +19,7 @@ from kvmpy.debug.record.format import PAGE_SIZE, ObjectKind
 from kvmpy.debug.record.script import Node, Ref, Region, Script
 from kvmpy.uapi.struct_base import FlexStruct
 
-_KINDS = {
-    ObjectKind.SYSTEM: "kvm", ObjectKind.VM: "vm", ObjectKind.VCPU: "vcpu", ObjectKind.GMEM: "gmem",
-    ObjectKind.DEVICE: "device", ObjectKind.STATS: "stats", ObjectKind.SEV: "sev",
-    ObjectKind.EVENTFD: "eventfd", ObjectKind.MEMFD: "memfd",
-}  # fmt: skip
+_BASES = {ObjectKind.SYSTEM: "kvm", ObjectKind.UFFD: "fd", ObjectKind.OTHER: "fd"}
 # An argument's declarations stand in a block of their own.
 _INDENT, _DEEPER = "\t\t", "\t\t\t"
 
@@ -80,7 +76,8 @@ class CArguments:
         single = sum(1 for i in present if self.script.objects[i].kind == ObjectKind.VM) < 2
         for ident in sorted(present):
             each = self.script.objects[ident]
-            base = _KINDS.get(ObjectKind(each.kind), "fd")
+            kind = ObjectKind(each.kind)
+            base = _BASES.get(kind, kind.name.lower())
             if each.kind in (ObjectKind.VCPU, ObjectKind.GMEM) and not single:
                 base = f"{self.names.get(each.parent, 'vm')}_{base}"
             count = counts.get(base, 0)

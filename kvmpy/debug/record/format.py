@@ -2,7 +2,7 @@
 """The record format, version 1.0, as docs/record.md defines it: the file header and the frames.
 
 What frames say is in :mod:`kvmpy.debug.record.events`.  Needs neither KVM nor the native part; format.h has
-the same for C (:mod:`kvmpy.debug.gen`).
+the same for C (:mod:`kvmpy.gen`).
 """
 
 from __future__ import annotations

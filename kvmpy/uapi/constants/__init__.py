@@ -2,7 +2,7 @@
 """Every constant of KVM's user interface (Linux 7.2): enums by topic, each member under its own name too.
 
 ``Cap.KVM_CAP_IRQCHIP`` and ``KVM_CAP_IRQCHIP`` are the same object; ``ALL`` maps names to numbers.  The
-stub ``__init__.pyi``, which tells type checkers the names, is written by ``python -m kvmpy.gen``.
+stub ``__init__.pyi``, which tells type checkers the names, is generated (:mod:`kvmpy.uapi.gen`).
 """
 
 from __future__ import annotations

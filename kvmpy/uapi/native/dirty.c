@@ -2,8 +2,7 @@
 /* Scans of dirty bitmaps and harvests of dirty rings: millions of bits, so not in Python. */
 #include <string.h>
 
-#define DIRTY_GFN_F_DIRTY 1u
-#define DIRTY_GFN_F_RESET 2u
+#include "../../debug/preload/tables.h"
 
 static uint64_t dirty_word(const void *bitmap, uint64_t word, uint64_t npages)
 {
@@ -50,12 +49,11 @@ uint32_t kvmpy_dirty_harvest(void *ring, uint32_t entries, uint32_t index, uint3
 	while (taken < max) {
 		struct kvm_dirty_gfn *gfn = &gfns[(index + taken) & (entries - 1)];
 
-		if ((__atomic_load_n(&gfn->flags, __ATOMIC_ACQUIRE) & (DIRTY_GFN_F_DIRTY | DIRTY_GFN_F_RESET)) !=
-		    DIRTY_GFN_F_DIRTY)
+		if ((__atomic_load_n(&gfn->flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_MASK) != KVM_DIRTY_GFN_F_DIRTY)
 			break;
 		slots[taken] = gfn->slot;
 		offsets[taken] = (uint32_t)gfn->offset;
-		__atomic_store_n(&gfn->flags, DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+		__atomic_store_n(&gfn->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
 		taken++;
 	}
 	return taken;

@@ -19,16 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define UFFD_API_VERSION 0xaaULL
-#define UFFD_IOC(dir, nr, size) ((unsigned long)((dir) << 30 | (size) << 16 | 0xaa << 8 | (nr)))
-#define UFFD_WR 3ul
-#define UFFD_R 2ul
-
-#define UFFD_EV_FORK 0x13
-#define UFFD_EV_REMAP 0x14
-#define UFFD_EV_REMOVE 0x15
-#define UFFD_EV_UNMAP 0x16
-#define UFFD_EV_PAGEFAULT 0x12
+#include "../../debug/preload/tables.h"
 
 #define UFFD_WATCH_RANGES 64
 #define UFFD_WATCH_TICK_NS 50000000ULL
@@ -63,8 +54,8 @@ int kvmpy_uffd_open_dev(const char *path, int flags)
 
 int kvmpy_uffd_api(int fd, uint64_t features, uint64_t *offered)
 {
-	uint64_t arg[3] = { UFFD_API_VERSION, features, 0 };
-	int ret = ioctl(fd, UFFD_IOC(UFFD_WR, 0x3f, sizeof(arg)), arg);
+	uint64_t arg[3] = { UFFD_API, features, 0 };
+	int ret = ioctl(fd, UFFDIO_API, arg);
 
 	*offered = arg[1];
 	return ret;
@@ -73,7 +64,7 @@ int kvmpy_uffd_api(int fd, uint64_t features, uint64_t *offered)
 int kvmpy_uffd_register(int fd, uint64_t start, uint64_t len, uint64_t mode, uint64_t *ioctls)
 {
 	uint64_t arg[4] = { start, len, mode, 0 };
-	int ret = ioctl(fd, UFFD_IOC(UFFD_WR, 0x00, sizeof(arg)), arg);
+	int ret = ioctl(fd, UFFDIO_REGISTER, arg);
 
 	*ioctls = arg[3];
 	return ret;
@@ -83,14 +74,14 @@ int kvmpy_uffd_unregister(int fd, uint64_t start, uint64_t len)
 {
 	uint64_t arg[2] = { start, len };
 
-	return ioctl(fd, UFFD_IOC(UFFD_R, 0x01, sizeof(arg)), arg);
+	return ioctl(fd, UFFDIO_UNREGISTER, arg);
 }
 
 int kvmpy_uffd_wake(int fd, uint64_t start, uint64_t len)
 {
 	uint64_t arg[2] = { start, len };
 
-	return ioctl(fd, UFFD_IOC(UFFD_R, 0x02, sizeof(arg)), arg);
+	return ioctl(fd, UFFDIO_WAKE, arg);
 }
 
 /* The kernel puts the number of bytes done, or a negative errno, into the last field. */
@@ -98,36 +89,36 @@ int64_t kvmpy_uffd_copy(int fd, uint64_t dst, const void *src, uint64_t len, uin
 {
 	uint64_t arg[5] = { dst, (uint64_t)(uintptr_t)src, len, mode, 0 };
 
-	return ioctl(fd, UFFD_IOC(UFFD_WR, 0x03, sizeof(arg)), arg) < 0 ? -1 : (int64_t)arg[4];
+	return ioctl(fd, UFFDIO_COPY, arg) < 0 ? -1 : (int64_t)arg[4];
 }
 
-static int64_t uffd_range_op(int fd, unsigned long nr, uint64_t start, uint64_t len, uint64_t mode)
+static int64_t uffd_range_op(int fd, unsigned long request, uint64_t start, uint64_t len, uint64_t mode)
 {
 	uint64_t arg[4] = { start, len, mode, 0 };
 
-	return ioctl(fd, UFFD_IOC(UFFD_WR, nr, sizeof(arg)), arg) < 0 ? -1 : (int64_t)arg[3];
+	return ioctl(fd, request, arg) < 0 ? -1 : (int64_t)arg[3];
 }
 
 int64_t kvmpy_uffd_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode)
 {
-	return uffd_range_op(fd, 0x04, start, len, mode);
+	return uffd_range_op(fd, UFFDIO_ZEROPAGE, start, len, mode);
 }
 
 int64_t kvmpy_uffd_continue(int fd, uint64_t start, uint64_t len, uint64_t mode)
 {
-	return uffd_range_op(fd, 0x07, start, len, mode);
+	return uffd_range_op(fd, UFFDIO_CONTINUE, start, len, mode);
 }
 
 int64_t kvmpy_uffd_poison(int fd, uint64_t start, uint64_t len, uint64_t mode)
 {
-	return uffd_range_op(fd, 0x08, start, len, mode);
+	return uffd_range_op(fd, UFFDIO_POISON, start, len, mode);
 }
 
 int kvmpy_uffd_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode)
 {
 	uint64_t arg[3] = { start, len, mode };
 
-	return ioctl(fd, UFFD_IOC(UFFD_WR, 0x06, sizeof(arg)), arg);
+	return ioctl(fd, UFFDIO_WRITEPROTECT, arg);
 }
 
 int kvmpy_uffd_read(int fd, struct kvmpy_uffd_event *out, int max)
@@ -148,7 +139,7 @@ int kvmpy_uffd_read(int fd, struct kvmpy_uffd_event *out, int max)
 		out[i].flags = 0;
 		out[i].address = msgs[i].arg[0];
 		out[i].end = msgs[i].arg[1];
-		if (msgs[i].event == UFFD_EV_PAGEFAULT) {
+		if (msgs[i].event == UFFD_EVENT_PAGEFAULT) {
 			out[i].flags = msgs[i].arg[0];
 			out[i].address = msgs[i].arg[1];
 			out[i].end = 0;

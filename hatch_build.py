@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hatchling build hook: compiles the cffi extension, places selftests and guest runtime inside the wheel."""
+"""Hatchling build hook: builds what git does not hold, places selftests and guest runtime in the wheel."""
 
 from __future__ import annotations
 
-import runpy
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -11,28 +11,30 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# Folders of the checkout, and where they lie inside the package.
-SHIPPED = {"selftests": "selftests", "guest_asm": "guest_asm"}
+# Folders of the checkout that lie inside the package once it is installed.
+SHIPPED = ("selftests", "guest_asm")
 
 
 class NativeBuildHook(BuildHookInterface[Any]):
-    """Builds ``kvmpy/uapi/_native.abi3.so``: in place for an editable install, into the wheel otherwise."""
+    """Runs :mod:`kvmpy.build`: in place for an editable install, else with the extension in the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile the extension, tag the wheel ``cp310-abi3`` and add the folders that ship in it."""
+        """Build, tag the wheel ``cp310-abi3`` and add what git does not know or what lies elsewhere."""
         root = Path(self.root)
-        # Run by path: importing kvmpy.uapi would import the extension that is about to be built.
-        build = runpy.run_path(str(root / "kvmpy" / "uapi" / "build.py"))["build"]
+        sys.path.insert(0, self.root)
+        from kvmpy.build import build
+
         if version == "editable":
             build()
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="kvmpy-wheel-")
-        made: Path = build(Path(self._scratch.name))
+        extension, generated = build(Path(self._scratch.name))
         build_data["pure_python"] = False
         build_data["tag"] = f"cp310-abi3-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        build_data["force_include"][str(made)] = f"kvmpy/uapi/{made.name}"
-        for name, inside in SHIPPED.items():
-            build_data["force_include"][str(root / name)] = f"kvmpy/{inside}"
+        build_data["artifacts"] += [f"/{path.relative_to(root)}" for path in generated]
+        build_data["force_include"][str(extension)] = f"kvmpy/uapi/{extension.name}"
+        for name in SHIPPED:
+            build_data["force_include"][str(root / name)] = f"kvmpy/{name}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove the scratch folder once the wheel is written."""
