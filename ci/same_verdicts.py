@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare two JSON reports: ``same_verdicts.py FIRST SECOND`` fails where a test of SECOND ended otherwise in FIRST.
+"""Compare two JSON reports: ``same_verdicts.py FIRST SECOND`` fails where a test ended otherwise in SECOND.
 
 FIRST may hold more tests, those of kvmpy itself for instance.
 """

@@ -18,7 +18,7 @@ STRUCTS = sorted(
 
 @pytest.mark.parametrize("name", STRUCTS)
 def test_a_struct_compiles_with_any_headers(name: str) -> None:
-    """Declared where the headers lack it or have it otherwise, with each field by its name and the size of KVM's."""
+    """Each field stands by its name, and the size is KVM's."""
     value = getattr(structs, name).from_bytes(b"\1" * getattr(structs, name).SIZE)
     words = Vocabulary()
     rows = initializer(value, words, lambda _: None, "\t")
