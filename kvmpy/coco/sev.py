@@ -16,10 +16,8 @@ from kvmpy.coco import ghcb, sev_platform
 from kvmpy.coco.policy import SevPolicy
 from kvmpy.coco.sev_launch import SevInitialised, SevRunning
 from kvmpy.core.address import PAGE_SHIFT, EncryptionBit, Gpa
-from kvmpy.core.backing import Backing
 from kvmpy.core.errors import MissingError, PrivateMemoryError
 from kvmpy.core.kvm import Kvm
-from kvmpy.core.slots import MemorySlot
 from kvmpy.guest import layout
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.private import frame_runs
@@ -130,21 +128,6 @@ class Sev(Protection):
         vm.launch_state = SevInitialised.init2(
             vm, es=self.es, vmsa_features=self.vmsa_features, ghcb_version=self.ghcb_version
         )
-
-    def add_memory(
-        self,
-        vm: GuestVm,
-        gpa: Gpa,
-        size: int,
-        *,
-        backing: Backing | None,
-        slot: int | None,
-        flags: int,
-        private: bool,
-    ) -> MemorySlot:
-        """Add an ordinary slot: private pages are those of it that are encrypted."""
-        encryption_bit(vm.kvm).check(gpa)
-        return vm.add_slot(gpa, size, backing=backing, slot=slot, flags=flags, always_shared=not private)
 
     def launch(self, vm: GuestVm) -> None:
         """Encrypt and measure the private pages, with ES the vCPUs, and let the guest run."""

@@ -21,6 +21,7 @@ from kvmpy.core.vcpu import Vcpu
 from kvmpy.guest import layout
 from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
 from kvmpy.guest.errors import LaunchError
+from kvmpy.guest.options import DEFAULT_DEADLINE, DEFAULT_MEMORY, SlotOptions, VmOptions, check_known
 from kvmpy.guest.postmortem import postmortem, where
 from kvmpy.guest.private import VmPrivate
 from kvmpy.guest.program import GuestProgram
@@ -33,11 +34,11 @@ from kvmpy.uapi.structs import kvm_cpuid2
 from kvmpy.x86.paging import PageTables
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvmpy.core.kvm import Kvm
     from kvmpy.core.threads import VcpuThread
 
-DEFAULT_MEMORY = 64 << 20
-DEFAULT_DEADLINE = 20.0
 # A post-mortem is made within this time, too.
 CALLBACK_GRACE = 30.0
 HALT_SECONDS = 1.0
@@ -65,37 +66,24 @@ class GuestVm(VmPrivate):
     Life: created (memory, tables and vCPUs exist, the host prepares) -> :meth:`launch` -> vCPUs run ->
     :meth:`close`.
 
-    *private* says what of the VM is private, where its protection offers a choice: ``"all"`` (code, data,
-    stacks, page and descriptor tables) or ``"data"`` (data, stacks and what :meth:`alloc` hands out; what
-    KVM's instruction emulator would have to read stays shared).  :attr:`policy` is what was chosen, None
-    without private memory.
+    :attr:`policy` is what of it is private (the option *private*), None without private memory.
     """
 
     def __init__(
         self,
         kvm: Kvm,
         program: GuestProgram,
-        *,
         protection: Protection,
-        vcpus: int = 1,
-        memory: int = DEFAULT_MEMORY,
-        backing: Backing | None = None,
-        levels: int = 4,
-        irqchip: str | None = "split",
-        deadline: float = DEFAULT_DEADLINE,
-        private: str | None = None,
-        strict_private: bool = False,
-        cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
-        vcpu_ids: Sequence[int] | None = None,
-        before_vcpus: Callable[[GuestVm], None] | None = None,
+        options: VmOptions,
     ) -> None:
-        policy = _policy(protection, private)
+        check_known(options, VmOptions)
+        policy = _policy(protection, options.get("private"))
         super().__init__(kvm, kvm.create_vm_fd(protection.vm_type), protection.vm_type)
         self.program = program
         self.protection = protection
-        self.deadline = deadline
+        self.deadline = options.get("deadline", DEFAULT_DEADLINE)
         self.policy = policy
-        self.strict_private = strict_private
+        self.strict_private = options.get("strict_private", False)
         self.launched = False
         # What the protection's launch has come to: a state of its own, for those that have some.
         self.launch_state: object = None
@@ -107,25 +95,27 @@ class GuestVm(VmPrivate):
         self._together: dict[GuestVcpu, VcpuThread[None]] = {}
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._irqchip(irqchip)
+            self._irqchip(options.get("irqchip", "split"))
             protection.created(self)
             if protection.traits.has_private_memory:
                 self._enable_conversions()
-            self._add_ram(memory, backing)
+            memory = options.get("memory")
+            self._add_ram(DEFAULT_MEMORY if memory is None else memory, options.get("backing"))
             self.allocator = PageAllocator(
                 self.memory, private=protection.traits.has_private_memory, start=ALLOCATION_START
             )
             self.pages = PageTables(
                 self.memory,
                 self.allocator,
-                levels=levels,
+                levels=options.get("levels", 4),
                 encryption=self.encryption,
                 private_tables=policy != "data",
             )
             self._load_program()
-            if before_vcpus is not None:
+            if (before_vcpus := options.get("before_vcpus")) is not None:
                 before_vcpus(self)
-            self._add_vcpus(list(vcpu_ids) if vcpu_ids is not None else list(range(vcpus)), cpuid)
+            ids = options.get("vcpu_ids")
+            self._add_vcpus(range(options.get("vcpus", 1)) if ids is None else ids, options.get("cpuid"))
             undo.pop_all()
 
     # Building.
@@ -149,14 +139,7 @@ class GuestVm(VmPrivate):
             self.add_memory(Gpa(HIGH_MEMORY_START), size - low, backing=backing)
 
     def add_memory(
-        self,
-        gpa: Gpa,
-        size: int,
-        *,
-        backing: Backing | None = None,
-        slot: int | None = None,
-        flags: int = 0,
-        private: bool = True,
+        self, gpa: Gpa, size: int, *, private: bool = True, **options: Unpack[SlotOptions]
     ) -> MemorySlot:
         """Give the VM *size* more bytes of memory at *gpa*, in the way of its protection; map it with
         :meth:`map`.
@@ -164,9 +147,13 @@ class GuestVm(VmPrivate):
         Its pages are shared until they are made private.  Without *private* they stay so, in a plain slot
         that takes every flag: one with a guest_memfd refuses KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY.
         """
-        return self.protection.add_memory(
-            self, gpa, size, backing=backing, slot=slot, flags=flags, private=private
-        )
+        check_known(options, SlotOptions)
+        if self.encryption is not None:
+            self.encryption.check(gpa)
+        if private:
+            return self.protection.add_memory(self, gpa, size, **options)
+        always_shared = self.protection.traits.has_private_memory
+        return self.add_slot(gpa, size, always_shared=always_shared, **options)
 
     def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
         """Wrap a new vCPU as one that runs the guest program."""
@@ -215,7 +202,7 @@ class GuestVm(VmPrivate):
             Gva(layout.XAPIC_GVA), APIC_DEFAULT_GPA, PAGE_SIZE, page_size=PAGE_SIZE, nx=True, private=False
         )
 
-    def _add_vcpus(self, ids: list[int], cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None) -> None:
+    def _add_vcpus(self, ids: Sequence[int], cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None) -> None:
         count = len(ids)
         if not 0 <= count <= layout.MAX_VCPUS:
             raise ValueError(f"{count} vCPUs: 0 to {layout.MAX_VCPUS}")
