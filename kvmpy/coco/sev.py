@@ -57,7 +57,7 @@ class _Pinned:
         frames.add_range(gpa.gfn, gpa.gfn + (size >> PAGE_SHIFT))
         ends = [segment.gpa.gfn for segment in self._vm.memory.segments()]
         for at, length in frame_runs(frames - self._frames, ends):
-            self._vm.memory_encrypt_reg_region(self._vm.memory.hva(at, private=False), length)
+            self._vm.sev.reg_region(self._vm.memory.hva(at, private=False), length)
         self._frames |= frames
 
     def convert(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:

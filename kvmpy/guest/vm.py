@@ -124,7 +124,7 @@ class GuestVm(VmPrivate):
         # The devices of a full irqchip cost a grace period of the VM's SRCU: 7 ms on an idle host, twenty
         # times the rest of a VM's life.  So the local APICs alone are the default.
         if kind == "full":
-            self.create_irqchip()
+            self.irq.create_chip()
         elif kind == "split":
             self.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
         elif kind is not None:
@@ -232,7 +232,7 @@ class GuestVm(VmPrivate):
             if ghcbs is not None:
                 vcpu.ghcb_gpa = ghcbs + index * PAGE_SIZE
             table = guest_cpuid(self.kvm, vcpu_id)
-            vcpu.set_cpuid2(cpuid(table.copy()) if cpuid is not None else table)
+            vcpu.cpuid.set(cpuid(table.copy()) if cpuid is not None else table)
             self.memory.write(vcpu.percpu_gpa + layout.PERCPU_TSS, tss_page(vcpu.percpu))
 
     def _add_ghcbs(self, count: int) -> Gpa:

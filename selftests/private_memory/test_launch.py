@@ -177,7 +177,7 @@ def test_registers_are_those_of_a_plain_vm(make_vm: MakeVm, policy: str) -> None
     for protection, private in ((None, policy), ("none", None)):
         vm = make_vm(GUEST, vcpus=2, protection=protection, private=private)
         vm.launch()
-        found.append([(vcpu.get_regs().as_dict(), vcpu.get_sregs().as_dict()) for vcpu in vm.vcpus])
+        found.append([(vcpu.regs.get().as_dict(), vcpu.regs.get_sregs().as_dict()) for vcpu in vm.vcpus])
     assert found[0] == found[1]
 
 
