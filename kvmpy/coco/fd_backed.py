@@ -84,7 +84,7 @@ class FdBackedProtection(Protection):
 
     def make_private(self, vm: GuestVm) -> None:
         """Tell KVM which pages are private, before the image is brought in."""
-        for gpa, size in vm.private_runs():
+        for gpa, size in vm.private.runs():
             vm.set_memory_attributes(int(gpa), size, KVM_MEMORY_ATTRIBUTE_PRIVATE)
 
     def drop_staging(self, vm: GuestVm) -> None:

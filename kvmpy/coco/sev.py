@@ -144,7 +144,7 @@ class Sev(Protection):
         )
         vm.launch_state = launching
         pinned = _Pinned(vm)
-        for gpa, size in vm.private_image():
+        for gpa, size in vm.private.image():
             pinned.add(gpa, size)
             if predicted:
                 predicted.digest.add(vm.memory.view(gpa, size))

@@ -25,7 +25,7 @@ class topic(Generic[_Topic]):
     """An attribute that holds the object's own *kind* of topic, made at first use."""
 
     def __init__(self, kind: Callable[[Any], _Topic]) -> None:
-        self._kind = kind
+        self.kind = kind
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -37,4 +37,4 @@ class topic(Generic[_Topic]):
     def __get__(self, owner: object | None, cls: type) -> _Topic | topic[_Topic]:
         if owner is None:
             return self
-        return owner.__dict__.setdefault(self._name, self._kind(owner))  # type: ignore[no-any-return]
+        return owner.__dict__.setdefault(self._name, self.kind(owner))  # type: ignore[no-any-return]

@@ -111,11 +111,11 @@ class Vm(HasCaps, VmSlots):
     def create_vcpu(self, vcpu_id: int | None = None) -> Vcpu:
         """Create a vCPU with *vcpu_id*, by default the number of vCPUs so far (KVM_CREATE_VCPU)."""
         number = len(self._vcpus) if vcpu_id is None else vcpu_id
-        vcpu = self.make_vcpu(self.ioctl(ioctls.KVM_CREATE_VCPU, number), number)
+        vcpu = self._make_vcpu(self.ioctl(ioctls.KVM_CREATE_VCPU, number), number)
         self._vcpus.append(vcpu)
         return vcpu
 
-    def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
+    def _make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
         """Wrap the file descriptor of a new vCPU; subclasses return their own kind."""
         return Vcpu(self, fd, vcpu_id)
 

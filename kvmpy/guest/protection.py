@@ -124,7 +124,7 @@ class Protection(ABC):
         return vm.add_slot(gpa, size, **options)
 
     def launch(self, vm: GuestVm) -> None:  # noqa: B027 - nothing to bring in without private memory
-        """Bring the initial image (``vm.private_image()``) in and seal it; registers and shared memory are
+        """Bring the initial image (``vm.private.image()``) in and seal it; registers and shared memory are
         ready.
         """
 

@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, cast
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, EncryptionBit, Gpa, Gva, RawGpa
 from kvmpy.core.backing import Backing
 from kvmpy.core.errors import PrivateMemoryError
-from kvmpy.core.exits import Exit
+from kvmpy.core.exits import Exit, HypercallExit
 from kvmpy.core.memory import PageAllocator
 from kvmpy.core.slots import MemorySlot
+from kvmpy.core.topic import topic
 from kvmpy.core.vcpu import Vcpu
+from kvmpy.core.vm import Vm
 from kvmpy.guest import layout
 from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.options import DEFAULT_DEADLINE, DEFAULT_MEMORY, SlotOptions, VmOptions, check_known
-from kvmpy.guest.postmortem import postmortem, where
-from kvmpy.guest.private import VmPrivate
+from kvmpy.guest.postmortem import postmortem
+from kvmpy.guest.private import Private
 from kvmpy.guest.program import GuestProgram
 from kvmpy.guest.protection import Protection
 from kvmpy.guest.ucall import Ucall
@@ -60,7 +62,7 @@ def _policy(protection: Protection, wanted: str | None) -> str | None:
     return wanted
 
 
-class GuestVm(VmPrivate):
+class GuestVm(Vm):
     """A VM that runs a :class:`~kvmpy.guest.program.GuestProgram` under a protection.
 
     Life: created (memory, tables and vCPUs exist, the host prepares) -> :meth:`launch` -> vCPUs run ->
@@ -68,6 +70,10 @@ class GuestVm(VmPrivate):
 
     :attr:`policy` is what of it is private (the option *private*), None without private memory.
     """
+
+    private = topic(Private)
+    # Takes hypercalls before the harness does; returns True for those it answered.
+    on_hypercall: Callable[[GuestVcpu, HypercallExit], bool] | None = None
 
     def __init__(
         self,
@@ -83,7 +89,7 @@ class GuestVm(VmPrivate):
         self.protection = protection
         self.deadline = options.get("deadline", DEFAULT_DEADLINE)
         self.policy = policy
-        self.strict_private = options.get("strict_private", False)
+        self._strict_private = options.get("strict_private", False)
         self.launched = False
         # What the protection's launch has come to: a state of its own, for those that have some.
         self.launch_state: object = None
@@ -98,7 +104,7 @@ class GuestVm(VmPrivate):
             self._irqchip(options.get("irqchip", "split"))
             protection.created(self)
             if protection.traits.has_private_memory:
-                self._enable_conversions()
+                self.private.enable_conversions()
             memory = options.get("memory")
             self._add_ram(DEFAULT_MEMORY if memory is None else memory, options.get("backing"))
             self.allocator = PageAllocator(
@@ -155,7 +161,7 @@ class GuestVm(VmPrivate):
         always_shared = self.protection.traits.has_private_memory
         return self.add_slot(gpa, size, always_shared=always_shared, **options)
 
-    def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
+    def _make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
         """Wrap a new vCPU as one that runs the guest program."""
         return GuestVcpu(self, fd, vcpu_id, len(self.vcpus))
 
@@ -239,7 +245,7 @@ class GuestVm(VmPrivate):
         ghcbs = self.allocator.alloc(count, private=False)
         self._place(Gva(layout.GHCB_BASE), ghcbs, count * PAGE_SIZE)
         # The #VC handler looks up the address of an MMIO access in the tables: they map themselves.
-        root = self.page_table_root
+        root = self.pages.root
         self.memory.write(root + layout.SELF_MAP_SLOT * 8, layout.self_map_entry(int(self.pages.cr3)))
         return ghcbs
 
@@ -281,7 +287,7 @@ class GuestVm(VmPrivate):
         if self.protection.traits.private_is_fd_backed:
             self.memory.convert = partial(self.protection.convert, self)
             self.memory.at_once = self.protection.converts_by_attributes
-        if self.strict_private:
+        if self._strict_private:
             self.memory.seal = "strict_private keeps it from the host, as SEV-SNP would"
         elif not self.protection.traits.host_sees_private:
             self.memory.seal = f"protection {self.protection.name} keeps it from the host after launch"
@@ -423,17 +429,9 @@ class GuestVm(VmPrivate):
         """All that the guest printed so far."""
         return "".join(self._console)
 
-    def console_write(self, text: str) -> None:
-        """Take what a vCPU printed."""
-        self._console.append(text)
-
     def postmortem(self, vcpu: GuestVcpu, cause: str, call: Ucall | None = None) -> str:
         """Return the state of the VM as text, seen from *vcpu*."""
         return postmortem(self, vcpu, cause, call)
-
-    def where(self, vcpu: GuestVcpu, call: Ucall | None = None) -> str:
-        """Return in a few words where *vcpu* is now, after the ucall *call*; empty where nobody can know."""
-        return where(self, vcpu, call)
 
     # All vCPUs at once.
 
@@ -473,7 +471,7 @@ class GuestVm(VmPrivate):
                     vcpu.stop()
             self._together = {}
 
-    def halt_others(self, vcpu: GuestVcpu) -> None:
+    def _halt_others(self, vcpu: GuestVcpu) -> None:
         """End the runs of the vCPUs beside *vcpu* within run_all(), so that they can be looked at."""
         together = {other: thread for other, thread in self._together.items() if other is not vcpu}
         for other, thread in together.items():

@@ -233,7 +233,7 @@ def test_conversion(prober: Prober) -> None:
     vm.memory.private_view(gpa, 8)[:] = number(PRIVATE)
     vm.memory.shared_view(gpa, 8)[:] = number(SHARED)
     assert prober.read(GVA) == PRIVATE
-    for convert, expected in ((vm.set_shared, SHARED), (vm.set_private, PRIVATE)) * 2:
+    for convert, expected in ((vm.memory.set_shared, SHARED), (vm.memory.set_private, PRIVATE)) * 2:
         convert(gpa, PAGE_SIZE)
         prober.edit(lambda: vm.pages.refresh_private(GVA, PAGE_SIZE), GVA)
         prober.kernel.invlpg(GVA)
