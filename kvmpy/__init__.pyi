@@ -16,6 +16,8 @@ from kvmpy.testing.verdicts import Missing as Missing
 from kvmpy.coco.kvm import Kvm as Kvm
 from kvmpy.guest.vm import GuestVm as GuestVm
 from kvmpy.guest.vcpu import GuestVcpu as GuestVcpu
+from kvmpy.guest.options import VmOptions as VmOptions
+from kvmpy.guest.options import SlotOptions as SlotOptions
 from kvmpy.guest.program import GuestProgram as GuestProgram
 from kvmpy.guest.ucall import Ucall as Ucall
 from kvmpy.core.vm import Vm as Vm

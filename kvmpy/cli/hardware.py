@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvmpy.cli.run import SplitCommand, extra_arguments, suite_folder, targets
+from kvmpy.cli.options import (
+    PYTEST_EPILOG,
+    SplitCommand,
+    extra_arguments,
+    options,
+    suite_folder,
+    targets,
+)
+from kvmpy.testing.option_table import STEP_LIMITS, command_arguments
 
 if TYPE_CHECKING:
     from kvmpy.testing.runfolder import RunFolder, Step
-
-PROTECTIONS = "snp,sev-es,sev"
-# Seconds of each step; a command of the secure processor alone may take 100.
-LIMITS = {"platform": 300.0, "doctor": 600.0, "suite": 6 * 3600.0, "bench": 1800.0}
 
 
 def _say(text: str) -> None:
@@ -58,16 +62,10 @@ def _steps(
 ) -> list[tuple[str, Step]]:
     from kvmpy.testing.runfolder import HTML, JOURNAL, KTAP, PLATFORM, RECORDS, VERDICTS, Step, kvmpy_command
 
-    files = {
-        "--journal": JOURNAL,
-        "--record-dir": RECORDS,
-        "--json": VERDICTS,
-        "--ktap": KTAP,
-        "--html": HTML,
-    }
-    suite = ["run", "--lab", "never", "--record", "failures"]
-    for flag, file in files.items():
-        suite += [flag, str(folder.path / file)]
+    files = {"journal": JOURNAL, "record_dir": RECORDS, "json": VERDICTS, "ktap": KTAP, "html": HTML}
+    values = {"lab": "never", "record": "failures"}
+    values |= {name: str(folder.path / file) for name, file in files.items()}
+    suite = ["run", *command_arguments("run", values)]
     steps = [
         (
             "what the secure processor says",
@@ -86,23 +84,14 @@ def _steps(
     if bench:
         steps.append(("the benchmark", "bench", kvmpy_command("bench", "--json"), "bench.json"))
     return [
-        (about, Step(name, command, output, limit or LIMITS[name], {"KVMPY_REQUIRE": require}))
+        (about, Step(name, command, output, limit or STEP_LIMITS[name], {"KVMPY_REQUIRE": require}))
         for about, name, command, output in steps
     ]
 
 
-@click.command(cls=SplitCommand, epilog="Arguments after -- are passed to pytest.")
+@click.command(cls=SplitCommand, epilog=PYTEST_EPILOG)
 @click.argument("paths", nargs=-1)
-@click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="The archive to write, a .tar.gz."
-)
-@click.option("--require", metavar="NAMES", default=PROTECTIONS, show_default=True,
-              help="Fail where one of these is missing (KVMPY_REQUIRE); '' for none.")  # fmt: skip
-@click.option("--bench/--no-bench", default=True, help="Also run the benchmark.")
-@click.option("--limit", metavar="SECONDS", type=click.FloatRange(1),
-              help="Time limit for each step (default: " +
-              ", ".join(f"{name} {seconds:g}" for name, seconds in LIMITS.items()) + ").")  # fmt: skip
-@click.option("--pack", "pack_only", is_flag=True, help="Run nothing; pack the results of runs that crashed.")
+@options("hardware")
 @click.pass_context
 def hardware(
     ctx: click.Context,

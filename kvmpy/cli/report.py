@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvmpy.cli.measure import hex_bytes, number
+from kvmpy.cli.numbers import hex_bytes, number
 
 if TYPE_CHECKING:
     from kvmpy.coco.report import Report

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvmpy.cli.replay import load, script_of, step_index
+from kvmpy.cli.records import load, script_of, step_index
 
 if TYPE_CHECKING:
     from kvmpy.debug.record.model import Entry, Record

@@ -44,7 +44,7 @@ def banner(names: dict[str, Any], reason: str) -> str:
         lines.append(f"vm: {vm.name}, {about}, launched")
         lines.append("  vcpu.sync()                    run the guest to its next SYNC ucall")
         lines.append("  vm.symbol('counter').u64       a global of the guest (its source: GUEST)")
-        lines.append("  vcpu.get_regs()                each ioctl is a method; raw: vm.ioctl(KVM_X, arg)")
+        lines.append("  vcpu.regs.get()                each ioctl is a method; raw: vm.ioctl(KVM_X, arg)")
     else:
         lines.append(f"there is no VM: {reason}")
     lines.append("  trace(True)                    print every ioctl, decoded")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from kvmpy.cli.replay import load, script_of, step_index
+from kvmpy.cli.records import load, script_of, step_index
 
 
 @click.command()

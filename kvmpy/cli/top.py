@@ -57,7 +57,7 @@ def render(found: Survey, everything: bool, lines: int | None) -> RenderableType
     from rich.table import Table
     from rich.text import Text
 
-    from kvmpy.cli.ps import per_second, shorten
+    from kvmpy.cli.columns import per_second, shorten
     from kvmpy.debug.hottest import hottest
 
     total = sum(vm.exits_per_second or 0 for vm in found.vms)
@@ -130,7 +130,7 @@ def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
 
     Run it as root: the counters come from debugfs, or from statistics files that a VMM has open.
     """
-    from kvmpy.cli.ps import explain
+    from kvmpy.cli.columns import explain
     from kvmpy.debug.processes import survey, survey_twice, with_rates
     from kvmpy.testing.table import plain_console
 

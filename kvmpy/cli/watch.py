@@ -49,7 +49,7 @@ class Names:
 
 def describe(event: KvmUevent, pid: int, command: str, age: float | None) -> str:
     """Return the event's line, without its time."""
-    from kvmpy.cli.ps import shorten, span
+    from kvmpy.cli.columns import shorten, span
 
     which = f"{pid}:{event.vm_fd}" if event.vm_fd is not None else str(pid)
     lived = f", lived {span(age)}" if age is not None else ""

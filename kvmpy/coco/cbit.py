@@ -10,16 +10,20 @@ other memory.  Nothing is encrypted: results say "emulated encryption bit".
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 from kvmpy.core.address import EncryptionBit, Gpa
-from kvmpy.core.backing import Backing
 from kvmpy.core.errors import MissingError
 from kvmpy.core.kvm import Kvm
 from kvmpy.core.memory import Segment
 from kvmpy.core.slots import MemorySlot
+from kvmpy.guest.options import SlotOptions
 from kvmpy.guest.protection import Availability, Protection, Traits
 from kvmpy.guest.vm import GuestVm
 from kvmpy.x86.cpuid import Cpuid
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MIN_BITS = 36
 
@@ -62,22 +66,10 @@ class EmulatedEncryptionBit(Protection):
         """The top bit of the addresses that can be mapped, set for private pages."""
         return EncryptionBit(_mappable_bits(kvm.path) - 1, set_means_private=True)
 
-    def add_memory(
-        self,
-        vm: GuestVm,
-        gpa: Gpa,
-        size: int,
-        *,
-        backing: Backing | None,
-        slot: int | None,
-        flags: int,
-        private: bool,
-    ) -> MemorySlot:
+    def add_memory(self, vm: GuestVm, gpa: Gpa, size: int, **options: Unpack[SlotOptions]) -> MemorySlot:
         """Add the shared and the private view of the range."""
         bit = self.encryption_bit(vm.kvm)
-        bit.check(gpa)
-        if not private:
-            return vm.add_slot(gpa, size, backing=backing, slot=slot, flags=flags, always_shared=True)
+        backing, flags = options.get("backing"), options.get("flags", 0)
         vm.memory.check_free(gpa, size)
         shared, shared_gmem = vm.back(size, backing)
         try:
@@ -90,7 +82,7 @@ class EmulatedEncryptionBit(Protection):
         first: MemorySlot | None = None
         try:
             at, private_at = int(bit.to_raw(gpa, False)), int(bit.to_raw(gpa, True))
-            first = vm.add_alias(at, size, shared, slot=slot, flags=flags, gmem=shared_gmem)
+            first = vm.add_alias(at, size, shared, slot=options.get("slot"), flags=flags, gmem=shared_gmem)
             alias = vm.add_alias(private_at, size, hidden, flags=flags, gmem=private_gmem)
         except OSError:
             vm.memory.remove(segment)

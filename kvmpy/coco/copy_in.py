@@ -123,26 +123,26 @@ def _run(
     for source, target, size in jobs:
         pages.map(Gva(source), Gpa(source), size, writable=False, nx=True)
         pages.map(Gva(target), Gpa(target), size, nx=True)
-    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    regs, sregs = vcpu.regs.get(), vcpu.regs.get_sregs()
     copying = sregs.copy()
     segments.long_mode_sregs(copying, cr3=pages.cr3, gdt=int(base), idt=int(base), tss=int(base))
-    vcpu.set_sregs(copying)
-    vcpu.set_regs(kvm_regs(rip=int(code), rbx=int(list_at), rflags=RFLAGS_RESERVED))
+    vcpu.regs.set_sregs(copying)
+    vcpu.regs.set(kvm_regs(rip=int(code), rbx=int(list_at), rflags=RFLAGS_RESERVED))
     if vm.check_extension(KVM_CAP_PRE_FAULT_MEMORY):
         for source, target, size in jobs:
             _pre_fault(vcpu, source, size)
             _pre_fault(vcpu, target, size)
     got = vcpu.run(TIMEOUT)
     if not isinstance(got, IoExit) or got.port != DONE_PORT:
-        where = vcpu.get_regs()
+        where = vcpu.regs.get()
         raise LaunchError(
             f"{vm.name}: the copy into private memory stopped with {got!r} at source {where.rsi:#x}, "
             f"destination {where.rdi:#x}, {where.rcx:#x} quadwords left"
         )
     vcpu.complete_io()
     vcpu.set_deadline(None)
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs(regs)
+    vcpu.regs.set_sregs(sregs)
+    vcpu.regs.set(regs)
 
 
 def _pre_fault(vcpu: GuestVcpu, start: int, size: int) -> None:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import errno
 import mmap
+from typing import TYPE_CHECKING
 
 from pyroaring import BitMap
 
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, Gpa
-from kvmpy.core.backing import Anonymous, Backing, Inaccessible
+from kvmpy.core.backing import Anonymous, Inaccessible
 from kvmpy.core.errors import KvmError, MissingError, VcpuBusyError
 from kvmpy.core.kvm import Kvm
 from kvmpy.core.memory import Segment
 from kvmpy.core.slots import MemorySlot
+from kvmpy.guest.options import SlotOptions
 from kvmpy.guest.protection import Protection
 from kvmpy.guest.vm import GuestVm
 from kvmpy.uapi.constants import (
@@ -30,6 +32,9 @@ from kvmpy.uapi.constants import (
     KVM_MEM_GUEST_MEMFD,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class FdBackedProtection(Protection):
@@ -49,25 +54,14 @@ class FdBackedProtection(Protection):
         }
         return [MissingError(name, how) for name, there in wanted.items() if not there]
 
-    def add_memory(
-        self,
-        vm: GuestVm,
-        gpa: Gpa,
-        size: int,
-        *,
-        backing: Backing | None,
-        slot: int | None,
-        flags: int,
-        private: bool,
-    ) -> MemorySlot:
+    def add_memory(self, vm: GuestVm, gpa: Gpa, size: int, **options: Unpack[SlotOptions]) -> MemorySlot:
         """Add a slot with host memory for shared pages and a guest_memfd for private ones."""
-        if not private:
-            return vm.add_slot(gpa, size, backing=backing, slot=slot, flags=flags, always_shared=True)
         vm.memory.check_free(gpa, size)
-        shared, own = vm.back(size, backing)
+        shared, own = vm.back(size, options.get("backing"))
         staging = None
+        slot = options.get("slot")
         number = vm.next_slot() if slot is None else slot
-        flags |= KVM_MEM_GUEST_MEMFD
+        flags = options.get("flags", 0) | KVM_MEM_GUEST_MEMFD
         try:
             staging = None if vm.launched else Anonymous().map(size)
             gmem = own or vm.create_guest_memfd(size)
@@ -90,7 +84,7 @@ class FdBackedProtection(Protection):
 
     def make_private(self, vm: GuestVm) -> None:
         """Tell KVM which pages are private, before the image is brought in."""
-        for gpa, size in vm.private_runs():
+        for gpa, size in vm.private.runs():
             vm.set_memory_attributes(int(gpa), size, KVM_MEMORY_ATTRIBUTE_PRIVATE)
 
     def drop_staging(self, vm: GuestVm) -> None:

@@ -2,7 +2,7 @@
 """A launch as a chain of states: each step uses one state up and returns the next.
 
 A step exists only in the state that allows it, so a wrong order is a type error.  Negative tests go around
-it with ``vm.sev_command()``.
+it with ``vm.sev.command()``.
 """
 
 from __future__ import annotations

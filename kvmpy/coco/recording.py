@@ -79,8 +79,8 @@ def _introduce(recorder: Recorder, vm: Vm) -> None:
     for op, arg in late:
         if not op.fd_fields or _is_eventfd(getattr(arg, "fd", -1)):
             recorder.tell(vm, op, arg)
-    if vm.msr_filter is not None:
-        recorder.tell(vm, ioctls.KVM_X86_SET_MSR_FILTER, vm.msr_filter.argument())
+    if vm.msrs.filter is not None:
+        recorder.tell(vm, ioctls.KVM_X86_SET_MSR_FILTER, vm.msrs.filter.argument())
 
 
 def _attributes(recorder: Recorder, vm: Vm) -> None:

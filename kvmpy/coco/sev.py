@@ -16,10 +16,8 @@ from kvmpy.coco import ghcb, sev_platform
 from kvmpy.coco.policy import SevPolicy
 from kvmpy.coco.sev_launch import SevInitialised, SevRunning
 from kvmpy.core.address import PAGE_SHIFT, EncryptionBit, Gpa
-from kvmpy.core.backing import Backing
 from kvmpy.core.errors import MissingError, PrivateMemoryError
 from kvmpy.core.kvm import Kvm
-from kvmpy.core.slots import MemorySlot
 from kvmpy.guest import layout
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.private import frame_runs
@@ -59,7 +57,7 @@ class _Pinned:
         frames.add_range(gpa.gfn, gpa.gfn + (size >> PAGE_SHIFT))
         ends = [segment.gpa.gfn for segment in self._vm.memory.segments()]
         for at, length in frame_runs(frames - self._frames, ends):
-            self._vm.memory_encrypt_reg_region(self._vm.memory.hva(at, private=False), length)
+            self._vm.sev.reg_region(self._vm.memory.hva(at, private=False), length)
         self._frames |= frames
 
     def convert(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
@@ -131,21 +129,6 @@ class Sev(Protection):
             vm, es=self.es, vmsa_features=self.vmsa_features, ghcb_version=self.ghcb_version
         )
 
-    def add_memory(
-        self,
-        vm: GuestVm,
-        gpa: Gpa,
-        size: int,
-        *,
-        backing: Backing | None,
-        slot: int | None,
-        flags: int,
-        private: bool,
-    ) -> MemorySlot:
-        """Add an ordinary slot: private pages are those of it that are encrypted."""
-        encryption_bit(vm.kvm).check(gpa)
-        return vm.add_slot(gpa, size, backing=backing, slot=slot, flags=flags, always_shared=not private)
-
     def launch(self, vm: GuestVm) -> None:
         """Encrypt and measure the private pages, with ES the vCPUs, and let the guest run."""
         from kvmpy.coco.sev_prediction import PredictedLaunch
@@ -161,7 +144,7 @@ class Sev(Protection):
         )
         vm.launch_state = launching
         pinned = _Pinned(vm)
-        for gpa, size in vm.private_image():
+        for gpa, size in vm.private.image():
             pinned.add(gpa, size)
             if predicted:
                 predicted.digest.add(vm.memory.view(gpa, size))

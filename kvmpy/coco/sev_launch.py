@@ -72,7 +72,7 @@ class SevGuest(LaunchState):
     def status(self) -> kvm_sev_guest_status:
         """Return handle, policy and firmware state (KVM_SEV_GUEST_STATUS)."""
         arg = kvm_sev_guest_status()
-        self.vm.sev_command("GUEST_STATUS", arg)
+        self.vm.sev.command("GUEST_STATUS", arg)
         return arg
 
     @property
@@ -114,7 +114,7 @@ class SevGuest(LaunchState):
         host = page.hva + start % PAGE_SIZE
         source, target = (guest, host) if command == "DBG_DECRYPT" else (host, guest)
         # lifetime: `page` is the caller's, and guest memory the VM's, until the command is done.
-        self.vm.sev_command(
+        self.vm.sev.command(
             command, kvm_sev_dbg(src_uaddr=source, dst_uaddr=target, len=length), gpa=int(gpa)
         )
         return page.look(int(gpa) % PAGE_SIZE, size)
@@ -127,13 +127,13 @@ class SevGuest(LaunchState):
         if len(nonce) != 16:
             raise ValueError(f"the nonce has 16 bytes, not {len(nonce)}")
         arg = kvm_sev_attestation_report(mnonce=list(nonce))
-        asked = self.vm.sev_command_raw("GET_ATTESTATION_REPORT", arg)
+        asked = self.vm.sev.command_raw("GET_ATTESTATION_REPORT", arg)
         if asked.firmware not in (0, SevRet.SEV_RET_INVALID_LEN) or not arg.len:
-            raise self.vm.sev_error("GET_ATTESTATION_REPORT", asked, arg)
+            raise self.vm.sev.error("GET_ATTESTATION_REPORT", asked, arg)
         place = ffi.new("uint8_t[]", int(arg.len))
         # lifetime: `place` lives until the bytes are copied out.
         arg.uaddr = _address(place)
-        self.vm.sev_command("GET_ATTESTATION_REPORT", arg)
+        self.vm.sev.command("GET_ATTESTATION_REPORT", arg)
         return bytes(ffi.buffer(place, int(arg.len)))
 
 
@@ -153,13 +153,13 @@ class SevInitialised(SevGuest):
         *vmsa_features*: those that KVM_X86_SEV_VMSA_FEATURES offers.  *ghcb_version* 0 leaves it to KVM.
         """
         arg = kvm_sev_init(vmsa_features=vmsa_features, ghcb_version=ghcb_version, flags=flags)
-        vm.sev_command("INIT2", arg)
+        vm.sev.command("INIT2", arg)
         return cls(vm, es=es)
 
     @classmethod
     def legacy_init(cls, vm: Vm, *, es: bool) -> SevInitialised:
         """Make a default VM (type 0) an SEV or SEV-ES guest (KVM_SEV_INIT, KVM_SEV_ES_INIT)."""
-        vm.sev_command("ES_INIT" if es else "INIT")
+        vm.sev.command("ES_INIT" if es else "INIT")
         return cls(vm, es=es)
 
     def start(
@@ -183,7 +183,7 @@ class SevInitialised(SevGuest):
             arg.dh_uaddr, arg.dh_len = _address(ffi.from_buffer(dh)), len(dh)
         if blob:
             arg.session_uaddr, arg.session_len = _address(ffi.from_buffer(blob)), len(blob)
-        self.vm.sev_command("LAUNCH_START", arg)
+        self.vm.sev.command("LAUNCH_START", arg)
         self._leave("start()")
         return SevLaunching(self.vm, es=self.es, handle=int(arg.handle))
 
@@ -205,7 +205,7 @@ class SevLaunching(SevGuest):
         if int(gpa) % UPDATE_ALIGNMENT or size % UPDATE_ALIGNMENT:
             raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: both are multiples of {UPDATE_ALIGNMENT}")
         hva = self.vm.memory.hva(gpa, private=False)
-        self.vm.sev_command(
+        self.vm.sev.command(
             "LAUNCH_UPDATE_DATA", kvm_sev_launch_update_data(uaddr=hva, len=size), gpa=int(gpa)
         )
         return self
@@ -216,7 +216,7 @@ class SevLaunching(SevGuest):
         KVM refuses registers to the host from now on.
         """
         self._check("update_vmsa()")
-        self.vm.sev_command("LAUNCH_UPDATE_VMSA")
+        self.vm.sev.command("LAUNCH_UPDATE_VMSA")
         return self
 
     def measure(self) -> SevMeasured:
@@ -225,7 +225,7 @@ class SevLaunching(SevGuest):
         # lifetime: `place` lives until the bytes are copied out.
         place = ffi.new("uint8_t[]", MEASUREMENT_SIZE)
         arg = kvm_sev_launch_measure(uaddr=_address(place), len=MEASUREMENT_SIZE)
-        self.vm.sev_command("LAUNCH_MEASURE", arg)
+        self.vm.sev.command("LAUNCH_MEASURE", arg)
         raw = bytes(ffi.buffer(place, MEASUREMENT_SIZE))
         self._leave("measure()")
         return SevMeasured(self.vm, es=self.es, measurement=Measurement(raw[:32], raw[32:]))
@@ -233,9 +233,9 @@ class SevLaunching(SevGuest):
     def measurement_size(self) -> int:
         """Return how many bytes a measurement takes, without taking one."""
         arg = kvm_sev_launch_measure()
-        result = self.vm.sev_command_raw("LAUNCH_MEASURE", arg)
+        result = self.vm.sev.command_raw("LAUNCH_MEASURE", arg)
         if result.firmware != SevRet.SEV_RET_INVALID_LEN:
-            raise self.vm.sev_error("LAUNCH_MEASURE", result, arg)
+            raise self.vm.sev.error("LAUNCH_MEASURE", result, arg)
         return int(arg.len)
 
 
@@ -263,13 +263,13 @@ class SevMeasured(SevGuest):
             trans_uaddr=_address(ffi.from_buffer(body)),
             trans_len=len(body),
         )
-        self.vm.sev_command("LAUNCH_SECRET", arg, gpa=int(gpa))
+        self.vm.sev.command("LAUNCH_SECRET", arg, gpa=int(gpa))
         return self
 
     def finish(self) -> SevRunning:
         """End the launch: the guest may run (KVM_SEV_LAUNCH_FINISH)."""
         self._check("finish()")
-        self.vm.sev_command("LAUNCH_FINISH")
+        self.vm.sev.command("LAUNCH_FINISH")
         self._leave("finish()")
         return SevRunning(self.vm, es=self.es, measurement=self.measurement)
 

@@ -80,7 +80,7 @@ def req_certs(kvm: Kvm) -> bool:
 
 def _attribute(kvm: Kvm, attribute: int) -> int:
     try:
-        return kvm.get_device_attr_int(KVM_X86_GRP_SEV, attribute)
+        return kvm.attrs.get_int(KVM_X86_GRP_SEV, attribute)
     except KvmError:
         return 0
 

@@ -196,7 +196,7 @@ class Snp(FdBackedProtection):
             secrets.gfn: KVM_SEV_SNP_PAGE_TYPE_SECRETS,
             table.gfn: KVM_SEV_SNP_PAGE_TYPE_CPUID,
         }
-        pages = [part for gpa, size in vm.private_image() for part in _split(vm, gpa, size, special)]
+        pages = [part for gpa, size in vm.private.image() for part in _split(vm, gpa, size, special)]
         return SnpPlan(
             policy=int(self.policy),
             pages=tuple(pages),

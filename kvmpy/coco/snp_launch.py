@@ -72,7 +72,7 @@ class SnpInitialised(LaunchState):
         *vmsa_features*: those that KVM_X86_SEV_VMSA_FEATURES offers.  *ghcb_version* 0 leaves it to KVM.
         """
         arg = kvm_sev_init(vmsa_features=vmsa_features, ghcb_version=ghcb_version, flags=flags)
-        vm.sev_command("INIT2", arg)
+        vm.sev.command("INIT2", arg)
         return cls(vm)
 
     def enable_req_certs(self) -> SnpInitialised:
@@ -81,7 +81,7 @@ class SnpInitialised(LaunchState):
         KVM_SEV_SNP_ENABLE_REQ_CERTS; KVM_X86_SEV_SNP_REQ_CERTS offers it.
         """
         self._check("enable_req_certs()")
-        self.vm.sev_command("SNP_ENABLE_REQ_CERTS")
+        self.vm.sev.command("SNP_ENABLE_REQ_CERTS")
         return self
 
     def start(self, policy: SnpPolicy | int, *, gosvw: bytes = bytes(16), flags: int = 0) -> SnpLaunching:
@@ -90,7 +90,7 @@ class SnpInitialised(LaunchState):
         if len(gosvw) != 16:
             raise ValueError(f"gosvw has 16 bytes, not {len(gosvw)}")
         arg = kvm_sev_snp_launch_start(policy=int(policy), gosvw=list(gosvw), flags=flags)
-        self.vm.sev_command("SNP_LAUNCH_START", arg)
+        self.vm.sev.command("SNP_LAUNCH_START", arg)
         self._leave("start()")
         return SnpLaunching(self.vm, int(policy))
 
@@ -114,7 +114,7 @@ class SnpLaunching(LaunchState):
         silent = 0
         while True:
             before = int(arg.len)
-            result = self.vm.sev_command_raw("SNP_LAUNCH_UPDATE", arg)
+            result = self.vm.sev.command_raw("SNP_LAUNCH_UPDATE", arg)
             retry = result.errno == errno.EAGAIN and time.monotonic() < until
             if result.errno == errno.EIO and not result.firmware and silent < SILENT_RETRIES:
                 # A signal that waits for this thread ends in the same EIO as a page that is not ready.
@@ -123,7 +123,7 @@ class SnpLaunching(LaunchState):
             if result.ok and not arg.len:
                 return self
             if not retry and (not result.ok or int(arg.len) >= before):
-                raise self.vm.sev_error(
+                raise self.vm.sev.error(
                     "SNP_LAUNCH_UPDATE",
                     result,
                     arg,
@@ -163,11 +163,11 @@ class SnpLaunching(LaunchState):
         arg = kvm_sev_snp_launch_update(
             gfn_start=gpa.gfn, uaddr=source, len=PAGE_SIZE, type=int(KVM_SEV_SNP_PAGE_TYPE_CPUID)
         )
-        result = self.vm.sev_command_raw("SNP_LAUNCH_UPDATE", arg)
+        result = self.vm.sev.command_raw("SNP_LAUNCH_UPDATE", arg)
         if result.firmware == SevRet.SEV_RET_INVALID_PARAM:
             self.update(gpa, PAGE_SIZE, KVM_SEV_SNP_PAGE_TYPE_CPUID, source)
         elif not result.ok or arg.len:
-            raise self.vm.sev_error(
+            raise self.vm.sev.error(
                 "SNP_LAUNCH_UPDATE", result, arg, gpa=int(gpa), page_type=KVM_SEV_SNP_PAGE_TYPE_CPUID
             )
         accepted = bytes(ffi.buffer(place, PAGE_SIZE))
@@ -198,7 +198,7 @@ class SnpLaunching(LaunchState):
             arg.id_block_en = 1
             arg.id_block_uaddr, arg.id_auth_uaddr = _address(block), _address(auth)
             arg.auth_key_en = id_block.author_key
-        self.vm.sev_command("SNP_LAUNCH_FINISH", arg)
+        self.vm.sev.command("SNP_LAUNCH_FINISH", arg)
         self._leave("finish()")
         return SnpRunning(self.vm, self.policy, id_block)
 
@@ -215,5 +215,5 @@ class SnpRunning(LaunchState):
 def cpuid_page(vm: Vm) -> bytes:
     """Return the CPUID page for *vm*, from the CPUID of its first vCPU, or of its KVM while it has none."""
     vcpus = vm.vcpus
-    table = vcpus[0].get_cpuid2() if vcpus else vm.kvm.supported_cpuid
+    table = vcpus[0].cpuid.get() if vcpus else vm.kvm.supported_cpuid
     return snp_cpuid.pack(snp_cpuid.functions_of(table))

@@ -61,7 +61,7 @@ class SoftwareProtected(FdBackedProtection):
     def launch(self, vm: GuestVm) -> None:
         """Make the private pages private in KVM and let a vCPU copy the staged image into them."""
         self.make_private(vm)
-        image = vm.private_image()
+        image = vm.private.image()
         if image:
             if not vm.vcpus:
                 raise LaunchError(f"{vm.name}: only a vCPU can bring the image into private memory: vcpus=1")

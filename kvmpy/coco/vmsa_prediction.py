@@ -85,7 +85,7 @@ def predict(
     hold no FPU state. *machine_checks* is :func:`host_has_machine_checks` unless given, *spec_ctrl*
     :func:`host_virtualises_spec_ctrl`.
     """
-    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    regs, sregs = vcpu.regs.get(), vcpu.regs.get_sregs()
     mce = host_has_machine_checks() if machine_checks is None else machine_checks
     fields: dict[str, int | bytes] = {name: int(getattr(regs, name)) for name in _GENERAL}
     for name in ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr"):
@@ -99,13 +99,13 @@ def predict(
         "cr2": int(sregs.cr2),
         "cr3": int(sregs.cr3),
         "cr4": int(sregs.cr4) | (_CR4_MCE if mce else 0),
-        "dr6": int(vcpu.get_debugregs().dr6),
+        "dr6": int(vcpu.debug.get_regs().dr6),
         "dr7": _DR7_INIT,
         "sev_features": vmsa_features | (SevFeature.SNP_ACTIVE if snp else 0),
     }
     fields |= _msrs(vcpu, host_virtualises_spec_ctrl() if spec_ctrl is None else spec_ctrl)
     fields["ssp"] = _shadow_stack(vcpu)
-    xsave = vcpu.get_xsave2().to_bytes()
+    xsave = vcpu.fpu.get_xsave2().to_bytes()
     fields |= _extended_state(vcpu, xsave)
     if fpu:
         fields |= _fpu(vcpu, xsave)
@@ -134,24 +134,24 @@ def _segment(name: str, segment: kvm_segment) -> dict[str, int | bytes]:
 def _msrs(vcpu: Vcpu, spec_ctrl: bool) -> dict[str, int | bytes]:
     """Return what the save area holds of the MSRs; one that the vCPU does not have is zero there."""
     wanted = _MSRS | ({"spec_ctrl": _SPEC_CTRL} if spec_ctrl else {})
-    values = vcpu.get_msrs_offered(wanted.values())
+    values = vcpu.msrs.get_offered(wanted.values())
     return {name: values.get(index, 0) for name, index in wanted.items()}
 
 
 def _shadow_stack(vcpu: Vcpu) -> int:
     """Return SSP, a register that has no MSR: 0 where the vCPU has no shadow stacks."""
-    if not vcpu.vm.kvm.check_extension(KVM_CAP_ONE_REG) or GUEST_SSP_REG_ID not in vcpu.get_reg_list():
+    if not vcpu.vm.kvm.check_extension(KVM_CAP_ONE_REG) or GUEST_SSP_REG_ID not in vcpu.regs.get_list():
         return 0
-    return vcpu.get_one_reg(GUEST_SSP_REG_ID)
+    return vcpu.regs.get_one(GUEST_SSP_REG_ID)
 
 
 def _extended_state(vcpu: Vcpu, xsave: bytes) -> dict[str, int | bytes]:
     fields: dict[str, int | bytes] = {"xcr0": 1}
     if vcpu.vm.kvm.check_extension(KVM_CAP_XCRS):
-        xcrs = vcpu.get_xcrs()
+        xcrs = vcpu.fpu.get_xcrs()
         values = {int(xcr.xcr): int(xcr.value) for xcr in xcrs.xcrs[: xcrs.nr_xcrs]}
         fields["xcr0"] = values.get(0, 1)
-    layout = Layout.from_cpuid(Cpuid.from_struct(vcpu.get_cpuid2()))
+    layout = Layout.from_cpuid(Cpuid.from_struct(vcpu.cpuid.get()))
     if PKRU in layout.components:
         fields["pkru"] = XsaveArea(xsave, layout).pkru
     return fields
@@ -163,7 +163,7 @@ def _fpu(vcpu: Vcpu, area: bytes) -> dict[str, int | bytes]:
     KVM_GET_FPU has the registers as they are in KVM's memory, which is what KVM copies. KVM_GET_XSAVE shows
     initial values for components without a bit in XSTATE_BV, which KVM_SET_FPU does not set.
     """
-    fpu = vcpu.get_fpu()
+    fpu = vcpu.fpu.get()
     raw = fpu.to_bytes()
     registers = [raw[16 * number : 16 * number + 10] for number in range(8)]
     xmm, size = fpu.fields()["xmm"]

@@ -6,10 +6,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from kvmpy.core.address import PAGE_SIZE, Gpa
-from kvmpy.core.fd import KvmFd
-from kvmpy.uapi import ioctls
-from kvmpy.uapi.structs import kvm_coalesced_mmio_zone
+from kvmpy.core.address import PAGE_SIZE
 
 _HEADER = struct.Struct("<II")
 _ENTRY = struct.Struct("<QII8s")
@@ -67,20 +64,3 @@ class CoalescedRing:
     def release(self) -> None:
         """Give the page back; the ring may not be used afterwards."""
         self._page.release()
-
-
-class VmCoalesced(KvmFd):
-    """The part of a VM that is about coalesced writes."""
-
-    def register_coalesced_mmio(self, addr: Gpa | int, size: int, *, pio: bool | int = False) -> None:
-        """Collect guest writes to *size* bytes at *addr*, a port with *pio* (KVM_REGISTER_COALESCED_MMIO)."""
-        arg = kvm_coalesced_mmio_zone(addr=int(addr), size=size, pio=int(pio))
-        self.ioctl(ioctls.KVM_REGISTER_COALESCED_MMIO, arg)
-
-    def unregister_coalesced_mmio(self, addr: Gpa | int, size: int, *, pio: bool | int = False) -> None:
-        """Remove every zone that contains the whole range.
-
-        No zone is no error (KVM_UNREGISTER_COALESCED_MMIO).
-        """
-        arg = kvm_coalesced_mmio_zone(addr=int(addr), size=size, pio=int(pio))
-        self.ioctl(ioctls.KVM_UNREGISTER_COALESCED_MMIO, arg)

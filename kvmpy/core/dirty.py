@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyroaring import BitMap
 
 from kvmpy.core.address import PAGE_SIZE
-from kvmpy.core.caps import HasCaps
 from kvmpy.core.errors import ClosedError
 from kvmpy.core.fd import KvmFd
+from kvmpy.core.topic import Topic
 from kvmpy.uapi import ffi, ioctls, lib
 from kvmpy.uapi.constants import (
     KVM_CAP_DIRTY_LOG_RING,
@@ -26,7 +26,7 @@ from kvmpy.uapi.constants import (
 from kvmpy.uapi.structs import kvm_clear_dirty_log, kvm_dirty_log
 
 if TYPE_CHECKING:
-    from kvmpy.core.slots import MemorySlot
+    from kvmpy.core.vm import Vm
 
 GFN_SIZE = 16
 
@@ -105,7 +105,7 @@ class DirtyGfn(NamedTuple):
 class DirtyRing:
     """The dirty ring of one vCPU, mapped; entries come in the order in which the guest wrote.
 
-    After a harvest :meth:`VmDirty.reset_dirty_rings` gives the entries back to KVM and makes it watch the
+    After a harvest :meth:`Dirty.reset_rings` gives the entries back to KVM and makes it watch the
     pages again; do that before reading the pages, or writes in between are missed. A running vCPU may hold
     entries back: kick it first (api.rst, KVM_CAP_DIRTY_LOG_RING).
     """
@@ -163,26 +163,25 @@ class DirtyRing:
             area.close()
 
 
-class VmDirty(HasCaps):
-    """The part of a VM that is about dirty pages."""
+class Dirty(Topic):
+    """Which pages of a VM were written."""
 
-    if TYPE_CHECKING:
-        slots: dict[int, MemorySlot]
+    _owner: Vm
 
-    def __init__(self, fd: int, name: str) -> None:
-        super().__init__(fd, name)
-        self.dirty_ring_entries = 0
+    def __init__(self, owner: Vm) -> None:
+        super().__init__(owner)
+        self.ring_entries = 0
         self._rings: list[DirtyRing] = []
 
     def _slot_pages(self, slot: int, pages: int | None) -> int:
         if pages is not None:
             return pages
-        known = self.slots.get(slot & 0xFFFF)
+        known = self._owner.slots.get(slot & 0xFFFF)
         if known is None:
-            raise ValueError(f"slot {slot:#x} is not one of {sorted(self.slots)}: give pages=")
+            raise ValueError(f"slot {slot:#x} is not one of {sorted(self._owner.slots)}: give pages=")
         return known.size // PAGE_SIZE
 
-    def get_dirty_log(self, slot: int, pages: int | None = None) -> DirtyBitmap:
+    def get_log(self, slot: int, pages: int | None = None) -> DirtyBitmap:
         """Return the pages of *slot* written since the last call (KVM_GET_DIRTY_LOG, api.rst section 4.8).
 
         *slot* carries the address space in bits 16 and up. *pages* is the size of the slot, known for slots
@@ -193,11 +192,11 @@ class VmDirty(HasCaps):
         # lifetime: `pointer` holds the buffer until the ioctl is done.
         pointer = ffi.from_buffer(bitmap.data)
         arg = kvm_dirty_log(slot=slot, dirty_bitmap=int(ffi.cast("uintptr_t", pointer)))
-        self.ioctl(ioctls.KVM_GET_DIRTY_LOG, arg)
+        self._owner.ioctl(ioctls.KVM_GET_DIRTY_LOG, arg)
         del pointer
         return bitmap
 
-    def clear_dirty_log(
+    def clear_log(
         self,
         slot: int,
         dirty: DirtyBitmap | bytes | bytearray,
@@ -226,46 +225,45 @@ class VmDirty(HasCaps):
             first_page=first_page,
             dirty_bitmap=int(ffi.cast("uintptr_t", pointer)),
         )
-        self.ioctl(ioctls.KVM_CLEAR_DIRTY_LOG, arg)
+        self._owner.ioctl(ioctls.KVM_CLEAR_DIRTY_LOG, arg)
         del pointer
 
-    def enable_manual_dirty_log(self, *, initially_set: bool = False) -> None:
+    def enable_manual_log(self, *, initially_set: bool = False) -> None:
         """Let only KVM_CLEAR_DIRTY_LOG clear the log (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
 
         *initially_set*: logging starts with all pages dirty, so that write protection comes with the first
         clear.
         """
         flags = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | (KVM_DIRTY_LOG_INITIALLY_SET if initially_set else 0)
-        self.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags)
+        self._owner.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags)
 
-    def enable_dirty_ring(self, entries: int) -> None:
+    def enable_ring(self, entries: int) -> None:
         """Queue dirty pages in a ring of *entries* for each vCPU (KVM_CAP_DIRTY_LOG_RING).
 
         Before the first vCPU is made. A power of two, at least 256 (a page) and more than KVM keeps for
         itself. MissingError where KVM has no ring.
         """
         cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL
-        if not self.check_extension(cap):
+        if not self._owner.check_extension(cap):
             cap = KVM_CAP_DIRTY_LOG_RING
-            self.need_cap(cap)
-        self.enable_cap(cap, entries * GFN_SIZE)
-        self.dirty_ring_entries = entries
+            self._owner.need_cap(cap)
+        self._owner.enable_cap(cap, entries * GFN_SIZE)
+        self.ring_entries = entries
 
-    def dirty_ring(self, vcpu: KvmFd) -> DirtyRing:
+    def ring(self, vcpu: KvmFd) -> DirtyRing:
         """Map the dirty ring of *vcpu*; it is unmapped with the VM. One harvester a ring."""
-        if not self.dirty_ring_entries:
-            raise ValueError(f"{self.name} has no dirty rings: call enable_dirty_ring() before making vCPUs")
-        ring = DirtyRing(vcpu, self.dirty_ring_entries)
+        if not self.ring_entries:
+            raise ValueError(f"{self._owner.name} has no dirty rings: call dirty.enable_ring() first")
+        ring = DirtyRing(vcpu, self.ring_entries)
         self._rings.append(ring)
         return ring
 
-    def reset_dirty_rings(self) -> int:
+    def reset_rings(self) -> int:
         """Give all harvested entries back to KVM and return their number (KVM_RESET_DIRTY_RINGS)."""
-        return self.ioctl(ioctls.KVM_RESET_DIRTY_RINGS)
+        return self._owner.ioctl(ioctls.KVM_RESET_DIRTY_RINGS)
 
     def close(self) -> None:
-        """Unmap the rings, then close."""
+        """Unmap the rings."""
         for ring in self._rings:
             ring.close()
         self._rings.clear()
-        super().close()

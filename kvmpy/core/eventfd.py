@@ -83,3 +83,8 @@ class EventFd(Closing):
 
     def __repr__(self) -> str:
         return f"<EventFd {'closed' if self._fd < 0 else f'fd {self._fd}'}>"
+
+
+def fd_number(fd: EventFd | int) -> int:
+    """Return the number of the file descriptor."""
+    return fd if isinstance(fd, int) else fd.fd

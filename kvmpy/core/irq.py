@@ -5,17 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Union
+from typing import TYPE_CHECKING, Union
 
-from kvmpy.core.address import Gpa
-from kvmpy.core.caps import HasCaps
-from kvmpy.core.eventfd import EventFd
-from kvmpy.uapi import ffi, ioctls
+from kvmpy.core.eventfd import EventFd, fd_number
+from kvmpy.core.topic import Topic
+from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import (
     KVM_CAP_SPLIT_IRQCHIP,
-    KVM_IOEVENTFD_FLAG_DATAMATCH,
-    KVM_IOEVENTFD_FLAG_DEASSIGN,
-    KVM_IOEVENTFD_FLAG_PIO,
     KVM_IRQ_ROUTING_HV_SINT,
     KVM_IRQ_ROUTING_IRQCHIP,
     KVM_IRQ_ROUTING_MSI,
@@ -28,9 +24,7 @@ from kvmpy.uapi.constants import (
     KVM_MSI_VALID_DEVID,
 )
 from kvmpy.uapi.structs import (
-    kvm_hyperv_eventfd,
     kvm_ioapic_state,
-    kvm_ioeventfd,
     kvm_irq_level,
     kvm_irq_routing,
     kvm_irq_routing_entry,
@@ -44,13 +38,12 @@ from kvmpy.uapi.structs import (
     kvm_reinject_control,
 )
 
+if TYPE_CHECKING:
+    from kvmpy.core.vm import Vm
+
 IOAPIC_PINS = 24
 PIC_PINS = 8
 MSI_BASE = 0xFEE0_0000
-
-
-def _fd_of(fd: EventFd | int) -> int:
-    return fd if isinstance(fd, int) else fd.fd
 
 
 @dataclass(frozen=True)
@@ -215,74 +208,70 @@ class RedirectionEntry:
         return low | self.dest_id << 56
 
 
-class VmIrq(HasCaps):
-    """The part of a VM that is about interrupts."""
+class Irq(Topic):
+    """Interrupt controllers and the ways into them."""
 
-    kind = "vm"
+    _owner: Vm
 
-    # Controllers.
-
-    def create_irqchip(self) -> None:
+    def create_chip(self) -> None:
         """Create PICs, IOAPIC and, with each vCPU, a local APIC in the kernel (KVM_CREATE_IRQCHIP).
 
         EINVAL once a vCPU exists, EEXIST for a second one.
         """
-        self.ioctl(ioctls.KVM_CREATE_IRQCHIP)
+        self._owner.ioctl(ioctls.KVM_CREATE_IRQCHIP)
 
-    def create_split_irqchip(self, pins: int = IOAPIC_PINS) -> None:
+    def create_split_chip(self, pins: int = IOAPIC_PINS) -> None:
         """Create only local APICs in the kernel, for an outer IOAPIC of *pins* (KVM_CAP_SPLIT_IRQCHIP)."""
-        self.enable_cap(KVM_CAP_SPLIT_IRQCHIP, pins)
+        self._owner.enable_cap(KVM_CAP_SPLIT_IRQCHIP, pins)
 
-    def get_irqchip(self, chip_id: int) -> kvm_irqchip:
+    def get_chip(self, chip_id: int) -> kvm_irqchip:
         """Return the state of a PIC or the IOAPIC; ENXIO without an in-kernel irqchip (KVM_GET_IRQCHIP)."""
         arg = kvm_irqchip(chip_id=chip_id)
-        self.ioctl(ioctls.KVM_GET_IRQCHIP, arg)
+        self._owner.ioctl(ioctls.KVM_GET_IRQCHIP, arg)
         return arg
 
-    def set_irqchip(self, chip: kvm_irqchip) -> None:
+    def set_chip(self, chip: kvm_irqchip) -> None:
         """Set the state of the controller that ``chip.chip_id`` names (KVM_SET_IRQCHIP)."""
-        self.ioctl(ioctls.KVM_SET_IRQCHIP, chip)
+        self._owner.ioctl(ioctls.KVM_SET_IRQCHIP, chip)
 
     def get_pic(self, slave: bool = False) -> kvm_pic_state:
         """Return the state of a PIC."""
-        return self.get_irqchip(KVM_IRQCHIP_PIC_SLAVE if slave else KVM_IRQCHIP_PIC_MASTER).chip.pic
+        return self.get_chip(KVM_IRQCHIP_PIC_SLAVE if slave else KVM_IRQCHIP_PIC_MASTER).chip.pic
 
     def set_pic(self, state: kvm_pic_state, slave: bool = False) -> None:
         """Set the state of a PIC."""
         chip = kvm_irqchip(chip_id=KVM_IRQCHIP_PIC_SLAVE if slave else KVM_IRQCHIP_PIC_MASTER)
         chip.chip.pic = state
-        self.set_irqchip(chip)
+        self.set_chip(chip)
 
     def get_ioapic(self) -> kvm_ioapic_state:
         """Return the state of the IOAPIC; :class:`RedirectionEntry` reads ``redirtbl[pin].bits``."""
-        return self.get_irqchip(KVM_IRQCHIP_IOAPIC).chip.ioapic
+        return self.get_chip(KVM_IRQCHIP_IOAPIC).chip.ioapic
 
     def set_ioapic(self, state: kvm_ioapic_state) -> None:
         """Set the state of the IOAPIC."""
         chip = kvm_irqchip(chip_id=KVM_IRQCHIP_IOAPIC)
         chip.chip.ioapic = state
-        self.set_irqchip(chip)
+        self.set_chip(chip)
 
-    # Lines and messages.
-
-    def irq_line(self, gsi: int, level: bool | int) -> None:
+    def line(self, gsi: int, level: bool | int) -> None:
         """Set the level of line *gsi*; ENXIO without an in-kernel irqchip (KVM_IRQ_LINE)."""
-        self.ioctl(ioctls.KVM_IRQ_LINE, kvm_irq_level(irq=gsi, level=int(level)))
+        self._owner.ioctl(ioctls.KVM_IRQ_LINE, kvm_irq_level(irq=gsi, level=int(level)))
 
-    def irq_line_status(self, gsi: int, level: bool | int) -> int:
+    def line_status(self, gsi: int, level: bool | int) -> int:
         """Set the level of line *gsi* and return what became of it (KVM_IRQ_LINE_STATUS).
 
         Below 0: masked or not routed; 0: merged with one that is pending; above 0: delivered, to that many
         controllers.
         """
         arg = kvm_irq_level(irq=gsi, level=int(level))
-        self.ioctl(ioctls.KVM_IRQ_LINE_STATUS, arg)
+        self._owner.ioctl(ioctls.KVM_IRQ_LINE_STATUS, arg)
         return int(arg.status)
 
     def pulse(self, gsi: int) -> int:
-        """Raise and lower line *gsi*; return what :meth:`irq_line_status` says of the rising edge."""
-        status = self.irq_line_status(gsi, 1)
-        self.irq_line(gsi, 0)
+        """Raise and lower line *gsi*; return what :meth:`line_status` says of the rising edge."""
+        status = self.line_status(gsi, 1)
+        self.line(gsi, 0)
         return status
 
     def signal_msi(self, msi: Msi, *, flags: int = 0, devid: int = 0) -> int:
@@ -294,7 +283,7 @@ class VmIrq(HasCaps):
             flags=flags,
             devid=devid,
         )
-        return self.ioctl(ioctls.KVM_SIGNAL_MSI, arg)
+        return self._owner.ioctl(ioctls.KVM_SIGNAL_MSI, arg)
 
     def set_gsi_routing(self, routes: Iterable[Route | kvm_irq_routing_entry], *, flags: int = 0) -> None:
         """Replace the whole routing table (KVM_SET_GSI_ROUTING).
@@ -305,9 +294,7 @@ class VmIrq(HasCaps):
         entries = [item if isinstance(item, kvm_irq_routing_entry) else item.entry() for item in routes]
         arg = kvm_irq_routing.of(entries)
         arg.flags = flags
-        self.ioctl(ioctls.KVM_SET_GSI_ROUTING, arg)
-
-    # File descriptors instead of ioctls and exits.
+        self._owner.ioctl(ioctls.KVM_SET_GSI_ROUTING, arg)
 
     def irqfd(
         self,
@@ -328,86 +315,43 @@ class VmIrq(HasCaps):
             0 if resample is None else KVM_IRQFD_FLAG_RESAMPLE
         )
         arg = kvm_irqfd(
-            fd=_fd_of(fd), gsi=gsi, flags=flags, resamplefd=0 if resample is None else _fd_of(resample)
+            fd=fd_number(fd), gsi=gsi, flags=flags, resamplefd=0 if resample is None else fd_number(resample)
         )
-        self.ioctl(ioctls.KVM_IRQFD, arg)
+        self._owner.ioctl(ioctls.KVM_IRQFD, arg)
 
-    def ioeventfd(
-        self,
-        fd: EventFd | int,
-        addr: Gpa | int,
-        size: int,
-        *,
-        pio: bool = False,
-        datamatch: int | None = None,
-        deassign: bool = False,
-        flags: int = 0,
-    ) -> None:
-        """Signal the eventfd when the guest writes to *addr*, without an exit (KVM_IOEVENTFD, api.rst 4.59).
 
-        *size* is that of the access, 1, 2, 4 or 8 bytes; 0 takes any and, for MMIO, the fast path that does
-        not decode the instruction. With *datamatch* only that value counts. EEXIST: an equal one is
-        registered; ENOENT: nothing to deassign.
-        """
-        flags |= KVM_IOEVENTFD_FLAG_PIO if pio else 0
-        flags |= 0 if datamatch is None else KVM_IOEVENTFD_FLAG_DATAMATCH
-        flags |= KVM_IOEVENTFD_FLAG_DEASSIGN if deassign else 0
-        arg = kvm_ioeventfd(datamatch=datamatch or 0, addr=int(addr), len=size, fd=_fd_of(fd), flags=flags)
-        self.ioctl(ioctls.KVM_IOEVENTFD, arg)
+class Pit(Topic):
+    """The i8254 timer."""
 
-    def hyperv_eventfd(self, fd: EventFd | int, conn_id: int, *, flags: int = 0) -> None:
-        """Signal the eventfd at the guest's HvCallSignalEvent on a connection (KVM_HYPERV_EVENTFD)."""
-        self.ioctl(ioctls.KVM_HYPERV_EVENTFD, kvm_hyperv_eventfd(conn_id=conn_id, fd=_fd_of(fd), flags=flags))
+    _owner: Vm
 
-    # PIT.
-
-    def create_pit2(self, flags: int = 0) -> None:
+    def create2(self, flags: int = 0) -> None:
         """Create the i8254 timer.
 
         Needs the in-kernel irqchip (KVM_CREATE_PIT2). Flag 1 is KVM_PIT_SPEAKER_DUMMY.
         """
-        self.ioctl(ioctls.KVM_CREATE_PIT2, kvm_pit_config(flags=flags))
+        self._owner.ioctl(ioctls.KVM_CREATE_PIT2, kvm_pit_config(flags=flags))
 
-    def get_pit2(self) -> kvm_pit_state2:
+    def get2(self) -> kvm_pit_state2:
         """Return the state of the i8254 timer; ENXIO when there is none (KVM_GET_PIT2)."""
         arg = kvm_pit_state2()
-        self.ioctl(ioctls.KVM_GET_PIT2, arg)
+        self._owner.ioctl(ioctls.KVM_GET_PIT2, arg)
         return arg
 
-    def set_pit2(self, state: kvm_pit_state2) -> None:
+    def set2(self, state: kvm_pit_state2) -> None:
         """Set the state of the i8254 timer (KVM_SET_PIT2)."""
-        self.ioctl(ioctls.KVM_SET_PIT2, state)
+        self._owner.ioctl(ioctls.KVM_SET_PIT2, state)
 
-    def get_pit(self) -> kvm_pit_state:
+    def get(self) -> kvm_pit_state:
         """Return the three channels of the i8254 timer (KVM_GET_PIT, the older form)."""
         arg = kvm_pit_state()
-        self.ioctl(ioctls.KVM_GET_PIT, arg)
+        self._owner.ioctl(ioctls.KVM_GET_PIT, arg)
         return arg
 
-    def set_pit(self, state: kvm_pit_state) -> None:
+    def set(self, state: kvm_pit_state) -> None:
         """Set the three channels of the i8254 timer (KVM_SET_PIT, the older form)."""
-        self.ioctl(ioctls.KVM_SET_PIT, state)
+        self._owner.ioctl(ioctls.KVM_SET_PIT, state)
 
     def reinject_control(self, reinject: bool) -> None:
         """Let the timer make up for ticks that the guest missed, or not (KVM_REINJECT_CONTROL)."""
-        self.ioctl(ioctls.KVM_REINJECT_CONTROL, kvm_reinject_control(pit_reinject=int(reinject)))
-
-    # What a VM fixes at its start.
-
-    def set_boot_cpu_id(self, vcpu_id: int) -> None:
-        """Say which vCPU is the bootstrap processor; EBUSY once a vCPU exists (KVM_SET_BOOT_CPU_ID)."""
-        self.ioctl(ioctls.KVM_SET_BOOT_CPU_ID, vcpu_id)
-
-    def set_tss_addr(self, gpa: Gpa | int) -> None:
-        """Give KVM three pages of guest-physical space below 4 GiB for VMX's TSS (KVM_SET_TSS_ADDR)."""
-        self.ioctl(ioctls.KVM_SET_TSS_ADDR, int(gpa))
-
-    def set_identity_map_addr(self, gpa: Gpa | int) -> None:
-        """Give KVM a page below 4 GiB for an identity map that VMX needs.
-
-        EINVAL once a vCPU exists (KVM_SET_IDENTITY_MAP_ADDR).
-        """
-        # lifetime: `place` lives until the ioctl is done.
-        place = ffi.new("uint64_t *", int(gpa))
-        self.ioctl(ioctls.KVM_SET_IDENTITY_MAP_ADDR, int(ffi.cast("uintptr_t", place)))
-        del place
+        self._owner.ioctl(ioctls.KVM_REINJECT_CONTROL, kvm_reinject_control(pit_reinject=int(reinject)))

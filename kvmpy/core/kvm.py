@@ -11,8 +11,10 @@ import stat
 from collections.abc import Iterable
 from typing import TypeVar
 
-from kvmpy.core.device import HasDeviceAttrs
+from kvmpy.core.device import DeviceAttrs
 from kvmpy.core.errors import KvmError, MissingError
+from kvmpy.core.fd import KvmFd
+from kvmpy.core.topic import topic
 from kvmpy.core.vm import Vm
 from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.constants import KVM_CAP_VM_TYPES, VmType
@@ -54,10 +56,11 @@ def explain_open_failure(path: str, error: OSError) -> MissingError:
     return MissingError(f"{path} cannot be opened: {error.strerror}", "see dmesg for why KVM refused")
 
 
-class Kvm(HasDeviceAttrs):
+class Kvm(KvmFd):
     """The KVM device; MissingError when it is absent or may not be opened."""
 
     kind = "system"
+    attrs = topic(DeviceAttrs)
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path or device_path()

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kvmpy.core.caps import HasCaps
+from kvmpy.core.topic import Topic
 from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.constants import (
     KVM_CAP_X86_USER_SPACE_MSR,
@@ -17,6 +18,9 @@ from kvmpy.uapi.constants import (
     MsrExitReason,
 )
 from kvmpy.uapi.structs import kvm_msr_filter
+
+if TYPE_CHECKING:
+    from kvmpy.core.vm import Vm
 
 READ = KVM_MSR_FILTER_READ
 WRITE = KVM_MSR_FILTER_WRITE
@@ -147,21 +151,23 @@ def _of_one_kind(msrs: set[int], flags: int, listed_allowed: bool) -> list[MsrRa
     return made
 
 
-class VmMsrFilter(HasCaps):
-    """The part of a VM that is about MSR accesses of its guest."""
+class VmMsrs(Topic):
+    """MSR accesses of a VM's guest."""
+
+    _owner: Vm
 
     # What was set last: KVM cannot be asked.
-    msr_filter: MsrFilter | None = None
+    filter: MsrFilter | None = None
 
-    def x86_set_msr_filter(self, msr_filter: MsrFilter) -> None:
+    def set_filter(self, msr_filter: MsrFilter) -> None:
         """Replace the filter (KVM_X86_SET_MSR_FILTER).
 
-        Denied accesses get #GP, or exit as :meth:`enable_user_space_msr` says.
+        Denied accesses get #GP, or exit as :meth:`enable_user_space` says.
         """
         # lifetime: the filter's own bitmaps are pointed at, and it outlives the ioctl.
-        self.ioctl(ioctls.KVM_X86_SET_MSR_FILTER, msr_filter.argument())
-        self.msr_filter = msr_filter
+        self._owner.ioctl(ioctls.KVM_X86_SET_MSR_FILTER, msr_filter.argument())
+        self.filter = msr_filter
 
-    def enable_user_space_msr(self, reasons: MsrExitReason | int) -> None:
+    def enable_user_space(self, reasons: MsrExitReason | int) -> None:
         """Exit instead of injecting #GP for these reasons, 0 for none (KVM_CAP_X86_USER_SPACE_MSR)."""
-        self.enable_cap(KVM_CAP_X86_USER_SPACE_MSR, int(reasons))
+        self._owner.enable_cap(KVM_CAP_X86_USER_SPACE_MSR, int(reasons))

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from kvmpy.core.fd import KvmFd
+from kvmpy.core.topic import Topic
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.structs import kvm_msr_entry, kvm_msrs
+
+if TYPE_CHECKING:
+    from kvmpy.core.vcpu_state import VcpuState
 
 # KVM refuses calls with 256 MSRs or more (E2BIG).
 _MSR_BATCH = 128
@@ -33,47 +37,49 @@ def _batches(items: list[int]) -> Iterator[list[int]]:
         yield items[start : start + _MSR_BATCH]
 
 
-class HasMsrs(KvmFd):
-    """The part of a vCPU that is about its MSRs."""
+class Msrs(Topic):
+    """The MSRs of a vCPU."""
 
-    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+    _owner: VcpuState
+
+    def get_many(self, indices: Iterable[int]) -> dict[int, int]:
         """Return MSRs by index; MsrError names the first that KVM refuses (KVM_GET_MSRS)."""
         values: dict[int, int] = {}
         for batch in _batches(list(indices)):
             arg = kvm_msrs.of([kvm_msr_entry(index=index) for index in batch])
-            count = self.ioctl(ioctls.KVM_GET_MSRS, arg)
+            count = self._owner.ioctl(ioctls.KVM_GET_MSRS, arg)
             values.update((entry.index, entry.data) for entry in arg.entries_list()[:count])
             if count < len(batch):
-                raise MsrError(self.name, batch[count], None, values)
+                raise MsrError(self._owner.name, batch[count], None, values)
         return values
 
-    def get_msrs_offered(self, indices: Iterable[int]) -> dict[int, int]:
+    def get_offered(self, indices: Iterable[int]) -> dict[int, int]:
         """Return those of the MSRs that KVM does not refuse, by index."""
         values: dict[int, int] = {}
         pending = list(indices)
         while pending:
             try:
-                values.update(self.get_msrs(pending))
+                values.update(self.get_many(pending))
                 break
             except MsrError as error:
                 values.update(error.done)
                 pending = pending[pending.index(error.index) + 1 :]
         return values
 
-    def set_msrs(self, values: Mapping[int, int]) -> None:
+    def set_many(self, values: Mapping[int, int]) -> None:
         """Set MSRs by index, in the order given; MsrError names the first that KVM refuses (KVM_SET_MSRS)."""
         done: dict[int, int] = {}
         for batch in _batches(list(values)):
             arg = kvm_msrs.of([kvm_msr_entry(index=index, data=values[index]) for index in batch])
-            count = self.ioctl(ioctls.KVM_SET_MSRS, arg)
+            count = self._owner.ioctl(ioctls.KVM_SET_MSRS, arg)
             done.update((index, values[index]) for index in batch[:count])
             if count < len(batch):
-                raise MsrError(self.name, batch[count], values[batch[count]], done)
+                raise MsrError(self._owner.name, batch[count], values[batch[count]], done)
 
-    def get_msr(self, index: int) -> int:
+    def get(self, index: int) -> int:
         """Return one MSR; MsrError when KVM refuses it."""
-        return self.get_msrs([index])[index]
+        return self.get_many([index])[index]
 
-    def set_msr(self, index: int, value: int) -> None:
+    def set(self, index: int, value: int) -> None:
         """Set one MSR; MsrError when KVM refuses it."""
-        self.set_msrs({index: value})
+        self.set_many({index: value})

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import errno
 from contextlib import suppress
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kvmpy.core.errors import MissingError, errno_name
 from kvmpy.core.fd import KvmFd
 from kvmpy.core.sev_device import SevDevice, check_processor
 from kvmpy.core.sev_errors import SevError, SevResult
+from kvmpy.core.topic import Topic
 from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.commands import SEV_COMMANDS, SevCommand
 from kvmpy.uapi.constants import KVM_CAP_VM_COPY_ENC_CONTEXT_FROM, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM, SevCmd
 from kvmpy.uapi.structs import Struct, kvm_enable_cap, kvm_enc_region, kvm_sev_cmd
+
+if TYPE_CHECKING:
+    from kvmpy.core.vm import Vm
 
 _INITS = (SevCmd.KVM_SEV_INIT, SevCmd.KVM_SEV_ES_INIT, SevCmd.KVM_SEV_INIT2)
 _BY_ID = {command.id: command for command in SEV_COMMANDS.values()}
@@ -37,31 +41,32 @@ def find_command(command: SevCommand | str | int) -> SevCommand:
     return _BY_ID.get(number, unknown)
 
 
-class VmSev(KvmFd):
-    """The part of a VM that is about SEV."""
+class VmSev(Topic):
+    """SEV commands of a VM, and the regions it registers."""
 
-    kind = "vm"
-    _sev_device: SevDevice | None = None
+    _owner: Vm
+
+    _device: SevDevice | None = None
     # Those of this process that hold an ASID, by id().
     _guests: ClassVar[set[int]] = set()
 
     @property
-    def sev_device(self) -> SevDevice:
+    def device(self) -> SevDevice:
         """The /dev/sev that this VM's commands go through, opened at first use and closed with the VM.
 
         KVM keeps its number, not the file: it stays open as long as the VM.
         """
-        if self._sev_device is None:
-            self._sev_device = SevDevice()
-        return self._sev_device
+        if self._device is None:
+            self._device = SevDevice()
+        return self._device
 
     def _sev_fd(self) -> int:
         # Some commands need none; those that do answer EBADF.
         with suppress(MissingError):
-            return self.sev_device.fd
+            return self.device.fd
         return (1 << 32) - 1
 
-    def sev_command_raw(
+    def command_raw(
         self,
         command: SevCommand | str | int,
         arg: Struct | int | None = None,
@@ -81,9 +86,9 @@ class VmSev(KvmFd):
         elif arg is not None:
             data = int(arg)
         call = kvm_sev_cmd(id=found.id, data=data, sev_fd=self._sev_fd() if sev_fd is None else sev_fd)
-        result, number = self.ioctl_raw(ioctls.KVM_MEMORY_ENCRYPT_OP, call)
+        result, number = self._owner.ioctl_raw(ioctls.KVM_MEMORY_ENCRYPT_OP, call)
         if self._doubtful(found, number):
-            check_processor(f"{found} on {self.name} came back with {errno_name(number)}")
+            check_processor(f"{found} on {self._owner.name} came back with {errno_name(number)}")
         if found.id in _INITS and number == 0:
             self._guests.add(id(self))
         return SevResult(result, number, int(call.error))
@@ -97,7 +102,7 @@ class VmSev(KvmFd):
             number == errno.ENOTTY and command.id == SevCmd.KVM_SEV_SNP_LAUNCH_START
         )
 
-    def sev_command(
+    def command(
         self,
         command: SevCommand | str | int,
         arg: Struct | int | None = None,
@@ -111,13 +116,13 @@ class VmSev(KvmFd):
         *gpa* and *page_type* only tell the error what the command was about.
         """
         found = find_command(command)
-        result = self.sev_command_raw(found, arg, sev_fd=sev_fd)
+        result = self.command_raw(found, arg, sev_fd=sev_fd)
         if not result.ok:
-            raise self.sev_error(
+            raise self.error(
                 found, result, arg if isinstance(arg, Struct) else None, gpa=gpa, page_type=page_type
             )
 
-    def sev_error(
+    def error(
         self,
         command: SevCommand | str | int,
         result: SevResult,
@@ -133,7 +138,7 @@ class VmSev(KvmFd):
             ioctls.KVM_MEMORY_ENCRYPT_OP,
             find_command(command),
             result,
-            self.name,
+            self._owner.name,
             arg,
             gpa=gpa,
             page_type=page_type,
@@ -141,16 +146,16 @@ class VmSev(KvmFd):
             size=size,
         )
 
-    def memory_encrypt_reg_region(self, hva: int, size: int) -> None:
+    def reg_region(self, hva: int, size: int) -> None:
         """Pin a range of host memory that holds encrypted pages (KVM_MEMORY_ENCRYPT_REG_REGION).
 
         What is encrypted depends on the physical address, so the pages must not move.
         """
-        self.ioctl(ioctls.KVM_MEMORY_ENCRYPT_REG_REGION, kvm_enc_region(addr=hva, size=size))
+        self._owner.ioctl(ioctls.KVM_MEMORY_ENCRYPT_REG_REGION, kvm_enc_region(addr=hva, size=size))
 
-    def memory_encrypt_unreg_region(self, hva: int, size: int) -> None:
+    def unreg_region(self, hva: int, size: int) -> None:
         """Let a range go that was registered with the same bounds (KVM_MEMORY_ENCRYPT_UNREG_REGION)."""
-        self.ioctl(ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION, kvm_enc_region(addr=hva, size=size))
+        self._owner.ioctl(ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION, kvm_enc_region(addr=hva, size=size))
 
     def copy_enc_context_from(self, source: KvmFd) -> None:
         """Make this VM a mirror of *source*: it shares ASID and key (KVM_CAP_VM_COPY_ENC_CONTEXT_FROM)."""
@@ -163,12 +168,11 @@ class VmSev(KvmFd):
     def _enc_context(self, cap: int, source: KvmFd) -> None:
         arg = kvm_enable_cap(cap=int(cap))
         arg.args[0] = source.fd
-        self.ioctl(ioctls.KVM_ENABLE_CAP, arg)
+        self._owner.ioctl(ioctls.KVM_ENABLE_CAP, arg)
 
     def close(self) -> None:
-        """Close the VM, then its /dev/sev."""
-        super().close()
+        """Close the VM's /dev/sev."""
         self._guests.discard(id(self))
-        device, self._sev_device = self._sev_device, None
+        device, self._device = self._device, None
         if device is not None:
             device.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from kvmpy.core.fd import KvmFd
+from kvmpy.core.topic import Topic
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.stats import (
     Bucket,
@@ -19,8 +20,8 @@ from kvmpy.uapi.stats import (
 )
 
 __all__ = [
+    "BinaryStats",
     "Bucket",
-    "HasStats",
     "StatDescriptor",
     "StatValue",
     "Stats",
@@ -66,14 +67,16 @@ class StatsFd(KvmFd):
         return self._file.values(self._read)
 
 
-class HasStats(KvmFd):
-    """What VMs and vCPUs share: a file with binary statistics (KVM_CAP_BINARY_STATS_FD)."""
+class BinaryStats(Topic):
+    """The statistics of a VM or vCPU, in a file of their own (KVM_CAP_BINARY_STATS_FD)."""
 
-    def get_stats_fd(self) -> StatsFd:
+    _owner: KvmFd
+
+    def get_fd(self) -> StatsFd:
         """Open the statistics file; the caller closes it (KVM_GET_STATS_FD)."""
-        return StatsFd(self.ioctl(ioctls.KVM_GET_STATS_FD), f"{self.name}/stats")
+        return StatsFd(self._owner.ioctl(ioctls.KVM_GET_STATS_FD), f"{self._owner.name}/stats")
 
-    def get_stats(self) -> Stats:
-        """Return the statistics by name, once; keep a :meth:`get_stats_fd` open to read them often."""
-        with self.get_stats_fd() as stats:
+    def get(self) -> Stats:
+        """Return the statistics by name, once; keep a :meth:`get_fd` open to read them often."""
+        with self.get_fd() as stats:
             return stats.read()

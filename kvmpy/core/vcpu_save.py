@@ -153,24 +153,24 @@ def save(vcpu: VcpuState) -> VcpuSnapshot:
     multiprocessing state: reading that makes KVM accept pending INIT and SIPI.  Nested state is read last.
     """
     vcpu.complete_io()
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     mp_state = vcpu.get_mp_state()
-    regs = vcpu.get_regs()
-    fpu = vcpu.get_fpu()
-    xsave = _offered(vcpu.get_xsave2)
-    xcrs = _offered(vcpu.get_xcrs)
-    sregs = vcpu.get_sregs()
-    sregs2 = vcpu.get_sregs2().to_bytes() if vcpu.vm.check_extension(KVM_CAP_SREGS2) else b""
-    msrs = vcpu.get_msrs_offered(vcpu.vm.kvm.get_msr_index_list())
-    lapic = _offered(vcpu.get_lapic)
-    debugregs = vcpu.get_debugregs()
-    nested = _offered(vcpu.get_nested_state) if vcpu.vm.check_extension(KVM_CAP_NESTED_STATE) else b""
+    regs = vcpu.regs.get()
+    fpu = vcpu.fpu.get()
+    xsave = _offered(vcpu.fpu.get_xsave2)
+    xcrs = _offered(vcpu.fpu.get_xcrs)
+    sregs = vcpu.regs.get_sregs()
+    sregs2 = vcpu.regs.get_sregs2().to_bytes() if vcpu.vm.check_extension(KVM_CAP_SREGS2) else b""
+    msrs = vcpu.msrs.get_offered(vcpu.vm.kvm.get_msr_index_list())
+    lapic = _offered(vcpu.lapic.get)
+    debugregs = vcpu.debug.get_regs()
+    nested = _offered(vcpu.nested.get) if vcpu.vm.check_extension(KVM_CAP_NESTED_STATE) else b""
     try:
-        tsc_khz: int | None = vcpu.get_tsc_khz()
+        tsc_khz: int | None = vcpu.clock.get_tsc_khz()
     except KvmError:
         tsc_khz = None  # KVM answers EIO where the host's TSC is unstable
     return VcpuSnapshot(
-        cpuid=vcpu.get_cpuid2().to_bytes(),
+        cpuid=vcpu.cpuid.get().to_bytes(),
         sregs=sregs.to_bytes(),
         sregs2=sregs2,
         regs=regs.to_bytes(),
@@ -203,43 +203,43 @@ def restore(vcpu: VcpuState, snapshot: VcpuSnapshot) -> None:
 
     An MSR that KVM refuses is accepted as long as it holds the saved value already (read-only ones do).
     """
-    if vcpu.get_cpuid2().to_bytes() != snapshot.cpuid:
-        vcpu.set_cpuid2(kvm_cpuid2.from_bytes(snapshot.cpuid))
-    if snapshot.tsc_khz and snapshot.tsc_khz != vcpu.get_tsc_khz():
-        vcpu.set_tsc_khz(snapshot.tsc_khz)
+    if vcpu.cpuid.get().to_bytes() != snapshot.cpuid:
+        vcpu.cpuid.set(kvm_cpuid2.from_bytes(snapshot.cpuid))
+    if snapshot.tsc_khz and snapshot.tsc_khz != vcpu.clock.get_tsc_khz():
+        vcpu.clock.set_tsc_khz(snapshot.tsc_khz)
     # KVM_SET_SREGS alone carries the pending interrupt, KVM_SET_SREGS2 alone the PDPTRs.
     sregs = kvm_sregs.from_bytes(snapshot.sregs)
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
     if snapshot.sregs2:
-        vcpu.set_sregs2(kvm_sregs2.from_bytes(snapshot.sregs2))
+        vcpu.regs.set_sregs2(kvm_sregs2.from_bytes(snapshot.sregs2))
     if snapshot.nested:
-        vcpu.set_nested_state(kvm_nested_state.from_bytes(snapshot.nested))
+        vcpu.nested.set(kvm_nested_state.from_bytes(snapshot.nested))
     if snapshot.xcrs:
-        vcpu.set_xcrs(kvm_xcrs.from_bytes(snapshot.xcrs))
+        vcpu.fpu.set_xcrs(kvm_xcrs.from_bytes(snapshot.xcrs))
     if snapshot.xsave:
-        vcpu.set_xsave(kvm_xsave.from_bytes(snapshot.xsave))
+        vcpu.fpu.set_xsave(kvm_xsave.from_bytes(snapshot.xsave))
     else:
-        vcpu.set_fpu(kvm_fpu.from_bytes(snapshot.fpu))
+        vcpu.fpu.set(kvm_fpu.from_bytes(snapshot.fpu))
     msrs = dict(snapshot.msrs)
     deadline = msrs.pop(MSR_TSC_DEADLINE, None)
     _restore_msrs(vcpu, msrs)
     if snapshot.lapic:
-        vcpu.set_lapic(kvm_lapic_state.from_bytes(snapshot.lapic))
+        vcpu.lapic.set(kvm_lapic_state.from_bytes(snapshot.lapic))
     else:
         # Without an in-kernel APIC every KVM_RUN loads CR8 from kvm_run.
         vcpu.run_area.cr8 = sregs.cr8
     if deadline is not None:
         _restore_msrs(vcpu, {MSR_TSC_DEADLINE: deadline})
-    vcpu.set_regs(kvm_regs.from_bytes(snapshot.regs))
-    vcpu.set_vcpu_events(kvm_vcpu_events.from_bytes(snapshot.events))
-    vcpu.set_debugregs(kvm_debugregs.from_bytes(snapshot.debugregs))
+    vcpu.regs.set(kvm_regs.from_bytes(snapshot.regs))
+    vcpu.events.set(kvm_vcpu_events.from_bytes(snapshot.events))
+    vcpu.debug.set_regs(kvm_debugregs.from_bytes(snapshot.debugregs))
     if snapshot.mp_state is not None:
         vcpu.set_mp_state(snapshot.mp_state)
 
 
 def _restore_msrs(vcpu: VcpuState, values: dict[int, int]) -> None:
     refused = _write_tolerantly(vcpu, values)
-    now = vcpu.get_msrs_offered(refused)
+    now = vcpu.msrs.get_offered(refused)
     wrong = [index for index in refused if now.get(index) != values[index]]
     if wrong:
         lines = "".join(
@@ -253,7 +253,7 @@ def _write_tolerantly(vcpu: VcpuState, values: dict[int, int]) -> list[int]:
     pending = dict(values)
     while pending:
         try:
-            vcpu.set_msrs(pending)
+            vcpu.msrs.set_many(pending)
             break
         except MsrError as error:
             refused.append(error.index)

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.core.caps import CanEnable
-from kvmpy.core.coalesced import CoalescedRing
-from kvmpy.core.device import HasDeviceAttrs
-from kvmpy.core.msrs import HasMsrs
-from kvmpy.core.stats import HasStats
+from kvmpy.core.device import DeviceAttrs
+from kvmpy.core.msrs import Msrs
+from kvmpy.core.stats import BinaryStats
+from kvmpy.core.topic import Topic, topic
 from kvmpy.core.vcpu_save import VcpuSnapshot, restore, save
 from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.constants import (
     KVM_CAP_NESTED_STATE,
     KVM_CAP_XSAVE2,
-    KVM_COALESCED_MMIO_PAGE_OFFSET,
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_SINGLESTEP,
     KVM_GUESTDBG_USE_HW_BP,
@@ -81,7 +80,7 @@ class DebugPoint:
 
 
 def msr_reg_id(index: int) -> int:
-    """Return the id of MSR *index* for :meth:`VcpuState.get_one_reg` (KVM_X86_REG_MSR)."""
+    """Return the id of MSR *index* for :meth:`Regs.get_one` (KVM_X86_REG_MSR)."""
     return _REG_U64 | KVM_X86_REG_TYPE_MSR << 32 | index
 
 
@@ -89,37 +88,25 @@ def msr_reg_id(index: int) -> int:
 GUEST_SSP_REG_ID = _REG_U64 | KVM_X86_REG_TYPE_KVM << 32 | KVM_REG_GUEST_SSP
 
 
-class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
-    """The part of a vCPU that is about its state; what the kernel calls a struct is returned as one."""
+class Regs(Topic):
+    """General and system registers, registers by id, and those shared through kvm_run."""
 
-    kind = "vcpu"
+    _owner: VcpuState
 
-    if TYPE_CHECKING:
-        vm: Vm
-
-        @property
-        def run_area(self) -> kvm_run:
-            """The shared struct kvm_run."""
-
-        def complete_io(self) -> None:
-            """Finish the instruction of the last exit."""
-
-    # General, system and floating-point registers.
-
-    def get_regs(self) -> kvm_regs:
+    def get(self) -> kvm_regs:
         """Return the general registers, RIP and RFLAGS (KVM_GET_REGS)."""
         arg = kvm_regs()
-        self.ioctl(ioctls.KVM_GET_REGS, arg)
+        self._owner.ioctl(ioctls.KVM_GET_REGS, arg)
         return arg
 
-    def set_regs(self, regs: kvm_regs) -> None:
+    def set(self, regs: kvm_regs) -> None:
         """Set the general registers, RIP and RFLAGS; drops a pending exception (KVM_SET_REGS)."""
-        self.ioctl(ioctls.KVM_SET_REGS, regs)
+        self._owner.ioctl(ioctls.KVM_SET_REGS, regs)
 
     def get_sregs(self) -> kvm_sregs:
         """Return segments, control registers, EFER, APIC base and the pending interrupt (KVM_GET_SREGS)."""
         arg = kvm_sregs()
-        self.ioctl(ioctls.KVM_GET_SREGS, arg)
+        self._owner.ioctl(ioctls.KVM_GET_SREGS, arg)
         return arg
 
     def set_sregs(self, sregs: kvm_sregs) -> None:
@@ -127,47 +114,98 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
 
         EINVAL for an illegal combination (KVM_SET_SREGS).
         """
-        self.ioctl(ioctls.KVM_SET_SREGS, sregs)
+        self._owner.ioctl(ioctls.KVM_SET_SREGS, sregs)
 
     def get_sregs2(self) -> kvm_sregs2:
         """Return the system registers with the PDPTRs instead of the pending interrupt (KVM_GET_SREGS2)."""
         arg = kvm_sregs2()
-        self.ioctl(ioctls.KVM_GET_SREGS2, arg)
+        self._owner.ioctl(ioctls.KVM_GET_SREGS2, arg)
         return arg
 
     def set_sregs2(self, sregs: kvm_sregs2) -> None:
         """Set the system registers with the PDPTRs (KVM_SET_SREGS2)."""
-        self.ioctl(ioctls.KVM_SET_SREGS2, sregs)
+        self._owner.ioctl(ioctls.KVM_SET_SREGS2, sregs)
 
-    def get_fpu(self) -> kvm_fpu:
+    def get_list(self) -> list[int]:
+        """Return the ids that :meth:`get_one` knows (KVM_GET_REG_LIST)."""
+        arg = kvm_reg_list.with_entries(0)
+        _, number = self._owner.ioctl_raw(ioctls.KVM_GET_REG_LIST, arg)
+        if number not in (0, errno.E2BIG):
+            raise self._owner.error(ioctls.KVM_GET_REG_LIST, number, arg)
+        arg = kvm_reg_list.with_entries(arg.n)
+        self._owner.ioctl(ioctls.KVM_GET_REG_LIST, arg)
+        return [int(item) for item in arg.entries_list()]
+
+    def get_one(self, reg_id: int) -> int:
+        """Return a 64-bit register by id, such as ``msr_reg_id(index)`` (KVM_GET_ONE_REG)."""
+        # lifetime: `place` lives until the ioctl is done.
+        place = ffi.new("uint64_t *")
+        arg = kvm_one_reg(id=reg_id, addr=int(ffi.cast("uintptr_t", place)))
+        self._owner.ioctl(ioctls.KVM_GET_ONE_REG, arg)
+        return int(place[0])
+
+    def set_one(self, reg_id: int, value: int) -> None:
+        """Set a 64-bit register by id (KVM_SET_ONE_REG)."""
+        # lifetime: `place` lives until the ioctl is done.
+        place = ffi.new("uint64_t *", value)
+        arg = kvm_one_reg(id=reg_id, addr=int(ffi.cast("uintptr_t", place)))
+        self._owner.ioctl(ioctls.KVM_SET_ONE_REG, arg)
+        del place
+
+    def set_sync(self, valid: int) -> None:
+        """Let every exit fill the sets of *valid* (KVM_SYNC_X86_*) into :attr:`sync`.
+
+        0 ends it (KVM_CAP_SYNC_REGS).
+        """
+        self._owner.run_area.kvm_valid_regs = valid
+
+    def mark_sync_dirty(self, dirty: int) -> None:
+        """Let the next KVM_RUN load the sets of *dirty* (KVM_SYNC_X86_*) from :attr:`sync`.
+
+        EINVAL for unknown bits.
+        """
+        self._owner.run_area.kvm_dirty_regs = self._owner.run_area.kvm_dirty_regs | dirty
+
+    @property
+    def sync(self) -> kvm_sync_regs:
+        """The registers shared through kvm_run: ``.regs``, ``.sregs``, ``.events`` (KVM_CAP_SYNC_REGS)."""
+        return self._owner.run_area.s.regs
+
+
+class Fpu(Topic):
+    """x87, SSE and what else XSAVE holds."""
+
+    _owner: VcpuState
+
+    def get(self) -> kvm_fpu:
         """Return x87 and SSE registers (KVM_GET_FPU)."""
         arg = kvm_fpu()
-        self.ioctl(ioctls.KVM_GET_FPU, arg)
+        self._owner.ioctl(ioctls.KVM_GET_FPU, arg)
         return arg
 
-    def set_fpu(self, fpu: kvm_fpu) -> None:
+    def set(self, fpu: kvm_fpu) -> None:
         """Set x87 and SSE registers, but not MXCSR (KVM_SET_FPU).
 
         KVM does not mark what it writes in XSTATE_BV (arch/x86/kvm/x86.c): where a component is in
         its initial state the guest does not see them. :meth:`set_xsave` has no such gap.
         """
-        self.ioctl(ioctls.KVM_SET_FPU, fpu)
+        self._owner.ioctl(ioctls.KVM_SET_FPU, fpu)
 
     def get_xsave(self) -> kvm_xsave:
         """Return the first 4096 bytes of the XSAVE area (KVM_GET_XSAVE)."""
         arg = kvm_xsave()
-        self.ioctl(ioctls.KVM_GET_XSAVE, arg)
+        self._owner.ioctl(ioctls.KVM_GET_XSAVE, arg)
         return arg
 
     @functools.cached_property
     def xsave_size(self) -> int:
         """Bytes of the XSAVE area: what KVM_CAP_XSAVE2 says, 4096 without it."""
-        return max(self.vm.check_extension(KVM_CAP_XSAVE2), PAGE_SIZE)
+        return max(self._owner.vm.check_extension(KVM_CAP_XSAVE2), PAGE_SIZE)
 
     def get_xsave2(self) -> kvm_xsave:
         """Return the whole XSAVE area, :attr:`xsave_size` bytes (KVM_GET_XSAVE2)."""
         arg = kvm_xsave.with_entries((self.xsave_size - PAGE_SIZE) // 4)
-        self.ioctl(ioctls.KVM_GET_XSAVE2, arg)
+        self._owner.ioctl(ioctls.KVM_GET_XSAVE2, arg)
         return arg
 
     def set_xsave(self, xsave: kvm_xsave) -> None:
@@ -179,71 +217,98 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
             raise ValueError(
                 f"an XSAVE area of {xsave.size} bytes, KVM reads {self.xsave_size}: use get_xsave2()"
             )
-        self.ioctl(ioctls.KVM_SET_XSAVE, xsave)
+        self._owner.ioctl(ioctls.KVM_SET_XSAVE, xsave)
 
     def get_xcrs(self) -> kvm_xcrs:
         """Return the extended control registers (KVM_GET_XCRS)."""
         arg = kvm_xcrs()
-        self.ioctl(ioctls.KVM_GET_XCRS, arg)
+        self._owner.ioctl(ioctls.KVM_GET_XCRS, arg)
         return arg
 
     def set_xcrs(self, xcrs: kvm_xcrs) -> None:
         """Set the extended control registers (KVM_SET_XCRS)."""
-        self.ioctl(ioctls.KVM_SET_XCRS, xcrs)
+        self._owner.ioctl(ioctls.KVM_SET_XCRS, xcrs)
 
-    # CPUID; the MSRs are in kvmpy.core.msrs.
+
+class VcpuCpuid(Topic):
+    """The CPUID leaves that the guest sees."""
+
+    _owner: VcpuState
 
     def _cpuid_table(self, op: ioctls.Ioctl) -> kvm_cpuid2:
         # KVM answers E2BIG when there is no room for all leaves.
         room = 256
         while True:
             arg = kvm_cpuid2.with_entries(room)
-            _, number = self.ioctl_raw(op, arg)
+            _, number = self._owner.ioctl_raw(op, arg)
             if number == 0:
                 return kvm_cpuid2.of(arg.entries_list())
             if number != errno.E2BIG or room > 1 << 16:
-                raise self.error(op, number, arg)
+                raise self._owner.error(op, number, arg)
             room *= 2
 
-    def get_cpuid2(self) -> kvm_cpuid2:
+    def get(self) -> kvm_cpuid2:
         """Return the CPUID leaves that the guest sees (KVM_GET_CPUID2)."""
         return self._cpuid_table(ioctls.KVM_GET_CPUID2)
 
-    def get_supported_hv_cpuid(self) -> kvm_cpuid2:
-        """Return the Hyper-V leaves that KVM supports for this vCPU (KVM_GET_SUPPORTED_HV_CPUID)."""
-        return self._cpuid_table(ioctls.KVM_GET_SUPPORTED_HV_CPUID)
-
-    def set_cpuid2(self, cpuid: kvm_cpuid2 | Iterable[kvm_cpuid_entry2]) -> None:
+    def set(self, cpuid: kvm_cpuid2 | Iterable[kvm_cpuid_entry2]) -> None:
         """Set the CPUID leaves that the guest sees.
 
         Refused once it ran, except for the same (KVM_SET_CPUID2).
         """
         arg = cpuid if isinstance(cpuid, kvm_cpuid2) else kvm_cpuid2.of(list(cpuid))
-        self.ioctl(ioctls.KVM_SET_CPUID2, arg)
+        self._owner.ioctl(ioctls.KVM_SET_CPUID2, arg)
 
-    # Events, debugging, run state.
+    def get_supported_hv(self) -> kvm_cpuid2:
+        """Return the Hyper-V leaves that KVM supports for this vCPU (KVM_GET_SUPPORTED_HV_CPUID)."""
+        return self._cpuid_table(ioctls.KVM_GET_SUPPORTED_HV_CPUID)
 
-    def get_vcpu_events(self) -> kvm_vcpu_events:
+
+class Events(Topic):
+    """Exceptions, interrupts, NMIs, SMIs and machine checks."""
+
+    _owner: VcpuState
+
+    def get(self) -> kvm_vcpu_events:
         """Return pending and injected exceptions, interrupts, NMIs and SMIs (KVM_GET_VCPU_EVENTS)."""
         arg = kvm_vcpu_events()
-        self.ioctl(ioctls.KVM_GET_VCPU_EVENTS, arg)
+        self._owner.ioctl(ioctls.KVM_GET_VCPU_EVENTS, arg)
         return arg
 
-    def set_vcpu_events(self, events: kvm_vcpu_events) -> None:
+    def set(self, events: kvm_vcpu_events) -> None:
         """Set them; ``flags`` says which of the optional fields count (KVM_SET_VCPU_EVENTS)."""
-        self.ioctl(ioctls.KVM_SET_VCPU_EVENTS, events)
+        self._owner.ioctl(ioctls.KVM_SET_VCPU_EVENTS, events)
 
-    def get_debugregs(self) -> kvm_debugregs:
-        """Return the guest's debug registers (KVM_GET_DEBUGREGS)."""
-        arg = kvm_debugregs()
-        self.ioctl(ioctls.KVM_GET_DEBUGREGS, arg)
-        return arg
+    def interrupt(self, vector: int) -> None:
+        """Queue an external interrupt; ENXIO with an in-kernel PIC (KVM_INTERRUPT)."""
+        self._owner.ioctl(ioctls.KVM_INTERRUPT, kvm_interrupt(irq=vector))
 
-    def set_debugregs(self, debugregs: kvm_debugregs) -> None:
-        """Set the guest's debug registers (KVM_SET_DEBUGREGS)."""
-        self.ioctl(ioctls.KVM_SET_DEBUGREGS, debugregs)
+    def nmi(self) -> None:
+        """Queue a non-maskable interrupt (KVM_NMI)."""
+        self._owner.ioctl(ioctls.KVM_NMI)
 
-    def set_guest_debug(self, control: int = 0, debugreg: Mapping[int, int] | None = None) -> None:
+    def smi(self) -> None:
+        """Queue a system management interrupt (KVM_SMI)."""
+        self._owner.ioctl(ioctls.KVM_SMI)
+
+    def setup_mce(self, mcg_cap: int) -> None:
+        """Set MCG_CAP: the number of machine-check banks and their features (KVM_X86_SETUP_MCE)."""
+        # lifetime: `place` lives until the ioctl is done.
+        place = ffi.new("uint64_t *", mcg_cap)
+        self._owner.ioctl(ioctls.KVM_X86_SETUP_MCE, int(ffi.cast("uintptr_t", place)))
+        del place
+
+    def set_mce(self, mce: kvm_x86_mce) -> None:
+        """Inject a machine check (KVM_X86_SET_MCE)."""
+        self._owner.ioctl(ioctls.KVM_X86_SET_MCE, mce)
+
+
+class GuestDebug(Topic):
+    """Debugging the guest, and its own debug registers."""
+
+    _owner: VcpuState
+
+    def set(self, control: int = 0, debugreg: Mapping[int, int] | None = None) -> None:
         """Debug the guest: KVM_GUESTDBG_* bits and debug registers by number (KVM_SET_GUEST_DEBUG).
 
         Hits come as KVM_EXIT_DEBUG. Control 0 switches it off.
@@ -251,11 +316,9 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
         arg = kvm_guest_debug(control=control)
         for number, value in (debugreg or {}).items():
             arg.arch.debugreg[number] = value
-        self.ioctl(ioctls.KVM_SET_GUEST_DEBUG, arg)
+        self._owner.ioctl(ioctls.KVM_SET_GUEST_DEBUG, arg)
 
-    def set_debug_points(
-        self, points: Iterable[DebugPoint], *, singlestep: bool = False, control: int = 0
-    ) -> None:
+    def set_points(self, points: Iterable[DebugPoint], *, singlestep: bool = False, control: int = 0) -> None:
         """Set up to four hardware breakpoints and watchpoints (KVM_GUESTDBG_USE_HW_BP).
 
         ValueError for more.
@@ -266,7 +329,129 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
         registers = {number: int(point.address) for number, point in enumerate(wanted)}
         registers[7] = 0x600 | sum(point.dr7_bits(number) for number, point in enumerate(wanted))
         control |= KVM_GUESTDBG_ENABLE | (KVM_GUESTDBG_USE_HW_BP if wanted else 0)
-        self.set_guest_debug(control | (KVM_GUESTDBG_SINGLESTEP if singlestep else 0), registers)
+        self.set(control | (KVM_GUESTDBG_SINGLESTEP if singlestep else 0), registers)
+
+    def get_regs(self) -> kvm_debugregs:
+        """Return the guest's debug registers (KVM_GET_DEBUGREGS)."""
+        arg = kvm_debugregs()
+        self._owner.ioctl(ioctls.KVM_GET_DEBUGREGS, arg)
+        return arg
+
+    def set_regs(self, debugregs: kvm_debugregs) -> None:
+        """Set the guest's debug registers (KVM_SET_DEBUGREGS)."""
+        self._owner.ioctl(ioctls.KVM_SET_DEBUGREGS, debugregs)
+
+
+class Lapic(Topic):
+    """The local APIC."""
+
+    _owner: VcpuState
+
+    def get(self) -> kvm_lapic_state:
+        """Return the registers of the in-kernel local APIC; EINVAL when there is none (KVM_GET_LAPIC)."""
+        arg = kvm_lapic_state()
+        self._owner.ioctl(ioctls.KVM_GET_LAPIC, arg)
+        return arg
+
+    def set(self, lapic: kvm_lapic_state) -> None:
+        """Set the registers of the in-kernel local APIC.
+
+        Its mode comes from the APIC base (KVM_SET_LAPIC).
+        """
+        self._owner.ioctl(ioctls.KVM_SET_LAPIC, lapic)
+
+    def get_reg(self, offset: int) -> int:
+        """Return the 32-bit register at *offset* of the local APIC page, such as 0x20 for the id."""
+        if offset % 16 or not 0 <= offset < 0x400:
+            raise ValueError(f"APIC register offset {offset:#x}: a multiple of 16 below 0x400 is expected")
+        return int.from_bytes(self.get().to_bytes()[offset : offset + 4], "little")
+
+    def set_reg(self, offset: int, value: int) -> None:
+        """Set the 32-bit register at *offset* of the local APIC page, leaving the others."""
+        if offset % 16 or not 0 <= offset < 0x400:
+            raise ValueError(f"APIC register offset {offset:#x}: a multiple of 16 below 0x400 is expected")
+        raw = bytearray(self.get().to_bytes())
+        raw[offset : offset + 4] = value.to_bytes(4, "little")
+        self.set(kvm_lapic_state.from_bytes(bytes(raw)))
+
+    def tpr_access_reporting(self, enabled: bool) -> kvm_tpr_access_ctl:
+        """Exit at accesses to the task priority register, or not (KVM_TPR_ACCESS_REPORTING)."""
+        arg = kvm_tpr_access_ctl(enabled=int(enabled))
+        self._owner.ioctl(ioctls.KVM_TPR_ACCESS_REPORTING, arg)
+        return arg
+
+    def set_vapic_addr(self, gpa: Gpa | int) -> None:
+        """Say where in guest memory the virtual task priority lives (KVM_SET_VAPIC_ADDR)."""
+        self._owner.ioctl(ioctls.KVM_SET_VAPIC_ADDR, kvm_vapic_addr(vapic_addr=int(gpa)))
+
+
+class NestedState(Topic):
+    """The state of nested virtualisation."""
+
+    _owner: VcpuState
+
+    def get(self) -> kvm_nested_state:
+        """Return the state of nested virtualisation.
+
+        ENOTTY or EINVAL where KVM has none (KVM_GET_NESTED_STATE).
+        """
+        size = max(self._owner.vm.check_extension(KVM_CAP_NESTED_STATE), kvm_nested_state.SIZE)
+        arg = kvm_nested_state.with_bytes(size)
+        arg.size = size
+        self._owner.ioctl(ioctls.KVM_GET_NESTED_STATE, arg)
+        return arg
+
+    def set(self, state: kvm_nested_state) -> None:
+        """Set the state of nested virtualisation (KVM_SET_NESTED_STATE)."""
+        self._owner.ioctl(ioctls.KVM_SET_NESTED_STATE, state)
+
+
+class VcpuClock(Topic):
+    """Time as the guest sees it."""
+
+    _owner: VcpuState
+
+    def get_tsc_khz(self) -> int:
+        """Return the guest's TSC frequency in kHz (KVM_GET_TSC_KHZ)."""
+        return self._owner.ioctl(ioctls.KVM_GET_TSC_KHZ)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set the guest's TSC frequency in kHz, 0 for the host's.
+
+        EINVAL without TSC scaling (KVM_SET_TSC_KHZ).
+        """
+        self._owner.ioctl(ioctls.KVM_SET_TSC_KHZ, khz)
+
+    def kvmclock_ctrl(self) -> None:
+        """Tell the guest that it was paused; EINVAL unless it uses kvmclock (KVM_KVMCLOCK_CTRL)."""
+        self._owner.ioctl(ioctls.KVM_KVMCLOCK_CTRL)
+
+
+class VcpuState(CanEnable):
+    """The part of a vCPU that is about its state; what the kernel calls a struct is returned as one."""
+
+    kind = "vcpu"
+    regs = topic(Regs)
+    fpu = topic(Fpu)
+    cpuid = topic(VcpuCpuid)
+    msrs = topic(Msrs)
+    events = topic(Events)
+    debug = topic(GuestDebug)
+    lapic = topic(Lapic)
+    nested = topic(NestedState)
+    clock = topic(VcpuClock)
+    attrs = topic(DeviceAttrs)
+    stats = topic(BinaryStats)
+
+    if TYPE_CHECKING:
+        vm: Vm
+
+        @property
+        def run_area(self) -> kvm_run:
+            """The shared struct kvm_run."""
+
+        def complete_io(self) -> None:
+            """Finish the instruction of the last exit."""
 
     def get_mp_state(self) -> int:
         """Return the multiprocessing state, a KVM_MP_STATE_* number (KVM_GET_MP_STATE)."""
@@ -291,102 +476,6 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
         arg.sigset[:] = mask.to_bytes(8, "little")
         self.ioctl(ioctls.KVM_SET_SIGNAL_MASK, arg)
 
-    def interrupt(self, vector: int) -> None:
-        """Queue an external interrupt; ENXIO with an in-kernel PIC (KVM_INTERRUPT)."""
-        self.ioctl(ioctls.KVM_INTERRUPT, kvm_interrupt(irq=vector))
-
-    def nmi(self) -> None:
-        """Queue a non-maskable interrupt (KVM_NMI)."""
-        self.ioctl(ioctls.KVM_NMI)
-
-    def smi(self) -> None:
-        """Queue a system management interrupt (KVM_SMI)."""
-        self.ioctl(ioctls.KVM_SMI)
-
-    # Local APIC.
-
-    def get_lapic(self) -> kvm_lapic_state:
-        """Return the registers of the in-kernel local APIC; EINVAL when there is none (KVM_GET_LAPIC)."""
-        arg = kvm_lapic_state()
-        self.ioctl(ioctls.KVM_GET_LAPIC, arg)
-        return arg
-
-    def set_lapic(self, lapic: kvm_lapic_state) -> None:
-        """Set the registers of the in-kernel local APIC.
-
-        Its mode comes from the APIC base (KVM_SET_LAPIC).
-        """
-        self.ioctl(ioctls.KVM_SET_LAPIC, lapic)
-
-    def get_lapic_reg(self, offset: int) -> int:
-        """Return the 32-bit register at *offset* of the local APIC page, such as 0x20 for the id."""
-        if offset % 16 or not 0 <= offset < 0x400:
-            raise ValueError(f"APIC register offset {offset:#x}: a multiple of 16 below 0x400 is expected")
-        return int.from_bytes(self.get_lapic().to_bytes()[offset : offset + 4], "little")
-
-    def set_lapic_reg(self, offset: int, value: int) -> None:
-        """Set the 32-bit register at *offset* of the local APIC page, leaving the others."""
-        if offset % 16 or not 0 <= offset < 0x400:
-            raise ValueError(f"APIC register offset {offset:#x}: a multiple of 16 below 0x400 is expected")
-        raw = bytearray(self.get_lapic().to_bytes())
-        raw[offset : offset + 4] = value.to_bytes(4, "little")
-        self.set_lapic(kvm_lapic_state.from_bytes(bytes(raw)))
-
-    def tpr_access_reporting(self, enabled: bool) -> kvm_tpr_access_ctl:
-        """Exit at accesses to the task priority register, or not (KVM_TPR_ACCESS_REPORTING)."""
-        arg = kvm_tpr_access_ctl(enabled=int(enabled))
-        self.ioctl(ioctls.KVM_TPR_ACCESS_REPORTING, arg)
-        return arg
-
-    def set_vapic_addr(self, gpa: Gpa | int) -> None:
-        """Say where in guest memory the virtual task priority lives (KVM_SET_VAPIC_ADDR)."""
-        self.ioctl(ioctls.KVM_SET_VAPIC_ADDR, kvm_vapic_addr(vapic_addr=int(gpa)))
-
-    # Time, machine checks, nested virtualisation.
-
-    def get_tsc_khz(self) -> int:
-        """Return the guest's TSC frequency in kHz (KVM_GET_TSC_KHZ)."""
-        return self.ioctl(ioctls.KVM_GET_TSC_KHZ)
-
-    def set_tsc_khz(self, khz: int) -> None:
-        """Set the guest's TSC frequency in kHz, 0 for the host's.
-
-        EINVAL without TSC scaling (KVM_SET_TSC_KHZ).
-        """
-        self.ioctl(ioctls.KVM_SET_TSC_KHZ, khz)
-
-    def kvmclock_ctrl(self) -> None:
-        """Tell the guest that it was paused; EINVAL unless it uses kvmclock (KVM_KVMCLOCK_CTRL)."""
-        self.ioctl(ioctls.KVM_KVMCLOCK_CTRL)
-
-    def setup_mce(self, mcg_cap: int) -> None:
-        """Set MCG_CAP: the number of machine-check banks and their features (KVM_X86_SETUP_MCE)."""
-        # lifetime: `place` lives until the ioctl is done.
-        place = ffi.new("uint64_t *", mcg_cap)
-        self.ioctl(ioctls.KVM_X86_SETUP_MCE, int(ffi.cast("uintptr_t", place)))
-        del place
-
-    def set_mce(self, mce: kvm_x86_mce) -> None:
-        """Inject a machine check (KVM_X86_SET_MCE)."""
-        self.ioctl(ioctls.KVM_X86_SET_MCE, mce)
-
-    def get_nested_state(self) -> kvm_nested_state:
-        """Return the state of nested virtualisation.
-
-        ENOTTY or EINVAL where KVM has none (KVM_GET_NESTED_STATE).
-        """
-        size = max(self.vm.check_extension(KVM_CAP_NESTED_STATE), kvm_nested_state.SIZE)
-        arg = kvm_nested_state.with_bytes(size)
-        arg.size = size
-        self.ioctl(ioctls.KVM_GET_NESTED_STATE, arg)
-        return arg
-
-    def set_nested_state(self, state: kvm_nested_state) -> None:
-        """Set the state of nested virtualisation (KVM_SET_NESTED_STATE)."""
-        self.ioctl(ioctls.KVM_SET_NESTED_STATE, state)
-
-    # Addresses and memory.
-
     def translate(self, gva: Gva | int) -> kvm_translation:
         """Translate a guest-virtual address by the vCPU's page tables.
 
@@ -405,61 +494,6 @@ class VcpuState(HasMsrs, HasDeviceAttrs, HasStats, CanEnable):
         arg = kvm_pre_fault_memory(gpa=int(gpa), size=size, flags=flags)
         self.ioctl(ioctls.KVM_PRE_FAULT_MEMORY, arg)
         return int(arg.gpa), int(arg.size)
-
-    # Registers by id.
-
-    def get_reg_list(self) -> list[int]:
-        """Return the ids that :meth:`get_one_reg` knows (KVM_GET_REG_LIST)."""
-        arg = kvm_reg_list.with_entries(0)
-        _, number = self.ioctl_raw(ioctls.KVM_GET_REG_LIST, arg)
-        if number not in (0, errno.E2BIG):
-            raise self.error(ioctls.KVM_GET_REG_LIST, number, arg)
-        arg = kvm_reg_list.with_entries(arg.n)
-        self.ioctl(ioctls.KVM_GET_REG_LIST, arg)
-        return [int(item) for item in arg.entries_list()]
-
-    def get_one_reg(self, reg_id: int) -> int:
-        """Return a 64-bit register by id, such as ``msr_reg_id(index)`` (KVM_GET_ONE_REG)."""
-        # lifetime: `place` lives until the ioctl is done.
-        place = ffi.new("uint64_t *")
-        arg = kvm_one_reg(id=reg_id, addr=int(ffi.cast("uintptr_t", place)))
-        self.ioctl(ioctls.KVM_GET_ONE_REG, arg)
-        return int(place[0])
-
-    def set_one_reg(self, reg_id: int, value: int) -> None:
-        """Set a 64-bit register by id (KVM_SET_ONE_REG)."""
-        # lifetime: `place` lives until the ioctl is done.
-        place = ffi.new("uint64_t *", value)
-        arg = kvm_one_reg(id=reg_id, addr=int(ffi.cast("uintptr_t", place)))
-        self.ioctl(ioctls.KVM_SET_ONE_REG, arg)
-        del place
-
-    # What is shared through kvm_run.
-
-    def set_sync_regs(self, valid: int) -> None:
-        """Let every exit fill the sets of *valid* (KVM_SYNC_X86_*) into :attr:`sync_regs`.
-
-        0 ends it (KVM_CAP_SYNC_REGS).
-        """
-        self.run_area.kvm_valid_regs = valid
-
-    def mark_sync_regs_dirty(self, dirty: int) -> None:
-        """Let the next KVM_RUN load the sets of *dirty* (KVM_SYNC_X86_*) from :attr:`sync_regs`.
-
-        EINVAL for unknown bits.
-        """
-        self.run_area.kvm_dirty_regs = self.run_area.kvm_dirty_regs | dirty
-
-    @property
-    def sync_regs(self) -> kvm_sync_regs:
-        """The registers shared through kvm_run: ``.regs``, ``.sregs``, ``.events`` (KVM_CAP_SYNC_REGS)."""
-        return self.run_area.s.regs
-
-    def coalesced_ring(self) -> CoalescedRing:
-        """Map the VM's ring of coalesced writes; one of its vCPUs suffices. Release it when done."""
-        return CoalescedRing(memoryview(self.mmap(PAGE_SIZE, KVM_COALESCED_MMIO_PAGE_OFFSET * PAGE_SIZE)))
-
-    # All of it.
 
     def save(self) -> VcpuSnapshot:
         """Return the complete state as a value.

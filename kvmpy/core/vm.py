@@ -8,17 +8,20 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvmpy.core.coalesced import VmCoalesced
-from kvmpy.core.device import VmDevices
-from kvmpy.core.dirty import VmDirty
+from kvmpy.core.address import Gpa
+from kvmpy.core.caps import HasCaps
+from kvmpy.core.device import DeviceAttrs, Devices
+from kvmpy.core.dirty import Dirty
 from kvmpy.core.errors import VcpuBusyError
-from kvmpy.core.irq import VmIrq
-from kvmpy.core.msr_filter import VmMsrFilter
+from kvmpy.core.io import Io
+from kvmpy.core.irq import Irq, Pit
+from kvmpy.core.msr_filter import VmMsrs
 from kvmpy.core.sev import VmSev
 from kvmpy.core.slots import VmSlots
-from kvmpy.core.stats import HasStats
+from kvmpy.core.stats import BinaryStats
+from kvmpy.core.topic import Topic, topic
 from kvmpy.core.vcpu import Vcpu
-from kvmpy.uapi import ioctls
+from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.structs import kvm_clock_data
 
 if TYPE_CHECKING:
@@ -27,8 +30,72 @@ if TYPE_CHECKING:
 _numbers = itertools.count()
 
 
-class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, VmSlots):
+class VmClock(Topic):
+    """Time: kvmclock, and the TSC frequency of vCPUs to come."""
+
+    _owner: Vm
+
+    def get(self) -> kvm_clock_data:
+        """Return kvmclock's time in ns with its flags (KVM_GET_CLOCK)."""
+        arg = kvm_clock_data()
+        self._owner.ioctl(ioctls.KVM_GET_CLOCK, arg)
+        return arg
+
+    def set(self, data: kvm_clock_data) -> None:
+        """Set kvmclock's time (KVM_SET_CLOCK)."""
+        self._owner.ioctl(ioctls.KVM_SET_CLOCK, data)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set the TSC frequency of vCPUs created from now on (KVM_SET_TSC_KHZ on the VM)."""
+        self._owner.ioctl(ioctls.KVM_SET_TSC_KHZ, khz)
+
+    def get_tsc_khz(self) -> int:
+        """Return the default TSC frequency in kHz (KVM_GET_TSC_KHZ on the VM)."""
+        return self._owner.ioctl(ioctls.KVM_GET_TSC_KHZ)
+
+
+class Setup(Topic):
+    """What a VM fixes before its vCPUs run."""
+
+    _owner: Vm
+
+    def set_boot_cpu_id(self, vcpu_id: int) -> None:
+        """Say which vCPU is the bootstrap processor; EBUSY once a vCPU exists (KVM_SET_BOOT_CPU_ID)."""
+        self._owner.ioctl(ioctls.KVM_SET_BOOT_CPU_ID, vcpu_id)
+
+    def set_tss_addr(self, gpa: Gpa | int) -> None:
+        """Give KVM three pages of guest-physical space below 4 GiB for VMX's TSS (KVM_SET_TSS_ADDR)."""
+        self._owner.ioctl(ioctls.KVM_SET_TSS_ADDR, int(gpa))
+
+    def set_identity_map_addr(self, gpa: Gpa | int) -> None:
+        """Give KVM a page below 4 GiB for an identity map that VMX needs.
+
+        EINVAL once a vCPU exists (KVM_SET_IDENTITY_MAP_ADDR).
+        """
+        # lifetime: `place` lives until the ioctl is done.
+        place = ffi.new("uint64_t *", int(gpa))
+        self._owner.ioctl(ioctls.KVM_SET_IDENTITY_MAP_ADDR, int(ffi.cast("uintptr_t", place)))
+        del place
+
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """Limit the pages of the shadow MMU (KVM_SET_NR_MMU_PAGES)."""
+        self._owner.ioctl(ioctls.KVM_SET_NR_MMU_PAGES, pages)
+
+
+class Vm(HasCaps, VmSlots):
     """A virtual machine; closing it closes its vCPUs, guest_memfds and memory."""
+
+    irq = topic(Irq)
+    pit = topic(Pit)
+    io = topic(Io)
+    dirty = topic(Dirty)
+    clock = topic(VmClock)
+    msrs = topic(VmMsrs)
+    sev = topic(VmSev)
+    devices = topic(Devices)
+    attrs = topic(DeviceAttrs)
+    stats = topic(BinaryStats)
+    setup = topic(Setup)
 
     def __init__(self, kvm: Kvm, fd: int, vm_type: int = 0) -> None:
         super().__init__(fd, f"vm{next(_numbers)}")
@@ -44,35 +111,13 @@ class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, V
     def create_vcpu(self, vcpu_id: int | None = None) -> Vcpu:
         """Create a vCPU with *vcpu_id*, by default the number of vCPUs so far (KVM_CREATE_VCPU)."""
         number = len(self._vcpus) if vcpu_id is None else vcpu_id
-        vcpu = self.make_vcpu(self.ioctl(ioctls.KVM_CREATE_VCPU, number), number)
+        vcpu = self._make_vcpu(self.ioctl(ioctls.KVM_CREATE_VCPU, number), number)
         self._vcpus.append(vcpu)
         return vcpu
 
-    def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
+    def _make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
         """Wrap the file descriptor of a new vCPU; subclasses return their own kind."""
         return Vcpu(self, fd, vcpu_id)
-
-    def get_clock(self) -> kvm_clock_data:
-        """Return kvmclock's time in ns with its flags (KVM_GET_CLOCK)."""
-        arg = kvm_clock_data()
-        self.ioctl(ioctls.KVM_GET_CLOCK, arg)
-        return arg
-
-    def set_clock(self, data: kvm_clock_data) -> None:
-        """Set kvmclock's time (KVM_SET_CLOCK)."""
-        self.ioctl(ioctls.KVM_SET_CLOCK, data)
-
-    def set_nr_mmu_pages(self, pages: int) -> None:
-        """Limit the pages of the shadow MMU (KVM_SET_NR_MMU_PAGES)."""
-        self.ioctl(ioctls.KVM_SET_NR_MMU_PAGES, pages)
-
-    def set_tsc_khz(self, khz: int) -> None:
-        """Set the TSC frequency of vCPUs created from now on (KVM_SET_TSC_KHZ on the VM)."""
-        self.ioctl(ioctls.KVM_SET_TSC_KHZ, khz)
-
-    def get_tsc_khz(self) -> int:
-        """Return the default TSC frequency in kHz (KVM_GET_TSC_KHZ on the VM)."""
-        return self.ioctl(ioctls.KVM_GET_TSC_KHZ)
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop the vCPUs for good; VcpuBusyError when one still runs in a thread after *timeout* seconds.
@@ -100,4 +145,7 @@ class Vm(VmSev, VmDirty, VmIrq, VmCoalesced, VmMsrFilter, VmDevices, HasStats, V
         self.stop()
         for vcpu in self._vcpus:
             vcpu.close()
+        self.dirty.close()
+        self.devices.close()
         super().close()
+        self.sev.close()

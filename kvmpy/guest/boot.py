@@ -86,7 +86,7 @@ def initial_sregs(vcpu: GuestVcpu, pages: PageTables) -> None:
     """Put *vcpu* into 64-bit mode with the page tables, descriptor tables, TSS and GS base of the guest
     program.
     """
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     segments.long_mode_sregs(
         sregs,
         cr3=pages.cr3,
@@ -96,7 +96,7 @@ def initial_sregs(vcpu: GuestVcpu, pages: PageTables) -> None:
         tss=int(vcpu.percpu) + layout.PERCPU_TSS,
         gs_base=int(vcpu.percpu),
     )
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
 
 
 def initial_regs(vcpu: GuestVcpu, program: GuestProgram) -> None:
@@ -106,6 +106,6 @@ def initial_regs(vcpu: GuestVcpu, program: GuestProgram) -> None:
     regs = kvm_regs(
         rip=int(program.entry), rsp=int(vcpu.stack_top), rdi=int(vcpu.percpu), rflags=RFLAGS_RESERVED
     )
-    vcpu.set_regs(regs)
+    vcpu.regs.set(regs)
     # Which vCPU boots is a matter of ids (KVM_SET_BOOT_CPU_ID); all others would wait for INIT and SIPI.
     vcpu.ioctl_raw(ioctls.KVM_SET_MP_STATE, kvm_mp_state(mp_state=KVM_MP_STATE_RUNNABLE))

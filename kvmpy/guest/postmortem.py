@@ -114,7 +114,7 @@ def _registers(vm: GuestVm, vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sre
 
 
 def _state(vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sregs]]) -> Iterator[str]:
-    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    regs, sregs = vcpu.regs.get(), vcpu.regs.get_sregs()
     state.append((regs, sregs))
     yield from registers.format_regs(regs).splitlines()
     yield from registers.format_sregs(sregs).splitlines()
@@ -172,7 +172,7 @@ def _others(vm: GuestVm, vcpu: GuestVcpu) -> Iterator[str]:
 
 def _state_of(vm: GuestVm, vcpu: GuestVcpu, call: Ucall | None = None) -> Place | None:
     hidden = vcpu.closed or vcpu.running or (vm.launched and not vm.protection.traits.can_read_registers)
-    return place_of([] if hidden else [(vcpu.get_regs(), vcpu.get_sregs())], call)
+    return place_of([] if hidden else [(vcpu.regs.get(), vcpu.regs.get_sregs())], call)
 
 
 def where(vm: GuestVm, vcpu: GuestVcpu, call: Ucall | None = None) -> str:
@@ -217,7 +217,7 @@ def _trail(vcpu: GuestVcpu) -> Iterator[str]:
 
 def _stats(vcpu: GuestVcpu) -> Iterator[str]:
     words = []
-    for name, value in vcpu.get_stats().items():
+    for name, value in vcpu.stats.get().items():
         if not value.is_histogram and value.value:
             words.append(f"{name}={value.value}")
     for start in range(0, len(words), 6):

@@ -20,9 +20,9 @@ _SHADOWS = {ShadowInt.KVM_X86_SHADOW_INT_MOV_SS: "MOV SS", ShadowInt.KVM_X86_SHA
 
 def interrupts(vcpu: GuestVcpu) -> Iterator[str]:
     """Yield the events of *vcpu* (KVM_GET_VCPU_EVENTS) and the state of its local APIC, where KVM has one."""
-    yield from _events(vcpu.get_vcpu_events())
+    yield from _events(vcpu.events.get())
     try:
-        state = apic.LapicState(vcpu.get_lapic().to_bytes())
+        state = apic.LapicState(vcpu.lapic.get().to_bytes())
     except KvmError as error:
         if error.errno != errno.EINVAL:
             raise

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, ClassVar
 from pyroaring import BitMap
 
 from kvmpy.core.address import EncryptionBit, Gpa
-from kvmpy.core.backing import Backing
 from kvmpy.core.errors import MissingError
 from kvmpy.core.slots import MemorySlot
+from kvmpy.guest.options import SlotOptions
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvmpy.core.exits import Exit
     from kvmpy.core.kvm import Kvm
     from kvmpy.guest.vcpu import GuestVcpu
@@ -117,25 +119,12 @@ class Protection(ABC):
     def created(self, vm: GuestVm) -> None:  # noqa: B027 - most have nothing to do here
         """Act right after KVM_CREATE_VM, before memory and vCPUs."""
 
-    @abstractmethod
-    def add_memory(
-        self,
-        vm: GuestVm,
-        gpa: Gpa,
-        size: int,
-        *,
-        backing: Backing | None,
-        slot: int | None,
-        flags: int,
-        private: bool,
-    ) -> MemorySlot:
-        """Give the VM *size* bytes of memory at *gpa*, with whatever private side it needs.
-
-        Without *private* a plain slot, whose pages are shared for ever.
-        """
+    def add_memory(self, vm: GuestVm, gpa: Gpa, size: int, **options: Unpack[SlotOptions]) -> MemorySlot:
+        """Give the VM *size* bytes of memory at *gpa*, with whatever private side it needs: here none."""
+        return vm.add_slot(gpa, size, **options)
 
     def launch(self, vm: GuestVm) -> None:  # noqa: B027 - nothing to bring in without private memory
-        """Bring the initial image (``vm.private_image()``) in and seal it; registers and shared memory are
+        """Bring the initial image (``vm.private.image()``) in and seal it; registers and shared memory are
         ready.
         """
 

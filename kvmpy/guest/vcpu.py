@@ -34,6 +34,7 @@ from kvmpy.guest.errors import (
     LaunchError,
     UnexpectedExitError,
 )
+from kvmpy.guest.postmortem import where
 from kvmpy.guest.ucall import Ucall
 from kvmpy.uapi.constants import KVM_SYSTEM_EVENT_SEV_TERM
 from kvmpy.x86.ghcb import termination_words
@@ -113,7 +114,7 @@ class GuestVcpu(Vcpu):
                 if cmd == ucall.SYNC or cmd >= ucall.USER:
                     return call
                 if cmd == ucall.PRINTF:
-                    self.vm.console_write(call.text)
+                    self.vm._console.append(call.text)
                     continue
                 if cmd == ucall.DONE:
                     self.done = True
@@ -123,7 +124,7 @@ class GuestVcpu(Vcpu):
                 exit_ = read_exit(run, 0)
                 if isinstance(exit_, IoExit) and exit_.port == layout.UCALL_PORT:
                     raise self._bad_ucall(exit_)
-                if isinstance(exit_, HypercallExit) and self.vm.answer_hypercall(self, exit_):
+                if isinstance(exit_, HypercallExit) and self.vm.private.answer_hypercall(self, exit_):
                     continue
                 if self.vm.protection.answer_exit(self.vm, exit_):
                     continue
@@ -139,11 +140,11 @@ class GuestVcpu(Vcpu):
                 raise GuestError(message, self.vm.postmortem(self, message)) from error
 
     def _timeout(self) -> GuestTimeoutError:
-        self.vm.halt_others(self)
+        self.vm._halt_others(self)
         message = f"{self.name} was still running at its deadline{self._standing()}"
         # Who waits is not who is to blame.
         others = [vcpu for vcpu in self.vm.vcpus if vcpu is not self]
-        message += "".join(f"\n  {vcpu.name}: {self.vm.where(vcpu) or 'unknown'}" for vcpu in others[:16])
+        message += "".join(f"\n  {vcpu.name}: {where(self.vm, vcpu) or 'unknown'}" for vcpu in others[:16])
         return GuestTimeoutError(message, self.vm.postmortem(self, "deadline passed"))
 
     def _failure(self, call: Ucall) -> GuestError:
@@ -177,7 +178,7 @@ class GuestVcpu(Vcpu):
         return UnexpectedExitError(message, self.vm.postmortem(self, message, call), exit_)
 
     def _standing(self, call: Ucall | None = None) -> str:
-        place = self.vm.where(self, call)
+        place = where(self.vm, self, call)
         return f" in {place}" if place else ""
 
     def unexpected(self, got: Ucall | Exit, wanted: str) -> UnexpectedExitError:

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, cast
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_1G, EncryptionBit, Gpa, Gva, RawGpa
 from kvmpy.core.backing import Backing
 from kvmpy.core.errors import PrivateMemoryError
-from kvmpy.core.exits import Exit
+from kvmpy.core.exits import Exit, HypercallExit
 from kvmpy.core.memory import PageAllocator
 from kvmpy.core.slots import MemorySlot
+from kvmpy.core.topic import topic
 from kvmpy.core.vcpu import Vcpu
+from kvmpy.core.vm import Vm
 from kvmpy.guest import layout
 from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
 from kvmpy.guest.errors import LaunchError
-from kvmpy.guest.postmortem import postmortem, where
-from kvmpy.guest.private import VmPrivate
+from kvmpy.guest.options import DEFAULT_DEADLINE, DEFAULT_MEMORY, SlotOptions, VmOptions, check_known
+from kvmpy.guest.postmortem import postmortem
+from kvmpy.guest.private import Private
 from kvmpy.guest.program import GuestProgram
 from kvmpy.guest.protection import Protection
 from kvmpy.guest.ucall import Ucall
@@ -33,11 +36,11 @@ from kvmpy.uapi.structs import kvm_cpuid2
 from kvmpy.x86.paging import PageTables
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvmpy.core.kvm import Kvm
     from kvmpy.core.threads import VcpuThread
 
-DEFAULT_MEMORY = 64 << 20
-DEFAULT_DEADLINE = 20.0
 # A post-mortem is made within this time, too.
 CALLBACK_GRACE = 30.0
 HALT_SECONDS = 1.0
@@ -59,43 +62,34 @@ def _policy(protection: Protection, wanted: str | None) -> str | None:
     return wanted
 
 
-class GuestVm(VmPrivate):
+class GuestVm(Vm):
     """A VM that runs a :class:`~kvmpy.guest.program.GuestProgram` under a protection.
 
     Life: created (memory, tables and vCPUs exist, the host prepares) -> :meth:`launch` -> vCPUs run ->
     :meth:`close`.
 
-    *private* says what of the VM is private, where its protection offers a choice: ``"all"`` (code, data,
-    stacks, page and descriptor tables) or ``"data"`` (data, stacks and what :meth:`alloc` hands out; what
-    KVM's instruction emulator would have to read stays shared).  :attr:`policy` is what was chosen, None
-    without private memory.
+    :attr:`policy` is what of it is private (the option *private*), None without private memory.
     """
+
+    private = topic(Private)
+    # Takes hypercalls before the harness does; returns True for those it answered.
+    on_hypercall: Callable[[GuestVcpu, HypercallExit], bool] | None = None
 
     def __init__(
         self,
         kvm: Kvm,
         program: GuestProgram,
-        *,
         protection: Protection,
-        vcpus: int = 1,
-        memory: int = DEFAULT_MEMORY,
-        backing: Backing | None = None,
-        levels: int = 4,
-        irqchip: str | None = "split",
-        deadline: float = DEFAULT_DEADLINE,
-        private: str | None = None,
-        strict_private: bool = False,
-        cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
-        vcpu_ids: Sequence[int] | None = None,
-        before_vcpus: Callable[[GuestVm], None] | None = None,
+        options: VmOptions,
     ) -> None:
-        policy = _policy(protection, private)
+        check_known(options, VmOptions)
+        policy = _policy(protection, options.get("private"))
         super().__init__(kvm, kvm.create_vm_fd(protection.vm_type), protection.vm_type)
         self.program = program
         self.protection = protection
-        self.deadline = deadline
+        self.deadline = options.get("deadline", DEFAULT_DEADLINE)
         self.policy = policy
-        self.strict_private = strict_private
+        self._strict_private = options.get("strict_private", False)
         self.launched = False
         # What the protection's launch has come to: a state of its own, for those that have some.
         self.launch_state: object = None
@@ -107,25 +101,27 @@ class GuestVm(VmPrivate):
         self._together: dict[GuestVcpu, VcpuThread[None]] = {}
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._irqchip(irqchip)
+            self._irqchip(options.get("irqchip", "split"))
             protection.created(self)
             if protection.traits.has_private_memory:
-                self._enable_conversions()
-            self._add_ram(memory, backing)
+                self.private.enable_conversions()
+            memory = options.get("memory")
+            self._add_ram(DEFAULT_MEMORY if memory is None else memory, options.get("backing"))
             self.allocator = PageAllocator(
                 self.memory, private=protection.traits.has_private_memory, start=ALLOCATION_START
             )
             self.pages = PageTables(
                 self.memory,
                 self.allocator,
-                levels=levels,
+                levels=options.get("levels", 4),
                 encryption=self.encryption,
                 private_tables=policy != "data",
             )
             self._load_program()
-            if before_vcpus is not None:
+            if (before_vcpus := options.get("before_vcpus")) is not None:
                 before_vcpus(self)
-            self._add_vcpus(list(vcpu_ids) if vcpu_ids is not None else list(range(vcpus)), cpuid)
+            ids = options.get("vcpu_ids")
+            self._add_vcpus(range(options.get("vcpus", 1)) if ids is None else ids, options.get("cpuid"))
             undo.pop_all()
 
     # Building.
@@ -134,7 +130,7 @@ class GuestVm(VmPrivate):
         # The devices of a full irqchip cost a grace period of the VM's SRCU: 7 ms on an idle host, twenty
         # times the rest of a VM's life.  So the local APICs alone are the default.
         if kind == "full":
-            self.create_irqchip()
+            self.irq.create_chip()
         elif kind == "split":
             self.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
         elif kind is not None:
@@ -149,14 +145,7 @@ class GuestVm(VmPrivate):
             self.add_memory(Gpa(HIGH_MEMORY_START), size - low, backing=backing)
 
     def add_memory(
-        self,
-        gpa: Gpa,
-        size: int,
-        *,
-        backing: Backing | None = None,
-        slot: int | None = None,
-        flags: int = 0,
-        private: bool = True,
+        self, gpa: Gpa, size: int, *, private: bool = True, **options: Unpack[SlotOptions]
     ) -> MemorySlot:
         """Give the VM *size* more bytes of memory at *gpa*, in the way of its protection; map it with
         :meth:`map`.
@@ -164,11 +153,15 @@ class GuestVm(VmPrivate):
         Its pages are shared until they are made private.  Without *private* they stay so, in a plain slot
         that takes every flag: one with a guest_memfd refuses KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY.
         """
-        return self.protection.add_memory(
-            self, gpa, size, backing=backing, slot=slot, flags=flags, private=private
-        )
+        check_known(options, SlotOptions)
+        if self.encryption is not None:
+            self.encryption.check(gpa)
+        if private:
+            return self.protection.add_memory(self, gpa, size, **options)
+        always_shared = self.protection.traits.has_private_memory
+        return self.add_slot(gpa, size, always_shared=always_shared, **options)
 
-    def make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
+    def _make_vcpu(self, fd: int, vcpu_id: int) -> Vcpu:
         """Wrap a new vCPU as one that runs the guest program."""
         return GuestVcpu(self, fd, vcpu_id, len(self.vcpus))
 
@@ -215,7 +208,7 @@ class GuestVm(VmPrivate):
             Gva(layout.XAPIC_GVA), APIC_DEFAULT_GPA, PAGE_SIZE, page_size=PAGE_SIZE, nx=True, private=False
         )
 
-    def _add_vcpus(self, ids: list[int], cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None) -> None:
+    def _add_vcpus(self, ids: Sequence[int], cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None) -> None:
         count = len(ids)
         if not 0 <= count <= layout.MAX_VCPUS:
             raise ValueError(f"{count} vCPUs: 0 to {layout.MAX_VCPUS}")
@@ -245,14 +238,14 @@ class GuestVm(VmPrivate):
             if ghcbs is not None:
                 vcpu.ghcb_gpa = ghcbs + index * PAGE_SIZE
             table = guest_cpuid(self.kvm, vcpu_id)
-            vcpu.set_cpuid2(cpuid(table.copy()) if cpuid is not None else table)
+            vcpu.cpuid.set(cpuid(table.copy()) if cpuid is not None else table)
             self.memory.write(vcpu.percpu_gpa + layout.PERCPU_TSS, tss_page(vcpu.percpu))
 
     def _add_ghcbs(self, count: int) -> Gpa:
         ghcbs = self.allocator.alloc(count, private=False)
         self._place(Gva(layout.GHCB_BASE), ghcbs, count * PAGE_SIZE)
         # The #VC handler looks up the address of an MMIO access in the tables: they map themselves.
-        root = self.page_table_root
+        root = self.pages.root
         self.memory.write(root + layout.SELF_MAP_SLOT * 8, layout.self_map_entry(int(self.pages.cr3)))
         return ghcbs
 
@@ -294,7 +287,7 @@ class GuestVm(VmPrivate):
         if self.protection.traits.private_is_fd_backed:
             self.memory.convert = partial(self.protection.convert, self)
             self.memory.at_once = self.protection.converts_by_attributes
-        if self.strict_private:
+        if self._strict_private:
             self.memory.seal = "strict_private keeps it from the host, as SEV-SNP would"
         elif not self.protection.traits.host_sees_private:
             self.memory.seal = f"protection {self.protection.name} keeps it from the host after launch"
@@ -436,17 +429,9 @@ class GuestVm(VmPrivate):
         """All that the guest printed so far."""
         return "".join(self._console)
 
-    def console_write(self, text: str) -> None:
-        """Take what a vCPU printed."""
-        self._console.append(text)
-
     def postmortem(self, vcpu: GuestVcpu, cause: str, call: Ucall | None = None) -> str:
         """Return the state of the VM as text, seen from *vcpu*."""
         return postmortem(self, vcpu, cause, call)
-
-    def where(self, vcpu: GuestVcpu, call: Ucall | None = None) -> str:
-        """Return in a few words where *vcpu* is now, after the ucall *call*; empty where nobody can know."""
-        return where(self, vcpu, call)
 
     # All vCPUs at once.
 
@@ -486,7 +471,7 @@ class GuestVm(VmPrivate):
                     vcpu.stop()
             self._together = {}
 
-    def halt_others(self, vcpu: GuestVcpu) -> None:
+    def _halt_others(self, vcpu: GuestVcpu) -> None:
         """End the runs of the vCPUs beside *vcpu* within run_all(), so that they can be looked at."""
         together = {other: thread for other, thread in self._together.items() if other is not vcpu}
         for other, thread in together.items():

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.owned import OwnedFolder, dies_with_parent
+from kvmpy.testing.option_table import command_arguments
 from kvmpy.testing.table import plain_console
 
 SCHEMA = "kvmpy-lab-matrix/1"
@@ -88,9 +89,9 @@ class _Run:
         self.kernel = kernel
         self.folder = folder
         folder.mkdir()
-        command = [sys.executable, "-m", "kvmpy", "lab", "run", "--kernel", kernel.name]
-        for name in _REPORTS:
-            command += [f"--{name}", str(folder / name)]
+        files = {name: folder / name for name in _REPORTS}
+        command = [sys.executable, "-m", "kvmpy", "lab", "run"]
+        command += command_arguments("lab run", {"kernel": kernel.name, **files})
         # A session of its own: Ctrl-C reaches it once, through us.
         self.process = subprocess.Popen(
             [*command, *args],
@@ -152,7 +153,8 @@ def run_matrix(
     """
     waiting = deque(enumerate(kernels))
     together = max(1, min(at_once, len(kernels)))
-    each = [*args, "--machines", str(max(1, at_once // together)), *(["--", *extra] if extra else [])]
+    share = command_arguments("lab run", {"machines": max(1, at_once // together)})
+    each = [*args, *share, *(["--", *extra] if extra else [])]
     say(f"{len(kernels)} kernels, {together} at a time")
     running: list[_Run] = []
     ended: dict[str, _Run] = {}

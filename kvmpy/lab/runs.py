@@ -29,6 +29,7 @@ from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
 from kvmpy.lab.session import WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
 from kvmpy.testing.host import PLATFORM_VARIABLE
+from kvmpy.testing.option_table import SEED_BITS, pytest_arguments
 from kvmpy.testing.testprocess import Interrupter, handled
 
 # Emulated, every import counts: what the suite needs, and what of pytest's own it does not.
@@ -138,14 +139,13 @@ def run(request: Request, say: Say) -> int:
     """Run the tests inside and return pytest's exit status; the reports are those of a run on the host."""
     tools.need(tools.RUN, "the lab")
     os.environ[PLATFORM_VARIABLE] = platform(request.options)
-    seed = ["--kvmpy-seed", str(secrets.randbits(32) if request.seed is None else request.seed)]
+    chosen = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     suite = Path(kvmpy.__file__).resolve().parent / "testing" / "suite.ini"
-    common = [*seed, *request.extra]
+    common = [*pytest_arguments({"seed": chosen}), *request.extra]
     plugins = [*(f"-p{name}" for name in _PLUGINS), *(f"-pno:{name}" for name in _NOT)]
     command = [sys.executable, "-m", "pytest", *plugins, *request.inside, *common]
-    inside = [*command, "-p", "kvmpy.lab.inside", "--kvmpy-journal", "/dev/kvmpy.journal"]
-    if request.records is not None:
-        inside += ["--kvmpy-record-to", records.FOLDER]
+    sent = {"journal": "/dev/kvmpy.journal", "record_to": records.FOLDER if request.records else None}
+    inside = [*command, "-p", "kvmpy.lab.inside", *pytest_arguments(sent)]
     here = ["-c", str(suite), "--rootdir", str(Path.cwd()), "--noconftest", "--assert=plain"]
     folder = _folder()
     listing = partial(Listing, command, _common(request.options), folder)

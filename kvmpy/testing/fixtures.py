@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,13 +16,14 @@ from kvmpy.testing.requirements import Requirements
 from kvmpy.testing.verdicts import suite_id
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvmpy.coco.kvm import Kvm
-    from kvmpy.core.backing import Backing
     from kvmpy.core.vm import Vm
+    from kvmpy.guest.options import VmOptions
     from kvmpy.guest.program import GuestProgram
-    from kvmpy.guest.protection import Protection, Traits
+    from kvmpy.guest.protection import Traits
     from kvmpy.guest.vm import GuestVm
-    from kvmpy.uapi.structs import kvm_cpuid2
 
 REQUIREMENTS = pytest.StashKey[Requirements]()
 VMS = pytest.StashKey["list[GuestVm]"]()
@@ -39,47 +40,19 @@ class MakeVm:
         self.made: list[GuestVm] = []
         node.stash[VMS] = self.made
 
-    def __call__(
-        self,
-        program: GuestProgram | str,
-        *,
-        vcpus: int = 1,
-        memory: int | None = None,
-        protection: Protection | str | None = None,
-        backing: Backing | None = None,
-        levels: int = 4,
-        irqchip: str | None = "split",
-        deadline: float | None = None,
-        private: str | None = None,
-        strict_private: bool | None = None,
-        cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None = None,
-        vcpu_ids: Sequence[int] | None = None,
-        before_vcpus: Callable[[GuestVm], None] | None = None,
-    ) -> GuestVm:
+    def __call__(self, program: GuestProgram | str, **options: Unpack[VmOptions]) -> GuestVm:
         """Create a VM with *program* (or C source) in it; closed when the test ends.
 
-        Keywords are those of ``Kvm.create_vm``; protection, deadline (seconds) and strict_private default to
-        the test's own.
+        The keywords are those of :class:`~kvmpy.guest.options.VmOptions`; protection, deadline and
+        strict_private default to the test's own.
         """
         from kvmpy.guest.program import GuestProgram
-        from kvmpy.guest.vm import DEFAULT_MEMORY
 
         guest = GuestProgram.from_c(program) if isinstance(program, str) else program
-        vm = self.kvm.create_vm(
-            guest,
-            vcpus=vcpus,
-            memory=DEFAULT_MEMORY if memory is None else memory,
-            protection=self.protection if protection is None else protection,
-            backing=backing,
-            levels=levels,
-            irqchip=irqchip,
-            deadline=self._deadline if deadline is None else deadline,
-            private=private,
-            strict_private=self._strict if strict_private is None else strict_private,
-            cpuid=cpuid,
-            vcpu_ids=vcpu_ids,
-            before_vcpus=before_vcpus,
-        )
+        options["protection"] = options.get("protection") or self.protection
+        options.setdefault("deadline", self._deadline)
+        options.setdefault("strict_private", self._strict)
+        vm = self.kvm.create_vm(guest, **options)
         self.made.append(vm)
         return vm
 

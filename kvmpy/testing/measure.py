@@ -61,10 +61,10 @@ def _machine(kvm: Kvm) -> Iterator[Vcpu]:
         pages.map(_CODE, code, PAGE_SIZE)
         pages.map(_GDT, tables, PAGE_SIZE)
         vcpu = vm.create_vcpu()
-        vcpu.set_cpuid2(kvm.supported_cpuid)
-        sregs = vcpu.get_sregs()
+        vcpu.cpuid.set(kvm.supported_cpuid)
+        sregs = vcpu.regs.get_sregs()
         segments.long_mode_sregs(sregs, cr3=pages.cr3, gdt=_GDT, idt=_GDT, tss=_GDT)
-        vcpu.set_sregs(sregs)
+        vcpu.regs.set_sregs(sregs)
         yield vcpu
 
 
@@ -75,7 +75,7 @@ def _exit(vcpu: Vcpu) -> None:
 
 
 def _loop_seconds(vcpu: Vcpu, count: int) -> float:
-    vcpu.set_regs(kvm_regs(rip=int(_CODE), rcx=count, rflags=_RFLAGS))
+    vcpu.regs.set(kvm_regs(rip=int(_CODE), rcx=count, rflags=_RFLAGS))
     start = time.perf_counter()
     _exit(vcpu)
     taken = time.perf_counter() - start
@@ -93,7 +93,7 @@ def _instruction_ns(vcpu: Vcpu) -> float:
 
 
 def _exit_us(vcpu: Vcpu, repeat: int = 2000) -> float:
-    vcpu.set_regs(kvm_regs(rip=int(_CODE) + _EXITS_AT, rflags=_RFLAGS))
+    vcpu.regs.set(kvm_regs(rip=int(_CODE) + _EXITS_AT, rflags=_RFLAGS))
     samples = []
     for _ in range(repeat):
         start = time.perf_counter()

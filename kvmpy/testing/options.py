@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command-line options, ini settings and markers of the plugin, and their values in one object."""
+"""The plugin's options (of kvmpy/testing/option_table.py), ini settings and markers, and their values."""
 
 from __future__ import annotations
 
+import argparse
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmpy.testing.host import platform_name
+from kvmpy.testing.option_table import DEFAULT_DEADLINE, OF_PYTEST, OPTIONS, SEED_BITS
 
-DEFAULT_DEADLINE = 20.0
 LEAK_MODES = ("all", "kvm", "off")
-SEED_BITS = 32
 # Seconds.
 TIMEOUT_BEYOND = 60.0
 # What the controlling process hands to its xdist workers.
@@ -56,79 +58,46 @@ class Settings:
 SETTINGS = pytest.StashKey[Settings]()
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if value <= 0:
-        raise ValueError("a deadline is a positive number of seconds")
-    return value
-
-
-def _number(text: str) -> int:
-    value = int(text, 0)
-    if not 0 <= value < 1 << SEED_BITS:
-        raise ValueError(f"a seed is a number from 0 to 2**{SEED_BITS} - 1")
-    return value
-
-
 def add_options(parser: pytest.Parser) -> None:
-    """Declare options and ini settings."""
+    """Declare the plugin's options of the table, and its ini settings."""
     group = parser.getgroup("kvmpy", "KVM tests")
-    group.addoption(
-        "--protection",
-        metavar="P[,P]",
-        help="leave out the items under other protections; auto: the strongest here",
-    )
-    group.addoption(
-        "--deadline",
-        type=_positive,
-        default=DEFAULT_DEADLINE,
-        metavar="SECONDS",
-        help=f"how long a guest may run without a wanted exit (default {DEFAULT_DEADLINE:g})",
-    )
-    group.addoption(
-        "--kvmpy-seed",
-        type=_number,
-        metavar="N",
-        help="repeat a session's random choices (default: a new seed)",
-    )
-    group.addoption("--kvmpy-json", metavar="FILE", help="write the verdicts as JSON")
-    group.addoption("--ktap", metavar="FILE", help="write the verdicts as KTAP version 1")
-    group.addoption("--kvmpy-html", metavar="FILE", help="write the verdicts as one HTML page")
-    group.addoption(
-        "--kvmpy-evidence",
-        action="store_true",
-        help="keep memory maps of all tests' VMs and the last ioctls of failures (--kvmpy-html does so, too)",
-    )
-    group.addoption(
-        "--kvmpy-timeline", metavar="FILE", help="write what threads and vCPUs did, for Perfetto's viewer"
-    )
-    group.addoption("--kvmpy-table", action="store_true", help="print the verdict table at the end")
-    group.addoption(
-        "--run-dangerous", action="store_true", help="also run tests that can crash an unfixed host"
-    )
-    group.addoption(
-        "--strict-private",
-        action="store_true",
-        help="refuse the host's reads and writes of private pages even where a protection allows them",
-    )
-    group.addoption(
-        "--kvmpy-errata", action="append", default=[], metavar="FILE", help="read one more errata file"
-    )
-    group.addoption(
-        "--kvmpy-journal", metavar="FILE", help="keep every report here, and go on from what it holds"
-    )
-    group.addoption(
-        "--kvmpy-only-report", metavar="WHY", help="run nothing: report what the journal holds, and WHY"
-    )
-    group.addoption(
-        "--kvmpy-ids-from", metavar="DIR", help="name own test files by their path below DIR, not the root's"
-    )
+    for option in OPTIONS:
+        if not option.pytest or not option.own:
+            continue
+        about = option.help[0].lower() + option.help[1:].removesuffix(".")
+        keywords: dict[str, Any] = {"help": argparse.SUPPRESS if option.hidden else about}
+        if option.kind == "flag":
+            keywords["action"] = "store_true"
+        elif isinstance(option.kind, tuple):
+            keywords["choices"] = option.kind
+        else:
+            keywords["metavar"] = option.metavar
+            if callable(option.kind):
+                keywords["type"] = _argument(option.kind)
+            if option.repeated:
+                keywords |= {"action": "append", "default": []}
+        group.addoption(option.pytest, **keywords)
     parser.addini("kvmpy_suite", "this is a suite of KVM tests: host header and verdict table", "bool", False)
     parser.addini(
         "kvmpy_leaks",
         "which tests are checked for leaks: all, kvm (those that use kvmpy's fixtures or markers), off",
         default="kvm",
     )
+
+
+def _argument(parse: Callable[[str], object]) -> Callable[[str], object]:
+    def convert(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def chosen(config: pytest.Config, name: str) -> Any:
+    """Return the value of the option that the table calls *name*, None where it was not given."""
+    return config.getoption(OF_PYTEST[name])
 
 
 def widen_timeout(item: pytest.Item) -> None:
@@ -141,26 +110,26 @@ def widen_timeout(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.timeout(least))
 
 
-def _path(config: pytest.Config, option: str) -> Path | None:
+def _path(config: pytest.Config, name: str) -> Path | None:
     """Return the file that an option names; one that can never be written is told before any test runs."""
-    value = config.getoption(option)
+    value = chosen(config, name)
     if not value:
         return None
     path = Path(value).absolute()
     if path.is_dir():
-        raise pytest.UsageError(f"{option}: {path} is a folder; a file is expected")
+        raise pytest.UsageError(f"{OF_PYTEST[name]}: {path} is a folder; a file is expected")
     return path
 
 
 def read_settings(config: pytest.Config) -> Settings:
     """Return the session's settings; picks the seed when none was given."""
-    seed = getattr(config, "workerinput", {}).get(WORKER_SEED, config.getoption("--kvmpy-seed"))
+    seed = getattr(config, "workerinput", {}).get(WORKER_SEED, chosen(config, "seed"))
     if seed is None:
         seed = secrets.randbits(SEED_BITS)
     leaks = str(config.getini("kvmpy_leaks"))
     if leaks not in LEAK_MODES:
         raise pytest.UsageError(f"kvmpy_leaks = {leaks}: choose from {', '.join(LEAK_MODES)}")
-    wanted = config.getoption("--protection")
+    wanted = chosen(config, "protection")
     suite = bool(config.getini("kvmpy_suite"))
     protections: tuple[str, ...] | None = None
     about: tuple[str, ...] = ()
@@ -168,23 +137,23 @@ def read_settings(config: pytest.Config) -> Settings:
         from kvmpy.coco import ladder
         from kvmpy.testing.protections import parse_option, resolve_auto
 
-        chosen, about = resolve_auto(parse_option(wanted, ladder.protections()))
-        protections = tuple(chosen)
+        names, about = resolve_auto(parse_option(wanted, ladder.protections()))
+        protections = tuple(names)
     return Settings(
         seed=seed,
-        deadline=config.getoption("--deadline"),
+        deadline=chosen(config, "deadline") or DEFAULT_DEADLINE,
         protections=protections,
         about_protections=about,
-        run_dangerous=config.getoption("--run-dangerous") or platform_name() != "host",
-        strict_private=config.getoption("--strict-private"),
+        run_dangerous=chosen(config, "dangerous") or platform_name() != "host",
+        strict_private=chosen(config, "strict_private"),
         suite=suite,
-        table=suite or config.getoption("--kvmpy-table"),
+        table=suite or chosen(config, "table"),
         leaks=leaks,
-        json=_path(config, "--kvmpy-json"),
-        ktap=_path(config, "--ktap"),
-        html=_path(config, "--kvmpy-html"),
-        timeline=_path(config, "--kvmpy-timeline"),
-        evidence=bool(config.getoption("--kvmpy-evidence") or config.getoption("--kvmpy-html")),
-        journal=_path(config, "--kvmpy-journal"),
-        errata=tuple(Path(name).absolute() for name in config.getoption("--kvmpy-errata")),
+        json=_path(config, "json"),
+        ktap=_path(config, "ktap"),
+        html=_path(config, "html"),
+        timeline=_path(config, "timeline"),
+        evidence=bool(chosen(config, "evidence") or chosen(config, "html")),
+        journal=_path(config, "journal"),
+        errata=tuple(Path(name).absolute() for name in chosen(config, "errata")),
     )

@@ -38,7 +38,6 @@ __all__ = ["deadline", "kvm", "make_vm", "protection", "rng", "seed", "vm"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare options and ini settings."""
     options.add_options(parser)
-    recording.add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from kvmpy.testing import testprocess
         from kvmpy.testing.journal import Journal
 
-        only = config.getoption("--kvmpy-only-report")
+        only = options.chosen(config, "only_report")
         journal = Journal(config, settings.journal, settings.seed, session.results, only)
         config.pluginmanager.register(journal, "kvmpy-journal")
         config.add_cleanup(journal.close)
@@ -105,7 +104,7 @@ def _attach_tail(config: pytest.Config) -> IoctlTail:
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Name a test file the same wherever the session's root is, where somebody wants that."""
-    here = parent.config.getoption("--kvmpy-ids-from")
+    here = options.chosen(parent.config, "ids_from")
     if here is None:
         return None
     name = naming.identifier(module_path, Path(here))

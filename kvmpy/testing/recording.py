@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Generator
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmpy.testing.leakcheck import uses_kvmpy
+from kvmpy.testing.option_table import RECORD_FOLDER
+from kvmpy.testing.options import chosen
 from kvmpy.testing.reportfiles import UNWRITTEN, why
 from kvmpy.testing.verdicts import suite_id
 
 if TYPE_CHECKING:
     from kvmpy.debug.record.recorder import Recorder
 
-MODES = ("failures", "all")
-DEFAULT_FOLDER = "kvmpy-records"
 SUFFIX = ".rec"
 RECORD = pytest.StashKey[Path]()
 _KEEP = pytest.StashKey[bool]()
@@ -28,31 +27,13 @@ _RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
 _NAME_LENGTH = 180
 
 
-def add_options(parser: pytest.Parser) -> None:
-    """Declare the options."""
-    group = parser.getgroup("kvmpy")
-    group.addoption(
-        "--record",
-        choices=MODES,
-        help="record every test's ioctls and keep the records of all tests or of failures",
-    )
-    group.addoption(
-        "--record-dir",
-        metavar="DIR",
-        default=DEFAULT_FOLDER,
-        help=f"where records go, a file for each test (default {DEFAULT_FOLDER})",
-    )
-    # Where somebody else takes them to --record-dir.
-    group.addoption("--kvmpy-record-to", metavar="DIR", help=argparse.SUPPRESS)
-
-
 def register(config: pytest.Config) -> None:
     """Start recording tests where ``--record`` asks for it."""
-    mode = config.getoption("--record")
+    mode = chosen(config, "record")
     if mode is None:
         return
-    shown = Path(config.getoption("--record-dir")).absolute()
-    folder = Path(config.getoption("--kvmpy-record-to") or shown)
+    shown = Path(chosen(config, "record_dir") or RECORD_FOLDER).absolute()
+    folder = Path(chosen(config, "record_to") or shown)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

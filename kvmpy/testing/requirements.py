@@ -121,7 +121,7 @@ def _sev_attribute(kvm: Kvm, name: str) -> Missing | None:
     if name not in SevAttr.__members__:
         raise ValueError(f"no attribute of KVM_X86_GRP_SEV named {name}")
     try:
-        if kvm.get_device_attr_int(KVM_X86_GRP_SEV, SevAttr[name]):
+        if kvm.attrs.get_int(KVM_X86_GRP_SEV, SevAttr[name]):
             return None
     except KvmError:
         pass

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kvmpy.owned import OwnedFolder, adopt_orphans, die_with_parent, dies_with_parent, end_descendants
 from kvmpy.testing import ending, journal
+from kvmpy.testing.option_table import pytest_arguments
 from kvmpy.testing.testprocess import (
     SAME_SECONDS,
     STACK_SIGNAL,
@@ -142,7 +143,7 @@ class _Child:
         # The test in which it hung.
         self.hung: str | None = None
         environment = os.environ | {SUPERVISOR_VARIABLE: str(os.getpid())}
-        command = [sys.executable, "-m", "pytest", *args, "--kvmpy-journal", str(path)]
+        command = [sys.executable, "-m", "pytest", *args, *pytest_arguments({"journal": path})]
         self._process = subprocess.Popen(
             command,
             env=environment,
@@ -224,7 +225,7 @@ class _Run:
     def _report(self, history: journal.History, reason: str) -> None:
         """Write the reports of what there is, where the process that should have done so is dead."""
         if history.sessions:
-            extra = ["--kvmpy-seed", str(history.seed), "--kvmpy-only-report", reason]
+            extra = pytest_arguments({"seed": history.seed, "only_report": reason})
             self._child(*extra, *(["-n0"] if history.workers else []))
 
     def _died(self, child: _Child, reason: str) -> journal.History:
@@ -269,7 +270,7 @@ class _Run:
                 self._report(history, reason)
                 return status
             known = history
-            extra = ["--kvmpy-seed", str(history.seed)] if history.sessions else []
+            extra = pytest_arguments({"seed": history.seed}) if history.sessions else []
         reason = f"the test process died {MAX_DEATHS} times; giving up"
         self._say(f"kvmpy run: {reason}")
         self._report(known, reason)

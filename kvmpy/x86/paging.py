@@ -97,9 +97,9 @@ class PageTables:
         self._owned: list[tuple[Gpa, int]] = []
         self._known: object = None
         self._freed = False
-        root = self._alloc(1)
-        private = memory.is_private(root)
-        self.cr3 = RawGpa(int(root)) if encryption is None else encryption.to_raw(root, private)
+        self.root = self._alloc(1)
+        private = memory.is_private(self.root)
+        self.cr3 = RawGpa(int(self.root)) if encryption is None else encryption.to_raw(self.root, private)
         self._native = NativeTables(
             int(self.cr3),
             levels,

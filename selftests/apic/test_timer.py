@@ -224,7 +224,7 @@ def run(make_vm: MakeVm, entry: str, *args: int) -> None:
 def milliseconds(kvm: Kvm, number: int) -> int:
     """Return that time in ticks of the guest's TSC."""
     with kvm.create_vm() as vm:
-        return vm.create_vcpu().get_tsc_khz() * number
+        return vm.create_vcpu().clock.get_tsc_khz() * number
 
 
 @MODES

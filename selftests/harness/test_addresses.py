@@ -114,3 +114,12 @@ def test_what_the_protection_hides(make_vm: MakeVm) -> None:
     assert vm.symbol("open_word").u64 == 0x1122334455667788
     assert len(vm.view(vm.symbol("open_word").gva, PAGE_SIZE // 2)) == PAGE_SIZE // 2
     assert vm.vcpus[0].sync().args[1] == 0x99AABBCCDDEEFF00
+
+
+def test_misspelt_keywords(make_vm: MakeVm) -> None:
+    """A keyword that make_vm or add_memory does not have is a TypeError that names it."""
+    with pytest.raises(TypeError, match="'vpcus' is not one of the keywords vcpus, "):
+        make_vm(GUEST, vpcus=2)  # type: ignore[call-arg]
+    vm = make_vm(GUEST)
+    with pytest.raises(TypeError, match="'flag' is not one of the keywords backing, slot, flags"):
+        vm.add_memory(Gpa(1 << 32), 4096, flag=1)  # type: ignore[call-arg]

@@ -136,7 +136,7 @@ def test_pio_size(make_vm: MakeVm, event: EventFd, size: int) -> None:
     """
     other = 2 if size == 1 else 1
     vm = prepare(make_vm, ("out", 0, size, 7), ("out", 0, other, 8), ("out", 8, size, 9))
-    vm.ioeventfd(event, PORT, size, pio=True)
+    vm.io.ioeventfd(event, PORT, size, pio=True)
     vm.launch()
     quiet(vm, 0)
     assert event.read() == 1
@@ -153,7 +153,7 @@ def test_mmio_size(make_vm: MakeVm, event: EventFd, size: int) -> None:
     """
     other = 2 if size == 1 else 1
     vm = prepare(make_vm, ("write", 64, size, 7), ("write", 64, other, 8), ("write", 72, size, 9))
-    vm.ioeventfd(event, MMIO_GPA + 64, size)
+    vm.io.ioeventfd(event, MMIO_GPA + 64, size)
     vm.launch()
     quiet(vm, 0)
     assert event.read() == 1
@@ -168,7 +168,7 @@ def test_pio_datamatch(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     vm = prepare(make_vm, ("out", 0, 2, 0x1234), ("out", 0, 2, 0x1235), ("out", 0, 2, 0x1234))
-    vm.ioeventfd(event, PORT, 2, pio=True, datamatch=0x1234)
+    vm.io.ioeventfd(event, PORT, 2, pio=True, datamatch=0x1234)
     vm.launch()
     quiet(vm, 0)
     assert pio_exit(vm, 1) == (PORT, 2, 0x1235)
@@ -182,7 +182,7 @@ def test_mmio_datamatch_zero(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     vm = prepare(make_vm, ("write", 0, 4, 1), ("write", 0, 4, 0))
-    vm.ioeventfd(event, MMIO_GPA, 4, datamatch=0)
+    vm.io.ioeventfd(event, MMIO_GPA, 4, datamatch=0)
     vm.launch()
     assert mmio_exit(vm, 0) == (0, 4, 1)
     assert event.read() == 0
@@ -197,7 +197,7 @@ def test_datamatch_compares_whole_value(make_vm: MakeVm, event: EventFd) -> None
     """
     value = 0x0123_4567_89AB_CDEF
     vm = prepare(make_vm, ("write", 0, 8, value & 0xFFFF_FFFF), ("write", 0, 8, value))
-    vm.ioeventfd(event, MMIO_GPA, 8, datamatch=value)
+    vm.io.ioeventfd(event, MMIO_GPA, 8, datamatch=value)
     vm.launch()
     assert mmio_exit(vm, 0) == (0, 8, value & 0xFFFF_FFFF)
     quiet(vm, 1)
@@ -211,8 +211,8 @@ def test_values_share_address(make_vm: MakeVm, event: EventFd) -> None:
     """
     vm = prepare(make_vm, ("out", 0, 4, 2), ("out", 0, 4, 1), ("out", 0, 4, 2))
     with EventFd() as second:
-        vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
-        vm.ioeventfd(second, PORT, 4, pio=True, datamatch=2)
+        vm.io.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
+        vm.io.ioeventfd(second, PORT, 4, pio=True, datamatch=2)
         vm.launch()
         for number in range(3):
             quiet(vm, number)
@@ -226,8 +226,8 @@ def test_bus_is_part_of_address(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD: KVM_IOEVENTFD_FLAG_PIO.
     """
     vm = prepare(make_vm, ("out", 0, 4, 1), ("write", 0, 4, 2))
-    vm.ioeventfd(event, PORT, 4)
-    vm.ioeventfd(event, int(MMIO_GPA), 4, pio=True)
+    vm.io.ioeventfd(event, PORT, 4)
+    vm.io.ioeventfd(event, int(MMIO_GPA), 4, pio=True)
     vm.launch()
     assert pio_exit(vm, 0) == (PORT, 4, 1)
     assert mmio_exit(vm, 1) == (0, 4, 2)
@@ -241,7 +241,7 @@ def test_pio_any_length(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD: KVM_CAP_IOEVENTFD_ANY_LENGTH.
     """
     vm = prepare(make_vm, *(("out", 0, size, 5) for size in (1, 2, 4)))
-    vm.ioeventfd(event, PORT, 0, pio=True)
+    vm.io.ioeventfd(event, PORT, 0, pio=True)
     vm.launch()
     for number in range(3):
         quiet(vm, number)
@@ -255,7 +255,7 @@ def test_mmio_any_length(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD: KVM_CAP_IOEVENTFD_ANY_LENGTH.
     """
     vm = prepare(make_vm, *(("write", 0, size, 5) for size in (1, 2, 4, 8)), ("write", 8, 4, 6))
-    vm.ioeventfd(event, MMIO_GPA, 0)
+    vm.io.ioeventfd(event, MMIO_GPA, 0)
     vm.launch()
     for number in range(4):
         quiet(vm, number)
@@ -270,8 +270,8 @@ def test_reads_still_exit(make_vm: MakeVm, event: EventFd, kind: str) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD: "a guest write".
     """
     vm = prepare(make_vm, (kind, 0, 4, 0))
-    vm.ioeventfd(event, PORT, 4, pio=True)
-    vm.ioeventfd(event, MMIO_GPA, 4)
+    vm.io.ioeventfd(event, PORT, 4, pio=True)
+    vm.io.ioeventfd(event, MMIO_GPA, 4)
     vm.launch()
     got = vm.vcpus[0].next()
     assert isinstance(got, (IoExit, MmioExit))
@@ -286,14 +286,14 @@ def test_deassign_brings_exits_back(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     vm = prepare(make_vm, ("out", 0, 4, 1), ("write", 0, 4, 2), ("out", 0, 4, 3), ("write", 0, 4, 4))
-    vm.ioeventfd(event, PORT, 4, pio=True)
-    vm.ioeventfd(event, MMIO_GPA, 4)
+    vm.io.ioeventfd(event, PORT, 4, pio=True)
+    vm.io.ioeventfd(event, MMIO_GPA, 4)
     vm.launch()
     quiet(vm, 0)
     quiet(vm, 1)
     assert event.read() == 2
-    vm.ioeventfd(event, PORT, 4, pio=True, deassign=True)
-    vm.ioeventfd(event, MMIO_GPA, 4, deassign=True)
+    vm.io.ioeventfd(event, PORT, 4, pio=True, deassign=True)
+    vm.io.ioeventfd(event, MMIO_GPA, 4, deassign=True)
     assert pio_exit(vm, 2) == (PORT, 4, 3)
     assert mmio_exit(vm, 3) == (0, 4, 4)
     assert event.read() == 0
@@ -306,10 +306,10 @@ def test_deassign_of_any_length(make_vm: MakeVm, event: EventFd) -> None:
     virt/kvm/eventfd.c: such an ioeventfd is on two buses.
     """
     vm = prepare(make_vm, ("write", 0, 4, 2), ("write", 0, 4, 4))
-    vm.ioeventfd(event, MMIO_GPA, 0)
+    vm.io.ioeventfd(event, MMIO_GPA, 0)
     vm.launch()
     quiet(vm, 0)
-    vm.ioeventfd(event, MMIO_GPA, 0, deassign=True)
+    vm.io.ioeventfd(event, MMIO_GPA, 0, deassign=True)
     assert mmio_exit(vm, 1) == (0, 4, 4)
     assert event.read() == 1
 
@@ -323,9 +323,9 @@ def test_ioeventfd_drives_irqfd(make_vm: MakeVm, event: EventFd) -> None:
     from kvmpy import Msi, MsiRoute
 
     vm = make_vm(LOOP)
-    vm.set_gsi_routing([MsiRoute(24, Msi.to(0, 0x51))])
-    vm.irqfd(event, 24)
-    vm.ioeventfd(event, PORT, 4, pio=True)
+    vm.irq.set_gsi_routing([MsiRoute(24, Msi.to(0, 0x51))])
+    vm.irq.irqfd(event, 24)
+    vm.io.ioeventfd(event, PORT, 4, pio=True)
     vm.launch()
     vm.vcpus[0].run_to_done()
     assert event.read() == 0

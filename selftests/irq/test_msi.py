@@ -88,7 +88,7 @@ def test_fixed_delivery(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI: above 0 on delivery.
     """
     vm = start(make_vm, 3)
-    assert vm.signal_msi(Msi.to(1, VECTOR)) == 1
+    assert vm.irq.signal_msi(Msi.to(1, VECTOR)) == 1
     assert counts(vm) == [(0, 0), (1, 0), (0, 0)]
 
 
@@ -98,7 +98,7 @@ def test_broadcast(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI; Intel SDM 3A, 12.6.2.1 (physical destination mode).
     """
     vm = start(make_vm, 3)
-    assert vm.signal_msi(Msi.to(0xFF, VECTOR)) == 3
+    assert vm.irq.signal_msi(Msi.to(0xFF, VECTOR)) == 3
     assert counts(vm) == [(1, 0)] * 3
 
 
@@ -108,7 +108,7 @@ def test_logical_destination(make_vm: MakeVm) -> None:
     Intel SDM 3A, 12.11.1 (message address) and 12.6.2.2 (flat model).
     """
     vm = start(make_vm, 3)
-    assert vm.signal_msi(Msi.to(0b101, VECTOR, logical=True)) == 2
+    assert vm.irq.signal_msi(Msi.to(0b101, VECTOR, logical=True)) == 2
     assert counts(vm) == [(1, 0), (0, 0), (1, 0)]
 
 
@@ -119,7 +119,7 @@ def test_lowest_priority(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, 3)
     message = Msi.to(0b110, VECTOR, logical=True, delivery_mode=LOWEST_PRIORITY)
-    assert vm.signal_msi(message) == 1
+    assert vm.irq.signal_msi(message) == 1
     got = counts(vm)
     assert got[0] == (0, 0)
     assert sorted(got[1:]) == [(0, 0), (1, 0)]
@@ -131,7 +131,7 @@ def test_nmi_delivery(make_vm: MakeVm) -> None:
     Intel SDM 3A, 12.11.2 (message data: the vector is ignored).
     """
     vm = start(make_vm, 2)
-    assert vm.signal_msi(Msi.to(1, VECTOR, delivery_mode=DELIVER_NMI)) == 1
+    assert vm.irq.signal_msi(Msi.to(1, VECTOR, delivery_mode=DELIVER_NMI)) == 1
     assert counts(vm) == [(0, 0), (0, 1)]
 
 
@@ -141,8 +141,8 @@ def test_pending_message_is_not_counted_twice(make_vm: MakeVm) -> None:
     Intel SDM 3A, 12.8.4: the IRR has one bit a vector.
     """
     vm = start(make_vm)
-    vm.signal_msi(Msi.to(0, VECTOR))
-    vm.signal_msi(Msi.to(0, VECTOR))
+    vm.irq.signal_msi(Msi.to(0, VECTOR))
+    vm.irq.signal_msi(Msi.to(0, VECTOR))
     assert counts(vm) == [(1, 0)]
     assert counts(vm) == [(1, 0)]
 
@@ -153,7 +153,7 @@ def test_disabled_apic_blocks(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI: "0 if guest blocked the MSI".
     """
     vm = start(make_vm, mode=0)
-    assert vm.signal_msi(Msi.to(0, VECTOR)) == 0
+    assert vm.irq.signal_msi(Msi.to(0, VECTOR)) == 0
     assert counts(vm) == [(0, 0)]
 
 
@@ -164,7 +164,7 @@ def test_destination_that_does_not_exist(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, 2)
     try:
-        delivered = vm.signal_msi(Msi.to(77, VECTOR))
+        delivered = vm.irq.signal_msi(Msi.to(77, VECTOR))
     except KvmError as error:
         assert error.errno == errno.EPERM  # noqa: PT017 - the other legal answer is below
         delivered = 0
@@ -179,7 +179,7 @@ def test_32bit_destination(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI and 7.7 KVM_CAP_X2APIC_API.
     """
     vm = start(make_vm, mode=2, ids=[0, 0x2C, 0x12C], format_32bit=True)
-    assert vm.signal_msi(Msi.to(0x12C, VECTOR)) == 1
+    assert vm.irq.signal_msi(Msi.to(0x12C, VECTOR)) == 1
     assert counts(vm) == [(0, 0), (0, 0), (1, 0)]
 
 
@@ -190,7 +190,7 @@ def test_upper_half_is_ignored_by_default(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
     """
     vm = start(make_vm, mode=2, ids=[0, 0x2C, 0x12C])
-    assert vm.signal_msi(Msi.to(0x12C, VECTOR)) == 1
+    assert vm.irq.signal_msi(Msi.to(0x12C, VECTOR)) == 1
     assert counts(vm) == [(0, 0), (1, 0), (0, 0)]
 
 
@@ -200,12 +200,12 @@ def test_low_bits_of_upper_half(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vm.enable_cap(KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS)
     vm.create_vcpu()
     message = Msi.to(0, VECTOR)
     with refused(errno.EINVAL):
-        vm.signal_msi(Msi(message.address | 1 << 32, message.data))
+        vm.irq.signal_msi(Msi(message.address | 1 << 32, message.data))
 
 
 def test_unknown_flag(vm: Vm) -> None:
@@ -213,10 +213,10 @@ def test_unknown_flag(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vm.create_vcpu()
     with refused(errno.EINVAL):
-        vm.signal_msi(Msi.to(0, VECTOR), flags=2)
+        vm.irq.signal_msi(Msi.to(0, VECTOR), flags=2)
 
 
 def test_needs_irqchip(vm: Vm) -> None:
@@ -226,4 +226,4 @@ def test_needs_irqchip(vm: Vm) -> None:
     """
     vm.create_vcpu()
     with refused(errno.EINVAL):
-        vm.signal_msi(Msi.to(0, VECTOR))
+        vm.irq.signal_msi(Msi.to(0, VECTOR))

@@ -89,7 +89,7 @@ def test_interrupt_window(make_vm: MakeVm) -> None:
     vcpu.expect(IrqWindowOpenExit)
     area.request_interrupt_window = 0
     assert (area.if_flag, area.ready_for_interrupt_injection) == (1, 1)
-    vcpu.interrupt(VECTOR)
+    vcpu.events.interrupt(VECTOR)
     assert said(vm) == ("h", VECTOR)
     assert said(vm) == ("i", 1)
 
@@ -102,7 +102,7 @@ def test_halt_is_left_to_user_space(make_vm: MakeVm) -> None:
     vm = make_vm(HALTING, irqchip=None)
     vm.launch()
     vm.vcpus[0].expect(HltExit)
-    vm.vcpus[0].interrupt(VECTOR)
+    vm.vcpus[0].events.interrupt(VECTOR)
     assert tuple(vm.vcpus[0].sync().args) == (1,)
 
 
@@ -127,7 +127,7 @@ def test_vector_out_of_range(vm: Vm) -> None:
     """
     vcpu = vm.create_vcpu()
     with refused(errno.EINVAL):
-        vcpu.interrupt(256)
+        vcpu.events.interrupt(256)
 
 
 def test_pic_in_kernel(vm: Vm) -> None:
@@ -135,7 +135,7 @@ def test_pic_in_kernel(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT: "-ENXIO if the PIC is in the kernel".
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vcpu = vm.create_vcpu()
     with refused(errno.ENXIO):
-        vcpu.interrupt(VECTOR)
+        vcpu.events.interrupt(VECTOR)

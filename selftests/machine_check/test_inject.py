@@ -60,7 +60,7 @@ class Checked:
     def __init__(self, make_vm: MakeVm, enable: bool = True) -> None:
         vm = make_vm(GUEST)
         self.vcpu: GuestVcpu = vm.vcpus[0]
-        self.vcpu.setup_mce(BANK + 1)
+        self.vcpu.events.setup_mce(BANK + 1)
         vm.launch()
         self._asked = self.vcpu.sync()
         if enable:
@@ -81,7 +81,7 @@ class Checked:
     def recorded(self) -> tuple[int, int, int]:
         """STATUS, ADDR and MISC of the bank."""
         first = Msr.MSR_IA32_MC0_CTL + 4 * BANK
-        found = self.vcpu.get_msrs([first + 1, first + 2, first + 3])
+        found = self.vcpu.msrs.get_many([first + 1, first + 2, first + 3])
         return found[first + 1], found[first + 2], found[first + 3]
 
 
@@ -98,7 +98,7 @@ def test_uncorrected_error_is_an_exception(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE.
     """
     guest = Checked(make_vm)
-    guest.vcpu.set_mce(error(FATAL, global_status=IN_PROGRESS | RESTARTABLE))
+    guest.vcpu.events.set_mce(error(FATAL, global_status=IN_PROGRESS | RESTARTABLE))
     seen = (1, IN_PROGRESS | RESTARTABLE, FATAL, 0x1234_5000, 0x8C)
     assert guest.look() == seen
     assert guest.look() == seen
@@ -111,7 +111,7 @@ def test_corrected_error_is_only_recorded(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE ("If ... an uncorrected error").
     """
     guest = Checked(make_vm)
-    guest.vcpu.set_mce(error(CORRECTED))
+    guest.vcpu.events.set_mce(error(CORRECTED))
     assert guest.recorded == (CORRECTED, 0x1234_5000, 0x8C)
     assert guest.look()[0] == 0
 
@@ -123,8 +123,8 @@ def test_corrected_error_over_another(make_vm: MakeVm) -> None:
     Intel SDM, volume 3, "Overwrite Rules for Machine Check Overflow"; arch/x86/kvm/x86.c.
     """
     guest = Checked(make_vm)
-    guest.vcpu.set_mce(error(CORRECTED))
-    guest.vcpu.set_mce(error(CORRECTED, address=0x6000))
+    guest.vcpu.events.set_mce(error(CORRECTED))
+    guest.vcpu.events.set_mce(error(CORRECTED, address=0x6000))
     assert guest.recorded == (CORRECTED | OVERFLOW, 0x6000, 0x8C)
 
 
@@ -137,8 +137,8 @@ def test_error_that_cannot_be_handled(make_vm: MakeVm, why: str) -> None:
     """
     guest = Checked(make_vm, enable=why == "in-progress")
     if why == "in-progress":
-        guest.vcpu.set_msr(Msr.MSR_IA32_MCG_STATUS, IN_PROGRESS)
-    guest.vcpu.set_mce(error(FATAL, global_status=IN_PROGRESS))
+        guest.vcpu.msrs.set(Msr.MSR_IA32_MCG_STATUS, IN_PROGRESS)
+    guest.vcpu.events.set_mce(error(FATAL, global_status=IN_PROGRESS))
     guest.go()
     guest.vcpu.expect(ShutdownExit)
 
@@ -150,8 +150,8 @@ def test_bank_that_reports_nothing(make_vm: MakeVm) -> None:
     Intel SDM, volume 3, "IA32_MCi_CTL MSRs"; arch/x86/kvm/x86.c.
     """
     guest = Checked(make_vm)
-    guest.vcpu.set_msr(Msr.MSR_IA32_MC0_CTL + 4 * BANK, 0)
-    guest.vcpu.set_mce(error(FATAL, global_status=IN_PROGRESS))
+    guest.vcpu.msrs.set(Msr.MSR_IA32_MC0_CTL + 4 * BANK, 0)
+    guest.vcpu.events.set_mce(error(FATAL, global_status=IN_PROGRESS))
     assert guest.recorded == (0, 0, 0)
     assert guest.look()[0] == 0
 
@@ -161,10 +161,10 @@ def test_bank_out_of_range(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE.
     """
-    vcpu.setup_mce(BANK)
-    vcpu.set_mce(error(CORRECTED, bank=BANK - 1))
+    vcpu.events.setup_mce(BANK)
+    vcpu.events.set_mce(error(CORRECTED, bank=BANK - 1))
     with refused(errno.EINVAL):
-        vcpu.set_mce(error(CORRECTED, bank=BANK))
+        vcpu.events.set_mce(error(CORRECTED, bank=BANK))
 
 
 def test_error_that_is_not_valid(vcpu: Vcpu) -> None:
@@ -173,7 +173,7 @@ def test_error_that_is_not_valid(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE.
     """
     with refused(errno.EINVAL):
-        vcpu.set_mce(error(CORRECTED & ~VALID))
+        vcpu.events.set_mce(error(CORRECTED & ~VALID))
 
 
 def test_number_of_banks(vm: Vm) -> None:
@@ -185,10 +185,10 @@ def test_number_of_banks(vm: Vm) -> None:
     most = vm.check_extension(KVM_CAP_MCE)
     for count in (0, most + 1):
         with refused(errno.EINVAL):
-            vcpu.setup_mce(count)
+            vcpu.events.setup_mce(count)
     for count in (1, most):
-        vcpu.setup_mce(count)
-        assert vcpu.get_msr(Msr.MSR_IA32_MCG_CAP) == count
+        vcpu.events.setup_mce(count)
+        assert vcpu.msrs.get(Msr.MSR_IA32_MCG_CAP) == count
 
 
 def test_unsupported_features(kvm: Kvm) -> None:
@@ -203,11 +203,11 @@ def test_unsupported_features(kvm: Kvm) -> None:
         vcpu = vm.create_vcpu()
         for feature in features:
             if supported & feature:
-                vcpu.setup_mce(BANK | feature)
-                assert vcpu.get_msr(Msr.MSR_IA32_MCG_CAP) & 0xFF == BANK
+                vcpu.events.setup_mce(BANK | feature)
+                assert vcpu.msrs.get(Msr.MSR_IA32_MCG_CAP) & 0xFF == BANK
             else:
                 with refused(errno.EINVAL):
-                    vcpu.setup_mce(BANK | feature)
+                    vcpu.events.setup_mce(BANK | feature)
 
 
 def test_banks_start_enabled(kvm: Kvm) -> None:
@@ -218,10 +218,10 @@ def test_banks_start_enabled(kvm: Kvm) -> None:
     has_ctl = kvm.x86_get_mce_cap_supported() & HAS_CTL
     with kvm.create_vm() as vm:
         vcpu = vm.create_vcpu()
-        vcpu.setup_mce(BANK | has_ctl)
+        vcpu.events.setup_mce(BANK | has_ctl)
         for bank in range(BANK):
-            assert vcpu.get_msr(Msr.MSR_IA32_MC0_CTL + 4 * bank) == ALL_ONES
-        assert vcpu.get_msr(Msr.MSR_IA32_MCG_CTL) == (ALL_ONES if has_ctl else 0)
+            assert vcpu.msrs.get(Msr.MSR_IA32_MC0_CTL + 4 * bank) == ALL_ONES
+        assert vcpu.msrs.get(Msr.MSR_IA32_MCG_CTL) == (ALL_ONES if has_ctl else 0)
 
 
 def _needs_cmci(kvm: Kvm) -> str | None:
@@ -276,18 +276,18 @@ def test_uncorrected_error_without_action(make_vm: MakeVm) -> None:
     """
     vm = make_vm(CMCI_GUEST)
     vcpu = vm.vcpus[0]
-    vcpu.setup_mce((BANK + 1) | HAS_CMCI)
+    vcpu.events.setup_mce((BANK + 1) | HAS_CMCI)
     vm.launch()
     asked = vcpu.sync()
     seen = []
     for enable in (1 << 30, 0):
         asked.reply(enable)
         asked = vcpu.sync()
-        vcpu.set_mce(error(VALID | UNCORRECTED | ENABLED | ADDRESS_VALID, address=0x5000 + enable))
+        vcpu.events.set_mce(error(VALID | UNCORRECTED | ENABLED | ADDRESS_VALID, address=0x5000 + enable))
         asked.reply(enable)
         asked = vcpu.sync()
         seen.append(tuple(asked.args))
-        assert vcpu.get_msr(Msr.MSR_IA32_MC0_CTL + 4 * BANK + 2) == 0x5000 + enable
+        assert vcpu.msrs.get(Msr.MSR_IA32_MC0_CTL + 4 * BANK + 2) == 0x5000 + enable
     assert seen == [(1, 0), (1, 0)]
 
 
@@ -304,5 +304,5 @@ def test_nobody_else_is_told(make_vm: MakeVm) -> None:
         asked[index].reply(0)
         asked[index] = vcpu.sync()
     status = Msr.MSR_IA32_MC0_CTL + 4 * BANK + 1
-    vm.vcpus[1].set_mce(error(CORRECTED))
-    assert [vcpu.get_msr(status) for vcpu in vm.vcpus] == [0, CORRECTED]
+    vm.vcpus[1].events.set_mce(error(CORRECTED))
+    assert [vcpu.msrs.get(status) for vcpu in vm.vcpus] == [0, CORRECTED]

@@ -103,7 +103,7 @@ def test_the_instruction_pointer(make_region: MakeRegion, trace: MakeTracer) -> 
     region.launch()
     tracer = trace()
     region.fault(READ, 5)
-    rip = region.vm.vcpus[0].get_regs().rip
+    rip = region.vm.vcpus[0].regs.get().rip
     assert faults(tracer, region)[-1].rip == rip
     found = region.vm.program.function(Gva(rip))
     assert found is not None

@@ -59,7 +59,7 @@ def test_smi(make_vm: MakeVm) -> None:
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
     assert not in_smm(vm)
-    vcpu.smi()
+    vcpu.events.smi()
     got = vcpu.expect(IoExit)
     assert (got.port, got.value) == (PORT, 0x5A)
     assert in_smm(vm)
@@ -76,12 +76,12 @@ def test_events_show_mode(make_vm: MakeVm) -> None:
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
     vcpu.complete_io()
-    vcpu.smi()
-    assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (1, 0)
+    vcpu.events.smi()
+    assert (vcpu.events.get().smi.pending, vcpu.events.get().smi.smm) == (1, 0)
     vcpu.expect(IoExit)
-    assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (0, 1)
+    assert (vcpu.events.get().smi.pending, vcpu.events.get().smi.smm) == (0, 1)
     assert tuple(vcpu.sync().args) == (2,)
-    assert vcpu.get_vcpu_events().smi.smm == 0
+    assert vcpu.events.get().smi.smm == 0
 
 
 @pytest.mark.protections("none")
@@ -92,8 +92,8 @@ def test_second_smi_waits(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
-    vcpu.smi()
+    vcpu.events.smi()
     assert vcpu.expect(IoExit).value == 0x5A
-    vcpu.smi()
+    vcpu.events.smi()
     assert vcpu.expect(IoExit).value == 0x5A
     assert tuple(vcpu.sync().args) == (2,)

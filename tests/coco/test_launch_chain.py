@@ -28,11 +28,13 @@ class FakeVm(VmSev):
     """Takes commands down; *answers* may say how one comes back, given its struct."""
 
     def __init__(self, **answers: Answer) -> None:
-        super().__init__(-1, "vm")
+        super().__init__(self)
+        self.name = "vm"
+        self.sev = self
         self.answers = answers
         self.sent: list[str] = []
 
-    def sev_command_raw(
+    def command_raw(
         self,
         command: Any,
         arg: Any = None,

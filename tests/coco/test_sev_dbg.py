@@ -35,7 +35,7 @@ class FakeVm:
     name = "vm0"
 
     def __init__(self, memory: Mapping) -> None:
-        self.memory = self
+        self.memory = self.sev = self
         self._mapping = memory
 
     def hva(self, gpa: Gpa, private: bool | None = None) -> int:
@@ -43,7 +43,7 @@ class FakeVm:
         assert private is False
         return self._mapping.hva + (gpa - BASE)
 
-    def sev_command(self, command: str, arg: kvm_sev_dbg, *, gpa: int) -> None:
+    def command(self, command: str, arg: kvm_sev_dbg, *, gpa: int) -> None:
         """Flip the bits that encryption flips, on the way."""
         source, target, size = int(arg.src_uaddr), int(arg.dst_uaddr), int(arg.len)
         assert source % PAGE_SIZE == target % PAGE_SIZE

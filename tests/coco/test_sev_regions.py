@@ -19,6 +19,7 @@ class FakeVm:
     """Two ranges of memory, side by side; notes what is registered as (page, pages)."""
 
     def __init__(self) -> None:
+        self.sev = self
         self.memory = GuestMemory()
         self.mapping = Anonymous().map(16 * PAGE_SIZE)
         for half in (0, 1):
@@ -26,7 +27,7 @@ class FakeVm:
             self.memory.add(Segment(Gpa(offset), 8 * PAGE_SIZE, self.mapping, self.mapping, offset, offset))
         self.registered: list[tuple[int, int]] = []
 
-    def memory_encrypt_reg_region(self, hva: int, size: int) -> None:
+    def reg_region(self, hva: int, size: int) -> None:
         """Note a region."""
         self.registered.append(((hva - self.mapping.hva) // PAGE_SIZE, size // PAGE_SIZE))
 

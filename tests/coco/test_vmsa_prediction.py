@@ -32,7 +32,7 @@ def vcpu(kvm: Kvm) -> Iterator[Vcpu]:
     """A vCPU of a plain VM."""
     with kvm.create_vm() as vm:
         made = vm.create_vcpu()
-        made.set_cpuid2(kvm.supported_cpuid)
+        made.cpuid.set(kvm.supported_cpuid)
         yield made
 
 
@@ -42,7 +42,7 @@ def offering(vcpu: Vcpu, monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     def offered(indices: Iterable[int]) -> dict[int, int]:
         return {index: VALUE} if index in list(indices) else {}
 
-    monkeypatch.setattr(vcpu, "get_msrs_offered", offered)
+    monkeypatch.setattr(vcpu.msrs, "get_offered", offered)
 
 
 @pytest.mark.parametrize("name", FROM_MSRS)
@@ -68,9 +68,9 @@ def test_spec_ctrl_of_a_processor_that_does_not_virtualise_it(
 def test_the_shadow_stack_pointer(vcpu: Vcpu, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     """SSP comes by KVM_GET_ONE_REG where KVM_GET_REG_LIST has it: it is no MSR."""
     monkeypatch.setattr(vcpu.vm.kvm, "check_extension", lambda _: 1)
-    monkeypatch.setattr(vcpu, "get_xcrs", lambda: type("Xcrs", (), {"xcrs": [], "nr_xcrs": 0}))
-    monkeypatch.setattr(vcpu, "get_reg_list", lambda: [GUEST_SSP_REG_ID] if there else [])
-    monkeypatch.setattr(vcpu, "get_one_reg", lambda reg: VALUE if reg == GUEST_SSP_REG_ID else 0)
+    monkeypatch.setattr(vcpu.fpu, "get_xcrs", lambda: type("Xcrs", (), {"xcrs": [], "nr_xcrs": 0}))
+    monkeypatch.setattr(vcpu.regs, "get_list", lambda: [GUEST_SSP_REG_ID] if there else [])
+    monkeypatch.setattr(vcpu.regs, "get_one", lambda reg: VALUE if reg == GUEST_SSP_REG_ID else 0)
     page = vmsa_prediction.predict(vcpu, 0)
     assert VMSA["ssp"].offset == 0x1E8
     assert int.from_bytes(page[0x1E8:0x1F0], "little") == (VALUE if there else 0)

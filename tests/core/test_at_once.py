@@ -41,7 +41,7 @@ class Conversion:
         self.memory.add(self.segment)
 
     def convert(self, first: int, pages: int, private: bool) -> bool:
-        """As GuestVm.set_private() and set_shared() do; whether one step was enough."""
+        """As GuestMemory.set_private() and set_shared() do; whether one step was enough."""
         gpa, size = Gpa(first * PAGE_SIZE), pages * PAGE_SIZE
         if self.vm.convert_at_once(gpa, size, private):
             return True

@@ -14,9 +14,21 @@ import pytest
 from kvmpy.core.errors import DeadProcessorError
 from kvmpy.core.fd import KvmFd
 from kvmpy.core.sev import VmSev
+from kvmpy.core.topic import topic
 from kvmpy.uapi import ioctls
 
 EBUSY, ENOTTY, ETIMEDOUT = errno.EBUSY, errno.ENOTTY, errno.ETIMEDOUT
+
+
+class BareVm(KvmFd):
+    """A VM of which there is no more than its SEV commands."""
+
+    sev = topic(VmSev)
+
+    def close(self) -> None:
+        """Close it as a VM does."""
+        super().close()
+        self.sev.close()
 
 
 class Kernel:
@@ -43,8 +55,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
 
 
 @pytest.fixture
-def vm() -> Iterator[VmSev]:
-    with VmSev(os.open(os.devnull, os.O_RDWR), "vm0") as made:
+def vm() -> Iterator[BareVm]:
+    with BareVm(os.open(os.devnull, os.O_RDWR), "vm0") as made:
         yield made
 
 
@@ -59,47 +71,47 @@ def vm() -> Iterator[VmSev]:
     ],
 )
 @pytest.mark.parametrize("status", [EBUSY, ETIMEDOUT])
-def test_a_dead_processor(kernel: Kernel, vm: VmSev, command: str, number: int, status: int) -> None:
+def test_a_dead_processor(kernel: Kernel, vm: BareVm, command: str, number: int, status: int) -> None:
     kernel.answer, kernel.status = number, status
     with pytest.raises(DeadProcessorError, match="the secure processor does not answer; reboot") as caught:
-        vm.sev_command_raw(command)
+        vm.sev.command_raw(command)
     assert f"KVM_SEV_{command} on vm0 came back with {errno.errorcode[number]}" in str(caught.value)
     assert kernel.asked == 1
 
 
 @pytest.mark.parametrize("command", ["INIT2", "SNP_LAUNCH_START"])
-def test_one_that_answers(kernel: Kernel, vm: VmSev, command: str) -> None:
+def test_one_that_answers(kernel: Kernel, vm: BareVm, command: str) -> None:
     kernel.answer = ENOTTY if command == "SNP_LAUNCH_START" else EBUSY
-    assert vm.sev_command_raw(command).errno == kernel.answer
+    assert vm.sev.command_raw(command).errno == kernel.answer
     assert kernel.asked == 1
 
 
 @pytest.mark.parametrize(
     ("command", "number"), [("INIT2", errno.EINVAL), ("LAUNCH_START", errno.EIO), ("INIT2", 0)]
 )
-def test_other_answers_raise_no_doubt(kernel: Kernel, vm: VmSev, command: str, number: int) -> None:
+def test_other_answers_raise_no_doubt(kernel: Kernel, vm: BareVm, command: str, number: int) -> None:
     kernel.answer, kernel.status = number, EBUSY
-    assert vm.sev_command_raw(command).errno == number
+    assert vm.sev.command_raw(command).errno == number
     assert kernel.asked == 0
 
 
 def test_without_a_device_nobody_can_be_asked(
-    kernel: Kernel, vm: VmSev, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kernel: Kernel, vm: BareVm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("KVMPY_DEV_SEV", str(tmp_path / "none"))
     kernel.answer = EBUSY
-    assert vm.sev_command_raw("INIT2").errno == EBUSY
+    assert vm.sev.command_raw("INIT2").errno == EBUSY
 
 
-def test_asids_that_ran_out(kernel: Kernel, vm: VmSev) -> None:
+def test_asids_that_ran_out(kernel: Kernel, vm: BareVm) -> None:
     """While guests of this process live, EBUSY of INIT2 is theirs: a sweep asks nobody."""
-    with VmSev(os.open(os.devnull, os.O_RDWR), "vm1") as other:
-        assert other.sev_command_raw("INIT2").ok
+    with BareVm(os.open(os.devnull, os.O_RDWR), "vm1") as other:
+        assert other.sev.command_raw("INIT2").ok
         kernel.answer, kernel.status = EBUSY, EBUSY
-        assert vm.sev_command_raw("INIT2").errno == EBUSY
+        assert vm.sev.command_raw("INIT2").errno == EBUSY
         assert kernel.asked == 0
         # That of another command is nobody's.
         with pytest.raises(DeadProcessorError):
-            vm.sev_command_raw("LAUNCH_START")
+            vm.sev.command_raw("LAUNCH_START")
     with pytest.raises(DeadProcessorError):
-        vm.sev_command_raw("INIT2")
+        vm.sev.command_raw("INIT2")

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from kvmpy.cli import columns
 from kvmpy.cli import ps as ps_command
 from kvmpy.cli.main import main
 from kvmpy.debug import counters, processes
@@ -43,7 +44,7 @@ void guest_main(void)
 '''
 with Kvm() as kvm, kvm.create_vm(GuestProgram.from_c(GUEST), vcpus=2) as vm:
     vm.launch()
-    stats = [vcpu.get_stats_fd() for vcpu in vm.vcpus]
+    stats = [vcpu.stats.get_fd() for vcpu in vm.vcpus]
     gmem = vm.create_guest_memfd(1 << 21) if kvm.check_extension(CAP) else None
     os.sched_setaffinity(0, {CPU})
     vm.vcpus[0].sync()
@@ -475,19 +476,19 @@ def test_without_privilege() -> None:
 @pytest.mark.parametrize(
     ("function", "value", "expected"),
     [
-        (ps_command.size, 0, "-"),
-        (ps_command.size, 1536, "1.5 KiB"),
-        (ps_command.size, 64 << 20, "64 MiB"),
-        (ps_command.size, 3 << 40, "3.0 TiB"),
-        (ps_command.per_second, None, "-"),
-        (ps_command.per_second, 9999.0, "9999"),
-        (ps_command.per_second, 12345.0, "12.3k"),
-        (ps_command.per_second, 2.5e6, "2.5M"),
-        (ps_command.span, 3.25, "3.2s"),
-        (ps_command.span, 75, "1m15s"),
-        (ps_command.span, 90061, "1d01h"),
-        (ps_command.numbers, [3, 1, 0, 2, 8], "0-3,8"),
-        (ps_command.shorten, "/usr/bin/vmm -m 4G", "vmm -m 4G"),
+        (columns.size, 0, "-"),
+        (columns.size, 1536, "1.5 KiB"),
+        (columns.size, 64 << 20, "64 MiB"),
+        (columns.size, 3 << 40, "3.0 TiB"),
+        (columns.per_second, None, "-"),
+        (columns.per_second, 9999.0, "9999"),
+        (columns.per_second, 12345.0, "12.3k"),
+        (columns.per_second, 2.5e6, "2.5M"),
+        (columns.span, 3.25, "3.2s"),
+        (columns.span, 75, "1m15s"),
+        (columns.span, 90061, "1d01h"),
+        (columns.numbers, [3, 1, 0, 2, 8], "0-3,8"),
+        (columns.shorten, "/usr/bin/vmm -m 4G", "vmm -m 4G"),
     ],
 )
 def test_words(function: object, value: object, expected: str) -> None:

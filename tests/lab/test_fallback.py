@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from kvmpy.cli import lab as lab_command
+from kvmpy.cli import lab_run
 from kvmpy.cli.run import run, why_lab
 from kvmpy.lab import kernels
 from kvmpy.lab.errors import LabError
@@ -63,7 +63,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[Result, list[An
         calls.append((paths, values, extra))
         return 1
 
-    monkeypatch.setattr(lab_command, "run_tests", run_tests)
+    monkeypatch.setattr(lab_run, "run_tests", run_tests)
     return CliRunner().invoke(run, list(args)), calls
 
 

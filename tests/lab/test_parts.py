@@ -10,18 +10,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 
 from kvmpy.cli import lab as cli
-from kvmpy.cli.lab import parse_memory
+from kvmpy.cli import lab_run
 from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, softsev, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import Host
 from kvmpy.lab.root import Root
 from kvmpy.testing.host import HostSummary
+from kvmpy.testing.option_table import defaults, mebibytes
 from kvmpy.testing.table import plain_console
 from tests.lab.conftest import make_image
 
@@ -409,13 +410,13 @@ def test_the_excerpt_begins_with_the_trouble() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("512M", 512), ("4G", 4096), ("300", 300), ("2g", 2048)])
 def test_sizes_of_memory(text: str, size: int) -> None:
-    assert parse_memory(text) == size
+    assert mebibytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "G", "4T", "-1G", "1.5G"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(click.BadParameter):
-        parse_memory(text)
+    with pytest.raises(ValueError, match="no size such as"):
+        mebibytes(text)
 
 
 def test_a_matrix_shows_what_differs() -> None:
@@ -467,12 +468,13 @@ def test_kernels_with_the_software_amd_sp_are_told_apart(image: Path, cache: Pat
 
 
 def test_parameters_of_modules(image: Path, cache: Path) -> None:
-    options = cli._machine(str(image), 2, "1G", "tcg", None, ("kvm_amd.npt=0", "kvm.ignore_msrs=Y"))
+    values: dict[str, Any] = {**defaults("lab shell"), "kernel": str(image), "memory": 1024, "accel": "tcg"}
+    parameters = ("kvm_amd.npt=0", "kvm.ignore_msrs=Y")
+    options = lab_run.machine(**{**values, "parameters": parameters})
     append = qemu.command_line(options, Path("/x"), Root(Path("/y"), ()))
     assert append[append.index("-append") + 1].endswith(" kvm_amd.npt=0 kvm.ignore_msrs=Y")
-    values = {**cli.DEFAULTS, "expression": None, "protection": None, "seed": None, "deadline": None}
-    args = cli.matrix_arguments((), {**values, "parameters": ("kvm_amd.npt=0",)})
-    assert args[:2] == ["--param", "kvm_amd.npt=0"]
+    args = lab_run.matrix_arguments((), {**defaults("lab run"), "parameters": parameters})
+    assert args[args.index("--param") :][:4] == ["--param", parameters[0], "--param", parameters[1]]
 
 
 @pytest.mark.parametrize("word", ["npt=0", "kvm_amd.npt", "kvm_amd.npt=0 init=/bin/sh", "softsev"])

@@ -12,12 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from kvmpy.cli import lab as cli
+from kvmpy.cli import lab_run
 from kvmpy.lab import build, kernels, runs
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.qemu import Job, Options, command_line, prepare
 from kvmpy.lab.root import Root
 from kvmpy.lab.softsev import HookError, log
 from kvmpy.testing.host import PLATFORM_VARIABLE
+from kvmpy.testing.option_table import defaults
 
 
 def kernel(name: str, soft_sev: bool) -> kernels.Kernel:
@@ -33,39 +35,45 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Kernel]:
     return have
 
 
+def machine(soft_sev: bool | None, accel: str = "tcg", kernel: str | None = None) -> Options:
+    """The VM of `kvmpy lab shell` with these options."""
+    values: dict[str, Any] = {**defaults("lab shell"), "accel": accel, "soft_sev": soft_sev, "kernel": kernel}
+    return lab_run.machine(**values)
+
+
 def test_soft_sev_chooses_such_a_kernel_and_its_parameter(
     cache: list[kernels.Kernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "nested_works", lambda: True)
-    machine = cli._machine(None, 2, "1G", "auto", True)
+    vm = machine(True, accel="auto")
 
-    assert machine.kernel.name == "other-softsev"
-    assert tuple(machine.parameters) == ("softsev",)
-    assert machine.accel == "tcg"
+    assert vm.kernel.name == "other-softsev"
+    assert tuple(vm.parameters) == ("softsev",)
+    assert vm.accel == "tcg"
 
 
 def test_without_it_the_other_kernel_boots_plainly(cache: list[kernels.Kernel]) -> None:
-    machine = cli._machine(None, 2, "1G", "tcg", None)
+    vm = machine(None)
 
-    assert machine.kernel.name == "plain"
-    assert tuple(machine.parameters) == ()
+    assert vm.kernel.name == "plain"
+    assert tuple(vm.parameters) == ()
 
 
 @pytest.mark.parametrize(("asked", "parameters"), [(None, ("softsev",)), (True, ("softsev",)), (False, ())])
 def test_a_kernel_that_has_it_is_booted_with_it_unless_asked_not_to(
     asked: bool | None, parameters: tuple[str, ...], cache: list[kernels.Kernel]
 ) -> None:
-    assert tuple(cli._machine("other-softsev", 2, "1G", "tcg", asked).parameters) == parameters
+    assert tuple(machine(asked, kernel="other-softsev").parameters) == parameters
 
 
 def test_kernels_of_a_matrix_are_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {**dict.fromkeys(("expression", "protection", "seed", "deadline")), **cli.DEFAULTS}
+    values = defaults("lab run")
 
-    assert "--soft-sev" not in cli.matrix_arguments((), values)
-    assert "--soft-sev" in cli.matrix_arguments((), {**values, "soft_sev": True})
-    assert "--no-soft-sev" in cli.matrix_arguments((), {**values, "soft_sev": False})
-    assert "--strict-private" not in cli.matrix_arguments((), values)
-    assert "--strict-private" in cli.matrix_arguments((), {**values, "strict_private": True})
+    assert "--soft-sev" not in lab_run.matrix_arguments((), values)
+    assert "--soft-sev" in lab_run.matrix_arguments((), {**values, "soft_sev": True})
+    assert "--no-soft-sev" in lab_run.matrix_arguments((), {**values, "soft_sev": False})
+    assert "--strict-private" not in lab_run.matrix_arguments((), values)
+    assert "--strict-private" in lab_run.matrix_arguments((), {**values, "strict_private": True})
 
 
 def test_where_the_hooks_do_not_fit_a_kernel_without_them_is_built_unless_they_were_asked_for(
@@ -80,16 +88,16 @@ def test_where_the_hooks_do_not_fit_a_kernel_without_them_is_built_unless_they_w
         return kernel("new", soft_sev)
 
     monkeypatch.setattr(build, "from_debian", from_debian)
-    cli._build_if_none(None)
+    lab_run._build_if_none(None)
     assert built == []  # the cache has kernels
 
     cache.clear()
-    cli._build_if_none(None)
+    lab_run._build_if_none(None)
     assert built == [True, False]
     assert "cpu-features" in capsys.readouterr().err
 
     with pytest.raises(HookError):
-        cli._build_if_none(True)
+        lab_run._build_if_none(True)
     assert built == [True, False, True]
 
 
@@ -97,7 +105,7 @@ def test_without_such_a_kernel_the_command_that_builds_one_is_named(cache: list[
     del cache[1]
 
     with pytest.raises(LabError, match="kvmpy lab build --soft-sev"):
-        cli._machine(None, 2, "1G", "tcg", True)
+        machine(True)
 
 
 @pytest.fixture
@@ -136,7 +144,7 @@ def test_a_kernel_of_other_options_is_built_again(
     ):
         built.clear()
         cache[:] = [replace(kernel("k", soft_sev), origin=origin)]
-        cli._build_if_none(soft_sev)
+        lab_run._build_if_none(soft_sev)
         assert built == again
         assert ("outdated" in capsys.readouterr().err) == bool(again)
         arguments = ["build", "--missing", *(["--soft-sev"] if soft_sev else [])]
@@ -147,7 +155,7 @@ def test_a_kernel_with_further_options_takes_nobodys_place(
     cache: list[kernels.Kernel], built: list[bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache[:] = [replace(kernel("k", True), origin="tree /src/linux", extra="debug.config")]
-    cli._build_if_none(True)
+    lab_run._build_if_none(True)
     assert built == [True]
     assert "outdated" not in capsys.readouterr().err
 

@@ -34,6 +34,7 @@ class FakeVm:
         self._host = host
         self._fd = os.open(os.devnull, os.O_RDONLY)
         self.guest = False
+        self.sev = self
 
     def __enter__(self) -> FakeVm:
         return self
@@ -48,7 +49,7 @@ class FakeVm:
             self._fd = -1
             self._host.free += self.guest
 
-    def sev_command_raw(self, command: str, _arg: object, *, sev_fd: int) -> SevResult:
+    def command_raw(self, command: str, _arg: object, *, sev_fd: int) -> SevResult:
         """Take an ASID."""
         assert command == "INIT2"
         self._host.devices.add(sev_fd)

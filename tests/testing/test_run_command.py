@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import kvmpy
 from kvmpy.cli.main import COMMANDS, LazyGroup, main
+from kvmpy.testing.option_table import OF_PYTEST
 from tests.testing.support import NO_KVM
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -144,6 +145,12 @@ def test_every_option_that_the_documentation_shows_exists() -> None:
             assert option in known | {"--help"}, line
             checked += 1
     assert checked > 30
+    text = "".join(
+        file.read_text(encoding="utf-8") for file in (DOCS.parent / "README.md", *DOCS.glob("*.md"))
+    )
+    of_pytest = set(re.findall(r"--kvmpy-[a-z-]+", text))
+    assert of_pytest
+    assert of_pytest <= set(OF_PYTEST.values())
 
 
 def test_list_runs_nothing(own: Path) -> None:

@@ -186,7 +186,7 @@ class Life:
                 gpas.append(gfn * PAGE_SIZE)
                 pages.append(page)
         vcpu = model.vcpus[0]
-        cpuid, sregs, regs = vcpu.get_cpuid2(), vcpu.get_sregs(), vcpu.get_regs()
+        cpuid, sregs, regs = vcpu.cpuid.get(), vcpu.regs.get_sregs(), vcpu.regs.get()
         # lifetime: _keep holds what the struct points to.
         self._keep = (
             ffi.new("uint64_t[]", gpas),

@@ -55,8 +55,8 @@ def _conversions(vm: GuestVm, bare: Bare, rounds: int) -> Iterator[Figure]:
             alone = bare.convert(vm.fd, int(_GPA), size, count)
             start = time.perf_counter_ns()
             for _ in range(count // 2):
-                vm.set_private(_GPA, size)
-                vm.set_shared(_GPA, size)
+                vm.memory.set_private(_GPA, size)
+                vm.memory.set_shared(_GPA, size)
             taken = time.perf_counter_ns() - start
             samples.add(taken / count / 1e3, alone / count / 1e3)
         yield samples.figure(
@@ -70,10 +70,10 @@ def _conversions(vm: GuestVm, bare: Bare, rounds: int) -> Iterator[Figure]:
 
 def _renew(vm: GuestVm, private: bool) -> None:
     # Neither kind has memory or mappings now: the next access of a page has everything to do.
-    vm.set_private(_GPA, _SIZE, discard=True)
-    vm.set_shared(_GPA, _SIZE, discard=True)
+    vm.memory.set_private(_GPA, _SIZE, discard=True)
+    vm.memory.set_shared(_GPA, _SIZE, discard=True)
     if private:
-        vm.set_private(_GPA, _SIZE)
+        vm.memory.set_private(_GPA, _SIZE)
 
 
 def _first_touch(vm: GuestVm, rounds: int) -> Iterator[Figure]:

@@ -47,7 +47,7 @@ def _bare_snp(kvm: Kvm, bare: Bare) -> float:
         source = Anonymous().map(SIZE)
         view = source.view(0, SIZE)
         view[:] = b"\x5a" * SIZE
-        taken = bare.snp_update(vm.fd, vm.sev_device.fd, _MEMORY.gfn, view)
+        taken = bare.snp_update(vm.fd, vm.sev.device.fd, _MEMORY.gfn, view)
         view.release()
         source.close()
     return taken / 1e9
@@ -58,9 +58,9 @@ def _bare_sev(kvm: Kvm, bare: Bare, es: bool) -> float:
         state = SevInitialised.init2(vm, es=es)
         slot = vm.add_slot(_MEMORY, SIZE)
         vm.memory.write(_MEMORY, b"\x5a" * SIZE)
-        vm.memory_encrypt_reg_region(slot.hva, SIZE)
+        vm.sev.reg_region(slot.hva, SIZE)
         state.start(SevPolicy(es=es))
-        taken = bare.sev_update(vm.fd, vm.sev_device.fd, vm.memory.view(_MEMORY, SIZE))
+        taken = bare.sev_update(vm.fd, vm.sev.device.fd, vm.memory.view(_MEMORY, SIZE))
     return taken / 1e9
 
 

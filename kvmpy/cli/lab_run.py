@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests in the lab, as ``kvmpy lab run`` and, without a usable KVM, ``kvmpy run`` run them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvmpy.cli.options import NOTHING_SELECTED, pytest_args
+from kvmpy.lab.errors import LabError
+from kvmpy.testing import option_table
+from kvmpy.testing.option_table import RECORD_FOLDER, command_arguments, pytest_arguments
+
+if TYPE_CHECKING:
+    from kvmpy.lab.qemu import Options
+
+
+def say(text: str) -> None:
+    """Tell the user."""
+    click.echo(f"kvmpy lab: {text}", err=True)
+
+
+@contextlib.contextmanager
+def lab_errors() -> Iterator[None]:
+    """Print a LabError as a message, and end with exit status 3."""
+    try:
+        yield
+    except LabError as error:
+        say(str(error))
+        sys.exit(3)
+
+
+def machine(
+    *,
+    kernel: str | None,
+    cpus: int,
+    memory: int,
+    accel: str,
+    soft_sev: bool | None,
+    parameters: tuple[str, ...] = (),
+) -> Options:
+    """Return the VM that the options of ``kvmpy lab shell`` describe."""
+    from kvmpy.lab import kernels, softsev
+    from kvmpy.lab.qemu import Options
+    from kvmpy.lab.runs import accelerator
+
+    found = kernels.find(kernel, soft_sev=bool(soft_sev))
+    if not found.soft_sev or soft_sev is False:
+        return Options(found, cpus, memory, accelerator(accel), parameters)
+    # It stands for a processor without SEV: it has been tried on an emulated one only.
+    chosen = "tcg" if accel == "auto" else accel
+    return Options(found, cpus, memory, chosen, (softsev.PARAMETER, *parameters))
+
+
+def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
+    """Run tests inside as the options *values* say, and return the exit status of the command."""
+    from kvmpy.lab.lane import Limits
+    from kvmpy.lab.runs import Request, machines, run
+
+    values = {**option_table.defaults("lab run"), **values}
+    if values["record"] and values["matrix"]:
+        raise click.UsageError("--record is not for --matrix: the kernels' records would have the same names")
+    if values["html"] and values["matrix"]:
+        raise click.UsageError("--html is not for --matrix: a page shows one run; --json has them all")
+    if values["may_build"] and not values["kernel"] and not values["matrix"]:
+        _build_if_none(values["soft_sev"])
+    if values["matrix"]:
+        from kvmpy.lab import kernels
+        from kvmpy.lab.matrix import run_matrix
+
+        names = [name.strip() for name in values["matrix"].split(",") if name.strip()]
+        found = [kernels.find(name, soft_sev=bool(values["soft_sev"])) for name in names]
+        targets = {name: values[name] for name in ("json", "ktap", "junit") if values[name] is not None}
+        at_once = values["machines"] or machines(values["memory"])
+        return run_matrix(found, matrix_arguments(paths, values), extra, targets, at_once, say)
+    records = Path(values["record_dir"] or RECORD_FOLDER).absolute() if values["record"] else None
+    inside = pytest_args(paths, {**values, "record_dir": records}, say, "inside")
+    vm = machine(**{option.name: values[option.name] for option in option_table.of("lab shell")})
+    request = Request(
+        vm,
+        inside,
+        pytest_arguments(values, "host"),
+        [*extra, *pytest_arguments({"evidence": bool(values["html"])})],
+        values["seed"],
+        Limits(total=values["timeout"]),
+        values["machines"] or machines(vm.memory),
+        records,
+    )
+    code = run(request, say)
+    if code == NOTHING_SELECTED:
+        say("no test matches")
+    return code
+
+
+def _build_if_none(soft_sev: bool | None) -> None:
+    """Build a kernel of the wanted kind; when any will do, one that can be both, where the hooks fit."""
+    from kvmpy.lab import build as builds
+    from kvmpy.lab import kernels
+    from kvmpy.lab.debian import DEFAULT_SUITE
+    from kvmpy.lab.softsev.hooks import HookError
+
+    if builds.present(bool(soft_sev)):
+        return
+    if any(kernel.serves(bool(soft_sev)) for kernel in kernels.cached()):
+        say("the lab kernel is outdated: building one, which takes some minutes (without --build it will do)")
+    else:
+        say("there is no lab kernel yet: building one, which takes some minutes")
+    try:
+        builds.from_debian(DEFAULT_SUITE, say, soft_sev=soft_sev is not False)
+    except HookError as error:
+        if soft_sev:
+            raise
+        say(str(error))
+        say("building it without the software AMD-SP: there will be no SEV inside")
+        builds.from_debian(DEFAULT_SUITE, say, soft_sev=False)
+
+
+def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of ``kvmpy lab run`` for one kernel of a matrix, without the kernel."""
+    each = {option.name: values[option.name] for option in option_table.of("lab run") if option.each}
+    return [*paths, *command_arguments("lab run", each)]

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Click options from the one table of them, and the arguments that all commands which run tests take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import kvmpy
+from kvmpy.testing import naming, option_table
+from kvmpy.testing.option_table import Between, Option
+
+NOTHING_SELECTED = 5
+PYTEST_EPILOG = "Arguments after -- are passed to pytest."
+_EXTRA = "kvmpy.pytest_args"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class SplitCommand(click.Command):
+    """Keeps what follows ``--`` apart: it goes to pytest as it is."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Split the arguments at the first ``--``."""
+        if "--" in args:
+            at = args.index("--")
+            args, ctx.meta[_EXTRA] = args[:at], args[at + 1 :]
+        return super().parse_args(ctx, args)
+
+
+def extra_arguments(ctx: click.Context) -> list[str]:
+    """Return what followed ``--`` on the command line."""
+    return list(ctx.meta.get(_EXTRA, []))
+
+
+def _parsed(parse: Callable[[str], object]) -> Callable[[str], object]:
+    def convert(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return convert
+
+
+def _type(option: Option) -> Any:
+    kind = option.kind
+    if isinstance(kind, tuple):
+        return click.Choice(kind)
+    if isinstance(kind, Between):
+        return (click.IntRange if kind.whole else click.FloatRange)(kind.low, kind.high)
+    if kind == "path":
+        return click.Path(path_type=Path)
+    return _parsed(kind) if callable(kind) else None
+
+
+def options(command: str) -> Callable[[_Function], _Function]:
+    """Return a decorator that gives a function the options of *command*, in the table's order."""
+
+    def decorate(function: _Function) -> _Function:
+        for option in reversed(option_table.of(command)):
+            about = option.help
+            if command == "lab run" and option.lab_help:
+                about = about.removesuffix(".") + option.lab_help + "."
+            keywords: dict[str, Any] = {} if option.metavar is None else {"metavar": option.metavar}
+            if option.kind == "flag" and "/" not in option.flags:
+                keywords["is_flag"] = True
+            else:
+                keywords |= {"type": _type(option), "multiple": option.repeated, "default": option.default}
+            if option.variable is not None:
+                keywords |= {"envvar": option.variable, "show_envvar": True}
+            decorator = click.option(
+                *option.flags.split(),
+                option.name,
+                help=about,
+                hidden=option.hidden,
+                show_default=option.show_default,
+                **keywords,
+            )
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def suite_folder() -> Path:
+    """Return the folder of the selftests: inside the installed package, or the checkout's."""
+    folder = naming.suite_folder()
+    if folder is None:
+        raise click.ClickException("this kvmpy has no selftests: neither in the package nor beside it")
+    return folder
+
+
+def targets(paths: tuple[str, ...], suite: Path) -> naming.Targets:
+    """Return what *paths* name (of the suite, or the user's own files); a usage error for what is neither."""
+    try:
+        return naming.targets(paths, suite, Path.cwd())
+    except naming.NamingError as error:
+        raise click.BadParameter(str(error), param_hint="PATHS") from None
+
+
+def pytest_args(
+    paths: tuple[str, ...],
+    values: Mapping[str, object],
+    say: Callable[[str], None],
+    side: option_table.Side | None = None,
+) -> list[str]:
+    """Return pytest's arguments for *paths* and the options *values*, with *side* those of it alone."""
+    chosen = targets(paths, suite_folder())
+    for remark in chosen.remarks:
+        say(remark)
+    settings = Path(kvmpy.__file__).parent / "testing" / "suite.ini"
+    args = ["-c", str(settings), "--rootdir", str(chosen.root), *chosen.arguments]
+    return args + option_table.pytest_arguments({**values, "ids_from": Path.cwd()}, side)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of the commands that run tests and of the pytest plugin, once.
+
+``kvmpy run``, ``kvmpy lab run``, ``kvmpy lab shell`` and ``kvmpy hardware`` make their options from it
+(kvmpy/cli/options.py), the plugin its own (kvmpy/testing/options.py), and whoever starts one of them makes
+the arguments from it.  Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Union
+
+DEFAULT_DEADLINE = 20.0
+RECORD_FOLDER = "kvmpy-records"
+RECORD_MODES = ("failures", "all")
+SEED_BITS = 32
+# Seconds of each step of `kvmpy hardware`; a command of the secure processor alone may take 100.
+STEP_LIMITS = {"platform": 300.0, "doctor": 600.0, "suite": 6 * 3600.0, "bench": 1800.0}
+
+
+@dataclass(frozen=True)
+class Between:
+    """A number from *low* to *high*, with a fraction unless *whole*."""
+
+    low: int
+    high: int | None = None
+    whole: bool = True
+
+
+Kind = Union[Literal["text", "flag", "path"], tuple[str, ...], Between, Callable[[str], object]]
+Side = Literal["inside", "host"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, by the *name* of its value.
+
+    *on* are the commands that have it, as *flags* (``--on/--off`` for a flag with a negative).  *kind* is
+    what it takes; a function returns the value or raises ValueError.  *pytest* is the option of pytest that
+    it becomes: the plugin's own where *own*.  *side* tells whether `kvmpy lab run` gives that to pytest in
+    the VM or to the one on the host; *lab_help* is added there.  *each* options go to every kernel of a
+    matrix.
+    """
+
+    name: str
+    on: tuple[str, ...]
+    flags: str
+    help: str
+    metavar: str | None = None
+    kind: Kind = "text"
+    default: object = None
+    pytest: str = ""
+    own: bool = True
+    side: Side | None = None
+    lab_help: str = ""
+    each: bool = False
+    repeated: bool = False
+    hidden: bool = False
+    show_default: bool = False
+    variable: str | None = None
+
+
+def positive_seconds(text: str) -> float:
+    """Return a positive number."""
+    value = float(text)
+    if not value > 0:
+        raise ValueError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def seed(text: str) -> int:
+    """Return the seed of a session, decimal or with 0x."""
+    value = int(text, 0)
+    if not 0 <= value < 1 << SEED_BITS:
+        raise ValueError(f"a seed is a number from 0 to 2**{SEED_BITS} - 1")
+    return value
+
+
+def mebibytes(text: str) -> int:
+    """Return a size such as ``512M`` or ``4G`` in MiB; a plain number is MiB."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "M")
+    if not number.isdigit() or unit not in ("M", "G") or int(number) == 0:
+        raise ValueError(f"{text!r} is no size such as 512M or 4G")
+    return int(number) * (1024 if unit == "G" else 1)
+
+
+def module_parameter(text: str) -> str:
+    """Return *text*, which sets a parameter of a kernel module."""
+    if not re.fullmatch(r"\w+\.\w+=[\w.,:-]+", text):
+        raise ValueError(f"{text!r} is not like kvm_amd.npt=0")
+    return text
+
+
+_RUN, _LAB, _HARDWARE = ("run",), ("lab run",), ("hardware",)
+_BOTH, _BOOTS = ("run", "lab run"), ("lab run", "lab shell")
+_STEPS = ", ".join(f"{step} {seconds:g}" for step, seconds in STEP_LIMITS.items())
+_NOT_MATRIX = "; not with --matrix"
+
+OPTIONS: tuple[Option, ...] = (
+    Option("expression", _BOTH, "-k", "Run only tests whose names match, as in pytest -k.", "EXPR",
+           pytest="-k", own=False, side="inside", each=True),
+    Option("workers", _RUN, "-n", "Run in N processes at once (a number or auto).", "N", pytest="-n",
+           own=False),
+    Option("machines", _LAB, "-n --machines",
+           "Number of VMs at once (default: one for each CPU, as memory allows).", kind=Between(1, 64)),
+    Option("listing", _RUN, "--list", "List the tests without running them.", kind="flag"),
+    Option("protection", _BOTH, "--protection",
+           "Run only under these protections; auto is the strongest that KVM offers.", "P[,P]",
+           pytest="--protection", side="inside", each=True),
+    Option("dangerous", _RUN, "--dangerous", "Also run tests that can crash an unfixed host.", kind="flag",
+           pytest="--run-dangerous"),
+    # How they run.
+    Option("seed", _BOTH, "--seed", "Repeat the random choices of a run.", "N", kind=seed,
+           pytest="--kvmpy-seed", each=True),
+    Option("deadline", _BOTH, "--deadline",
+           f"Time limit for a guest to run without an expected exit (default: {DEFAULT_DEADLINE:g}).",
+           "SECONDS", kind=positive_seconds, pytest="--deadline", side="inside", each=True),
+    Option("strict_private", _BOTH, "--strict-private",
+           "Refuse host access to private pages under every protection, as SEV-SNP does.", kind="flag",
+           pytest="--strict-private", side="inside", each=True),
+    # What is written.
+    Option("json", _BOTH, "--json", "Write the verdicts as JSON.", "FILE", pytest="--kvmpy-json",
+           side="host"),
+    Option("ktap", _BOTH, "--ktap", "Write the verdicts as KTAP version 1.", "FILE", pytest="--ktap",
+           side="host"),
+    Option("junit", _BOTH, "--junit", "Write the verdicts as JUnit XML.", "FILE", pytest="--junitxml",
+           own=False, side="host"),
+    Option("html", _BOTH, "--html", "Write one HTML page: verdicts, reasons, memory maps, ioctls.", "FILE",
+           pytest="--kvmpy-html", side="host", lab_help=_NOT_MATRIX),
+    Option("timeline", _RUN, "--timeline", "Write a timeline of threads and vCPUs for Perfetto.", "FILE",
+           pytest="--kvmpy-timeline"),
+    Option("record", _BOTH, "--record",
+           "Record the ioctls of each test and keep the records of failed or of all tests.",
+           kind=RECORD_MODES, pytest="--record", side="inside", lab_help=_NOT_MATRIX),
+    Option("record_dir", _BOTH, "--record-dir", f"Folder for records (default: {RECORD_FOLDER}).", "DIR",
+           pytest="--record-dir", side="inside"),
+    Option("journal", _RUN, "--journal", "Keep every report here, and go on from what it holds.", "FILE",
+           kind="path", pytest="--kvmpy-journal", hidden=True),
+    # Pytest's alone.
+    Option("evidence", (), "",
+           "Keep memory maps of all tests' VMs and the last ioctls of failures (--kvmpy-html does so, too).",
+           kind="flag", pytest="--kvmpy-evidence"),
+    Option("table", (), "", "Print the verdict table at the end.", kind="flag", pytest="--kvmpy-table"),
+    Option("errata", (), "", "Read one more errata file.", "FILE", pytest="--kvmpy-errata", repeated=True),
+    Option("only_report", (), "", "Run nothing: report what the journal holds, and WHY.", "WHY",
+           pytest="--kvmpy-only-report"),
+    Option("ids_from", (), "", "Name own test files by their path below DIR, not the root's.", "DIR",
+           pytest="--kvmpy-ids-from", side="inside"),
+    Option("record_to", (), "", "Where records go that somebody else takes to --record-dir.", "DIR",
+           pytest="--kvmpy-record-to", hidden=True),
+    # Where they run.
+    Option("lab", _RUN, "--lab", "Run in a kernel under QEMU: if KVM cannot be used here, never, or always.",
+           kind=("auto", "never", "always"), default="auto", show_default=True, variable="KVMPY_LAB"),
+    Option("kernel", _BOOTS, "--kernel", "A cached kernel (name or release), or a bzImage.", "NAME"),
+    Option("cpus", _BOOTS, "--cpus", "CPUs of each VM.", kind=Between(1, 255), default=2, show_default=True,
+           each=True),
+    Option("memory", _BOOTS, "--memory", "Memory of each VM, such as 512M or 6G.", "SIZE", kind=mebibytes,
+           default="4G", show_default=True, each=True),
+    Option("accel", _BOOTS, "--accel", "KVM or QEMU's emulation (tcg); auto takes KVM if guests can use it.",
+           kind=("auto", "tcg", "kvm"), default="auto", show_default=True, each=True),
+    Option("soft_sev", _BOOTS, "--soft-sev/--no-soft-sev",
+           "Boot with or without the software AMD-SP (default: as the kernel has it).", kind="flag",
+           each=True),
+    Option("parameters", _BOOTS, "--param",
+           "Set a module parameter, such as kvm_amd.npt=0; another value inside stops the run.",
+           "MODULE.NAME=VALUE", kind=module_parameter, default=(), repeated=True, each=True),
+    Option("matrix", _LAB, "--matrix", "Run on several kernels; print one table with a column for each.",
+           "A,B"),
+    Option("timeout", _LAB, "--timeout", "Time limit for the whole run, in seconds.",
+           kind=Between(1, whole=False), default=4 * 3600.0, each=True),
+    Option("may_build", _LAB, "--build", "Build a kernel first if none is up to date.", kind="flag"),
+    # `kvmpy hardware`.
+    Option("output", _HARDWARE, "-o --output", "The archive to write, a .tar.gz.", "FILE", kind="path"),
+    Option("require", _HARDWARE, "--require",
+           "Fail where one of these is missing (KVMPY_REQUIRE); '' for none.", "NAMES",
+           default="snp,sev-es,sev", show_default=True),
+    Option("bench", _HARDWARE, "--bench/--no-bench", "Also run the benchmark.", kind="flag", default=True),
+    Option("limit", _HARDWARE, "--limit",
+           f"Time limit for each step (default: {_STEPS}).", "SECONDS", kind=Between(1, whole=False)),
+    Option("pack_only", _HARDWARE, "--pack", "Run nothing; pack the results of runs that crashed.",
+           kind="flag"),
+)  # fmt: skip
+OF_PYTEST = {option.name: option.pytest for option in OPTIONS if option.pytest}
+
+
+def of(command: str) -> list[Option]:
+    """Return the options of *command*: ``run``, ``lab run``, ``lab shell`` or ``hardware``."""
+    return [option for option in OPTIONS if command in option.on]
+
+
+def defaults(command: str) -> dict[str, object]:
+    """Return the values of the options of *command* where none is given."""
+    return {
+        option.name: option.kind(option.default)
+        if callable(option.kind) and isinstance(option.default, str)
+        else option.default
+        for option in of(command)
+    }
+
+
+def pytest_arguments(values: Mapping[str, object], side: Side | None = None) -> list[str]:
+    """Return pytest's arguments for the options in *values* that it has, with *side* those of that side."""
+    options = (option for option in OPTIONS if option.pytest and side in (None, option.side))
+    return _arguments(((option.name, option.pytest) for option in options), values)
+
+
+def command_arguments(command: str, values: Mapping[str, object]) -> list[str]:
+    """Return the arguments of *command* for the options in *values* that it has."""
+    return _arguments(((option.name, option.flags.split()[-1]) for option in of(command)), values)
+
+
+def _arguments(flags: Iterable[tuple[str, str]], values: Mapping[str, object]) -> list[str]:
+    words = []
+    for name, flag in flags:
+        value = values.get(name)
+        if isinstance(value, bool):
+            yes, _, no = flag.partition("/")
+            words += [word for word in (yes if value else no,) if word]
+        elif value is not None:
+            for each in value if isinstance(value, (tuple, list)) else (value,):
+                words += [flag, str(each)]
+    return words
