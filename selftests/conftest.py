@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import AGENT, PAGE_SIZE, Agent, Gpa, GuestVm, Gva, MakeVm, MmioExit
+from kvmpy import AGENT, PAGE_SIZE, Agent, Gpa, GuestVcpu, GuestVm, Gva, MakeVm, MmioExit
 
 
 class Accessor:
@@ -49,6 +49,13 @@ class Accessor:
     def map(self, gva: Gva, gpa: Gpa, size: int) -> None:
         """Map guest-physical addresses as shared memory, for both rings."""
         self.vm.map(gva, gpa, size, page_size=PAGE_SIZE, user=True, nx=True, private=False)
+
+
+def said(guest: GuestVm | GuestVcpu) -> tuple[str | int, ...]:
+    """Run a vCPU (of a VM: the first) to its next SYNC; return its arguments, the first one as a letter."""
+    vcpu = guest if isinstance(guest, GuestVcpu) else guest.vcpus[0]
+    letter, *numbers = vcpu.sync().args
+    return (chr(letter), *numbers)
 
 
 @pytest.fixture

@@ -301,10 +301,7 @@ def test_command_register(make_vm: MakeVm, x2apic: bool) -> None:
 
     Intel SDM 3A, 12.6.1 (ICR) and 12.12.9 (ICR operation in x2APIC mode).
     """
-    vm = make_vm(GUEST)
-    vm.vcpus[0].set_entry("command", int(x2apic))
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    make_vm.run(GUEST, "command", int(x2apic))
 
 
 @BOTH_MODES
@@ -313,10 +310,7 @@ def test_wakes_halted(make_vm: MakeVm, x2apic: bool) -> None:
 
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE: a halted vCPU waits for an interrupt.
     """
-    vm = make_vm(GUEST, vcpus=2)
+    vm = make_vm.start(GUEST, "ping_pong", int(x2apic), 50, vcpus=2)
     for vcpu in vm.vcpus:
-        vcpu.set_entry("ping_pong", int(x2apic), 50)
-    vm.launch()
-    for vcpu in vm.vcpus:
-        assert tuple(vcpu.sync().args) == (ord("r"),)
+        assert vcpu.sync().args == (ord("r"),)
     vm.run_all()

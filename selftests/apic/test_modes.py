@@ -311,10 +311,8 @@ def test_page_of_disabled_apic(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 7.31 KVM_CAP_DISABLE_QUIRKS2: KVM_X86_QUIRK_LAPIC_MMIO_HOLE.
     """
-    vm = make_vm(REGISTERS)
-    vm.vcpus[0].set_entry("page_while_disabled")
-    vm.launch()
-    assert [tuple(call.args) for call in vm.vcpus[0].syncs()] == [(0xFFFF_FFFF,), (1,)]
+    vm = make_vm.start(REGISTERS, "page_while_disabled")
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(0xFFFF_FFFF,), (1,)]
 
 
 @pytest.mark.requires(f"KVM_CAP_DISABLE_QUIRKS2&{int(KVM_X86_QUIRK_LAPIC_MMIO_HOLE)}")
@@ -327,15 +325,12 @@ def test_page_of_disabled_apic_without_quirk(make_vm: MakeVm) -> None:
     def before(vm: GuestVm) -> None:
         vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
 
-    vm = make_vm(REGISTERS, before_vcpus=before)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("page_while_disabled")
-    vm.launch()
+    vcpu = make_vm.start(REGISTERS, "page_while_disabled", before_vcpus=before).vcpus[0]
     got = vcpu.expect(MmioExit)
     assert (got.phys_addr, got.is_write) == (apic.DEFAULT_BASE + apic.ID, False)
     got.respond(0x1234)
-    assert tuple(vcpu.sync().args) == (0x1234,)
+    assert vcpu.sync().args == (0x1234,)
     got = vcpu.expect(MmioExit)
     assert (got.phys_addr, got.is_write, got.value) == (apic.DEFAULT_BASE + apic.TPR, True, 0x20)
-    assert tuple(vcpu.sync().args) == (1,)
+    assert vcpu.sync().args == (1,)
     vcpu.run_to_done()

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import Cpuid, CpuidEntry, Kvm, MakeVm, Missing, kvm_cpuid2
+from kvmpy.core.kvm import Kvm as CoreKvm
 from kvmpy.x86.cpuid import SIGNIFICANT_INDEX
-
-if TYPE_CHECKING:
-    from kvmpy.core.kvm import Kvm as CoreKvm
-    from selftests.cpuid.conftest import CpuidGuestMaker
+from selftests.cpuid.conftest import CpuidGuestMaker
 
 # Basic leaves that no CPU has and KVM gives no meaning to.
 LEAF = 0x30
@@ -140,8 +136,7 @@ def test_upper_halves(make_vm: MakeVm) -> None:
 
     Intel SDM volume 2, CPUID.
     """
-    vm = make_vm(
-        """
+    vm = make_vm.start("""
 #include <kvmpy/guest.h>
 
 void guest_main(void)
@@ -151,9 +146,7 @@ void guest_main(void)
 	asm volatile("cpuid" : "+a"(a), "+b"(b), "+c"(c), "+d"(d));
 	GUEST_SYNC(a, b, c, d);
 }
-"""
-    )
-    vm.launch()
+""")
     leaf0 = Cpuid.from_struct(vm.kvm.supported_cpuid).find(0)
     assert leaf0 is not None
     assert vm.vcpus[0].sync().args == leaf0.registers
@@ -187,7 +180,7 @@ def test_emulated_feature_works(make_vm: MakeVm) -> None:
         cpuid.set_feature("movbe")
         return cpuid.to_struct()
 
-    vm = make_vm(
+    vm = make_vm.start(
         """
 #include <kvmpy/guest.h>
 
@@ -207,7 +200,6 @@ void guest_main(void)
 """,
         cpuid=edit,
     )
-    vm.launch()
     vcpu = vm.vcpus[0]
     assert vcpu.sync().args == (0x8877_6655_4433_2211, 1)
     assert vcpu.sync().args == (0xDDCC_BBAA,)

@@ -7,15 +7,11 @@ import mmap
 import struct
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import PAGE_SIZE, Anonymous, Gpa, GuestVm, Gva, MakeVm, Mapping, PageFault, VcpuThread
-
-if TYPE_CHECKING:
-    from selftests.demand_paging.conftest import MakePager
-
+from selftests.demand_paging.conftest import MakePager
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

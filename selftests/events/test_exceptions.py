@@ -3,17 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from kvmpy import KVM_CAP_EXCEPTION_PAYLOAD, Gva, Missing, Vector
+from kvmpy import KVM_CAP_EXCEPTION_PAYLOAD, Gva, Kvm, Missing, Vector
 from kvmpy.guest import layout
 from kvmpy.testing import host
-
-if TYPE_CHECKING:
-    from kvmpy import Kvm
-    from selftests.events.conftest import EventGuest, EventGuestMaker
+from selftests.events.conftest import EventGuest, EventGuestMaker
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_VCPU_EVENTS"),

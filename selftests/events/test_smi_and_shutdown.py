@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,9 +21,7 @@ from kvmpy import (
     Vm,
     refused,
 )
-
-if TYPE_CHECKING:
-    from selftests.events.conftest import EventGuest, EventGuestMaker
+from selftests.events.conftest import EventGuest, EventGuestMaker
 
 registers = pytest.mark.usefixtures("open_registers")
 smm = pytest.mark.requires("KVM_CAP_X86_SMM", "KVM_CAP_MULTI_ADDRESS_SPACE>=2")

@@ -93,10 +93,7 @@ def test_out(make_vm: MakeVm, port: int, size: int) -> None:
 
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_IO.
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("out_one", port, size)
-    vm.launch()
+    vcpu = make_vm.start(GUEST, "out_one", port, size).vcpus[0]
     got = vcpu.expect(IoExit)
     assert (got.port, got.direction, got.size, got.count) == (port, "out", size, 1)
     assert got.data == FILL.to_bytes(8, "little")[:size]
@@ -117,10 +114,7 @@ def test_in(make_vm: MakeVm, size: int, answer: int, rax: int) -> None:
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_IO; Intel SDM volume 1, 3.4.1.1 for
     the upper half.
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("in_one", PORT, size)
-    vm.launch()
+    vcpu = make_vm.start(GUEST, "in_one", PORT, size).vcpus[0]
     got = vcpu.expect(IoExit)
     assert (got.port, got.direction, got.size, got.count) == (PORT, "in", size, 1)
     got.respond(answer)
@@ -132,10 +126,7 @@ def test_immediate_port(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_IO; Intel SDM volume 2, IN and OUT.
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("immediate_port")
-    vm.launch()
+    vcpu = make_vm.start(GUEST, "immediate_port").vcpus[0]
     out = vcpu.expect(IoExit)
     assert (out.port, out.direction, out.size, out.value) == (0xA5, "out", 2, FILL & 0xFFFF)
     answer = vcpu.expect(IoExit)
@@ -149,10 +140,7 @@ def test_flags(make_vm: MakeVm) -> None:
 
     Intel SDM volume 2, IN and OUT, "Flags Affected: None".
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("flags")
-    vm.launch()
+    vcpu = make_vm.start(GUEST, "flags").vcpus[0]
     vcpu.expect(IoExit)
     vcpu.expect(IoExit).respond(0xFF)
     before, after_out, after_in = vcpu.sync().args
@@ -184,8 +172,7 @@ def test_exit_fields_of_the_last_run(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, exit_reason and KVM_EXIT_IO.
     """
-    vm = make_vm(
-        """
+    vcpu = make_vm.start("""
 #include <kvmpy/guest.h>
 
 void guest_main(void)
@@ -195,10 +182,7 @@ void guest_main(void)
 	GUEST_SYNC(inl(0x602));
 	GUEST_SYNC(inb(0x603));
 }
-"""
-    )
-    vcpu = vm.vcpus[0]
-    vm.launch()
+""").vcpus[0]
     seen: list[tuple[int, str, int, bytes]] = []
     answers = {0x602: 0x0102_0304, 0x603: 0x55}
     replies: list[int] = []

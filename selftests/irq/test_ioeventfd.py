@@ -110,7 +110,7 @@ def prepare(make_vm: MakeVm, *accesses: tuple[str, int, int, int]) -> GuestVm:
 
 def quiet(vm: GuestVm, number: int) -> None:
     """Expect that access *number* is over and did not end KVM_RUN."""
-    assert tuple(vm.vcpus[0].sync().args) == (number,)
+    assert vm.vcpus[0].sync().args == (number,)
 
 
 def pio_exit(vm: GuestVm, number: int) -> tuple[int, int, int]:
@@ -276,7 +276,7 @@ def test_reads_still_exit(make_vm: MakeVm, event: EventFd, kind: str) -> None:
     got = vm.vcpus[0].next()
     assert isinstance(got, (IoExit, MmioExit))
     got.respond(0xFEED_BEEF)
-    assert tuple(vm.vcpus[0].sync().args) == (0xFEED_BEEF,)
+    assert vm.vcpus[0].sync().args == (0xFEED_BEEF,)
     assert event.read() == 0
 
 

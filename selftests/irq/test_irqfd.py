@@ -69,7 +69,7 @@ class Counter:
         """Let the guest wait for a vector (0: only look), and return how often both came."""
         self._asked.reply(vector)
         self._asked = self.vm.vcpus[0].sync()
-        return tuple(self._asked.args)
+        return self._asked.args
 
 
 def test_signal_interrupts_guest(make_vm: MakeVm, event: EventFd) -> None:

@@ -79,7 +79,7 @@ def start(
 
 def counts(vm: GuestVm) -> list[tuple[int, ...]]:
     """Return each vCPU's number of interrupts and NMIs after it had a chance to take what is pending."""
-    return [tuple(vcpu.sync().args) for vcpu in vm.vcpus]
+    return [vcpu.sync().args for vcpu in vm.vcpus]
 
 
 def test_fixed_delivery(make_vm: MakeVm) -> None:

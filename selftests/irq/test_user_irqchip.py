@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 
 from kvmpy import GuestVm, HltExit, IrqWindowOpenExit, MakeVm, Vm, refused
+from selftests.conftest import said
 
 VECTOR = 0x51
 
@@ -64,16 +65,9 @@ void guest_main(void)
 
 def start(make_vm: MakeVm) -> GuestVm:
     """Return a VM without irqchip, its guest with interrupts off."""
-    vm = make_vm(GUEST, irqchip=None)
-    vm.launch()
+    vm = make_vm.start(GUEST, irqchip=None)
     assert said(vm) == ("c", 0)
     return vm
-
-
-def said(vm: GuestVm) -> tuple[str | int, ...]:
-    """Return what the guest says next."""
-    call = vm.vcpus[0].sync()
-    return (chr(call.args[0]), *call.args[1:])
 
 
 def test_interrupt_window(make_vm: MakeVm) -> None:
@@ -99,11 +93,10 @@ def test_halt_is_left_to_user_space(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, KVM_EXIT_HLT and 4.16 KVM_INTERRUPT.
     """
-    vm = make_vm(HALTING, irqchip=None)
-    vm.launch()
+    vm = make_vm.start(HALTING, irqchip=None)
     vm.vcpus[0].expect(HltExit)
     vm.vcpus[0].interrupt(VECTOR)
-    assert tuple(vm.vcpus[0].sync().args) == (1,)
+    assert vm.vcpus[0].sync().args == (1,)
 
 
 def test_task_priority_is_shared(make_vm: MakeVm) -> None:
@@ -111,12 +104,11 @@ def test_task_priority_is_shared(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, struct kvm_run: cr8 is input and output without an in-kernel local APIC.
     """
-    vm = make_vm(TASK_PRIORITY, irqchip=None)
-    vm.launch()
+    vm = make_vm.start(TASK_PRIORITY, irqchip=None)
     vcpu = vm.vcpus[0]
     vcpu.run_area.cr8 = 5
-    assert tuple(vcpu.sync().args) == (5,)
-    assert tuple(vcpu.sync().args) == (9,)
+    assert vcpu.sync().args == (5,)
+    assert vcpu.sync().args == (9,)
     assert vcpu.run_area.cr8 == 9
 
 

@@ -71,7 +71,7 @@ class Checked:
         """Let the guest run on; return its count and what its handler read last."""
         self.go()
         self._asked = self.vcpu.sync()
-        return tuple(self._asked.args)
+        return self._asked.args
 
     def go(self) -> None:
         """Let the guest look when it runs."""
@@ -286,7 +286,7 @@ def test_uncorrected_error_without_action(make_vm: MakeVm) -> None:
         vcpu.set_mce(error(VALID | UNCORRECTED | ENABLED | ADDRESS_VALID, address=0x5000 + enable))
         asked.reply(enable)
         asked = vcpu.sync()
-        seen.append(tuple(asked.args))
+        seen.append(asked.args)
         assert vcpu.get_msr(Msr.MSR_IA32_MC0_CTL + 4 * BANK + 2) == 0x5000 + enable
     assert seen == [(1, 0), (1, 0)]
 
@@ -297,8 +297,7 @@ def test_nobody_else_is_told(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE (a vCPU ioctl).
     """
-    vm = make_vm(GUEST, vcpus=2)
-    vm.launch()
+    vm = make_vm.start(GUEST, vcpus=2)
     asked = [vcpu.sync() for vcpu in vm.vcpus]
     for index, vcpu in enumerate(vm.vcpus):
         asked[index].reply(0)

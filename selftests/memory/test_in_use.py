@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -24,10 +23,7 @@ from kvmpy import (
     VcpuThread,
     refused,
 )
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
-
+from selftests.conftest import Accessor
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

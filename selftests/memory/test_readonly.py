@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import KVM_MEM_READONLY, PAGE_SIZE, Gpa, GuestVm, Gva, MakeVm, MemorySlot, MmioExit
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
+from selftests.conftest import Accessor
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_READONLY_MEM", "trait:readonly_slots"),

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import (
@@ -17,9 +15,7 @@ from kvmpy import (
     Vector,
 )
 from kvmpy.core.msr_filter import MAX_RANGES, READ, WRITE
-
-if TYPE_CHECKING:
-    from selftests.msr.conftest import MsrGuest, MsrGuestMaker
+from selftests.msr.conftest import MsrGuest, MsrGuestMaker
 
 pytestmark = pytest.mark.requires("KVM_CAP_X86_MSR_FILTER")
 # What a filter does to MSRs that KVM does not know shows in the reason of the exit: they can stand for any.
@@ -275,8 +271,7 @@ def test_side_effects_are_not_filtered(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.97 KVM_X86_SET_MSR_FILTER, warning ("side effects of instruction").
     """
-    vm = make_vm(SWAPGS)
-    vm.launch()
+    vm = make_vm.start(SWAPGS)
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vm.x86_set_msr_filter(MsrFilter.denying([Msr.MSR_KERNEL_GS_BASE]))

@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import Msr, MsrFilter, MsrRange, Vector, Vm, ioctls, kvm_msr_filter, refused
 from kvmpy.core.msr_filter import READ, WRITE
-
-if TYPE_CHECKING:
-    from selftests.msr.conftest import MsrGuestMaker
+from selftests.msr.conftest import MsrGuestMaker
 
 pytestmark = pytest.mark.requires("KVM_CAP_X86_MSR_FILTER")
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import (
@@ -21,10 +19,7 @@ from kvmpy import (
     kvm_msr_entry,
     kvm_msrs,
 )
-from selftests.msr.conftest import MsrGuest
-
-if TYPE_CHECKING:
-    from selftests.msr.conftest import MsrGuestMaker
+from selftests.msr.conftest import MsrGuest, MsrGuestMaker
 
 pytestmark = pytest.mark.requires("param:kvm.ignore_msrs=N")
 
@@ -224,8 +219,7 @@ def test_each_vcpu_has_its_own(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.18 KVM_GET_MSRS (a vCPU ioctl).
     """
-    vm = make_vm(TURNS, vcpus=3)
-    vm.launch()
+    vm = make_vm.start(TURNS, vcpus=3)
     for vcpu in vm.vcpus:
         vcpu.sync()
     for _ in range(2):

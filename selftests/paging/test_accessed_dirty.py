@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M, Gva, PfErr
 from kvmpy.x86.entry import ACCESSED, DIRTY
-
-if TYPE_CHECKING:
-    from selftests.paging.conftest import MakeProber, PageFault, Prober
+from selftests.paging.conftest import MakeProber, PageFault, Prober
 
 pytestmark = pytest.mark.usefixtures("live_tables")
 

@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M, Gpa, Gva, PageTables, PfErr
 from kvmpy.x86.entry import PRESENT, USER, WRITABLE
-
-if TYPE_CHECKING:
-    from selftests.paging.conftest import MakeProber, PageFault, Prober
+from selftests.paging.conftest import MakeProber, PageFault, Prober
 
 pytestmark = pytest.mark.usefixtures("live_tables")
 

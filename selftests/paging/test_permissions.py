@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import CR0, CR4, PAGE_SIZE, Gva, PfErr
 from kvmpy.x86.entry import NO_EXECUTE, USER, WRITABLE
-
-if TYPE_CHECKING:
-    from selftests.paging.conftest import MakeProber, PageFault, Prober
-
+from selftests.paging.conftest import MakeProber, PageFault, Prober
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B

@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from kvmpy import PAGE_SIZE, SIZE_2M, Cpuid, Gva, MakeVm, PfErr, Vector
+from kvmpy import PAGE_SIZE, SIZE_2M, Cpuid, Gva, Kvm, MakeVm, PfErr, Vector
 from kvmpy.x86.entry import PAGE_SIZE_BIT, PRESENT
-
-if TYPE_CHECKING:
-    from kvmpy import Kvm
-    from selftests.paging.conftest import PageFault, Prober
+from selftests.paging.conftest import PageFault, Prober
 
 pytestmark = pytest.mark.usefixtures("live_tables")
 
@@ -85,9 +80,7 @@ def test_a_stack_that_is_not_canonical(make_vm: MakeVm) -> None:
 
     Intel SDM volume 3, 6.15, #SS: "a canonical violation" of an access that references the stack.
     """
-    vm = make_vm(STACKS)
-    vm.vcpus[0].set_entry("guest_main", 0x0000_8000_0000_1000)
-    vm.launch()
+    vm = make_vm.start(STACKS, "guest_main", 0x0000_8000_0000_1000)
     assert [call.args for call in vm.vcpus[0].syncs()] == [(1, Vector.SS, 0)] * 2
 
 

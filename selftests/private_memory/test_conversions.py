@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M
-
-if TYPE_CHECKING:
-    from selftests.private_memory.conftest import MakeRegion, Region
+from selftests.private_memory.conftest import MakeRegion, Region
 
 pytestmark = pytest.mark.protections("sw-protected")
 

@@ -4,16 +4,11 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy import KVM_MEMORY_EXIT_FLAG_PRIVATE, PAGE_SIZE, Gva, MemoryFaultExit, MmioExit, VcpuThread
-from selftests.private_memory.conftest import ADD_RETURN, FETCH, READ, SPIN, WRITE
-
-if TYPE_CHECKING:
-    from kvmpy import GuestVm
-    from selftests.private_memory.conftest import MakeRegion, Region
+from kvmpy import KVM_MEMORY_EXIT_FLAG_PRIVATE, PAGE_SIZE, GuestVm, Gva, MemoryFaultExit, MmioExit, VcpuThread
+from selftests.private_memory.conftest import ADD_RETURN, FETCH, READ, SPIN, WRITE, MakeRegion, Region
 
 pytestmark = [
     pytest.mark.protections("sw-protected"),

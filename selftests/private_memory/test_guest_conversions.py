@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,14 +15,11 @@ from kvmpy import (
     PAGE_SIZE,
     Exit,
     GuestVcpu,
+    GuestVm,
     HypercallExit,
     MemoryFaultExit,
 )
-from selftests.private_memory.conftest import HYPERCALL
-
-if TYPE_CHECKING:
-    from kvmpy import GuestVm
-    from selftests.private_memory.conftest import MakeRegion, Region
+from selftests.private_memory.conftest import HYPERCALL, MakeRegion, Region
 
 pytestmark = [
     pytest.mark.protections("sw-protected"),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import functools
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,9 +21,7 @@ from kvmpy import (
     kvm_pre_fault_memory,
     refused,
 )
-
-if TYPE_CHECKING:
-    from selftests.private_memory.conftest import MakeRegion, Region
+from selftests.private_memory.conftest import MakeRegion, Region
 
 pytestmark = [
     pytest.mark.protections("sw-protected"),

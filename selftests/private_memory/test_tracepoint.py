@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,10 +18,7 @@ from kvmpy.debug.faults import (
     PageFaultEvent,
 )
 from kvmpy.debug.tracefs import TracefsError
-from selftests.private_memory.conftest import ADD_RETURN, FETCH, PRIVATE, READ, WRITE
-
-if TYPE_CHECKING:
-    from selftests.private_memory.conftest import MakeRegion, Region
+from selftests.private_memory.conftest import ADD_RETURN, FETCH, PRIVATE, READ, WRITE, MakeRegion, Region
 
 pytestmark = [pytest.mark.protections("sw-protected"), pytest.mark.requires("root")]
 

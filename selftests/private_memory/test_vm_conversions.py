@@ -369,8 +369,7 @@ def test_comparison_needs_vcpus_at_rest(make_vm: MakeVm) -> None:
 
     The promise of compare_private() (docs/protections.md).
     """
-    vm = make_vm(SPIN)
-    vm.launch()
+    vm = make_vm.start(SPIN)
     vcpu = vm.vcpus[0]
     vcpu.sync()
     inside = threading.Event()

@@ -68,8 +68,7 @@ def test_guest_and_host_agree(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.33 KVM_GET_DEBUGREGS and 4.34 KVM_SET_DEBUGREGS.
     """
-    vm = make_vm(
-        """
+    vm = make_vm.start("""
 #include <kvmpy/guest.h>
 
 void guest_main(void)
@@ -84,9 +83,7 @@ void guest_main(void)
 	write_dr7(0x400 | 0x00010000);
 	GUEST_SYNC(1);
 }
-"""
-    )
-    vm.launch()
+""")
     vcpu = vm.vcpus[0]
     vcpu.sync()
     # No breakpoint is enabled: they would count from here on.
@@ -103,8 +100,7 @@ def test_guest_upper_halves(make_vm: MakeVm) -> None:
 
     Intel SDM volume 3, 18.2 Debug Registers ("Bits 63:32 ... must be written with zeros").
     """
-    vm = make_vm(
-        """
+    vm = make_vm.start("""
 #include <kvmpy/guest.h>
 
 void guest_main(void)
@@ -114,7 +110,5 @@ void guest_main(void)
 
 	GUEST_SYNC(dr6.faulted, dr6.vector, dr6.error_code, dr7.faulted, dr7.vector, dr7.error_code);
 }
-"""
-    )
-    vm.launch()
+""")
     assert vm.vcpus[0].sync().args == (1, 13, 0, 1, 13, 0)

@@ -113,8 +113,7 @@ def test_general_registers(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.11 KVM_GET_REGS and 4.12 KVM_SET_REGS.
     """
-    vm = make_vm(INCREMENT)
-    vm.launch()
+    vm = make_vm.start(INCREMENT)
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
@@ -145,8 +144,7 @@ def test_guest_sees_what_host_set(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.14 KVM_SET_SREGS.
     """
-    vm = make_vm(SYSTEM)
-    vm.launch()
+    vm = make_vm.start(SYSTEM)
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
@@ -186,8 +184,7 @@ def test_host_sees_what_guest_set(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.13 KVM_GET_SREGS.
     """
-    vm = make_vm(SYSTEM)
-    vm.launch()
+    vm = make_vm.start(SYSTEM)
     vcpu = vm.vcpus[0]
     vcpu.sync()
     before = vcpu.get_sregs()
@@ -205,8 +202,7 @@ def test_pending_interrupt(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.13 KVM_GET_SREGS ("acknowledged by the APIC but not yet injected").
     """
-    vm = make_vm(
-        """
+    vm = make_vm.start("""
 #include <kvmpy/guest.h>
 
 static volatile u64 vector;
@@ -224,9 +220,7 @@ void guest_main(void)
 	cli();
 	GUEST_SYNC(vector);
 }
-"""
-    )
-    vm.launch()
+""")
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
@@ -246,8 +240,7 @@ def test_redirected(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.12 KVM_SET_REGS.
     """
-    vm = make_vm(
-        """
+    vm = make_vm.start("""
 #include <kvmpy/guest.h>
 
 __noinline void elsewhere(u64 a, u64 b)
@@ -260,9 +253,7 @@ void guest_main(void)
 	GUEST_SYNC(0);
 	elsewhere(1, 2);
 }
-"""
-    )
-    vm.launch()
+""")
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()

@@ -32,8 +32,7 @@ void guest_main(void)
 @pytest.fixture
 def vcpu(make_vm: MakeVm) -> GuestVcpu:
     """A vCPU without a local APIC, at its first SYNC."""
-    vm = make_vm(GUEST, irqchip=None)
-    vm.launch()
+    vm = make_vm.start(GUEST, irqchip=None)
     vcpu = vm.vcpus[0]
     assert vcpu.sync().args == (0,)
     return vcpu

@@ -115,8 +115,7 @@ def test_guest_and_host_agree(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.44 KVM_GET_XCRS and 4.45 KVM_SET_XCRS.
     """
-    vm = make_vm(
-        f"""
+    vm = make_vm.start(f"""
 #include <kvmpy/guest.h>
 
 GUEST_USER_DATA u8 stack[4096];
@@ -138,9 +137,7 @@ void guest_main(void)
 	GUEST_ASSERT(!xsetbv_safe(0, 1).faulted);
 	GUEST_SYNC(0);
 }}
-"""
-    )
-    vm.launch()
+""")
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()

@@ -122,8 +122,7 @@ class Modelled:
 def test_launch_and_close(make_vm: MakeVm, vcpus: int) -> None:
     """After the launch image and VMSAs are valid pages of the guest; after the end the table is as before."""
     before = rmp()
-    vm = make_vm(GUEST, vcpus=vcpus)
-    vm.launch()
+    vm = make_vm.start(GUEST, vcpus=vcpus)
     modelled = Modelled(vm, before)
     modelled.check()
     vm.vcpus[0].sync()

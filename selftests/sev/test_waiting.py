@@ -209,10 +209,7 @@ def test_a_hold_without_an_apic_in_the_kernel(make_vm: MakeVm, by_msr: bool) -> 
 
     Documentation/virt/kvm/api.rst, 5 (KVM_EXIT_AP_RESET_HOLD).
     """
-    vm = make_vm(GUEST, irqchip=None)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("hold", by_msr)
-    vm.launch()
+    vcpu = make_vm.start(GUEST, "hold", by_msr, irqchip=None).vcpus[0]
     for count in range(2):
         assert vcpu.sync().args == (count,)
         vcpu.expect(ApResetHoldExit)
@@ -225,10 +222,7 @@ def test_hlt(make_vm: MakeVm) -> None:
 
     AMD APM volume 2, 15.35.3 (automatic exits): HLT is one, and no #VC.
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("halt")
-    vm.launch()
+    vcpu = make_vm.start(GUEST, "halt").vcpus[0]
     for count in range(3):
         assert vcpu.sync().args == (count,)
         wait_for(vcpu, KVM_MP_STATE_HALTED)

@@ -113,7 +113,7 @@ def start(make_vm: MakeVm, what: str = " ", number: int = 0, vcpus: int = 1) -> 
     for vcpu in vm.vcpus:
         vcpu.set_entry("guest_main", ord(what), number)
     vm.launch()
-    assert tuple(vm.vcpus[0].sync().args) == (ord("a"),)
+    assert vm.vcpus[0].sync().args == (ord("a"),)
     return vm
 
 
@@ -131,7 +131,7 @@ def done(vm: GuestVm) -> tuple[Stats, Stats]:
     got: Ucall | Exit = vcpu.next()
     while not isinstance(got, Ucall):
         got = vcpu.next()
-    assert tuple(got.args) == (ord("b"),)
+    assert got.args == (ord("b"),)
     return before, vcpu.get_stats()
 
 
@@ -252,7 +252,7 @@ def test_signal_exits(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (ord("b"),)
+    assert vcpu.sync().args == (ord("b"),)
     before = vcpu.get_stats()
     for _ in range(3):
         seen = vm.symbol("progress").u64

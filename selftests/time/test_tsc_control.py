@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -26,13 +25,6 @@ void guest_main(void)
 		GUEST_SYNC(rdtsc());
 }
 """
-
-
-def start(make_vm: MakeVm, before: Callable[[GuestVm], None] | None = None) -> GuestVm:
-    """Return a launched VM whose guest tells its TSC."""
-    vm = make_vm(GUEST, before_vcpus=before)
-    vm.launch()
-    return vm
 
 
 def reading(vm: GuestVm) -> int:
@@ -63,7 +55,7 @@ def test_offset_shifts_counter(make_vm: MakeVm, shift: int) -> None:
 
     Documentation/virt/kvm/devices/vcpu.rst, 4.1 KVM_VCPU_TSC_OFFSET.
     """
-    vm = start(make_vm)
+    vm = make_vm.start(GUEST)
     vcpu = vm.vcpus[0]
     # Far enough from 0 that no shift wraps.
     vcpu.set_msr(0x10, 1 << 50)
@@ -126,7 +118,7 @@ def test_frequency_is_true(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.56 KVM_GET_TSC_KHZ.
     """
-    vm = start(make_vm)
+    vm = make_vm.start(GUEST)
     reading(vm)
     least, greatest = measured_khz(vm)
     assert least * 0.99 <= vm.vcpus[0].get_tsc_khz() <= greatest * 1.01
@@ -154,7 +146,7 @@ def test_scaled_frequency(make_vm: MakeVm, percent: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ.
     """
-    vm = start(make_vm)
+    vm = make_vm.start(GUEST)
     vcpu = vm.vcpus[0]
     wanted = vcpu.get_tsc_khz() * percent // 100
     vcpu.set_tsc_khz(wanted)

@@ -121,7 +121,7 @@ def test_state_after_init(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE; Intel SDM 3A, table 11-1 (state after INIT).
     """
     pair = Pair(make_vm, state=KVM_MP_STATE_RUNNABLE)
-    assert tuple(pair.target.sync().args) == (1,)
+    assert pair.target.sync().args == (1,)
     pair.send(INIT)
     assert pair.target.get_mp_state() == KVM_MP_STATE_INIT_RECEIVED
     regs, sregs = pair.target.get_regs(), pair.target.get_sregs()
@@ -140,10 +140,10 @@ def test_second_sipi_is_ignored(make_vm: MakeVm) -> None:
     Intel SDM 3A, 10.4.3: only a processor that waits for SIPI responds.
     """
     pair = Pair(make_vm, state=KVM_MP_STATE_RUNNABLE)
-    assert tuple(pair.target.sync().args) == (1,)
+    assert pair.target.sync().args == (1,)
     pair.send(STARTUP | SIPI_PAGE)
-    assert tuple(pair.target.sync().args) == (2,)
-    assert tuple(pair.target.sync().args) == (3,)
+    assert pair.target.sync().args == (2,)
+    assert pair.target.sync().args == (3,)
 
 
 @pytest.mark.protections("none", "cbit")

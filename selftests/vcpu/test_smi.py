@@ -41,7 +41,7 @@ def start(make_vm: MakeVm) -> GuestVm:
     # lifetime: the slot shows guest memory, which the VM keeps.
     vm.set_user_memory_region(ADDRESS_SPACE << 16, SMBASE, SMRAM_SIZE, vm.memory.hva(SMBASE))
     vm.launch()
-    assert tuple(vm.vcpus[0].sync().args) == (1,)
+    assert vm.vcpus[0].sync().args == (1,)
     return vm
 
 
@@ -63,7 +63,7 @@ def test_smi(make_vm: MakeVm) -> None:
     got = vcpu.expect(IoExit)
     assert (got.port, got.value) == (PORT, 0x5A)
     assert in_smm(vm)
-    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.sync().args == (2,)
     assert not in_smm(vm)
 
 
@@ -80,7 +80,7 @@ def test_events_show_mode(make_vm: MakeVm) -> None:
     assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (1, 0)
     vcpu.expect(IoExit)
     assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (0, 1)
-    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.sync().args == (2,)
     assert vcpu.get_vcpu_events().smi.smm == 0
 
 
@@ -96,4 +96,4 @@ def test_second_smi_waits(make_vm: MakeVm) -> None:
     assert vcpu.expect(IoExit).value == 0x5A
     vcpu.smi()
     assert vcpu.expect(IoExit).value == 0x5A
-    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.sync().args == (2,)
