@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.guest.errors import GuestError
+from kvmpy.guest.ucall import Ucall
 from kvmpy.x86.exceptions import Vector
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _STORES = {1: b"\x88\x1f", 2: b"\x66\x89\x1f", 4: b"\x89\x1f", 8: b"\x48\x89\x1f
 _INS = {1: b"\xec", 2: b"\x66\xed", 4: b"\xed"}
 _OUTS = {1: b"\xee", 2: b"\x66\xef", 4: b"\xef"}
 _CR8 = b"\x44"  # REX.R
+_ARGUMENTS = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,13 @@ class Agent:
     def _share(self, name: str, size: int) -> memoryview:
         return self.vm.view(self.vm.symbol(name).gva + self.vcpu.index * _STRIDE, size)
 
-    def end(self) -> Registers | Fault:
-        """Run the vCPU to the end of its order."""
-        self.vcpu.sync()
+    def end(self, on_exit: Callable[[Exit], bool] | None = None) -> Registers | Fault:
+        """Run the vCPU to the end of its order; *on_exit* returns True for the exits that may come before."""
+        got = self.vcpu.next()
+        while not isinstance(got, Ucall):
+            if on_exit is None or not on_exit(got):
+                raise self.vcpu.unexpected(got, "the end of the order")
+            got = self.vcpu.next()
         *registers, faulted, vector, error_code, rip, cr2 = _REPLY.unpack(
             self._share("guest_agent_replies", _REPLY.size)
         )
@@ -189,9 +195,9 @@ class Agent:
         self._order(code, ring, None, registers)
         return self.end()
 
-    def value(self) -> int:
-        """Run the vCPU to the end of an order that must not fault, and return RAX."""
-        return self._unless_fault(self.end()).rax
+    def value(self, on_exit: Callable[[Exit], bool] | None = None) -> int:
+        """Run the vCPU as :meth:`end` does, of an order that must not fault, and return RAX."""
+        return self._unless_fault(self.end(on_exit)).rax
 
     @staticmethod
     def _unless_fault(result: Registers | Fault) -> Registers:
@@ -232,11 +238,19 @@ class Agent:
         """Order a write that causes an exit."""
         self.begin(_STORES[size], ring=ring, rdi=int(gva), rbx=value)
 
-    def call(self, gva: Gva, *, ring: int | None = None, **registers: int) -> int | Fault:
-        """Call the function at *gva* and return its RAX: a fetch that may fault."""
-        self.begin(b"", ring=ring, where=gva, **registers)
+    def call(self, function: Gva | str, *arguments: int, ring: int | None = None) -> int | Fault:
+        """Call a function and return its RAX; :meth:`begin_call` says which."""
+        self.begin_call(function, *arguments, ring=ring)
         result = self.end()
         return result if isinstance(result, Fault) else result.rax
+
+    def begin_call(self, function: Gva | str, *arguments: int, ring: int | None = None) -> None:
+        """Order a call of a function of the program by its name, or of what lies at an address.
+
+        Up to six arguments, where the System V ABI has them; the fetch itself may fault.
+        """
+        where = self.vm.symbol(function).gva if isinstance(function, str) else function
+        self.begin(b"", ring=ring, where=where, **dict(zip(_ARGUMENTS, arguments, strict=False)))
 
     # Processor state.
 
