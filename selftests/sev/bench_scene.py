@@ -67,6 +67,10 @@ class Scene:
         """Return an option that is a number."""
         return int(self.word(name, str(default)), 0)
 
+    def numbers(self, **defaults: int) -> dict[str, int]:
+        """Return fields of a command, each an option of the same name."""
+        return {name: self.number(name, default) for name, default in defaults.items()}
+
     def flag(self, name: str, default: bool) -> bool:
         """Return an option that is yes or no."""
         return {"yes": True, "no": False}[self.word(name, "yes" if default else "no")]
