@@ -230,9 +230,12 @@ class Agent:
         """Write 1, 2, 4 or 8 bytes; None when it went well."""
         return self._fault(_STORES[size], ring=ring, rdi=int(gva), rbx=value)
 
-    def begin_read(self, gva: Gva, size: int = 8, *, ring: int | None = None) -> None:
-        """Order a read that causes an exit: of a device, or of memory that is not there."""
-        self.begin(_LOADS[size], ring=ring, rdi=int(gva))
+    def begin_read(self, gva: Gva, size: int = 8, *, ring: int | None = None, rax: int = 0) -> None:
+        """Order a read that causes an exit: of a device, or of memory that is not there.
+
+        It goes into AL, AX, EAX or RAX, which holds *rax* before.
+        """
+        self.begin(_LOADS[size], ring=ring, rdi=int(gva), rax=rax)
 
     def begin_write(self, gva: Gva, value: int, size: int = 8, *, ring: int | None = None) -> None:
         """Order a write that causes an exit."""
@@ -312,9 +315,9 @@ class Agent:
 
     # The hypervisor.
 
-    def begin_in(self, port: int, size: int = 1) -> None:
-        """Order a port read of 1, 2 or 4 bytes; it causes an exit, and RAX has the answer."""
-        self.begin(_INS[size], rdx=port)
+    def begin_in(self, port: int, size: int = 1, *, rax: int = 0) -> None:
+        """Order a port read of 1, 2 or 4 bytes into RAX, which holds *rax* before; it causes an exit."""
+        self.begin(_INS[size], rdx=port, rax=rax)
 
     def begin_out(self, port: int, value: int, size: int = 1) -> None:
         """Order a port write of 1, 2 or 4 bytes."""

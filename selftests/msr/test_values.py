@@ -93,34 +93,23 @@ def test_reserved_memory_types(msr_guest: MsrGuestMaker, memory_type: int) -> No
     assert guest.read(Msr.MSR_IA32_CR_PAT).value() == PAT_AT_RESET
 
 
-@pytest.mark.parametrize("bit", [18, 24], ids=["McStatusWrEn", "TscFreqSel"])
-def test_hwcr_bits_that_are_kept(bare_vcpu: Vcpu, bit: int) -> None:
-    """HWCR keeps the bits that KVM emulates.
+@pytest.mark.parametrize(
+    ("bit", "written", "kept"),
+    [
+        # McStatusWrEn and TscFreqSel.
+        *((bit, True, True) for bit in (18, 24)),
+        # FFDIS, IgnneEm and CacheFlushDis, which guests are known to set.
+        *((bit, True, False) for bit in (3, 6, 8)),
+        *((bit, False, False) for bit in (0, 9, 17, 19, 30, 32, 63)),
+    ],
+)
+def test_hwcr_bits(bare_vcpu: Vcpu, bit: int, written: bool, kept: bool) -> None:
+    """HWCR keeps the bits that KVM emulates; some others may be written and read as 0; the rest is refused.
 
     AMD PPR, MSRC001_0015; arch/x86/kvm/x86.c, kvm_set_msr_common().
     """
-    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
-    assert bare_vcpu.get_msr(Msr.MSR_K7_HWCR) == 1 << bit
-
-
-@pytest.mark.parametrize("bit", [3, 6, 8])
-def test_hwcr_bits_that_are_ignored(bare_vcpu: Vcpu, bit: int) -> None:
-    """Some bits of HWCR that guests are known to set may be written, and read as 0.
-
-    arch/x86/kvm/x86.c, kvm_set_msr_common(): FFDIS, IgnneEm and CacheFlushDis.
-    """
-    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
-    assert bare_vcpu.get_msr(Msr.MSR_K7_HWCR) == 0
-
-
-@pytest.mark.parametrize("bit", [0, 9, 17, 19, 30, 32, 63])
-def test_hwcr_bits_that_are_refused(bare_vcpu: Vcpu, bit: int) -> None:
-    """Bits of HWCR that KVM does not emulate cannot be set.
-
-    arch/x86/kvm/x86.c, kvm_set_msr_common().
-    """
-    assert not set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
-    assert bare_vcpu.get_msr(Msr.MSR_K7_HWCR) == 0
+    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit) is written
+    assert bare_vcpu.get_msr(Msr.MSR_K7_HWCR) == kept << bit
 
 
 def _without_tsc_aux(table: kvm_cpuid2) -> kvm_cpuid2:

@@ -152,12 +152,3 @@ def prober(make_prober: MakeProber, ring: int) -> Prober:
 def page_fault() -> PageFault:
     """A page fault with an error code at an address."""
     return lambda error, address: Fault(Vector.PF, int(error), int(address))
-
-
-@pytest.fixture
-def live_tables(protection: str) -> None:
-    """Page tables that the host can change while the guest runs."""
-    from kvmpy.coco import ladder
-
-    if not ladder.get(protection).traits.host_sees_tables:
-        pytest.skip(f"protection {protection} keeps the page tables from the host")

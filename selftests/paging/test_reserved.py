@@ -9,7 +9,7 @@ from kvmpy import PAGE_SIZE, SIZE_2M, Cpuid, Gva, Kvm, MakeVm, PfErr, Vector
 from kvmpy.x86.entry import PAGE_SIZE_BIT, PRESENT
 from selftests.paging.conftest import PageFault, Prober
 
-pytestmark = pytest.mark.usefixtures("live_tables")
+pytestmark = pytest.mark.usefixtures("open_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B
