@@ -297,9 +297,17 @@ class Agent:
         value = self.read_cr(number)
         return value if isinstance(value, Fault) else self.write_cr(number, value & ~clear | put)
 
-    def xgetbv(self, index: int = 0) -> int | Fault:
+    def read_dr(self, number: int) -> int | Fault:
+        """Read a debug register."""
+        return self._value(lambda r: r.rax, bytes((0x0F, 0x21, 0xC0 | number << 3)))
+
+    def write_dr(self, number: int, value: int) -> Fault | None:
+        """Write a debug register."""
+        return self._fault(bytes((0x0F, 0x23, 0xC0 | number << 3)), rax=value)
+
+    def xgetbv(self, index: int = 0, *, ring: int | None = None) -> int | Fault:
         """Read an extended control register; #UD without CR4.OSXSAVE."""
-        return self._value(lambda r: r.edx_eax, b"\x0f\x01\xd0", rcx=index)
+        return self._value(lambda r: r.edx_eax, b"\x0f\x01\xd0", ring=ring, rcx=index)
 
     def xsetbv(self, value: int, index: int = 0) -> Fault | None:
         """Write an extended control register."""

@@ -175,6 +175,17 @@ def test_control_registers(make_vm: MakeVm) -> None:
     assert agent.read_cr(2) == MARK
 
 
+def test_debug_registers(make_vm: MakeVm) -> None:
+    """A debug register reads back what was written, and the upper half of DR6 is #GP.
+
+    AMD APM volume 2, 13.1.1, "Debug Registers".
+    """
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    assert agent.write_dr(3, MARK) is None
+    assert (agent.read_dr(3), agent.read_dr(2)) == (MARK, 0)
+    assert agent.write_dr(6, 1 << 32) == Fault(Vector.GP, 0)
+
+
 def test_what_is_refused(agent: Agent) -> None:
     """Too much code and a register that is none are errors, and the agent goes on."""
     with pytest.raises(ValueError, match="at most 55 bytes"):

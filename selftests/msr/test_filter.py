@@ -6,8 +6,11 @@ from __future__ import annotations
 import pytest
 
 from kvmpy import (
+    AGENT,
     KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_EXIT_REASON_UNKNOWN,
+    Agent,
+    Fault,
     MakeVm,
     Msr,
     MsrFilter,
@@ -237,42 +240,15 @@ def test_host_is_not_filtered(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(LSTAR).fault() == GP0
 
 
-SWAPGS = """
-#include <kvmpy/guest.h>
-
-#define MSR_GS_BASE		0xc0000101
-#define MSR_KERNEL_GS_BASE	0xc0000102
-
-/* Nothing that needs GS may come between the two: the per-CPU area is behind it. */
-static u64 swapped_gs_base(void)
-{
-	u32 low, high;
-
-	asm volatile("swapgs\\n\\t"
-		     "rdmsr\\n\\t"
-		     "swapgs" : "=a"(low), "=d"(high) : "c"(MSR_GS_BASE) : "memory");
-	return low | (u64)high << 32;
-}
-
-void guest_main(void)
-{
-	u64 value;
-
-	wrmsr(MSR_KERNEL_GS_BASE, 0x123456789000);
-	GUEST_SYNC(0);
-	GUEST_ASSERT(rdmsr_safe(MSR_KERNEL_GS_BASE, &value).faulted);
-	GUEST_SYNC(swapped_gs_base());
-}
-"""
-
-
 def test_side_effects_are_not_filtered(make_vm: MakeVm) -> None:
     """SWAPGS exchanges the GS base with KERNEL_GS_BASE although the filter denies RDMSR and WRMSR of that.
 
     Documentation/virt/kvm/api.rst, 4.97 KVM_X86_SET_MSR_FILTER, warning ("side effects of instruction").
     """
-    vm = make_vm.start(SWAPGS)
-    vcpu = vm.vcpus[0]
-    vcpu.sync()
-    vm.x86_set_msr_filter(MsrFilter.denying([Msr.MSR_KERNEL_GS_BASE]))
-    assert vcpu.sync().args == (0x1234_5678_9000,)
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    assert agent.wrmsr(Msr.MSR_KERNEL_GS_BASE, 0x1234_5678_9000) is None
+    agent.vm.x86_set_msr_filter(MsrFilter.denying([Msr.MSR_KERNEL_GS_BASE]))
+    assert agent.rdmsr(Msr.MSR_KERNEL_GS_BASE) == Fault(Vector.GP, 0)
+    # swapgs; rdmsr; swapgs: nothing that needs GS may come between, for the per-CPU area is behind it.
+    swapped = agent.must(b"\x0f\x01\xf8\x0f\x32\x0f\x01\xf8", rcx=Msr.MSR_GS_BASE)
+    assert swapped.edx_eax == 0x1234_5678_9000

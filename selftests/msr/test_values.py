@@ -7,6 +7,7 @@ import pytest
 
 from kvmpy import (
     AGENT,
+    Agent,
     Cpuid,
     Kvm,
     MakeVm,
@@ -184,33 +185,22 @@ def test_long_mode_stays_enabled(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(Msr.MSR_EFER).value() == efer
 
 
-TURNS = """
-#include <kvmpy/guest.h>
-
-/* LSTAR, STAR, KERNEL_GS_BASE, SYSCALL_MASK, SYSENTER_EIP */
-static const u32 msrs[] = { 0xc0000082, 0xc0000081, 0xc0000102, 0xc0000084, 0x176 };
-
-void guest_main(void)
-{
-	u64 base = 0x100000 * (guest_cpu_index() + 1);
-
-	for (unsigned int i = 0; i < ARRAY_SIZE(msrs); i++)
-		wrmsr(msrs[i], base + i);
-	GUEST_SYNC();
-	for (;;)
-		GUEST_SYNC(rdmsr(msrs[0]), rdmsr(msrs[1]), rdmsr(msrs[2]), rdmsr(msrs[3]), rdmsr(msrs[4]));
-}
-"""
-
-
 def test_each_vcpu_has_its_own(make_vm: MakeVm) -> None:
     """vCPUs that take turns on one thread keep their own values of MSRs that the CPU itself holds.
 
     Documentation/virt/kvm/api.rst, 4.18 KVM_GET_MSRS (a vCPU ioctl).
     """
-    vm = make_vm.start(TURNS, vcpus=3)
-    for vcpu in vm.vcpus:
-        vcpu.sync()
+    agents = [Agent(vcpu) for vcpu in make_vm(AGENT, vcpus=3).vcpus]
+    msrs = [
+        Msr.MSR_LSTAR,
+        Msr.MSR_STAR,
+        Msr.MSR_KERNEL_GS_BASE,
+        Msr.MSR_SYSCALL_MASK,
+        Msr.MSR_IA32_SYSENTER_EIP,
+    ]
+    values = [[0x10_0000 * index + number for number in range(len(msrs))] for index in (1, 2, 3)]
+    for agent, own in zip(agents, values, strict=True):
+        for msr, value in zip(msrs, own, strict=True):
+            assert agent.wrmsr(msr, value) is None
     for _ in range(2):
-        seen = [vcpu.sync().args for vcpu in vm.vcpus]
-        assert seen == [tuple(0x10_0000 * (index + 1) + number for number in range(5)) for index in range(3)]
+        assert [[agent.rdmsr(msr) for msr in msrs] for agent in agents] == values

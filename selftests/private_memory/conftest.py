@@ -32,7 +32,7 @@ FIRST_SLOT = 1000
 
 # Addresses are guest-virtual.
 GUEST = """
-#include <kvmpy/agent.h>
+#include <kvmpy/guest.h>
 
 /* How often a vCPU went round in spin(), and its end. */
 GUEST_SHARED volatile u64 rounds[8];

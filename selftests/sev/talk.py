@@ -10,7 +10,7 @@ from kvmpy import GHCB, Agent, Exit, GuestVcpu, GuestVm, MakeVm, Ucall
 BUFFER = GHCB["shared_buffer"].offset
 
 GUEST = """
-#include <kvmpy/agent.h>
+#include <kvmpy/guest.h>
 
 struct request {
 	u64 code, info_1, info_2;

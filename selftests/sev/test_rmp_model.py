@@ -25,7 +25,7 @@ PAGES = 6
 STEPS = 60
 
 GUEST = """
-#include <kvmpy/agent.h>
+#include <kvmpy/guest.h>
 
 u64 convert(void *page, u64 private)
 {
