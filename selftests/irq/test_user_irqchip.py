@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 
-from kvmpy import GuestVm, HltExit, IrqWindowOpenExit, MakeVm, Vm, refused
+from kvmpy import AGENT, Agent, GuestVm, HltExit, IrqWindowOpenExit, MakeVm, Vm, refused
 from selftests.conftest import said
 
 VECTOR = 0x51
@@ -51,17 +51,6 @@ void guest_main(void)
 }
 """
 
-TASK_PRIORITY = """
-#include <kvmpy/guest.h>
-
-void guest_main(void)
-{
-	GUEST_SYNC(read_cr8());
-	write_cr8(9);
-	GUEST_SYNC(read_cr8());
-}
-"""
-
 
 def start(make_vm: MakeVm) -> GuestVm:
     """Return a VM without irqchip, its guest with interrupts off."""
@@ -104,12 +93,13 @@ def test_task_priority_is_shared(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, struct kvm_run: cr8 is input and output without an in-kernel local APIC.
     """
-    vm = make_vm.start(TASK_PRIORITY, irqchip=None)
-    vcpu = vm.vcpus[0]
-    vcpu.run_area.cr8 = 5
-    assert vcpu.sync().args == (5,)
-    assert vcpu.sync().args == (9,)
-    assert vcpu.run_area.cr8 == 9
+    agent = Agent(make_vm(AGENT, irqchip=None).vcpus[0])
+    agent.start()
+    agent.vcpu.run_area.cr8 = 5
+    assert agent.read_cr(8) == 5
+    assert agent.write_cr(8, 9) is None
+    assert agent.read_cr(8) == 9
+    assert agent.vcpu.run_area.cr8 == 9
 
 
 def test_vector_out_of_range(vm: Vm) -> None:
