@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import pytest
 
@@ -272,8 +271,13 @@ class Region:
         return {name: value.value for name, value in stats.items() if len(value.values) == 1}
 
 
-class MakeRegion(Protocol):
-    """Makes a range of *pages* pages, in slots of the given sizes (default: one)."""
+@dataclass
+class MakeRegion:
+    """Makes a VM whose guest has a range of *pages* pages beside its own memory, in slots of the given sizes
+    (default: one), of which the first *mapped* are mapped in 4 KiB pages.
+    """
+
+    make_vm: MakeVm
 
     def __call__(
         self,
@@ -285,38 +289,21 @@ class MakeRegion(Protocol):
         huge: str = "never",
         mapped: int | None = None,
         program: str = GUEST,
-    ) -> Region: ...
-
-
-def map_region(region: Region, pages: int) -> None:
-    """Map the range for the guest, in 4 KiB pages, executable."""
-    region.vm.map(GVA, GPA, pages * PAGE_SIZE, page_size=PAGE_SIZE, private=False)
-
-
-@pytest.fixture
-def make_region(make_vm: MakeVm) -> MakeRegion:
-    """Make a VM whose guest has a range of memory that can be private, beside its own memory."""
-
-    def make(
-        pages: int = 16,
-        *,
-        slots: Sequence[int] | None = None,
-        vcpus: int = 1,
-        gmem: bool = True,
-        huge: str = "never",
-        mapped: int | None = None,
-        program: str = GUEST,
     ) -> Region:
-        vm = make_vm(program, vcpus=vcpus, memory=16 << 20)
+        """Make the VM; *gmem* and *huge* are those of :meth:`Region.add`."""
+        vm = self.make_vm(program, vcpus=vcpus, memory=16 << 20)
         region = Region(vm, pages)
         first = 0
         for size in slots if slots is not None else [pages]:
             region.add(first, size, gmem=gmem, huge=huge)
             first += size
-        map_region(region, mapped or pages)
+        vm.map(GVA, GPA, (mapped or pages) * PAGE_SIZE, page_size=PAGE_SIZE, private=False)
         return region
 
-    return make
+
+@pytest.fixture
+def make_region(make_vm: MakeVm) -> MakeRegion:
+    return MakeRegion(make_vm)
 
 
 @pytest.fixture
