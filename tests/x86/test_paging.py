@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -17,9 +17,7 @@ from kvmpy.x86.paging_errors import (
     NotMappedError,
 )
 from selftests.paging.walker import Walker
-
-if TYPE_CHECKING:
-    from tests.x86.conftest import Space, SpaceMaker
+from tests.x86.conftest import Space, SpaceMaker
 
 CBIT = EncryptionBit(51)
 SBIT = EncryptionBit(47, set_means_private=False)
