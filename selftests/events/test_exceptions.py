@@ -10,10 +10,7 @@ from kvmpy.guest import layout
 from kvmpy.testing import host
 from selftests.events.conftest import EventGuest, EventGuestMaker
 
-pytestmark = [
-    pytest.mark.requires("KVM_CAP_VCPU_EVENTS"),
-    pytest.mark.usefixtures("open_registers"),
-]
+pytestmark = [pytest.mark.requires("KVM_CAP_VCPU_EVENTS"), pytest.mark.usefixtures("open_registers")]
 payload = pytest.mark.requires("KVM_CAP_EXCEPTION_PAYLOAD")
 
 CR2 = 0x0000_1234_5678_9ABC

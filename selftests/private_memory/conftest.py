@@ -249,13 +249,7 @@ class Region:
             gpa, left = self.vm.vcpus[0].pre_fault_memory(gpa, left)
 
     def add(
-        self,
-        first: int,
-        pages: int,
-        *,
-        gmem: GuestMemfd | bool = True,
-        offset: int = 0,
-        huge: str = "never",
+        self, first: int, pages: int, *, gmem: GuestMemfd | bool = True, offset: int = 0, huge: str = "never"
     ) -> Part:
         """Add a slot: with a guest_memfd of its own, the given one, or none."""
         file = self.vm.create_guest_memfd(pages * PAGE_SIZE) if gmem is True else gmem or None

@@ -10,10 +10,7 @@ import pytest
 from kvmpy import KVM_MEMORY_EXIT_FLAG_PRIVATE, PAGE_SIZE, GuestVm, Gva, MemoryFaultExit, MmioExit, VcpuThread
 from selftests.private_memory.conftest import ADD_RETURN, MakeRegion, Region
 
-pytestmark = [
-    pytest.mark.protections("sw-protected"),
-    pytest.mark.requires("KVM_CAP_MEMORY_FAULT_INFO"),
-]
+pytestmark = [pytest.mark.protections("sw-protected"), pytest.mark.requires("KVM_CAP_MEMORY_FAULT_INFO")]
 
 ACCESSES = pytest.mark.parametrize("access", ["read", "write", "fetch"])
 VALUE, OTHER = 0x5A5A_0001, 0xA5A5_0002

@@ -23,10 +23,7 @@ from kvmpy import (
 )
 from selftests.private_memory.conftest import MakeRegion, Region
 
-pytestmark = [
-    pytest.mark.protections("sw-protected"),
-    pytest.mark.requires("KVM_CAP_PRE_FAULT_MEMORY"),
-]
+pytestmark = [pytest.mark.protections("sw-protected"), pytest.mark.requires("KVM_CAP_PRE_FAULT_MEMORY")]
 
 HUGE = SIZE_2M // PAGE_SIZE
 VALUE = 0x9E7F_0000

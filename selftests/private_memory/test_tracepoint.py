@@ -10,13 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M, Gva, KvmError, MemoryFaultExit, MissingError, PfErr, VcpuThread
-from kvmpy.debug.faults import (
-    AttributesEvent,
-    ExitEvent,
-    FaultTracer,
-    MappingEvent,
-    PageFaultEvent,
-)
+from kvmpy.debug.faults import AttributesEvent, ExitEvent, FaultTracer, MappingEvent, PageFaultEvent
 from kvmpy.debug.tracefs import TracefsError
 from selftests.private_memory.conftest import ADD_RETURN, PRIVATE, MakeRegion, Region
 

@@ -82,8 +82,7 @@ def test_fpu_shows_the_xsave_image(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE; Intel SDM volume 1, 13.4.1 Legacy Region.
     """
     image = with_words(
-        vcpu.get_xsave2(),
-        {FCW: b"\x7f\x02", XMM0 + 16 * 5: xmm(5), XSTATE_BV: (3).to_bytes(8, "little")},
+        vcpu.get_xsave2(), {FCW: b"\x7f\x02", XMM0 + 16 * 5: xmm(5), XSTATE_BV: (3).to_bytes(8, "little")}
     )
     vcpu.set_xsave(image)
     fpu = vcpu.get_fpu()

@@ -40,12 +40,7 @@ CR4_FEATURES = {
     CR4.SMAP: "smap",
     CR4.PKE: "pku",
 }
-EFER_FEATURES = {
-    EFER.NXE: "nx",
-    EFER.SVME: "svm",
-    EFER.FFXSR: "fxsr_opt",
-    EFER.AUTOIBRS: "autoibrs",
-}
+EFER_FEATURES = {EFER.NXE: "nx", EFER.SVME: "svm", EFER.FFXSR: "fxsr_opt", EFER.AUTOIBRS: "autoibrs"}
 
 
 class Ioctl(Protocol):

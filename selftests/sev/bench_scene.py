@@ -173,10 +173,7 @@ class Scene:
             data = self.owner.session(self.pdh()[0], policy)
             bench.write(PLACES["session"], data)
             bench.write(PLACES["pdh"], self.owner.certificate())
-            keys = {
-                "session_address": bench.address(PLACES["session"]),
-                "session_len": SESSION_SIZE,
-            }
+            keys = {"session_address": bench.address(PLACES["session"]), "session_len": SESSION_SIZE}
             cert = "pdh" if state == "RUPDATE" else "dh"
             keys |= {f"{cert}_address": bench.address(PLACES["pdh"]), f"{cert}_len": CERTIFICATE_SIZE}
         start = "RECEIVE_START" if state == "RUPDATE" else "LAUNCH_START"

@@ -38,11 +38,7 @@ KINDS = tuple(
     for kind in ("sev", "sev-es", "snp")
 )
 IN_PLACE = KINDS[:2]
-TYPES = {
-    "sev": VmType.KVM_X86_SEV_VM,
-    "sev-es": VmType.KVM_X86_SEV_ES_VM,
-    "snp": VmType.KVM_X86_SNP_VM,
-}
+TYPES = {"sev": VmType.KVM_X86_SEV_VM, "sev-es": VmType.KVM_X86_SEV_ES_VM, "snp": VmType.KVM_X86_SNP_VM}
 MEMORY = Gpa(0x10_0000)
 PAGES = 16
 

@@ -514,11 +514,7 @@ def test_psc_of_pages_in_a_row(make_vm: MakeVm) -> None:
     """Entries that follow one another with the same operation are one hypercall; others are not."""
     talk = talker(make_vm)
     entries = [entry(0x300, 1), entry(0x301, 1), entry(0x303, 1), entry(0x304, 2)]
-    assert ask(talk, psc(*entries)) == [
-        (0x300000, 2, ENCRYPTED),
-        (0x303000, 1, ENCRYPTED),
-        (0x304000, 1, 0),
-    ]
+    assert ask(talk, psc(*entries)) == [(0x300000, 2, ENCRYPTED), (0x303000, 1, ENCRYPTED), (0x304000, 1, 0)]
     assert int.from_bytes(talk.reply().buffer[:2], "little") == 4
 
 

@@ -73,9 +73,7 @@ def waiting(bare: BareMaker, kind: str, *, registered: bool = True) -> Waiting:
     policy = SevPolicy(es=kind == "sev-es")
     assert isinstance(made.state, SevInitialised)
     launching = made.state.start(
-        policy,
-        dh_certificate=owner.certificate(),
-        session=owner.session(platform_key()[0], int(policy)),
+        policy, dh_certificate=owner.certificate(), session=owner.session(platform_key()[0], int(policy))
     )
     if registered:
         made.vm.memory_encrypt_reg_region(made.hva, 4 * PAGE_SIZE)
@@ -107,9 +105,7 @@ def test_the_guest_reads_its_secret(make_vm: MakeVm, monkeypatch: pytest.MonkeyP
     kind = {"sev": Sev, "sev-es": SevEs}[make_vm.protection]
     policy = SevPolicy(es=kind.es)
     protection = kind(
-        policy,
-        dh_certificate=owner.certificate(),
-        session=owner.session(platform_key()[0], int(policy)),
+        policy, dh_certificate=owner.certificate(), session=owner.session(platform_key()[0], int(policy))
     )
     vm = make_vm(GUEST, protection=protection)
     gva = vm.alloc(PAGE_SIZE)

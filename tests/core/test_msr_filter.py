@@ -7,13 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvmpy.core.msr_filter import (
-    MAX_RANGE_MSRS,
-    READ,
-    WRITE,
-    MsrFilter,
-    MsrRange,
-)
+from kvmpy.core.msr_filter import MAX_RANGE_MSRS, READ, WRITE, MsrFilter, MsrRange
 
 # A few clusters, so that most examples need at most 16 ranges.
 MSRS = st.one_of(

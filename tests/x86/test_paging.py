@@ -12,10 +12,7 @@ from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, EncryptionBit, Gpa, 
 from kvmpy.core.backing import Anonymous
 from kvmpy.core.memory import Segment
 from kvmpy.x86.entry import flag_words, pat_bits
-from kvmpy.x86.paging_errors import (
-    MixedPrivacyError,
-    NotMappedError,
-)
+from kvmpy.x86.paging_errors import MixedPrivacyError, NotMappedError
 from selftests.paging.walker import Walker
 from tests.x86.conftest import Space, SpaceMaker
 
