@@ -104,8 +104,7 @@ def test_in_the_handler(make_vm: MakeVm) -> None:
 
     Intel SDM volume 3, 6.7.1 Handling Multiple NMIs; Documentation/virt/kvm/api.rst, 4.31 (nmi.masked).
     """
-    vm = make_vm.start(HANDLER)
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(HANDLER).vcpus[0]
     vcpu.sync()
     vcpu.nmi()
     assert vcpu.sync().args == (0x1001,)

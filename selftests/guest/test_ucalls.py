@@ -136,8 +136,7 @@ void guest_main(void)
 
 def test_calls_nested_too_deeply(make_vm: MakeVm) -> None:
     """A guest whose handlers nest deeper than there are slots ends with an error that says so."""
-    vm = make_vm.start(TOO_DEEP)
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(TOO_DEEP).vcpus[0]
     for _ in range(layout.UCALL_SLOTS - 2):
         vcpu.sync()
     with pytest.raises(UnexpectedExitError, match="nested deeper than 7"):

@@ -274,8 +274,7 @@ def test_interrupts_nobody_takes(make_vm: MakeVm) -> None:
 
 def test_pending_events(make_vm: MakeVm) -> None:
     """Events that KVM holds for the vCPU are told, and an APIC as reset leaves it takes one line."""
-    vm = make_vm.start(HALTED)
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(HALTED).vcpus[0]
     with pytest.raises(GuestTimeoutError):
         vcpu.run_to_done(0.5)
     events = vcpu.get_vcpu_events()

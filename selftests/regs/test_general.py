@@ -183,7 +183,7 @@ def test_pending_interrupt(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.13 KVM_GET_SREGS ("acknowledged by the APIC but not yet injected").
     """
-    vm = make_vm.start("""
+    vcpu = make_vm.start("""
 #include <kvmpy/guest.h>
 
 static volatile u64 vector;
@@ -201,8 +201,7 @@ void guest_main(void)
 	cli();
 	GUEST_SYNC(vector);
 }
-""")
-    vcpu = vm.vcpus[0]
+""").vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
     sregs = vcpu.get_sregs()

@@ -45,8 +45,7 @@ void guest_main(void)
 
 def test_ports(make_vm: MakeVm) -> None:
     """IN and OUT of every size, with the port in DX or in the instruction, keep the rest of RAX."""
-    vm = make_vm.start(PORTS)
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(PORTS).vcpus[0]
     for port, size, value in (
         (0x42, 1, 0x11),
         (0x42, 2, 0x7722),
@@ -298,8 +297,7 @@ void guest_main(void)
 
 def test_an_nmi_between_ucalls(make_vm: MakeVm) -> None:
     """An NMI's handler makes ucalls and CPUID accesses of its own, and the interrupted code goes on."""
-    vm = make_vm.start(NMI)
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(NMI).vcpus[0]
     assert vcpu.sync().args == (0,)
     vcpu.nmi()
     assert vcpu.sync().args == (101, 1)

@@ -303,8 +303,7 @@ def test_guest_was_stopped(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.70 KVM_KVMCLOCK_CTRL.
     """
-    vm = start(make_vm, "stopped")
-    vcpu = vm.vcpus[0]
+    vcpu = start(make_vm, "stopped").vcpus[0]
     assert vcpu.sync().args == (0,)
     vcpu.kvmclock_ctrl()
     assert vcpu.sync().args == (GUEST_STOPPED,)

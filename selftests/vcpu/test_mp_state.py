@@ -203,8 +203,7 @@ def test_set_runnable_ends_halt(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.39 KVM_SET_MP_STATE.
     """
-    vm = start(make_vm, "wait_for_nmi")
-    vcpu = vm.vcpus[0]
+    vcpu = start(make_vm, "wait_for_nmi").vcpus[0]
     with Sleeper(vcpu) as sleeper:
         sleeper.wait_until("blocking")
         sleeper.kicked(vcpu)

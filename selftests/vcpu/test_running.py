@@ -120,8 +120,7 @@ def test_kick_of_halted_guest(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.10 KVM_RUN: EINTR.
     """
-    vm = make_vm.start(GUEST, "sleep")
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(GUEST, "sleep").vcpus[0]
     assert vcpu.sync().args == (ord("r"),)
     with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
         wait_until(lambda: vcpu.running, "KVM_RUN does not start")
@@ -152,8 +151,7 @@ def test_deadline(make_vm: MakeVm, entry: str) -> None:
 
     Documentation/virt/kvm/api.rst, 4.10 KVM_RUN: EINTR; kvmpy's own promise that a run ends.
     """
-    vm = make_vm.start(GUEST, entry)
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(GUEST, entry).vcpus[0]
     assert vcpu.sync().args == (ord("r"),)
     started = time.monotonic()
     with pytest.raises(GuestTimeoutError, match="deadline"):
@@ -214,8 +212,7 @@ def test_deadline_does_not_touch_the_completion_of_an_exit(make_vm: MakeVm) -> N
 
     Documentation/virt/kvm/api.rst, KVM_EXIT_IO: re-enter with immediate_exit to complete pending operations.
     """
-    vm = make_vm.start(GUEST, "ask_port")
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(GUEST, "ask_port").vcpus[0]
     got = vcpu.expect(IoExit, timeout=0.05)
     got.respond(7)
     pass_time(0.06)
@@ -383,8 +380,7 @@ def test_signal_mask(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.21 KVM_SET_SIGNAL_MASK.
     """
-    vm = make_vm.start(GUEST, "count")
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(GUEST, "count").vcpus[0]
     number = signal.SIGUSR2
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:

@@ -73,8 +73,7 @@ def test_events_show_mode(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS (smi.pending, smi.smm).
     """
-    vm = start(make_vm)
-    vcpu = vm.vcpus[0]
+    vcpu = start(make_vm).vcpus[0]
     vcpu.complete_io()
     vcpu.smi()
     assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (1, 0)
@@ -90,8 +89,7 @@ def test_second_smi_waits(make_vm: MakeVm) -> None:
 
     Intel SDM 3C, 32.3.1: SMIs are masked in system management mode, one is kept pending.
     """
-    vm = start(make_vm)
-    vcpu = vm.vcpus[0]
+    vcpu = start(make_vm).vcpus[0]
     vcpu.smi()
     assert vcpu.expect(IoExit).value == 0x5A
     vcpu.smi()
