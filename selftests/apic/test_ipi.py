@@ -210,7 +210,7 @@ def test_broadcast_quirk(make_vm: MakeVm, quirk: bool, counts: tuple[int, ...]) 
     Documentation/virt/kvm/api.rst, 7.7 KVM_CAP_X2APIC_API: KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
     """
     cluster = Cluster(make_vm, x2apic=X2APIC, ids=(0, 1, 0xFF), quirk=quirk)
-    cluster.vm.signal_msi(Msi.to(0xFF, VECTOR))
+    cluster.vm.irq.signal_msi(Msi.to(0xFF, VECTOR))
     assert cluster.counts() == got(*counts)
 
 
@@ -287,7 +287,7 @@ def test_disabled_receiver(make_vm: MakeVm, x2apic: bool) -> None:
     Intel SDM 3A, 12.4.7.2 (state after it has been software disabled).
     """
     cluster = Cluster(make_vm, x2apic=x2apic)
-    cluster.vm.vcpus[1].set_lapic_reg(0xF0, 0xFF)
+    cluster.vm.vcpus[1].lapic.set_reg(0xF0, 0xFF)
     assert cluster.send(1) == got(0, 0, 0)
     assert cluster.send(1, delivery=Delivery.NMI) == [(0, 0), (0, 1), (0, 0)]
 

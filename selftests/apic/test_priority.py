@@ -124,8 +124,8 @@ def test_requests(make_vm: MakeVm, x2apic: int) -> None:
     """
     vm = make_vm.start(GUEST, "requests", x2apic)
     assert said(vm) == ("r",)
-    vm.signal_msi(Msi.to(0, MIDDLE))
-    vm.signal_msi(Msi.to(0, HIGH, level=True))
+    vm.irq.signal_msi(Msi.to(0, MIDDLE))
+    vm.irq.signal_msi(Msi.to(0, HIGH, level=True))
     vm.vcpus[0].run_to_done()
 
 
@@ -138,7 +138,7 @@ def test_highest_first(make_vm: MakeVm, x2apic: int) -> None:
     vm = make_vm.start(GUEST, "windows", x2apic, 0)
     assert said(vm)[0] == "i"
     for vector in (MIDDLE, LOW, HIGH):
-        vm.signal_msi(Msi.to(0, vector))
+        vm.irq.signal_msi(Msi.to(0, vector))
     assert [vector for word, vector in story(vm) if word == "h"] == [HIGH, MIDDLE, LOW]
 
 
@@ -151,11 +151,11 @@ def test_task_priority(make_vm: MakeVm, x2apic: int) -> None:
     vm = make_vm.start(GUEST, "windows", x2apic, 0x50)
     assert said(vm) == ("i", 0x50)
     for vector in (LOW, MIDDLE, HIGH):
-        vm.signal_msi(Msi.to(0, vector))
+        vm.irq.signal_msi(Msi.to(0, vector))
     assert story(vm) == [("h", HIGH), ("e", HIGH)]
-    vm.vcpus[0].set_lapic_reg(apic.TPR, 0x40)
+    vm.vcpus[0].lapic.set_reg(apic.TPR, 0x40)
     assert story(vm) == [("h", MIDDLE), ("e", MIDDLE)]
-    vm.vcpus[0].set_lapic_reg(apic.TPR, 0x3F)
+    vm.vcpus[0].lapic.set_reg(apic.TPR, 0x3F)
     assert story(vm) == [("h", LOW), ("e", LOW)]
 
 
@@ -188,12 +188,12 @@ def test_in_service_register(make_vm: MakeVm, x2apic: int) -> None:
     """
     vm = make_vm.start(GUEST, "windows", x2apic, 0)
     assert said(vm) == ("i", 0)
-    vm.signal_msi(Msi.to(0, MIDDLE))
+    vm.irq.signal_msi(Msi.to(0, MIDDLE))
     _, vector, _, in_service, requested = said(vm)
     assert (vector, in_service, requested) == (MIDDLE, 1, 0)
-    assert vm.vcpus[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 1 << MIDDLE % 32
+    assert vm.vcpus[0].lapic.get_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 1 << MIDDLE % 32
     assert story(vm, 1) == [("e", MIDDLE)]
-    assert vm.vcpus[0].get_lapic_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 0
+    assert vm.vcpus[0].lapic.get_reg(apic.ISR + 0x10 * (MIDDLE // 32)) == 0
 
 
 @MODES
@@ -204,7 +204,7 @@ def test_processor_priority(make_vm: MakeVm, x2apic: int) -> None:
     """
     vm = make_vm.start(GUEST, "windows", x2apic, 0x20)
     assert said(vm) == ("i", 0x20)
-    vm.signal_msi(Msi.to(0, MIDDLE))
+    vm.irq.signal_msi(Msi.to(0, MIDDLE))
     assert said(vm)[:3] == ("h", MIDDLE, 0x50)
     assert said(vm) == ("e", MIDDLE)
     assert said(vm) == ("i", 0x20)
@@ -218,9 +218,9 @@ def test_higher_interrupts_lower(make_vm: MakeVm, x2apic: int) -> None:
     """
     vm = make_vm.start(GUEST, "nested", x2apic)
     assert said(vm)[0] == "i"
-    vm.signal_msi(Msi.to(0, LOW))
+    vm.irq.signal_msi(Msi.to(0, LOW))
     assert said(vm)[:2] == ("h", LOW)
-    vm.signal_msi(Msi.to(0, HIGH))
+    vm.irq.signal_msi(Msi.to(0, HIGH))
     assert story(vm) == [("h", HIGH), ("e", HIGH), ("e", LOW)]
 
 
@@ -232,8 +232,8 @@ def test_lower_waits_for_higher(make_vm: MakeVm, x2apic: int) -> None:
     """
     vm = make_vm.start(GUEST, "nested", x2apic)
     assert said(vm)[0] == "i"
-    vm.signal_msi(Msi.to(0, HIGH))
+    vm.irq.signal_msi(Msi.to(0, HIGH))
     assert said(vm)[:2] == ("h", HIGH)
-    vm.signal_msi(Msi.to(0, LOW))
-    vm.signal_msi(Msi.to(0, HIGH))
+    vm.irq.signal_msi(Msi.to(0, LOW))
+    vm.irq.signal_msi(Msi.to(0, HIGH))
     assert story(vm) == [("e", HIGH), ("h", HIGH), ("e", HIGH), ("h", LOW), ("e", LOW)]

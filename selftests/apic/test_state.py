@@ -30,13 +30,13 @@ FORMAT_32BIT = f"KVM_CAP_X2APIC_API&{int(KVM_X2APIC_API_USE_32BIT_IDS)}"
 
 def make(vm: Vm, vcpu_id: int = 0, *, x2apic: bool = False, format_32bit: bool = False) -> Vcpu:
     """Return a vCPU with a local APIC in the mode asked for."""
-    vm.create_split_irqchip()
+    vm.irq.create_split_chip()
     if format_32bit:
         vm.enable_cap(KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS)
     vcpu = vm.create_vcpu(vcpu_id)
-    vcpu.set_cpuid2(vm.kvm.supported_cpuid)
+    vcpu.cpuid.set(vm.kvm.supported_cpuid)
     if x2apic:
-        vcpu.set_msr(APIC_BASE, vcpu.get_msr(APIC_BASE) | EXTD)
+        vcpu.msrs.set(APIC_BASE, vcpu.msrs.get(APIC_BASE) | EXTD)
     return vcpu
 
 
@@ -46,16 +46,16 @@ def test_power_up_state(vm: Vm) -> None:
     Intel SDM 3A, 12.4.7.1 (local APIC state after power-up or reset).
     """
     vcpu = make(vm)
-    assert vcpu.get_lapic_reg(apic.SPIV) == 0xFF
-    assert vcpu.get_lapic_reg(apic.TPR) == 0
-    assert vcpu.get_lapic_reg(apic.DFR) == 0xFFFF_FFFF
-    assert vcpu.get_lapic_reg(apic.LDR) == 0
+    assert vcpu.lapic.get_reg(apic.SPIV) == 0xFF
+    assert vcpu.lapic.get_reg(apic.TPR) == 0
+    assert vcpu.lapic.get_reg(apic.DFR) == 0xFFFF_FFFF
+    assert vcpu.lapic.get_reg(apic.LDR) == 0
     for first in (apic.ISR, apic.TMR, apic.IRR):
-        assert [vcpu.get_lapic_reg(first + 16 * n) for n in range(8)] == [0] * 8
+        assert [vcpu.lapic.get_reg(first + 16 * n) for n in range(8)] == [0] * 8
     for entry in (apic.LVT_TIMER, apic.LVT_LINT1, apic.LVT_ERROR):
-        assert vcpu.get_lapic_reg(entry) == apic.LVT_MASKED
+        assert vcpu.lapic.get_reg(entry) == apic.LVT_MASKED
     for timer in (apic.TIMER_INITIAL, apic.TIMER_CURRENT, apic.TIMER_DIVIDE):
-        assert vcpu.get_lapic_reg(timer) == 0
+        assert vcpu.lapic.get_reg(timer) == 0
 
 
 def test_base_of_boot_processor(vm: Vm) -> None:
@@ -63,10 +63,10 @@ def test_base_of_boot_processor(vm: Vm) -> None:
 
     Intel SDM 3A, 12.4.4 (IA32_APIC_BASE: BSP flag, global enable).
     """
-    vm.create_split_irqchip()
+    vm.irq.create_split_chip()
     first, second = vm.create_vcpu(0), vm.create_vcpu(1)
-    assert first.get_sregs().apic_base == 0xFEE0_0000 | ENABLE | BSP
-    assert second.get_sregs().apic_base == 0xFEE0_0000 | ENABLE
+    assert first.regs.get_sregs().apic_base == 0xFEE0_0000 | ENABLE | BSP
+    assert second.regs.get_sregs().apic_base == 0xFEE0_0000 | ENABLE
 
 
 def test_xapic_id(vm: Vm) -> None:
@@ -74,7 +74,7 @@ def test_xapic_id(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.57 KVM_GET_LAPIC; 4.7 KVM_CREATE_VCPU (the vCPU id is the APIC id).
     """
-    assert make(vm, 0x2C).get_lapic_reg(apic.ID) == 0x2C << 24
+    assert make(vm, 0x2C).lapic.get_reg(apic.ID) == 0x2C << 24
 
 
 def test_x2apic_id_in_old_format(vm: Vm) -> None:
@@ -82,7 +82,7 @@ def test_x2apic_id_in_old_format(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.57 KVM_GET_LAPIC: "always uses xAPIC format".
     """
-    assert make(vm, 0x2C, x2apic=True).get_lapic_reg(apic.ID) == 0x2C << 24
+    assert make(vm, 0x2C, x2apic=True).lapic.get_reg(apic.ID) == 0x2C << 24
 
 
 @pytest.mark.requires(FORMAT_32BIT, "KVM_CAP_MAX_VCPU_ID>=1024")
@@ -92,9 +92,9 @@ def test_x2apic_id_in_new_format(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.57 KVM_GET_LAPIC.
     """
     vcpu = make(vm, 0x12C, x2apic=True, format_32bit=True)
-    assert vcpu.get_lapic_reg(apic.ID) == 0x12C
+    assert vcpu.lapic.get_reg(apic.ID) == 0x12C
     other = vm.create_vcpu(7)
-    assert other.get_lapic_reg(apic.ID) == 7 << 24
+    assert other.lapic.get_reg(apic.ID) == 7 << 24
 
 
 @pytest.mark.requires(FORMAT_32BIT)
@@ -104,10 +104,10 @@ def test_x2apic_id_is_read_only(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.58 KVM_SET_LAPIC; Intel SDM 3A, 12.12.5.1 (the x2APIC id is fixed).
     """
     vcpu = make(vm, 5, x2apic=True, format_32bit=True)
-    vcpu.set_lapic(vcpu.get_lapic())
+    vcpu.lapic.set(vcpu.lapic.get())
     with refused(errno.EINVAL):
-        vcpu.set_lapic_reg(apic.ID, 6)
-    assert vcpu.get_lapic_reg(apic.ID) == 5
+        vcpu.lapic.set_reg(apic.ID, 6)
+    assert vcpu.lapic.get_reg(apic.ID) == 5
 
 
 @pytest.mark.parametrize("vcpu_id", [0, 5, 0x2C])
@@ -117,7 +117,7 @@ def test_x2apic_logical_id(vm: Vm, vcpu_id: int) -> None:
     Intel SDM 3A, 12.12.10.2 (deriving the logical x2APIC id from the local x2APIC id).
     """
     vcpu = make(vm, vcpu_id, x2apic=True)
-    assert vcpu.get_lapic_reg(apic.LDR) == vcpu_id // 16 << 16 | 1 << vcpu_id % 16
+    assert vcpu.lapic.get_reg(apic.LDR) == vcpu_id // 16 << 16 | 1 << vcpu_id % 16
 
 
 @pytest.mark.parametrize("x2apic", [False, True])
@@ -139,11 +139,11 @@ def test_state_is_kept(vm: Vm, x2apic: bool) -> None:
         apic.TIMER_DIVIDE: 0xB,
     }
     for register, value in values.items():
-        vcpu.set_lapic_reg(register, value)
-    assert {register: vcpu.get_lapic_reg(register) for register in values} == values
-    before = vcpu.get_lapic()
-    vcpu.set_lapic(before)
-    assert vcpu.get_lapic() == before
+        vcpu.lapic.set_reg(register, value)
+    assert {register: vcpu.lapic.get_reg(register) for register in values} == values
+    before = vcpu.lapic.get()
+    vcpu.lapic.set(before)
+    assert vcpu.lapic.get() == before
 
 
 def test_version_is_read_only(vm: Vm) -> None:
@@ -152,11 +152,11 @@ def test_version_is_read_only(vm: Vm) -> None:
     Intel SDM 3A, 12.4.8 (integrated APIC: 10h to 15h, max LVT entry).
     """
     vcpu = make(vm)
-    before = vcpu.get_lapic_reg(apic.LVR)
+    before = vcpu.lapic.get_reg(apic.LVR)
     assert before & 0xFF in range(0x10, 0x16)
     assert before >> 16 & 0xFF >= 5
-    vcpu.set_lapic_reg(apic.LVR, 0)
-    assert vcpu.get_lapic_reg(apic.LVR) == before
+    vcpu.lapic.set_reg(apic.LVR, 0)
+    assert vcpu.lapic.get_reg(apic.LVR) == before
 
 
 def test_no_local_apic(vm: Vm) -> None:
@@ -166,9 +166,9 @@ def test_no_local_apic(vm: Vm) -> None:
     """
     vcpu = vm.create_vcpu()
     with refused(errno.EINVAL):
-        vcpu.get_lapic()
+        vcpu.lapic.get()
     with refused(errno.EINVAL):
-        vcpu.set_lapic(kvm_lapic_state())
+        vcpu.lapic.set(kvm_lapic_state())
 
 
 @pytest.mark.requires("KVM_CAP_X2APIC_API")
@@ -194,12 +194,12 @@ def test_suppressed_eoi_broadcast_flags(kvm: Kvm) -> None:
     enable = int(KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST)
     disable = int(KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST)
     with kvm.create_vm() as vm:
-        vm.create_irqchip()
+        vm.irq.create_chip()
         with refused(errno.EINVAL):
             vm.enable_cap(KVM_CAP_X2APIC_API, enable)
         vm.enable_cap(KVM_CAP_X2APIC_API, disable)
     with kvm.create_vm() as vm:
-        vm.create_split_irqchip()
+        vm.irq.create_split_chip()
         with refused(errno.EINVAL):
             vm.enable_cap(KVM_CAP_X2APIC_API, enable | disable)
         vm.enable_cap(KVM_CAP_X2APIC_API, enable)
@@ -216,12 +216,12 @@ def test_suppressed_eoi_broadcast_is_advertised(kvm: Kvm) -> None:
         (KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST, 0),
     ):
         with kvm.create_vm() as vm:
-            vm.create_split_irqchip()
+            vm.irq.create_split_chip()
             vm.enable_cap(KVM_CAP_X2APIC_API, flag)
             vcpu = vm.create_vcpu()
-            vcpu.set_cpuid2(kvm.supported_cpuid)
-            vcpu.set_lapic(vcpu.get_lapic())
-            assert vcpu.get_lapic_reg(apic.LVR) >> 24 & 1 == bit
+            vcpu.cpuid.set(kvm.supported_cpuid)
+            vcpu.lapic.set(vcpu.lapic.get())
+            assert vcpu.lapic.get_reg(apic.LVR) >> 24 & 1 == bit
 
 
 @pytest.mark.parametrize(
@@ -235,14 +235,14 @@ def test_illegal_base(vm: Vm, value: int) -> None:
     Intel SDM 3A, 12.4.4 and 12.12.1 (invalid: EN 0, EXTD 1).
     """
     vcpu = make(vm)
-    before = vcpu.get_msr(APIC_BASE)
+    before = vcpu.msrs.get(APIC_BASE)
     with pytest.raises(MsrError):
-        vcpu.set_msr(APIC_BASE, 0xFEE0_0000 | value)
-    sregs = vcpu.get_sregs()
+        vcpu.msrs.set(APIC_BASE, 0xFEE0_0000 | value)
+    sregs = vcpu.regs.get_sregs()
     sregs.apic_base = 0xFEE0_0000 | value
     with refused(errno.EINVAL):
-        vcpu.set_sregs(sregs)
-    assert vcpu.get_msr(APIC_BASE) == before
+        vcpu.regs.set_sregs(sregs)
+    assert vcpu.msrs.get(APIC_BASE) == before
 
 
 def test_base_without_x2apic_in_cpuid(vm: Vm) -> None:
@@ -255,9 +255,9 @@ def test_base_without_x2apic_in_cpuid(vm: Vm) -> None:
     for entry in entries:
         if entry.function == 1:
             entry.ecx &= ~(1 << 21)
-    vcpu.set_cpuid2(entries)
+    vcpu.cpuid.set(entries)
     with pytest.raises(MsrError):
-        vcpu.set_msr(APIC_BASE, 0xFEE0_0000 | ENABLE | EXTD)
+        vcpu.msrs.set(APIC_BASE, 0xFEE0_0000 | ENABLE | EXTD)
 
 
 def test_sregs_shows_base(vm: Vm) -> None:
@@ -266,9 +266,9 @@ def test_sregs_shows_base(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.13 KVM_GET_SREGS (apic_base).
     """
     vcpu = make(vm)
-    vcpu.set_msr(APIC_BASE, 0xFEE0_0000 | ENABLE | EXTD | BSP)
-    sregs = vcpu.get_sregs()
+    vcpu.msrs.set(APIC_BASE, 0xFEE0_0000 | ENABLE | EXTD | BSP)
+    sregs = vcpu.regs.get_sregs()
     assert sregs.apic_base == 0xFEE0_0000 | ENABLE | EXTD | BSP
     sregs.apic_base = 0xFEE0_0000 | BSP
-    vcpu.set_sregs(sregs)
-    assert vcpu.get_msr(APIC_BASE) == 0xFEE0_0000 | BSP
+    vcpu.regs.set_sregs(sregs)
+    assert vcpu.msrs.get(APIC_BASE) == 0xFEE0_0000 | BSP

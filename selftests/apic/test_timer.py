@@ -216,7 +216,7 @@ def hide_deadline(table: kvm_cpuid2) -> kvm_cpuid2:
 def milliseconds(kvm: Kvm, number: int) -> int:
     """Return that time in ticks of the guest's TSC."""
     with kvm.create_vm() as vm:
-        return vm.create_vcpu().get_tsc_khz() * number
+        return vm.create_vcpu().clock.get_tsc_khz() * number
 
 
 @MODES

@@ -54,7 +54,7 @@ void rate(u64 divider, u64 ticks, u64 slack)
 def tsc_khz(kvm: Kvm) -> int:
     """Return the frequency of a guest's TSC."""
     with kvm.create_vm() as vm:
-        return vm.create_vcpu().get_tsc_khz()
+        return vm.create_vcpu().clock.get_tsc_khz()
 
 
 def rate(make_vm: MakeVm, khz: int, divider: int, *, bus_ns: int | None = None) -> float:
@@ -104,7 +104,7 @@ def test_bus_clock_errors(kvm: Kvm) -> None:
     with kvm.create_vm() as vm:
         with refused(errno.ENXIO):
             vm.enable_cap(KVM_CAP_X86_APIC_BUS_CYCLES_NS, 10)
-        vm.create_split_irqchip()
+        vm.irq.create_split_chip()
         with refused(errno.EINVAL):
             vm.enable_cap(KVM_CAP_X86_APIC_BUS_CYCLES_NS, 0)
         vm.enable_cap(KVM_CAP_X86_APIC_BUS_CYCLES_NS, 25)

@@ -105,8 +105,8 @@ def test_get_what_was_set(vcpu: Vcpu) -> None:
             kvm_cpuid_entry2(function=0x5000_0100, index=1, flags=1, ebx=5, ecx=6, edx=7),
         ]
     )
-    vcpu.set_cpuid2(table)
-    assert vcpu.get_cpuid2().entries_list() == table.entries_list()
+    vcpu.cpuid.set(table)
+    assert vcpu.cpuid.get().entries_list() == table.entries_list()
 
 
 def test_new_vcpu_has_none(vcpu: Vcpu) -> None:
@@ -114,7 +114,7 @@ def test_new_vcpu_has_none(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.20 KVM_SET_CPUID.
     """
-    assert vcpu.get_cpuid2().nent == 0
+    assert vcpu.cpuid.get().nent == 0
 
 
 def test_get_too_short(vcpu: Vcpu) -> None:
@@ -122,7 +122,7 @@ def test_get_too_short(vcpu: Vcpu) -> None:
 
     arch/x86/kvm/cpuid.c, kvm_vcpu_ioctl_get_cpuid2(); compare api.rst, 4.46 KVM_GET_SUPPORTED_CPUID.
     """
-    vcpu.set_cpuid2(entries(5))
+    vcpu.cpuid.set(entries(5))
     assert vcpu.ioctl_raw(ioctls.KVM_GET_CPUID2, kvm_cpuid2.with_entries(4)) == (-1, errno.E2BIG)
     exact = kvm_cpuid2.with_entries(5)
     vcpu.ioctl(ioctls.KVM_GET_CPUID2, exact)
@@ -134,9 +134,9 @@ def test_too_many(vcpu: Vcpu) -> None:
 
     arch/x86/kvm/cpuid.c, kvm_vcpu_ioctl_set_cpuid2(); KVM_MAX_CPUID_ENTRIES.
     """
-    vcpu.set_cpuid2(entries(MAX_ENTRIES))
+    vcpu.cpuid.set(entries(MAX_ENTRIES))
     with refused(errno.E2BIG):
-        vcpu.set_cpuid2(entries(MAX_ENTRIES + 1))
+        vcpu.cpuid.set(entries(MAX_ENTRIES + 1))
 
 
 @pytest.mark.parametrize("bits", [47, 49, 56, 58, 64])
@@ -146,7 +146,7 @@ def test_bad_address_width(vcpu: Vcpu, bits: int) -> None:
     arch/x86/kvm/cpuid.c, kvm_check_cpuid().
     """
     with refused(errno.EINVAL):
-        vcpu.set_cpuid2([kvm_cpuid_entry2(function=0x8000_0008, eax=bits << 8 | 40)])
+        vcpu.cpuid.set([kvm_cpuid_entry2(function=0x8000_0008, eax=bits << 8 | 40)])
 
 
 def test_older_form(vcpu: Vcpu) -> None:
@@ -159,7 +159,7 @@ def test_older_form(vcpu: Vcpu) -> None:
         kvm_cpuid_entry(function=0x5000_0001, eax=5, ebx=6, ecx=7, edx=8),
     ]
     vcpu.ioctl(ioctls.KVM_SET_CPUID, kvm_cpuid.of(given))
-    assert vcpu.get_cpuid2().entries_list() == [
+    assert vcpu.cpuid.get().entries_list() == [
         kvm_cpuid_entry2(function=0x5000_0000, eax=1, ebx=2, ecx=3, edx=4),
         kvm_cpuid_entry2(function=0x5000_0001, eax=5, ebx=6, ecx=7, edx=8),
     ]
@@ -183,7 +183,7 @@ def test_changed_after_run(cpuid_guest: CpuidGuestMaker) -> None:
     allow KVM_SET_CPUID{,2} after KVM_RUN").
     """
     guest = cpuid_guest()
-    before = guest.vcpu.get_cpuid2()
+    before = guest.vcpu.cpuid.get()
 
     def flip(cpuid: Cpuid) -> None:
         cpuid.ensure(0x8000_0006).ecx ^= 1
@@ -198,8 +198,8 @@ def test_changed_after_run(cpuid_guest: CpuidGuestMaker) -> None:
         cpuid = Cpuid.from_struct(before)
         change(cpuid)
         with refused(errno.EINVAL):
-            guest.vcpu.set_cpuid2(cpuid.to_struct())
-    assert guest.vcpu.get_cpuid2() == before
+            guest.vcpu.cpuid.set(cpuid.to_struct())
+    assert guest.vcpu.cpuid.get() == before
 
 
 @pytest.mark.usefixtures("open_registers")
@@ -209,9 +209,9 @@ def test_same_after_run(cpuid_guest: CpuidGuestMaker) -> None:
     Commit c6617c61e8fe ("KVM: x86: Partially allow KVM_SET_CPUID{,2} after KVM_RUN").
     """
     guest = cpuid_guest()
-    table = guest.vcpu.get_cpuid2()
-    guest.vcpu.set_cpuid2(table)
-    assert guest.vcpu.get_cpuid2() == table
+    table = guest.vcpu.cpuid.get()
+    guest.vcpu.cpuid.set(table)
+    assert guest.vcpu.cpuid.get() == table
     assert guest.cpuid(0)[0] == table.entries_list()[0].eax
 
 

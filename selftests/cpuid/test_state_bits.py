@@ -29,7 +29,7 @@ PV_UNHALT = 1 << 7
 
 def host_sees(guest: CpuidGuest, feature: str) -> bool:
     """Tell whether KVM_GET_CPUID2 shows the feature."""
-    return Cpuid.from_struct(guest.vcpu.get_cpuid2()).has(feature)
+    return Cpuid.from_struct(guest.vcpu.cpuid.get()).has(feature)
 
 
 def avx_state(kvm: Kvm) -> Missing | None:
@@ -95,7 +95,7 @@ def test_xsave_size(cpuid_guest: CpuidGuestMaker) -> None:
     for value in (XCR0.X87, XCR0.X87 | XCR0.SSE | XCR0.AVX):
         xcrs = kvm_xcrs(nr_xcrs=1)
         xcrs.xcrs[0].value = value
-        guest.vcpu.set_xcrs(xcrs)
+        guest.vcpu.fpu.set_xcrs(xcrs)
         sizes[int(value)] = guest.cpuid(0xD)[1]
     assert sizes == {1: 576, 7: 832}
 

@@ -100,7 +100,7 @@ class Line:
 
     def step(self, control: int) -> DebugExit:
         """Run one instruction; *control* is given again each time, as it counts for the next run."""
-        self.vcpu.set_guest_debug(control)
+        self.vcpu.debug.set(control)
         return self.hit()
 
     def finish(self) -> tuple[int, ...]:

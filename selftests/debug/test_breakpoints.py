@@ -37,10 +37,10 @@ def test_software_breakpoint(line: LineMaker, ring: str) -> None:
     where = guest.at("b")
     code = guest.vm.read(where, 1)
     guest.vm.write(where, INT3)
-    guest.vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP)
+    guest.vcpu.debug.set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP)
     got = guest.hit()
     assert (got.exception, got.pc) == (Vector.BP, where)
-    regs = guest.vcpu.get_regs()
+    regs = guest.vcpu.regs.get()
     assert (regs.rip, regs.rax) == (where, 1)
     guest.vm.write(where, code)
     assert guest.finish() == UNTOUCHED
@@ -55,7 +55,7 @@ def test_int3_of_the_guest(line: LineMaker, control: int) -> None:
     guest = line("user")
     where = guest.at("d")
     guest.vm.write(where, INT3)
-    guest.vcpu.set_guest_debug(control)
+    guest.vcpu.debug.set(control)
     assert guest.finish() == (3, 0, 0, 1, where + 1)
 
 
@@ -69,9 +69,9 @@ def test_int3_handed_on(line: LineMaker, ring: str) -> None:
     where = guest.at("d")
     guest.vm.write(where, INT3)
     control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP
-    guest.vcpu.set_guest_debug(control)
+    guest.vcpu.debug.set(control)
     assert guest.hit().pc == where
-    guest.vcpu.set_guest_debug(control | KVM_GUESTDBG_INJECT_BP)
+    guest.vcpu.debug.set(control | KVM_GUESTDBG_INJECT_BP)
     assert guest.finish() == (3, 0, 0, 1, where + 1)
 
 
@@ -86,11 +86,11 @@ def test_hardware_breakpoint(line: LineMaker, ring: str, slot: int) -> None:
     """
     guest = line(ring)
     elsewhere = [DebugPoint(guest.at("end") + 0x1000)] * slot
-    guest.vcpu.set_debug_points([*elsewhere, DebugPoint(guest.at("c"))])
+    guest.vcpu.debug.set_points([*elsewhere, DebugPoint(guest.at("c"))])
     got = guest.hit()
     assert (got.exception, got.pc, got.dr6) == (Vector.DB, guest.at("c"), DR6_ACTIVE_LOW | 1 << slot)
-    assert guest.vcpu.get_regs().rax == 2
-    guest.vcpu.set_guest_debug(0)
+    assert guest.vcpu.regs.get().rax == 2
+    guest.vcpu.debug.set(0)
     assert guest.finish() == UNTOUCHED
 
 
@@ -105,12 +105,12 @@ def test_several_hardware_breakpoints(line: LineMaker) -> None:
     nowhere = DebugPoint(guest.at("end") + 0x1000)
     seen = []
     for _ in range(3):
-        guest.vcpu.set_debug_points(points)
+        guest.vcpu.debug.set_points(points)
         got = guest.hit()
         seen.append((got.pc, got.dr6 & 0xF))
         points = [nowhere if point.address == got.pc else point for point in points]
     assert seen == [(guest.at("a"), 2), (guest.at("c"), 4), (guest.at("read"), 1)]
-    guest.vcpu.set_debug_points(points)
+    guest.vcpu.debug.set_points(points)
     assert guest.finish() == UNTOUCHED
 
 
@@ -122,11 +122,11 @@ def test_resume_flag(line: LineMaker, ring: str) -> None:
     Intel SDM volume 3, 18.3.1.1 Instruction-Breakpoint Exception Condition (RF flag).
     """
     guest = line(ring)
-    guest.vcpu.set_debug_points([DebugPoint(guest.at("b"))])
+    guest.vcpu.debug.set_points([DebugPoint(guest.at("b"))])
     assert guest.hit().pc == guest.at("b")
-    regs = guest.vcpu.get_regs()
+    regs = guest.vcpu.regs.get()
     regs.rflags |= int(RFLAGS.RF)
-    guest.vcpu.set_regs(regs)
+    guest.vcpu.regs.set(regs)
     assert guest.finish() == UNTOUCHED
 
 
@@ -137,7 +137,7 @@ def test_hardware_breakpoint_needs_its_enable_bit(line: LineMaker) -> None:
     """
     guest = line()
     registers = {0: int(guest.at("b")), 7: 0x400}
-    guest.vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, registers)
+    guest.vcpu.debug.set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, registers)
     assert guest.finish() == UNTOUCHED
 
 
@@ -149,8 +149,8 @@ def test_switched_off(line: LineMaker, keep: int) -> None:
     Documentation/virt/kvm/api.rst, 4.87 KVM_SET_GUEST_DEBUG, KVM_GUESTDBG_ENABLE.
     """
     guest = line()
-    guest.vcpu.set_debug_points([DebugPoint(guest.at("b")), DebugPoint(guest.at("d"))])
+    guest.vcpu.debug.set_points([DebugPoint(guest.at("b")), DebugPoint(guest.at("d"))])
     assert guest.hit().pc == guest.at("b")
     registers = {1: int(guest.at("d")), 7: 0x408}
-    guest.vcpu.set_guest_debug(keep, registers)
+    guest.vcpu.debug.set(keep, registers)
     assert guest.finish() == UNTOUCHED

@@ -140,7 +140,7 @@ def test_exceptions_stay_with_the_guest(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.87 KVM_SET_GUEST_DEBUG (only #BP and #DB are debug events).
     """
     _, vcpu = start(make_vm, "exceptions")
-    vcpu.set_debug_points([DebugPoint(FAR_AWAY + 0x1000)], control=int(KVM_GUESTDBG_USE_SW_BP))
+    vcpu.debug.set_points([DebugPoint(FAR_AWAY + 0x1000)], control=int(KVM_GUESTDBG_USE_SW_BP))
     assert vcpu.sync().args == (Vector.PF, 0, FAR_AWAY, Vector.UD, Vector.GP, 0)
 
 
@@ -163,14 +163,14 @@ def test_own_breakpoint_waits(make_vm: MakeVm) -> None:
     """
     vm, vcpu = start(make_vm, "breakpoint")
     own = vm.program.address_of("spot_at")
-    vcpu.set_debug_points([DebugPoint(vm.program.address_of("spot_behind"))])
+    vcpu.debug.set_points([DebugPoint(vm.program.address_of("spot_behind"))])
     got = vcpu.expect(DebugExit)
     assert (got.pc, got.dr6) == (vm.program.address_of("spot_behind"), DR6_ACTIVE_LOW | 1)
-    kept = vcpu.get_debugregs()
+    kept = vcpu.debug.get_regs()
     assert (kept.db[0], kept.dr6, kept.dr7) == (own, DR6_ACTIVE_LOW, 0x402)
-    vcpu.set_debug_points([DebugPoint(FAR_AWAY)])
+    vcpu.debug.set_points([DebugPoint(FAR_AWAY)])
     assert vcpu.sync().args == (0, 0, 0, own, 0x402)
-    vcpu.set_guest_debug(0)
+    vcpu.debug.set(0)
     assert vcpu.sync().args == (1, own, DR6_ACTIVE_LOW | 1)
 
 
@@ -198,7 +198,7 @@ def test_general_detect_from_outside(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.87 KVM_SET_GUEST_DEBUG; Intel SDM volume 3, 18.3.1.3.
     """
     _, vcpu = start(make_vm, "general_detect")
-    vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, {7: 0x400 | DR7_GD})
+    vcpu.debug.set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, {7: 0x400 | DR7_GD})
     got = vcpu.expect(DebugExit)
     assert (got.exception, got.dr6) == (Vector.DB, DR6_ACTIVE_LOW | 1 << 13)
 
@@ -209,7 +209,7 @@ def test_inject_db(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.87 KVM_SET_GUEST_DEBUG, KVM_GUESTDBG_INJECT_DB.
     """
     _, vcpu = start(make_vm, "injected")
-    vcpu.set_guest_debug(KVM_GUESTDBG_INJECT_DB)
+    vcpu.debug.set(KVM_GUESTDBG_INJECT_DB)
     assert vcpu.sync().args == (1,)
 
 
@@ -222,11 +222,11 @@ def test_inject_over_another(vm: Vm, control: int) -> None:
     """
     vm.enable_cap(KVM_CAP_EXCEPTION_PAYLOAD, 1)
     vcpu: Vcpu = vm.create_vcpu()
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     events.exception.pending, events.exception.nr = 1, int(Vector.UD)
-    vcpu.set_vcpu_events(events)
+    vcpu.events.set(events)
     with refused(errno.EBUSY):
-        vcpu.set_guest_debug(control)
+        vcpu.debug.set(control)
 
 
 @pytest.mark.requires("KVM_CAP_SET_GUEST_DEBUG2")

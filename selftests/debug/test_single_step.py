@@ -51,7 +51,7 @@ def test_each_instruction(line: LineMaker, ring: str) -> None:
         got = guest.step(STEP)
         # The processor may set B0 to B3 for addresses that are not enabled.
         assert (got.exception, got.pc, got.dr6 & ~0xF) == (Vector.DB, guest.at(label), DR6_BS)
-        assert guest.vcpu.get_regs().rip == got.pc
+        assert guest.vcpu.regs.get().rip == got.pc
 
 
 def test_ends(line: LineMaker) -> None:
@@ -61,7 +61,7 @@ def test_ends(line: LineMaker) -> None:
     """
     guest = line()
     step_to(guest, "write")
-    guest.vcpu.set_guest_debug(0)
+    guest.vcpu.debug.set(0)
     assert guest.finish() == (3, 0, 0, 0, 0)
 
 
@@ -71,7 +71,7 @@ def test_not_without_enable(line: LineMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.87 KVM_SET_GUEST_DEBUG, KVM_GUESTDBG_ENABLE.
     """
     guest = line()
-    guest.vcpu.set_guest_debug(KVM_GUESTDBG_SINGLESTEP)
+    guest.vcpu.debug.set(KVM_GUESTDBG_SINGLESTEP)
     assert guest.finish() == (3, 0, 0, 0, 0)
 
 
@@ -82,7 +82,7 @@ def test_trap_flag_is_hidden(line: LineMaker) -> None:
     """
     guest = line()
     step_to(guest, "b")
-    assert not guest.vcpu.get_regs().rflags & RFLAGS.TF
+    assert not guest.vcpu.regs.get().rflags & RFLAGS.TF
 
 
 @pytest.mark.requires(f"KVM_CAP_SET_GUEST_DEBUG2&{int(KVM_GUESTDBG_BLOCKIRQ):#x}")
@@ -94,9 +94,9 @@ def test_blocked_interrupts(line: LineMaker) -> None:
     guest = line()
     control = STEP | KVM_GUESTDBG_BLOCKIRQ
     step_to(guest, "a", control)
-    guest.vcpu.nmi()
+    guest.vcpu.events.nmi()
     assert [guest.step(control).pc for _ in LABELS] == [guest.at(label) for label in LABELS]
-    guest.vcpu.set_guest_debug(0)
+    guest.vcpu.debug.set(0)
     assert guest.finish() == (3, 0, 1, 0, guest.at("end"))
 
 
@@ -164,7 +164,7 @@ def start(make_vm: MakeVm, entry: str) -> tuple[GuestVm, GuestVcpu]:
 
 def step(vcpu: GuestVcpu) -> Ucall | Exit:
     """Run one instruction."""
-    vcpu.set_guest_debug(STEP)
+    vcpu.debug.set(STEP)
     return vcpu.next()
 
 
@@ -219,7 +219,7 @@ def test_over_port_io(make_vm: MakeVm) -> None:
     assert isinstance(answer, IoExit)
     answer.respond(0x5A)
     assert vcpu.expect(DebugExit).pc == address("port_end")
-    assert vcpu.get_regs().rax & 0xFF == 0x5A
+    assert vcpu.regs.get().rax & 0xFF == 0x5A
 
 
 def test_over_an_exception(make_vm: MakeVm) -> None:

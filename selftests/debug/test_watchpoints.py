@@ -28,7 +28,7 @@ def test_write(line: LineMaker, ring: str, size: int) -> None:
     Breakpoint.
     """
     guest = line(ring)
-    guest.vcpu.set_debug_points([DebugPoint(guest.data, "w", size)])
+    guest.vcpu.debug.set_points([DebugPoint(guest.data, "w", size)])
     got = guest.hit()
     assert (got.exception, got.pc, got.dr6) == (Vector.DB, guest.at("c"), DR6_ACTIVE_LOW | 1)
     assert guest.vm.variable(guest.data, 8).u64 == 2
@@ -42,7 +42,7 @@ def test_read_and_write(line: LineMaker, ring: str) -> None:
     Intel SDM volume 3, 18.2.4 Debug Control Register (R/W0 to R/W3).
     """
     guest = line(ring)
-    guest.vcpu.set_debug_points([DebugPoint(guest.data, "rw", 8)])
+    guest.vcpu.debug.set_points([DebugPoint(guest.data, "rw", 8)])
     assert [guest.hit().pc for _ in range(2)] == [guest.at("c"), guest.at("d")]
     assert guest.finish() == UNTOUCHED
 
@@ -54,7 +54,7 @@ def test_part(line: LineMaker, ring: str) -> None:
     Intel SDM volume 3, 18.2.5 Breakpoint Field Recognition.
     """
     guest = line(ring)
-    guest.vcpu.set_debug_points([DebugPoint(guest.data + 7, "w", 1)])
+    guest.vcpu.debug.set_points([DebugPoint(guest.data + 7, "w", 1)])
     assert guest.hit().pc == guest.at("c")
     assert guest.finish() == UNTOUCHED
 
@@ -67,5 +67,5 @@ def test_neighbours(line: LineMaker, ring: str) -> None:
     """
     guest = line(ring)
     beside = (guest.data - 1, guest.data + 8)
-    guest.vcpu.set_debug_points([DebugPoint(address, "rw", 1) for address in beside])
+    guest.vcpu.debug.set_points([DebugPoint(address, "rw", 1) for address in beside])
     assert guest.finish() == UNTOUCHED

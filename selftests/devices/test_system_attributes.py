@@ -20,7 +20,7 @@ def test_guest_xsave_components(kvm: Kvm) -> None:
     arch/x86/kvm/x86.c, __kvm_x86_dev_get_attr(): it reports what KVM supports in XCR0, with the components
     that a VMM needs a permission for, which CPUID leaf 0xD leaves out.
     """
-    offered = kvm.get_device_attr_int(SystemGroup.KVM_X86_GRP_SYSTEM, SystemAttr.KVM_X86_XCOMP_GUEST_SUPP)
+    offered = kvm.attrs.get_int(SystemGroup.KVM_X86_GRP_SYSTEM, SystemAttr.KVM_X86_XCOMP_GUEST_SUPP)
     leaf = [e for e in kvm.get_supported_cpuid().entries_list() if e.function == 0xD and e.index == 0]
     in_cpuid = leaf[0].eax | leaf[0].edx << 32 if leaf else 0
     assert in_cpuid & ~offered == 0
@@ -34,9 +34,9 @@ def test_unknown_system_attributes(kvm: Kvm, group: int, attr: int) -> None:
 
     api.rst 4.80 and 4.81.
     """
-    assert not kvm.has_device_attr(group, attr)
+    assert not kvm.attrs.has(group, attr)
     with refused(errno.ENXIO):
-        kvm.get_device_attr(group, attr)
+        kvm.attrs.get(group, attr)
 
 
 @SYSTEM
@@ -47,7 +47,7 @@ def test_system_attributes_cannot_be_set(kvm: Kvm) -> None:
     it lacks.
     """
     with refused(errno.EINVAL):
-        kvm.set_device_attr(SystemGroup.KVM_X86_GRP_SYSTEM, SystemAttr.KVM_X86_XCOMP_GUEST_SUPP, 1)
+        kvm.attrs.set(SystemGroup.KVM_X86_GRP_SYSTEM, SystemAttr.KVM_X86_XCOMP_GUEST_SUPP, 1)
 
 
 @SYSTEM
@@ -68,9 +68,9 @@ def test_vcpus_have_a_tsc_offset(vm: Vm) -> None:
     Documentation/virt/kvm/devices/vcpu.rst, KVM_VCPU_TSC_CTRL.
     """
     vcpu = vm.create_vcpu()
-    assert vcpu.has_device_attr(VcpuGroup.KVM_VCPU_TSC_CTRL, VcpuTscAttr.KVM_VCPU_TSC_OFFSET)
-    assert not vcpu.has_device_attr(VcpuGroup.KVM_VCPU_TSC_CTRL, 99)
-    assert not vcpu.has_device_attr(99, VcpuTscAttr.KVM_VCPU_TSC_OFFSET)
+    assert vcpu.attrs.has(VcpuGroup.KVM_VCPU_TSC_CTRL, VcpuTscAttr.KVM_VCPU_TSC_OFFSET)
+    assert not vcpu.attrs.has(VcpuGroup.KVM_VCPU_TSC_CTRL, 99)
+    assert not vcpu.attrs.has(99, VcpuTscAttr.KVM_VCPU_TSC_OFFSET)
 
 
 @VCPU
@@ -81,7 +81,7 @@ def test_unknown_vcpu_attributes(vm: Vm, op: str) -> None:
     api.rst 4.80.
     """
     vcpu = vm.create_vcpu()
-    access = vcpu.get_device_attr if op == "get" else vcpu.set_device_attr
+    access = vcpu.attrs.get if op == "get" else vcpu.attrs.set
     with refused(errno.ENXIO):
         access(VcpuGroup.KVM_VCPU_TSC_CTRL, 99)
 

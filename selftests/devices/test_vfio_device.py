@@ -28,7 +28,7 @@ from kvmpy import (
 def vfio_device(kvm: Kvm) -> Missing | None:
     """Tell whether KVM makes VFIO devices."""
     with kvm.create_vm() as vm:
-        if vm.test_device(DeviceType.KVM_DEV_TYPE_VFIO):
+        if vm.devices.test(DeviceType.KVM_DEV_TYPE_VFIO):
             return None
     return Missing("KVM_DEV_TYPE_VFIO", "a kernel with CONFIG_KVM_VFIO=y", ("KVM_DEV_TYPE_VFIO",))
 
@@ -40,7 +40,7 @@ WITH_VFIO = pytest.mark.requires.with_args(vfio_device)
 @pytest.fixture
 def device(vm: Vm) -> Device:
     """The VFIO device of a bare VM."""
-    return vm.create_device(DeviceType.KVM_DEV_TYPE_VFIO)
+    return vm.devices.create(DeviceType.KVM_DEV_TYPE_VFIO)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_types_that_this_kvm_lacks(vm: Vm, kind: int) -> None:
     api.rst 4.79 KVM_CREATE_DEVICE.
     """
     with refused(errno.ENODEV):
-        vm.create_device(kind)
-    assert not vm.test_device(kind)
+        vm.devices.create(kind)
+    assert not vm.devices.test(kind)
 
 
 @WITH_VFIO
@@ -67,7 +67,7 @@ def test_a_test_makes_nothing(vm: Vm) -> None:
     vm.ioctl(ioctls.KVM_CREATE_DEVICE, arg)
     assert arg.fd == 12345
     assert len(os.listdir("/proc/self/fd")) == len(before)
-    vm.create_device(DeviceType.KVM_DEV_TYPE_VFIO)
+    vm.devices.create(DeviceType.KVM_DEV_TYPE_VFIO)
 
 
 @WITH_VFIO
@@ -77,8 +77,8 @@ def test_only_one_vfio_device(vm: Vm, device: Device) -> None:
     virt/kvm/vfio.c, kvm_vfio_create().
     """
     with refused(errno.EBUSY):
-        vm.create_device(DeviceType.KVM_DEV_TYPE_VFIO)
-    assert vm.test_device(DeviceType.KVM_DEV_TYPE_VFIO)
+        vm.devices.create(DeviceType.KVM_DEV_TYPE_VFIO)
+    assert vm.devices.test(DeviceType.KVM_DEV_TYPE_VFIO)
 
 
 @WITH_VFIO
@@ -88,7 +88,7 @@ def test_a_closed_device_makes_room(vm: Vm, device: Device) -> None:
     virt/kvm/vfio.c, kvm_vfio_release().
     """
     device.close()
-    assert vm.create_device(DeviceType.KVM_DEV_TYPE_VFIO).fd >= 0
+    assert vm.devices.create(DeviceType.KVM_DEV_TYPE_VFIO).fd >= 0
 
 
 @WITH_VFIO
@@ -98,10 +98,10 @@ def test_attributes_of_the_vfio_device(device: Device) -> None:
     Documentation/virt/kvm/devices/vfio.rst; api.rst 4.81 KVM_HAS_DEVICE_ATTR.
     """
     group = VfioGroup.KVM_DEV_VFIO_FILE
-    assert device.has_device_attr(group, VfioAttr.KVM_DEV_VFIO_FILE_ADD)
-    assert device.has_device_attr(group, VfioAttr.KVM_DEV_VFIO_FILE_DEL)
-    assert not device.has_device_attr(group, 99)
-    assert not device.has_device_attr(99, VfioAttr.KVM_DEV_VFIO_FILE_ADD)
+    assert device.attrs.has(group, VfioAttr.KVM_DEV_VFIO_FILE_ADD)
+    assert device.attrs.has(group, VfioAttr.KVM_DEV_VFIO_FILE_DEL)
+    assert not device.attrs.has(group, 99)
+    assert not device.attrs.has(99, VfioAttr.KVM_DEV_VFIO_FILE_ADD)
 
 
 @WITH_VFIO
@@ -112,7 +112,7 @@ def test_unknown_attributes_cannot_be_set(device: Device, group: int, attr: int)
     api.rst 4.80 KVM_SET_DEVICE_ATTR.
     """
     with refused(errno.ENXIO):
-        device.set_device_attr(group, attr, 0, size=4)
+        device.attrs.set(group, attr, 0, size=4)
 
 
 @WITH_VFIO
@@ -122,9 +122,7 @@ def test_a_file_that_is_not_open(device: Device) -> None:
     Documentation/virt/kvm/devices/vfio.rst; virt/kvm/vfio.c, kvm_vfio_file_add().
     """
     with refused(errno.EBADF):
-        device.set_device_attr(
-            VfioGroup.KVM_DEV_VFIO_FILE, VfioAttr.KVM_DEV_VFIO_FILE_ADD, struct.pack("<i", -1)
-        )
+        device.attrs.set(VfioGroup.KVM_DEV_VFIO_FILE, VfioAttr.KVM_DEV_VFIO_FILE_ADD, struct.pack("<i", -1))
 
 
 @WITH_VFIO
@@ -134,7 +132,7 @@ def test_a_file_that_is_not_vfio(device: Device) -> None:
     Documentation/virt/kvm/devices/vfio.rst; virt/kvm/vfio.c, kvm_vfio_file_add().
     """
     with EventFd() as other, refused(errno.EINVAL):
-        device.set_device_attr(VfioGroup.KVM_DEV_VFIO_FILE, VfioAttr.KVM_DEV_VFIO_FILE_ADD, other.fd, size=4)
+        device.attrs.set(VfioGroup.KVM_DEV_VFIO_FILE, VfioAttr.KVM_DEV_VFIO_FILE_ADD, other.fd, size=4)
 
 
 @WITH_VFIO
@@ -155,7 +153,7 @@ def test_there_is_nothing_to_get(device: Device) -> None:
     virt/kvm/kvm_main.c, kvm_device_ioctl_attr(): the device does not implement reading.
     """
     with refused(errno.EPERM):
-        device.get_device_attr(VfioGroup.KVM_DEV_VFIO_FILE, VfioAttr.KVM_DEV_VFIO_FILE_ADD, 4)
+        device.attrs.get(VfioGroup.KVM_DEV_VFIO_FILE, VfioAttr.KVM_DEV_VFIO_FILE_ADD, 4)
 
 
 @WITH_VFIO
@@ -167,4 +165,4 @@ def test_the_device_outlives_the_vm_descriptor(vm: Vm, device: Device) -> None:
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(null, vm.fd, inheritable=False)
     os.close(null)
-    assert device.has_device_attr(VfioGroup.KVM_DEV_VFIO_FILE, VfioAttr.KVM_DEV_VFIO_FILE_ADD)
+    assert device.attrs.has(VfioGroup.KVM_DEV_VFIO_FILE, VfioAttr.KVM_DEV_VFIO_FILE_ADD)

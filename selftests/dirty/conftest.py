@@ -52,7 +52,7 @@ class Writers:
 
     def log(self) -> list[int]:
         """Return the pages that KVM_GET_DIRTY_LOG reports."""
-        return list(self.vm.get_dirty_log(self.region.slot))
+        return list(self.vm.dirty.get_log(self.region.slot))
 
 
 class MakeWriters:

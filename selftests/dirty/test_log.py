@@ -102,7 +102,7 @@ def test_every_slot_has_its_own_log(make_writers: MakeWriters) -> None:
         Gpa(0x3000_0000), 64 * PAGE_SIZE, flags=KVM_MEM_LOG_DIRTY_PAGES, private=False
     )
     writers.write([100])
-    assert list(writers.vm.get_dirty_log(other.slot)) == []
+    assert list(writers.vm.dirty.get_log(other.slot)) == []
     assert writers.log() == [100]
 
 
@@ -146,7 +146,7 @@ def test_a_slot_without_the_flag_has_no_log(vm: Vm) -> None:
     """
     slot = vm.add_slot(Gpa(0), 64 * PAGE_SIZE)
     with refused(errno.ENOENT):
-        vm.get_dirty_log(slot.slot)
+        vm.dirty.get_log(slot.slot)
 
 
 def test_a_slot_that_does_not_exist(vm: Vm) -> None:
@@ -155,7 +155,7 @@ def test_a_slot_that_does_not_exist(vm: Vm) -> None:
     virt/kvm/kvm_main.c, kvm_get_dirty_log().
     """
     with refused(errno.ENOENT):
-        vm.get_dirty_log(7, pages=64)
+        vm.dirty.get_log(7, pages=64)
 
 
 @pytest.mark.parametrize("slot", [0xFFFF, 2 << 16], ids=["slot number", "address space"])
@@ -165,7 +165,7 @@ def test_slots_that_cannot_exist(vm: Vm, slot: int) -> None:
     api.rst 4.8 KVM_GET_DIRTY_LOG: bits 16 and up of slot are the address space (at most two on x86).
     """
     with refused(errno.EINVAL):
-        vm.get_dirty_log(slot, pages=64)
+        vm.dirty.get_log(slot, pages=64)
 
 
 def test_a_bitmap_that_cannot_be_written(vm: Vm) -> None:

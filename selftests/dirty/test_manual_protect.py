@@ -27,15 +27,15 @@ INITIALLY_SET = pytest.mark.requires(f"KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2&{int(KV
 
 
 def manual(vm: GuestVm) -> None:
-    vm.enable_manual_dirty_log()
+    vm.dirty.enable_manual_log()
 
 
 def initially_set(vm: GuestVm) -> None:
-    vm.enable_manual_dirty_log(initially_set=True)
+    vm.dirty.enable_manual_log(initially_set=True)
 
 
 def clear(writers: Writers, *pages: int) -> None:
-    writers.vm.clear_dirty_log(writers.region.slot, DirtyBitmap.of(PAGES, pages))
+    writers.vm.dirty.clear_log(writers.region.slot, DirtyBitmap.of(PAGES, pages))
 
 
 def test_reading_the_log_does_not_clear_it(make_writers: MakeWriters) -> None:
@@ -93,7 +93,7 @@ def test_a_part_of_the_slot_is_cleared(make_writers: MakeWriters) -> None:
     """
     writers = make_writers(before_vcpus=manual)
     writers.write([4, 68])
-    writers.vm.clear_dirty_log(writers.region.slot, DirtyBitmap.of(64, [4]), first_page=64)
+    writers.vm.dirty.clear_log(writers.region.slot, DirtyBitmap.of(64, [4]), first_page=64)
     assert writers.log() == [4]
 
 
@@ -104,7 +104,7 @@ def test_the_odd_end_of_a_slot_is_cleared(make_writers: MakeWriters) -> None:
     """
     writers = make_writers(pages=100, before_vcpus=manual)
     writers.write([99])
-    writers.vm.clear_dirty_log(writers.region.slot, DirtyBitmap.of(36, [35]), first_page=64)
+    writers.vm.dirty.clear_log(writers.region.slot, DirtyBitmap.of(36, [35]), first_page=64)
     assert writers.log() == []
 
 
@@ -145,7 +145,7 @@ def test_initially_dirty_pages_are_watched_once_cleared(make_writers: MakeWriter
 @pytest.fixture
 def logged(vm: Vm) -> Vm:
     """A VM whose slot 0 has 100 pages and a log."""
-    vm.enable_manual_dirty_log()
+    vm.dirty.enable_manual_log()
     vm.add_slot(Gpa(0), 100 * PAGE_SIZE, flags=KVM_MEM_LOG_DIRTY_PAGES)
     return vm
 
@@ -161,7 +161,7 @@ def test_ranges_that_are_refused(logged: Vm, first_page: int, num_pages: int) ->
     api.rst 4.117 KVM_CLEAR_DIRTY_LOG.
     """
     with refused(errno.EINVAL):
-        logged.clear_dirty_log(0, bytes(16), first_page=first_page, num_pages=num_pages)
+        logged.dirty.clear_log(0, bytes(16), first_page=first_page, num_pages=num_pages)
 
 
 def test_clearing_a_slot_without_a_log(vm: Vm) -> None:
@@ -169,10 +169,10 @@ def test_clearing_a_slot_without_a_log(vm: Vm) -> None:
 
     virt/kvm/kvm_main.c, kvm_clear_dirty_log_protect().
     """
-    vm.enable_manual_dirty_log()
+    vm.dirty.enable_manual_log()
     vm.add_slot(Gpa(0), 64 * PAGE_SIZE)
     with refused(errno.ENOENT):
-        vm.clear_dirty_log(0, bytes(8))
+        vm.dirty.clear_log(0, bytes(8))
 
 
 def test_an_unknown_flag_is_refused(vm: Vm) -> None:

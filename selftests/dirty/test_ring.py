@@ -30,11 +30,11 @@ ENTRIES = 1024
 
 
 def with_ring(vm: GuestVm) -> None:
-    vm.enable_dirty_ring(ENTRIES)
+    vm.dirty.enable_ring(ENTRIES)
 
 
 def ring_of(writers: Writers, vcpu: int = 0) -> DirtyRing:
-    return writers.vm.dirty_ring(writers.vm.vcpus[vcpu])
+    return writers.vm.dirty.ring(writers.vm.vcpus[vcpu])
 
 
 def entries(writers: Writers, *pages: int) -> list[DirtyGfn]:
@@ -84,11 +84,11 @@ def test_reset_counts_what_was_harvested(make_writers: MakeWriters) -> None:
     writers = make_writers(before_vcpus=with_ring)
     ring = ring_of(writers)
     writers.write([1, 2, 3])
-    assert writers.vm.reset_dirty_rings() == 0
+    assert writers.vm.dirty.reset_rings() == 0
     assert len(ring.harvest(2)) == 2
-    assert writers.vm.reset_dirty_rings() == 2
+    assert writers.vm.dirty.reset_rings() == 2
     assert ring.harvest() == entries(writers, 3)
-    assert writers.vm.reset_dirty_rings() == 1
+    assert writers.vm.dirty.reset_rings() == 1
 
 
 def test_a_page_is_watched_again_after_the_reset(make_writers: MakeWriters) -> None:
@@ -101,7 +101,7 @@ def test_a_page_is_watched_again_after_the_reset(make_writers: MakeWriters) -> N
     for _ in range(3):
         writers.write([8])
         assert ring.harvest() == entries(writers, 8)
-        assert writers.vm.reset_dirty_rings() == 1
+        assert writers.vm.dirty.reset_rings() == 1
 
 
 def test_every_vcpu_has_its_own_ring(make_writers: MakeWriters) -> None:
@@ -115,7 +115,7 @@ def test_every_vcpu_has_its_own_ring(make_writers: MakeWriters) -> None:
     writers.write([20, 21], vcpu=1)
     assert rings[0].harvest() == entries(writers, 10)
     assert rings[1].harvest() == entries(writers, 20, 21)
-    assert writers.vm.reset_dirty_rings() == 3
+    assert writers.vm.dirty.reset_rings() == 3
 
 
 def fill(writers: Writers) -> None:
@@ -139,7 +139,7 @@ def test_a_full_ring_stops_the_vcpu(make_writers: MakeWriters) -> None:
     assert isinstance(vcpu.next(), DirtyRingFullExit)
     ring.harvest()
     assert isinstance(vcpu.next(), DirtyRingFullExit)
-    assert writers.vm.reset_dirty_rings() > 0
+    assert writers.vm.dirty.reset_rings() > 0
     writers.agents[0].value()
 
 
@@ -157,7 +157,7 @@ def test_no_page_is_lost_when_the_ring_wraps(make_writers: MakeWriters) -> None:
         nonlocal times_full
         times_full += 1
         seen.extend(entry.offset for entry in ring.harvest())
-        writers.vm.reset_dirty_rings()
+        writers.vm.dirty.reset_rings()
         return isinstance(exit_, DirtyRingFullExit)
 
     for page in range(3 * ENTRIES):
@@ -204,9 +204,9 @@ def test_the_largest_ring_is_taken(vm: Vm) -> None:
     api.rst 7.36 KVM_CAP_DIRTY_LOG_RING.
     """
     limit = vm.check_extension(KVM_CAP_DIRTY_LOG_RING)
-    vm.enable_dirty_ring(limit // GFN_SIZE)
+    vm.dirty.enable_ring(limit // GFN_SIZE)
     with vm.create_vcpu() as vcpu:
-        assert vm.dirty_ring(vcpu).harvest() == []
+        assert vm.dirty.ring(vcpu).harvest() == []
 
 
 def test_the_size_is_set_once(vm: Vm) -> None:
@@ -214,9 +214,9 @@ def test_the_size_is_set_once(vm: Vm) -> None:
 
     virt/kvm/kvm_main.c, kvm_vm_ioctl_enable_dirty_log_ring().
     """
-    vm.enable_dirty_ring(ENTRIES)
+    vm.dirty.enable_ring(ENTRIES)
     with refused(errno.EINVAL):
-        vm.enable_dirty_ring(ENTRIES)
+        vm.dirty.enable_ring(ENTRIES)
 
 
 def test_vcpus_come_after_the_ring(vm: Vm) -> None:
@@ -226,7 +226,7 @@ def test_vcpus_come_after_the_ring(vm: Vm) -> None:
     """
     vm.create_vcpu()
     with refused(errno.EINVAL):
-        vm.enable_dirty_ring(ENTRIES)
+        vm.dirty.enable_ring(ENTRIES)
 
 
 def test_reset_without_rings(vm: Vm) -> None:
@@ -243,8 +243,8 @@ def test_tracking_of_a_slot_is_switched_off_and_on(vm: Vm) -> None:
 
     api.rst 7.36 KVM_CAP_DIRTY_LOG_RING.
     """
-    vm.enable_dirty_ring(ENTRIES)
+    vm.dirty.enable_ring(ENTRIES)
     slot = vm.add_slot(Gpa(0), 64 * PAGE_SIZE, flags=KVM_MEM_LOG_DIRTY_PAGES)
     slot.set_flags(0)
     slot.set_flags(KVM_MEM_LOG_DIRTY_PAGES)
-    assert vm.reset_dirty_rings() == 0
+    assert vm.dirty.reset_rings() == 0

@@ -29,7 +29,7 @@ def writers(make_writers: MakeWriters) -> Writers:
 
 
 def mapped(writers: Writers) -> tuple[int, int]:
-    stats = writers.vm.get_stats()
+    stats = writers.vm.stats.get()
     return stats["pages_4k"].value, stats["pages_2m"].value
 
 

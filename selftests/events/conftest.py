@@ -101,7 +101,7 @@ class EventGuest:
     @property
     def rip(self) -> int:
         """Where the guest stands."""
-        return int(self.vcpu.get_regs().rip)
+        return int(self.vcpu.regs.get().rip)
 
     def seen(self, vector: int) -> Seen:
         """Return what came in at *vector* so far."""

@@ -19,21 +19,21 @@ DR6_ACTIVE_LOW = 0xFFFF_0FF0
 
 def inject(guest: EventGuest, vector: int, error_code: int | None = None) -> None:
     """Let the guest take an exception at its next run."""
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     events.exception.injected, events.exception.nr = 1, int(vector)
     events.exception.has_error_code = int(error_code is not None)
     events.exception.error_code = error_code or 0
-    guest.vcpu.set_vcpu_events(events)
+    guest.vcpu.events.set(events)
 
 
 def pend(guest: EventGuest, vector: int, value: int | None, error_code: int | None = None) -> None:
     """Make an exception pending, with *value* as its payload unless it is None."""
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     events.exception.pending, events.exception.nr = 1, int(vector)
     events.exception.has_error_code = int(error_code is not None)
     events.exception.error_code = error_code or 0
     events.exception_has_payload, events.exception_payload = int(value is not None), value or 0
-    guest.vcpu.set_vcpu_events(events)
+    guest.vcpu.events.set(events)
 
 
 @pytest.mark.parametrize("vector", [Vector.DE, Vector.BR, Vector.UD, Vector.NM, Vector.MF, Vector.XM])
@@ -73,9 +73,9 @@ def test_page_fault_by_hand(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS and 4.14 KVM_SET_SREGS.
     """
     guest = event_guest()
-    sregs = guest.vcpu.get_sregs()
+    sregs = guest.vcpu.regs.get_sregs()
     sregs.cr2 = CR2
-    guest.vcpu.set_sregs(sregs)
+    guest.vcpu.regs.set_sregs(sregs)
     inject(guest, Vector.PF, 0x6)
     guest.go_on()
     seen = guest.seen(Vector.PF)
@@ -126,9 +126,9 @@ def test_page_fault_without_payload(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 7.17 KVM_CAP_EXCEPTION_PAYLOAD (exception_has_payload).
     """
     guest = event_guest(cap=KVM_CAP_EXCEPTION_PAYLOAD)
-    sregs = guest.vcpu.get_sregs()
+    sregs = guest.vcpu.regs.get_sregs()
     sregs.cr2 = CR2
-    guest.vcpu.set_sregs(sregs)
+    guest.vcpu.regs.set_sregs(sregs)
     pend(guest, Vector.PF, None, error_code=0)
     guest.go_on()
     assert guest.seen(Vector.PF).cr2 == CR2

@@ -23,7 +23,7 @@ def test_interrupt(event_guest: EventGuestMaker, irqchip: str | None) -> None:
     """
     guest = event_guest(irqchip=irqchip, interrupts=True)
     where = guest.rip
-    guest.vcpu.interrupt(VECTOR)
+    guest.vcpu.events.interrupt(VECTOR)
     guest.go_on()
     assert guest.counts() == {VECTOR: 1}
     assert guest.seen(VECTOR)[:3] == (1, 0, where)
@@ -36,7 +36,7 @@ def test_interrupt_waits(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT ("Queues a hardware interrupt vector").
     """
     guest = event_guest(interrupts=False)
-    guest.vcpu.interrupt(VECTOR)
+    guest.vcpu.events.interrupt(VECTOR)
     guest.go_on()
     assert guest.counts() == {}
     guest.allow_interrupts(True)
@@ -51,12 +51,12 @@ def test_by_events(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS.
     """
     guest = event_guest(interrupts=True)
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     events.interrupt.injected, events.interrupt.nr = 1, VECTOR
-    guest.vcpu.set_vcpu_events(events)
+    guest.vcpu.events.set(events)
     guest.go_on()
     assert guest.counts() == {VECTOR: 1}
-    assert guest.vcpu.get_vcpu_events().interrupt.injected == 0
+    assert guest.vcpu.events.get().interrupt.injected == 0
 
 
 @registers
@@ -74,7 +74,7 @@ def test_window(event_guest: EventGuestMaker) -> None:
     guest.vcpu.expect(IrqWindowOpenExit)
     assert (run.ready_for_interrupt_injection, run.if_flag) == (1, 1)
     run.request_interrupt_window = 0
-    guest.vcpu.interrupt(VECTOR)
+    guest.vcpu.events.interrupt(VECTOR)
     guest.go_on()
     assert guest.counts() == {VECTOR: 1}
 
@@ -102,7 +102,7 @@ def test_bad_vector(vm: Vm, split: bool, vector: int) -> None:
         vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
     vcpu = vm.create_vcpu()
     with refused(errno.EINVAL):
-        vcpu.interrupt(vector)
+        vcpu.events.interrupt(vector)
 
 
 def test_pic_in_the_kernel(vm: Vm) -> None:
@@ -110,10 +110,10 @@ def test_pic_in_the_kernel(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vcpu = vm.create_vcpu()
     with refused(errno.ENXIO):
-        vcpu.interrupt(VECTOR)
+        vcpu.events.interrupt(VECTOR)
 
 
 @pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -124,6 +124,6 @@ def test_second_interrupt(vm: Vm) -> None:
     """
     vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
     vcpu = vm.create_vcpu()
-    vcpu.interrupt(VECTOR)
+    vcpu.events.interrupt(VECTOR)
     with refused(errno.EEXIST):
-        vcpu.interrupt(VECTOR + 1)
+        vcpu.events.interrupt(VECTOR + 1)

@@ -46,7 +46,7 @@ def test_new_vcpu(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS.
     """
-    assert vcpu.get_vcpu_events() == kvm_vcpu_events(flags=int(ALWAYS))
+    assert vcpu.events.get() == kvm_vcpu_events(flags=int(ALWAYS))
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,11 @@ def test_flags_of_capabilities(vm: Vm, cap: int, flag: int) -> None:
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS ("This bit will be set whenever").
     """
     vcpu = vm.create_vcpu()
-    assert vcpu.get_vcpu_events().flags == ALWAYS
+    assert vcpu.events.get().flags == ALWAYS
     vm.enable_cap(cap, 1)
-    assert vcpu.get_vcpu_events().flags == ALWAYS | flag
+    assert vcpu.events.get().flags == ALWAYS | flag
     vm.enable_cap(cap, 0)
-    assert vcpu.get_vcpu_events().flags == ALWAYS
+    assert vcpu.events.get().flags == ALWAYS
 
 
 @pytest.mark.parametrize("bit", [6, 31])
@@ -81,7 +81,7 @@ def test_unknown_flag(vcpu: Vcpu, bit: int) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS; arch/x86/kvm/x86.c.
     """
     with refused(errno.EINVAL):
-        vcpu.set_vcpu_events(kvm_vcpu_events(flags=1 << bit))
+        vcpu.events.set(kvm_vcpu_events(flags=1 << bit))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_flag_without_its_capability(vcpu: Vcpu, flag: int) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS ("If KVM_CAP_... is enabled").
     """
     with refused(errno.EINVAL):
-        vcpu.set_vcpu_events(kvm_vcpu_events(flags=int(flag)))
+        vcpu.events.set(kvm_vcpu_events(flags=int(flag)))
 
 
 @pytest.mark.parametrize("number", [int(Vector.NMI), 32, 255])
@@ -110,12 +110,12 @@ def test_no_exception(vcpu: Vcpu, number: int) -> None:
 
     arch/x86/kvm/x86.c, kvm_vcpu_ioctl_x86_set_vcpu_events().
     """
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     events.exception.injected, events.exception.nr = 1, number
     with refused(errno.EINVAL):
-        vcpu.set_vcpu_events(events)
+        vcpu.events.set(events)
     events.exception.injected = 0
-    vcpu.set_vcpu_events(events)
+    vcpu.events.set(events)
 
 
 @payload
@@ -125,10 +125,10 @@ def test_no_pending_exception(payload_vcpu: Vcpu, number: int) -> None:
 
     Documentation/virt/kvm/api.rst, 7.17 KVM_CAP_EXCEPTION_PAYLOAD; arch/x86/kvm/x86.c.
     """
-    events = payload_vcpu.get_vcpu_events()
+    events = payload_vcpu.events.get()
     events.exception.pending, events.exception.nr = 1, number
     with refused(errno.EINVAL):
-        payload_vcpu.set_vcpu_events(events)
+        payload_vcpu.events.set(events)
 
 
 def test_injected_is_kept(vcpu: Vcpu) -> None:
@@ -136,13 +136,13 @@ def test_injected_is_kept(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS and 4.32 KVM_SET_VCPU_EVENTS.
     """
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     events.exception.injected, events.exception.nr = 1, int(Vector.GP)
     events.exception.has_error_code, events.exception.error_code = 1, 0x1234
     events.interrupt.injected, events.interrupt.nr = 1, 0x40
     events.nmi.injected = 1
-    vcpu.set_vcpu_events(events)
-    assert vcpu.get_vcpu_events() == events
+    vcpu.events.set(events)
+    assert vcpu.events.get() == events
 
 
 @payload
@@ -152,16 +152,16 @@ def test_pending_and_injected(payload_vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 7.17 KVM_CAP_EXCEPTION_PAYLOAD ("to distinguish between pending and
     injected").
     """
-    events = payload_vcpu.get_vcpu_events()
+    events = payload_vcpu.events.get()
     events.exception.nr, events.exception.pending = int(Vector.PF), 1
     events.exception_has_payload, events.exception_payload = 1, 0x1234_5000
-    payload_vcpu.set_vcpu_events(events)
-    found = payload_vcpu.get_vcpu_events()
+    payload_vcpu.events.set(events)
+    found = payload_vcpu.events.get()
     assert (found.exception.pending, found.exception.injected) == (1, 0)
     assert (found.exception_has_payload, found.exception_payload) == (1, 0x1234_5000)
     events.exception.pending, events.exception.injected = 0, 1
-    payload_vcpu.set_vcpu_events(events)
-    found = payload_vcpu.get_vcpu_events()
+    payload_vcpu.events.set(events)
+    found = payload_vcpu.events.get()
     assert (found.exception.pending, found.exception.injected, found.exception_has_payload) == (0, 1, 0)
 
 
@@ -171,11 +171,11 @@ def test_pending_wins(payload_vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 7.17 KVM_CAP_EXCEPTION_PAYLOAD; arch/x86/kvm/x86.c.
     """
-    events = payload_vcpu.get_vcpu_events()
+    events = payload_vcpu.events.get()
     events.exception.nr = int(Vector.UD)
     events.exception.pending = events.exception.injected = 1
-    payload_vcpu.set_vcpu_events(events)
-    found = payload_vcpu.get_vcpu_events()
+    payload_vcpu.events.set(events)
+    found = payload_vcpu.events.get()
     assert (found.exception.pending, found.exception.injected) == (1, 0)
 
 
@@ -184,10 +184,10 @@ def test_pending_without_capability(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS (exception.pending is valid with VALID_PAYLOAD).
     """
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     events.exception.pending, events.exception.nr = 1, int(Vector.UD)
-    vcpu.set_vcpu_events(events)
-    found = vcpu.get_vcpu_events()
+    vcpu.events.set(events)
+    found = vcpu.events.get()
     assert (found.exception.pending, found.exception.injected) == (0, 0)
 
 
@@ -198,13 +198,13 @@ def test_payload_is_not_delivered_early(payload_vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 7.17 KVM_CAP_EXCEPTION_PAYLOAD ("CR2 will not be modified prior").
     """
     for vector, value in ((Vector.PF, 0x1234_5000), (Vector.DB, 0x4001)):
-        events = payload_vcpu.get_vcpu_events()
+        events = payload_vcpu.events.get()
         events.exception.nr, events.exception.pending = int(vector), 1
         events.exception_has_payload, events.exception_payload = 1, value
-        payload_vcpu.set_vcpu_events(events)
-        assert payload_vcpu.get_sregs().cr2 == 0
-        assert payload_vcpu.get_debugregs().dr6 == 0xFFFF_0FF0
-        assert payload_vcpu.get_vcpu_events().exception_payload == value
+        payload_vcpu.events.set(events)
+        assert payload_vcpu.regs.get_sregs().cr2 == 0
+        assert payload_vcpu.debug.get_regs().dr6 == 0xFFFF_0FF0
+        assert payload_vcpu.events.get().exception_payload == value
 
 
 @payload
@@ -213,11 +213,11 @@ def test_set_regs_drops_pending(payload_vcpu: Vcpu) -> None:
 
     arch/x86/kvm/regs.c, __set_regs().
     """
-    events = payload_vcpu.get_vcpu_events()
+    events = payload_vcpu.events.get()
     events.exception.nr, events.exception.pending = int(Vector.UD), 1
-    payload_vcpu.set_vcpu_events(events)
-    payload_vcpu.set_regs(payload_vcpu.get_regs())
-    assert payload_vcpu.get_vcpu_events().exception.pending == 0
+    payload_vcpu.events.set(events)
+    payload_vcpu.regs.set(payload_vcpu.regs.get())
+    assert payload_vcpu.events.get().exception.pending == 0
 
 
 def test_fields_without_their_flags(vcpu: Vcpu) -> None:
@@ -226,14 +226,14 @@ def test_fields_without_their_flags(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS ("suppress overwriting the current in-kernel
     state").
     """
-    vcpu.nmi()
-    assert vcpu.get_vcpu_events().nmi.pending == 1
+    vcpu.events.nmi()
+    assert vcpu.events.get().nmi.pending == 1
     events = kvm_vcpu_events(flags=0)
-    vcpu.set_vcpu_events(events)
-    assert vcpu.get_vcpu_events().nmi.pending == 1
+    vcpu.events.set(events)
+    assert vcpu.events.get().nmi.pending == 1
     events.flags = int(KVM_VCPUEVENT_VALID_NMI_PENDING)
-    vcpu.set_vcpu_events(events)
-    assert vcpu.get_vcpu_events().nmi.pending == 0
+    vcpu.events.set(events)
+    assert vcpu.events.get().nmi.pending == 0
 
 
 def test_interrupt_shadow(vcpu: Vcpu) -> None:
@@ -241,14 +241,14 @@ def test_interrupt_shadow(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_CAP_INTR_SHADOW.
     """
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     events.interrupt.shadow = 2
-    vcpu.set_vcpu_events(events)
-    assert vcpu.get_vcpu_events().interrupt.shadow != 0
+    vcpu.events.set(events)
+    assert vcpu.events.get().interrupt.shadow != 0
     events.interrupt.shadow = 0
     events.flags = 0
-    vcpu.set_vcpu_events(events)
-    assert vcpu.get_vcpu_events().interrupt.shadow != 0
+    vcpu.events.set(events)
+    assert vcpu.events.get().interrupt.shadow != 0
     events.flags = int(KVM_VCPUEVENT_VALID_SHADOW)
-    vcpu.set_vcpu_events(events)
-    assert vcpu.get_vcpu_events().interrupt.shadow == 0
+    vcpu.events.set(events)
+    assert vcpu.events.get().interrupt.shadow == 0

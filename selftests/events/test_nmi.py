@@ -22,12 +22,12 @@ def test_queued(event_guest: EventGuestMaker) -> None:
     """
     guest = event_guest(interrupts=False)
     where = guest.rip
-    guest.vcpu.nmi()
-    assert guest.vcpu.get_vcpu_events().nmi.pending == 1
+    guest.vcpu.events.nmi()
+    assert guest.vcpu.events.get().nmi.pending == 1
     guest.go_on()
     assert guest.counts() == {NMI: 1}
     assert guest.seen(NMI).rip == where
-    assert guest.vcpu.get_vcpu_events().nmi.pending == 0
+    assert guest.vcpu.events.get().nmi.pending == 0
 
 
 def test_pending_by_events(event_guest: EventGuestMaker) -> None:
@@ -36,10 +36,10 @@ def test_pending_by_events(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_NMI_PENDING.
     """
     guest = event_guest()
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     events.nmi.pending = 1
     assert events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING
-    guest.vcpu.set_vcpu_events(events)
+    guest.vcpu.events.set(events)
     guest.go_on()
     assert guest.counts() == {NMI: 1}
 
@@ -50,10 +50,10 @@ def test_taken_back(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_NMI_PENDING.
     """
     guest = event_guest()
-    guest.vcpu.nmi()
-    events = guest.vcpu.get_vcpu_events()
+    guest.vcpu.events.nmi()
+    events = guest.vcpu.events.get()
     events.nmi.pending = 0
-    guest.vcpu.set_vcpu_events(events)
+    guest.vcpu.events.set(events)
     guest.go_on()
     assert guest.counts() == {}
 
@@ -65,17 +65,17 @@ def test_masked(event_guest: EventGuestMaker) -> None:
     NMIs.
     """
     guest = event_guest(with_iret=True)
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     events.nmi.masked = 1
-    guest.vcpu.set_vcpu_events(events)
-    guest.vcpu.nmi()
+    guest.vcpu.events.set(events)
+    guest.vcpu.events.nmi()
     guest.go_on()
     assert guest.counts() == {}
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     assert (events.nmi.masked, events.nmi.pending) == (1, 1)
     guest.go_on()
     assert guest.counts() == {Vector.UD: 1, NMI: 1}
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     assert (events.nmi.masked, events.nmi.pending) == (0, 0)
 
 
@@ -106,12 +106,12 @@ def test_in_the_handler(make_vm: MakeVm) -> None:
     """
     vcpu = make_vm.start(HANDLER).vcpus[0]
     vcpu.sync()
-    vcpu.nmi()
+    vcpu.events.nmi()
     assert vcpu.sync().args == (0x1001,)
-    assert vcpu.get_vcpu_events().nmi.masked == 1
+    assert vcpu.events.get().nmi.masked == 1
     for _ in range(3):
-        vcpu.nmi()
-    assert vcpu.get_vcpu_events().nmi.pending == 1
+        vcpu.events.nmi()
+    assert vcpu.events.get().nmi.pending == 1
     assert vcpu.sync().args == (0x1002,)
     assert vcpu.sync().args == (2,)
-    assert vcpu.get_vcpu_events().nmi.masked == 0
+    assert vcpu.events.get().nmi.masked == 0

@@ -53,9 +53,9 @@ INSTRUCTIONS = {"nop": "nop", "store": "movq $1, %[store]", "cpuid": "cpuid", "r
 
 def shadowed(guest: EventGuest, kind: str) -> int:
     """Stand with interrupts on in a shadow of *kind*; return where."""
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     events.interrupt.shadow, events.flags = SHADOWS[kind], KVM_VCPUEVENT_VALID_SHADOW
-    guest.vcpu.set_vcpu_events(events)
+    guest.vcpu.events.set(events)
     return guest.rip
 
 
@@ -68,7 +68,7 @@ def test_interrupt_waits(event_guest: EventGuestMaker, kind: str) -> None:
     """
     guest = event_guest(interrupts=True)
     where = shadowed(guest, kind)
-    guest.vcpu.interrupt(VECTOR)
+    guest.vcpu.events.interrupt(VECTOR)
     guest.go_on()
     assert guest.counts() == {VECTOR: 1}
     assert guest.seen(VECTOR).rip != where

@@ -61,18 +61,18 @@ def test_smi(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.96 KVM_SMI; 5 The kvm_run structure, KVM_RUN_X86_SMM.
     """
     guest = with_smm_handler(event_guest)
-    before = guest.vcpu.get_regs()
-    guest.vcpu.smi()
+    before = guest.vcpu.regs.get()
+    guest.vcpu.events.smi()
     got = guest.vcpu.expect(IoExit)
     assert (got.port, got.value) == (SMM_PORT, SMM_VALUE)
     assert guest.vcpu.run_area.flags & KVM_RUN_X86_SMM
-    assert guest.vcpu.get_vcpu_events().smi.smm == 1
+    assert guest.vcpu.events.get().smi.smm == 1
     guest.vcpu.complete_io()
-    assert guest.vcpu.get_sregs().cs.base == 0x3_0000
+    assert guest.vcpu.regs.get_sregs().cs.base == 0x3_0000
     assert guest.go_on() == 1
     assert not guest.vcpu.run_area.flags & KVM_RUN_X86_SMM
-    assert guest.vcpu.get_vcpu_events().smi.smm == 0
-    after = guest.vcpu.get_regs()
+    assert guest.vcpu.events.get().smi.smm == 0
+    after = guest.vcpu.regs.get()
     assert (after.rsp, after.rbp, after.rip) == (before.rsp, before.rbp, before.rip)
 
 
@@ -83,16 +83,16 @@ def test_smi_is_pending(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS and 4.32 KVM_SET_VCPU_EVENTS (smi).
     """
     vcpu = vm.create_vcpu()
-    vcpu.smi()
-    events = vcpu.get_vcpu_events()
+    vcpu.events.smi()
+    events = vcpu.events.get()
     assert events.smi.pending == 1
     events.smi.pending = 0
     events.flags = 0
-    vcpu.set_vcpu_events(events)
-    assert vcpu.get_vcpu_events().smi.pending == 1
+    vcpu.events.set(events)
+    assert vcpu.events.get().smi.pending == 1
     events.flags = int(KVM_VCPUEVENT_VALID_SMM)
-    vcpu.set_vcpu_events(events)
-    assert vcpu.get_vcpu_events().smi.pending == 0
+    vcpu.events.set(events)
+    assert vcpu.events.get().smi.pending == 0
 
 
 @registers
@@ -103,12 +103,12 @@ def test_smi_in_smm(event_guest: EventGuestMaker) -> None:
     Intel SDM volume 3, 32.3.1 Entering SMM ("a second SMI is latched").
     """
     guest = with_smm_handler(event_guest)
-    guest.vcpu.smi()
+    guest.vcpu.events.smi()
     guest.vcpu.expect(IoExit)
-    guest.vcpu.smi()
-    assert guest.vcpu.get_vcpu_events().smi.pending == 1
+    guest.vcpu.events.smi()
+    assert guest.vcpu.events.get().smi.pending == 1
     assert guest.vcpu.expect(IoExit).value == SMM_VALUE
-    assert guest.vcpu.get_vcpu_events().smi.pending == 0
+    assert guest.vcpu.events.get().smi.pending == 0
     guest.vcpu.complete_io()
     assert guest.go_on() == 1
 
@@ -122,7 +122,7 @@ def test_without_smm(vm: Vm) -> None:
         pytest.skip("this KVM has SMM")
     vcpu = vm.create_vcpu()
     with refused(errno.ENOTTY):
-        vcpu.smi()
+        vcpu.events.smi()
 
 
 @pytest.mark.parametrize("cap", [False, True], ids=["plain", "event"])
@@ -149,10 +149,10 @@ def test_triple_fault_by_events(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_TRIPLE_FAULT.
     """
     guest = event_guest(cap=KVM_CAP_X86_TRIPLE_FAULT_EVENT)
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     events.triple_fault.pending = 1
-    guest.vcpu.set_vcpu_events(events)
-    assert guest.vcpu.get_vcpu_events().triple_fault.pending == 1
+    guest.vcpu.events.set(events)
+    assert guest.vcpu.events.get().triple_fault.pending == 1
     guest.vcpu.expect(ShutdownExit)
 
 
@@ -164,9 +164,9 @@ def test_triple_fault_taken_back(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS, KVM_VCPUEVENT_VALID_TRIPLE_FAULT.
     """
     guest = event_guest(cap=KVM_CAP_X86_TRIPLE_FAULT_EVENT)
-    events = guest.vcpu.get_vcpu_events()
+    events = guest.vcpu.events.get()
     for pending in (1, 0):
         events.triple_fault.pending = pending
-        guest.vcpu.set_vcpu_events(events)
+        guest.vcpu.events.set(events)
     assert guest.go_on() == 1
     assert guest.counts() == {}

@@ -277,9 +277,9 @@ def test_pending_events(make_vm: MakeVm) -> None:
     vcpu = make_vm.start(HALTED).vcpus[0]
     with pytest.raises(GuestTimeoutError):
         vcpu.run_to_done(0.5)
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     events.nmi.masked = 1
-    vcpu.set_vcpu_events(events)
+    vcpu.events.set(events)
     with pytest.raises(GuestTimeoutError) as caught:
         vcpu.run_to_done(0.5)
     section = caught.value.postmortem.split("--- interrupts\n")[1].split("---")[0]
@@ -410,7 +410,7 @@ def test_at_the_end_of_a_function(make_vm: MakeVm) -> None:
     vm = make_vm(AT_RET)
     vcpu, at_ret = vm.vcpus[0], int(vm.program.address_of("leaves")) + 5
     vm.launch()
-    vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
+    vcpu.debug.set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
     while vcpu.expect(DebugExit, 10).pc != at_ret:
         pass
     shown = backtrace_of(GuestError("", vm.postmortem(vcpu, "at RET")))

@@ -126,7 +126,7 @@ def guest(make_vm: MakeVm) -> GuestVm:
 @pytest.fixture
 def ring(guest: GuestVm) -> Iterator[CoalescedRing]:
     """The ring of that VM, mapped through its first vCPU."""
-    made = guest.vcpus[0].coalesced_ring()
+    made = guest.vcpus[0].vm.io.coalesced_ring(guest.vcpus[0])
     yield made
     made.release()
 
@@ -151,7 +151,7 @@ def test_writes_are_collected(guest: GuestVm, ring: CoalescedRing) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO.
     """
-    guest.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
+    guest.io.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
     vcpu = start(guest, "sizes")
     assert vcpu.sync().args == (1,)
     assert ring.drain() == [
@@ -169,7 +169,7 @@ def test_port_writes_are_collected(guest: GuestVm, ring: CoalescedRing) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO (coalesced pio).
     """
-    guest.register_coalesced_mmio(PORT, 8, pio=True)
+    guest.io.register_coalesced_mmio(PORT, 8, pio=True)
     vcpu = start(guest, "ports")
     assert vcpu.sync().args == (1,)
     assert ring.drain() == [
@@ -188,7 +188,7 @@ def test_string_elements_are_collected(guest: GuestVm, ring: CoalescedRing) -> N
     """
     source = guest.alloc(PAGE_SIZE, private=False)
     guest.write(source, b"abcde")
-    guest.register_coalesced_mmio(PORT, 4, pio=True)
+    guest.io.register_coalesced_mmio(PORT, 4, pio=True)
     vcpu = start(guest, "strings", source)
     assert vcpu.sync().args == (1,)
     assert [(write.addr, write.data) for write in ring.drain()] == [
@@ -201,7 +201,7 @@ def test_edges(guest: GuestVm, ring: CoalescedRing) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO.
     """
-    guest.register_coalesced_mmio(MMIO_GPA + 0x10, 0x10)
+    guest.io.register_coalesced_mmio(MMIO_GPA + 0x10, 0x10)
     vcpu = start(guest, "edges")
     assert [mmio_write(vcpu) for _ in range(4)] == [(0x0C, 1), (0x0E, 2), (0x1E, 5), (0x20, 6)]
     assert vcpu.sync().args == (1,)
@@ -213,7 +213,7 @@ def test_reads_exit(guest: GuestVm, ring: CoalescedRing) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO ("deferred until a read").
     """
-    guest.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
+    guest.io.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
     vcpu = start(guest, "read_between")
     got = vcpu.expect(MmioExit)
     assert (got.is_write, got.phys_addr) == (False, MMIO_GPA)
@@ -229,7 +229,7 @@ def test_full_ring(guest: GuestVm, ring: CoalescedRing) -> None:
     (virt/kvm/coalesced_mmio.c).
     """
     room = ENTRIES - 1
-    guest.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
+    guest.io.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
     vcpu = start(guest, "many", room + 2)
     assert mmio_write(vcpu) == (0, room)
     assert mmio_write(vcpu) == (0, room + 1)
@@ -245,7 +245,7 @@ def test_ring_wraps(guest: GuestVm, ring: CoalescedRing) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO.
     """
-    guest.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
+    guest.io.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
     vcpu = start(guest, "forever")
     values: list[int] = []
     for number in range(ENTRIES + 20):
@@ -261,10 +261,10 @@ def test_unregister(guest: GuestVm, ring: CoalescedRing) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO.
     """
-    guest.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
+    guest.io.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
     vcpu = start(guest, "forever")
     assert vcpu.sync().args == (0,)
-    guest.unregister_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
+    guest.io.unregister_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
     assert mmio_write(vcpu) == (0, 1)
     assert vcpu.sync().args == (1,)
     assert [write.value for write in ring.drain()] == [0]
@@ -275,9 +275,9 @@ def test_unregister_part(guest: GuestVm, ring: CoalescedRing) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO; virt/kvm/coalesced_mmio.c.
     """
-    guest.register_coalesced_mmio(MMIO_GPA + 0x10, 8)
-    guest.register_coalesced_mmio(MMIO_GPA + 0x18, 0x10)
-    guest.unregister_coalesced_mmio(MMIO_GPA + 0x10, 1)
+    guest.io.register_coalesced_mmio(MMIO_GPA + 0x10, 8)
+    guest.io.register_coalesced_mmio(MMIO_GPA + 0x18, 0x10)
+    guest.io.unregister_coalesced_mmio(MMIO_GPA + 0x10, 1)
     vcpu = start(guest, "sizes")
     assert mmio_write(vcpu) == (0x10, 0x11)
     assert mmio_write(vcpu) == (0x14, 0x2222)
@@ -291,9 +291,9 @@ def test_spaces_are_apart(guest: GuestVm, ring: CoalescedRing) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO (pio).
     """
-    guest.register_coalesced_mmio(PORT, 8)
-    guest.register_coalesced_mmio(MMIO_GPA, 8)
-    guest.unregister_coalesced_mmio(MMIO_GPA, 8, pio=True)
+    guest.io.register_coalesced_mmio(PORT, 8)
+    guest.io.register_coalesced_mmio(MMIO_GPA, 8)
+    guest.io.unregister_coalesced_mmio(MMIO_GPA, 8, pio=True)
     vcpu = start(guest, "both_spaces")
     out = vcpu.expect(IoExit)
     assert (out.port, out.value) == (PORT, 2)
@@ -307,12 +307,12 @@ def test_one_ring_for_all_vcpus(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO; 4.5 KVM_GET_VCPU_MMAP_SIZE.
     """
     vm = with_mmio(make_vm, vcpus=2)
-    vm.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
+    vm.io.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
     for vcpu in vm.vcpus:
         vcpu.set_entry("one_each", 0x100 + vcpu.index)
     vm.launch()
     vm.run_all()
-    first, second = (vcpu.coalesced_ring() for vcpu in vm.vcpus)
+    first, second = (vcpu.vm.io.coalesced_ring(vcpu) for vcpu in vm.vcpus)
     try:
         assert (len(first), len(second)) == (2, 2)
         assert sorted(write.value for write in second.drain()) == [0x100, 0x101]
@@ -331,7 +331,7 @@ def test_bad_address_space(vm: Vm, method: str, pio: int) -> None:
     """
     vm.need_cap(KVM_CAP_COALESCED_PIO)
     with refused(errno.EINVAL):
-        getattr(vm, method)(0x1000, 8, pio=pio)
+        getattr(vm.io, method)(0x1000, 8, pio=pio)
 
 
 def test_unregister_nothing(vm: Vm) -> None:
@@ -339,7 +339,7 @@ def test_unregister_nothing(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO; virt/kvm/coalesced_mmio.c.
     """
-    vm.unregister_coalesced_mmio(0x1000, 8)
+    vm.io.unregister_coalesced_mmio(0x1000, 8)
 
 
 def test_capability_is_the_page(vm: Vm) -> None:

@@ -98,7 +98,7 @@ def test_write_completes(make_vm: MakeVm, entry: str) -> None:
     vm, vcpu = prepare(make_vm, entry, int(MMIO))
     assert isinstance(vcpu.next(), (IoExit, MmioExit))
     assert run_immediate(vcpu) == (RUN_EINTR, errno.EINTR)
-    assert vcpu.get_regs().rip == vm.program.address_of(f"{entry}_end")
+    assert vcpu.regs.get().rip == vm.program.address_of(f"{entry}_end")
     assert vm.symbol("went_on").u64 == 0
     assert vcpu.sync().args == (1,)
 
@@ -115,7 +115,7 @@ def test_read_completes(make_vm: MakeVm, entry: str) -> None:
     assert isinstance(got, (IoExit, MmioExit))
     got.respond(0xA1B2_C3D4)
     assert run_immediate(vcpu) == (RUN_EINTR, errno.EINTR)
-    regs = vcpu.get_regs()
+    regs = vcpu.regs.get()
     assert (regs.rax, regs.rip) == (0xA1B2_C3D4, vm.program.address_of(f"{entry}_end"))
     assert vm.symbol("went_on").u64 == 0
     assert vcpu.sync().args == (1,)
@@ -144,9 +144,9 @@ def test_nothing_runs(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, immediate_exit.
     """
     vm, vcpu = prepare(make_vm, "pio_out")
-    before = vcpu.get_regs()
+    before = vcpu.regs.get()
     for _ in range(3):
         assert run_immediate(vcpu) == (RUN_EINTR, errno.EINTR)
-    assert vcpu.get_regs() == before
+    assert vcpu.regs.get() == before
     assert vm.symbol("went_on").u64 == 0
     assert vcpu.expect(IoExit).value == 0x1122_3344

@@ -284,4 +284,4 @@ def test_emulation_failure(make_vm: MakeVm) -> None:
     got = vcpu.expect(InternalErrorExit)
     assert got.suberror == KVM_INTERNAL_ERROR_EMULATION
     assert got.instruction[:2] == b"\xd9\x00"
-    assert vcpu.get_regs().rip == vm.program.address_of("load_x87_at")
+    assert vcpu.regs.get().rip == vm.program.address_of("load_x87_at")

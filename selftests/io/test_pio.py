@@ -124,9 +124,9 @@ def test_out_rip_at_exit(make_vm: MakeVm) -> None:
     vcpu.set_entry("out_7e")
     vm.launch()
     assert vcpu.expect(IoExit).port == 0x7E
-    assert vcpu.get_regs().rip == vm.program.address_of("out_7e_at")
+    assert vcpu.regs.get().rip == vm.program.address_of("out_7e_at")
     vcpu.complete_io()
-    assert vcpu.get_regs().rip == vm.program.address_of("out_7e_behind")
+    assert vcpu.regs.get().rip == vm.program.address_of("out_7e_behind")
     vcpu.run_to_done()
 
 

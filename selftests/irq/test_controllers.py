@@ -28,9 +28,9 @@ def test_second_irqchip(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.24 KVM_CREATE_IRQCHIP.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     with refused(errno.EEXIST):
-        vm.create_irqchip()
+        vm.irq.create_chip()
 
 
 def test_irqchip_after_vcpu(vm: Vm) -> None:
@@ -40,7 +40,7 @@ def test_irqchip_after_vcpu(vm: Vm) -> None:
     """
     vm.create_vcpu()
     with refused(errno.EINVAL):
-        vm.create_irqchip()
+        vm.irq.create_chip()
 
 
 @pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -50,15 +50,15 @@ def test_split_excludes_full(kvm: Kvm) -> None:
     Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP.
     """
     with kvm.create_vm() as vm:
-        vm.create_irqchip()
+        vm.irq.create_chip()
         with refused(errno.EEXIST):
-            vm.create_split_irqchip()
+            vm.irq.create_split_chip()
     with kvm.create_vm() as vm:
-        vm.create_split_irqchip()
+        vm.irq.create_split_chip()
         with refused(errno.EEXIST):
-            vm.create_irqchip()
+            vm.irq.create_chip()
         with refused(errno.EEXIST):
-            vm.create_split_irqchip()
+            vm.irq.create_split_chip()
 
 
 @pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -69,7 +69,7 @@ def test_split_after_vcpu(vm: Vm) -> None:
     """
     vm.create_vcpu()
     with refused(errno.EEXIST):
-        vm.create_split_irqchip()
+        vm.irq.create_split_chip()
 
 
 @pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -80,8 +80,8 @@ def test_split_with_too_many_pins(vm: Vm) -> None:
     """
     limit = vm.check_extension(KVM_CAP_IRQ_ROUTING)
     with refused(errno.EINVAL):
-        vm.create_split_irqchip(limit + 1)
-    vm.create_split_irqchip(limit)
+        vm.irq.create_split_chip(limit + 1)
+    vm.irq.create_split_chip(limit)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,11 @@ def test_no_controllers(vm: Vm, chip: int, split: bool) -> None:
     Documentation/virt/kvm/api.rst, 4.26 KVM_GET_IRQCHIP and 4.27 KVM_SET_IRQCHIP.
     """
     if split:
-        vm.create_split_irqchip()
+        vm.irq.create_split_chip()
     with refused(errno.ENXIO):
-        vm.get_irqchip(chip)
+        vm.irq.get_chip(chip)
     with refused(errno.ENXIO):
-        vm.set_irqchip(kvm_irqchip(chip_id=chip))
+        vm.irq.set_chip(kvm_irqchip(chip_id=chip))
 
 
 def test_unknown_controller(vm: Vm) -> None:
@@ -106,11 +106,11 @@ def test_unknown_controller(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.26 KVM_GET_IRQCHIP: chip_id 0, 1 or 2.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     with refused(errno.EINVAL):
-        vm.get_irqchip(3)
+        vm.irq.get_chip(3)
     with refused(errno.EINVAL):
-        vm.set_irqchip(kvm_irqchip(chip_id=3))
+        vm.irq.set_chip(kvm_irqchip(chip_id=3))
 
 
 def test_ioapic_after_creation(vm: Vm) -> None:
@@ -118,8 +118,8 @@ def test_ioapic_after_creation(vm: Vm) -> None:
 
     82093AA data sheet, 3.0 and 3.2.4 (reset value of the mask bit).
     """
-    vm.create_irqchip()
-    state = vm.get_ioapic()
+    vm.irq.create_chip()
+    state = vm.irq.get_ioapic()
     assert state.base_address == 0xFEC0_0000
     assert [entry.bits for entry in state.redirtbl] == [RedirectionEntry(masked=True).bits] * 24
     assert state.irr == 0
@@ -130,13 +130,13 @@ def test_ioapic_state_is_kept(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.27 KVM_SET_IRQCHIP.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     state = kvm_ioapic_state(base_address=0xFEC0_0000, ioregsel=0x12, id=5)
     for pin in range(24):
         entry = RedirectionEntry(vector=0x20 + pin, level=bool(pin & 1), masked=True, dest_id=pin)
         state.redirtbl[pin].bits = entry.bits
-    vm.set_ioapic(state)
-    assert vm.get_ioapic() == state
+    vm.irq.set_ioapic(state)
+    assert vm.irq.get_ioapic() == state
 
 
 def test_ioapic_fields_match_bits(vm: Vm) -> None:
@@ -144,16 +144,16 @@ def test_ioapic_fields_match_bits(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.26 KVM_GET_IRQCHIP; 82093AA data sheet, 3.2.4.
     """
-    vm.create_irqchip()
-    state = vm.get_ioapic()
+    vm.irq.create_chip()
+    state = vm.irq.get_ioapic()
     fields = state.redirtbl[3].fields
     fields.vector, fields.delivery_mode, fields.dest_mode, fields.dest_id = 0x77, 1, 1, 0x42
     fields.polarity, fields.trig_mode, fields.mask = 1, 1, 1
-    vm.set_ioapic(state)
+    vm.irq.set_ioapic(state)
     expected = RedirectionEntry(
         vector=0x77, delivery_mode=1, logical=True, active_low=True, level=True, masked=True, dest_id=0x42
     )
-    assert RedirectionEntry.from_bits(vm.get_ioapic().redirtbl[3].bits) == expected
+    assert RedirectionEntry.from_bits(vm.irq.get_ioapic().redirtbl[3].bits) == expected
 
 
 @pytest.mark.parametrize("slave", [False, True])
@@ -162,12 +162,12 @@ def test_pic_state_is_kept(vm: Vm, slave: bool) -> None:
 
     Documentation/virt/kvm/api.rst, 4.27 KVM_SET_IRQCHIP.
     """
-    vm.create_irqchip()
-    before = vm.get_pic(slave=not slave)
+    vm.irq.create_chip()
+    before = vm.irq.get_pic(slave=not slave)
     state = kvm_pic_state(imr=0xA5, irq_base=0x30, elcr=0x0C, elcr_mask=0xF8, init4=1, last_irr=0x40)
-    vm.set_pic(state, slave=slave)
-    assert vm.get_pic(slave=slave) == state
-    assert vm.get_pic(slave=not slave) == before
+    vm.irq.set_pic(state, slave=slave)
+    assert vm.irq.get_pic(slave=slave) == state
+    assert vm.irq.get_pic(slave=not slave) == before
 
 
 def test_unmasked_level_line_after_restore(vm: Vm) -> None:
@@ -175,12 +175,12 @@ def test_unmasked_level_line_after_restore(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.27 KVM_SET_IRQCHIP; arch/x86/kvm/ioapic.c, kvm_set_ioapic().
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vcpu = vm.create_vcpu()
-    vcpu.set_lapic_reg(0xF0, 0x1FF)
-    state = vm.get_ioapic()
+    vcpu.lapic.set_reg(0xF0, 0x1FF)
+    state = vm.irq.get_ioapic()
     state.redirtbl[20].bits = RedirectionEntry(vector=0x51, level=True).bits
     state.irr = 1 << 20
-    vm.set_ioapic(state)
-    assert vcpu.get_lapic_reg(0x200 + 0x10 * (0x51 // 32)) == 1 << 0x51 % 32
-    assert RedirectionEntry.from_bits(vm.get_ioapic().redirtbl[20].bits).remote_irr
+    vm.irq.set_ioapic(state)
+    assert vcpu.lapic.get_reg(0x200 + 0x10 * (0x51 // 32)) == 1 << 0x51 % 32
+    assert RedirectionEntry.from_bits(vm.irq.get_ioapic().redirtbl[20].bits).remote_irr

@@ -129,10 +129,10 @@ def test_ioapic_through_memory(make_vm: MakeVm) -> None:
     vm.map(IOAPIC_GVA, IOAPIC_GPA, 0x1000, private=False)
     vm.launch()
     assert said(vm) == ("r",)
-    state = vm.get_ioapic()
+    state = vm.irq.get_ioapic()
     assert RedirectionEntry.from_bits(state.redirtbl[21].bits) == RedirectionEntry(vector=0x61)
     assert state.id == 3
-    vm.pulse(21)
+    vm.irq.pulse(21)
     assert said(vm) == ("d",)
     vm.vcpus[0].run_to_done()
 
@@ -144,7 +144,7 @@ def test_pic_interrupt(make_vm: MakeVm, irq: int, in_service: int) -> None:
     Documentation/virt/kvm/api.rst, 4.24 KVM_CREATE_IRQCHIP (two PICs, nested); 8259A data sheet.
     """
     vm = pic_vm(make_vm)
-    vm.pulse(irq)
+    vm.irq.pulse(irq)
     assert said(vm) == ("h", irq, in_service)
     assert said(vm) == ("i",)
     assert said(vm) == ("i",)
@@ -156,13 +156,13 @@ def test_pic_mask(make_vm: MakeVm) -> None:
     8259A data sheet (IMR: OCW1).
     """
     vm = pic_vm(make_vm, masks=1 << 3)
-    vm.pulse(3)
+    vm.irq.pulse(3)
     assert said(vm) == ("i",)
-    state = vm.get_pic()
+    state = vm.irq.get_pic()
     assert state.imr == 1 << 3
     assert state.irr == 1 << 3
     state.imr = 0
-    vm.set_pic(state)
+    vm.irq.set_pic(state)
     assert said(vm) == ("h", 3, 1 << 3)
 
 
@@ -172,8 +172,8 @@ def test_pic_priority(make_vm: MakeVm) -> None:
     8259A data sheet (fully nested mode).
     """
     vm = pic_vm(make_vm)
-    vm.pulse(5)
-    vm.pulse(1)
+    vm.irq.pulse(5)
+    vm.irq.pulse(1)
     assert handled(vm) == ("h", 1, 1 << 1)
     assert handled(vm) == ("h", 5, 1 << 5)
     assert said(vm) == ("i",)
@@ -185,12 +185,12 @@ def test_pic_state_while_in_service(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.26 KVM_GET_IRQCHIP.
     """
     vm = pic_vm(make_vm)
-    vm.pulse(5)
+    vm.irq.pulse(5)
     assert said(vm) == ("h", 5, 1 << 5)
-    state = vm.get_pic()
+    state = vm.irq.get_pic()
     assert (state.irq_base, state.isr) == (0x40, 1 << 5)
     assert said(vm) == ("i",)
-    assert vm.get_pic().isr == 0
+    assert vm.irq.get_pic().isr == 0
 
 
 def test_pic_level_by_elcr(make_vm: MakeVm) -> None:
@@ -199,12 +199,12 @@ def test_pic_level_by_elcr(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.26 KVM_GET_IRQCHIP (elcr); 82371AB data sheet (ports 0x4d0 and 0x4d1).
     """
     vm = pic_vm(make_vm)
-    state = vm.get_pic()
+    state = vm.irq.get_pic()
     state.elcr = 1 << 5
-    vm.set_pic(state)
-    vm.irq_line(5, 1)
+    vm.irq.set_pic(state)
+    vm.irq.line(5, 1)
     assert handled(vm) == ("h", 5, 1 << 5)
     assert handled(vm) == ("h", 5, 1 << 5)
-    vm.irq_line(5, 0)
+    vm.irq.line(5, 0)
     assert said(vm) == ("i",)
     assert said(vm) == ("i",)

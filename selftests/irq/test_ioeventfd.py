@@ -67,7 +67,7 @@ def test_size(agent: Agent, event: EventFd, kind: str, size: int) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     pio = kind == "out"
-    agent.vm.ioeventfd(event, PORT + 64 if pio else MMIO_GPA + 64, size, pio=pio)
+    agent.vm.io.ioeventfd(event, PORT + 64 if pio else MMIO_GPA + 64, size, pio=pio)
     quiet(agent, kind, 64, size, 7)
     assert event.read() == 1
     exits(agent, kind, 64, 2 if size == 1 else 1, 8)
@@ -80,7 +80,7 @@ def test_pio_datamatch(agent: Agent, event: EventFd) -> None:
 
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
-    agent.vm.ioeventfd(event, PORT, 2, pio=True, datamatch=0x1234)
+    agent.vm.io.ioeventfd(event, PORT, 2, pio=True, datamatch=0x1234)
     quiet(agent, "out", 0, 2, 0x1234)
     exits(agent, "out", 0, 2, 0x1235)
     quiet(agent, "out", 0, 2, 0x1234)
@@ -92,7 +92,7 @@ def test_mmio_datamatch_zero(agent: Agent, event: EventFd) -> None:
 
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
-    agent.vm.ioeventfd(event, MMIO_GPA, 4, datamatch=0)
+    agent.vm.io.ioeventfd(event, MMIO_GPA, 4, datamatch=0)
     exits(agent, "write", 0, 4, 1)
     assert event.read() == 0
     quiet(agent, "write", 0, 4, 0)
@@ -105,7 +105,7 @@ def test_datamatch_compares_whole_value(agent: Agent, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     value = 0x0123_4567_89AB_CDEF
-    agent.vm.ioeventfd(event, MMIO_GPA, 8, datamatch=value)
+    agent.vm.io.ioeventfd(event, MMIO_GPA, 8, datamatch=value)
     exits(agent, "write", 0, 8, value & 0xFFFF_FFFF)
     quiet(agent, "write", 0, 8, value)
     assert event.read() == 1
@@ -117,8 +117,8 @@ def test_values_share_address(agent: Agent, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     with EventFd() as second:
-        agent.vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
-        agent.vm.ioeventfd(second, PORT, 4, pio=True, datamatch=2)
+        agent.vm.io.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
+        agent.vm.io.ioeventfd(second, PORT, 4, pio=True, datamatch=2)
         for value in (2, 1, 2):
             quiet(agent, "out", 0, 4, value)
         assert event.read() == 1
@@ -130,8 +130,8 @@ def test_bus_is_part_of_address(agent: Agent, event: EventFd) -> None:
 
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD: KVM_IOEVENTFD_FLAG_PIO.
     """
-    agent.vm.ioeventfd(event, PORT, 4)
-    agent.vm.ioeventfd(event, int(MMIO_GPA), 4, pio=True)
+    agent.vm.io.ioeventfd(event, PORT, 4)
+    agent.vm.io.ioeventfd(event, int(MMIO_GPA), 4, pio=True)
     exits(agent, "out", 0, 4, 1)
     exits(agent, "write", 0, 4, 2)
     assert event.read() == 0
@@ -143,7 +143,7 @@ def test_pio_any_length(agent: Agent, event: EventFd) -> None:
 
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD: KVM_CAP_IOEVENTFD_ANY_LENGTH.
     """
-    agent.vm.ioeventfd(event, PORT, 0, pio=True)
+    agent.vm.io.ioeventfd(event, PORT, 0, pio=True)
     for size in (1, 2, 4):
         quiet(agent, "out", 0, size, 5)
     assert event.read() == 3
@@ -155,7 +155,7 @@ def test_mmio_any_length(agent: Agent, event: EventFd) -> None:
 
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD: KVM_CAP_IOEVENTFD_ANY_LENGTH.
     """
-    agent.vm.ioeventfd(event, MMIO_GPA, 0)
+    agent.vm.io.ioeventfd(event, MMIO_GPA, 0)
     for size in (1, 2, 4, 8):
         quiet(agent, "write", 0, size, 5)
     exits(agent, "write", 8, 4, 6)
@@ -168,8 +168,8 @@ def test_reads_still_exit(agent: Agent, event: EventFd, kind: str) -> None:
 
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD: "a guest write".
     """
-    agent.vm.ioeventfd(event, PORT, 4, pio=True)
-    agent.vm.ioeventfd(event, MMIO_GPA, 4)
+    agent.vm.io.ioeventfd(event, PORT, 4, pio=True)
+    agent.vm.io.ioeventfd(event, MMIO_GPA, 4)
     if kind == "in":
         agent.begin_in(PORT, 4)
     else:
@@ -187,13 +187,13 @@ def test_deassign_brings_exits_back(agent: Agent, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     vm = agent.vm
-    vm.ioeventfd(event, PORT, 4, pio=True)
-    vm.ioeventfd(event, MMIO_GPA, 4)
+    vm.io.ioeventfd(event, PORT, 4, pio=True)
+    vm.io.ioeventfd(event, MMIO_GPA, 4)
     quiet(agent, "out", 0, 4, 1)
     quiet(agent, "write", 0, 4, 2)
     assert event.read() == 2
-    vm.ioeventfd(event, PORT, 4, pio=True, deassign=True)
-    vm.ioeventfd(event, MMIO_GPA, 4, deassign=True)
+    vm.io.ioeventfd(event, PORT, 4, pio=True, deassign=True)
+    vm.io.ioeventfd(event, MMIO_GPA, 4, deassign=True)
     exits(agent, "out", 0, 4, 3)
     exits(agent, "write", 0, 4, 4)
     assert event.read() == 0
@@ -205,9 +205,9 @@ def test_deassign_of_any_length(agent: Agent, event: EventFd) -> None:
 
     virt/kvm/eventfd.c: such an ioeventfd is on two buses.
     """
-    agent.vm.ioeventfd(event, MMIO_GPA, 0)
+    agent.vm.io.ioeventfd(event, MMIO_GPA, 0)
     quiet(agent, "write", 0, 4, 2)
-    agent.vm.ioeventfd(event, MMIO_GPA, 0, deassign=True)
+    agent.vm.io.ioeventfd(event, MMIO_GPA, 0, deassign=True)
     exits(agent, "write", 0, 4, 4)
     assert event.read() == 1
 
@@ -219,9 +219,9 @@ def test_ioeventfd_drives_irqfd(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD and 4.75 KVM_IRQFD.
     """
     vm = make_vm(LOOP)
-    vm.set_gsi_routing([MsiRoute(24, Msi.to(0, 0x51))])
-    vm.irqfd(event, 24)
-    vm.ioeventfd(event, PORT, 4, pio=True)
+    vm.irq.set_gsi_routing([MsiRoute(24, Msi.to(0, 0x51))])
+    vm.irq.irqfd(event, 24)
+    vm.io.ioeventfd(event, PORT, 4, pio=True)
     vm.launch()
     vm.vcpus[0].run_to_done()
     assert event.read() == 0

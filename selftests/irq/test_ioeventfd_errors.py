@@ -27,11 +27,11 @@ def test_same_twice(vm: Vm, event: EventFd) -> None:
 
     virt/kvm/eventfd.c: one write must not have two takers.
     """
-    vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
+    vm.io.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
     with EventFd() as other:
         with refused(errno.EEXIST):
-            vm.ioeventfd(other, PORT, 4, pio=True, datamatch=1)
-        vm.ioeventfd(other, PORT, 4, pio=True, datamatch=2)
+            vm.io.ioeventfd(other, PORT, 4, pio=True, datamatch=1)
+        vm.io.ioeventfd(other, PORT, 4, pio=True, datamatch=2)
 
 
 def test_wildcard_collides_with_value(vm: Vm, event: EventFd) -> None:
@@ -39,12 +39,12 @@ def test_wildcard_collides_with_value(vm: Vm, event: EventFd) -> None:
 
     virt/kvm/eventfd.c, ioeventfd_check_collision().
     """
-    vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
+    vm.io.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
     with refused(errno.EEXIST):
-        vm.ioeventfd(event, PORT, 4, pio=True)
-    vm.ioeventfd(event, PORT + 8, 4, pio=True)
+        vm.io.ioeventfd(event, PORT, 4, pio=True)
+    vm.io.ioeventfd(event, PORT + 8, 4, pio=True)
     with refused(errno.EEXIST):
-        vm.ioeventfd(event, PORT + 8, 4, pio=True, datamatch=1)
+        vm.io.ioeventfd(event, PORT + 8, 4, pio=True, datamatch=1)
 
 
 @pytest.mark.requires("KVM_CAP_IOEVENTFD_ANY_LENGTH")
@@ -53,13 +53,13 @@ def test_any_length_collides_with_every_size(vm: Vm, event: EventFd) -> None:
 
     virt/kvm/eventfd.c, ioeventfd_check_collision().
     """
-    vm.ioeventfd(event, PORT, 0, pio=True)
+    vm.io.ioeventfd(event, PORT, 0, pio=True)
     with refused(errno.EEXIST):
-        vm.ioeventfd(event, PORT, 2, pio=True)
-    vm.ioeventfd(event, PORT + 8, 1, pio=True)
-    vm.ioeventfd(event, PORT + 8, 2, pio=True)
+        vm.io.ioeventfd(event, PORT, 2, pio=True)
+    vm.io.ioeventfd(event, PORT + 8, 1, pio=True)
+    vm.io.ioeventfd(event, PORT + 8, 2, pio=True)
     with refused(errno.EEXIST):
-        vm.ioeventfd(event, PORT + 8, 0, pio=True)
+        vm.io.ioeventfd(event, PORT + 8, 0, pio=True)
 
 
 @pytest.mark.parametrize("size", [3, 5, 16])
@@ -69,7 +69,7 @@ def test_illegal_size(vm: Vm, event: EventFd, size: int) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     with refused(errno.EINVAL):
-        vm.ioeventfd(event, PORT, size, pio=True)
+        vm.io.ioeventfd(event, PORT, size, pio=True)
 
 
 def test_unknown_flag(vm: Vm, event: EventFd) -> None:
@@ -78,7 +78,7 @@ def test_unknown_flag(vm: Vm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.59 KVM_IOEVENTFD.
     """
     with refused(errno.EINVAL):
-        vm.ioeventfd(event, PORT, 4, flags=1 << 5)
+        vm.io.ioeventfd(event, PORT, 4, flags=1 << 5)
 
 
 def test_range_wraps(vm: Vm, event: EventFd) -> None:
@@ -87,7 +87,7 @@ def test_range_wraps(vm: Vm, event: EventFd) -> None:
     virt/kvm/eventfd.c, kvm_assign_ioeventfd().
     """
     with refused(errno.EINVAL):
-        vm.ioeventfd(event, (1 << 64) - 4, 8)
+        vm.io.ioeventfd(event, (1 << 64) - 4, 8)
 
 
 @pytest.mark.requires("KVM_CAP_IOEVENTFD_ANY_LENGTH")
@@ -97,7 +97,7 @@ def test_datamatch_without_length(vm: Vm, event: EventFd) -> None:
     virt/kvm/eventfd.c, kvm_assign_ioeventfd().
     """
     with refused(errno.EINVAL):
-        vm.ioeventfd(event, PORT, 0, pio=True, datamatch=1)
+        vm.io.ioeventfd(event, PORT, 0, pio=True, datamatch=1)
 
 
 def test_deassign_must_match(vm: Vm, event: EventFd) -> None:
@@ -105,22 +105,22 @@ def test_deassign_must_match(vm: Vm, event: EventFd) -> None:
 
     virt/kvm/eventfd.c, kvm_deassign_ioeventfd_idx().
     """
-    vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
+    vm.io.ioeventfd(event, PORT, 4, pio=True, datamatch=1)
     with EventFd() as other, refused(errno.ENOENT):
-        vm.ioeventfd(other, PORT, 4, pio=True, datamatch=1, deassign=True)
+        vm.io.ioeventfd(other, PORT, 4, pio=True, datamatch=1, deassign=True)
     with refused(errno.ENOENT):
-        vm.ioeventfd(event, PORT + 1, 4, pio=True, datamatch=1, deassign=True)
+        vm.io.ioeventfd(event, PORT + 1, 4, pio=True, datamatch=1, deassign=True)
     with refused(errno.ENOENT):
-        vm.ioeventfd(event, PORT, 2, pio=True, datamatch=1, deassign=True)
+        vm.io.ioeventfd(event, PORT, 2, pio=True, datamatch=1, deassign=True)
     with refused(errno.ENOENT):
-        vm.ioeventfd(event, PORT, 4, pio=True, datamatch=2, deassign=True)
+        vm.io.ioeventfd(event, PORT, 4, pio=True, datamatch=2, deassign=True)
     with refused(errno.ENOENT):
-        vm.ioeventfd(event, PORT, 4, pio=True, deassign=True)
+        vm.io.ioeventfd(event, PORT, 4, pio=True, deassign=True)
     with refused(errno.ENOENT):
-        vm.ioeventfd(event, PORT, 4, datamatch=1, deassign=True)
-    vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1, deassign=True)
+        vm.io.ioeventfd(event, PORT, 4, datamatch=1, deassign=True)
+    vm.io.ioeventfd(event, PORT, 4, pio=True, datamatch=1, deassign=True)
     with refused(errno.ENOENT):
-        vm.ioeventfd(event, PORT, 4, pio=True, datamatch=1, deassign=True)
+        vm.io.ioeventfd(event, PORT, 4, pio=True, datamatch=1, deassign=True)
 
 
 def test_closed_descriptor(vm: Vm) -> None:
@@ -131,7 +131,7 @@ def test_closed_descriptor(vm: Vm) -> None:
     with EventFd() as gone:
         number = gone.fd
     with refused(errno.EBADF):
-        vm.ioeventfd(number, PORT, 4, pio=True)
+        vm.io.ioeventfd(number, PORT, 4, pio=True)
 
 
 def test_descriptor_that_is_no_eventfd(vm: Vm) -> None:
@@ -142,6 +142,6 @@ def test_descriptor_that_is_no_eventfd(vm: Vm) -> None:
     number = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     try:
         with refused(errno.EINVAL):
-            vm.ioeventfd(number, PORT, 4, pio=True)
+            vm.io.ioeventfd(number, PORT, 4, pio=True)
     finally:
         os.close(number)

@@ -63,9 +63,9 @@ def start(make_vm: MakeVm, vcpus: int = 1, **fields: int) -> GuestVm:
 
 def program(vm: Vm, **fields: int) -> None:
     """Write the pin's redirection entry."""
-    state = vm.get_ioapic()
+    state = vm.irq.get_ioapic()
     state.redirtbl[PIN].bits = RedirectionEntry(vector=VECTOR, **fields).bits  # type: ignore[arg-type]
-    vm.set_ioapic(state)
+    vm.irq.set_ioapic(state)
 
 
 def handled(vcpu: GuestVcpu) -> bool:
@@ -81,11 +81,11 @@ def test_edge(make_vm: MakeVm) -> None:
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
     for edge in (1, 2):
-        vm.irq_line(PIN, 1)
+        vm.irq.line(PIN, 1)
         assert said(vcpu) == ("h",)
         assert said(vcpu) == ("i", edge, 0)
         assert said(vcpu) == ("i", edge, 0)
-        vm.irq_line(PIN, 0)
+        vm.irq.line(PIN, 0)
 
 
 def test_level_repeats(make_vm: MakeVm) -> None:
@@ -94,7 +94,7 @@ def test_level_repeats(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE; 82093AA data sheet, 3.2.4 (trigger mode, remote IRR).
     """
     vm = start(make_vm, level=True)
-    vm.irq_line(PIN, 1)
+    vm.irq.line(PIN, 1)
     for _ in range(3):
         assert handled(vm.vcpus[0])
 
@@ -106,9 +106,9 @@ def test_level_lowered_in_handler(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, level=True)
     vcpu = vm.vcpus[0]
-    vm.irq_line(PIN, 1)
+    vm.irq.line(PIN, 1)
     assert handled(vcpu)
-    vm.irq_line(PIN, 0)
+    vm.irq.line(PIN, 0)
     assert said(vcpu) == ("i", 1, 0)
     assert said(vcpu) == ("i", 1, 0)
 
@@ -120,7 +120,7 @@ def test_polarity_is_ignored(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, active_low=True)
     assert said(vm) == ("i", 0, 0)
-    vm.irq_line(PIN, 1)
+    vm.irq.line(PIN, 1)
     assert said(vm) == ("h",)
 
 
@@ -130,7 +130,7 @@ def test_masked_level_is_delivered_when_unmasked(make_vm: MakeVm) -> None:
     82093AA data sheet, 3.2.4 (interrupt mask).
     """
     vm = start(make_vm, level=True, masked=True)
-    assert vm.irq_line_status(PIN, 1) < 0
+    assert vm.irq.line_status(PIN, 1) < 0
     assert said(vm) == ("i", 0, 0)
     program(vm, level=True)
     assert said(vm) == ("h",)
@@ -144,7 +144,7 @@ def test_destination(make_vm: MakeVm) -> None:
     vm = start(make_vm, 3, dest_id=1)
     for fields, target in (({"dest_id": 1}, 1), ({"dest_id": 0b100, "logical": 1}, 2)):
         program(vm, **fields)
-        vm.pulse(PIN)
+        vm.irq.pulse(PIN)
         assert said(vm.vcpus[target]) == ("h",)
         for vcpu in vm.vcpus:
             assert said(vcpu) == ("i", int(vcpu.index in (1, target)), 0)
@@ -156,7 +156,7 @@ def test_nmi(make_vm: MakeVm) -> None:
     82093AA data sheet, 3.2.4 (delivery mode).
     """
     vm = start(make_vm, delivery_mode=DELIVER_NMI)
-    vm.pulse(PIN)
+    vm.irq.pulse(PIN)
     assert said(vm) == ("i", 0, 1)
 
 
@@ -166,11 +166,11 @@ def test_status_of_delivery(make_vm: MakeVm) -> None:
     arch/x86/kvm/ioapic.c, ioapic_set_irq(); virt/kvm/irqchip.c, kvm_set_irq().
     """
     vm = start(make_vm)
-    assert vm.irq_line_status(PIN, 1) == 1
-    assert vm.irq_line_status(PIN, 1) == 0
-    vm.irq_line(PIN, 0)
+    assert vm.irq.line_status(PIN, 1) == 1
+    assert vm.irq.line_status(PIN, 1) == 0
+    vm.irq.line(PIN, 0)
     program(vm, masked=True)
-    assert vm.irq_line_status(PIN, 1) < 0
+    assert vm.irq.line_status(PIN, 1) < 0
 
 
 def test_line_without_route(vm: Vm) -> None:
@@ -178,16 +178,16 @@ def test_line_without_route(vm: Vm) -> None:
 
     virt/kvm/irqchip.c, kvm_set_irq(): "interrupt was ignored".
     """
-    vm.create_irqchip()
-    assert vm.irq_line_status(1000, 1) < 0
-    vm.irq_line(1000, 1)
+    vm.irq.create_chip()
+    assert vm.irq.line_status(1000, 1) < 0
+    vm.irq.line(1000, 1)
 
 
-@pytest.mark.parametrize("call", ["irq_line", "irq_line_status"])
+@pytest.mark.parametrize("call", ["line", "line_status"])
 def test_needs_irqchip(vm: Vm, call: str) -> None:
     """Without an in-kernel interrupt controller KVM_IRQ_LINE and KVM_IRQ_LINE_STATUS fail with ENXIO.
 
     Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE: an interrupt controller model is required.
     """
     with refused(errno.ENXIO):
-        getattr(vm, call)(PIN, 1)
+        getattr(vm.irq, call)(PIN, 1)

@@ -54,7 +54,7 @@ def event() -> Iterator[EventFd]:
 @pytest.fixture
 def irq_vm(vm: Vm) -> Vm:
     """A bare VM with the full in-kernel irqchip."""
-    vm.create_irqchip()
+    vm.irq.create_chip()
     return vm
 
 
@@ -63,7 +63,7 @@ class Counter:
 
     def __init__(self, make_vm: MakeVm, *routes: MsiRoute) -> None:
         self.vm: GuestVm = make_vm(GUEST)
-        self.vm.set_gsi_routing(routes)
+        self.vm.irq.set_gsi_routing(routes)
         self.agent = Agent(self.vm.vcpus[0])
         self.agent.start()
 
@@ -80,7 +80,7 @@ def test_signal_interrupts_guest(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD.
     """
     guest = Counter(make_vm, ROUTE)
-    guest.vm.irqfd(event, GSI)
+    guest.vm.irq.irqfd(event, GSI)
     event.signal()
     assert guest.wait(VECTOR) == (1, 0)
     event.signal()
@@ -97,7 +97,7 @@ def test_signal_before_assignment(make_vm: MakeVm, event: EventFd) -> None:
     guest = Counter(make_vm, ROUTE)
     event.signal()
     assert guest.wait() == (0, 0)
-    guest.vm.irqfd(event, GSI)
+    guest.vm.irq.irqfd(event, GSI)
     assert guest.wait(VECTOR) == (1, 0)
 
 
@@ -107,10 +107,10 @@ def test_deassign_stops_interrupts(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD.
     """
     guest = Counter(make_vm, ROUTE)
-    guest.vm.irqfd(event, GSI)
+    guest.vm.irq.irqfd(event, GSI)
     event.signal()
     assert guest.wait(VECTOR) == (1, 0)
-    guest.vm.irqfd(event, GSI, deassign=True)
+    guest.vm.irq.irqfd(event, GSI, deassign=True)
     event.signal()
     assert guest.wait() == (1, 0)
     assert event.read() == 1
@@ -122,8 +122,8 @@ def test_deassign_of_other_gsi_changes_nothing(make_vm: MakeVm, event: EventFd) 
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD.
     """
     guest = Counter(make_vm, ROUTE)
-    guest.vm.irqfd(event, GSI)
-    guest.vm.irqfd(event, GSI + 1, deassign=True)
+    guest.vm.irq.irqfd(event, GSI)
+    guest.vm.irq.irqfd(event, GSI + 1, deassign=True)
     event.signal()
     assert guest.wait(VECTOR) == (1, 0)
 
@@ -134,10 +134,10 @@ def test_new_routing_reaches_assigned_irqfd(make_vm: MakeVm, event: EventFd) -> 
     Documentation/virt/kvm/api.rst, 4.52 KVM_SET_GSI_ROUTING (the table is overwritten) and 4.75 KVM_IRQFD.
     """
     guest = Counter(make_vm, ROUTE)
-    guest.vm.irqfd(event, GSI)
+    guest.vm.irq.irqfd(event, GSI)
     event.signal()
     assert guest.wait(VECTOR) == (1, 0)
-    guest.vm.set_gsi_routing([MsiRoute(GSI, Msi.to(0, OTHER_VECTOR))])
+    guest.vm.irq.set_gsi_routing([MsiRoute(GSI, Msi.to(0, OTHER_VECTOR))])
     event.signal()
     assert guest.wait(OTHER_VECTOR) == (1, 1)
 
@@ -148,13 +148,13 @@ def test_gsi_without_route(make_vm: MakeVm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD; virt/kvm/irqchip.c, kvm_set_irq().
     """
     guest = Counter(make_vm, MsiRoute(GSI + 1, Msi.to(0, VECTOR)))
-    guest.vm.irqfd(event, GSI)
+    guest.vm.irq.irqfd(event, GSI)
     event.signal()
     assert event.read() == 0
     # Deassigning waits for work that the signal has started.
-    guest.vm.irqfd(event, GSI, deassign=True)
-    guest.vm.set_gsi_routing([ROUTE])
-    guest.vm.irqfd(event, GSI)
+    guest.vm.irq.irqfd(event, GSI, deassign=True)
+    guest.vm.irq.set_gsi_routing([ROUTE])
+    guest.vm.irq.irqfd(event, GSI)
     assert guest.wait() == (0, 0)
 
 
@@ -163,11 +163,11 @@ def test_second_assignment_is_busy(irq_vm: Vm, event: EventFd) -> None:
 
     virt/kvm/eventfd.c: an eventfd that is on the VM's list is refused.
     """
-    irq_vm.irqfd(event, GSI)
+    irq_vm.irq.irqfd(event, GSI)
     with refused(errno.EBUSY):
-        irq_vm.irqfd(event, GSI)
+        irq_vm.irq.irqfd(event, GSI)
     with refused(errno.EBUSY):
-        irq_vm.irqfd(event, GSI + 1)
+        irq_vm.irq.irqfd(event, GSI + 1)
 
 
 def test_assign_again_after_deassign(irq_vm: Vm, event: EventFd) -> None:
@@ -175,11 +175,11 @@ def test_assign_again_after_deassign(irq_vm: Vm, event: EventFd) -> None:
 
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD.
     """
-    irq_vm.irqfd(event, GSI)
-    irq_vm.irqfd(event, GSI, deassign=True)
-    irq_vm.irqfd(event, GSI + 1)
+    irq_vm.irq.irqfd(event, GSI)
+    irq_vm.irq.irqfd(event, GSI, deassign=True)
+    irq_vm.irq.irqfd(event, GSI + 1)
     with refused(errno.EBUSY):
-        irq_vm.irqfd(event, GSI)
+        irq_vm.irq.irqfd(event, GSI)
 
 
 @pytest.mark.parametrize("flag", [1 << 2, 1 << 31])
@@ -189,7 +189,7 @@ def test_unknown_flag(irq_vm: Vm, event: EventFd, flag: int) -> None:
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD.
     """
     with refused(errno.EINVAL):
-        irq_vm.irqfd(event, GSI, flags=flag)
+        irq_vm.irq.irqfd(event, GSI, flags=flag)
 
 
 def test_closed_descriptor(irq_vm: Vm) -> None:
@@ -200,9 +200,9 @@ def test_closed_descriptor(irq_vm: Vm) -> None:
     with EventFd() as gone:
         number = gone.fd
     with refused(errno.EBADF):
-        irq_vm.irqfd(number, GSI)
+        irq_vm.irq.irqfd(number, GSI)
     with refused(errno.EBADF):
-        irq_vm.irqfd(number, GSI, deassign=True)
+        irq_vm.irq.irqfd(number, GSI, deassign=True)
 
 
 def test_descriptor_that_is_no_eventfd(irq_vm: Vm) -> None:
@@ -213,7 +213,7 @@ def test_descriptor_that_is_no_eventfd(irq_vm: Vm) -> None:
     number = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     try:
         with refused(errno.EINVAL):
-            irq_vm.irqfd(number, GSI)
+            irq_vm.irq.irqfd(number, GSI)
     finally:
         os.close(number)
 
@@ -224,7 +224,7 @@ def test_needs_in_kernel_irqchip(vm: Vm, event: EventFd) -> None:
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD; arch/x86/kvm/irq.c, kvm_arch_irqfd_allowed().
     """
     with refused(errno.EINVAL):
-        vm.irqfd(event, GSI)
+        vm.irq.irqfd(event, GSI)
 
 
 @pytest.mark.requires("KVM_CAP_IRQFD_RESAMPLE", "KVM_CAP_SPLIT_IRQCHIP")
@@ -234,7 +234,7 @@ def test_resample_needs_full_irqchip(kvm: Kvm, event: EventFd) -> None:
     arch/x86/kvm/irq.c, kvm_arch_irqfd_allowed().
     """
     with kvm.create_vm() as vm, EventFd() as resample:
-        vm.create_split_irqchip()
+        vm.irq.create_split_chip()
         with refused(errno.EINVAL):
-            vm.irqfd(event, GSI, resample=resample)
-        vm.irqfd(event, GSI)
+            vm.irq.irqfd(event, GSI, resample=resample)
+        vm.irq.irqfd(event, GSI)

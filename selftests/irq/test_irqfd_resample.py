@@ -55,14 +55,14 @@ def events() -> Iterator[tuple[EventFd, EventFd]]:
 
 def route_pin(vm: Vm) -> None:
     """Program the IOAPIC's pin as the guest's driver would: level-triggered, to vCPU 0."""
-    state = vm.get_ioapic()
+    state = vm.irq.get_ioapic()
     state.redirtbl[PIN].bits = RedirectionEntry(vector=VECTOR, level=True).bits
-    vm.set_ioapic(state)
+    vm.irq.set_ioapic(state)
 
 
 def in_service(vm: Vm) -> bool:
     """Return whether the IOAPIC waits for the pin's EOI (remote IRR, 82093AA section 3.2.4)."""
-    return RedirectionEntry.from_bits(vm.get_ioapic().redirtbl[PIN].bits).remote_irr
+    return RedirectionEntry.from_bits(vm.irq.get_ioapic().redirtbl[PIN].bits).remote_irr
 
 
 def step(vm: GuestVm) -> tuple[str, int]:
@@ -76,7 +76,7 @@ def assigned(make_vm: MakeVm, events: tuple[EventFd, EventFd]) -> GuestVm:
     """A VM with the irqfd, whose guest is ready."""
     trigger, resample = events
     vm = make_vm(GUEST, irqchip="full")
-    vm.irqfd(trigger, PIN, resample=resample)
+    vm.irq.irqfd(trigger, PIN, resample=resample)
     vm.launch()
     assert step(vm) == ("r", 0)
     route_pin(vm)
@@ -121,8 +121,8 @@ def test_shared_line_notifies_both(make_vm: MakeVm, events: tuple[EventFd, Event
     trigger, resample = events
     vm = make_vm(GUEST, irqchip="full")
     with EventFd() as other_trigger, EventFd() as other_resample:
-        vm.irqfd(trigger, PIN, resample=resample)
-        vm.irqfd(other_trigger, PIN, resample=other_resample)
+        vm.irq.irqfd(trigger, PIN, resample=resample)
+        vm.irq.irqfd(other_trigger, PIN, resample=other_resample)
         vm.launch()
         assert step(vm) == ("r", 0)
         route_pin(vm)
@@ -139,19 +139,19 @@ def test_deassign_lowers_line(vm: Vm, events: tuple[EventFd, EventFd]) -> None:
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD: the flag is only necessary on assignment.
     """
     trigger, resample = events
-    vm.create_irqchip()
-    state = vm.get_ioapic()
+    vm.irq.create_chip()
+    state = vm.irq.get_ioapic()
     state.redirtbl[PIN].bits = RedirectionEntry(vector=VECTOR, level=True, masked=True).bits
-    vm.set_ioapic(state)
-    vm.irqfd(trigger, PIN, resample=resample)
+    vm.irq.set_ioapic(state)
+    vm.irq.irqfd(trigger, PIN, resample=resample)
     trigger.signal()
     # The kernel raises the line in a work item of its own.
     end = time.monotonic() + TIMEOUT
-    while not vm.get_ioapic().irr and time.monotonic() < end:
+    while not vm.irq.get_ioapic().irr and time.monotonic() < end:
         os.sched_yield()
-    assert vm.get_ioapic().irr == 1 << PIN
-    vm.irqfd(trigger, PIN, deassign=True)
-    assert vm.get_ioapic().irr == 0
+    assert vm.irq.get_ioapic().irr == 1 << PIN
+    vm.irq.irqfd(trigger, PIN, deassign=True)
+    assert vm.irq.get_ioapic().irr == 0
     assert resample.read() == 0
 
 
@@ -161,9 +161,9 @@ def test_resample_descriptor_is_checked(vm: Vm, events: tuple[EventFd, EventFd])
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD: "the user must pass an additional eventfd".
     """
     trigger, resample = events
-    vm.create_irqchip()
+    vm.irq.create_chip()
     with EventFd() as gone:
         number = gone.fd
     with refused(errno.EBADF):
-        vm.irqfd(trigger, PIN, resample=number)
-    vm.irqfd(trigger, PIN, resample=resample)
+        vm.irq.irqfd(trigger, PIN, resample=number)
+    vm.irq.irqfd(trigger, PIN, resample=resample)

@@ -19,8 +19,8 @@ GSI = 30
 def two_vms(kvm: Kvm) -> Iterator[tuple[Vm, Vm]]:
     """Two bare VMs with the full in-kernel irqchip."""
     with kvm.create_vm() as one, kvm.create_vm() as other:
-        one.create_irqchip()
-        other.create_irqchip()
+        one.irq.create_chip()
+        other.irq.create_chip()
         yield one, other
 
 
@@ -31,11 +31,11 @@ def test_eventfd_of_another_vm(two_vms: tuple[Vm, Vm]) -> None:
     """
     one, other = two_vms
     with EventFd() as event:
-        one.irqfd(event, GSI)
+        one.irq.irqfd(event, GSI)
         with refused(errno.EBUSY):
-            other.irqfd(event, GSI)
-        one.irqfd(event, GSI, deassign=True)
-        other.irqfd(event, GSI)
+            other.irq.irqfd(event, GSI)
+        one.irq.irqfd(event, GSI, deassign=True)
+        other.irq.irqfd(event, GSI)
 
 
 def test_eventfd_of_closed_vm(kvm: Kvm) -> None:
@@ -44,13 +44,13 @@ def test_eventfd_of_closed_vm(kvm: Kvm) -> None:
     virt/kvm/eventfd.c, kvm_irqfd_release().
     """
     with EventFd() as event, kvm.create_vm() as other:
-        other.create_irqchip()
+        other.irq.create_chip()
         with kvm.create_vm() as one:
-            one.create_irqchip()
-            one.irqfd(event, GSI)
+            one.irq.create_chip()
+            one.irq.irqfd(event, GSI)
             with refused(errno.EBUSY):
-                other.irqfd(event, GSI)
-        other.irqfd(event, GSI)
+                other.irq.irqfd(event, GSI)
+        other.irq.irqfd(event, GSI)
 
 
 def test_deassign_what_was_never_assigned(two_vms: tuple[Vm, Vm]) -> None:
@@ -60,12 +60,12 @@ def test_deassign_what_was_never_assigned(two_vms: tuple[Vm, Vm]) -> None:
     """
     one, other = two_vms
     with EventFd() as event, EventFd() as unused:
-        one.irqfd(unused, GSI, deassign=True)
-        one.irqfd(event, GSI)
-        other.irqfd(event, GSI, deassign=True)
-        one.irqfd(event, GSI + 1, deassign=True)
+        one.irq.irqfd(unused, GSI, deassign=True)
+        one.irq.irqfd(event, GSI)
+        other.irq.irqfd(event, GSI, deassign=True)
+        one.irq.irqfd(event, GSI + 1, deassign=True)
         with refused(errno.EBUSY):
-            one.irqfd(event, GSI)
+            one.irq.irqfd(event, GSI)
 
 
 def test_two_eventfds_share_a_gsi(two_vms: tuple[Vm, Vm]) -> None:
@@ -75,9 +75,9 @@ def test_two_eventfds_share_a_gsi(two_vms: tuple[Vm, Vm]) -> None:
     """
     one, _ = two_vms
     with EventFd() as first, EventFd() as second:
-        one.irqfd(first, GSI)
-        one.irqfd(second, GSI)
-        one.irqfd(first, GSI, deassign=True)
-        one.irqfd(first, GSI)
+        one.irq.irqfd(first, GSI)
+        one.irq.irqfd(second, GSI)
+        one.irq.irqfd(first, GSI, deassign=True)
+        one.irq.irqfd(first, GSI)
         with refused(errno.EBUSY):
-            one.irqfd(second, GSI)
+            one.irq.irqfd(second, GSI)

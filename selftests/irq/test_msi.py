@@ -104,7 +104,7 @@ def test_delivery(make_vm: MakeVm, message: Msi, mode: int, expected: list[tuple
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
     """
     vm = start(make_vm, 3, mode=mode)
-    assert vm.signal_msi(message) == sum(map(sum, expected))
+    assert vm.irq.signal_msi(message) == sum(map(sum, expected))
     assert counts(vm) == expected
 
 
@@ -115,7 +115,7 @@ def test_lowest_priority(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, 3)
     message = Msi.to(0b110, VECTOR, logical=True, delivery_mode=LOWEST_PRIORITY)
-    assert vm.signal_msi(message) == 1
+    assert vm.irq.signal_msi(message) == 1
     got = counts(vm)
     assert got[0] == (0, 0)
     assert sorted(got[1:]) == [(0, 0), (1, 0)]
@@ -127,8 +127,8 @@ def test_pending_message_is_not_counted_twice(make_vm: MakeVm) -> None:
     Intel SDM 3A, 12.8.4: the IRR has one bit a vector.
     """
     vm = start(make_vm)
-    vm.signal_msi(Msi.to(0, VECTOR))
-    vm.signal_msi(Msi.to(0, VECTOR))
+    vm.irq.signal_msi(Msi.to(0, VECTOR))
+    vm.irq.signal_msi(Msi.to(0, VECTOR))
     assert counts(vm) == [(1, 0)]
     assert counts(vm) == [(1, 0)]
 
@@ -140,7 +140,7 @@ def test_destination_that_does_not_exist(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, 2)
     try:
-        delivered = vm.signal_msi(Msi.to(77, VECTOR))
+        delivered = vm.irq.signal_msi(Msi.to(77, VECTOR))
     except KvmError as error:
         assert error.errno == errno.EPERM  # noqa: PT017 - the other legal answer is below
         delivered = 0
@@ -157,7 +157,7 @@ def test_upper_half_of_the_address(make_vm: MakeVm, format_32bit: bool, reached:
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI and 7.7 KVM_CAP_X2APIC_API.
     """
     vm = start(make_vm, mode=2, ids=[0, 0x2C, 0x12C], format_32bit=format_32bit)
-    assert vm.signal_msi(Msi.to(0x12C, VECTOR)) == 1
+    assert vm.irq.signal_msi(Msi.to(0x12C, VECTOR)) == 1
     assert counts(vm) == [(int(index == reached), 0) for index in range(3)]
 
 
@@ -167,12 +167,12 @@ def test_low_bits_of_upper_half(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vm.enable_cap(KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS)
     vm.create_vcpu()
     message = Msi.to(0, VECTOR)
     with refused(errno.EINVAL):
-        vm.signal_msi(Msi(message.address | 1 << 32, message.data))
+        vm.irq.signal_msi(Msi(message.address | 1 << 32, message.data))
 
 
 def test_unknown_flag(vm: Vm) -> None:
@@ -180,10 +180,10 @@ def test_unknown_flag(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.71 KVM_SIGNAL_MSI.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vm.create_vcpu()
     with refused(errno.EINVAL):
-        vm.signal_msi(Msi.to(0, VECTOR), flags=2)
+        vm.irq.signal_msi(Msi.to(0, VECTOR), flags=2)
 
 
 def test_needs_irqchip(vm: Vm) -> None:
@@ -193,4 +193,4 @@ def test_needs_irqchip(vm: Vm) -> None:
     """
     vm.create_vcpu()
     with refused(errno.EINVAL):
-        vm.signal_msi(Msi.to(0, VECTOR))
+        vm.irq.signal_msi(Msi.to(0, VECTOR))

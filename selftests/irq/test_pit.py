@@ -116,15 +116,15 @@ void ports(void)
 def start(make_vm: MakeVm, entry: str, *args: int, flags: int = 0) -> GuestVm:
     """Return a VM with a timer whose ticks come at VECTOR, before its launch; missed ticks are lost."""
     vm = make_vm(GUEST, irqchip="full")
-    vm.create_pit2(flags)
-    vm.reinject_control(False)
-    state = vm.get_ioapic()
+    vm.pit.create2(flags)
+    vm.pit.reinject_control(False)
+    state = vm.irq.get_ioapic()
     state.redirtbl[0].bits = RedirectionEntry(vector=VECTOR).bits
-    vm.set_ioapic(state)
+    vm.irq.set_ioapic(state)
     # GSI 0 leads to the PIC too, which nobody has given a vector base.
-    pic = vm.get_pic()
+    pic = vm.irq.get_pic()
     pic.imr = 0xFF
-    vm.set_pic(pic)
+    vm.irq.set_pic(pic)
     vm.vcpus[0].set_entry(entry, *args)
     return vm
 
@@ -194,9 +194,9 @@ def test_speaker_bit_in_state(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, "ports", flags=KVM_PIT_SPEAKER_DUMMY)
     vm.launch()
-    assert vm.get_pit2().flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON == 0
+    assert vm.pit.get2().flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON == 0
     vm.vcpus[0].run_to_done()
-    assert vm.get_pit2().flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON
+    assert vm.pit.get2().flags & KVM_PIT_FLAGS_SPEAKER_DATA_ON
 
 
 def test_state_shows_what_guest_loaded(make_vm: MakeVm) -> None:
@@ -207,7 +207,7 @@ def test_state_shows_what_guest_loaded(make_vm: MakeVm) -> None:
     vm = start(make_vm, "ticks", 2, PERIOD, 1)
     vm.launch()
     assert said(vm) == ("s",)
-    for channel in (vm.get_pit2().channels[0], vm.get_pit().channels[0]):
+    for channel in (vm.pit.get2().channels[0], vm.pit.get().channels[0]):
         assert (channel.mode, channel.rw_mode, channel.count, channel.bcd) == (2, 3, PERIOD, 0)
 
 
@@ -217,11 +217,11 @@ def test_restored_timer_ticks(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.73 KVM_SET_PIT2.
     """
     vm = start(make_vm, "wait_only", 3)
-    state = vm.get_pit2()
+    state = vm.pit.get2()
     state.channels[0].mode = 2
     state.channels[0].count = PERIOD
     vm.launch()
-    vm.set_pit2(state)
+    vm.pit.set2(state)
     assert said(vm)[0] == "t"
 
 
@@ -231,13 +231,13 @@ def test_reinject_makes_up(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.99 KVM_REINJECT_CONTROL: "KVM queues elapsed i8254 ticks".
     """
     vm = start(make_vm, "ticks", 2, LONG_PERIOD, 10)
-    vm.reinject_control(True)
+    vm.pit.reinject_control(True)
     vm.launch()
     assert said(vm) == ("s",)
     # Ten periods go by while the guest is kept from running.
     end = time.monotonic() + 11 * LONG_PERIOD / HZ
     while time.monotonic() < end:
-        vm.get_pit2()
+        vm.pit.get2()
     started = time.monotonic()
     assert said(vm)[0] == "t"
     # Were ticks lost, more than eight periods would have to go by: 440 ms, ten interrupts take far less.
@@ -249,14 +249,14 @@ def test_state_is_kept(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.72 KVM_GET_PIT2 and 4.73 KVM_SET_PIT2.
     """
-    vm.create_irqchip()
-    vm.create_pit2()
+    vm.irq.create_chip()
+    vm.pit.create2()
     state = kvm_pit_state2(flags=KVM_PIT_FLAGS_HPET_LEGACY)
     for number in range(3):
         channel = state.channels[number]
         channel.mode, channel.rw_mode, channel.count, channel.gate = number, 3, 1000 + number, 1
-    vm.set_pit2(state)
-    got = vm.get_pit2()
+    vm.pit.set2(state)
+    got = vm.pit.get2()
     assert got.flags == KVM_PIT_FLAGS_HPET_LEGACY
     for number in range(3):
         channel = got.channels[number]
@@ -268,13 +268,13 @@ def test_older_form_is_kept(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.72 KVM_GET_PIT2: it replaces the obsolete KVM_GET_PIT.
     """
-    vm.create_irqchip()
-    vm.create_pit2()
-    state = vm.get_pit()
+    vm.irq.create_chip()
+    vm.pit.create2()
+    state = vm.pit.get()
     state.channels[1].mode = 3
     state.channels[1].count = 4321
-    vm.set_pit(state)
-    channel = vm.get_pit2().channels[1]
+    vm.pit.set(state)
+    channel = vm.pit.get2().channels[1]
     assert (channel.mode, channel.count) == (3, 4321)
 
 
@@ -284,7 +284,7 @@ def test_needs_irqchip(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.71 KVM_CREATE_PIT2.
     """
     with refused(errno.ENOENT):
-        vm.create_pit2()
+        vm.pit.create2()
 
 
 @pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -294,9 +294,9 @@ def test_split_irqchip_has_no_pit(kvm: Kvm) -> None:
     Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP: IOAPIC, PIC and PIT are emulated by the VMM.
     """
     with kvm.create_vm() as vm:
-        vm.create_split_irqchip()
+        vm.irq.create_split_chip()
         with refused(errno.ENOENT):
-            vm.create_pit2()
+            vm.pit.create2()
 
 
 def test_second_timer(vm: Vm) -> None:
@@ -304,10 +304,10 @@ def test_second_timer(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.71 KVM_CREATE_PIT2.
     """
-    vm.create_irqchip()
-    vm.create_pit2()
+    vm.irq.create_chip()
+    vm.pit.create2()
     with refused(errno.EEXIST):
-        vm.create_pit2()
+        vm.pit.create2()
 
 
 def test_state_without_timer(vm: Vm) -> None:
@@ -315,12 +315,12 @@ def test_state_without_timer(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.72 KVM_GET_PIT2 and 4.99 KVM_REINJECT_CONTROL.
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     with refused(errno.ENXIO):
-        vm.get_pit2()
+        vm.pit.get2()
     with refused(errno.ENXIO):
-        vm.set_pit2(kvm_pit_state2())
+        vm.pit.set2(kvm_pit_state2())
     with refused(errno.ENXIO):
-        vm.get_pit()
+        vm.pit.get()
     with refused(errno.ENXIO):
-        vm.reinject_control(True)
+        vm.pit.reinject_control(True)

@@ -34,12 +34,12 @@ VECTOR = 0x51
 @pytest.fixture
 def irq_vm(vm: Vm) -> Vm:
     """A bare VM with the full in-kernel irqchip and one vCPU, all pins of the IOAPIC unmasked."""
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vm.create_vcpu()
-    state = vm.get_ioapic()
+    state = vm.irq.get_ioapic()
     for pin in range(24):
         state.redirtbl[pin].bits = RedirectionEntry(vector=VECTOR, level=True).bits
-    vm.set_ioapic(state)
+    vm.irq.set_ioapic(state)
     return vm
 
 
@@ -47,13 +47,17 @@ def lines(vm: Vm, gsi: int) -> tuple[bool, bool, bool]:
     """Raise *gsi*, tell which of master PIC, slave PIC and IOAPIC have an input raised then, and lower it."""
     # A PIC keeps an edge in its request register: forget those of earlier calls.
     for slave in (False, True):
-        state = vm.get_pic(slave=slave)
+        state = vm.irq.get_pic(slave=slave)
         state.irr = 0
-        vm.set_pic(state, slave=slave)
-    vm.irq_line(gsi, 1)
+        vm.irq.set_pic(state, slave=slave)
+    vm.irq.line(gsi, 1)
     # The slave's output is the master's input 2.
-    found = (bool(vm.get_pic().irr & ~4), bool(vm.get_pic(slave=True).irr), bool(vm.get_ioapic().irr))
-    vm.irq_line(gsi, 0)
+    found = (
+        bool(vm.irq.get_pic().irr & ~4),
+        bool(vm.irq.get_pic(slave=True).irr),
+        bool(vm.irq.get_ioapic().irr),
+    )
+    vm.irq.line(gsi, 0)
     return found
 
 
@@ -79,13 +83,13 @@ def test_table_is_replaced(irq_vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.52 KVM_SET_GSI_ROUTING: "overwriting any previously set entries".
     """
-    irq_vm.set_gsi_routing([IrqchipRoute(40, KVM_IRQCHIP_PIC_MASTER, 5)])
+    irq_vm.irq.set_gsi_routing([IrqchipRoute(40, KVM_IRQCHIP_PIC_MASTER, 5)])
     assert lines(irq_vm, 40) == (True, False, False)
-    irq_vm.set_gsi_routing([IrqchipRoute(41, KVM_IRQCHIP_IOAPIC, 5)])
-    assert irq_vm.irq_line_status(40, 1) < 0
-    assert irq_vm.irq_line_status(5, 1) < 0
-    assert irq_vm.irq_line_status(41, 1) >= 0
-    assert irq_vm.get_ioapic().irr == 1 << 5
+    irq_vm.irq.set_gsi_routing([IrqchipRoute(41, KVM_IRQCHIP_IOAPIC, 5)])
+    assert irq_vm.irq.line_status(40, 1) < 0
+    assert irq_vm.irq.line_status(5, 1) < 0
+    assert irq_vm.irq.line_status(41, 1) >= 0
+    assert irq_vm.irq.get_ioapic().irr == 1 << 5
 
 
 def test_empty_table(irq_vm: Vm) -> None:
@@ -93,9 +97,9 @@ def test_empty_table(irq_vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.52 KVM_SET_GSI_ROUTING.
     """
-    irq_vm.set_gsi_routing([])
+    irq_vm.irq.set_gsi_routing([])
     for gsi in (0, 5, 12, 20):
-        assert irq_vm.irq_line_status(gsi, 1) < 0
+        assert irq_vm.irq.line_status(gsi, 1) < 0
 
 
 def test_default_table_can_be_set_again(irq_vm: Vm) -> None:
@@ -103,8 +107,8 @@ def test_default_table_can_be_set_again(irq_vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.24 KVM_CREATE_IRQCHIP and 4.52 KVM_SET_GSI_ROUTING.
     """
-    irq_vm.set_gsi_routing([])
-    irq_vm.set_gsi_routing(default_routes())
+    irq_vm.irq.set_gsi_routing([])
+    irq_vm.irq.set_gsi_routing(default_routes())
     assert lines(irq_vm, 5) == (True, False, True)
     assert lines(irq_vm, 12) == (False, True, True)
     assert lines(irq_vm, 20) == (False, False, True)
@@ -115,12 +119,12 @@ def test_two_gsis_share_pin(irq_vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.52 KVM_SET_GSI_ROUTING; virt/kvm/irqchip.c, setup_routing_entry().
     """
-    irq_vm.set_gsi_routing([IrqchipRoute(gsi, KVM_IRQCHIP_IOAPIC, 9) for gsi in (50, 60)])
-    assert irq_vm.irq_line_status(60, 1) >= 0
-    assert irq_vm.get_ioapic().irr == 1 << 9
-    irq_vm.irq_line(60, 0)
-    assert irq_vm.irq_line_status(50, 1) >= 0
-    assert irq_vm.get_ioapic().irr == 1 << 9
+    irq_vm.irq.set_gsi_routing([IrqchipRoute(gsi, KVM_IRQCHIP_IOAPIC, 9) for gsi in (50, 60)])
+    assert irq_vm.irq.line_status(60, 1) >= 0
+    assert irq_vm.irq.get_ioapic().irr == 1 << 9
+    irq_vm.irq.line(60, 0)
+    assert irq_vm.irq.line_status(50, 1) >= 0
+    assert irq_vm.irq.get_ioapic().irr == 1 << 9
 
 
 def test_highest_gsi(irq_vm: Vm) -> None:
@@ -129,10 +133,10 @@ def test_highest_gsi(irq_vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.52 KVM_SET_GSI_ROUTING; the capability's value is the number of routes.
     """
     limit = irq_vm.check_extension(KVM_CAP_IRQ_ROUTING)
-    irq_vm.set_gsi_routing([IrqchipRoute(limit - 1, KVM_IRQCHIP_IOAPIC, 9)])
-    assert irq_vm.irq_line_status(limit - 1, 1) >= 0
+    irq_vm.irq.set_gsi_routing([IrqchipRoute(limit - 1, KVM_IRQCHIP_IOAPIC, 9)])
+    assert irq_vm.irq.line_status(limit - 1, 1) >= 0
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((IrqchipRoute(limit, KVM_IRQCHIP_IOAPIC, 9),))
+        irq_vm.irq.set_gsi_routing((IrqchipRoute(limit, KVM_IRQCHIP_IOAPIC, 9),))
 
 
 def test_too_many_entries(irq_vm: Vm) -> None:
@@ -156,7 +160,7 @@ def test_refused_table_changes_nothing(irq_vm: Vm) -> None:
     """
     bad = IrqchipRoute(7, KVM_IRQCHIP_IOAPIC, 24)
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((IrqchipRoute(6, KVM_IRQCHIP_IOAPIC, 1), bad))
+        irq_vm.irq.set_gsi_routing((IrqchipRoute(6, KVM_IRQCHIP_IOAPIC, 1), bad))
     assert lines(irq_vm, 6) == (True, False, True)
     assert lines(irq_vm, 20) == (False, False, True)
 
@@ -171,7 +175,7 @@ def test_no_such_pin(irq_vm: Vm, chip: int, pin: int) -> None:
     Documentation/virt/kvm/api.rst, 4.52 KVM_SET_GSI_ROUTING.
     """
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((IrqchipRoute(5, chip, pin),))
+        irq_vm.irq.set_gsi_routing((IrqchipRoute(5, chip, pin),))
 
 
 def test_one_route_per_controller(irq_vm: Vm) -> None:
@@ -181,9 +185,9 @@ def test_one_route_per_controller(irq_vm: Vm) -> None:
     """
     twice = (IrqchipRoute(5, KVM_IRQCHIP_IOAPIC, 1), IrqchipRoute(5, KVM_IRQCHIP_IOAPIC, 2))
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((*twice,))
+        irq_vm.irq.set_gsi_routing((*twice,))
     chips = (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC)
-    irq_vm.set_gsi_routing([IrqchipRoute(5, chip, 3) for chip in chips])
+    irq_vm.irq.set_gsi_routing([IrqchipRoute(5, chip, 3) for chip in chips])
     assert lines(irq_vm, 5) == (True, True, True)
 
 
@@ -195,11 +199,11 @@ def test_message_excludes_others(irq_vm: Vm) -> None:
     message = MsiRoute(5, Msi.to(0, VECTOR))
     pin = IrqchipRoute(5, KVM_IRQCHIP_IOAPIC, 1)
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((message, message))
+        irq_vm.irq.set_gsi_routing((message, message))
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((message, pin))
+        irq_vm.irq.set_gsi_routing((message, pin))
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((pin, message))
+        irq_vm.irq.set_gsi_routing((pin, message))
 
 
 def test_flags_must_be_zero(irq_vm: Vm) -> None:
@@ -208,15 +212,15 @@ def test_flags_must_be_zero(irq_vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.52 KVM_SET_GSI_ROUTING.
     """
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((), flags=1)
+        irq_vm.irq.set_gsi_routing((), flags=1)
     entry = IrqchipRoute(5, KVM_IRQCHIP_IOAPIC, 1).entry()
     entry.flags = 1
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((entry,))
+        irq_vm.irq.set_gsi_routing((entry,))
     message = MsiRoute(5, Msi.to(0, VECTOR)).entry()
     message.flags = 2
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((message,))
+        irq_vm.irq.set_gsi_routing((message,))
 
 
 @pytest.mark.parametrize("kind", [0, 3, 99])
@@ -226,7 +230,7 @@ def test_unknown_type(irq_vm: Vm, kind: int) -> None:
     Documentation/virt/kvm/api.rst, 4.52 KVM_SET_GSI_ROUTING.
     """
     with refused(errno.EINVAL):
-        irq_vm.set_gsi_routing((kvm_irq_routing_entry(gsi=5, type=kind),))
+        irq_vm.irq.set_gsi_routing((kvm_irq_routing_entry(gsi=5, type=kind),))
 
 
 def test_needs_irqchip(vm: Vm) -> None:
@@ -235,7 +239,7 @@ def test_needs_irqchip(vm: Vm) -> None:
     arch/x86/kvm/irq.c, kvm_arch_can_set_irq_routing().
     """
     with refused(errno.EINVAL):
-        vm.set_gsi_routing((MsiRoute(5, Msi.to(0, VECTOR)),))
+        vm.irq.set_gsi_routing((MsiRoute(5, Msi.to(0, VECTOR)),))
 
 
 @pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -245,7 +249,7 @@ def test_split_irqchip_takes_messages_only(kvm: Kvm) -> None:
     Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP.
     """
     with kvm.create_vm() as vm:
-        vm.create_split_irqchip()
-        vm.set_gsi_routing([MsiRoute(5, Msi.to(0, VECTOR))])
+        vm.irq.create_split_chip()
+        vm.irq.set_gsi_routing([MsiRoute(5, Msi.to(0, VECTOR))])
         with refused(errno.EINVAL):
-            vm.set_gsi_routing((IrqchipRoute(5, KVM_IRQCHIP_IOAPIC, 5),))
+            vm.irq.set_gsi_routing((IrqchipRoute(5, KVM_IRQCHIP_IOAPIC, 5),))

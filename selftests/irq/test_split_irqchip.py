@@ -51,7 +51,7 @@ void guest_main(void)
 def start(make_vm: MakeVm, *routes: MsiRoute) -> GuestVm:
     """Return a VM with a split irqchip and *routes*, whose guest is ready."""
     vm = make_vm(GUEST, irqchip="split")
-    vm.set_gsi_routing(routes)
+    vm.irq.set_gsi_routing(routes)
     vm.launch()
     assert word(vm) == "i"
     return vm
@@ -82,7 +82,7 @@ def test_eoi_exit(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP and KVM_EXIT_IOAPIC_EOI.
     """
     vm = start(make_vm, MsiRoute(GSI, Msi.to(0, VECTOR, level=True)))
-    vm.irq_line(GSI, 1)
+    vm.irq.line(GSI, 1)
     # A KVM whose APIC ends an interrupt with its delivery may exit before the handler's first word.
     came = [step(vm) for _ in range(3)]
     exits = [got for got in came if isinstance(got, IoapicEoiExit)]
@@ -97,7 +97,7 @@ def test_eoi_is_told_once(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, MsiRoute(GSI, Msi.to(0, VECTOR, level=True)))
     for _ in range(3):
-        vm.irq_line(GSI, 1)
+        vm.irq.line(GSI, 1)
         assert sorted(words(vm)) == ["IoapicEoiExit", "e", "h", "i", "i"]
 
 
@@ -111,7 +111,7 @@ def test_eoi_without_an_exit(make_vm: MakeVm, gsi: int, level: bool) -> None:
     KVM_CAP_SPLIT_IRQCHIP: "the first args[0] MSI routes are reserved" for the user-space IOAPIC.
     """
     vm = start(make_vm, MsiRoute(gsi, Msi.to(0, VECTOR, level=level)))
-    vm.irq_line(gsi, 1)
+    vm.irq.line(gsi, 1)
     assert sorted(words(vm)) == ["e", "h", "i", "i"]
 
 
@@ -121,7 +121,7 @@ def test_external_interrupt(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT.
     """
     vm = start(make_vm)
-    vm.vcpus[0].interrupt(EXTINT_VECTOR)
+    vm.vcpus[0].events.interrupt(EXTINT_VECTOR)
     assert words(vm) == ["x", "i", "i"]
 
 
@@ -132,11 +132,11 @@ def test_second_external_interrupt(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
-    vcpu.interrupt(EXTINT_VECTOR)
+    vcpu.events.interrupt(EXTINT_VECTOR)
     with refused(errno.EEXIST):
-        vcpu.interrupt(EXTINT_VECTOR + 1)
+        vcpu.events.interrupt(EXTINT_VECTOR + 1)
     assert words(vm) == ["x", "i", "i"]
-    vcpu.interrupt(EXTINT_VECTOR + 1)
+    vcpu.events.interrupt(EXTINT_VECTOR + 1)
     assert words(vm) == ["x", "i", "i"]
 
 
@@ -147,8 +147,8 @@ def test_masked_lint0_keeps_external_interrupt_out(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
-    vcpu.set_lapic_reg(0x350, 0x10700)
-    vcpu.interrupt(EXTINT_VECTOR)
+    vcpu.lapic.set_reg(0x350, 0x10700)
+    vcpu.events.interrupt(EXTINT_VECTOR)
     assert words(vm) == ["i", "i"]
-    vcpu.set_lapic_reg(0x350, 0x700)
+    vcpu.lapic.set_reg(0x350, 0x700)
     assert words(vm) == ["x", "i", "i"]

@@ -72,7 +72,7 @@ def test_interrupt_window(make_vm: MakeVm) -> None:
     vcpu.expect(IrqWindowOpenExit)
     area.request_interrupt_window = 0
     assert (area.if_flag, area.ready_for_interrupt_injection) == (1, 1)
-    vcpu.interrupt(VECTOR)
+    vcpu.events.interrupt(VECTOR)
     assert said(vm) == ("h", VECTOR)
     assert said(vm) == ("i", 1)
 
@@ -84,7 +84,7 @@ def test_halt_is_left_to_user_space(make_vm: MakeVm) -> None:
     """
     vm = make_vm.start(HALTING, irqchip=None)
     vm.vcpus[0].expect(HltExit)
-    vm.vcpus[0].interrupt(VECTOR)
+    vm.vcpus[0].events.interrupt(VECTOR)
     assert vm.vcpus[0].sync().args == (1,)
 
 
@@ -109,7 +109,7 @@ def test_vector_out_of_range(vm: Vm) -> None:
     """
     vcpu = vm.create_vcpu()
     with refused(errno.EINVAL):
-        vcpu.interrupt(256)
+        vcpu.events.interrupt(256)
 
 
 def test_pic_in_kernel(vm: Vm) -> None:
@@ -117,7 +117,7 @@ def test_pic_in_kernel(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT: "-ENXIO if the PIC is in the kernel".
     """
-    vm.create_irqchip()
+    vm.irq.create_chip()
     vcpu = vm.create_vcpu()
     with refused(errno.ENXIO):
-        vcpu.interrupt(VECTOR)
+        vcpu.events.interrupt(VECTOR)

@@ -70,7 +70,7 @@ class Checked:
         self.vm = make_vm(GUEST)
         self.vcpu: GuestVcpu = self.vm.vcpus[0]
         self.agent = Agent(self.vcpu)
-        self.vcpu.setup_mce(BANK + 1)
+        self.vcpu.events.setup_mce(BANK + 1)
         self.agent.start()
         if enable:
             assert self.agent.change_cr(4, put=CR4.MCE) is None
@@ -84,7 +84,7 @@ class Checked:
     def recorded(self) -> tuple[int, ...]:
         """STATUS, ADDR and MISC of the bank."""
         first = Msr.MSR_IA32_MC0_CTL + 4 * BANK
-        return tuple(self.vcpu.get_msrs([first + 1, first + 2, first + 3]).values())
+        return tuple(self.vcpu.msrs.get_many([first + 1, first + 2, first + 3]).values())
 
 
 def error(
@@ -100,7 +100,7 @@ def test_uncorrected_error_is_an_exception(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE.
     """
     guest = Checked(make_vm)
-    guest.vcpu.set_mce(error(FATAL, global_status=IN_PROGRESS | RESTARTABLE))
+    guest.vcpu.events.set_mce(error(FATAL, global_status=IN_PROGRESS | RESTARTABLE))
     seen = (1, IN_PROGRESS | RESTARTABLE, FATAL, 0x1234_5000, 0x8C)
     assert guest.look() == seen
     assert guest.look() == seen
@@ -113,7 +113,7 @@ def test_corrected_error_is_only_recorded(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE ("If ... an uncorrected error").
     """
     guest = Checked(make_vm)
-    guest.vcpu.set_mce(error(CORRECTED))
+    guest.vcpu.events.set_mce(error(CORRECTED))
     assert guest.recorded == (CORRECTED, 0x1234_5000, 0x8C)
     assert guest.look()[0] == 0
 
@@ -125,8 +125,8 @@ def test_corrected_error_over_another(make_vm: MakeVm) -> None:
     Intel SDM, volume 3, "Overwrite Rules for Machine Check Overflow"; arch/x86/kvm/x86.c.
     """
     guest = Checked(make_vm)
-    guest.vcpu.set_mce(error(CORRECTED))
-    guest.vcpu.set_mce(error(CORRECTED, address=0x6000))
+    guest.vcpu.events.set_mce(error(CORRECTED))
+    guest.vcpu.events.set_mce(error(CORRECTED, address=0x6000))
     assert guest.recorded == (CORRECTED | OVERFLOW, 0x6000, 0x8C)
 
 
@@ -139,8 +139,8 @@ def test_error_that_cannot_be_handled(make_vm: MakeVm, why: str) -> None:
     """
     guest = Checked(make_vm, enable=why == "in-progress")
     if why == "in-progress":
-        guest.vcpu.set_msr(Msr.MSR_IA32_MCG_STATUS, IN_PROGRESS)
-    guest.vcpu.set_mce(error(FATAL, global_status=IN_PROGRESS))
+        guest.vcpu.msrs.set(Msr.MSR_IA32_MCG_STATUS, IN_PROGRESS)
+    guest.vcpu.events.set_mce(error(FATAL, global_status=IN_PROGRESS))
     guest.agent.begin(b"")
     guest.vcpu.expect(ShutdownExit)
 
@@ -152,8 +152,8 @@ def test_bank_that_reports_nothing(make_vm: MakeVm) -> None:
     Intel SDM, volume 3, "IA32_MCi_CTL MSRs"; arch/x86/kvm/x86.c.
     """
     guest = Checked(make_vm)
-    guest.vcpu.set_msr(Msr.MSR_IA32_MC0_CTL + 4 * BANK, 0)
-    guest.vcpu.set_mce(error(FATAL, global_status=IN_PROGRESS))
+    guest.vcpu.msrs.set(Msr.MSR_IA32_MC0_CTL + 4 * BANK, 0)
+    guest.vcpu.events.set_mce(error(FATAL, global_status=IN_PROGRESS))
     assert guest.recorded == (0, 0, 0)
     assert guest.look()[0] == 0
 
@@ -163,10 +163,10 @@ def test_bank_out_of_range(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE.
     """
-    vcpu.setup_mce(BANK)
-    vcpu.set_mce(error(CORRECTED, bank=BANK - 1))
+    vcpu.events.setup_mce(BANK)
+    vcpu.events.set_mce(error(CORRECTED, bank=BANK - 1))
     with refused(errno.EINVAL):
-        vcpu.set_mce(error(CORRECTED, bank=BANK))
+        vcpu.events.set_mce(error(CORRECTED, bank=BANK))
 
 
 def test_error_that_is_not_valid(vcpu: Vcpu) -> None:
@@ -175,7 +175,7 @@ def test_error_that_is_not_valid(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE.
     """
     with refused(errno.EINVAL):
-        vcpu.set_mce(error(CORRECTED & ~VALID))
+        vcpu.events.set_mce(error(CORRECTED & ~VALID))
 
 
 def test_number_of_banks(vm: Vm) -> None:
@@ -187,10 +187,10 @@ def test_number_of_banks(vm: Vm) -> None:
     most = vm.check_extension(KVM_CAP_MCE)
     for count in (0, most + 1):
         with refused(errno.EINVAL):
-            vcpu.setup_mce(count)
+            vcpu.events.setup_mce(count)
     for count in (1, most):
-        vcpu.setup_mce(count)
-        assert vcpu.get_msr(Msr.MSR_IA32_MCG_CAP) == count
+        vcpu.events.setup_mce(count)
+        assert vcpu.msrs.get(Msr.MSR_IA32_MCG_CAP) == count
 
 
 def test_unsupported_features(kvm: Kvm) -> None:
@@ -205,11 +205,11 @@ def test_unsupported_features(kvm: Kvm) -> None:
         vcpu = vm.create_vcpu()
         for feature in features:
             if supported & feature:
-                vcpu.setup_mce(BANK | feature)
-                assert vcpu.get_msr(Msr.MSR_IA32_MCG_CAP) & 0xFF == BANK
+                vcpu.events.setup_mce(BANK | feature)
+                assert vcpu.msrs.get(Msr.MSR_IA32_MCG_CAP) & 0xFF == BANK
             else:
                 with refused(errno.EINVAL):
-                    vcpu.setup_mce(BANK | feature)
+                    vcpu.events.setup_mce(BANK | feature)
 
 
 def test_banks_start_enabled(kvm: Kvm) -> None:
@@ -220,10 +220,10 @@ def test_banks_start_enabled(kvm: Kvm) -> None:
     has_ctl = kvm.x86_get_mce_cap_supported() & HAS_CTL
     with kvm.create_vm() as vm:
         vcpu = vm.create_vcpu()
-        vcpu.setup_mce(BANK | has_ctl)
+        vcpu.events.setup_mce(BANK | has_ctl)
         for bank in range(BANK):
-            assert vcpu.get_msr(Msr.MSR_IA32_MC0_CTL + 4 * bank) == ALL_ONES
-        assert vcpu.get_msr(Msr.MSR_IA32_MCG_CTL) == (ALL_ONES if has_ctl else 0)
+            assert vcpu.msrs.get(Msr.MSR_IA32_MC0_CTL + 4 * bank) == ALL_ONES
+        assert vcpu.msrs.get(Msr.MSR_IA32_MCG_CTL) == (ALL_ONES if has_ctl else 0)
 
 
 def _needs_cmci(kvm: Kvm) -> str | None:
@@ -274,15 +274,15 @@ def test_uncorrected_error_without_action(make_vm: MakeVm) -> None:
     """
     vm = make_vm(CMCI_GUEST)
     vcpu = vm.vcpus[0]
-    vcpu.setup_mce((BANK + 1) | HAS_CMCI)
+    vcpu.events.setup_mce((BANK + 1) | HAS_CMCI)
     agent = Agent(vcpu)
     seen = []
     for enable in (1 << 30, 0):
         assert agent.wrmsr(MC0_CTL2 + BANK, enable) is None
-        vcpu.set_mce(error(VALID | UNCORRECTED | ENABLED | ADDRESS_VALID, address=0x5000 + enable))
+        vcpu.events.set_mce(error(VALID | UNCORRECTED | ENABLED | ADDRESS_VALID, address=0x5000 + enable))
         agent.must(b"\xfb\x90\xfa")  # sti; nop; cli
         seen.append((vm.symbol("interrupts").u64, vm.symbol("machine_checks").u64))
-        assert vcpu.get_msr(Msr.MSR_IA32_MC0_CTL + 4 * BANK + 2) == 0x5000 + enable
+        assert vcpu.msrs.get(Msr.MSR_IA32_MC0_CTL + 4 * BANK + 2) == 0x5000 + enable
     assert seen == [(1, 0), (1, 0)]
 
 
@@ -296,5 +296,5 @@ def test_nobody_else_is_told(make_vm: MakeVm) -> None:
     for vcpu in vm.vcpus:
         assert Agent(vcpu).change_cr(4, put=CR4.MCE) is None
     status = Msr.MSR_IA32_MC0_CTL + 4 * BANK + 1
-    vm.vcpus[1].set_mce(error(CORRECTED))
-    assert [vcpu.get_msr(status) for vcpu in vm.vcpus] == [0, CORRECTED]
+    vm.vcpus[1].events.set_mce(error(CORRECTED))
+    assert [vcpu.msrs.get(status) for vcpu in vm.vcpus] == [0, CORRECTED]

@@ -134,7 +134,7 @@ def test_a_raw_address_is_split_into_both_parts(guest: GuestVm) -> None:
     bit = guest.encryption
     assert bit is not None
     guest.add_memory(GPA, 2 * PAGE_SIZE)
-    guest.set_private(GPA, PAGE_SIZE)
+    guest.memory.set_private(GPA, PAGE_SIZE)
     assert guest.to_raw(GPA) == RawGpa(int(GPA) | bit.mask)
     assert guest.to_raw(GPA + PAGE_SIZE) == RawGpa(int(GPA) + PAGE_SIZE)
     assert guest.from_raw(guest.to_raw(GPA)) == (GPA, True)

@@ -308,7 +308,7 @@ def test_private_memory_comes_and_goes_like_shared(make_vm: MakeVm) -> None:
     if not traits.has_private_memory or not traits.host_sees_private:
         pytest.skip("needs a protection whose private memory is in memory slots of its own")
     slot = vm.add_memory(GPA, PAGE_SIZE)
-    vm.set_private(GPA, PAGE_SIZE)
+    vm.memory.set_private(GPA, PAGE_SIZE)
     for page in range(2):
         vm.map(GVA + page * PAGE_SIZE, GPA + page * PAGE_SIZE, PAGE_SIZE, nx=True, private=True)
     vm.memory.write(GPA, OLD.to_bytes(8, "little"))

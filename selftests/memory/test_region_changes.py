@@ -122,12 +122,12 @@ def test_dirty_logging_can_be_switched_on_and_off(set_region: SetRegion, vm: Vm,
     """
     set_region(0, GPA, SIZE, area.hva)
     with refused(errno.ENOENT):
-        vm.get_dirty_log(0, SIZE // PAGE_SIZE)
+        vm.dirty.get_log(0, SIZE // PAGE_SIZE)
     set_region(0, GPA, SIZE, area.hva, KVM_MEM_LOG_DIRTY_PAGES)
-    assert list(vm.get_dirty_log(0, SIZE // PAGE_SIZE)) == []
+    assert list(vm.dirty.get_log(0, SIZE // PAGE_SIZE)) == []
     set_region(0, GPA, SIZE, area.hva)
     with refused(errno.ENOENT):
-        vm.get_dirty_log(0, SIZE // PAGE_SIZE)
+        vm.dirty.get_log(0, SIZE // PAGE_SIZE)
 
 
 def test_a_slot_may_not_be_moved_onto_another(set_region: SetRegion, area: Mapping) -> None:
@@ -163,6 +163,6 @@ def test_place_and_flags_may_change_at_once(set_region: SetRegion, vm: Vm, area:
     """
     set_region(0, GPA, SIZE, area.hva)
     set_region(0, GPA + SIZE, SIZE, area.hva, KVM_MEM_LOG_DIRTY_PAGES)
-    assert list(vm.get_dirty_log(0, SIZE // PAGE_SIZE)) == []
+    assert list(vm.dirty.get_log(0, SIZE // PAGE_SIZE)) == []
     set_region(1, GPA, SIZE, area.hva)
     delete(set_region, 0, 1)

@@ -72,7 +72,7 @@ def msr_guest(make_vm: MakeVm) -> MsrGuestMaker:
     def make(reasons: int = 0) -> MsrGuest:
         vm = make_vm(AGENT)
         if reasons:
-            vm.enable_user_space_msr(reasons)
+            vm.msrs.enable_user_space(reasons)
         return MsrGuest(vm)
 
     return make

@@ -125,7 +125,7 @@ def test_only_the_reasons_asked_for(msr_guest: MsrGuestMaker) -> None:
     """
     guest = msr_guest(KVM_MSR_EXIT_REASON_UNKNOWN)
     assert guest.write(Msr.MSR_EFER, EFER_RESERVED).fault() == GP0
-    guest.vm.enable_user_space_msr(KVM_MSR_EXIT_REASON_INVAL)
+    guest.vm.msrs.enable_user_space(KVM_MSR_EXIT_REASON_INVAL)
     assert guest.read(UNKNOWN_MSR).fault() == GP0
     guest.write(Msr.MSR_EFER, EFER_RESERVED).exit().respond(fault=True)
     assert guest.fault() == GP0
@@ -139,7 +139,7 @@ def test_switched_off_again(msr_guest: MsrGuestMaker) -> None:
     guest = msr_guest(KVM_MSR_EXIT_REASON_UNKNOWN)
     guest.read(UNKNOWN_MSR).exit().respond(7)
     assert guest.value() == 7
-    guest.vm.enable_user_space_msr(0)
+    guest.vm.msrs.enable_user_space(0)
     assert guest.read(UNKNOWN_MSR).fault() == GP0
 
 
@@ -164,7 +164,7 @@ def test_immediate_exit_completes(msr_guest: MsrGuestMaker) -> None:
     guest = msr_guest(KVM_MSR_EXIT_REASON_UNKNOWN)
     guest.read(UNKNOWN_MSR).exit().respond(0x1111_2222_3333_4444)
     guest.vcpu.complete_io()
-    regs = guest.vcpu.get_regs()
+    regs = guest.vcpu.regs.get()
     assert (regs.rax, regs.rdx, regs.rcx) == (0x3333_4444, 0x1111_2222, UNKNOWN_MSR)
     assert guest.vm.read(Gva(regs.rip - len(RDMSR)), len(RDMSR)) == RDMSR
     assert guest.value() == 0x1111_2222_3333_4444
@@ -177,4 +177,4 @@ def test_unknown_reason(vm: Vm, bit: int) -> None:
     Documentation/virt/kvm/api.rst, 7.21 KVM_CAP_X86_USER_SPACE_MSR ("The valid mask flags").
     """
     with refused(errno.EINVAL):
-        vm.enable_user_space_msr(KVM_MSR_EXIT_REASON_FILTER | 1 << bit)
+        vm.msrs.enable_user_space(KVM_MSR_EXIT_REASON_FILTER | 1 << bit)

@@ -49,7 +49,7 @@ def write_reason(guest: MsrGuest, index: int) -> int:
 def watched(msr_guest: MsrGuestMaker, *ranges: MsrRange, default_deny: bool = False) -> MsrGuest:
     """Return a guest with a filter, whose accesses to unknown MSRs exit with the filter's decision."""
     guest = msr_guest(KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER)
-    guest.vm.x86_set_msr_filter(MsrFilter(ranges, default_deny))
+    guest.vm.msrs.set_filter(MsrFilter(ranges, default_deny))
     return guest
 
 
@@ -59,10 +59,10 @@ def test_deny_read(msr_guest: MsrGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.97 KVM_X86_SET_MSR_FILTER, KVM_MSR_FILTER_READ.
     """
     guest = msr_guest()
-    guest.vm.x86_set_msr_filter(MsrFilter((MsrRange(LSTAR, 1, READ, b"\0"),)))
+    guest.vm.msrs.set_filter(MsrFilter((MsrRange(LSTAR, 1, READ, b"\0"),)))
     assert guest.read(LSTAR).fault() == GP0
     guest.write(LSTAR, 0x1234_5000).done()
-    guest.vm.x86_set_msr_filter(MsrFilter())
+    guest.vm.msrs.set_filter(MsrFilter())
     assert guest.read(LSTAR).value() == 0x1234_5000
 
 
@@ -73,7 +73,7 @@ def test_deny_write(msr_guest: MsrGuestMaker) -> None:
     """
     guest = msr_guest()
     guest.write(LSTAR, 0x1000).done()
-    guest.vm.x86_set_msr_filter(MsrFilter((MsrRange(LSTAR, 1, WRITE, b"\0"),)))
+    guest.vm.msrs.set_filter(MsrFilter((MsrRange(LSTAR, 1, WRITE, b"\0"),)))
     assert guest.write(LSTAR, 0x2000).fault() == GP0
     assert guest.read(LSTAR).value() == 0x1000
 
@@ -155,7 +155,7 @@ def test_default_deny(msr_guest: MsrGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.97 KVM_X86_SET_MSR_FILTER, KVM_MSR_FILTER_DEFAULT_DENY.
     """
     guest = msr_guest()
-    guest.vm.x86_set_msr_filter(MsrFilter((MsrRange(STAR, 1, READ | WRITE, b"\x01"),), default_deny=True))
+    guest.vm.msrs.set_filter(MsrFilter((MsrRange(STAR, 1, READ | WRITE, b"\x01"),), default_deny=True))
     guest.write(STAR, 0x10_0000_0000).done()
     assert guest.read(STAR).value() == 0x10_0000_0000
     assert guest.read(CSTAR).fault() == GP0
@@ -173,7 +173,7 @@ def test_x2apic_is_not_filtered(msr_guest: MsrGuestMaker, default_deny: bool) ->
     guest.enable_x2apic()
     nothing = MsrRange(0x800, 0x100, READ | WRITE, bytes(32))
     other = MsrRange(STAR, 1, READ, b"\x01")
-    guest.vm.x86_set_msr_filter(MsrFilter((other, nothing), default_deny))
+    guest.vm.msrs.set_filter(MsrFilter((other, nothing), default_deny))
     guest.write(tpr, 0x50).done()
     assert guest.read(tpr).value() == 0x50
     assert guest.read(version).value() & 0xF0 == 0x10
@@ -187,7 +187,7 @@ def test_user_space_handles_the_denied(msr_guest: MsrGuestMaker) -> None:
     """
     guest = msr_guest(KVM_MSR_EXIT_REASON_FILTER)
     guest.write(LSTAR, 0x1000).done()
-    guest.vm.x86_set_msr_filter(MsrFilter.denying([LSTAR]))
+    guest.vm.msrs.set_filter(MsrFilter.denying([LSTAR]))
     got = guest.read(LSTAR).exit()
     assert (got.index, got.msr_reason) == (LSTAR, KVM_MSR_EXIT_REASON_FILTER)
     got.respond(0xAAAA_BBBB_CCCC_DDDD)
@@ -198,7 +198,7 @@ def test_user_space_handles_the_denied(msr_guest: MsrGuestMaker) -> None:
     guest.done()
     guest.write(LSTAR, 0x3000).exit().respond(fault=True)
     assert guest.fault() == GP0
-    guest.vm.x86_set_msr_filter(MsrFilter())
+    guest.vm.msrs.set_filter(MsrFilter())
     assert guest.read(LSTAR).value() == 0x1000
 
 
@@ -211,7 +211,7 @@ def test_replaced_as_a_whole(msr_guest: MsrGuestMaker) -> None:
     """
     guest = watched(msr_guest, MsrRange(BASE, 1, READ, b"\0"))
     assert (read_reason(guest, BASE), read_reason(guest, BASE + 1)) == (DENIED, ALLOWED)
-    guest.vm.x86_set_msr_filter(MsrFilter((MsrRange(BASE + 1, 1, READ, b"\0"),)))
+    guest.vm.msrs.set_filter(MsrFilter((MsrRange(BASE + 1, 1, READ, b"\0"),)))
     assert (read_reason(guest, BASE), read_reason(guest, BASE + 1)) == (ALLOWED, DENIED)
 
 
@@ -223,7 +223,7 @@ def test_empty_filter_disables(msr_guest: MsrGuestMaker) -> None:
     """
     guest = watched(msr_guest, MsrRange(BASE, 1, READ, b"\0"), default_deny=True)
     assert read_reason(guest, BASE) == DENIED
-    guest.vm.x86_set_msr_filter(MsrFilter((MsrRange(BASE, 0, READ, b"\0" * 8),)))
+    guest.vm.msrs.set_filter(MsrFilter((MsrRange(BASE, 0, READ, b"\0" * 8),)))
     assert (read_reason(guest, BASE), read_reason(guest, BASE + 1)) == (ALLOWED, ALLOWED)
 
 
@@ -234,9 +234,9 @@ def test_host_is_not_filtered(msr_guest: MsrGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.97 KVM_X86_SET_MSR_FILTER ("to deny guest MSR accesses").
     """
     guest = msr_guest()
-    guest.vm.x86_set_msr_filter(MsrFilter.denying([LSTAR]))
-    guest.vcpu.set_msr(LSTAR, 0x7000)
-    assert guest.vcpu.get_msr(LSTAR) == 0x7000
+    guest.vm.msrs.set_filter(MsrFilter.denying([LSTAR]))
+    guest.vcpu.msrs.set(LSTAR, 0x7000)
+    assert guest.vcpu.msrs.get(LSTAR) == 0x7000
     assert guest.read(LSTAR).fault() == GP0
 
 
@@ -247,7 +247,7 @@ def test_side_effects_are_not_filtered(make_vm: MakeVm) -> None:
     """
     agent = Agent(make_vm(AGENT).vcpus[0])
     assert agent.wrmsr(Msr.MSR_KERNEL_GS_BASE, 0x1234_5678_9000) is None
-    agent.vm.x86_set_msr_filter(MsrFilter.denying([Msr.MSR_KERNEL_GS_BASE]))
+    agent.vm.msrs.set_filter(MsrFilter.denying([Msr.MSR_KERNEL_GS_BASE]))
     assert agent.rdmsr(Msr.MSR_KERNEL_GS_BASE) == Fault(Vector.GP, 0)
     # swapgs; rdmsr; swapgs: nothing that needs GS may come between, for the per-CPU area is behind it.
     swapped = agent.must(b"\x0f\x01\xf8\x0f\x32\x0f\x01\xf8", rcx=Msr.MSR_GS_BASE)

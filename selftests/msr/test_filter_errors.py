@@ -22,7 +22,7 @@ def test_deny_all(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.97 KVM_X86_SET_MSR_FILTER ("is invalid and causes an error").
     """
     with refused(errno.EINVAL):
-        vm.x86_set_msr_filter(MsrFilter((), default_deny=True))
+        vm.msrs.set_filter(MsrFilter((), default_deny=True))
 
 
 @pytest.mark.parametrize("flags", [1 << 1, 1 << 31])
@@ -43,7 +43,7 @@ def test_range_flags(vm: Vm, flags: int) -> None:
     kvm_add_msr_filter() in arch/x86/kvm/x86.c.
     """
     with refused(errno.EINVAL):
-        vm.x86_set_msr_filter(MsrFilter((MsrRange(BASE, 1, flags, b"\0"),)))
+        vm.msrs.set_filter(MsrFilter((MsrRange(BASE, 1, flags, b"\0"),)))
 
 
 @pytest.mark.parametrize("nmsrs", [0x600 * 8 + 1, 0xFFFF_FFFF])
@@ -77,10 +77,10 @@ def test_refused_filter_changes_nothing(msr_guest: MsrGuestMaker) -> None:
     filter").
     """
     guest = msr_guest()
-    guest.vm.x86_set_msr_filter(MsrFilter.denying([Msr.MSR_LSTAR]))
+    guest.vm.msrs.set_filter(MsrFilter.denying([Msr.MSR_LSTAR]))
     good = MsrRange(Msr.MSR_CSTAR, 1, READ, b"\0")
     bad = MsrRange(BASE, 1, 0, b"\0")
     with refused(errno.EINVAL):
-        guest.vm.x86_set_msr_filter(MsrFilter((good, bad)))
+        guest.vm.msrs.set_filter(MsrFilter((good, bad)))
     assert guest.read(Msr.MSR_LSTAR).fault() == (Vector.GP, 0)
     guest.read(Msr.MSR_CSTAR).value()

@@ -35,7 +35,7 @@ feature_msrs = pytest.mark.requires("KVM_CAP_GET_MSR_FEATURES")
 def vcpu(vm: Vm) -> Vcpu:
     """The vCPU of a bare VM, with the CPUID that KVM supports."""
     made = vm.create_vcpu()
-    made.set_cpuid2(vm.kvm.supported_cpuid)
+    made.cpuid.set(vm.kvm.supported_cpuid)
     return made
 
 
@@ -74,7 +74,7 @@ def test_every_listed_msr_can_be_read(kvm: Kvm, vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.18 KVM_GET_MSRS ("Supported msr indices can be obtained").
     """
     wanted = kvm.get_msr_index_list()
-    assert sorted(vcpu.get_msrs_offered(wanted)) == sorted(wanted)
+    assert sorted(vcpu.msrs.get_offered(wanted)) == sorted(wanted)
 
 
 @feature_msrs
@@ -106,7 +106,7 @@ def test_partial_read(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.18 KVM_GET_MSRS ("number of msrs successfully returned").
     """
-    vcpu.set_msrs({STAR: 0x10_0000_0000, LSTAR: 0x5000})
+    vcpu.msrs.set_many({STAR: 0x10_0000_0000, LSTAR: 0x5000})
     arg = kvm_msrs.of([kvm_msr_entry(index=index) for index in (STAR, LSTAR, UNKNOWN_MSR, CSTAR)])
     assert vcpu.ioctl(ioctls.KVM_GET_MSRS, arg) == 2
     assert [entry.data for entry in arg.entries_list()[:2]] == [0x10_0000_0000, 0x5000]
@@ -119,11 +119,11 @@ def test_partial_write(vcpu: Vcpu, bad: int, value: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.19 KVM_SET_MSRS ("it stops processing the MSR list").
     """
-    before = vcpu.get_msr(CSTAR)
+    before = vcpu.msrs.get(CSTAR)
     pairs = ((STAR, 0x20_0000_0000), (LSTAR, 0x6000), (bad, value), (CSTAR, before ^ 0x7000))
     arg = kvm_msrs.of([kvm_msr_entry(index=index, data=data) for index, data in pairs])
     assert vcpu.ioctl(ioctls.KVM_SET_MSRS, arg) == 2
-    assert vcpu.get_msrs([STAR, LSTAR, CSTAR]) == {STAR: 0x20_0000_0000, LSTAR: 0x6000, CSTAR: before}
+    assert vcpu.msrs.get_many([STAR, LSTAR, CSTAR]) == {STAR: 0x20_0000_0000, LSTAR: 0x6000, CSTAR: before}
 
 
 def test_no_msrs(vcpu: Vcpu) -> None:
@@ -160,12 +160,12 @@ def test_guest_and_host_agree(msr_guest: MsrGuestMaker) -> None:
         Msr.MSR_KERNEL_GS_BASE: 0x7FFF_FFFF_F000,
         Msr.MSR_IA32_SYSENTER_EIP: 0x1234_5678,
     }
-    guest.vcpu.set_msrs(values)
+    guest.vcpu.msrs.set_many(values)
     assert {index: guest.read(index).value() for index in values} == values
     changed = {index: value ^ 0xF0_0000 for index, value in values.items()}
     for index, value in changed.items():
         guest.write(index, value).done()
-    assert guest.vcpu.get_msrs(changed) == changed
+    assert guest.vcpu.msrs.get_many(changed) == changed
 
 
 @feature_msrs
@@ -180,7 +180,7 @@ def test_initial_feature_msrs(kvm: Kvm, disable: bool) -> None:
     with kvm.create_vm() as vm:
         if disable:
             vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
-        found = vm.create_vcpu().get_msr(Msr.MSR_PLATFORM_INFO)
+        found = vm.create_vcpu().msrs.get(Msr.MSR_PLATFORM_INFO)
     assert supported != 0
     assert found == (0 if disable else supported)
 
@@ -205,10 +205,10 @@ def test_one_reg(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.68 KVM_SET_ONE_REG, x86 MSR registers.
     """
-    vcpu.set_one_reg(msr_reg_id(LSTAR), 0xFFFF_8000_1234_0000)
-    assert vcpu.get_msr(LSTAR) == 0xFFFF_8000_1234_0000
-    vcpu.set_msr(LSTAR, 0x5000)
-    assert vcpu.get_one_reg(msr_reg_id(LSTAR)) == 0x5000
+    vcpu.regs.set_one(msr_reg_id(LSTAR), 0xFFFF_8000_1234_0000)
+    assert vcpu.msrs.get(LSTAR) == 0xFFFF_8000_1234_0000
+    vcpu.msrs.set(LSTAR, 0x5000)
+    assert vcpu.regs.get_one(msr_reg_id(LSTAR)) == 0x5000
 
 
 @known_only
@@ -221,4 +221,4 @@ def test_one_reg_unknown(vcpu: Vcpu) -> None:
     wrong_type = msr_reg_id(LSTAR) | 0xF << 32
     for reg_id in (msr_reg_id(UNKNOWN_MSR), wrong_type):
         with refused(errno.EINVAL):
-            vcpu.get_one_reg(reg_id)
+            vcpu.regs.get_one(reg_id)

@@ -43,7 +43,7 @@ def set_by_host(vcpu: Vcpu, index: int, value: int) -> bool:
 def bare_vcpu(kvm: Kvm, vm: Vm) -> Vcpu:
     """A vCPU of a bare VM, with all the CPUID features that KVM supports."""
     vcpu = vm.create_vcpu()
-    vcpu.set_cpuid2(kvm.get_supported_cpuid())
+    vcpu.cpuid.set(kvm.get_supported_cpuid())
     return vcpu
 
 
@@ -67,7 +67,7 @@ def test_host_may_not_set_a_non_canonical_address(bare_vcpu: Vcpu, name: str) ->
     """
     assert set_by_host(bare_vcpu, Msr[name], CANONICAL)
     assert not set_by_host(bare_vcpu, Msr[name], NOT_CANONICAL)
-    assert bare_vcpu.get_msr(Msr[name]) == CANONICAL
+    assert bare_vcpu.msrs.get(Msr[name]) == CANONICAL
 
 
 def test_pat(msr_guest: MsrGuestMaker) -> None:
@@ -110,7 +110,7 @@ def test_hwcr_bits(bare_vcpu: Vcpu, bit: int, written: bool, kept: bool) -> None
     AMD PPR, MSRC001_0015; arch/x86/kvm/x86.c, kvm_set_msr_common().
     """
     assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit) is written
-    assert bare_vcpu.get_msr(Msr.MSR_K7_HWCR) == kept << bit
+    assert bare_vcpu.msrs.get(Msr.MSR_K7_HWCR) == kept << bit
 
 
 def _without_tsc_aux(table: kvm_cpuid2) -> kvm_cpuid2:
@@ -130,7 +130,7 @@ def test_tsc_aux(msr_guest: MsrGuestMaker) -> None:
     guest.write(Msr.MSR_TSC_AUX, 0x8765_4321).done()
     assert guest.read(Msr.MSR_TSC_AUX).value() == 0x8765_4321
     write = guest.write(Msr.MSR_TSC_AUX, 0x1_0000_0002)
-    if Cpuid.from_struct(guest.vcpu.get_cpuid2()).vendor == "GenuineIntel":
+    if Cpuid.from_struct(guest.vcpu.cpuid.get()).vendor == "GenuineIntel":
         assert write.fault() == GP0
         assert guest.read(Msr.MSR_TSC_AUX).value() == 0x8765_4321
     else:
@@ -167,7 +167,7 @@ def test_xss(kvm: Kvm, bare_vcpu: Vcpu) -> None:
     """
     cpuid = Cpuid.from_struct(kvm.get_supported_cpuid())
     offered = cpuid.register(0xD, 1, "ecx") | cpuid.register(0xD, 1, "edx") << 32
-    assert bare_vcpu.get_msr(Msr.MSR_IA32_XSS) == 0
+    assert bare_vcpu.msrs.get(Msr.MSR_IA32_XSS) == 0
     taken = sum(1 << bit for bit in range(64) if set_by_host(bare_vcpu, Msr.MSR_IA32_XSS, 1 << bit))
     assert taken & ~offered == 0
 

@@ -229,7 +229,7 @@ def test_conversion(prober: Prober) -> None:
     vm.memory.private_view(gpa, 8)[:] = number(PRIVATE)
     vm.memory.shared_view(gpa, 8)[:] = number(SHARED)
     assert prober.read(GVA) == PRIVATE
-    for convert, expected in ((vm.set_shared, SHARED), (vm.set_private, PRIVATE)) * 2:
+    for convert, expected in ((vm.memory.set_shared, SHARED), (vm.memory.set_private, PRIVATE)) * 2:
         convert(gpa, PAGE_SIZE)
         prober.edit(lambda: vm.pages.refresh_private(GVA, PAGE_SIZE), GVA)
         prober.kernel.invlpg(GVA)
@@ -252,7 +252,7 @@ def test_what_the_cpu_walked_is_what_an_independent_walk_finds(prober: Prober) -
 
     assert prober.write(GVA, PRIVATE) is None
     assert prober.write(OPEN, SHARED) is None
-    cr3 = prober.vcpu.get_sregs().cr3
+    cr3 = prober.vcpu.regs.get_sregs().cr3
     assert cr3 & bit.mask
     walker = Walker(read_u64, cr3, encryption_bit=bit.bit, physical_bits=bit.bit)
     for gva, private, content in ((GVA, True, PRIVATE), (OPEN, False, SHARED)):

@@ -160,11 +160,11 @@ def test_cr3_that_lacks_the_bit(make_vm: MakeVm) -> None:
     bit = vm.encryption
     assert bit is not None
     vcpu = vm.vcpus[0]
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     assert sregs.cr3 == int(vm.pages.cr3)
     assert sregs.cr3 & bit.mask
     sregs.cr3 &= ~bit.mask
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
     vcpu.expect(ShutdownExit)
 
 

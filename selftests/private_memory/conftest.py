@@ -261,7 +261,7 @@ class Region:
 
     def stats(self) -> dict[str, int]:
         """The counters of the VM and of its first vCPU that have one value."""
-        stats = {**self.vm.get_stats(), **self.vm.vcpus[0].get_stats()}
+        stats = {**self.vm.stats.get(), **self.vm.vcpus[0].stats.get()}
         return {name: value.value for name, value in stats.items() if len(value.values) == 1}
 
 

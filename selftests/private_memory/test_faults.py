@@ -107,7 +107,7 @@ def test_a_page_table_that_is_private(make_region: MakeRegion) -> None:
     region = make_region(gmem=False)
     vm: GuestVm = region.vm
     elsewhere = Gva(0x6000_0000_0000)
-    root = vm.memory.view(vm.page_table_root, PAGE_SIZE)
+    root = vm.memory.view(vm.pages.root, PAGE_SIZE)
     index = int(elsewhere) >> 39 & 511
     assert not any(root[8 * index : 8 * index + 8])
     root[8 * index : 8 * index + 8] = (int(region.gpa(7)) | 3).to_bytes(8, "little")

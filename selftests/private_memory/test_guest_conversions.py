@@ -270,7 +270,7 @@ def test_the_harness_answers_by_itself(make_region: MakeRegion, rng: random.Rand
         frames = range(first, first + pages)
         private = private.union(frames) if encrypted else private.difference(frames)
         assert {page for page in range(32) if vm.memory.is_private(gpa + page * PAGE_SIZE)} == private
-    assert vm.compare_private(gpa, 32 * PAGE_SIZE) == []
+    assert vm.private.compare(gpa, 32 * PAGE_SIZE) == []
 
 
 def test_the_harness_refuses_what_is_no_memory(make_region: MakeRegion) -> None:

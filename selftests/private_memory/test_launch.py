@@ -92,7 +92,7 @@ def write_numbers(vm: GuestVm, name: str) -> None:
 def poison(vm: GuestVm) -> int:
     """Fill the shared view of every private page that is in use; return how many there are."""
     pages = 0
-    for gpa, size in vm.private_image():
+    for gpa, size in vm.private.image():
         view = vm.memory.shared_view(gpa, size)
         view[:] = bytes([POISON]) * size
         pages += size // PAGE_SIZE
@@ -132,7 +132,7 @@ def test_shared_view_is_not_the_content(make_vm: MakeVm, policy: str, vcpus: int
         poison(vm)
         vcpu.run_to_done()
     assert all(
-        bytes(vm.memory.shared_view(gpa, size)) == bytes([POISON]) * size for gpa, size in vm.private_image()
+        bytes(vm.memory.shared_view(gpa, size)) == bytes([POISON]) * size for gpa, size in vm.private.image()
     )
 
 
@@ -176,7 +176,7 @@ def test_registers_are_those_of_a_plain_vm(make_vm: MakeVm, policy: str) -> None
     found = []
     for protection, private in ((None, policy), ("none", None)):
         vm = make_vm.start(GUEST, vcpus=2, protection=protection, private=private)
-        found.append([(vcpu.get_regs().as_dict(), vcpu.get_sregs().as_dict()) for vcpu in vm.vcpus])
+        found.append([(vcpu.regs.get().as_dict(), vcpu.regs.get_sregs().as_dict()) for vcpu in vm.vcpus])
     assert found[0] == found[1]
 
 
@@ -230,7 +230,7 @@ def test_image_in_several_slots(make_vm: MakeVm, place: int) -> None:
     vm = make_vm(READER)
     gpa, size, gva = Gpa(place), 4 << 20, Gva(0x70_0000_0000)
     vm.add_memory(gpa, size)
-    vm.set_private(gpa, size)
+    vm.memory.set_private(gpa, size)
     vm.map(gva, gpa, size)
     for page in range(size // PAGE_SIZE):
         vm.memory.write(gpa + page * PAGE_SIZE, (page + 1).to_bytes(8, "little"))
@@ -238,7 +238,7 @@ def test_image_in_several_slots(make_vm: MakeVm, place: int) -> None:
     vm.launch()
     vm.memory.shared_view(gpa, size)[:] = bytes([POISON]) * size
     assert vm.vcpus[0].sync().args[0] == 0
-    assert vm.compare_private(gpa, size) == []
+    assert vm.private.compare(gpa, size) == []
 
 
 def test_image_over_a_slot_border(make_vm: MakeVm) -> None:
@@ -252,7 +252,7 @@ def test_image_over_a_slot_border(make_vm: MakeVm) -> None:
     for gpa in (place, place + half):
         vm.add_memory(gpa, half)
     assert len({id(slot.gmem) for slot in vm.slots.values() if slot.gpa in (place, place + half)}) == 2
-    vm.set_private(place, 2 * half)
+    vm.memory.set_private(place, 2 * half)
     vm.map(gva, place, 2 * half)
     for page in range(2 * half // PAGE_SIZE):
         vm.memory.write(place + page * PAGE_SIZE, (page + 1).to_bytes(8, "little"))
@@ -261,7 +261,7 @@ def test_image_over_a_slot_border(make_vm: MakeVm) -> None:
     for gpa in (place, place + half):
         vm.memory.shared_view(gpa, half)[:] = bytes([POISON]) * half
     assert vm.vcpus[0].sync().args[0] == 0
-    assert vm.compare_private(place, 2 * half) == []
+    assert vm.private.compare(place, 2 * half) == []
 
 
 def test_image_with_holes(make_vm: MakeVm) -> None:
@@ -296,9 +296,9 @@ def test_everybody_agrees_after_launch(make_vm: MakeVm, policy: str) -> None:
     vm = make_vm(GUEST, vcpus=2, private=policy)
     write_numbers(vm, "written")
     vm.launch()
-    assert vm.compare_private() == []
+    assert vm.private.compare() == []
     vm.run_all()
-    assert vm.compare_private() == []
+    assert vm.private.compare() == []
 
 
 @guest_copies

@@ -111,7 +111,7 @@ def private_parts(vm: GuestVm) -> set[str]:
         "ucalls": Gva(layout.UCALL_BASE),
     }
     found = {name for name, gva in places.items() if vm.memory.is_private(vm.gva_to_gpa(gva))}
-    if vm.memory.is_private(vm.page_table_root):
+    if vm.memory.is_private(vm.pages.root):
         found.add("tables")
     return found
 
@@ -136,7 +136,7 @@ def test_what_is_private(make_vm: MakeVm, protection: str, policy: str, private:
     assert private_parts(vm) == private
     vm.launch()
     assert [call.args for call in vm.vcpus[0].syncs()] == [(1, 2, 3)]
-    assert vm.compare_private() == []
+    assert vm.private.compare() == []
 
 
 def test_default_policy_is_the_first(make_vm: MakeVm) -> None:
@@ -216,7 +216,7 @@ def test_memory_allocated_after_launch(make_vm: MakeVm) -> None:
     vcpu.sync()
     assert vcpu.sync().args[0] == 0
     assert vm.memory.is_private(gpa)
-    assert vm.compare_private() == []
+    assert vm.private.compare() == []
     assert bytes(vm.memory.shared_view(gpa, PAGE_SIZE)) == b"\x55" * PAGE_SIZE
 
 
@@ -240,7 +240,7 @@ def test_memory_used_again_is_zero(make_vm: MakeVm, private: bool) -> None:
         again = vm.allocator.alloc(1, private=private)
     vcpu.sync()
     assert vcpu.sync().args[0] == 0
-    assert vm.compare_private(gpa, PAGE_SIZE) == []
+    assert vm.private.compare(gpa, PAGE_SIZE) == []
 
 
 @pytest.mark.protections("all", **WITH_TABLES)
@@ -263,7 +263,7 @@ def test_private_tables_cannot_be_edited_after_launch(make_vm: MakeVm) -> None:
     vm = make_vm.start(GUEST, private="all")
     with pytest.raises(TableAccessError, match=vm.protection.name):
         vm.alloc(PAGE_SIZE)
-    assert vm.compare_private() == []
+    assert vm.private.compare() == []
     vm.vcpus[0].sync()
 
 
@@ -290,7 +290,7 @@ def test_plain_slot_holds_shared_pages_only(make_vm: MakeVm) -> None:
     vm = make_vm(GUEST, memory=4 << 20)
     vm.add_memory(PLAIN, 4 << 20, private=False)
     with pytest.raises(ValueError, match="shared pages only"):
-        vm.set_private(PLAIN + PAGE_SIZE, PAGE_SIZE)
+        vm.memory.set_private(PLAIN + PAGE_SIZE, PAGE_SIZE)
     with pytest.raises(MemoryError):
         vm.allocator.alloc(900, private=True)
     assert vm.allocator.alloc(900, private=False) >= PLAIN

@@ -91,7 +91,7 @@ def test_the_instruction_pointer(make_region: MakeRegion, trace: MakeTracer) -> 
     tracer = trace()
     region.agents[0].begin_call("check", int(region.gva(5)), PAGE_SIZE)
     region.vm.vcpus[0].expect(MemoryFaultExit)
-    rip = region.vm.vcpus[0].get_regs().rip
+    rip = region.vm.vcpus[0].regs.get().rip
     assert faults(tracer, region)[-1].rip == rip
     function = region.vm.program.function(Gva(rip))
     assert function is not None

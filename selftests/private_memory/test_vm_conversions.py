@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversions the way tests make them, by vm.set_private(), vm.set_shared() and the guest's hypercall, and
+"""Conversions the way tests make them, by vm.memory.set_private(), vm.memory.set_shared() and the guest's hypercall, and
 whether the bitmap, KVM and the guest agree.
 """
 
@@ -104,7 +104,7 @@ class Range:
 
     def agreed(self) -> bool:
         """Whether everybody agrees about the range."""
-        return self.vm.compare_private(GPA, self.size) == []
+        return self.vm.private.compare(GPA, self.size) == []
 
 
 @fd_backed
@@ -120,9 +120,9 @@ def test_two_memories(make_vm: MakeVm, by: str) -> None:
         if by == "guest":
             assert pages.do("p" if private else "s", PAGE_SIZE, 2 * PAGE_SIZE) == 0
         elif private:
-            pages.vm.set_private(GPA + PAGE_SIZE, 2 * PAGE_SIZE)
+            pages.vm.memory.set_private(GPA + PAGE_SIZE, 2 * PAGE_SIZE)
         else:
-            pages.vm.set_shared(GPA + PAGE_SIZE, 2 * PAGE_SIZE)
+            pages.vm.memory.set_shared(GPA + PAGE_SIZE, 2 * PAGE_SIZE)
 
     for page in range(4):
         pages.show(page * PAGE_SIZE, HOST_VALUE)
@@ -151,17 +151,17 @@ def test_discard(make_vm: MakeVm, backing: Backing) -> None:
     """
     pages = Range(make_vm(AGENT), 5 * PAGE_SIZE, PAGE_SIZE, backing=backing)
     vm, places = pages.vm, range(0, 6 * PAGE_SIZE, PAGE_SIZE)
-    vm.set_private(GPA, pages.size)
+    vm.memory.set_private(GPA, pages.size)
     for offset in places:
         pages.do("w", offset, value=GUEST_VALUE)
         pages.show(offset, HOST_VALUE)
-    vm.set_shared(GPA + 2 * PAGE_SIZE, 3 * PAGE_SIZE, discard=True)
-    vm.set_shared(GPA, 2 * PAGE_SIZE)
-    vm.set_shared(GPA + 5 * PAGE_SIZE, PAGE_SIZE)
+    vm.memory.set_shared(GPA + 2 * PAGE_SIZE, 3 * PAGE_SIZE, discard=True)
+    vm.memory.set_shared(GPA, 2 * PAGE_SIZE)
+    vm.memory.set_shared(GPA + 5 * PAGE_SIZE, PAGE_SIZE)
     assert [pages.do("r", offset) for offset in places] == [HOST_VALUE] * 6
-    vm.set_private(GPA, PAGE_SIZE)
-    vm.set_private(GPA + PAGE_SIZE, 4 * PAGE_SIZE, discard=True)
-    vm.set_private(GPA + 5 * PAGE_SIZE, PAGE_SIZE)
+    vm.memory.set_private(GPA, PAGE_SIZE)
+    vm.memory.set_private(GPA + PAGE_SIZE, 4 * PAGE_SIZE, discard=True)
+    vm.memory.set_private(GPA + 5 * PAGE_SIZE, PAGE_SIZE)
     assert [pages.do("r", offset) for offset in places] == [GUEST_VALUE, GUEST_VALUE, 0, 0, 0, GUEST_VALUE]
     assert [pages.shown(offset) for offset in places] == [HOST_VALUE, 0, 0, 0, 0, HOST_VALUE]
 
@@ -176,9 +176,9 @@ def test_memory_added_after_launch(make_vm: MakeVm) -> None:
     later = GPA + SIZE_1G
     vm.add_memory(later, 2 * PAGE_SIZE)
     assert vm.memory.find(later).private is None
-    vm.set_private(later + PAGE_SIZE, PAGE_SIZE)
+    vm.memory.set_private(later + PAGE_SIZE, PAGE_SIZE)
     assert [vm.memory.is_private(later + offset) for offset in (0, PAGE_SIZE)] == [False, True]
-    assert vm.compare_private(later, 2 * PAGE_SIZE) == []
+    assert vm.private.compare(later, 2 * PAGE_SIZE) == []
 
 
 @fd_backed
@@ -196,8 +196,8 @@ def test_across_slots(make_vm: MakeVm) -> None:
     for offset in borders:
         pages.do("w", offset, value=GUEST_VALUE)
     assert [pages.shown(offset) for offset in borders] == [0, 0, 0, GUEST_VALUE]
-    pages.vm.set_shared(GPA + borders[0], length, discard=True)
-    pages.vm.set_private(GPA + borders[0], length)
+    pages.vm.memory.set_shared(GPA + borders[0], length, discard=True)
+    pages.vm.memory.set_private(GPA + borders[0], length)
     assert [pages.do("r", offset) for offset in borders] == [0, 0, 0, GUEST_VALUE]
     assert pages.agreed()
 
@@ -215,7 +215,7 @@ def test_hypercall_that_is_refused(make_vm: MakeVm, what: str, offset: int, size
     Documentation/virt/kvm/x86/hypercalls.rst, KVM_HC_MAP_GPA_RANGE.
     """
     pages = Range(make_vm(AGENT), 2 * PAGE_SIZE)
-    pages.vm.set_private(GPA + PAGE_SIZE, PAGE_SIZE)
+    pages.vm.memory.set_private(GPA + PAGE_SIZE, PAGE_SIZE)
     before = pages.vm.memory.private.copy()
     assert pages.do(what, offset, size) == -errno.EINVAL
     assert pages.vm.memory.private == before
@@ -259,7 +259,7 @@ def test_hook_answers(make_vm: MakeVm) -> None:
     assert agent.convert(gpa, 2 * PAGE_SIZE, private=False) == -errno.EAGAIN
     assert seen == [(KVM_HC_MAP_GPA_RANGE, (gpa, 2, 0))]
     assert vm.memory.is_private(gpa)
-    assert vm.compare_private(gpa, 2 * PAGE_SIZE) == []
+    assert vm.private.compare(gpa, 2 * PAGE_SIZE) == []
 
 
 @fd_backed
@@ -300,7 +300,7 @@ def test_many_vcpus(make_vm: MakeVm, vcpus: int) -> None:
     # The last round makes every vCPU's own pages private; of the common one only agreement is certain.
     own_frames = range(GPA.gfn + 1, GPA.gfn + 1 + pages * vcpus)
     assert all(gfn in vm.memory.private for gfn in own_frames)
-    assert vm.compare_private(GPA, (1 + pages * vcpus) * PAGE_SIZE) == []
+    assert vm.private.compare(GPA, (1 + pages * vcpus) * PAGE_SIZE) == []
 
 
 # The comparison itself.
@@ -316,13 +316,13 @@ def test_comparison_finds_what_went_past_the_bitmap(make_vm: MakeVm, private: bo
     pages = Range(make_vm(AGENT), 8 * PAGE_SIZE)
     vm = pages.vm
     if not private:
-        vm.set_private(GPA, 8 * PAGE_SIZE)
+        vm.memory.set_private(GPA, 8 * PAGE_SIZE)
     attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
     vm.set_memory_attributes(GPA + PAGE_SIZE, 2 * PAGE_SIZE, attributes)
     expected = [
         PrivacyDifference(who, GPA + PAGE_SIZE, 2 * PAGE_SIZE, not private) for who in ("attributes", "kvm")
     ]
-    assert vm.compare_private(GPA, pages.size) == expected
+    assert vm.private.compare(GPA, pages.size) == expected
     vm.set_memory_attributes(GPA + PAGE_SIZE, 2 * PAGE_SIZE, 0 if private else KVM_MEMORY_ATTRIBUTE_PRIVATE)
     assert pages.agreed()
 
@@ -340,7 +340,7 @@ def test_comparison_asks_kvm_itself(make_vm: MakeVm) -> None:
         address=int(GPA), size=PAGE_SIZE, attributes=KVM_MEMORY_ATTRIBUTE_PRIVATE, flags=0
     )
     vm.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
-    assert vm.compare_private(GPA, pages.size) == [PrivacyDifference("kvm", GPA, PAGE_SIZE, False)]
+    assert vm.private.compare(GPA, pages.size) == [PrivacyDifference("kvm", GPA, PAGE_SIZE, False)]
     # To ask is no change: the shared page holds what it held.
     vm.set_memory_attributes(GPA, PAGE_SIZE, 0)
     assert pages.do("r", 0) == GUEST_VALUE
@@ -353,12 +353,12 @@ def test_comparison_keeps_private_content(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst 4.143, KVM_PRE_FAULT_MEMORY.
     """
     pages = Range(make_vm(AGENT), 2 * PAGE_SIZE)
-    pages.vm.set_private(GPA, PAGE_SIZE)
+    pages.vm.memory.set_private(GPA, PAGE_SIZE)
     pages.do("w", 0, value=GUEST_VALUE)
     pages.do("w", PAGE_SIZE, value=GUEST_VALUE + 1)
     slots = {number: (slot.gpa, slot.size, slot.flags) for number, slot in pages.vm.slots.items()}
     assert pages.agreed()
-    assert pages.vm.compare_private() == []
+    assert pages.vm.private.compare() == []
     assert {number: (slot.gpa, slot.size, slot.flags) for number, slot in pages.vm.slots.items()} == slots
     assert [pages.do("r", 0), pages.do("r", PAGE_SIZE)] == [GUEST_VALUE, GUEST_VALUE + 1]
 
@@ -386,11 +386,11 @@ def test_comparison_needs_vcpus_at_rest(make_vm: MakeVm) -> None:
         while not vcpu.running:
             pass
         with pytest.raises(VcpuBusyError, match=vcpu.name):
-            vm.compare_private()
+            vm.private.compare()
     finally:
         vcpu.kick()
         thread.join(10)
-    assert vm.compare_private() == []
+    assert vm.private.compare() == []
 
 
 @pytest.mark.protections("all", has_encryption_bit=True, host_sees_private=True)
@@ -403,9 +403,9 @@ def test_comparison_reads_the_page_tables(make_vm: MakeVm) -> None:
     gva = vm.alloc(2 * PAGE_SIZE, private=True)
     gpa = vm.gva_to_gpa(gva)
     vm.launch()
-    assert vm.compare_private() == []
+    assert vm.private.compare() == []
     vm.map(gva + 16 * PAGE_SIZE, gpa + PAGE_SIZE, PAGE_SIZE, private=False)
-    assert vm.compare_private() == [PrivacyDifference("tables", gpa + PAGE_SIZE, PAGE_SIZE, True)]
+    assert vm.private.compare() == [PrivacyDifference("tables", gpa + PAGE_SIZE, PAGE_SIZE, True)]
 
 
 # What is refused.
@@ -428,9 +428,9 @@ def test_bad_range(make_vm: MakeVm, gpa: int, size: int) -> None:
             vm.launch()  # which may make pages of its own private
         before = vm.memory.private.copy()
         with pytest.raises(ValueError, match="gpa 0x"):
-            vm.set_private(Gpa(gpa), size)
+            vm.memory.set_private(Gpa(gpa), size)
         with pytest.raises(ValueError, match="gpa 0x"):
-            vm.set_shared(Gpa(gpa), size)
+            vm.memory.set_shared(Gpa(gpa), size)
         assert vm.memory.private == before
 
 
@@ -451,6 +451,6 @@ def test_what_kvm_refuses_is_not_noted(make_vm: MakeVm) -> None:
 
     vm.memory.convert = refuse
     with refused(errno.EINVAL):
-        vm.set_private(GPA, PAGE_SIZE)
+        vm.memory.set_private(GPA, PAGE_SIZE)
     assert not vm.memory.is_private(GPA)
     assert pages.agreed()

@@ -22,7 +22,7 @@ def test_initial(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.33 KVM_GET_DEBUGREGS; Intel SDM volume 3, table 10-1 (DR0 to DR7).
     """
-    regs = vcpu.get_debugregs()
+    regs = vcpu.debug.get_regs()
     assert list(regs.db) == [0, 0, 0, 0]
     assert (regs.dr6, regs.dr7, regs.flags) == (DR6_INIT, DR7_INIT, 0)
 
@@ -33,8 +33,8 @@ def test_round_trip(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.33 KVM_GET_DEBUGREGS and 4.34 KVM_SET_DEBUGREGS.
     """
     given = kvm_debugregs(db=ADDRESSES, dr6=DR6_INIT | 0x4005, dr7=DR7_INIT | 0xF001_0303)
-    vcpu.set_debugregs(given)
-    assert vcpu.get_debugregs() == given
+    vcpu.debug.set_regs(given)
+    assert vcpu.debug.get_regs() == given
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_refused(vcpu: Vcpu, field: str, value: int) -> None:
     Documentation/virt/kvm/api.rst, 4.34 KVM_SET_DEBUGREGS ("must be cleared"); Intel SDM volume 3, 18.2
     (bits 63:32).
     """
-    before = vcpu.get_debugregs()
+    before = vcpu.debug.get_regs()
     given = before.copy()
     given.db = ADDRESSES
     setattr(given, field, value)
     with refused(errno.EINVAL):
-        vcpu.set_debugregs(given)
-    assert vcpu.get_debugregs() == before
+        vcpu.debug.set_regs(given)
+    assert vcpu.debug.get_regs() == before
 
 
 @pytest.mark.usefixtures("open_registers")
@@ -73,13 +73,13 @@ def test_guest_and_host_agree(make_vm: MakeVm) -> None:
     agent.start()
     vcpu = agent.vcpu
     # No breakpoint is enabled: they would count from here on.
-    vcpu.set_debugregs(kvm_debugregs(db=ADDRESSES, dr6=DR6_INIT | 0x4001, dr7=DR7_INIT | 0xD000_0000))
+    vcpu.debug.set_regs(kvm_debugregs(db=ADDRESSES, dr6=DR6_INIT | 0x4001, dr7=DR7_INIT | 0xD000_0000))
     values = [*ADDRESSES, DR6_INIT | 0x4001, DR7_INIT | 0xD000_0000]
     assert [agent.read_dr(number) for number in NUMBERS] == values
     values = [0x111_1000, 0x222_2000, 0x333_3000, 0xFFFF_8000_0000_4000, DR6_INIT | 2, DR7_INIT | 0x1_0000]
     for number, value in zip(NUMBERS, values, strict=True):
         assert agent.write_dr(number, value) is None
-    regs = vcpu.get_debugregs()
+    regs = vcpu.debug.get_regs()
     assert [*regs.db, regs.dr6, regs.dr7] == values
 
 

@@ -45,7 +45,7 @@ def with_words(image: kvm_xsave, changes: dict[int, bytes]) -> kvm_xsave:
 
 def take_into_use(vcpu: Vcpu) -> None:
     """Leave the vCPU with x87 and SSE state that is not in its initial configuration for XSAVE."""
-    vcpu.set_xsave(with_words(vcpu.get_xsave2(), {XSTATE_BV: (3).to_bytes(8, "little")}))
+    vcpu.fpu.set_xsave(with_words(vcpu.fpu.get_xsave2(), {XSTATE_BV: (3).to_bytes(8, "little")}))
 
 
 def test_fpu_round_trip(vcpu: Vcpu) -> None:
@@ -54,8 +54,8 @@ def test_fpu_round_trip(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.22 KVM_GET_FPU and 4.23 KVM_SET_FPU.
     """
     given = some_fpu()
-    vcpu.set_fpu(given)
-    found = vcpu.get_fpu()
+    vcpu.fpu.set(given)
+    found = vcpu.fpu.get()
     # KVM leaves MXCSR out of this pair of ioctls.
     found.mxcsr = 0
     assert found == given
@@ -68,8 +68,8 @@ def test_xsave_shows_the_fpu(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.42 KVM_GET_XSAVE; Intel SDM volume 1, 13.4.1 Legacy Region.
     """
     take_into_use(vcpu)
-    vcpu.set_fpu(some_fpu())
-    raw = vcpu.get_xsave2().to_bytes()
+    vcpu.fpu.set(some_fpu())
+    raw = vcpu.fpu.get_xsave2().to_bytes()
     assert raw[FCW : FCW + 2] == b"\x7f\x02"
     assert [raw[XMM0 + 16 * number :][:16] for number in range(16)] == [xmm(number) for number in range(16)]
     assert raw[XSTATE_BV] & 3 == 3
@@ -82,10 +82,10 @@ def test_fpu_shows_the_xsave_image(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE; Intel SDM volume 1, 13.4.1 Legacy Region.
     """
     image = with_words(
-        vcpu.get_xsave2(), {FCW: b"\x7f\x02", XMM0 + 16 * 5: xmm(5), XSTATE_BV: (3).to_bytes(8, "little")}
+        vcpu.fpu.get_xsave2(), {FCW: b"\x7f\x02", XMM0 + 16 * 5: xmm(5), XSTATE_BV: (3).to_bytes(8, "little")}
     )
-    vcpu.set_xsave(image)
-    fpu = vcpu.get_fpu()
+    vcpu.fpu.set_xsave(image)
+    fpu = vcpu.fpu.get()
     assert (fpu.fcw, bytes(fpu.xmm[5])) == (0x27F, xmm(5))
 
 
@@ -96,10 +96,10 @@ def test_xsave_round_trip(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE and 4.134 KVM_GET_XSAVE2.
     """
     take_into_use(vcpu)
-    vcpu.set_fpu(some_fpu())
-    image = with_words(vcpu.get_xsave2(), {MXCSR: (FXSAVE | 0x6000).to_bytes(4, "little")})
-    vcpu.set_xsave(image)
-    assert vcpu.get_xsave2() == image
+    vcpu.fpu.set(some_fpu())
+    image = with_words(vcpu.fpu.get_xsave2(), {MXCSR: (FXSAVE | 0x6000).to_bytes(4, "little")})
+    vcpu.fpu.set_xsave(image)
+    assert vcpu.fpu.get_xsave2() == image
 
 
 @needs_xsave
@@ -119,11 +119,11 @@ def test_xsave_refused(vcpu: Vcpu, offset: int, data: bytes) -> None:
     Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE; Intel SDM volume 1, 13.8.1 Standard Form of XRSTOR.
     """
     take_into_use(vcpu)
-    before = vcpu.get_xsave2()
+    before = vcpu.fpu.get_xsave2()
     changes = {XSTATE_BV: (3).to_bytes(8, "little"), offset: data}
     with refused(errno.EINVAL):
-        vcpu.set_xsave(with_words(before, changes))
-    assert vcpu.get_xsave2() == before
+        vcpu.fpu.set_xsave(with_words(before, changes))
+    assert vcpu.fpu.get_xsave2() == before
 
 
 @pytest.mark.requires("KVM_CAP_XSAVE2")
@@ -135,11 +135,11 @@ def test_xsave2_size(vcpu: Vcpu) -> None:
     size = vcpu.vm.check_extension(KVM_CAP_XSAVE2)
     assert size >= PAGE_SIZE
     take_into_use(vcpu)
-    vcpu.set_fpu(some_fpu())
-    whole = vcpu.get_xsave2().to_bytes()
+    vcpu.fpu.set(some_fpu())
+    whole = vcpu.fpu.get_xsave2().to_bytes()
     assert len(whole) == size
     if size == PAGE_SIZE:
-        assert vcpu.get_xsave().to_bytes() == whole
+        assert vcpu.fpu.get_xsave().to_bytes() == whole
 
 
 def fxsave(agent: Agent, area: Gva) -> None:
@@ -163,9 +163,9 @@ def test_guest_and_host_agree(agent: Agent) -> None:
     area = vm.alloc(PAGE_SIZE, user=True, private=False)
     agent.start()
     take_into_use(vcpu)
-    vcpu.set_fpu(some_fpu())
-    image = vcpu.get_xsave2()
-    vcpu.set_xsave(with_words(image, {MXCSR: (FXSAVE | 0x2000).to_bytes(4, "little")}))
+    vcpu.fpu.set(some_fpu())
+    image = vcpu.fpu.get_xsave2()
+    vcpu.fpu.set_xsave(with_words(image, {MXCSR: (FXSAVE | 0x2000).to_bytes(4, "little")}))
     fxsave(agent, area)
     assert vm.read(area + XMM0, 256) == b"".join(xmm(number) for number in range(16))
     assert vm.read(area + MXCSR, 4) == (FXSAVE | 0x2000).to_bytes(4, "little")
@@ -174,10 +174,10 @@ def test_guest_and_host_agree(agent: Agent) -> None:
     vm.write(area + MXCSR, (FXSAVE | 0x4000).to_bytes(4, "little"))
     vm.write(area + FCW, b"\x7f\x0e")
     agent.must(b"\x48\x0f\xae\x0f", ring=3, rdi=int(area))  # fxrstor64
-    fpu = vcpu.get_fpu()
+    fpu = vcpu.fpu.get()
     assert b"".join(bytes(row) for row in fpu.xmm) == bytes(reversed(range(256)))
     assert fpu.fcw == 0xE7F
-    assert vcpu.get_xsave2().to_bytes()[MXCSR : MXCSR + 4] == (FXSAVE | 0x4000).to_bytes(4, "little")
+    assert vcpu.fpu.get_xsave2().to_bytes()[MXCSR : MXCSR + 4] == (FXSAVE | 0x4000).to_bytes(4, "little")
 
 
 @pytest.mark.usefixtures("open_registers")
@@ -191,6 +191,6 @@ def test_set_fpu_on_a_new_vcpu(agent: Agent) -> None:
     vm.launch()
     if vcpu.exits:
         pytest.skip("needs a vCPU that never ran: launching this VM ran it")
-    vcpu.set_fpu(some_fpu())
+    vcpu.fpu.set(some_fpu())
     fxsave(agent, area)
     assert vm.read(area + XMM0, 256) == b"".join(xmm(number) for number in range(16))

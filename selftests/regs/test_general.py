@@ -99,10 +99,10 @@ def test_general_registers(make_vm: MakeVm) -> None:
     regs = kvm_regs(rip=int(vm.program.address_of("increment")), rflags=int(RFLAGS.FIXED))
     for name in GENERAL:
         setattr(regs, name, pattern(name))
-    vcpu.set_regs(regs)
+    vcpu.regs.set(regs)
     assert vcpu.expect(IoExit).value == pattern("rax") + 1 & 0xFF
     vcpu.complete_io()
-    after = vcpu.get_regs()
+    after = vcpu.regs.get()
     assert {name: getattr(after, name) for name in GENERAL} == {name: pattern(name) + 1 for name in GENERAL}
     assert after.rip == vm.program.address_of("incremented")
 
@@ -113,8 +113,8 @@ def test_fixed_flag(vcpu: Vcpu) -> None:
     Intel SDM volume 1, 3.4.3 EFLAGS Register (bit 1 is always 1).
     """
     for flags in (0, int(RFLAGS.CF | RFLAGS.ZF | RFLAGS.DF | RFLAGS.AC | RFLAGS.ID)):
-        vcpu.set_regs(kvm_regs(rflags=flags))
-        assert vcpu.get_regs().rflags == flags | RFLAGS.FIXED
+        vcpu.regs.set(kvm_regs(rflags=flags))
+        assert vcpu.regs.get().rflags == flags | RFLAGS.FIXED
 
 
 @pytest.mark.usefixtures("open_registers")
@@ -128,13 +128,13 @@ def test_guest_sees_what_host_set(make_vm: MakeVm) -> None:
     agent.start()
     vcpu = agent.vcpu
     vcpu.complete_io()
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     sregs.cr2 = 0x0000_7ABC_DEF0_1234
     sregs.cr4 |= int(CR4.TSD | CR4.DE)
     sregs.cr8 = 5
     sregs.fs.base = 0x0000_1234_5678_9000
     sregs.idt.limit = 0x7FF
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
     assert what_guest_sees(agent, scratch) == {
         "cr0": sregs.cr0,
         "cr2": 0x0000_7ABC_DEF0_1234,
@@ -165,13 +165,13 @@ def test_host_sees_what_guest_set(make_vm: MakeVm) -> None:
     """
     agent = Agent(make_vm(AGENT).vcpus[0])
     agent.start()
-    before = agent.vcpu.get_sregs()
+    before = agent.vcpu.regs.get_sregs()
     assert agent.write_cr(2, 0xFFFF_8000_1234_5678) is None
     assert agent.write_cr(8, 9) is None
     assert agent.write_cr(4, before.cr4 ^ CR4.TSD) is None
     assert agent.wrmsr(Msr.MSR_FS_BASE, 0x7FFF_0000_1000) is None
     agent.must(b"\x8e\xc0", rax=0)  # mov %eax, %es
-    after = agent.vcpu.get_sregs()
+    after = agent.vcpu.regs.get_sregs()
     assert (after.cr2, after.cr8, after.cr4) == (0xFFFF_8000_1234_5678, 9, before.cr4 ^ CR4.TSD)
     assert (after.fs.base, after.es.selector) == (0x7FFF_0000_1000, 0)
     assert (after.cr0, after.cr3, after.efer) == (before.cr0, before.cr3, before.efer)
@@ -204,13 +204,13 @@ void guest_main(void)
 """).vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     assert list(sregs.interrupt_bitmap) == [0, 0, 0, 0]
     sregs.interrupt_bitmap[0x91 // 64] = 1 << 0x91 % 64
-    vcpu.set_sregs(sregs)
-    assert list(vcpu.get_sregs().interrupt_bitmap) == [0, 0, 1 << 0x91 % 64, 0]
+    vcpu.regs.set_sregs(sregs)
+    assert list(vcpu.regs.get_sregs().interrupt_bitmap) == [0, 0, 1 << 0x91 % 64, 0]
     assert vcpu.sync().args == (0x91,)
-    assert list(vcpu.get_sregs().interrupt_bitmap) == [0, 0, 0, 0]
+    assert list(vcpu.regs.get_sregs().interrupt_bitmap) == [0, 0, 0, 0]
 
 
 @pytest.mark.usefixtures("open_registers")
@@ -237,12 +237,12 @@ void guest_main(void)
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
-    regs = vcpu.get_regs()
+    regs = vcpu.regs.get()
     back = regs.rip
     regs.rsp -= 8
     vm.write(Gva(regs.rsp), int(back).to_bytes(8, "little"))
     regs.rip, regs.rdi, regs.rsi = int(vm.program.address_of("elsewhere")), 0x77, 0x88
-    vcpu.set_regs(regs)
+    vcpu.regs.set(regs)
     assert vcpu.sync().args == (0x77, 0x88)
     assert vcpu.sync().args == (1, 2)
 
@@ -252,9 +252,9 @@ def test_translation_without_paging(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE; Intel SDM volume 3, 4.1.1 (CR0.PG is 0).
     """
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000)
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
     for address in (0, 0x1234_5678, 0xFFFF_FFF0):
         found = vcpu.translate(address)
         assert (found.valid, found.physical_address) == (1, address)

@@ -25,10 +25,10 @@ ALWAYS = CR4.VME | CR4.PVI | CR4.TSD | CR4.DE | CR4.PSE | CR4.PAE | CR4.MCE | CR
 def answer(vm: Vm, bit: CR4) -> int:
     """Return the errno with which a new vCPU refuses a bit of CR4, 0 if it takes it."""
     with vm.create_vcpu(int(bit).bit_length()) as vcpu:
-        sregs = vcpu.get_sregs()
+        sregs = vcpu.regs.get_sregs()
         sregs.cr4 |= int(bit)
         try:
-            vcpu.set_sregs(sregs)
+            vcpu.regs.set_sregs(sregs)
         except KvmError as error:
             return int(error.errno or 0)
         return 0
@@ -48,7 +48,7 @@ def test_cr4_of_every_cpu(vm: Vm) -> None:
     arch/x86/kvm/regs.h, __cr4_reserved_bits().
     """
     vcpu = vm.create_vcpu()
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     sregs.cr4 = int(ALWAYS)
-    vcpu.set_sregs(sregs)
-    assert vcpu.get_sregs().cr4 == ALWAYS
+    vcpu.regs.set_sregs(sregs)
+    assert vcpu.regs.get_sregs().cr4 == ALWAYS

@@ -24,9 +24,9 @@ def pdpt(vcpu: Vcpu) -> Iterator[memoryview]:
     for number in range(4):
         words[number] = (0x10 + number) << 12 | PRESENT
     vcpu.vm.set_user_memory_region(0, PDPT_GPA, PAGE_SIZE, page.hva)
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000, cr3=PDPT_GPA, cr4=int(CR4.PAE))
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
     yield words
     words.release()
     vcpu.vm.set_user_memory_region(0, PDPT_GPA, 0, page.hva)
@@ -38,7 +38,7 @@ def test_agree(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.131 KVM_GET_SREGS2 ("replaces the KVM_GET_SREGS").
     """
-    old, new = vcpu.get_sregs().as_dict(), vcpu.get_sregs2().as_dict()
+    old, new = vcpu.regs.get_sregs().as_dict(), vcpu.regs.get_sregs2().as_dict()
     assert old.keys() - new.keys() == {"interrupt_bitmap"}
     assert new.keys() - old.keys() == {"flags", "pdptrs"}
     assert {name: old[name] for name in old.keys() & new.keys()} == {
@@ -52,10 +52,10 @@ def test_unknown_flag(vcpu: Vcpu, flag: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.132 KVM_SET_SREGS2, flags values for kvm_sregs2.
     """
-    sregs = vcpu.get_sregs2()
+    sregs = vcpu.regs.get_sregs2()
     sregs.flags = flag
     with refused(errno.EINVAL):
-        vcpu.set_sregs2(sregs)
+        vcpu.regs.set_sregs2(sregs)
 
 
 def test_no_pdptrs_outside_pae(vcpu: Vcpu) -> None:
@@ -64,11 +64,11 @@ def test_no_pdptrs_outside_pae(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.131 KVM_GET_SREGS2; arch/x86/kvm/regs.c,
     kvm_vcpu_ioctl_x86_set_sregs2().
     """
-    sregs = vcpu.get_sregs2()
+    sregs = vcpu.regs.get_sregs2()
     assert sregs.flags == 0
     sregs.flags = int(KVM_SREGS2_FLAGS_PDPTRS_VALID)
     with refused(errno.EINVAL):
-        vcpu.set_sregs2(sregs)
+        vcpu.regs.set_sregs2(sregs)
 
 
 def test_pdptrs_from_memory(vcpu: Vcpu, pdpt: memoryview) -> None:
@@ -76,7 +76,7 @@ def test_pdptrs_from_memory(vcpu: Vcpu, pdpt: memoryview) -> None:
 
     Documentation/virt/kvm/api.rst, 4.131 KVM_GET_SREGS2, KVM_SREGS2_FLAGS_PDPTRS_VALID.
     """
-    sregs = vcpu.get_sregs2()
+    sregs = vcpu.regs.get_sregs2()
     assert sregs.flags == KVM_SREGS2_FLAGS_PDPTRS_VALID
     assert list(sregs.pdptrs) == list(pdpt[:4])
 
@@ -86,11 +86,11 @@ def test_pdptrs_from_user_space(vcpu: Vcpu, pdpt: memoryview) -> None:
 
     Documentation/virt/kvm/api.rst, 4.132 KVM_SET_SREGS2, KVM_SREGS2_FLAGS_PDPTRS_VALID.
     """
-    sregs = vcpu.get_sregs2()
+    sregs = vcpu.regs.get_sregs2()
     given = [(0x20 + number) << 12 | PRESENT for number in range(4)]
     sregs.pdptrs = given
-    vcpu.set_sregs2(sregs)
-    found = vcpu.get_sregs2()
+    vcpu.regs.set_sregs2(sregs)
+    found = vcpu.regs.get_sregs2()
     assert found.flags == KVM_SREGS2_FLAGS_PDPTRS_VALID
     assert list(found.pdptrs) == given
     assert list(pdpt[:4]) != given
@@ -101,9 +101,9 @@ def test_pdptrs_without_flag(vcpu: Vcpu, pdpt: memoryview) -> None:
 
     Documentation/virt/kvm/api.rst, 4.132 KVM_SET_SREGS2, KVM_SREGS2_FLAGS_PDPTRS_VALID.
     """
-    sregs = vcpu.get_sregs2()
+    sregs = vcpu.regs.get_sregs2()
     sregs.flags = 0
     sregs.pdptrs = [0x99000 | PRESENT] * 4
     pdpt[2] = 0x7000 | PRESENT
-    vcpu.set_sregs2(sregs)
-    assert list(vcpu.get_sregs2().pdptrs) == list(pdpt[:4])
+    vcpu.regs.set_sregs2(sregs)
+    assert list(vcpu.regs.get_sregs2().pdptrs) == list(pdpt[:4])

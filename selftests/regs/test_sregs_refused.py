@@ -57,13 +57,13 @@ def set_changed(request: pytest.FixtureRequest, vcpu: Vcpu) -> Ioctl:
 
     def act(change: Change) -> None:
         if request.param == "KVM_SET_SREGS":
-            sregs = vcpu.get_sregs()
+            sregs = vcpu.regs.get_sregs()
             change(sregs)
-            vcpu.set_sregs(sregs)
+            vcpu.regs.set_sregs(sregs)
         else:
-            sregs2 = vcpu.get_sregs2()
+            sregs2 = vcpu.regs.get_sregs2()
             change(sregs2)
-            vcpu.set_sregs2(sregs2)
+            vcpu.regs.set_sregs2(sregs2)
 
     return act
 
@@ -75,17 +75,17 @@ def changing(register: str, *, put: int = 0, clear: int = 0) -> Change:
 
 def refuse(vcpu: Vcpu, set_changed: Ioctl, change: Change) -> None:
     """Expect EINVAL, and that nothing changed."""
-    before = vcpu.get_sregs()
+    before = vcpu.regs.get_sregs()
     with refused(errno.EINVAL):
         set_changed(change)
-    assert vcpu.get_sregs() == before
+    assert vcpu.regs.get_sregs() == before
 
 
 def hide(vcpu: Vcpu, feature: str) -> None:
     """Take a feature out of the vCPU's CPUID."""
-    cpuid = Cpuid.from_struct(vcpu.get_cpuid2())
+    cpuid = Cpuid.from_struct(vcpu.cpuid.get())
     cpuid.clear_feature(feature)
-    vcpu.set_cpuid2(cpuid.to_struct())
+    vcpu.cpuid.set(cpuid.to_struct())
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_64_bit_code_outside_long_mode(vcpu: Vcpu, set_changed: Ioctl) -> None:
 
     Intel SDM volume 3, 3.4.5 Segment Descriptors (L flag); arch/x86/kvm/regs.c, kvm_is_valid_sregs().
     """
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000)
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
 
     def change(sregs: Sregs) -> None:
         sregs.cs.l, sregs.cs.db = 1, 0
@@ -187,14 +187,14 @@ def test_cr4_with_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
 
     Intel SDM volume 3, 2.5 Control Registers (CR4).
     """
-    cpuid = Cpuid.from_struct(vcpu.get_cpuid2())
+    cpuid = Cpuid.from_struct(vcpu.cpuid.get())
     offered = [bit for bit, feature in CR4_FEATURES.items() if cpuid.has(feature)]
     assert offered
     for bit in offered:
         if bit in (CR4.LA57, CR4.VMXE, CR4.SMXE):
             continue
         set_changed(changing("cr4", put=bit))
-        assert vcpu.get_sregs().cr4 & bit == bit
+        assert vcpu.regs.get_sregs().cr4 & bit == bit
 
 
 @pytest.mark.parametrize("bit", [1, 9, 16, 63])
@@ -212,9 +212,9 @@ def test_efer_without_cpuid(vcpu: Vcpu, set_changed: Ioctl, bit: EFER) -> None:
 
     AMD APM volume 2, 3.1.7; Linux 7.2, "KVM: x86: Check EFER validity on KVM_SET_SREGS*".
     """
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     sregs.efer &= ~int(bit)
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
     hide(vcpu, EFER_FEATURES[bit])
     refuse(vcpu, set_changed, changing("efer", put=bit))
 
@@ -224,9 +224,9 @@ def test_long_mode_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
 
     AMD APM volume 2, 3.1.7; Linux 7.2, "KVM: x86: Check EFER validity on KVM_SET_SREGS*".
     """
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000)
-    vcpu.set_sregs(sregs)
+    vcpu.regs.set_sregs(sregs)
     hide(vcpu, "lm")
     refuse(vcpu, set_changed, changing("efer", put=EFER.LME))
 
@@ -238,10 +238,10 @@ def test_cr3_beyond_maxphyaddr(vcpu: Vcpu, set_changed: Ioctl, bits: int) -> Non
     Intel SDM volume 3, 4.5.2 (reserved bits of CR3); arch/x86/kvm/regs.c, kvm_is_valid_sregs().
     """
     if bits == 36:
-        cpuid = Cpuid.from_struct(vcpu.get_cpuid2())
+        cpuid = Cpuid.from_struct(vcpu.cpuid.get())
         leaf = cpuid.ensure(0x8000_0008)
         leaf.eax = leaf.eax & ~0xFF_00FF | 36
-        vcpu.set_cpuid2(cpuid.to_struct())
+        vcpu.cpuid.set(cpuid.to_struct())
     refuse(vcpu, set_changed, changing("cr3", put=1 << bits))
 
 
@@ -277,8 +277,8 @@ def test_unchanged_is_taken(vcpu: Vcpu, set_changed: Ioctl) -> None:
 
     Documentation/virt/kvm/api.rst, 4.14 KVM_SET_SREGS and 4.132 KVM_SET_SREGS2.
     """
-    before = vcpu.get_sregs()
+    before = vcpu.regs.get_sregs()
     read: list[int] = []
     set_changed(lambda sregs: read.append(sregs.cr0))
     assert read == [before.cr0]
-    assert vcpu.get_sregs() == before
+    assert vcpu.regs.get_sregs() == before

@@ -55,7 +55,7 @@ def vcpu(make_vm: MakeVm) -> GuestVcpu:
 def exit_again(vcpu: GuestVcpu) -> int:
     """Run to the next exit and return RBX by ioctl."""
     assert vcpu.expect(IoExit).port == PORT
-    return vcpu.get_regs().rbx
+    return vcpu.regs.get().rbx
 
 
 def run_errno(vcpu: GuestVcpu) -> int:
@@ -77,13 +77,13 @@ def test_valid(vcpu: GuestVcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 6.74 KVM_CAP_SYNC_REGS.
     """
-    vcpu.set_sync_regs(REGS | SREGS | EVENTS)
+    vcpu.regs.set_sync(REGS | SREGS | EVENTS)
     for count in (2, 3):
         assert exit_again(vcpu) == count
-        assert vcpu.sync_regs.regs.rbx == count
-        assert vcpu.sync_regs.regs == vcpu.get_regs()
-        assert vcpu.sync_regs.sregs == vcpu.get_sregs()
-        assert vcpu.sync_regs.events == vcpu.get_vcpu_events()
+        assert vcpu.regs.sync.regs.rbx == count
+        assert vcpu.regs.sync.regs == vcpu.regs.get()
+        assert vcpu.regs.sync.sregs == vcpu.regs.get_sregs()
+        assert vcpu.regs.sync.events == vcpu.events.get()
 
 
 @pytest.mark.parametrize("valid", [0, REGS, SREGS, EVENTS], ids=["none", "regs", "sregs", "events"])
@@ -93,9 +93,9 @@ def test_only_valid(vcpu: GuestVcpu, valid: int) -> None:
     Documentation/virt/kvm/api.rst, 6.74 KVM_CAP_SYNC_REGS.
     """
     marks = (0xBAD1, 0xBAD2, 0xBAD3)
-    shared = vcpu.sync_regs
+    shared = vcpu.regs.sync
     shared.regs.r15, shared.sregs.cr2, shared.events.sipi_vector = marks
-    vcpu.set_sync_regs(valid)
+    vcpu.regs.set_sync(valid)
     exit_again(vcpu)
     kept = (shared.regs.r15, shared.sregs.cr2, shared.events.sipi_vector)
     expected = tuple(
@@ -109,13 +109,13 @@ def test_dirty_regs(vcpu: GuestVcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 6.74 KVM_CAP_SYNC_REGS (kvm_dirty_regs).
     """
-    vcpu.set_sync_regs(REGS)
+    vcpu.regs.set_sync(REGS)
     exit_again(vcpu)
     vcpu.complete_io()
-    vcpu.sync_regs.regs.rbx = 0x1000
-    vcpu.mark_sync_regs_dirty(REGS)
+    vcpu.regs.sync.regs.rbx = 0x1000
+    vcpu.regs.mark_sync_dirty(REGS)
     assert exit_again(vcpu) == 0x1001
-    assert vcpu.sync_regs.regs.rbx == 0x1001
+    assert vcpu.regs.sync.regs.rbx == 0x1001
     assert vcpu.run_area.kvm_dirty_regs == 0
 
 
@@ -124,13 +124,13 @@ def test_dirty_sregs(vcpu: GuestVcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 6.74 KVM_CAP_SYNC_REGS (kvm_dirty_regs).
     """
-    vcpu.set_sync_regs(SREGS)
+    vcpu.regs.set_sync(SREGS)
     exit_again(vcpu)
     vcpu.complete_io()
-    vcpu.sync_regs.sregs.cr2 = 0x1234_5000
-    vcpu.mark_sync_regs_dirty(SREGS)
+    vcpu.regs.sync.sregs.cr2 = 0x1234_5000
+    vcpu.regs.mark_sync_dirty(SREGS)
     assert exit_again(vcpu) == 3
-    assert vcpu.get_sregs().cr2 == 0x1234_5000
+    assert vcpu.regs.get_sregs().cr2 == 0x1234_5000
     assert vcpu.run_area.kvm_dirty_regs == 0
 
 
@@ -139,12 +139,12 @@ def test_not_dirty(vcpu: GuestVcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 6.74 ("the register set values will not be copied into the vCPU").
     """
-    vcpu.set_sync_regs(REGS | SREGS)
+    vcpu.regs.set_sync(REGS | SREGS)
     exit_again(vcpu)
-    vcpu.sync_regs.regs.rbx = 0x1000
-    vcpu.sync_regs.sregs.cr2 = 0x1234_5000
+    vcpu.regs.sync.regs.rbx = 0x1000
+    vcpu.regs.sync.sregs.cr2 = 0x1234_5000
     assert exit_again(vcpu) == 3
-    assert (vcpu.sync_regs.regs.rbx, vcpu.sync_regs.sregs.cr2) == (3, 0)
+    assert (vcpu.regs.sync.regs.rbx, vcpu.regs.sync.sregs.cr2) == (3, 0)
 
 
 @pytest.mark.parametrize("bit", [3, 31, 63])
@@ -166,18 +166,18 @@ def test_illegal_sregs(vcpu: GuestVcpu) -> None:
     Documentation/virt/kvm/api.rst, 6.74 KVM_CAP_SYNC_REGS; arch/x86/kvm/regs.c,
     kvm_run_sync_regs_from_user().
     """
-    vcpu.set_sync_regs(SREGS)
+    vcpu.regs.set_sync(SREGS)
     exit_again(vcpu)
-    before = vcpu.get_sregs()
+    before = vcpu.regs.get_sregs()
     for change in ({"cr0": before.cr0 & ~CR0.PE}, {"cr4": before.cr4 & ~CR4.PAE}):
         sregs = before.copy()
         for name, value in change.items():
             setattr(sregs, name, int(value))
-        vcpu.sync_regs.sregs = sregs
-        vcpu.mark_sync_regs_dirty(SREGS)
+        vcpu.regs.sync.sregs = sregs
+        vcpu.regs.mark_sync_dirty(SREGS)
         assert run_errno(vcpu) == errno.EINVAL
         vcpu.run_area.kvm_dirty_regs = 0
-        assert vcpu.get_sregs() == before
+        assert vcpu.regs.get_sregs() == before
     assert exit_again(vcpu) == 3
 
 
@@ -186,10 +186,10 @@ def test_illegal_events(vcpu: GuestVcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 6.74 KVM_CAP_SYNC_REGS; arch/x86/kvm/x86.c, sync_regs().
     """
-    vcpu.set_sync_regs(EVENTS)
+    vcpu.regs.set_sync(EVENTS)
     exit_again(vcpu)
-    vcpu.sync_regs.events.flags |= 1 << 31
-    vcpu.mark_sync_regs_dirty(EVENTS)
+    vcpu.regs.sync.events.flags |= 1 << 31
+    vcpu.regs.mark_sync_dirty(EVENTS)
     assert run_errno(vcpu) == errno.EINVAL
     vcpu.run_area.kvm_dirty_regs = 0
     assert exit_again(vcpu) == 3

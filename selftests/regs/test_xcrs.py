@@ -21,10 +21,10 @@ def xcr0(value: int) -> kvm_xcrs:
 
 def refuse(vcpu: Vcpu, xcrs: kvm_xcrs) -> None:
     """Set registers that must be refused with EINVAL, and see that XCR0 did not change."""
-    before = vcpu.get_xcrs()
+    before = vcpu.fpu.get_xcrs()
     with refused(errno.EINVAL):
-        vcpu.set_xcrs(xcrs)
-    assert vcpu.get_xcrs() == before
+        vcpu.fpu.set_xcrs(xcrs)
+    assert vcpu.fpu.get_xcrs() == before
 
 
 def test_initial(vcpu: Vcpu) -> None:
@@ -32,7 +32,7 @@ def test_initial(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.44 KVM_GET_XCRS; Intel SDM volume 1, 13.3 (XCR0 is 1 after reset).
     """
-    xcrs = vcpu.get_xcrs()
+    xcrs = vcpu.fpu.get_xcrs()
     assert (xcrs.nr_xcrs, xcrs.flags) == (1, 0)
     assert (xcrs.xcrs[0].xcr, xcrs.xcrs[0].value) == (0, 1)
 
@@ -42,12 +42,12 @@ def test_all_supported(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.45 KVM_SET_XCRS; Intel SDM volume 2, CPUID, leaf 0xD.
     """
-    leaf = Cpuid.from_struct(vcpu.get_cpuid2()).find(0xD, 0)
+    leaf = Cpuid.from_struct(vcpu.cpuid.get()).find(0xD, 0)
     assert leaf is not None
     everything = leaf.eax | leaf.edx << 32
     assert everything & 3 == 3
-    vcpu.set_xcrs(xcr0(everything))
-    assert vcpu.get_xcrs().xcrs[0].value == everything
+    vcpu.fpu.set_xcrs(xcr0(everything))
+    assert vcpu.fpu.get_xcrs().xcrs[0].value == everything
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_not_in_cpuid(vcpu: Vcpu) -> None:
 
     Intel SDM volume 1, 13.3 Enabling the XSAVE Feature Set (XCR0 and CPUID leaf 0xD).
     """
-    cpuid = Cpuid.from_struct(vcpu.get_cpuid2())
+    cpuid = Cpuid.from_struct(vcpu.cpuid.get())
     cpuid.ensure(0xD, 0).eax = int(XCR0.X87 | XCR0.SSE)
     cpuid.ensure(0xD, 0).edx = 0
-    vcpu.set_cpuid2(cpuid.to_struct())
-    vcpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))
+    vcpu.cpuid.set(cpuid.to_struct())
+    vcpu.fpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))
     refuse(vcpu, xcr0(int(XCR0.X87 | XCR0.SSE | XCR0.AVX)))
 
 
@@ -93,7 +93,7 @@ def test_flags(vcpu: Vcpu, flags: int) -> None:
 
     arch/x86/kvm/x86.c, kvm_vcpu_ioctl_x86_set_xcrs().
     """
-    xcrs = vcpu.get_xcrs()
+    xcrs = vcpu.fpu.get_xcrs()
     xcrs.flags = flags
     refuse(vcpu, xcrs)
 
@@ -103,7 +103,7 @@ def test_too_many(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.45 KVM_SET_XCRS (xcrs[KVM_MAX_XCRS]).
     """
-    xcrs = vcpu.get_xcrs()
+    xcrs = vcpu.fpu.get_xcrs()
     xcrs.nr_xcrs = int(KVM_MAX_XCRS) + 1
     refuse(vcpu, xcrs)
 
@@ -118,7 +118,7 @@ def test_guest_and_host_agree(make_vm: MakeVm) -> None:
     agent = Agent(make_vm(AGENT).vcpus[0])
     assert agent.change_cr(4, put=CR4.OSXSAVE) is None
     agent.vcpu.complete_io()
-    agent.vcpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))
+    agent.vcpu.fpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))
     assert agent.xgetbv(ring=3) == 3
     assert agent.xsetbv(1) is None
-    assert agent.vcpu.get_xcrs().xcrs[0].value == 1
+    assert agent.vcpu.fpu.get_xcrs().xcrs[0].value == 1

@@ -87,11 +87,11 @@ def move(make_vm: MakeVm) -> Move:
         target.launch()
         # What goes over the wire is a value, not an object of this process.
         snapshots = pickle.dumps([vcpu.save() for vcpu in source.vcpus])
-        clock = source.get_clock()
+        clock = source.clock.get()
         _copy_memory(source, target)
         source.close()
         clock.flags = 0
-        target.set_clock(clock)
+        target.clock.set(clock)
         for vcpu, snapshot in zip(target.vcpus, pickle.loads(snapshots), strict=True):  # noqa: S301
             vcpu.restore(snapshot)
         return target

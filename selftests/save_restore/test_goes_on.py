@@ -239,7 +239,7 @@ def test_pending_interrupt(make_vm: MakeVm, move: Move) -> None:
     """
     vm = make_vm.start(GUEST, "pending")
     assert said(vm) == ("r",)
-    vm.signal_msi(Msi.to(0, VECTOR))
+    vm.irq.signal_msi(Msi.to(0, VECTOR))
     vm = move(vm)
     assert said(vm) == ("s", 1, 0x20, 0xFEE0_0D00)
     assert said(vm) == ("d", 1)
@@ -252,11 +252,11 @@ def test_pending_nmi(make_vm: MakeVm, move: Move) -> None:
     """
     vm = make_vm.start(GUEST, "nmi")
     assert said(vm) == ("w",)
-    vm.vcpus[0].nmi()
+    vm.vcpus[0].events.nmi()
     vm = move(vm)
     assert handled(vm) == "n"
     vm = move(vm)
-    vm.vcpus[0].nmi()
+    vm.vcpus[0].events.nmi()
     assert said(vm) == ("e",)
     assert handled(vm) == "n"
     assert said(vm) == ("e",)
@@ -277,7 +277,7 @@ def test_halted(make_vm: MakeVm, move: Move) -> None:
             break
     vm = move(vm)
     assert vm.vcpus[0].get_mp_state() == KVM_MP_STATE_HALTED
-    vm.signal_msi(Msi.to(0, VECTOR))
+    vm.irq.signal_msi(Msi.to(0, VECTOR))
     assert said(vm) == ("d", 1)
 
 
@@ -306,7 +306,7 @@ def test_deadline_timer(make_vm: MakeVm, move: Move) -> None:
     Intel SDM 3A, 12.5.4.1; Documentation/virt/kvm/api.rst, 4.19 KVM_SET_MSRS.
     """
     vm = make_vm(GUEST, cpuid=offer_deadline)
-    vm.vcpus[0].set_entry("deadline", vm.vcpus[0].get_tsc_khz() * 40)
+    vm.vcpus[0].set_entry("deadline", vm.vcpus[0].clock.get_tsc_khz() * 40)
     vm.launch()
     assert said(vm) == ("r",)
     assert said(move(vm)) == ("d", 1)

@@ -92,10 +92,10 @@ def test_a_pending_exception_is_delivered(mover: Mover) -> None:
     for _ in range(3):
         vm.vcpus[0].sync()
     vm.vcpus[0].complete_io()
-    events = vm.vcpus[0].get_vcpu_events()
+    events = vm.vcpus[0].events.get()
     events.exception.injected = 1
     events.exception.nr = 6
-    vm.vcpus[0].set_vcpu_events(events)
+    vm.vcpus[0].events.set(events)
     vm = mover.move(vm)
     assert vm.vcpus[0].sync().args == (1,)
 

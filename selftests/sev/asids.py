@@ -133,7 +133,7 @@ class Asids:
             guests: list[Vm] = []
             while True:
                 vm = stack.enter_context(self.kvm.create_vm(vm_type))
-                result = vm.sev_command_raw("INIT2", kvm_sev_init(), sev_fd=device.fd)
+                result = vm.sev.command_raw("INIT2", kvm_sev_init(), sev_fd=device.fd)
                 if not result.ok:
                     break
                 guests.append(vm)

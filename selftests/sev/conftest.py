@@ -60,7 +60,7 @@ class Bare:
         """Issue a command; return (errno, firmware status)."""
         # lifetime: what an argument of the owner's points to lives as long as the argument.
         plain = arg.arg if isinstance(arg, Argument) else arg
-        result: SevResult = self.vm.sev_command_raw(command, plain)
+        result: SevResult = self.vm.sev.command_raw(command, plain)
         return result.errno, result.firmware
 
     @property
@@ -110,7 +110,7 @@ class BareMaker:
         if vcpus:
             vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
             for _ in range(vcpus):
-                vm.create_vcpu().set_cpuid2(self.kvm.supported_cpuid)
+                vm.create_vcpu().cpuid.set(self.kvm.supported_cpuid)
         return Bare(vm, kind, state)
 
 
@@ -136,6 +136,6 @@ def start_sev(made: Bare, policy: SevPolicy | int | None = None) -> SevLaunching
     state = made.state
     assert isinstance(state, SevInitialised)
     launching = state.start(SevPolicy(es=state.es) if policy is None else policy)
-    made.vm.memory_encrypt_reg_region(made.hva, PAGES * PAGE_SIZE)
+    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
     made.state = launching
     return launching

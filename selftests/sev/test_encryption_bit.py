@@ -196,7 +196,7 @@ def test_a_leaf_of_snp_that_lacks_the_bit(make_vm: MakeVm, size: int, level: int
         place = gpa + offset
         assert access.fault(op, GVA + offset) == (errno.EFAULT, int(place), PAGE_SIZE, 0)
         access.vm.memory.shared_view(place, 8)[:] = SHARED.to_bytes(8, "little")
-        access.vm.set_shared(place, PAGE_SIZE)
+        access.vm.memory.set_shared(place, PAGE_SIZE)
         value = access.agent.value()
         assert op == "write" or value == SHARED
         assert access.host(place) == (SHARED if op == "read" else NEW)
@@ -231,6 +231,6 @@ def test_a_shared_leaf_of_snp_that_has_the_bit(make_vm: MakeVm, op: str) -> None
     access.flip(1)
     told = (errno.EFAULT, int(gpa), PAGE_SIZE, int(KVM_MEMORY_EXIT_FLAG_PRIVATE))
     assert access.fault(op) == told
-    access.vm.set_private(gpa, PAGE_SIZE)
+    access.vm.memory.set_private(gpa, PAGE_SIZE)
     assert access.agent.end() == Fault(Vector.VC, 0x404)
     assert access.host(gpa) == SHARED

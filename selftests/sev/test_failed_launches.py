@@ -40,7 +40,7 @@ def bad_session(made: Bare) -> None:
 def early_finish(made: Bare) -> None:
     """End a launch that was not measured."""
     start_sev(made).update_data(MEMORY, PAGE_SIZE)
-    made.vm.sev_command("LAUNCH_FINISH")
+    made.vm.sev.command("LAUNCH_FINISH")
 
 
 def too_new(made: Bare) -> None:

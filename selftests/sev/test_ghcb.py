@@ -160,7 +160,7 @@ def test_scratch_elsewhere(make_vm: MakeVm) -> None:
 def test_cpuid(make_vm: MakeVm) -> None:
     """CPUID returns what KVM_SET_CPUID2 was given."""
     talk = talker(make_vm)
-    table = {(entry.function, entry.index): entry for entry in talk.vcpu.get_cpuid2().entries_list()}
+    table = {(entry.function, entry.index): entry for entry in talk.vcpu.cpuid.get().entries_list()}
     for leaf in (0, 0x8000_0000, 0x8000_0008):
         entry = table[leaf, 0]
         answer = talk.send(CPUID, rax=leaf, rcx=0)

@@ -84,7 +84,7 @@ def test_old_init_on_a_new_type(bare: BareMaker, kind: str) -> None:
 def test_init2_on_a_default_vm(kvm: Kvm) -> None:
     """KVM_SEV_INIT2 is for the SEV types: EINVAL on a default VM."""
     with kvm.create_vm() as vm:
-        result = vm.sev_command_raw("INIT2", kvm_sev_init())
+        result = vm.sev.command_raw("INIT2", kvm_sev_init())
         assert (result.errno, result.firmware) == EINVAL
 
 
@@ -94,11 +94,11 @@ def test_init2_on_a_default_vm(kvm: Kvm) -> None:
 def test_old_init(kvm: Kvm, command: str) -> None:
     """KVM_SEV_INIT and ES_INIT make a default VM a guest that can be launched; a second one gives EINVAL."""
     with kvm.create_vm() as vm:
-        assert vm.sev_command_raw(command).ok
+        assert vm.sev.command_raw(command).ok
         for again in ("INIT", "ES_INIT"):
-            assert vm.sev_command_raw(again).errno == errno.EINVAL
+            assert vm.sev.command_raw(again).errno == errno.EINVAL
         policy = 4 if command == "ES_INIT" else 0
-        assert vm.sev_command_raw("LAUNCH_START", kvm_sev_launch_start(policy=policy)).ok
+        assert vm.sev.command_raw("LAUNCH_START", kvm_sev_launch_start(policy=policy)).ok
 
 
 @needs_sev
@@ -106,7 +106,7 @@ def test_old_init_after_a_vcpu(kvm: Kvm) -> None:
     """KVM_SEV_INIT comes before the first vCPU: EINVAL afterwards."""
     with kvm.create_vm() as vm:
         vm.create_vcpu()
-        assert vm.sev_command_raw("INIT").errno == errno.EINVAL
+        assert vm.sev.command_raw("INIT").errno == errno.EINVAL
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,9 +190,9 @@ def test_a_file_that_is_no_secure_processor(bare: BareMaker, kind: str) -> None:
     wanted = errno.ENOTTY if kind == "snp" else errno.EBADF
     with open(os.devnull, "rb") as other:
         for fd in (other.fileno(), (1 << 32) - 1):
-            result = made.vm.sev_command_raw(name, arg, sev_fd=fd)
+            result = made.vm.sev.command_raw(name, arg, sev_fd=fd)
             assert (result.errno, result.firmware) == (wanted, 0)
-    assert made.vm.sev_command_raw(name, arg).ok
+    assert made.vm.sev.command_raw(name, arg).ok
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,7 +201,7 @@ def test_asids_run_out_and_come_back(all_asids: Asids, kind: str) -> None:
     with all_asids.taken(TYPES[kind]) as (guests, refused):
         assert len(guests) > 0
         guests[0].close()
-        assert refused.sev_command_raw("INIT2", kvm_sev_init()).ok
+        assert refused.sev.command_raw("INIT2", kvm_sev_init()).ok
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,4 +222,4 @@ def test_the_limit_of_a_cgroup(all_asids: Asids, asids: Asids, kind: str) -> Non
     with asids.taken(TYPES[kind]) as (guests, refused):
         assert len(guests) == BOUND
         guests[0].close()
-        assert refused.sev_command_raw("INIT2", kvm_sev_init()).ok
+        assert refused.sev.command_raw("INIT2", kvm_sev_init()).ok

@@ -299,9 +299,9 @@ def test_an_nmi_between_ucalls(make_vm: MakeVm) -> None:
     """An NMI's handler makes ucalls and CPUID accesses of its own, and the interrupted code goes on."""
     vcpu = make_vm.start(NMI).vcpus[0]
     assert vcpu.sync().args == (0,)
-    vcpu.nmi()
+    vcpu.events.nmi()
     assert vcpu.sync().args == (101, 1)
     assert vcpu.sync().args == (1,)
-    vcpu.nmi()
+    vcpu.events.nmi()
     assert vcpu.sync().args == (102, 1)
     assert vcpu.sync().args == (2,)

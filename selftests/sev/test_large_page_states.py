@@ -196,7 +196,7 @@ def test_there_and_back(make_vm: MakeVm) -> None:
 
     def convert(_vcpu: object, call: HypercallExit) -> bool:
         asked.append(call.args[:3])
-        change = vm.set_private if call.args[2] & 1 << 4 else vm.set_shared
+        change = vm.memory.set_private if call.args[2] & 1 << 4 else vm.memory.set_shared
         change(Gpa(call.args[0]), call.args[1] * PAGE_SIZE)
         call.respond(0)
         return True
@@ -239,7 +239,7 @@ def test_a_hole_in_a_large_page(make_vm: MakeVm) -> None:
         PAGE_SIZE,
         KVM_MEMORY_EXIT_FLAG_PRIVATE,
     )
-    vm.set_private(gpa + hole, PAGE_SIZE)
+    vm.memory.set_private(gpa + hole, PAGE_SIZE)
     assert vcpu.sync().args == (29 << 32 | 0x404,)
     assert vcpu.sync().args == (OK, 0)
     vcpu.run_to_done()
@@ -261,7 +261,7 @@ def test_pvalidate_of_a_shared_page(make_vm: MakeVm, huge: bool) -> None:
         PAGE_SIZE,
         KVM_MEMORY_EXIT_FLAG_PRIVATE,
     )
-    vm.set_private(gpa, SIZE_2M)
+    vm.memory.set_private(gpa, SIZE_2M)
     assert vcpu.sync().args == ((FAIL_SIZEMISMATCH if huge else OK), 0)
     vcpu.run_to_done()
 

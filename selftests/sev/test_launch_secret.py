@@ -76,7 +76,7 @@ def waiting(bare: BareMaker, kind: str, *, registered: bool = True) -> Waiting:
         policy, dh_certificate=owner.certificate(), session=owner.session(platform_key()[0], int(policy))
     )
     if registered:
-        made.vm.memory_encrypt_reg_region(made.hva, 4 * PAGE_SIZE)
+        made.vm.sev.reg_region(made.hva, 4 * PAGE_SIZE)
     measured = launching.update_data(MEMORY, PAGE_SIZE).measure()
     assert measured.state == GuestState.LSECRET
     return Waiting(made, owner, measured)

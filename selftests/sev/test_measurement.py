@@ -71,7 +71,7 @@ def test_prediction_is_the_default(make_vm: MakeVm) -> None:
 
 def set_fpu(vcpu: GuestVcpu, seed: int) -> None:
     """Give every byte of the x87, SSE and AVX registers a value of its own."""
-    area = bytearray(vcpu.get_xsave2().to_bytes())
+    area = bytearray(vcpu.fpu.get_xsave2().to_bytes())
     struct.pack_into("<HHHHQQI", area, 0, 0x27F, 0x3800, 0x55, 0x123, 0x1122334455, 0x5544332211, 0x1FA0)
     for register in range(8):
         start = 32 + 16 * register
@@ -79,36 +79,36 @@ def set_fpu(vcpu: GuestVcpu, seed: int) -> None:
     area[160 : 160 + 256] = bytes((byte * 7 + seed) & 0xFF for byte in range(256))
     area[576 : 576 + 256] = bytes((byte * 3 + seed) & 0xFF for byte in range(256))
     struct.pack_into("<Q", area, 512, 7)
-    vcpu.set_xsave(kvm_xsave.from_bytes(bytes(area)))
+    vcpu.fpu.set_xsave(kvm_xsave.from_bytes(bytes(area)))
 
 
 def set_fpu_alone(vcpu: GuestVcpu, seed: int) -> None:
     """Give the x87 and SSE registers values by KVM_SET_FPU, which leaves XSTATE_BV as it is."""
-    fpu = vcpu.get_fpu()
+    fpu = vcpu.fpu.get()
     fpu.fcw, fpu.fsw, fpu.ftwx, fpu.last_opcode, fpu.last_ip, fpu.last_dp = 0x27F, 0x3800, 0x55, 0x123, 5, 6
     for register in range(8):
         fpu.fpr[register] = bytes((register * 16 + byte + seed) & 0xFF for byte in range(10)) + bytes(6)
     for register in range(16):
         fpu.xmm[register] = bytes((register + byte * 3 + seed) & 0xFF for byte in range(16))
-    vcpu.set_fpu(fpu)
+    vcpu.fpu.set(fpu)
 
 
 def set_registers(vcpu: GuestVcpu, seed: int) -> None:
     """Give the registers that the entry does not read values of their own."""
-    regs = vcpu.get_regs()
+    regs = vcpu.regs.get()
     for number, name in enumerate(("rax", "rbx", "rcx", "rdx", "rbp", *(f"r{n}" for n in range(8, 16)))):
         setattr(regs, name, 0x0101_0101_0101_0101 * (number + 1) + seed)
-    vcpu.set_regs(regs)
+    vcpu.regs.set(regs)
 
 
 def set_msrs(vcpu: GuestVcpu, seed: int) -> None:
     """Give every MSR of the save area a value of its own."""
     canonical = 0xFFFF_8000_0000_1000 + seed
     for number, msr in enumerate((0xC0000082, 0xC0000083, 0xC0000102, 0x175, 0x176)):
-        vcpu.set_msr(msr, canonical + 0x1000 * number)
+        vcpu.msrs.set(msr, canonical + 0x1000 * number)
     for msr, value in ((0xC0000081, 0x0023_0010_0000_0000), (0xC0000084, 0x4_7700), (0x174, 0x10)):
-        vcpu.set_msr(msr, value)
-    vcpu.set_msr(0x277, 0x0007_0406_0001_0406)
+        vcpu.msrs.set(msr, value)
+    vcpu.msrs.set(0x277, 0x0007_0406_0001_0406)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ def test_prediction_of_state_that_is_no_reset_state(
 
 def set_ssp(vcpu: GuestVcpu) -> bool:
     """Set the shadow stack pointer; False where the vCPU has none."""
-    if not vcpu.vm.kvm.check_extension(KVM_CAP_ONE_REG) or GUEST_SSP_REG_ID not in vcpu.get_reg_list():
+    if not vcpu.vm.kvm.check_extension(KVM_CAP_ONE_REG) or GUEST_SSP_REG_ID not in vcpu.regs.get_list():
         return False
-    vcpu.set_one_reg(GUEST_SSP_REG_ID, 0x7000)
-    return vcpu.get_one_reg(GUEST_SSP_REG_ID) == 0x7000
+    vcpu.regs.set_one(GUEST_SSP_REG_ID, 0x7000)
+    return vcpu.regs.get_one(GUEST_SSP_REG_ID) == 0x7000
 
 
 def set_kept(index: int, value: int) -> Callable[[GuestVcpu], bool]:
@@ -140,10 +140,10 @@ def set_kept(index: int, value: int) -> Callable[[GuestVcpu], bool]:
 
     def change(vcpu: GuestVcpu) -> bool:
         try:
-            vcpu.set_msr(index, value)
+            vcpu.msrs.set(index, value)
         except MsrError:
             return False
-        return vcpu.get_msrs([index])[index] == value
+        return vcpu.msrs.get_many([index])[index] == value
 
     return change
 

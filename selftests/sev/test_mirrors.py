@@ -73,10 +73,10 @@ INITS = pytest.mark.parametrize("legacy", [False, True], ids=["INIT2", "INIT"])
 
 def at_program(vcpu: Vcpu) -> None:
     """Point a vCPU, which is in real mode after its creation, at the program."""
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     sregs.cs.base, sregs.cs.selector = int(MEMORY), 0
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs(kvm_regs(rip=0, rflags=2))
+    vcpu.regs.set_sregs(sregs)
+    vcpu.regs.set(kvm_regs(rip=0, rflags=2))
 
 
 def with_program(bare: BareMaker, kind: str, legacy: bool) -> Bare:
@@ -122,11 +122,11 @@ def test_a_mirror(kvm: Kvm, bare: BareMaker, kind: str) -> None:
     """A mirror is the same guest for the firmware: handle, policy and state agree."""
     owner = launched(bare, kind)
     status = kvm_sev_guest_status()
-    owner.vm.sev_command("GUEST_STATUS", status)
+    owner.vm.sev.command("GUEST_STATUS", status)
     with kvm.create_vm() as mirror:
-        mirror.copy_enc_context_from(owner.vm)
+        mirror.sev.copy_enc_context_from(owner.vm)
         again = kvm_sev_guest_status()
-        mirror.sev_command("GUEST_STATUS", again)
+        mirror.sev.command("GUEST_STATUS", again)
         assert again == status
 
 
@@ -135,7 +135,7 @@ def test_what_a_mirror_may_not_do(kvm: Kvm, bare: BareMaker, kind: str) -> None:
     """A mirror launches nothing and takes no secret: EINVAL, whatever the owner could."""
     owner = launched(bare, kind)
     with kvm.create_vm() as mirror:
-        mirror.copy_enc_context_from(owner.vm)
+        mirror.sev.copy_enc_context_from(owner.vm)
         for command in (
             "INIT",
             "LAUNCH_START",
@@ -146,7 +146,7 @@ def test_what_a_mirror_may_not_do(kvm: Kvm, bare: BareMaker, kind: str) -> None:
             "SEND_START",
             "RECEIVE_START",
         ):
-            result = mirror.sev_command_raw(command, kvm_sev_launch_start())
+            result = mirror.sev.command_raw(command, kvm_sev_launch_start())
             assert (result.errno, result.firmware) == (errno.EINVAL, 0), command
 
 
@@ -155,8 +155,8 @@ def test_a_mirror_has_no_regions(kvm: Kvm, bare: BareMaker, kind: str) -> None:
     """Regions are registered with the owner alone: EINVAL on a mirror."""
     owner = launched(bare, kind)
     with kvm.create_vm() as mirror:
-        mirror.copy_enc_context_from(owner.vm)
-        assert error_of(lambda: mirror.memory_encrypt_reg_region(owner.hva, PAGE_SIZE)) == errno.EINVAL
+        mirror.sev.copy_enc_context_from(owner.vm)
+        assert error_of(lambda: mirror.sev.reg_region(owner.hva, PAGE_SIZE)) == errno.EINVAL
 
 
 @needs_sev
@@ -164,14 +164,14 @@ def test_mirrors_that_there_cannot_be(kvm: Kvm, bare: BareMaker) -> None:
     """No mirror of a plain VM, of a mirror, of itself, onto a guest, or onto a VM with a vCPU: EINVAL."""
     owner = launched(bare, "sev")
     with kvm.create_vm() as plain, kvm.create_vm() as mirror, kvm.create_vm() as other:
-        assert error_of(lambda: mirror.copy_enc_context_from(plain)) == errno.EINVAL
-        assert error_of(lambda: mirror.copy_enc_context_from(mirror)) == errno.EINVAL
-        mirror.copy_enc_context_from(owner.vm)
-        assert error_of(lambda: other.copy_enc_context_from(mirror)) == errno.EINVAL
-        assert error_of(lambda: mirror.copy_enc_context_from(owner.vm)) == errno.EINVAL
-        assert error_of(lambda: bare("sev").vm.copy_enc_context_from(owner.vm)) == errno.EINVAL
+        assert error_of(lambda: mirror.sev.copy_enc_context_from(plain)) == errno.EINVAL
+        assert error_of(lambda: mirror.sev.copy_enc_context_from(mirror)) == errno.EINVAL
+        mirror.sev.copy_enc_context_from(owner.vm)
+        assert error_of(lambda: other.sev.copy_enc_context_from(mirror)) == errno.EINVAL
+        assert error_of(lambda: mirror.sev.copy_enc_context_from(owner.vm)) == errno.EINVAL
+        assert error_of(lambda: bare("sev").vm.sev.copy_enc_context_from(owner.vm)) == errno.EINVAL
         other.create_vcpu()
-        assert error_of(lambda: other.copy_enc_context_from(owner.vm)) == errno.EINVAL
+        assert error_of(lambda: other.sev.copy_enc_context_from(owner.vm)) == errno.EINVAL
 
 
 @needs_sev
@@ -179,8 +179,8 @@ def test_an_owner_closed_before_its_mirror(kvm: Kvm, bare: BareMaker) -> None:
     """A mirror keeps its owner's context: the guest is there when the owner's file descriptors are closed."""
     owner = launched(bare, "sev")
     with kvm.create_vm() as mirror:
-        mirror.copy_enc_context_from(owner.vm)
-        device = owner.vm.sev_device
+        mirror.sev.copy_enc_context_from(owner.vm)
+        device = owner.vm.sev.device
         status = kvm_sev_guest_status()
         # KVM keeps the number of the owner's /dev/sev, and looks it up in this process.
         number = os.dup(device.fd)
@@ -189,7 +189,7 @@ def test_an_owner_closed_before_its_mirror(kvm: Kvm, bare: BareMaker) -> None:
             owner.vm.close()
             os.dup2(number, kept)
             try:
-                mirror.sev_command("GUEST_STATUS", status)
+                mirror.sev.command("GUEST_STATUS", status)
             finally:
                 os.close(kept)
         finally:
@@ -202,11 +202,11 @@ def test_a_move(kvm: Kvm, bare: BareMaker, kind: str) -> None:
     """A guest moves to a VM of its type; the source is dead then: EIO."""
     source = launched(bare, kind, vcpus=2)
     target = bare(kind, init=False, vcpus=2)
-    target.vm.move_enc_context_from(source.vm)
+    target.vm.sev.move_enc_context_from(source.vm)
     assert error_of(lambda: source.vm.create_vcpu(7)) == errno.EIO
     # What has moved moves on.
     third = bare(kind, init=False, vcpus=2)
-    third.vm.move_enc_context_from(target.vm)
+    third.vm.sev.move_enc_context_from(target.vm)
     assert error_of(lambda: target.vm.create_vcpu(7)) == errno.EIO
 
 
@@ -229,7 +229,7 @@ def test_a_moved_guest_runs(bare: BareMaker, kind: str, legacy: bool) -> None:
     share_memory(target, source)
     if kind == "sev":
         at_program(target.vcpus[0])
-    target.move_enc_context_from(source.vm)
+    target.sev.move_enc_context_from(source.vm)
     check_run(target.vcpus[0], kind)
 
 
@@ -243,11 +243,11 @@ def test_a_copied_guest_runs(kvm: Kvm, bare: BareMaker, legacy: bool, default: b
     """
     owner = with_program(bare, "sev", legacy)
     with kvm.create_vm(0 if default else int(TYPES["sev"])) as mirror:
-        mirror.copy_enc_context_from(owner.vm)
+        mirror.sev.copy_enc_context_from(owner.vm)
         share_memory(mirror, owner)
         mirror.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
         vcpu = mirror.create_vcpu()
-        vcpu.set_cpuid2(kvm.supported_cpuid)
+        vcpu.cpuid.set(kvm.supported_cpuid)
         at_program(vcpu)
         check_run(vcpu, "sev")
         check_run(owner.vm.vcpus[0], "sev")
@@ -258,12 +258,12 @@ def test_moves_that_there_cannot_be(kvm: Kvm, bare: BareMaker) -> None:
     """No move from a plain VM, from itself, onto a guest: EINVAL, and the source lives on."""
     source = launched(bare, "sev")
     target = bare("sev", init=False)
-    assert error_of(lambda: bare("sev").vm.move_enc_context_from(source.vm)) == errno.EINVAL
-    assert error_of(lambda: source.vm.move_enc_context_from(source.vm)) == errno.EINVAL
-    assert error_of(lambda: target.vm.move_enc_context_from(bare("sev", init=False).vm)) == errno.EINVAL
+    assert error_of(lambda: bare("sev").vm.sev.move_enc_context_from(source.vm)) == errno.EINVAL
+    assert error_of(lambda: source.vm.sev.move_enc_context_from(source.vm)) == errno.EINVAL
+    assert error_of(lambda: target.vm.sev.move_enc_context_from(bare("sev", init=False).vm)) == errno.EINVAL
     with kvm.create_vm() as plain:
-        assert error_of(lambda: plain.move_enc_context_from(source.vm)) == errno.EINVAL
-    target.vm.move_enc_context_from(source.vm)
+        assert error_of(lambda: plain.sev.move_enc_context_from(source.vm)) == errno.EINVAL
+    target.vm.sev.move_enc_context_from(source.vm)
 
 
 @needs_es
@@ -271,7 +271,7 @@ def test_moves_between_types(bare: BareMaker) -> None:
     """A guest moves to its own type only: EINVAL from SEV-ES to SEV and the other way."""
     for kind, other in (("sev-es", "sev"), ("sev", "sev-es")):
         source, target = launched(bare, kind), bare(other, init=False, vcpus=1)
-        assert error_of(lambda t=target, s=source: t.vm.move_enc_context_from(s.vm)) == errno.EINVAL  # type: ignore[misc]
+        assert error_of(lambda t=target, s=source: t.vm.sev.move_enc_context_from(s.vm)) == errno.EINVAL  # type: ignore[misc]
 
 
 @needs_es
@@ -280,7 +280,7 @@ def test_a_move_needs_as_many_vcpus(bare: BareMaker, vcpus: int) -> None:
     """An SEV-ES guest brings its vCPUs' state: EINVAL unless the target has as many vCPUs."""
     source = launched(bare, "sev-es", vcpus=2)
     target = bare("sev-es", init=False, vcpus=vcpus)
-    assert error_of(lambda: target.vm.move_enc_context_from(source.vm)) == errno.EINVAL
+    assert error_of(lambda: target.vm.sev.move_enc_context_from(source.vm)) == errno.EINVAL
 
 
 @needs_es
@@ -289,7 +289,7 @@ def test_a_move_in_the_middle_of_a_launch(bare: BareMaker) -> None:
     source = bare("sev-es", vcpus=1)
     start_sev(source)
     target = bare("sev-es", init=False, vcpus=1)
-    assert error_of(lambda: target.vm.move_enc_context_from(source.vm)) == errno.EINVAL
+    assert error_of(lambda: target.vm.sev.move_enc_context_from(source.vm)) == errno.EINVAL
 
 
 @needs_snp

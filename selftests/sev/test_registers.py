@@ -60,7 +60,7 @@ def test_registers_are_refused(make_vm: MakeVm, op: ioctls.Ioctl, make: type[Str
     """After the launch the ioctls for registers give EINVAL; before it they work."""
     vm = make_vm(GUEST)
     vcpu = vm.vcpus[0]
-    assert vcpu.get_regs().rflags == 2
+    assert vcpu.regs.get().rflags == 2
     vm.launch()
     assert vcpu.ioctl_raw(op, make()) == (-1, errno.EINVAL)
     vcpu.sync()
@@ -79,7 +79,7 @@ def test_registers_of_plain_sev(make_vm: MakeVm) -> None:
     """SEV without ES leaves registers to the host: RIP is in the guest's program."""
     vm = make_vm.start(GUEST)
     vm.vcpus[0].sync()
-    assert vm.program.function(type(vm.program.entry)(vm.vcpus[0].get_regs().rip)) is not None
+    assert vm.program.function(type(vm.program.entry)(vm.vcpus[0].regs.get().rip)) is not None
 
 
 REGISTERS = """
@@ -171,22 +171,22 @@ def launched(make_vm: MakeVm) -> tuple[GuestVm, tuple[int, ...], bytes]:
     vcpu.set_entry("start_here")
 
     def last_minute() -> None:
-        regs = vcpu.get_regs()
+        regs = vcpu.regs.get()
         for name, value in VALUES.items():
             setattr(regs, name, value)
         regs.rip = int(program.symbol("start_here").gva)
         regs.rflags = 0x2 | 0xC5 | 0x400
-        vcpu.set_regs(regs)
-        sregs = vcpu.get_sregs()
+        vcpu.regs.set(regs)
+        sregs = vcpu.regs.get_sregs()
         sregs.fs.base = 0x7766_5544
-        vcpu.set_sregs(sregs)
-        area = bytearray(vcpu.get_xsave().to_bytes())
+        vcpu.regs.set_sregs(sregs)
+        area = bytearray(vcpu.fpu.get_xsave().to_bytes())
         struct.pack_into("<H", area, 0, 0x27F)
         struct.pack_into("<I", area, 24, 0x1F00)
         for number in (0, 7, 15):
             area[160 + 16 * number : 176 + 16 * number] = xmm(number)
         area[512] |= 3  # x87 and SSE are not in their initial state
-        vcpu.set_xsave(kvm_xsave.from_bytes(bytes(area)))
+        vcpu.fpu.set_xsave(kvm_xsave.from_bytes(bytes(area)))
 
     # After kvmpy has set the registers that its runtime wants, and before the state is encrypted.
     protection = vm.protection

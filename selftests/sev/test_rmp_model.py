@@ -62,7 +62,7 @@ class Modelled:
     def __init__(self, vm: GuestVm, before: dict[int, Entry]) -> None:
         self.vm = vm
         self.before = before
-        launched = [gpa.gfn + at for gpa, size in vm.private_image() for at in range(size // PAGE_SIZE)]
+        launched = [gpa.gfn + at for gpa, size in vm.private.image() for at in range(size // PAGE_SIZE)]
         self.frames = max(launched) + 1
         self.model = Rmp(self.frames + len(vm.vcpus))
         [self.asid] = {entry.asid for pfn, entry in rmp().items() if pfn not in before} - {0}
@@ -164,11 +164,11 @@ def test_conversions(make_vm: MakeVm, seed: int) -> None:
                 assert agent.call("adjust", int(gva), 1 | 1 << 8 | vmsa << 16) == expected
                 modelled.check()
         else:
-            vm.set_shared(gpa, PAGE_SIZE, discard=op.startswith("discard"))
+            vm.memory.set_shared(gpa, PAGE_SIZE, discard=op.startswith("discard"))
             if op.startswith("discard"):
                 modelled.take_back(gpa)
             if gpa not in shared:
-                vm.set_private(gpa, PAGE_SIZE)
+                vm.memory.set_private(gpa, PAGE_SIZE)
         modelled.check()
     assert len(done) == 7
     vm.close()

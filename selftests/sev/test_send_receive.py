@@ -51,7 +51,7 @@ def running(bare: BareMaker, kind: str, **more: bool) -> Bare:
 def receiving(bare: BareMaker, kind: str) -> tuple[Bare, GuestOwner]:
     """Return a guest that packets go into, and their sender."""
     made, sender = bare(kind), GuestOwner()
-    made.vm.memory_encrypt_reg_region(made.hva, PAGES * PAGE_SIZE)
+    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
     assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
     return made, sender
 
@@ -267,7 +267,7 @@ def test_a_session_for_another_policy(bare: BareMaker, kind: str) -> None:
 def test_there_and_back(bare: BareMaker, kind: str) -> None:
     """What one guest sends, another receives: the test carries the packets, and reseals none."""
     source, target = running(bare, kind), bare(kind)
-    target.vm.memory_encrypt_reg_region(target.hva, PAGES * PAGE_SIZE)
+    target.vm.sev.reg_region(target.hva, PAGES * PAGE_SIZE)
     middle = GuestOwner()
     start = SendStart(middle)
     assert source.raw("SEND_START", start.arg) == (0, 0)

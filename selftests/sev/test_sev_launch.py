@@ -170,12 +170,12 @@ def test_regions(bare: BareMaker, kind: str) -> None:
     """A region is registered and given back by its bounds; giving it back twice gives EINVAL."""
     vm = bare(kind).vm
     hva = vm.memory.hva(MEMORY, private=False)
-    vm.memory_encrypt_reg_region(hva, 4 * PAGE_SIZE)
+    vm.sev.reg_region(hva, 4 * PAGE_SIZE)
     with refused(errno.EINVAL):
-        vm.memory_encrypt_unreg_region(hva, 2 * PAGE_SIZE)
-    vm.memory_encrypt_unreg_region(hva, 4 * PAGE_SIZE)
+        vm.sev.unreg_region(hva, 2 * PAGE_SIZE)
+    vm.sev.unreg_region(hva, 4 * PAGE_SIZE)
     with refused(errno.EINVAL):
-        vm.memory_encrypt_unreg_region(hva, 4 * PAGE_SIZE)
+        vm.sev.unreg_region(hva, 4 * PAGE_SIZE)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -184,9 +184,9 @@ def test_regions_before_init(bare: BareMaker, kind: str) -> None:
     vm = bare(kind, init=False).vm
     hva = vm.memory.hva(MEMORY, private=False)
     with refused(errno.ENOTTY):
-        vm.memory_encrypt_reg_region(hva, PAGE_SIZE)
+        vm.sev.reg_region(hva, PAGE_SIZE)
     with refused(errno.ENOTTY):
-        vm.memory_encrypt_unreg_region(hva, PAGE_SIZE)
+        vm.sev.unreg_region(hva, PAGE_SIZE)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -194,9 +194,9 @@ def test_a_region_that_is_not_mapped(bare: BareMaker, kind: str) -> None:
     """A region that cannot be pinned gives ENOMEM, one of no bytes EINVAL."""
     vm = bare(kind).vm
     with refused(errno.ENOMEM):
-        vm.memory_encrypt_reg_region(PAGE_SIZE, PAGE_SIZE)
+        vm.sev.reg_region(PAGE_SIZE, PAGE_SIZE)
     with refused(errno.EINVAL):
-        vm.memory_encrypt_reg_region(vm.memory.hva(MEMORY, private=False), 0)
+        vm.sev.reg_region(vm.memory.hva(MEMORY, private=False), 0)
 
 
 # VMSAs.
@@ -225,9 +225,9 @@ def test_vmsa_of_a_vcpu_that_is_debugged(bare: BareMaker) -> None:
     made = bare("sev-es", vcpus=1)
     start_sev(made)
     vcpu = made.vm.vcpus[0]
-    vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE)
+    vcpu.debug.set(KVM_GUESTDBG_ENABLE)
     assert made.raw("LAUNCH_UPDATE_VMSA") == EINVAL
-    vcpu.set_guest_debug(0)
+    vcpu.debug.set(0)
     assert made.raw("LAUNCH_UPDATE_VMSA") == (0, 0)
 
 
@@ -237,9 +237,9 @@ def test_vmsa_with_breakpoints(bare: BareMaker) -> None:
     made = bare("sev-es", vcpus=1)
     start_sev(made)
     vcpu = made.vm.vcpus[0]
-    registers = vcpu.get_debugregs()
+    registers = vcpu.debug.get_regs()
     registers.dr7 = 0x400 | 3
-    vcpu.set_debugregs(registers)
+    vcpu.debug.set_regs(registers)
     assert made.raw("LAUNCH_UPDATE_VMSA") == EINVAL
 
 

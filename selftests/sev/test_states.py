@@ -169,7 +169,7 @@ TAKEN: dict[GuestState, dict[str, GuestState]] = {
 def in_state(bare: BareMaker, kind: str, state: GuestState) -> Guest:
     """Return a guest that the firmware has in *state*."""
     made = bare(kind)
-    made.vm.memory_encrypt_reg_region(made.hva, PAGES * PAGE_SIZE)
+    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
     guest = Guest(made, GuestOwner())
     guest.go(state)
     return guest
@@ -226,7 +226,7 @@ def test_what_is_taken_anywhere(bare: BareMaker, kind: str, state: GuestState) -
 def test_before_there_is_a_guest(bare: BareMaker, kind: str) -> None:
     """Between INIT2 and a START there is no guest: every command gives EBADF, and a launch can begin."""
     made = bare(kind)
-    made.vm.memory_encrypt_reg_region(made.hva, PAGES * PAGE_SIZE)
+    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
     guest = Guest(made, GuestOwner())
     expected = {
         command: NO_GUEST for command in ARGUMENTS if command not in ("LAUNCH_START", "RECEIVE_START")
@@ -240,7 +240,7 @@ def test_before_there_is_a_guest(bare: BareMaker, kind: str) -> None:
 def test_vmsa_outside_its_state(bare: BareMaker, state: GuestState) -> None:
     """LAUNCH_UPDATE_VMSA belongs to LUPDATE: INVALID_GUEST_STATE in every other."""
     made = bare("sev-es", vcpus=1)
-    made.vm.memory_encrypt_reg_region(made.hva, PAGES * PAGE_SIZE)
+    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
     guest = Guest(made, GuestOwner())
     guest.go(state)
     assert made.raw("LAUNCH_UPDATE_VMSA") == WRONG_STATE

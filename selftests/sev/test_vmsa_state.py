@@ -31,9 +31,9 @@ def launched(make_vm: MakeVm, source: str, change: Callable[[GuestVm, GuestVcpu]
     real = protection.launch
 
     def launch(which: GuestVm) -> None:
-        regs = vcpu.get_regs()
+        regs = vcpu.regs.get()
         regs.rip, regs.rsp = int(program.symbol("start_here").gva), STACK
-        vcpu.set_regs(regs)
+        vcpu.regs.set(regs)
         change(which, vcpu)
         real(which)
 
@@ -89,15 +89,15 @@ def ymm(number: int) -> bytes:
 
 def set_fpu(vm: GuestVm, vcpu: GuestVcpu) -> None:
     """Give every register of x87, SSE and AVX a value of its own."""
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     sregs.cr4 |= 1 << 18  # OSXSAVE
-    vcpu.set_sregs(sregs)
-    xcrs = vcpu.get_xcrs()
+    vcpu.regs.set_sregs(sregs)
+    xcrs = vcpu.fpu.get_xcrs()
     xcrs.nr_xcrs = 1
     xcrs.xcrs[0].xcr, xcrs.xcrs[0].value = 0, XCR0
-    vcpu.set_xcrs(xcrs)
+    vcpu.fpu.set_xcrs(xcrs)
     area = XsaveArea.from_struct(
-        vcpu.get_xsave(), Layout.from_cpuid(Cpuid.from_struct(vm.kvm.supported_cpuid))
+        vcpu.fpu.get_xsave(), Layout.from_cpuid(Cpuid.from_struct(vm.kvm.supported_cpuid))
     )
     area.fcw, area.fsw, area.ftw = FCW, FSW, FTW
     for number in range(8):
@@ -105,7 +105,7 @@ def set_fpu(vm: GuestVm, vcpu: GuestVcpu) -> None:
     for number in range(16):
         area.set_ymm(number, ymm(number))
     area.mxcsr = MXCSR
-    vcpu.set_xsave(area.to_struct())
+    vcpu.fpu.set_xsave(area.to_struct())
 
 
 @hidden
@@ -211,9 +211,9 @@ def change_segments(change: Callable[[kvm_sregs, GuestVm], None]) -> Callable[[G
     """Return what changes the segments of a vCPU."""
 
     def apply(vm: GuestVm, vcpu: GuestVcpu) -> None:
-        sregs = vcpu.get_sregs()
+        sregs = vcpu.regs.get_sregs()
         change(sregs, vm)
-        vcpu.set_sregs(sregs)
+        vcpu.regs.set_sregs(sregs)
 
     return apply
 
@@ -292,9 +292,9 @@ def test_the_size_of_the_stack(make_vm: MakeVm, wide: int) -> None:
         code(sregs.cs, l=0, db=1)
         sregs.ss.db = wide
         sregs.ss.base = int(vm.program.symbol("shared").gva)
-        regs = vm.vcpus[0].get_regs()
+        regs = vm.vcpus[0].regs.get()
         regs.rsp = esp
-        vm.vcpus[0].set_regs(regs)
+        vm.vcpus[0].regs.set(regs)
 
     raw = launched(make_vm, IN_32_BIT, change_segments(change))
     assert u32(raw, 0x204) == 0x5A5A_5A5A

@@ -186,7 +186,7 @@ def test_a_hold_ends_with_an_nmi(make_vm: MakeVm, by_msr: bool) -> None:
     GHCB specification, 4.1 (AP reset hold): a guest that is told zero asks again.
     """
     pair = held(make_vm, by_msr=by_msr)
-    pair.target.nmi()
+    pair.target.events.nmi()
     assert pair.target.sync().args == answer_of(by_msr, started=False)
     assert pair.vm.symbol("nmis").u64 == 1
 
@@ -231,7 +231,7 @@ def test_hlt(make_vm: MakeVm) -> None:
     for count in range(3):
         assert vcpu.sync().args == (count,)
         wait_for(vcpu, KVM_MP_STATE_HALTED)
-        vcpu.nmi()
+        vcpu.events.nmi()
     assert vcpu.sync().args == (3,)
 
 

@@ -115,12 +115,12 @@ def growth(before: Stats, after: Stats, name: str) -> int:
 def done(vm: GuestVm) -> tuple[Stats, Stats]:
     """Let the guest do its work, passing over exits; return the statistics before and after."""
     vcpu = vm.vcpus[0]
-    before = vcpu.get_stats()
+    before = vcpu.stats.get()
     got: Ucall | Exit = vcpu.next()
     while not isinstance(got, Ucall):
         got = vcpu.next()
     assert got.args == (ord("b"),)
-    return before, vcpu.get_stats()
+    return before, vcpu.stats.get()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -136,7 +136,7 @@ def test_fresh_vcpu(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: cumulative counts.
     """
-    stats = make_vm(GUEST).vcpus[0].get_stats()
+    stats = make_vm(GUEST).vcpus[0].stats.get()
     for name in ("exits", "io_exits", "mmio_exits", "halt_exits", "irq_injections", "nmi_injections"):
         assert stats[name].value == 0, name
 
@@ -149,7 +149,7 @@ def test_vcpus_count_for_themselves(make_vm: MakeVm) -> None:
     vm = start(make_vm, "p", 10, vcpus=2)
     before, after = done(vm)
     assert growth(before, after, "exits") >= 10
-    assert vm.vcpus[1].get_stats()["exits"].value == 0
+    assert vm.vcpus[1].stats.get()["exits"].value == 0
 
 
 def test_cumulative_never_shrinks(make_vm: MakeVm) -> None:
@@ -158,9 +158,9 @@ def test_cumulative_never_shrinks(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: the value of data can only be increased.
     """
     vm = start(make_vm, "h", 5)
-    vm_before = vm.get_stats()
+    vm_before = vm.stats.get()
     before, after = done(vm)
-    for old, new in ((before, after), (vm_before, vm.get_stats())):
+    for old, new in ((before, after), (vm_before, vm.stats.get())):
         rising = [one for one in old.values() if int(one.type) in (CUMULATIVE, PEAK)]
         assert rising
         for one in rising:
@@ -221,14 +221,14 @@ def test_signal_exits(make_vm: MakeVm) -> None:
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
     assert vcpu.sync().args == (ord("b"),)
-    before = vcpu.get_stats()
+    before = vcpu.stats.get()
     for _ in range(3):
         seen = vm.symbol("progress").u64
         with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
             wait_until(lambda seen=seen: vm.symbol("progress").u64 > seen + 10)  # type: ignore[misc]
             vcpu.kick()
             thread.join(TIMEOUT)
-    assert growth(before, vcpu.get_stats(), "signal_exits") >= 3
+    assert growth(before, vcpu.stats.get(), "signal_exits") >= 3
 
 
 def halt_for(vm: GuestVm, stats: StatsFd, seconds: float) -> None:
@@ -238,7 +238,7 @@ def halt_for(vm: GuestVm, stats: StatsFd, seconds: float) -> None:
         wait_until(lambda: stats.read()["blocking"].value == 1)
         end = time.monotonic() + seconds
         wait_until(lambda: time.monotonic() > end)
-        vm.signal_msi(Msi.to(0, VECTOR))
+        vm.irq.signal_msi(Msi.to(0, VECTOR))
         thread.join(TIMEOUT)
 
 
@@ -248,7 +248,7 @@ def test_blocking(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: an instantaneous value, 0 or 1.
     """
     vm = start(make_vm, "w", 1)
-    with vm.vcpus[0].get_stats_fd() as stats:
+    with vm.vcpus[0].stats.get_fd() as stats:
         if "blocking" not in stats.read():
             pytest.skip("needs the statistic blocking: this KVM has none")
         assert stats.read()["blocking"].value == 0
@@ -262,7 +262,7 @@ def test_halt_times(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD (logarithmic histograms); virt/kvm/kvm_main.c.
     """
     vm = start(make_vm, "w", 1)
-    with vm.vcpus[0].get_stats_fd() as stats:
+    with vm.vcpus[0].stats.get_fd() as stats:
         before = stats.read()
         if "halt_wait_hist" not in before or "blocking" not in before:
             pytest.skip("needs the statistics halt_wait_hist and blocking: this KVM has none")
@@ -300,9 +300,9 @@ def test_mapped_pages(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD (instantaneous values); arch/x86/kvm/mmu/mmu.c.
     """
     vm = start(make_vm, "t", PAGES)
-    if "pages_4k" not in vm.get_stats():
+    if "pages_4k" not in vm.stats.get():
         pytest.skip("needs the statistic pages_4k: this KVM has none")
     done(vm)
-    after = vm.get_stats()
+    after = vm.stats.get()
     mapped = after["pages_4k"].value + (after["pages_2m"].value << 9) + (after["pages_1g"].value << 18)
     assert mapped >= PAGES

@@ -54,7 +54,7 @@ class Statistics:
     """A statistics file, its blocks found by its own header."""
 
     def __init__(self, owner: Vm | Vcpu) -> None:
-        self.file: StatsFd = owner.get_stats_fd()
+        self.file: StatsFd = owner.stats.get_fd()
         self.fd = self.file.fd
         fields = HEADER.unpack(os.pread(self.fd, HEADER.size, 0))
         self.flags, self.name_size, self.num_desc, self.id_offset, self.desc_offset, self.data_offset = fields

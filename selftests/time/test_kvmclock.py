@@ -178,9 +178,9 @@ def test_agrees_with_get_clock(make_vm: MakeVm, msr: int) -> None:
     vm = start(make_vm, "readings", msr)
     reading(vm)
     for _ in range(20):
-        before = vm.get_clock()
+        before = vm.clock.get()
         now = reading(vm).args[0]
-        after = vm.get_clock()
+        after = vm.clock.get()
         slack = 0 if before.flags & after.flags & KVM_CLOCK_TSC_STABLE else SECOND // 100
         assert before.clock - slack <= now <= after.clock + slack
 
@@ -193,7 +193,7 @@ def test_realtime_is_the_hosts(make_vm: MakeVm) -> None:
     vm = start(make_vm, "readings", 0x4B56_4D01)
     reading(vm)
     before = time.time_ns()
-    clock = vm.get_clock()
+    clock = vm.clock.get()
     after = time.time_ns()
     if not clock.flags & KVM_CLOCK_REALTIME:
         pytest.skip("needs a host whose clock source is a stable TSC: KVM gives no real time here")
@@ -209,7 +209,7 @@ def test_set_clock(make_vm: MakeVm, value: int) -> None:
     vm = start(make_vm, "readings", 0x4B56_4D01)
     reading(vm)
     started = time.monotonic_ns()
-    vm.set_clock(kvm_clock_data(clock=value))
+    vm.clock.set(kvm_clock_data(clock=value))
     now = reading(vm).args[0]
     # Two clocks of one host: where the TSC is not stable they differ a little.
     elapsed = time.monotonic_ns() - started
@@ -225,7 +225,7 @@ def test_set_clock_with_realtime(make_vm: MakeVm) -> None:
     vm = start(make_vm, "readings", 0x4B56_4D01)
     reading(vm)
     started = time.time_ns() - 1000 * SECOND
-    vm.set_clock(kvm_clock_data(clock=5 * SECOND, flags=KVM_CLOCK_REALTIME, realtime=started))
+    vm.clock.set(kvm_clock_data(clock=5 * SECOND, flags=KVM_CLOCK_REALTIME, realtime=started))
     now = reading(vm).args[0]
     assert 1005 * SECOND <= now <= 1005 * SECOND + 20 * SECOND
 
@@ -239,7 +239,7 @@ def test_realtime_in_the_future(make_vm: MakeVm) -> None:
     vm = start(make_vm, "readings", 0x4B56_4D01)
     reading(vm)
     ahead = time.time_ns() + 1000 * SECOND
-    vm.set_clock(kvm_clock_data(clock=2000 * SECOND, flags=KVM_CLOCK_REALTIME, realtime=ahead))
+    vm.clock.set(kvm_clock_data(clock=2000 * SECOND, flags=KVM_CLOCK_REALTIME, realtime=ahead))
     assert reading(vm).args[0] >= 2000 * SECOND
 
 
@@ -281,7 +281,7 @@ def test_wall_clock(make_vm: MakeVm, msr: int) -> None:
     for _ in range(2):
         sec, nsec = vm.vcpus[0].sync().args
         assert 0 <= nsec < SECOND
-        expected = time.time_ns() - vm.get_clock().clock
+        expected = time.time_ns() - vm.clock.get().clock
         assert abs(sec * SECOND + nsec - expected) < SECOND // 10
 
 
@@ -293,7 +293,7 @@ def test_switched_off(make_vm: MakeVm) -> None:
     vm = start(make_vm, "switched_off")
     assert vm.vcpus[0].sync().args == (0,)
     assert vm.vcpus[0].sync().args == (1,)
-    vm.set_clock(kvm_clock_data(clock=1 << 40))
+    vm.clock.set(kvm_clock_data(clock=1 << 40))
     vm.vcpus[0].run_to_done()
 
 
@@ -305,7 +305,7 @@ def test_guest_was_stopped(make_vm: MakeVm) -> None:
     """
     vcpu = start(make_vm, "stopped").vcpus[0]
     assert vcpu.sync().args == (0,)
-    vcpu.kvmclock_ctrl()
+    vcpu.clock.kvmclock_ctrl()
     assert vcpu.sync().args == (GUEST_STOPPED,)
     assert vcpu.sync().args == (0,)
 
@@ -318,7 +318,7 @@ def test_pause_without_clock(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, "stopped")
     with refused(errno.EINVAL):
-        vm.vcpus[0].kvmclock_ctrl()
+        vm.vcpus[0].clock.kvmclock_ctrl()
 
 
 @pytest.mark.requires("KVM_CAP_ENFORCE_PV_FEATURE_CPUID")

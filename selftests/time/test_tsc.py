@@ -134,7 +134,7 @@ void together(void)
 def limit(kvm: Kvm) -> int:
     """Return more ticks than any step of these tests takes."""
     with kvm.create_vm() as vm:
-        return vm.create_vcpu().get_tsc_khz() * 1000 * SECONDS
+        return vm.create_vcpu().clock.get_tsc_khz() * 1000 * SECONDS
 
 
 def reading(vm: GuestVm, vcpu: int = 0) -> int:
@@ -161,7 +161,7 @@ def test_host_reads_it(make_vm: MakeVm) -> None:
     vm = make_vm.start(GUEST, "readings")
     for _ in range(10):
         before = reading(vm)
-        host = vm.vcpus[0].get_msr(MSR_TSC)
+        host = vm.vcpus[0].msrs.get(MSR_TSC)
         assert before <= host <= reading(vm)
 
 
@@ -173,7 +173,7 @@ def test_host_writes_it(make_vm: MakeVm, kvm: Kvm, value: int) -> None:
     """
     vm = make_vm.start(GUEST, "readings")
     reading(vm)
-    vm.vcpus[0].set_msr(MSR_TSC, value)
+    vm.vcpus[0].msrs.set(MSR_TSC, value)
     assert value <= reading(vm) < value + limit(kvm)
 
 
@@ -203,7 +203,7 @@ def test_adjust_by_host(make_vm: MakeVm, kvm: Kvm) -> None:
     vm = make_vm.start(GUEST, "adjust_by_host")
     before, adjusted = vm.vcpus[0].sync().args
     assert adjusted == 0
-    vm.vcpus[0].set_msr(MSR_TSC_ADJUST, 1 << 55)
+    vm.vcpus[0].msrs.set(MSR_TSC_ADJUST, 1 << 55)
     now, adjusted = vm.vcpus[0].sync().args
     assert adjusted == 1 << 55
     assert before <= now < before + limit(kvm)

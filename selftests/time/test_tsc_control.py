@@ -52,13 +52,13 @@ def test_offset_shifts_counter(agent: Agent, shift: int) -> None:
     """
     vcpu = agent.vcpu
     # Far enough from 0 that no shift wraps.
-    vcpu.set_msr(0x10, 1 << 50)
-    offset = vcpu.get_device_attr_int(*OFFSET)
+    vcpu.msrs.set(0x10, 1 << 50)
+    offset = vcpu.attrs.get_int(*OFFSET)
     before = reading(agent)
-    vcpu.set_device_attr(*OFFSET, (offset + shift) % WRAP)
+    vcpu.attrs.set(*OFFSET, (offset + shift) % WRAP)
     after = reading(agent)
-    assert vcpu.get_device_attr_int(*OFFSET) == (offset + shift) % WRAP
-    assert before + shift <= after < before + shift + vcpu.get_tsc_khz() * 1000 * 20
+    assert vcpu.attrs.get_int(*OFFSET) == (offset + shift) % WRAP
+    assert before + shift <= after < before + shift + vcpu.clock.get_tsc_khz() * 1000 * 20
 
 
 @ATTRIBUTES
@@ -68,14 +68,14 @@ def test_offset_of_unscaled_counter(vm: Vm) -> None:
     Documentation/virt/kvm/devices/vcpu.rst, 4.1: guest_tsc = host_tsc + offset.
     """
     vcpu = vm.create_vcpu()
-    vcpu.set_msr(0x10, 1 << 40)
-    first = vcpu.get_device_attr_int(*OFFSET)
-    vcpu.set_msr(0x10, 1 << 50)
-    second = vcpu.get_device_attr_int(*OFFSET)
+    vcpu.msrs.set(0x10, 1 << 40)
+    first = vcpu.attrs.get_int(*OFFSET)
+    vcpu.msrs.set(0x10, 1 << 50)
+    second = vcpu.attrs.get_int(*OFFSET)
     difference = (second - first) % WRAP
     expected = (1 << 50) - (1 << 40)
     # The host's counter went on between the two.
-    assert expected - vcpu.get_tsc_khz() * 1000 * 20 < difference <= expected
+    assert expected - vcpu.clock.get_tsc_khz() * 1000 * 20 < difference <= expected
 
 
 @ATTRIBUTES
@@ -85,13 +85,13 @@ def test_attributes_that_do_not_exist(vm: Vm) -> None:
     Documentation/virt/kvm/devices/vcpu.rst, 4; api.rst, 4.80 and 4.81.
     """
     vcpu = vm.create_vcpu()
-    assert vcpu.has_device_attr(*OFFSET)
+    assert vcpu.attrs.has(*OFFSET)
     for what in ((KVM_VCPU_TSC_CTRL, 99), (99, 0)):
-        assert not vcpu.has_device_attr(*what)
+        assert not vcpu.attrs.has(*what)
         with refused(errno.ENXIO):
-            vcpu.get_device_attr(*what)
+            vcpu.attrs.get(*what)
         with refused(errno.ENXIO):
-            vcpu.set_device_attr(*what, 1)
+            vcpu.attrs.set(*what, 1)
 
 
 @ATTRIBUTES
@@ -102,9 +102,9 @@ def test_offset_at_bad_address(vm: Vm) -> None:
     """
     vcpu = vm.create_vcpu()
     with refused(errno.EFAULT):
-        vcpu.get_device_attr(*OFFSET, 0)
+        vcpu.attrs.get(*OFFSET, 0)
     with refused(errno.EFAULT):
-        vcpu.set_device_attr(*OFFSET, None)
+        vcpu.attrs.set(*OFFSET, None)
 
 
 def test_frequency_is_true(agent: Agent) -> None:
@@ -114,7 +114,7 @@ def test_frequency_is_true(agent: Agent) -> None:
     """
     reading(agent)
     least, greatest = measured_khz(agent)
-    assert least * 0.99 <= agent.vcpu.get_tsc_khz() <= greatest * 1.01
+    assert least * 0.99 <= agent.vcpu.clock.get_tsc_khz() <= greatest * 1.01
 
 
 @pytest.mark.requires("KVM_CAP_TSC_CONTROL")
@@ -124,12 +124,12 @@ def test_vcpu_starts_with_hosts_frequency(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ; arch/x86/kvm/x86.c.
     """
     vcpu = vm.create_vcpu()
-    native = vcpu.get_tsc_khz()
+    native = vcpu.clock.get_tsc_khz()
     assert native > 0
-    vcpu.set_tsc_khz(native // 2)
-    assert vcpu.get_tsc_khz() == native // 2
-    vcpu.set_tsc_khz(0)
-    assert vcpu.get_tsc_khz() == native
+    vcpu.clock.set_tsc_khz(native // 2)
+    assert vcpu.clock.get_tsc_khz() == native // 2
+    vcpu.clock.set_tsc_khz(0)
+    assert vcpu.clock.get_tsc_khz() == native
 
 
 @pytest.mark.requires("KVM_CAP_TSC_CONTROL")
@@ -140,9 +140,9 @@ def test_scaled_frequency(agent: Agent, percent: int) -> None:
     Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ.
     """
     vcpu = agent.vcpu
-    wanted = vcpu.get_tsc_khz() * percent // 100
-    vcpu.set_tsc_khz(wanted)
-    assert vcpu.get_tsc_khz() == wanted
+    wanted = vcpu.clock.get_tsc_khz() * percent // 100
+    vcpu.clock.set_tsc_khz(wanted)
+    assert vcpu.clock.get_tsc_khz() == wanted
     reading(agent)
     least, greatest = measured_khz(agent)
     assert least * 0.99 <= wanted <= greatest * 1.01
@@ -155,10 +155,10 @@ def test_frequency_too_high(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ.
     """
     vcpu = vm.create_vcpu()
-    native = vcpu.get_tsc_khz()
+    native = vcpu.clock.get_tsc_khz()
     with refused(errno.EINVAL):
-        vcpu.set_tsc_khz(0xFFFF_FFFF)
-    assert vcpu.get_tsc_khz() == native
+        vcpu.clock.set_tsc_khz(0xFFFF_FFFF)
+    assert vcpu.clock.get_tsc_khz() == native
 
 
 def test_hosts_frequency_is_always_legal(vm: Vm) -> None:
@@ -167,9 +167,9 @@ def test_hosts_frequency_is_always_legal(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ and 4.56 KVM_GET_TSC_KHZ.
     """
     vcpu = vm.create_vcpu()
-    native = vcpu.get_tsc_khz()
-    vcpu.set_tsc_khz(native)
-    assert vcpu.get_tsc_khz() == native
+    native = vcpu.clock.get_tsc_khz()
+    vcpu.clock.set_tsc_khz(native)
+    assert vcpu.clock.get_tsc_khz() == native
 
 
 @pytest.mark.requires("KVM_CAP_VM_TSC_CONTROL")
@@ -178,9 +178,9 @@ def test_default_of_vm(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ: "only allowed prior to creating vCPUs".
     """
-    native = vm.get_tsc_khz()
-    vm.set_tsc_khz(native // 2)
-    assert vm.get_tsc_khz() == native // 2
-    assert vm.create_vcpu().get_tsc_khz() == native // 2
+    native = vm.clock.get_tsc_khz()
+    vm.clock.set_tsc_khz(native // 2)
+    assert vm.clock.get_tsc_khz() == native // 2
+    assert vm.create_vcpu().clock.get_tsc_khz() == native // 2
     with refused(errno.EINVAL):
-        vm.set_tsc_khz(native)
+        vm.clock.set_tsc_khz(native)

@@ -19,8 +19,8 @@ def test_starts_near_zero(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.29 KVM_GET_CLOCK; arch/x86/kvm/x86.c, kvm_arch_init_vm().
     """
-    first = vm.get_clock().clock
-    second = vm.get_clock().clock
+    first = vm.clock.get().clock
+    second = vm.clock.get().clock
     assert 0 <= first <= second < 60 * SECOND
 
 
@@ -30,7 +30,7 @@ def test_flags_are_known(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.29 KVM_GET_CLOCK.
     """
     vm.create_vcpu()
-    assert vm.get_clock().flags & ~vm.check_extension(KVM_CAP_ADJUST_CLOCK) == 0
+    assert vm.clock.get().flags & ~vm.check_extension(KVM_CAP_ADJUST_CLOCK) == 0
 
 
 def test_set_and_get(vm: Vm) -> None:
@@ -38,9 +38,9 @@ def test_set_and_get(vm: Vm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.30 KVM_SET_CLOCK.
     """
-    vm.set_clock(kvm_clock_data(clock=1 << 45))
+    vm.clock.set(kvm_clock_data(clock=1 << 45))
     vm.create_vcpu()
-    assert 1 << 45 <= vm.get_clock().clock < (1 << 45) + 60 * SECOND
+    assert 1 << 45 <= vm.clock.get().clock < (1 << 45) + 60 * SECOND
 
 
 def test_result_can_be_set(vm: Vm) -> None:
@@ -49,9 +49,9 @@ def test_result_can_be_set(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.30 KVM_SET_CLOCK: other flags are accepted but ignored.
     """
     vm.create_vcpu()
-    clock = vm.get_clock()
-    vm.set_clock(clock)
-    assert vm.get_clock().clock >= clock.clock
+    clock = vm.clock.get()
+    vm.clock.set(clock)
+    assert vm.clock.get().clock >= clock.clock
 
 
 def test_unknown_flag(vm: Vm) -> None:
@@ -60,4 +60,4 @@ def test_unknown_flag(vm: Vm) -> None:
     Documentation/virt/kvm/api.rst, 4.30 KVM_SET_CLOCK.
     """
     with refused(errno.EINVAL):
-        vm.set_clock(kvm_clock_data(clock=1, flags=1 << 31))
+        vm.clock.set(kvm_clock_data(clock=1, flags=1 << 31))

@@ -171,13 +171,13 @@ def test_boot_processor(vm: Vm, boot: int) -> None:
     Documentation/virt/kvm/api.rst, 4.41 KVM_SET_BOOT_CPU_ID.
     """
     if boot:
-        vm.set_boot_cpu_id(boot)
-    vm.create_irqchip()
+        vm.setup.set_boot_cpu_id(boot)
+    vm.irq.create_chip()
     for vcpu_id in range(3):
         vcpu = vm.create_vcpu(vcpu_id)
         first = vcpu_id == boot
         assert vcpu.get_mp_state() == (KVM_MP_STATE_RUNNABLE if first else KVM_MP_STATE_UNINITIALIZED)
-        assert bool(vcpu.get_sregs().apic_base & BSP) == first
+        assert bool(vcpu.regs.get_sregs().apic_base & BSP) == first
 
 
 @pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID")
@@ -188,7 +188,7 @@ def test_boot_processor_after_vcpu(vm: Vm) -> None:
     """
     vm.create_vcpu(0)
     with refused(errno.EBUSY):
-        vm.set_boot_cpu_id(0)
+        vm.setup.set_boot_cpu_id(0)
 
 
 @pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID")
@@ -197,6 +197,6 @@ def test_boot_processor_as_guest_sees_it(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.41 KVM_SET_BOOT_CPU_ID; Intel SDM 3A, 12.4.4.
     """
-    vm = make_vm(AGENT, vcpus=3, before_vcpus=lambda vm: vm.set_boot_cpu_id(1))
+    vm = make_vm(AGENT, vcpus=3, before_vcpus=lambda vm: vm.setup.set_boot_cpu_id(1))
     bases = [Agent(vcpu).rdmsr(Msr.MSR_IA32_APICBASE) for vcpu in vm.vcpus]
     assert [isinstance(base, int) and base >> 8 & 1 for base in bases] == [0, 1, 0]

@@ -98,7 +98,7 @@ def test_init_and_sipi(make_vm: MakeVm) -> None:
     pair.send(STARTUP | SIPI_PAGE)
     assert pair.started_at() == SIPI_PAGE << 8
     assert pair.target.get_mp_state() == KVM_MP_STATE_RUNNABLE
-    segment = pair.target.get_sregs().cs
+    segment = pair.target.regs.get_sregs().cs
     assert (segment.selector, segment.base) == (SIPI_PAGE << 8, SIPI_PAGE << 12)
 
 
@@ -125,7 +125,7 @@ def test_state_after_init(make_vm: MakeVm) -> None:
     assert pair.target.sync().args == (1,)
     pair.send(INIT)
     assert pair.target.get_mp_state() == KVM_MP_STATE_INIT_RECEIVED
-    regs, sregs = pair.target.get_regs(), pair.target.get_sregs()
+    regs, sregs = pair.target.regs.get(), pair.target.regs.get_sregs()
     assert (regs.rip, regs.rflags, regs.rax, regs.rsp) == (0xFFF0, 2, 0, 0)
     assert (sregs.cs.selector, sregs.cs.base) == (0xF000, 0xFFFF_0000)
     # PE and PG are off; ET is always set, CD and NW keep their values.
@@ -158,10 +158,10 @@ def test_first_sipi_counts(make_vm: MakeVm) -> None:
     pair.send(STARTUP | SIPI_PAGE)
     assert pair.started_at() == SIPI_PAGE << 8
     pair.send(STARTUP | OTHER_PAGE)
-    rip = pair.target.get_regs().rip
+    rip = pair.target.regs.get().rip
     pair.target.complete_io()
-    assert pair.target.get_sregs().cs.selector == SIPI_PAGE << 8
-    assert pair.target.get_regs().rip in (rip, rip + 2)
+    assert pair.target.regs.get_sregs().cs.selector == SIPI_PAGE << 8
+    assert pair.target.regs.get().rip in (rip, rip + 2)
 
 
 @pytest.mark.protections("none", "cbit")
@@ -178,7 +178,7 @@ def test_init_without_sipi(make_vm: MakeVm) -> None:
         pair.send(INIT)
         pair.target.kick()
         thread.join(TIMEOUT)
-    assert pair.target.get_regs().rip == 0xFFF0
+    assert pair.target.regs.get().rip == 0xFFF0
     pair.send(STARTUP | SIPI_PAGE)
     assert pair.started_at() == SIPI_PAGE << 8
 
@@ -206,9 +206,9 @@ def test_sipi_by_user_space(make_vm: MakeVm) -> None:
     pair = Pair(make_vm)
     pair.send(INIT)
     assert pair.target.get_mp_state() == KVM_MP_STATE_INIT_RECEIVED
-    events = pair.target.get_vcpu_events()
+    events = pair.target.events.get()
     events.sipi_vector = OTHER_PAGE
     events.flags |= KVM_VCPUEVENT_VALID_SIPI_VECTOR
-    pair.target.set_vcpu_events(events)
+    pair.target.events.set(events)
     pair.target.set_mp_state(KVM_MP_STATE_SIPI_RECEIVED)
     assert pair.started_at() == OTHER_PAGE << 8

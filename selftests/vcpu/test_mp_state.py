@@ -77,7 +77,7 @@ void wait_for_nmi(void)
 def statistic_blocking(kvm: Kvm) -> str | None:
     """Tell when KVM has no statistic that says whether a vCPU is halted."""
     with kvm.create_vm() as vm:
-        known = "blocking" in vm.create_vcpu().get_stats()
+        known = "blocking" in vm.create_vcpu().stats.get()
     return None if known else "the vCPU statistic `blocking` (Linux 6.0 or newer)"
 
 
@@ -96,7 +96,7 @@ class Sleeper:
 
     def __init__(self, vcpu: GuestVcpu) -> None:
         # Opened first: KVM_GET_STATS_FD waits for a running vCPU.
-        self._stats = vcpu.get_stats_fd()
+        self._stats = vcpu.stats.get_fd()
         self._thread = VcpuThread(vcpu.sync, vcpu=vcpu)
 
     def __enter__(self) -> Sleeper:
@@ -135,7 +135,7 @@ def wake(vm: GuestVm, msi: Msi) -> tuple[int, ...]:
     """Run the guest, which halts, and wake it with *msi*; return what it says then."""
     with Sleeper(vm.vcpus[0]) as sleeper:
         sleeper.wait_until("blocking")
-        vm.signal_msi(msi)
+        vm.irq.signal_msi(msi)
         return sleeper.said()
 
 
@@ -174,7 +174,7 @@ def test_interrupts_off(make_vm: MakeVm) -> None:
     Intel SDM 2A, HLT (an enabled interrupt or an NMI resumes execution).
     """
     vm = start(make_vm, "wait_for_nmi")
-    vm.signal_msi(Msi.to(0, VECTOR))
+    vm.irq.signal_msi(Msi.to(0, VECTOR))
     assert wake(vm, NMI) == (0, 1)
     assert vm.vcpus[0].sync().args == (1, 1)
 
@@ -190,10 +190,10 @@ def test_set_halted(make_vm: MakeVm) -> None:
     # The first NMI ends the state that was set, so the guest's own HLT needs another one.
     with Sleeper(vm.vcpus[0]) as sleeper:
         sleeper.wait_until("blocking")
-        vm.signal_msi(NMI)
+        vm.irq.signal_msi(NMI)
         sleeper.wait_until("halt_exits")
         sleeper.wait_until("blocking")
-        vm.signal_msi(NMI)
+        vm.irq.signal_msi(NMI)
         assert sleeper.said() == (0, 2)
 
 
@@ -226,7 +226,7 @@ def test_state_is_kept(vm: Vm, state: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE and 4.39 KVM_SET_MP_STATE.
     """
-    vm.create_split_irqchip()
+    vm.irq.create_split_chip()
     vcpu = vm.create_vcpu()
     vcpu.set_mp_state(state)
     assert vcpu.get_mp_state() == state
@@ -238,7 +238,7 @@ def test_states_of_others(vm: Vm, state: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE (which state belongs to which architecture).
     """
-    vm.create_split_irqchip()
+    vm.irq.create_split_chip()
     vcpu = vm.create_vcpu()
     with refused(errno.EINVAL):
         vcpu.set_mp_state(state)

@@ -72,7 +72,7 @@ def test_delivered_with_interrupts_off(make_vm: MakeVm, irqchip: str | None) -> 
     """
     vm = start(make_vm, irqchip)
     assert said(vm) == ("w", 0, 0)
-    vm.vcpus[0].nmi()
+    vm.vcpus[0].events.nmi()
     assert next_of(vm, "n") == ("n", 1, 1, 0)
     assert said(vm) == ("e", 1, 1)
     assert said(vm) == ("w", 0, 1)
@@ -84,9 +84,9 @@ def test_blocked_until_iret(make_vm: MakeVm) -> None:
     Intel SDM 3A, 7.7.1 (handling multiple NMIs).
     """
     vm = start(make_vm)
-    vm.vcpus[0].nmi()
+    vm.vcpus[0].events.nmi()
     assert next_of(vm, "n")[:3] == ("n", 1, 1)
-    vm.vcpus[0].nmi()
+    vm.vcpus[0].events.nmi()
     assert said(vm) == ("e", 1, 1)
     assert next_of(vm, "n")[:3] == ("n", 1, 2)
     assert said(vm) == ("e", 1, 2)
@@ -101,14 +101,14 @@ def test_events_show_it(make_vm: MakeVm) -> None:
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
     vcpu.complete_io()
-    assert (vcpu.get_vcpu_events().nmi.pending, vcpu.get_vcpu_events().nmi.masked) == (0, 0)
-    vcpu.nmi()
-    assert vcpu.get_vcpu_events().nmi.pending >= 1
+    assert (vcpu.events.get().nmi.pending, vcpu.events.get().nmi.masked) == (0, 0)
+    vcpu.events.nmi()
+    assert vcpu.events.get().nmi.pending >= 1
     assert next_of(vm, "n")[:3] == ("n", 1, 1)
-    assert (vcpu.get_vcpu_events().nmi.pending, vcpu.get_vcpu_events().nmi.masked) == (0, 1)
+    assert (vcpu.events.get().nmi.pending, vcpu.events.get().nmi.masked) == (0, 1)
     assert said(vm) == ("e", 1, 1)
     assert said(vm) == ("w", 0, 1)
-    assert vcpu.get_vcpu_events().nmi.masked == 0
+    assert vcpu.events.get().nmi.masked == 0
 
 
 def test_masked_by_user_space(make_vm: MakeVm) -> None:
@@ -119,14 +119,14 @@ def test_masked_by_user_space(make_vm: MakeVm) -> None:
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
     vcpu.complete_io()
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     events.nmi.masked = 1
-    vcpu.set_vcpu_events(events)
-    vcpu.nmi()
+    vcpu.events.set(events)
+    vcpu.events.nmi()
     assert said(vm) == ("w", 0, 0)
     assert said(vm) == ("w", 0, 0)
     vcpu.complete_io()
-    events = vcpu.get_vcpu_events()
+    events = vcpu.events.get()
     events.nmi.masked = 0
-    vcpu.set_vcpu_events(events)
+    vcpu.events.set(events)
     assert next_of(vm, "n")[:3] == ("n", 1, 1)

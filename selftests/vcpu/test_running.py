@@ -281,7 +281,7 @@ def test_immediate_exit_completes_io(make_vm: MakeVm) -> None:
     exits = vcpu.exits
     vcpu.complete_io()
     assert vcpu.exits == exits
-    assert vcpu.get_regs().rax & 0xFFFF_FFFF == 0x1234_5678
+    assert vcpu.regs.get().rax & 0xFFFF_FFFF == 0x1234_5678
     assert vcpu.sync().args == (0x1234_5678,)
 
 

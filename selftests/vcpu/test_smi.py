@@ -59,7 +59,7 @@ def test_smi(make_vm: MakeVm) -> None:
     vm = start(make_vm)
     vcpu = vm.vcpus[0]
     assert not in_smm(vm)
-    vcpu.smi()
+    vcpu.events.smi()
     got = vcpu.expect(IoExit)
     assert (got.port, got.value) == (PORT, 0x5A)
     assert in_smm(vm)
@@ -75,12 +75,12 @@ def test_events_show_mode(make_vm: MakeVm) -> None:
     """
     vcpu = start(make_vm).vcpus[0]
     vcpu.complete_io()
-    vcpu.smi()
-    assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (1, 0)
+    vcpu.events.smi()
+    assert (vcpu.events.get().smi.pending, vcpu.events.get().smi.smm) == (1, 0)
     vcpu.expect(IoExit)
-    assert (vcpu.get_vcpu_events().smi.pending, vcpu.get_vcpu_events().smi.smm) == (0, 1)
+    assert (vcpu.events.get().smi.pending, vcpu.events.get().smi.smm) == (0, 1)
     assert vcpu.sync().args == (2,)
-    assert vcpu.get_vcpu_events().smi.smm == 0
+    assert vcpu.events.get().smi.smm == 0
 
 
 @pytest.mark.protections("none")
@@ -90,8 +90,8 @@ def test_second_smi_waits(make_vm: MakeVm) -> None:
     Intel SDM 3C, 32.3.1: SMIs are masked in system management mode, one is kept pending.
     """
     vcpu = start(make_vm).vcpus[0]
-    vcpu.smi()
+    vcpu.events.smi()
     assert vcpu.expect(IoExit).value == 0x5A
-    vcpu.smi()
+    vcpu.events.smi()
     assert vcpu.expect(IoExit).value == 0x5A
     assert vcpu.sync().args == (2,)

@@ -31,7 +31,7 @@ def in_place(kvm: Kvm, *, es: bool) -> None:
         state = SevInitialised.init2(vm, es=es)
         slot = vm.add_slot(MEMORY, PAGE_SIZE)
         vm.memory.write(MEMORY, CONTENT)
-        vm.memory_encrypt_reg_region(slot.hva, PAGE_SIZE)
+        vm.sev.reg_region(slot.hva, PAGE_SIZE)
         if es:
             vm.create_vcpu()
         launching = state.start(SevPolicy(no_debug=True, es=es)).update_data(MEMORY, PAGE_SIZE)

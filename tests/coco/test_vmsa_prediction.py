@@ -32,7 +32,7 @@ def vcpu(kvm: Kvm) -> Iterator[Vcpu]:
     """A vCPU of a plain VM."""
     with kvm.create_vm() as vm:
         made = vm.create_vcpu()
-        made.set_cpuid2(kvm.supported_cpuid)
+        made.cpuid.set(kvm.supported_cpuid)
         yield made
 
 

@@ -62,7 +62,7 @@ def vm() -> Iterator[VmSev]:
 def test_a_dead_processor(kernel: Kernel, vm: VmSev, command: str, number: int, status: int) -> None:
     kernel.answer, kernel.status = number, status
     with pytest.raises(DeadProcessorError, match="the secure processor does not answer; reboot") as caught:
-        vm.sev_command_raw(command)
+        vm.sev.command_raw(command)
     assert f"KVM_SEV_{command} on vm0 came back with {errno.errorcode[number]}" in str(caught.value)
     assert kernel.asked == 1
 
@@ -70,7 +70,7 @@ def test_a_dead_processor(kernel: Kernel, vm: VmSev, command: str, number: int, 
 @pytest.mark.parametrize("command", ["INIT2", "SNP_LAUNCH_START"])
 def test_one_that_answers(kernel: Kernel, vm: VmSev, command: str) -> None:
     kernel.answer = ENOTTY if command == "SNP_LAUNCH_START" else EBUSY
-    assert vm.sev_command_raw(command).errno == kernel.answer
+    assert vm.sev.command_raw(command).errno == kernel.answer
     assert kernel.asked == 1
 
 
@@ -79,7 +79,7 @@ def test_one_that_answers(kernel: Kernel, vm: VmSev, command: str) -> None:
 )
 def test_other_answers_raise_no_doubt(kernel: Kernel, vm: VmSev, command: str, number: int) -> None:
     kernel.answer, kernel.status = number, EBUSY
-    assert vm.sev_command_raw(command).errno == number
+    assert vm.sev.command_raw(command).errno == number
     assert kernel.asked == 0
 
 
@@ -88,18 +88,18 @@ def test_without_a_device_nobody_can_be_asked(
 ) -> None:
     monkeypatch.setenv("KVMPY_DEV_SEV", str(tmp_path / "none"))
     kernel.answer = EBUSY
-    assert vm.sev_command_raw("INIT2").errno == EBUSY
+    assert vm.sev.command_raw("INIT2").errno == EBUSY
 
 
 def test_asids_that_ran_out(kernel: Kernel, vm: VmSev) -> None:
     """While guests of this process live, EBUSY of INIT2 is theirs: a sweep asks nobody."""
     with VmSev(os.open(os.devnull, os.O_RDWR), "vm1") as other:
-        assert other.sev_command_raw("INIT2").ok
+        assert other.sev.command_raw("INIT2").ok
         kernel.answer, kernel.status = EBUSY, EBUSY
-        assert vm.sev_command_raw("INIT2").errno == EBUSY
+        assert vm.sev.command_raw("INIT2").errno == EBUSY
         assert kernel.asked == 0
         # That of another command is nobody's.
         with pytest.raises(DeadProcessorError):
-            vm.sev_command_raw("LAUNCH_START")
+            vm.sev.command_raw("LAUNCH_START")
     with pytest.raises(DeadProcessorError):
-        vm.sev_command_raw("INIT2")
+        vm.sev.command_raw("INIT2")

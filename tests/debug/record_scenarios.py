@@ -45,12 +45,12 @@ def machine(kvm: Kvm, code: bytes, *, size: int = 16 * PAGE, flags: int = 0, vcp
     vm.memory.write(CODE, code)
     for _ in range(vcpus):
         vcpu = vm.create_vcpu()
-        sregs = vcpu.get_sregs()
+        sregs = vcpu.regs.get_sregs()
         sregs.cs.base = sregs.cs.selector = 0
-        vcpu.set_sregs(sregs)
-        regs = vcpu.get_regs()
+        vcpu.regs.set_sregs(sregs)
+        regs = vcpu.regs.get()
         regs.rip, regs.rflags, regs.rsp = int(CODE), 2, 0x8000
-        vcpu.set_regs(regs)
+        vcpu.regs.set(regs)
     return vm
 
 
@@ -61,9 +61,9 @@ def machine(kvm: Kvm, code: bytes, *, size: int = 16 * PAGE, flags: int = 0, vcp
 def set_sregs(kvm: Kvm) -> None:
     """System registers with a reserved bit in CR4."""
     with machine(kvm, b"\xf4") as vm:
-        sregs = vm.vcpus[0].get_sregs()
+        sregs = vm.vcpus[0].regs.get_sregs()
         sregs.cr4 |= 1 << 63
-        fails(lambda: vm.vcpus[0].set_sregs(sregs))
+        fails(lambda: vm.vcpus[0].regs.set_sregs(sregs))
 
 
 @scenario("KVM_CREATE_VCPU on vm fails with EEXIST")
@@ -108,29 +108,29 @@ def dirty_log_of_nothing(kvm: Kvm) -> None:
     """The dirty log of a slot that keeps none."""
     with kvm.create_vm() as vm:
         vm.add_slot(Gpa(0), 4 * PAGE)
-        fails(lambda: vm.get_dirty_log(0))
+        fails(lambda: vm.dirty.get_log(0))
 
 
 @scenario("KVM_IRQ_LINE on vm fails with ENXIO")
 def line_without_chip(kvm: Kvm) -> None:
     """An interrupt line, and nothing at its end."""
     with kvm.create_vm() as vm:
-        fails(lambda: vm.irq_line(4, True))
+        fails(lambda: vm.irq.line(4, True))
 
 
 @scenario("KVM_GET_LAPIC on vcpu0 fails with EINVAL")
 def no_lapic(kvm: Kvm) -> None:
     """A local APIC that is not in the kernel."""
     with kvm.create_vm() as vm:
-        fails(vm.create_vcpu().get_lapic)
+        fails(vm.create_vcpu().lapic.get)
 
 
 @scenario("KVM_CREATE_IRQCHIP on vm fails with EEXIST")
 def irqchip_twice(kvm: Kvm) -> None:
     """Two interrupt controllers."""
     with kvm.create_vm() as vm:
-        vm.create_irqchip()
-        fails(vm.create_irqchip)
+        vm.irq.create_chip()
+        fails(vm.irq.create_chip)
 
 
 @scenario("KVM_SET_GSI_ROUTING on vm fails with EINVAL")
@@ -139,7 +139,7 @@ def routing(kvm: Kvm) -> None:
     with kvm.create_vm() as vm:
         vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
         routes = [MsiRoute(gsi, Msi(0xFEE0_0000, 0x30 + gsi)) for gsi in range(3)]
-        fails(lambda: vm.set_gsi_routing(routes, flags=2))
+        fails(lambda: vm.irq.set_gsi_routing(routes, flags=2))
 
 
 @scenario("KVM_IRQFD on vm fails with EBUSY")
@@ -147,16 +147,16 @@ def irqfd_twice(kvm: Kvm) -> None:
     """One eventfd for two interrupts."""
     with kvm.create_vm() as vm, EventFd() as event:
         vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
-        vm.irqfd(event, 5)
-        fails(lambda: vm.irqfd(event, 6))
+        vm.irq.irqfd(event, 5)
+        fails(lambda: vm.irq.irqfd(event, 6))
 
 
 @scenario("KVM_IOEVENTFD on vm fails with EEXIST")
 def ioeventfd_twice(kvm: Kvm) -> None:
     """Two eventfds for one port."""
     with kvm.create_vm() as vm, EventFd() as one, EventFd() as two:
-        vm.ioeventfd(one, 0x500, 4, pio=True)
-        fails(lambda: vm.ioeventfd(two, 0x500, 4, pio=True))
+        vm.io.ioeventfd(one, 0x500, 4, pio=True)
+        fails(lambda: vm.io.ioeventfd(two, 0x500, 4, pio=True))
 
 
 @scenario("KVM_ENABLE_CAP on vm fails with EINVAL")
@@ -178,7 +178,7 @@ def bad_pointer(kvm: Kvm) -> None:
 def msr_filter(kvm: Kvm) -> None:
     """A filter whose flags do not exist, with bitmaps behind pointers."""
     with kvm.create_vm() as vm:
-        vm.x86_set_msr_filter(MsrFilter.denying(reads=[0x174, 0x175]))
+        vm.msrs.set_filter(MsrFilter.denying(reads=[0x174, 0x175]))
         number = vm.ioctl_raw(ioctls.KVM_X86_SET_MSR_FILTER, kvm_msr_filter(flags=1 << 9))[1]
         assert number
 
@@ -253,7 +253,7 @@ def shutdown(kvm: Kvm) -> None:
 def single_step(kvm: Kvm) -> None:
     """The third of three instructions."""
     with machine(kvm, b"\xb0\x01\x04\x02\x04\x03\xf4") as vm:
-        vm.vcpus[0].set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
+        vm.vcpus[0].debug.set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
         for _ in range(3):
             vm.vcpus[0].run(5)
 
@@ -273,12 +273,12 @@ def msr_exit(kvm: Kvm) -> None:
 
 
 def _real(vcpu: Vcpu) -> None:
-    sregs = vcpu.get_sregs()
+    sregs = vcpu.regs.get_sregs()
     sregs.cs.base = sregs.cs.selector = 0
-    vcpu.set_sregs(sregs)
-    regs = vcpu.get_regs()
+    vcpu.regs.set_sregs(sregs)
+    regs = vcpu.regs.get()
     regs.rip, regs.rflags = int(CODE), 2
-    vcpu.set_regs(regs)
+    vcpu.regs.set(regs)
 
 
 @scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_MMIO")
@@ -317,7 +317,7 @@ def registers(kvm: Kvm) -> None:
     """Registers after code that changed them (--at names the ioctl)."""
     with machine(kvm, b"\xb8\x34\x12\x01\xc0\xf4") as vm:
         vm.vcpus[0].run(5)
-        assert vm.vcpus[0].get_regs().rax == 0x2468
+        assert vm.vcpus[0].regs.get().rax == 0x2468
 
 
 @scenario("KVM_RUN on vcpu0 fails with EINTR")
@@ -353,9 +353,9 @@ def two_vcpus(kvm: Kvm) -> None:
     """One vCPU writes, then another, in a thread of its own, says what it reads."""
     code = b"\xc6\x06\x00\x30\x7b\xe6\x10\xf4".ljust(16, b"\x90") + b"\xa0\x00\x30\xe6\x11\xf4"
     with machine(kvm, code, vcpus=2) as vm:
-        regs = vm.vcpus[1].get_regs()
+        regs = vm.vcpus[1].regs.get()
         regs.rip = int(CODE) + 16
-        vm.vcpus[1].set_regs(regs)
+        vm.vcpus[1].regs.set(regs)
         vm.vcpus[0].run(5)
         said: list[bytes] = []
         thread = threading.Thread(target=lambda: said.append(vm.vcpus[1].run(5).data))  # type: ignore[attr-defined]
@@ -491,24 +491,24 @@ def gmem_offset(kvm: Kvm) -> None:
 def dirty_log(kvm: Kvm) -> None:
     """Two pages that the guest wrote: mov %al, 0x3000; mov %al, 0x5000; hlt"""
     with machine(kvm, b"\xa2\x00\x30\xa2\x00\x50\xf4", flags=KVM_MEM_LOG_DIRTY_PAGES) as vm:
-        vm.get_dirty_log(0)
+        vm.dirty.get_log(0)
         vm.vcpus[0].run(5)
-        assert {3, 5} <= set(vm.get_dirty_log(0))
+        assert {3, 5} <= set(vm.dirty.get_log(0))
 
 
 @scenario("KVM_RESET_DIRTY_RINGS on vm returns 2")
 def dirty_ring(kvm: Kvm) -> None:
     """The same through a dirty ring, whose entries are given back."""
     vm = kvm.create_vm()
-    vm.enable_dirty_ring(1024)
+    vm.dirty.enable_ring(1024)
     with vm:
         vm.add_slot(Gpa(0), 16 * PAGE, flags=KVM_MEM_LOG_DIRTY_PAGES)
         vm.memory.write(CODE, b"\xa2\x00\x30\xa2\x00\x50\xf4")
         vcpu = vm.create_vcpu()
         _real(vcpu)
         vcpu.run(5)
-        assert len(vm.dirty_ring(vcpu).harvest()) == 2
-        assert vm.reset_dirty_rings() == 2
+        assert len(vm.dirty.ring(vcpu).harvest()) == 2
+        assert vm.dirty.reset_rings() == 2
 
 
 @scenario("KVM_RUN on vcpu0 ends with KVM_EXIT_IO")
@@ -516,10 +516,10 @@ def sync_regs(kvm: Kvm) -> None:
     """Registers that come and go with KVM_RUN itself: out %al, $0x10 twice."""
     with machine(kvm, b"\xe6\x10\xe6\x10\xf4") as vm:
         vcpu = vm.vcpus[0]
-        vcpu.set_sync_regs(1)
+        vcpu.regs.set_sync(1)
         vcpu.run(5)
-        vcpu.sync_regs.regs.rax = 0x99
-        vcpu.mark_sync_regs_dirty(1)
+        vcpu.regs.sync.regs.rax = 0x99
+        vcpu.regs.mark_sync_dirty(1)
         assert vcpu.run(5).data == b"\x99"  # type: ignore[attr-defined]
 
 

@@ -66,7 +66,7 @@ def signalled(kvm: Kvm) -> None:
         while exits < 20 or not interrupted:
             if vcpu.ioctl_raw(ioctls.KVM_RUN) == (-1, EINTR):
                 interrupted += 1
-                vcpu.get_regs()
+                vcpu.regs.get()
             else:
                 exits += 1
         while vcpu.ioctl_raw(ioctls.KVM_RUN)[1]:
@@ -79,9 +79,9 @@ def coalesced(kvm: Kvm) -> None:
     # mov $400, %cx; 1: out %al, $0x30; test $0x3f, %cl; jnz 2f; out %al, $0x31; 2: loop 1b; hlt
     code = bytes.fromhex("b99001e630f6c13f7502e631e2f5f4")
     with machine(kvm, code) as vm:
-        vm.register_coalesced_mmio(0x30, 1, pio=True)
+        vm.io.register_coalesced_mmio(0x30, 1, pio=True)
         vcpu = vm.vcpus[0]
-        ring = vcpu.coalesced_ring()
+        ring = vcpu.vm.io.coalesced_ring(vcpu)
         drained = 0
         while isinstance(vcpu.run(5), IoExit):
             drained += len(ring.drain())

@@ -46,11 +46,11 @@ def in_place(kvm: Kvm, es: bool = False, vcpus: int = 0) -> Iterator[tuple[Vm, S
     with kvm.create_vm(int(VmType.KVM_X86_SEV_ES_VM if es else VmType.KVM_X86_SEV_VM)) as vm:
         state = SevInitialised.init2(vm, es=es)
         slot = vm.add_slot(MEMORY, PAGES * PAGE_SIZE)
-        vm.memory_encrypt_reg_region(slot.hva, PAGES * PAGE_SIZE)
+        vm.sev.reg_region(slot.hva, PAGES * PAGE_SIZE)
         if vcpus:
             vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
         for _ in range(vcpus):
-            vm.create_vcpu().set_cpuid2(kvm.supported_cpuid)
+            vm.create_vcpu().cpuid.set(kvm.supported_cpuid)
         yield vm, state
 
 
@@ -102,7 +102,7 @@ def sev_es_registers(kvm: Kvm) -> None:
     """Registers of a guest whose registers are its own."""
     with kvm.create_vm(GuestProgram.from_c(COUNTER), protection="sev-es") as vm:
         vm.launch()
-        fails(vm.vcpus[0].get_sregs)
+        fails(vm.vcpus[0].regs.get_sregs)
 
 
 # Launches that are refused.
@@ -141,7 +141,7 @@ def sev_finish_early(kvm: Kvm) -> None:
     with in_place(kvm) as (vm, state):
         vm.memory.write(MEMORY, b"\x5a" * PAGE_SIZE)
         started(state).update_data(MEMORY, PAGE_SIZE)
-        fails(lambda: vm.sev_command("LAUNCH_FINISH"))
+        fails(lambda: vm.sev.command("LAUNCH_FINISH"))
 
 
 @scenario("KVM_SEV_LAUNCH_UPDATE_VMSA on vm fails with ENOTTY", needs="sev")
@@ -149,7 +149,7 @@ def sev_vmsa(kvm: Kvm) -> None:
     """Encrypted registers of a guest that has none."""
     with in_place(kvm) as (vm, state):
         started(state)
-        fails(lambda: vm.sev_command("LAUNCH_UPDATE_VMSA"))
+        fails(lambda: vm.sev.command("LAUNCH_UPDATE_VMSA"))
 
 
 @scenario("KVM_SEV_LAUNCH_SECRET on vm fails with EIO, firmware status SEV_RET_BAD_MEASUREMENT", needs="sev")
@@ -210,7 +210,7 @@ def snp_source(kvm: Kvm) -> None:
         arg = kvm_sev_snp_launch_update(
             gfn_start=MEMORY.gfn, uaddr=source.hva, len=PAGE_SIZE, type=KVM_SEV_SNP_PAGE_TYPE_NORMAL
         )
-        fails(lambda: vm.sev_command("SNP_LAUNCH_UPDATE", arg))
+        fails(lambda: vm.sev.command("SNP_LAUNCH_UPDATE", arg))
         source.close()
 
 
@@ -243,8 +243,8 @@ def sev_mirror(kvm: Kvm) -> None:
     """A mirror that tries to launch."""
     with in_place(kvm) as (owner, state), kvm.create_vm(int(VmType.KVM_X86_SEV_VM)) as mirror:
         started(state)
-        mirror.copy_enc_context_from(owner)
-        fails(lambda: mirror.sev_command("LAUNCH_START", kvm_sev_launch_start(policy=1)))
+        mirror.sev.copy_enc_context_from(owner)
+        fails(lambda: mirror.sev.command("LAUNCH_START", kvm_sev_launch_start(policy=1)))
 
 
 @scenario("KVM_ENABLE_CAP on vm1 returns 0", needs="sev-es")
@@ -256,8 +256,8 @@ def sev_es_move(kvm: Kvm) -> None:
     ):
         started(state).update_vmsa().measure().finish()
         target.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
-        target.create_vcpu().set_cpuid2(kvm.supported_cpuid)
-        target.move_enc_context_from(source)
+        target.create_vcpu().cpuid.set(kvm.supported_cpuid)
+        target.sev.move_enc_context_from(source)
 
 
 # The platform.

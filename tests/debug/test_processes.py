@@ -43,7 +43,7 @@ void guest_main(void)
 '''
 with Kvm() as kvm, kvm.create_vm(GuestProgram.from_c(GUEST), vcpus=2) as vm:
     vm.launch()
-    stats = [vcpu.get_stats_fd() for vcpu in vm.vcpus]
+    stats = [vcpu.stats.get_fd() for vcpu in vm.vcpus]
     gmem = vm.create_guest_memfd(1 << 21) if kvm.check_extension(CAP) else None
     os.sched_setaffinity(0, {CPU})
     vm.vcpus[0].sync()

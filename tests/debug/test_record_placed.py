@@ -39,7 +39,7 @@ def debugged(command: str, folder: Path) -> Script:
         here, there = page.hva + PLACE, vm.memory.hva(MEMORY) + PLACE
         source, target = (here, there) if command == "DBG_ENCRYPT" else (there, here)
         arg = kvm_sev_dbg(src_uaddr=source, dst_uaddr=target, len=len(TEXT))
-        assert not vm.sev_command_raw(command, arg, sev_fd=0).ok
+        assert not vm.sev.command_raw(command, arg, sev_fd=0).ok
     return build(Record.load(path))
 
 

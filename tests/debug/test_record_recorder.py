@@ -53,9 +53,9 @@ def test_every_ioctl_with_its_bytes(kvm: Kvm, tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     with Recorder(path, test="this one"), Kvm() as own, own.create_vm() as vm:
         vcpu = vm.create_vcpu()
-        regs = vcpu.get_regs()
+        regs = vcpu.regs.get()
         regs.rax = 0x1122
-        vcpu.set_regs(regs)
+        vcpu.regs.set(regs)
         with pytest.raises(KvmError):
             vm.create_vcpu(0)
     record = Record.load(path)
@@ -164,7 +164,7 @@ def test_objects_from_before(kvm: Kvm, tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     with machine(kvm, b"\xf4") as vm, Recorder(path):
         vm.vcpus[0].run(5)
-        vm.vcpus[0].get_regs()
+        vm.vcpus[0].regs.get()
     record = Record.load(path)
     assert names(record) == ["KVM_RUN", "KVM_GET_REGS"]
     made = [e for e in record.entries if isinstance(e.what, Object)]
@@ -180,7 +180,7 @@ Recorder(sys.argv[1], eager=sys.argv[2] == "eager").start()
 with Kvm() as kvm, kvm.create_vm() as vm:
     vcpu = vm.create_vcpu()
     for number in range(500):
-        vcpu.set_regs(vcpu.get_regs())
+        vcpu.regs.set(vcpu.regs.get())
     vm.check_extension(0x4b56)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -275,11 +275,11 @@ def test_no_space(kvm: Kvm, tmp_path: Path) -> None:
 def _cost(vcpu: Vcpu, count: int, frames: int = -1) -> float:
     """Seconds of this thread for an ioctl; with *frames*, a descriptor, and for the least of recording it."""
     pack = struct.Struct("<IiQQqIHHQQ").pack
-    regs = vcpu.get_regs()
+    regs = vcpu.regs.get()
     # The thread's own time: what else the machine does is no cost of recording.
     begin = time.thread_time()
     for number in range(count):
-        vcpu.set_regs(regs)
+        vcpu.regs.set(regs)
         if frames >= 0:
             body = pack(1, 3, 4, number, 0, 0, 1, 0, 0, time.monotonic_ns()) + regs.to_bytes()
             os.write(frames, zlib.crc32(body).to_bytes(4, "little") + body)
@@ -356,11 +356,11 @@ def test_a_record_of_a_vm_that_exists_has_what_kvm_cannot_be_asked(kvm: Kvm, tmp
     path = tmp_path / "a.rec"
     # mov $0x10, %ecx; rdmsr; out %al, $0x21
     with machine(kvm, b"\x66\xb9\x10\0\0\0\x0f\x32\xe6\x21") as vm, EventFd() as event, EventFd() as gone:
-        vm.x86_set_msr_filter(MsrFilter.denying(reads=[0x10]))
-        vm.enable_user_space_msr(MsrExitReason.KVM_MSR_EXIT_REASON_FILTER)
-        vm.ioeventfd(event, 0x80, 1, pio=True)
-        vm.ioeventfd(gone, 0x81, 1, pio=True)
-        vm.ioeventfd(gone, 0x81, 1, pio=True, deassign=True)
+        vm.msrs.set_filter(MsrFilter.denying(reads=[0x10]))
+        vm.msrs.enable_user_space(MsrExitReason.KVM_MSR_EXIT_REASON_FILTER)
+        vm.io.ioeventfd(event, 0x80, 1, pio=True)
+        vm.io.ioeventfd(gone, 0x81, 1, pio=True)
+        vm.io.ioeventfd(gone, 0x81, 1, pio=True, deassign=True)
         with kvmpy.record(vm, path):
             exit_ = vm.vcpus[0].run(5)
             assert isinstance(exit_, MsrExit)
@@ -386,9 +386,9 @@ def test_what_a_launch_copies_is_memory(kvm: Kvm, tmp_path: Path) -> None:
                 gfn_start=first, uaddr=source.hva + first * PAGE, len=pages * PAGE, type=1
             )
             # A plain VM refuses it; that the bytes are in the record is what counts here.
-            vm.sev_command_raw("SNP_LAUNCH_UPDATE", arg)
+            vm.sev.command_raw("SNP_LAUNCH_UPDATE", arg)
         source.view(0, 1)[0] = 0x12
-        vm.sev_command_raw("SNP_LAUNCH_UPDATE", kvm_sev_snp_launch_update(
+        vm.sev.command_raw("SNP_LAUNCH_UPDATE", kvm_sev_snp_launch_update(
             uaddr=source.hva, len=PAGE, type=1
         ))  # fmt: skip
     source.close()

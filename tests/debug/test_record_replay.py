@@ -67,8 +67,8 @@ def test_difference_in_a_field(kvm: Kvm, tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     with Recorder(path), Kvm() as own, machine(own, b"\xb8\x34\x12\xf4") as vm:
         vm.vcpus[0].run(5)
-        vm.vcpus[0].get_sregs()
-        vm.vcpus[0].get_regs()
+        vm.vcpus[0].regs.get_sregs()
+        vm.vcpus[0].regs.get()
     record = Record.load(path)
     entries = list(record.entries)
     last = max(n for n, e in enumerate(entries) if request_name(e.what) == "KVM_GET_REGS")
@@ -105,7 +105,7 @@ def test_what_cannot_be_made(kvm: Kvm, tmp_path: Path) -> None:
     """A record that begins in the middle of a VM's life says that it does."""
     path = tmp_path / "a.rec"
     with machine(kvm, b"\xf4") as vm, Recorder(path):
-        vm.vcpus[0].get_regs()
+        vm.vcpus[0].regs.get()
     result = Replay(build(Record.load(path))).run()
     assert "existed before recording began" in result.stopped
 

@@ -147,9 +147,9 @@ def test_statistics_that_a_post_mortem_reads_are_nobodys_subject(tmp_path: Path)
     """
     path = tmp_path / "asked.rec"
     with Recorder(path), Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu() as vcpu:
-        vcpu.set_regs(vcpu.get_regs())
-        vcpu.get_stats_fd().close()
-        vcpu.get_sregs()
+        vcpu.regs.set(vcpu.regs.get())
+        vcpu.stats.get_fd().close()
+        vcpu.regs.get_sregs()
     assert target_of(build(Record.load(path))).request == ioctls.KVM_SET_REGS.nr
 
 

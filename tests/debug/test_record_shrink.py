@@ -54,7 +54,7 @@ def record_with_noise(folder: Path) -> Path:
     with Recorder(path), Kvm() as own, machine(own, b"\xb0\x01\xe6\x10\xf4", vcpus=2) as vm:
         vm.add_slot(Gpa(0x100_0000), 4096)
         vm.vcpus[0].run(5)
-        vm.vcpus[1].set_cpuid2(own.get_supported_cpuid())
+        vm.vcpus[1].cpuid.set(own.get_supported_cpuid())
         SCENARIOS["set_sregs"](own)
         own.check_extension(1)
     return path

@@ -105,7 +105,7 @@ def test_of_one_vm(tmp_path: Path) -> None:
         with timeline(vm, tmp_path / "t.json"):
             vm.vcpus[0].sync()
             other.vcpus[0].sync()
-            vm.vcpus[0].get_regs()
+            vm.vcpus[0].regs.get()
             kvm.check_extension(1)
     shown = [event["name"] for event in events_of(tmp_path / "t.json") if event.get("cat") == "ioctl"]
     assert shown == ["KVM_RUN", "KVM_GET_REGS"]
