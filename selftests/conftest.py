@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import AGENT, PAGE_SIZE, Agent, Gpa, GuestVm, Gva, MakeVm, MmioExit
+from kvmpy import AGENT, PAGE_SIZE, Agent, Gpa, GuestVcpu, GuestVm, Gva, MakeVm, MmioExit
 
 
 class Accessor:
@@ -51,13 +51,24 @@ class Accessor:
         self.vm.map(gva, gpa, size, page_size=PAGE_SIZE, user=True, nx=True, private=False)
 
 
+def said(guest: GuestVm | GuestVcpu) -> tuple[str | int, ...]:
+    """Run a vCPU (of a VM: the first) to its next SYNC; return its arguments, the first one as a letter."""
+    vcpu = guest if isinstance(guest, GuestVcpu) else guest.vcpus[0]
+    letter, *numbers = vcpu.sync().args
+    return (chr(letter), *numbers)
+
+
+def _skip_without(protection: str, trait: str, kept: str) -> None:
+    from kvmpy.coco import ladder
+
+    if not getattr(ladder.get(protection).traits, trait):
+        pytest.skip(f"protection {protection} keeps {kept} from the host")
+
+
 @pytest.fixture
 def open_registers(protection: str) -> None:
     """Skip under protections that keep the vCPUs' registers from the host after launch."""
-    from kvmpy.coco import ladder
-
-    if not ladder.get(protection).traits.can_read_registers:
-        pytest.skip(f"protection {protection} keeps vCPU registers from the host")
+    _skip_without(protection, "can_read_registers", "vCPU registers")
 
 
 @pytest.fixture(params=[0, 3], ids=["ring0", "ring3"])
@@ -75,7 +86,4 @@ def accessor(make_vm: MakeVm, ring: int) -> Accessor:
 @pytest.fixture
 def open_tables(protection: str) -> None:
     """Skip under protections that keep code, page and descriptor tables from the host after launch."""
-    from kvmpy.coco import ladder
-
-    if not ladder.get(protection).traits.host_sees_tables:
-        pytest.skip(f"protection {protection} keeps code and page tables from the host")
+    _skip_without(protection, "host_sees_tables", "code and page tables")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.guest.errors import GuestError
+from kvmpy.guest.ucall import Ucall
 from kvmpy.x86.exceptions import Vector
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _STORES = {1: b"\x88\x1f", 2: b"\x66\x89\x1f", 4: b"\x89\x1f", 8: b"\x48\x89\x1f
 _INS = {1: b"\xec", 2: b"\x66\xed", 4: b"\xed"}
 _OUTS = {1: b"\xee", 2: b"\x66\xef", 4: b"\xef"}
 _CR8 = b"\x44"  # REX.R
+_ARGUMENTS = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,13 @@ class Agent:
     def _share(self, name: str, size: int) -> memoryview:
         return self.vm.view(self.vm.symbol(name).gva + self.vcpu.index * _STRIDE, size)
 
-    def end(self) -> Registers | Fault:
-        """Run the vCPU to the end of its order."""
-        self.vcpu.sync()
+    def end(self, on_exit: Callable[[Exit], bool] | None = None) -> Registers | Fault:
+        """Run the vCPU to the end of its order; *on_exit* returns True for the exits that may come before."""
+        got = self.vcpu.next()
+        while not isinstance(got, Ucall):
+            if on_exit is None or not on_exit(got):
+                raise self.vcpu.unexpected(got, "the end of the order")
+            got = self.vcpu.next()
         *registers, faulted, vector, error_code, rip, cr2 = _REPLY.unpack(
             self._share("guest_agent_replies", _REPLY.size)
         )
@@ -189,9 +195,9 @@ class Agent:
         self._order(code, ring, None, registers)
         return self.end()
 
-    def value(self) -> int:
-        """Run the vCPU to the end of an order that must not fault, and return RAX."""
-        return self._unless_fault(self.end()).rax
+    def value(self, on_exit: Callable[[Exit], bool] | None = None) -> int:
+        """Run the vCPU as :meth:`end` does, of an order that must not fault, and return RAX."""
+        return self._unless_fault(self.end(on_exit)).rax
 
     @staticmethod
     def _unless_fault(result: Registers | Fault) -> Registers:
@@ -224,19 +230,30 @@ class Agent:
         """Write 1, 2, 4 or 8 bytes; None when it went well."""
         return self._fault(_STORES[size], ring=ring, rdi=int(gva), rbx=value)
 
-    def begin_read(self, gva: Gva, size: int = 8, *, ring: int | None = None) -> None:
-        """Order a read that causes an exit: of a device, or of memory that is not there."""
-        self.begin(_LOADS[size], ring=ring, rdi=int(gva))
+    def begin_read(self, gva: Gva, size: int = 8, *, ring: int | None = None, rax: int = 0) -> None:
+        """Order a read that causes an exit: of a device, or of memory that is not there.
+
+        It goes into AL, AX, EAX or RAX, which holds *rax* before.
+        """
+        self.begin(_LOADS[size], ring=ring, rdi=int(gva), rax=rax)
 
     def begin_write(self, gva: Gva, value: int, size: int = 8, *, ring: int | None = None) -> None:
         """Order a write that causes an exit."""
         self.begin(_STORES[size], ring=ring, rdi=int(gva), rbx=value)
 
-    def call(self, gva: Gva, *, ring: int | None = None, **registers: int) -> int | Fault:
-        """Call the function at *gva* and return its RAX: a fetch that may fault."""
-        self.begin(b"", ring=ring, where=gva, **registers)
+    def call(self, function: Gva | str, *arguments: int, ring: int | None = None) -> int | Fault:
+        """Call a function and return its RAX; :meth:`begin_call` says which."""
+        self.begin_call(function, *arguments, ring=ring)
         result = self.end()
         return result if isinstance(result, Fault) else result.rax
+
+    def begin_call(self, function: Gva | str, *arguments: int, ring: int | None = None) -> None:
+        """Order a call of a function of the program by its name, or of what lies at an address.
+
+        Up to six arguments, where the System V ABI has them; the fetch itself may fault.
+        """
+        where = self.vm.symbol(function).gva if isinstance(function, str) else function
+        self.begin(b"", ring=ring, where=where, **dict(zip(_ARGUMENTS, arguments, strict=False)))
 
     # Processor state.
 
@@ -280,9 +297,17 @@ class Agent:
         value = self.read_cr(number)
         return value if isinstance(value, Fault) else self.write_cr(number, value & ~clear | put)
 
-    def xgetbv(self, index: int = 0) -> int | Fault:
+    def read_dr(self, number: int) -> int | Fault:
+        """Read a debug register."""
+        return self._value(lambda r: r.rax, bytes((0x0F, 0x21, 0xC0 | number << 3)))
+
+    def write_dr(self, number: int, value: int) -> Fault | None:
+        """Write a debug register."""
+        return self._fault(bytes((0x0F, 0x23, 0xC0 | number << 3)), rax=value)
+
+    def xgetbv(self, index: int = 0, *, ring: int | None = None) -> int | Fault:
         """Read an extended control register; #UD without CR4.OSXSAVE."""
-        return self._value(lambda r: r.edx_eax, b"\x0f\x01\xd0", rcx=index)
+        return self._value(lambda r: r.edx_eax, b"\x0f\x01\xd0", ring=ring, rcx=index)
 
     def xsetbv(self, value: int, index: int = 0) -> Fault | None:
         """Write an extended control register."""
@@ -298,9 +323,9 @@ class Agent:
 
     # The hypervisor.
 
-    def begin_in(self, port: int, size: int = 1) -> None:
-        """Order a port read of 1, 2 or 4 bytes; it causes an exit, and RAX has the answer."""
-        self.begin(_INS[size], rdx=port)
+    def begin_in(self, port: int, size: int = 1, *, rax: int = 0) -> None:
+        """Order a port read of 1, 2 or 4 bytes into RAX, which holds *rax* before; it causes an exit."""
+        self.begin(_INS[size], rdx=port, rax=rax)
 
     def begin_out(self, port: int, value: int, size: int = 1) -> None:
         """Order a port write of 1, 2 or 4 bytes."""

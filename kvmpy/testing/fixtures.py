@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, SupportsInt
 
 import pytest
 
@@ -54,6 +54,31 @@ class MakeVm:
         options.setdefault("strict_private", self._strict)
         vm = self.kvm.create_vm(guest, **options)
         self.made.append(vm)
+        return vm
+
+    def start(
+        self, program: GuestProgram | str, entry: str | None = None, *args: SupportsInt, **options: Any
+    ) -> GuestVm:
+        """Create a VM and launch it: every vCPU starts in *entry* with *args* (default: ``guest_main()``).
+
+        *options* are the keywords of ``make_vm()``.
+        """
+        vm = self(program, **options)
+        if entry is not None:
+            for vcpu in vm.vcpus:
+                vcpu.set_entry(entry, *map(int, args))
+        vm.launch()
+        return vm
+
+    def run(
+        self, program: GuestProgram | str, entry: str | None = None, *args: SupportsInt, **options: Any
+    ) -> GuestVm:
+        """Create and launch a VM as :meth:`start` does, and run every vCPU until DONE."""
+        vm = self.start(program, entry, *args, **options)
+        if len(vm.vcpus) == 1:
+            vm.vcpus[0].run_to_done()
+        else:
+            vm.run_all()
         return vm
 
     @property

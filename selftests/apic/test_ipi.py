@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, GuestVm, MakeVm, Msi
+from kvmpy import KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, Agent, GuestVm, MakeVm, Msi
 from kvmpy.x86.apic import Delivery, Shorthand
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -15,15 +15,10 @@ XAPIC, X2APIC = False, True
 BOTH_MODES = pytest.mark.parametrize("x2apic", [XAPIC, X2APIC], ids=["xapic", "x2apic"])
 NO_QUIRK = int(KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
 
-# Answers with its counts after every window; a reply other than 0 makes it send what the host has put down.
 GUEST = """
 #include "../irq/interrupts.h"
 
 #define VECTOR	0x51
-
-GUEST_SHARED u64 dest;
-GUEST_SHARED u64 icr;
-GUEST_SHARED u64 self_ipi;
 
 static volatile u32 nmis[INTERRUPTS_CPUS];
 
@@ -32,12 +27,21 @@ static void nmi_handler(struct exception_frame *frame)
 	nmis[guest_cpu_index()]++;
 }
 
-static void send(void)
+void send(u64 dest, u64 icr)
 {
-	if (self_ipi)
-		x2apic_write(APIC_SELF_IPI, self_ipi);
-	else
-		apic_send(dest, icr);
+	apic_send(dest, icr);
+}
+
+void send_self(u64 vector)
+{
+	x2apic_write(APIC_SELF_IPI, vector);
+}
+
+/* Interrupts, and NMIs in the upper half. */
+u64 counts(void)
+{
+	irq_window();
+	return irq_count(VECTOR) | (u64)nmis[guest_cpu_index()] << 32;
 }
 
 void guest_main(u64 x2apic, u64 ldr)
@@ -50,11 +54,7 @@ void guest_main(u64 x2apic, u64 ldr)
 		apic_enable();
 		apic_write(APIC_LDR, ldr << 24);
 	}
-	for (;;) {
-		if (GUEST_ASK(KVMPY_UCALL_CMD_USER, irq_count(VECTOR), nmis[guest_cpu_index()]))
-			send();
-		irq_window();
-	}
+	guest_agent();
 }
 
 /* What was sent can be read back, and it is on its way at once. */
@@ -117,15 +117,16 @@ class Cluster:
         self.vm = make_vm(GUEST, vcpu_ids=ids, before_vcpus=before)
         for vcpu in self.vm.vcpus:
             vcpu.set_entry("guest_main", int(x2apic), 1 << vcpu.index)
-        self.vm.launch()
-        self._asked = [vcpu.sync() for vcpu in self.vm.vcpus]
+        self.agents = [Agent(vcpu) for vcpu in self.vm.vcpus]
+        for agent in self.agents:
+            agent.start()
 
     def counts(self) -> list[tuple[int, int]]:
         """Return each vCPU's interrupts and NMIs after a window for them."""
-        for number, vcpu in enumerate(self.vm.vcpus):
-            self._asked[number].reply(0)
-            self._asked[number] = vcpu.sync()
-        return [(call.args[0], call.args[1]) for call in self._asked]
+        for agent in self.agents:
+            agent.begin_call("counts")
+        words = [agent.value() for agent in self.agents]
+        return [(word & 0xFFFF_FFFF, word >> 32) for word in words]
 
     def send(
         self,
@@ -137,18 +138,14 @@ class Cluster:
     ) -> list[tuple[int, int]]:
         """Let vCPU 0 send an interrupt; return everybody's counts."""
         command = VECTOR | delivery << 8 | int(logical) << 11 | 1 << 14 | shorthand << 18
-        self.vm.symbol("dest").u64 = dest
-        self.vm.symbol("icr").u64 = command
-        return self._go()
+        self.agents[0].begin_call("send", dest, command)
+        self.agents[0].value()
+        return self.counts()
 
     def send_self(self) -> list[tuple[int, int]]:
         """Let vCPU 0 use the SELF IPI register; return everybody's counts."""
-        self.vm.symbol("self_ipi").u64 = VECTOR
-        return self._go()
-
-    def _go(self) -> list[tuple[int, int]]:
-        self._asked[0].reply(1)
-        self._asked[0] = self.vm.vcpus[0].sync()
+        self.agents[0].begin_call("send_self", VECTOR)
+        self.agents[0].value()
         return self.counts()
 
 
@@ -301,10 +298,7 @@ def test_command_register(make_vm: MakeVm, x2apic: bool) -> None:
 
     Intel SDM 3A, 12.6.1 (ICR) and 12.12.9 (ICR operation in x2APIC mode).
     """
-    vm = make_vm(GUEST)
-    vm.vcpus[0].set_entry("command", int(x2apic))
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    make_vm.run(GUEST, "command", int(x2apic))
 
 
 @BOTH_MODES
@@ -313,10 +307,7 @@ def test_wakes_halted(make_vm: MakeVm, x2apic: bool) -> None:
 
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE: a halted vCPU waits for an interrupt.
     """
-    vm = make_vm(GUEST, vcpus=2)
+    vm = make_vm.start(GUEST, "ping_pong", int(x2apic), 50, vcpus=2)
     for vcpu in vm.vcpus:
-        vcpu.set_entry("ping_pong", int(x2apic), 50)
-    vm.launch()
-    for vcpu in vm.vcpus:
-        assert tuple(vcpu.sync().args) == (ord("r"),)
+        assert vcpu.sync().args == (ord("r"),)
     vm.run_all()

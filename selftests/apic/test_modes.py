@@ -5,155 +5,30 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_LAPIC_MMIO_HOLE, GuestVm, MakeVm, MmioExit, apic
+from kvmpy import (
+    AGENT,
+    KVM_CAP_DISABLE_QUIRKS2,
+    KVM_X86_QUIRK_LAPIC_MMIO_HOLE,
+    Agent,
+    Fault,
+    GuestVm,
+    MakeVm,
+    MmioExit,
+    Msr,
+    Vector,
+    apic,
+)
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
-TRANSITIONS = """
-#include <kvmpy/guest.h>
-
-#define FIXED	(0xfee00000ull | APICBASE_BSP)
-#define OFF	FIXED
-#define XAPIC	(FIXED | APICBASE_ENABLE)
-#define X2APIC	(FIXED | APICBASE_ENABLE | APICBASE_EXTD)
-
-static void legal(u64 to)
-{
-	GUEST_ASSERT(!wrmsr_safe(MSR_IA32_APICBASE, to).faulted);
-	GUEST_ASSERT_EQ(rdmsr(MSR_IA32_APICBASE), to);
-}
-
-static void illegal(u64 to)
-{
-	u64 before = rdmsr(MSR_IA32_APICBASE);
-	struct guest_fault fault = wrmsr_safe(MSR_IA32_APICBASE, to);
-
-	GUEST_ASSERT_EQ(fault.vector, GP_VECTOR);
-	GUEST_ASSERT_EQ(rdmsr(MSR_IA32_APICBASE), before);
-}
-
-void legal_transitions(void)
-{
-	legal(X2APIC);
-	legal(X2APIC);
-	legal(OFF);
-	legal(XAPIC);
-	legal(OFF);
-	legal(OFF);
-	legal(XAPIC);
-	legal(X2APIC);
-}
-
-void x2apic_to_xapic(void)
-{
-	legal(X2APIC);
-	illegal(XAPIC);
-}
-
-void disabled_to_x2apic(void)
-{
-	legal(OFF);
-	illegal(X2APIC);
-}
-
-void invalid(void)
-{
-	illegal(FIXED | APICBASE_EXTD);
-	legal(X2APIC);
-	illegal(FIXED | APICBASE_EXTD);
-	legal(OFF);
-	illegal(FIXED | APICBASE_EXTD);
-}
-
-void reserved_bits(void)
-{
-	illegal(XAPIC | BIT(0));
-	illegal(XAPIC | BIT(9));
-	illegal(XAPIC | BIT(63));
-}
-
-void cpuid_bit(void)
-{
-	GUEST_ASSERT_EQ(cpuid(1, 0).edx >> 9 & 1, 1u);
-	legal(OFF);
-	GUEST_ASSERT_EQ(cpuid(1, 0).edx >> 9 & 1, 0u);
-	legal(XAPIC);
-	GUEST_ASSERT_EQ(cpuid(1, 0).edx >> 9 & 1, 1u);
-}
-"""
+OFF = apic.DEFAULT_BASE | 1 << 8  # IA32_APIC_BASE of the boot processor
+X2APIC_ALONE = OFF | 1 << 10
+XAPIC = OFF | 1 << 11
+X2APIC = XAPIC | 1 << 10
+GP = Fault(Vector.GP, 0)
 
 REGISTERS = """
 #include <kvmpy/guest.h>
-
-#define X2(reg)		(MSR_X2APIC_BASE + ((reg) >> 4))
-
-static void no_read(u32 msr)
-{
-	u64 value;
-
-	GUEST_ASSERT_EQ(rdmsr_safe(msr, &value).vector, GP_VECTOR);
-}
-
-static void no_write(u32 msr, u64 value)
-{
-	GUEST_ASSERT_EQ(wrmsr_safe(msr, value).vector, GP_VECTOR);
-}
-
-void msrs_in_xapic_mode(void)
-{
-	u32 reg;
-
-	apic_enable();
-	for (reg = 0; reg < 0x400; reg += 0x10)
-		no_read(X2(reg));
-	no_write(X2(APIC_TASKPRI), 0);
-	no_write(X2(APIC_EOI), 0);
-}
-
-void read_only(void)
-{
-	static const u16 regs[] = {
-		APIC_ID, APIC_LVR, APIC_PROCPRI, APIC_LDR, APIC_ISR, APIC_ISR + 0x70,
-		APIC_TMR, APIC_IRR, APIC_IRR + 0x70, APIC_TMCCT,
-	};
-	u32 i;
-
-	x2apic_enable();
-	for (i = 0; i < ARRAY_SIZE(regs); i++) {
-		u64 value = x2apic_read(regs[i]);
-
-		no_write(X2(regs[i]), value);
-	}
-}
-
-void write_only(void)
-{
-	x2apic_enable();
-	no_read(X2(APIC_EOI));
-	no_read(X2(APIC_SELF_IPI));
-}
-
-void absent(void)
-{
-	x2apic_enable();
-	no_read(X2(APIC_DFR));
-	no_write(X2(APIC_DFR), ~0u);
-	no_read(X2(APIC_ICR2));
-	no_write(X2(APIC_ICR2), 0);
-	no_read(X2(0x000));
-	no_read(X2(0x3f0) + 1);
-}
-
-void reserved(void)
-{
-	x2apic_enable();
-	no_write(X2(APIC_TASKPRI), BIT(32));
-	no_write(X2(APIC_SPIV), BIT(32) | 0x1ff);
-	no_write(X2(APIC_LVTT), BIT(32) | APIC_LVT_MASKED);
-	no_write(X2(APIC_ESR), 1);
-	no_write(X2(APIC_SELF_IPI), BIT(8) | 0x51);
-	no_write(X2(APIC_ICR), BIT(20) | 0x51);
-}
 
 void ids(u64 id)
 {
@@ -193,100 +68,153 @@ void page_while_disabled(void)
 """
 
 
-def run(make_vm: MakeVm, source: str, entry: str, *args: int, vcpu_id: int = 0) -> None:
-    """Run *entry* of *source* to its end; the guest asserts."""
-    vm = make_vm(source, vcpu_ids=[vcpu_id])
-    vm.vcpus[0].set_entry(entry, *args)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+@pytest.fixture
+def agent(make_vm: MakeVm) -> Agent:
+    """An agent in xAPIC mode."""
+    return Agent(make_vm(AGENT).vcpus[0])
 
 
-def test_legal_transitions(make_vm: MakeVm) -> None:
+def legal(agent: Agent, *bases: int) -> None:
+    """Let the guest write IA32_APIC_BASE, and read it back."""
+    for base in bases:
+        assert agent.wrmsr(Msr.MSR_IA32_APICBASE, base) is None
+        assert agent.rdmsr(Msr.MSR_IA32_APICBASE) == base
+
+
+def illegal(agent: Agent, *bases: int) -> None:
+    """Let the guest write what is #GP and leaves IA32_APIC_BASE alone."""
+    before = agent.rdmsr(Msr.MSR_IA32_APICBASE)
+    for base in bases:
+        assert agent.wrmsr(Msr.MSR_IA32_APICBASE, base) == GP
+        assert agent.rdmsr(Msr.MSR_IA32_APICBASE) == before
+
+
+def msr_of(register: int) -> int:
+    """Return the x2APIC MSR of a register."""
+    return 0x800 + (register >> 4)
+
+
+def no_read(agent: Agent, *registers: int) -> None:
+    """Expect that reading these x2APIC MSRs is #GP."""
+    for register in registers:
+        assert agent.rdmsr(msr_of(register)) == GP, f"{register:#x}"
+
+
+def no_write(agent: Agent, register: int, value: int) -> None:
+    """Expect that writing this to an x2APIC MSR is #GP."""
+    assert agent.wrmsr(msr_of(register), value) == GP, f"{register:#x}"
+
+
+def test_legal_transitions(agent: Agent) -> None:
     """The guest may go from xAPIC to x2APIC mode, switch either off, and come back to xAPIC mode.
 
     Intel SDM 3A, 12.12.5 (x2APIC state transitions).
     """
-    run(make_vm, TRANSITIONS, "legal_transitions")
+    legal(agent, X2APIC, X2APIC, OFF, XAPIC, OFF, OFF, XAPIC, X2APIC)
 
 
-def test_x2apic_to_xapic(make_vm: MakeVm) -> None:
+def test_x2apic_to_xapic(agent: Agent) -> None:
     """From x2APIC mode the guest cannot go to xAPIC mode directly: #GP, and the mode stays.
 
     Intel SDM 3A, 12.12.5.1.
     """
-    run(make_vm, TRANSITIONS, "x2apic_to_xapic")
+    legal(agent, X2APIC)
+    illegal(agent, XAPIC)
 
 
-def test_disabled_to_x2apic(make_vm: MakeVm) -> None:
+def test_disabled_to_x2apic(agent: Agent) -> None:
     """From "disabled" the guest cannot go to x2APIC mode directly: #GP, and the mode stays.
 
     Intel SDM 3A, 12.12.5.1.
     """
-    run(make_vm, TRANSITIONS, "disabled_to_x2apic")
+    legal(agent, OFF)
+    illegal(agent, X2APIC)
 
 
-def test_invalid_mode(make_vm: MakeVm) -> None:
+def test_invalid_mode(agent: Agent) -> None:
     """x2APIC mode without the global enable bit is invalid from every mode: #GP.
 
     Intel SDM 3A, 12.12.1 (table of operating modes).
     """
-    run(make_vm, TRANSITIONS, "invalid")
+    illegal(agent, X2APIC_ALONE)
+    for base in (X2APIC, OFF):
+        legal(agent, base)
+        illegal(agent, X2APIC_ALONE)
 
 
-def test_reserved_bits_of_base(make_vm: MakeVm) -> None:
+def test_reserved_bits_of_base(agent: Agent) -> None:
     """Reserved bits of IA32_APIC_BASE are #GP.
 
     Intel SDM 3A, 12.4.4.
     """
-    run(make_vm, TRANSITIONS, "reserved_bits")
+    illegal(agent, *(XAPIC | 1 << bit for bit in (0, 9, 63)))
 
 
-def test_cpuid_follows_enable(make_vm: MakeVm) -> None:
+def test_cpuid_follows_enable(agent: Agent) -> None:
     """CPUID.1:EDX.APIC is clear while the APIC is disabled in IA32_APIC_BASE.
 
     Intel SDM 3A, 12.4.3.
     """
-    run(make_vm, TRANSITIONS, "cpuid_bit")
+    for base, shown in ((XAPIC, 1), (OFF, 0), (XAPIC, 1)):
+        legal(agent, base)
+        assert agent.cpuid(1)[3] >> 9 & 1 == shown
 
 
-def test_msrs_in_xapic_mode(make_vm: MakeVm) -> None:
+def test_msrs_in_xapic_mode(agent: Agent) -> None:
     """In xAPIC mode the x2APIC MSRs are #GP, all of them.
 
     Intel SDM 3A, 12.12.2 (x2APIC register availability).
     """
-    run(make_vm, REGISTERS, "msrs_in_xapic_mode")
+    no_read(agent, *range(0, 0x400, 0x10))
+    no_write(agent, apic.TPR, 0)
+    no_write(agent, apic.EOI, 0)
 
 
-def test_read_only_msrs(make_vm: MakeVm) -> None:
+def test_read_only_msrs(agent: Agent) -> None:
     """Writing ID, version, PPR, LDR, ISR, TMR, IRR or the timer's current count is #GP in x2APIC mode.
 
     Intel SDM 3A, 12.12.1.2 (register address space).
     """
-    run(make_vm, REGISTERS, "read_only")
+    legal(agent, X2APIC)
+    single = (apic.ID, apic.LVR, apic.PPR, apic.LDR, apic.TMR, apic.TIMER_CURRENT)
+    for register in (*single, apic.ISR, apic.ISR + 0x70, apic.IRR, apic.IRR + 0x70):
+        value = agent.rdmsr(msr_of(register))
+        assert isinstance(value, int)
+        no_write(agent, register, value)
 
 
-def test_write_only_msrs(make_vm: MakeVm) -> None:
+def test_write_only_msrs(agent: Agent) -> None:
     """Reading EOI or SELF IPI is #GP in x2APIC mode.
 
     Intel SDM 3A, 12.12.1.2.
     """
-    run(make_vm, REGISTERS, "write_only")
+    legal(agent, X2APIC)
+    no_read(agent, apic.EOI, apic.SELF_IPI)
 
 
-def test_absent_msrs(make_vm: MakeVm) -> None:
+def test_absent_msrs(agent: Agent) -> None:
     """DFR, the upper half of the ICR and numbers without a register are #GP in x2APIC mode.
 
     Intel SDM 3A, 12.12.1.2 and 12.12.1.3 (reserved addresses).
     """
-    run(make_vm, REGISTERS, "absent")
+    legal(agent, X2APIC)
+    no_read(agent, apic.DFR, apic.ICR2, 0x000, 0x400)
+    no_write(agent, apic.DFR, 0xFFFF_FFFF)
+    no_write(agent, apic.ICR2, 0)
 
 
-def test_reserved_bits_of_msrs(make_vm: MakeVm) -> None:
+def test_reserved_bits_of_msrs(agent: Agent) -> None:
     """Reserved bits in x2APIC MSRs are #GP, also a value other than 0 for the error status.
 
     Intel SDM 3A, 12.12.1.3 (reserved bit checking).
     """
-    run(make_vm, REGISTERS, "reserved")
+    legal(agent, X2APIC)
+    no_write(agent, apic.TPR, 1 << 32)
+    no_write(agent, apic.SPIV, 1 << 32 | 0x1FF)
+    no_write(agent, apic.LVT_TIMER, 1 << 32 | 1 << 16)
+    no_write(agent, apic.ESR, 1)
+    no_write(agent, apic.SELF_IPI, 1 << 8 | 0x51)
+    no_write(agent, apic.ICR, 1 << 20 | 0x51)
 
 
 @pytest.mark.parametrize("vcpu_id", [0, 9, 200])
@@ -295,7 +223,7 @@ def test_ids(make_vm: MakeVm, vcpu_id: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU; Intel SDM 3A, 12.12.10.2.
     """
-    run(make_vm, REGISTERS, "ids", vcpu_id, vcpu_id=vcpu_id)
+    make_vm.run(REGISTERS, "ids", vcpu_id, vcpu_ids=[vcpu_id])
 
 
 def test_software_disable_masks(make_vm: MakeVm) -> None:
@@ -303,7 +231,7 @@ def test_software_disable_masks(make_vm: MakeVm) -> None:
 
     Intel SDM 3A, 12.4.7.2 (state after it has been software disabled).
     """
-    run(make_vm, REGISTERS, "software_disable")
+    make_vm.run(REGISTERS, "software_disable")
 
 
 def test_page_of_disabled_apic(make_vm: MakeVm) -> None:
@@ -311,10 +239,8 @@ def test_page_of_disabled_apic(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 7.31 KVM_CAP_DISABLE_QUIRKS2: KVM_X86_QUIRK_LAPIC_MMIO_HOLE.
     """
-    vm = make_vm(REGISTERS)
-    vm.vcpus[0].set_entry("page_while_disabled")
-    vm.launch()
-    assert [tuple(call.args) for call in vm.vcpus[0].syncs()] == [(0xFFFF_FFFF,), (1,)]
+    vm = make_vm.start(REGISTERS, "page_while_disabled")
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(0xFFFF_FFFF,), (1,)]
 
 
 @pytest.mark.requires(f"KVM_CAP_DISABLE_QUIRKS2&{int(KVM_X86_QUIRK_LAPIC_MMIO_HOLE)}")
@@ -327,15 +253,12 @@ def test_page_of_disabled_apic_without_quirk(make_vm: MakeVm) -> None:
     def before(vm: GuestVm) -> None:
         vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
 
-    vm = make_vm(REGISTERS, before_vcpus=before)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("page_while_disabled")
-    vm.launch()
+    vcpu = make_vm.start(REGISTERS, "page_while_disabled", before_vcpus=before).vcpus[0]
     got = vcpu.expect(MmioExit)
     assert (got.phys_addr, got.is_write) == (apic.DEFAULT_BASE + apic.ID, False)
     got.respond(0x1234)
-    assert tuple(vcpu.sync().args) == (0x1234,)
+    assert vcpu.sync().args == (0x1234,)
     got = vcpu.expect(MmioExit)
     assert (got.phys_addr, got.is_write, got.value) == (apic.DEFAULT_BASE + apic.TPR, True, 0x20)
-    assert tuple(vcpu.sync().args) == (1,)
+    assert vcpu.sync().args == (1,)
     vcpu.run_to_done()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from kvmpy import GuestVm, MakeVm, Msi, apic
+from selftests.conftest import said
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
@@ -102,20 +103,6 @@ void requests(u64 x2apic)
 MODES = pytest.mark.parametrize("x2apic", [0, 1], ids=["xapic", "x2apic"])
 
 
-def start(make_vm: MakeVm, entry: str, *args: int) -> GuestVm:
-    """Return a launched VM whose guest runs *entry*."""
-    vm = make_vm(GUEST)
-    vm.vcpus[0].set_entry(entry, *args)
-    vm.launch()
-    return vm
-
-
-def said(vm: GuestVm) -> tuple[str | int, ...]:
-    """Return what the guest says next."""
-    call = vm.vcpus[0].sync()
-    return (chr(call.args[0]), *call.args[1:])
-
-
 def story(vm: GuestVm, windows: int = 4) -> list[tuple[str, int]]:
     """Return the beginnings ('h') and ends ('e') of handlers, with their vectors, within some windows."""
     found: list[tuple[str, int]] = []
@@ -135,7 +122,7 @@ def test_requests(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.4 (interrupt acceptance for fixed interrupts).
     """
-    vm = start(make_vm, "requests", x2apic)
+    vm = make_vm.start(GUEST, "requests", x2apic)
     assert said(vm) == ("r",)
     vm.irq.signal_msi(Msi.to(0, MIDDLE))
     vm.irq.signal_msi(Msi.to(0, HIGH, level=True))
@@ -148,7 +135,7 @@ def test_highest_first(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.3 (interrupt, task, and processor priority).
     """
-    vm = start(make_vm, "windows", x2apic, 0)
+    vm = make_vm.start(GUEST, "windows", x2apic, 0)
     assert said(vm)[0] == "i"
     for vector in (MIDDLE, LOW, HIGH):
         vm.irq.signal_msi(Msi.to(0, vector))
@@ -161,7 +148,7 @@ def test_task_priority(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.3.1 (task and processor priorities).
     """
-    vm = start(make_vm, "windows", x2apic, 0x50)
+    vm = make_vm.start(GUEST, "windows", x2apic, 0x50)
     assert said(vm) == ("i", 0x50)
     for vector in (LOW, MIDDLE, HIGH):
         vm.irq.signal_msi(Msi.to(0, vector))
@@ -178,7 +165,7 @@ def test_cr8(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.6 (task priority in IA-32e mode).
     """
-    vm = start(make_vm, "cr8", x2apic)
+    vm = make_vm.start(GUEST, "cr8", x2apic)
     vm.vcpus[0].run_to_done()
 
 
@@ -188,7 +175,7 @@ def test_priority_subclass(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.3.1 (task-priority sub-class) and 12.8.6.1.
     """
-    vm = start(make_vm, "subclass", x2apic)
+    vm = make_vm.start(GUEST, "subclass", x2apic)
     assert said(vm) == ("s",)
     vm.vcpus[0].run_to_done()
 
@@ -199,7 +186,7 @@ def test_in_service_register(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.4 and 12.8.5 (signaling interrupt servicing completion).
     """
-    vm = start(make_vm, "windows", x2apic, 0)
+    vm = make_vm.start(GUEST, "windows", x2apic, 0)
     assert said(vm) == ("i", 0)
     vm.irq.signal_msi(Msi.to(0, MIDDLE))
     _, vector, _, in_service, requested = said(vm)
@@ -215,7 +202,7 @@ def test_processor_priority(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.3.1: the value of the PPR.
     """
-    vm = start(make_vm, "windows", x2apic, 0x20)
+    vm = make_vm.start(GUEST, "windows", x2apic, 0x20)
     assert said(vm) == ("i", 0x20)
     vm.irq.signal_msi(Msi.to(0, MIDDLE))
     assert said(vm)[:3] == ("h", MIDDLE, 0x50)
@@ -229,7 +216,7 @@ def test_higher_interrupts_lower(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.3.
     """
-    vm = start(make_vm, "nested", x2apic)
+    vm = make_vm.start(GUEST, "nested", x2apic)
     assert said(vm)[0] == "i"
     vm.irq.signal_msi(Msi.to(0, LOW))
     assert said(vm)[:2] == ("h", LOW)
@@ -243,7 +230,7 @@ def test_lower_waits_for_higher(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.8.3.
     """
-    vm = start(make_vm, "nested", x2apic)
+    vm = make_vm.start(GUEST, "nested", x2apic)
     assert said(vm)[0] == "i"
     vm.irq.signal_msi(Msi.to(0, HIGH))
     assert said(vm)[:2] == ("h", HIGH)

@@ -213,14 +213,6 @@ def hide_deadline(table: kvm_cpuid2) -> kvm_cpuid2:
     return table
 
 
-def run(make_vm: MakeVm, entry: str, *args: int) -> None:
-    """Run *entry* to its end; the guest asserts."""
-    vm = make_vm(GUEST, cpuid=offer_deadline)
-    vm.vcpus[0].set_entry(entry, *args)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
-
-
 def milliseconds(kvm: Kvm, number: int) -> int:
     """Return that time in ticks of the guest's TSC."""
     with kvm.create_vm() as vm:
@@ -233,7 +225,7 @@ def test_one_shot(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.4 (APIC timer).
     """
-    run(make_vm, "one_shot", x2apic)
+    make_vm.run(GUEST, "one_shot", x2apic, cpuid=offer_deadline)
 
 
 @MODES
@@ -242,7 +234,7 @@ def test_periodic(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.4.
     """
-    run(make_vm, "periodic", x2apic)
+    make_vm.run(GUEST, "periodic", x2apic, cpuid=offer_deadline)
 
 
 @MODES
@@ -251,7 +243,7 @@ def test_count(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.4.
     """
-    run(make_vm, "count", x2apic)
+    make_vm.run(GUEST, "count", x2apic, cpuid=offer_deadline)
 
 
 @MODES
@@ -260,7 +252,7 @@ def test_masked(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.1 (local vector table, mask).
     """
-    run(make_vm, "masked", x2apic)
+    make_vm.run(GUEST, "masked", x2apic, cpuid=offer_deadline)
 
 
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ", "stable-tsc")
@@ -270,7 +262,7 @@ def test_deadline(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.4.1 (TSC-deadline mode).
     """
-    run(make_vm, "deadline", x2apic, milliseconds(kvm, 2))
+    make_vm.run(GUEST, "deadline", x2apic, milliseconds(kvm, 2), cpuid=offer_deadline)
 
 
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER")
@@ -280,7 +272,7 @@ def test_past_deadline(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.4.1.
     """
-    run(make_vm, "past_deadline", x2apic)
+    make_vm.run(GUEST, "past_deadline", x2apic, cpuid=offer_deadline)
 
 
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ")
@@ -290,7 +282,7 @@ def test_disarm(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.4.1.
     """
-    run(make_vm, "disarm", x2apic, milliseconds(kvm, 5))
+    make_vm.run(GUEST, "disarm", x2apic, milliseconds(kvm, 5), cpuid=offer_deadline)
 
 
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER")
@@ -300,7 +292,7 @@ def test_registers_of_other_modes(make_vm: MakeVm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.4.1.
     """
-    run(make_vm, "other_modes", x2apic)
+    make_vm.run(GUEST, "other_modes", x2apic, cpuid=offer_deadline)
 
 
 @pytest.mark.requires("KVM_CAP_TSC_DEADLINE_TIMER", "KVM_CAP_GET_TSC_KHZ")
@@ -310,7 +302,7 @@ def test_leaving_deadline_mode(make_vm: MakeVm, kvm: Kvm, x2apic: int) -> None:
 
     Intel SDM 3A, 12.5.4.1.
     """
-    run(make_vm, "switch_mode", x2apic, milliseconds(kvm, 5))
+    make_vm.run(GUEST, "switch_mode", x2apic, milliseconds(kvm, 5), cpuid=offer_deadline)
 
 
 def test_deadline_mode_without_cpuid(make_vm: MakeVm) -> None:
@@ -318,7 +310,4 @@ def test_deadline_mode_without_cpuid(make_vm: MakeVm) -> None:
 
     Intel SDM 3A, 12.5.4.1 (the bit is reserved then).
     """
-    vm = make_vm(GUEST, cpuid=hide_deadline)
-    vm.vcpus[0].set_entry("entry_without_deadline")
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    make_vm.run(GUEST, "entry_without_deadline", cpuid=hide_deadline)

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from kvmpy import Cpuid, CpuidEntry, Kvm, MakeVm, Missing, kvm_cpuid2
+from kvmpy import AGENT, PAGE_SIZE, Agent, Cpuid, CpuidEntry, Kvm, MakeVm, Missing, kvm_cpuid2
+from kvmpy.core.kvm import Kvm as CoreKvm
 from kvmpy.x86.cpuid import SIGNIFICANT_INDEX
-
-if TYPE_CHECKING:
-    from kvmpy.core.kvm import Kvm as CoreKvm
-    from selftests.cpuid.conftest import CpuidGuestMaker
+from selftests.cpuid.conftest import CpuidGuestMaker
 
 # Basic leaves that no CPU has and KVM gives no meaning to.
 LEAF = 0x30
@@ -140,23 +136,12 @@ def test_upper_halves(make_vm: MakeVm) -> None:
 
     Intel SDM volume 2, CPUID.
     """
-    vm = make_vm(
-        """
-#include <kvmpy/guest.h>
-
-void guest_main(void)
-{
-	u64 a = 0xffffffff00000000, b = ~0ull, c = 0xffffffff00000000, d = ~0ull;
-
-	asm volatile("cpuid" : "+a"(a), "+b"(b), "+c"(c), "+d"(d));
-	GUEST_SYNC(a, b, c, d);
-}
-"""
-    )
-    vm.launch()
-    leaf0 = Cpuid.from_struct(vm.kvm.supported_cpuid).find(0)
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    upper = 0xFFFF_FFFF_0000_0000
+    end = agent.must(b"\x0f\xa2", rax=upper, rbx=(1 << 64) - 1, rcx=upper, rdx=(1 << 64) - 1)
+    leaf0 = Cpuid.from_struct(agent.vm.kvm.supported_cpuid).find(0)
     assert leaf0 is not None
-    assert vm.vcpus[0].sync().args == leaf0.registers
+    assert (end.rax, end.rbx, end.rcx, end.rdx) == leaf0.registers
 
 
 def test_each_vcpu_its_own(cpuid_guest: CpuidGuestMaker) -> None:
@@ -187,27 +172,13 @@ def test_emulated_feature_works(make_vm: MakeVm) -> None:
         cpuid.set_feature("movbe")
         return cpuid.to_struct()
 
-    vm = make_vm(
-        """
-#include <kvmpy/guest.h>
-
-u64 memory = 0x1122334455667788;
-u32 word;
-
-void guest_main(void)
-{
-	u64 value = 0;
-
-	asm volatile("movbe %1, %0" : "=r"(value) : "m"(memory));
-	GUEST_SYNC(value, cpuid(1, 0).ecx >> 22 & 1);
-	value = 0xaabbccdd;
-	asm volatile("movbe %k1, %0" : "=m"(word) : "r"(value));
-	GUEST_SYNC(word);
-}
-""",
-        cpuid=edit,
-    )
-    vm.launch()
-    vcpu = vm.vcpus[0]
-    assert vcpu.sync().args == (0x8877_6655_4433_2211, 1)
-    assert vcpu.sync().args == (0xDDCC_BBAA,)
+    vm = make_vm(AGENT, cpuid=edit)
+    word = vm.variable(vm.alloc(PAGE_SIZE, private=False), 8)
+    agent = Agent(vm.vcpus[0])
+    word.u64 = 0x1122_3344_5566_7788
+    assert (
+        agent.must(b"\x48\x0f\x38\xf0\x07", rdi=int(word.gva)).rax == 0x8877_6655_4433_2211
+    )  # movbe (%rdi), %rax
+    assert agent.cpuid(1)[2] >> 22 & 1 == 1
+    agent.must(b"\x0f\x38\xf1\x07", rdi=int(word.gva), rax=0xAABB_CCDD)  # movbe %eax, (%rdi)
+    assert word.u64 == 0x1122_3344_DDCC_BBAA

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,9 +20,7 @@ from kvmpy import (
     kvm_cpuid_entry2,
     refused,
 )
-
-if TYPE_CHECKING:
-    from selftests.cpuid.conftest import CpuidGuestMaker
+from selftests.cpuid.conftest import CpuidGuestMaker
 
 MAX_ENTRIES = 256
 SYSTEM_LISTS = [

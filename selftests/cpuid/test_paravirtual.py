@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import KVM_CAP_ENFORCE_PV_FEATURE_CPUID, Cpuid, Kvm
-
-if TYPE_CHECKING:
-    from selftests.cpuid.conftest import CpuidGuestMaker
+from selftests.cpuid.conftest import CpuidGuestMaker
 
 SIGNATURE, FEATURES = 0x4000_0000, 0x4000_0001
 CLOCKSOURCE2 = 1 << 3

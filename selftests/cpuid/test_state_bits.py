@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import (
@@ -16,14 +14,12 @@ from kvmpy import (
     XCR0,
     Cpuid,
     GuestVm,
+    Kvm,
     Missing,
     Msr,
     kvm_xcrs,
 )
-
-if TYPE_CHECKING:
-    from kvmpy import Kvm
-    from selftests.cpuid.conftest import CpuidGuest, CpuidGuestMaker
+from selftests.cpuid.conftest import CpuidGuest, CpuidGuestMaker
 
 APICBASE_ENABLE = 1 << 11
 MISC_ENABLE_MWAIT = 1 << 18

@@ -126,10 +126,8 @@ void general_detect(void)
 
 def start(make_vm: MakeVm, entry: str) -> tuple[GuestVm, GuestVcpu]:
     """Return a VM that stands at the first SYNC of *entry*."""
-    vm = make_vm(GUEST)
+    vm = make_vm.start(GUEST, entry)
     vcpu = vm.vcpus[0]
-    vcpu.set_entry(entry)
-    vm.launch()
     vcpu.sync()
     vcpu.complete_io()
     return vm, vcpu

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import (
@@ -21,9 +19,7 @@ from kvmpy import (
     Ucall,
     Vector,
 )
-
-if TYPE_CHECKING:
-    from selftests.debug.conftest import Line, LineMaker
+from selftests.debug.conftest import Line, LineMaker
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_SET_GUEST_DEBUG"),
@@ -159,10 +155,8 @@ void exception(void)
 
 def start(make_vm: MakeVm, entry: str) -> tuple[GuestVm, GuestVcpu]:
     """Return a VM that stands before the instructions of *entry*."""
-    vm = make_vm(EMULATED)
+    vm = make_vm.start(EMULATED, entry)
     vcpu = vm.vcpus[0]
-    vcpu.set_entry(entry)
-    vm.launch()
     vcpu.sync()
     vcpu.complete_io()
     return vm, vcpu

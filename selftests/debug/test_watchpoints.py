@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import DebugPoint, Vector
-
-if TYPE_CHECKING:
-    from selftests.debug.conftest import LineMaker
+from selftests.debug.conftest import LineMaker
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_SET_GUEST_DEBUG"),

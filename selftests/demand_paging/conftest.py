@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -13,28 +13,27 @@ from kvmpy import PAGE_SIZE, DemandPager, MissingError, PageFault, UffdFeature, 
 Handler = Callable[[PageFault], object]
 
 
-class MakePager(Protocol):
-    """Makes a pager that is stopped when the test ends."""
+@dataclass
+class MakePager:
+    """Makes pagers that need *features* of userfaultfd: a skip where the kernel lacks one."""
+
+    pagers: list[DemandPager] = field(default_factory=list)
 
     def __call__(
         self, handler: Handler, *, features: UffdFeature | int = 0, page_size: int = PAGE_SIZE
-    ) -> DemandPager: ...
-
-
-@pytest.fixture
-def make_pager() -> Iterator[MakePager]:
-    """Pagers that need *features* of userfaultfd: a skip where the kernel lacks one."""
-    made: list[DemandPager] = []
-
-    def make(handler: Handler, *, features: UffdFeature | int = 0, page_size: int = PAGE_SIZE) -> DemandPager:
+    ) -> DemandPager:
+        """Make a pager that is stopped when the test ends."""
         with Userfaultfd() as probe:
             lacking = UffdFeature(int(features) & ~int(probe.features))
         if lacking:
             raise MissingError(f"userfaultfd feature {lacking!r}", "a kernel whose userfaultfd offers it")
-        pager = DemandPager(handler, features=features, page_size=page_size)
-        made.append(pager)
-        return pager
+        self.pagers.append(DemandPager(handler, features=features, page_size=page_size))
+        return self.pagers[-1]
 
+
+@pytest.fixture
+def make_pager() -> Iterator[MakePager]:
+    make = MakePager()
     yield make
-    for pager in made:
+    for pager in make.pagers:
         pager.stop()

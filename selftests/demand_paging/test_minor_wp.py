@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import PAGE_SIZE, Anonymous, Backing, Gpa, Gva, MemFd, PageFault, UffdFeature, UffdRegisterMode
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
-    from selftests.demand_paging.conftest import MakePager
-
+from selftests.conftest import Accessor
+from selftests.demand_paging.conftest import MakePager
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

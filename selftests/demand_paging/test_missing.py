@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,11 +21,8 @@ from kvmpy import (
     PageFault,
     UffdFeature,
 )
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
-    from selftests.demand_paging.conftest import MakePager
-
+from selftests.conftest import Accessor
+from selftests.demand_paging.conftest import MakePager
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

@@ -7,15 +7,23 @@ import mmap
 import struct
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy import PAGE_SIZE, Anonymous, Gpa, GuestVm, Gva, MakeVm, Mapping, PageFault, VcpuThread
-
-if TYPE_CHECKING:
-    from selftests.demand_paging.conftest import MakePager
-
+from kvmpy import (
+    AGENT,
+    PAGE_SIZE,
+    Agent,
+    Anonymous,
+    Gpa,
+    GuestVm,
+    Gva,
+    MakeVm,
+    Mapping,
+    PageFault,
+    VcpuThread,
+)
+from selftests.demand_paging.conftest import MakePager
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)
@@ -55,40 +63,6 @@ void guest_main(u64 address)
 			cpu_relax();
 		seen[me][i] = *(volatile u64 *)(uintptr_t)(address + i * PAGE_SIZE);
 	}
-}
-"""
-
-# Vcpu 0 meets the missing page, in the ring that the host says; vcpu 1 runs on.
-WAITING = """
-#include <kvmpy/guest.h>
-
-GUEST_SHARED volatile u64 reached, got;
-
-static GUEST_USER u64 load(u64 address)
-{
-	return mmio_read64((void *)(uintptr_t)address);
-}
-
-static u64 user_stack[256] GUEST_USER_DATA;
-
-void guest_main(u64 address, u64 ring)
-{
-	struct guest_user_exit exit = { .returned = true };
-
-	reached = 1;
-	if (ring)
-		exit = guest_user_run(load, address, user_stack + ARRAY_SIZE(user_stack));
-	else
-		exit.value = load(address);
-	GUEST_ASSERT(exit.returned);
-	got = exit.value;
-	GUEST_SYNC(exit.value);
-}
-
-void other_main(void)
-{
-	for (u64 i = 0; i < 100; i++)
-		GUEST_SYNC(i);
 }
 """
 
@@ -183,37 +157,41 @@ def test_vcpus_that_meet_at_a_page_see_one_content(make_vm: MakeVm, make_pager: 
         assert 1 <= values.pop() <= answers
 
 
+class LatePager:
+    """A pager of one page that the guest's agent reads; it answers when the test says so."""
+
+    def __init__(self, agent: Agent, make_pager: MakePager) -> None:
+        self.deadline = agent.vm.deadline
+        memory = paged_memory(agent.vm, 1)
+        self.asked, self.may_answer = threading.Event(), threading.Event()
+        make_pager(self.answer).register(memory.hva, memory.size)
+
+    def answer(self, _fault: PageFault) -> bytes:
+        """Wait, and give the page."""
+        self.asked.set()
+        assert self.may_answer.wait(self.deadline)
+        return struct.pack("<Q", 0xC0FFEE) + bytes(PAGE_SIZE - 8)
+
+
 def test_a_vcpu_waits_while_others_run(make_vm: MakeVm, make_pager: MakePager, ring: int) -> None:
     """A vCPU that waits for a page does not go on before it comes; other vCPUs do.
 
     Documentation/admin-guide/mm/userfaultfd.rst, QEMU/KVM: postcopy lets "other vcpus" run meanwhile.
     """
-    vm = make_vm(WAITING, vcpus=2)
-    memory = paged_memory(vm, 1)
-    vm.vcpus[0].set_entry("guest_main", int(GVA), ring)
-    vm.vcpus[1].set_entry("other_main")
-    vm.launch()
-    asked, may_answer = threading.Event(), threading.Event()
-
-    def late(_fault: PageFault) -> bytes:
-        asked.set()
-        assert may_answer.wait(vm.deadline)
-        return struct.pack("<Q", 0xC0FFEE) + bytes(PAGE_SIZE - 8)
-
-    pager = make_pager(late)
-    pager.register(memory.hva, memory.size)
-    waiting = vm.vcpus[0]
-    with VcpuThread(waiting.sync, vcpu=waiting) as thread:
+    vm = make_vm(AGENT, vcpus=2)
+    waiting, other = (Agent(vcpu, ring=ring) for vcpu in vm.vcpus)
+    pager = LatePager(waiting, make_pager)
+    waiting.begin_read(GVA)
+    with VcpuThread(waiting.value, vcpu=waiting.vcpu) as thread:
         try:
-            assert asked.wait(vm.deadline)
-            vm.vcpus[1].run_to_done()
-            assert (vm.symbol("reached").u64, vm.symbol("got").u64) == (1, 0)
-            assert waiting.running
+            assert pager.asked.wait(vm.deadline)
+            for number in range(100):
+                assert other.must(b"", rax=number).rax == number
+            assert thread.alive
+            assert waiting.vcpu.running
         finally:
-            may_answer.set()
-        call = thread.join(vm.deadline)
-    assert call is not None
-    assert call.args == (0xC0FFEE,)
+            pager.may_answer.set()
+        assert thread.join(vm.deadline) == 0xC0FFEE
 
 
 @pytest.mark.parametrize("ring", [3], ids=["ring3"], indirect=True)
@@ -222,29 +200,18 @@ def test_a_vcpu_that_waits_can_be_interrupted(make_vm: MakeVm, make_pager: MakeP
 
     Documentation/virt/kvm/api.rst 4.10 KVM_RUN, EINTR.  Ring 3 only: emulators wait uninterruptibly.
     """
-    vm = make_vm(WAITING)
-    memory = paged_memory(vm, 1)
-    vm.vcpus[0].set_entry("guest_main", int(GVA), ring)
-    vm.launch()
-    asked, may_answer = threading.Event(), threading.Event()
-
-    def late(_fault: PageFault) -> bytes:
-        asked.set()
-        assert may_answer.wait(vm.deadline)
-        return struct.pack("<Q", 0xC0FFEE) + bytes(PAGE_SIZE - 8)
-
-    pager = make_pager(late)
-    pager.register(memory.hva, memory.size)
-    vcpu = vm.vcpus[0]
+    agent = Agent(make_vm(AGENT).vcpus[0], ring=ring)
+    vcpu, deadline = agent.vcpu, agent.vm.deadline
+    pager = LatePager(agent, make_pager)
+    agent.begin_read(GVA)
     try:
         with VcpuThread(vcpu.run_until_kicked, vcpu=vcpu) as thread:
-            assert asked.wait(vm.deadline)
+            assert pager.asked.wait(deadline)
             vcpu.kick()
-            thread.join(vm.deadline)
-        assert (vm.symbol("reached").u64, vm.symbol("got").u64) == (1, 0)
+            thread.join(deadline)
     finally:
-        may_answer.set()
-    assert vcpu.sync().args == (0xC0FFEE,)
+        pager.may_answer.set()
+    assert agent.value() == 0xC0FFEE
 
 
 def test_a_guest_goes_on_in_memory_that_is_not_there(make_vm: MakeVm, make_pager: MakePager) -> None:

@@ -14,9 +14,9 @@ from kvmpy import (
     DirtyGfn,
     DirtyRing,
     DirtyRingFullExit,
+    Exit,
     Gpa,
     GuestVm,
-    Ucall,
     Vm,
     ioctls,
     refused,
@@ -121,12 +121,9 @@ def test_every_vcpu_has_its_own_ring(make_writers: MakeWriters) -> None:
 def fill(writers: Writers) -> None:
     """Let the guest write pages, from the first one on, until the ring is full."""
     for page in range(2 * ENTRIES):
-        writers.order(page)
-        got = writers.vm.vcpus[0].next()
-        if isinstance(got, DirtyRingFullExit):
+        writers.begin(page)
+        if isinstance(writers.vm.vcpus[0].next(), DirtyRingFullExit):
             return
-        assert isinstance(got, Ucall)
-        writers.asked(got)
     pytest.fail(f"{2 * ENTRIES} pages did not fill a ring of {ENTRIES} entries")
 
 
@@ -143,7 +140,7 @@ def test_a_full_ring_stops_the_vcpu(make_writers: MakeWriters) -> None:
     ring.harvest()
     assert isinstance(vcpu.next(), DirtyRingFullExit)
     assert writers.vm.dirty.reset_rings() > 0
-    writers.finish()
+    writers.agents[0].value()
 
 
 def test_no_page_is_lost_when_the_ring_wraps(make_writers: MakeWriters) -> None:
@@ -155,14 +152,17 @@ def test_no_page_is_lost_when_the_ring_wraps(make_writers: MakeWriters) -> None:
     ring = ring_of(writers)
     seen: list[int] = []
     times_full = 0
+
+    def full(exit_: Exit) -> bool:
+        nonlocal times_full
+        times_full += 1
+        seen.extend(entry.offset for entry in ring.harvest())
+        writers.vm.dirty.reset_rings()
+        return isinstance(exit_, DirtyRingFullExit)
+
     for page in range(3 * ENTRIES):
-        writers.order(page)
-        while isinstance(got := writers.vm.vcpus[0].next(), DirtyRingFullExit):
-            times_full += 1
-            seen += [entry.offset for entry in ring.harvest()]
-            writers.vm.dirty.reset_rings()
-        assert isinstance(got, Ucall)
-        writers.asked(got)
+        writers.begin(page)
+        writers.agents[0].value(full)
     seen += [entry.offset for entry in ring.harvest()]
     assert list(dict.fromkeys(seen)) == list(range(3 * ENTRIES))
     assert times_full >= 2

@@ -11,7 +11,7 @@ from .conftest import REGION_GPA, MakeWriters, Writers
 
 pytestmark = [
     # Hosts that emulate ring 0 map nothing for it.
-    pytest.mark.parametrize("ring", [3], ids=["ring3"], indirect=True),
+    pytest.mark.parametrize("ring", [3], ids=["ring3"], indirect=True)
 ]
 
 HUGE = SIZE_2M // PAGE_SIZE

@@ -3,22 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from kvmpy import KVM_CAP_EXCEPTION_PAYLOAD, Gva, Missing, Vector
+from kvmpy import KVM_CAP_EXCEPTION_PAYLOAD, Gva, Kvm, Missing, Vector
 from kvmpy.guest import layout
 from kvmpy.testing import host
+from selftests.events.conftest import EventGuest, EventGuestMaker
 
-if TYPE_CHECKING:
-    from kvmpy import Kvm
-    from selftests.events.conftest import EventGuest, EventGuestMaker
-
-pytestmark = [
-    pytest.mark.requires("KVM_CAP_VCPU_EVENTS"),
-    pytest.mark.usefixtures("open_registers"),
-]
+pytestmark = [pytest.mark.requires("KVM_CAP_VCPU_EVENTS"), pytest.mark.usefixtures("open_registers")]
 payload = pytest.mark.requires("KVM_CAP_EXCEPTION_PAYLOAD")
 
 CR2 = 0x0000_1234_5678_9ABC

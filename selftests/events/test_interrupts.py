@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import KVM_CAP_SPLIT_IRQCHIP, IrqWindowOpenExit, Vm, refused
-
-if TYPE_CHECKING:
-    from selftests.events.conftest import EventGuestMaker
+from selftests.events.conftest import EventGuestMaker
 
 registers = pytest.mark.usefixtures("open_registers")
 VECTOR = 0x45

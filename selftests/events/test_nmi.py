@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import KVM_VCPUEVENT_VALID_NMI_PENDING, MakeVm, Vector
-
-if TYPE_CHECKING:
-    from selftests.events.conftest import EventGuestMaker
+from selftests.events.conftest import EventGuestMaker
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_USER_NMI", "KVM_CAP_VCPU_EVENTS"),
@@ -108,9 +104,7 @@ def test_in_the_handler(make_vm: MakeVm) -> None:
 
     Intel SDM volume 3, 6.7.1 Handling Multiple NMIs; Documentation/virt/kvm/api.rst, 4.31 (nmi.masked).
     """
-    vm = make_vm(HANDLER)
-    vm.launch()
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(HANDLER).vcpus[0]
     vcpu.sync()
     vcpu.events.nmi()
     assert vcpu.sync().args == (0x1001,)

@@ -6,15 +6,11 @@ Intel SDM volume 3, 6.8.3; AMD APM volume 2, 15.21.5 (the shadow as part of a VM
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import KVM_VCPUEVENT_VALID_SHADOW, GuestTimeoutError, IrqWindowOpenExit, MakeVm, ShadowInt
 from kvmpy.testing.host import platform_name
-
-if TYPE_CHECKING:
-    from selftests.events.conftest import EventGuest, EventGuestMaker
+from selftests.events.conftest import EventGuest, EventGuestMaker
 
 VECTOR = 0x45
 # QEMU without KVM forgets the shadow at VMRUN: there it is lost where the host's timer comes between the two
@@ -96,9 +92,7 @@ def test_window_waits(event_guest: EventGuestMaker, kind: str) -> None:
 def test_behind_sti(make_vm: MakeVm, instruction: str) -> None:
     """An interrupt that is pending at STI comes behind the next instruction, also where that one exits."""
     for left in reversed(range(TRIES)):
-        vm = make_vm(GUEST.replace("@INSTRUCTION@", INSTRUCTIONS[instruction]))
-        vm.vcpus[0].set_entry("guest_main")
-        vm.launch()
+        vm = make_vm.start(GUEST.replace("@INSTRUCTION@", INSTRUCTIONS[instruction]), "guest_main")
         try:
             vm.vcpus[0].run_to_done()
         except GuestTimeoutError:

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import (
+    AGENT,
     KVM_CAP_MULTI_ADDRESS_SPACE,
     KVM_CAP_X86_SMM,
     KVM_CAP_X86_TRIPLE_FAULT_EVENT,
     KVM_RUN_X86_SMM,
     KVM_VCPUEVENT_VALID_SMM,
+    PAGE_SIZE,
+    Agent,
     Gpa,
     IoExit,
     MakeVm,
@@ -22,9 +24,7 @@ from kvmpy import (
     Vm,
     refused,
 )
-
-if TYPE_CHECKING:
-    from selftests.events.conftest import EventGuest, EventGuestMaker
+from selftests.events.conftest import EventGuest, EventGuestMaker
 
 registers = pytest.mark.usefixtures("open_registers")
 smm = pytest.mark.requires("KVM_CAP_X86_SMM", "KVM_CAP_MULTI_ADDRESS_SPACE>=2")
@@ -125,35 +125,20 @@ def test_without_smm(vm: Vm) -> None:
         vcpu.events.smi()
 
 
-TRIPLE_FAULT = """
-#include <kvmpy/guest.h>
-
-void guest_main(void)
-{
-	struct {
-		u16 limit;
-		u64 base;
-	} __packed nothing = { 0 };
-
-	GUEST_SYNC(0);
-	asm volatile("lidt %0; ud2" : : "m"(nothing));
-}
-"""
-
-
 @pytest.mark.parametrize("cap", [False, True], ids=["plain", "event"])
 def test_triple_fault(make_vm: MakeVm, cap: bool) -> None:
     """A guest that cannot deliver its double fault ends in KVM_EXIT_SHUTDOWN.
 
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure; Intel SDM volume 3, 6.15, Interrupt 8 (shutdown).
     """
-    vm = make_vm(TRIPLE_FAULT)
+    vm = make_vm(AGENT)
     if cap:
         vm.need_cap(KVM_CAP_X86_TRIPLE_FAULT_EVENT)
         vm.enable_cap(KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1)
-    vm.launch()
-    vm.vcpus[0].sync()
-    vm.vcpus[0].expect(ShutdownExit)
+    no_table = vm.alloc(PAGE_SIZE, private=False)
+    agent = Agent(vm.vcpus[0])
+    agent.begin(b"\x0f\x01\x1f\x0f\x0b", rdi=int(no_table))  # lidt (%rdi); ud2
+    agent.vcpu.expect(ShutdownExit)
 
 
 @registers

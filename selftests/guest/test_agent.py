@@ -12,6 +12,7 @@ from kvmpy import (
     PAGE_SIZE,
     Agent,
     AgentFaultError,
+    Exit,
     Fault,
     Gpa,
     Gva,
@@ -20,6 +21,7 @@ from kvmpy import (
     MmioExit,
     PfErr,
     Registers,
+    UnexpectedExitError,
     Vector,
 )
 
@@ -85,10 +87,15 @@ def test_other_exceptions(agent: Agent) -> None:
 
 
 def test_a_function_of_the_guests_own(make_vm: MakeVm) -> None:
-    """call() runs what lies at an address, with registers, and returns its RAX."""
-    vm = make_vm(AGENT + "u64 twice(u64 number) { return 2 * number; }\n")
+    """call() runs a function, by name or by address, with up to six arguments, and returns its result."""
+    vm = make_vm(
+        AGENT + "u64 mix(u64 a, u64 b, u64 c, u64 d, u64 e, u64 f) { return a * f - b - c - d - e; }\n"
+    )
     agent = Agent(vm.vcpus[0])
-    assert agent.call(vm.symbol("twice").gva, rdi=21) == 42
+    assert agent.call("mix", 100, 1, 2, 3, 4, 5) == 490
+    assert agent.call(vm.symbol("mix").gva, 21, 0, 0, 0, 0, 2) == 42
+    agent.begin_call("mix", 7, 1)
+    assert agent.value() == (1 << 64) - 1
 
 
 @pytest.mark.requires("KVM_CAP_IRQCHIP")
@@ -114,6 +121,26 @@ def test_ports(make_vm: MakeVm) -> None:
     agent.begin_in(0x81, 4)
     agent.vcpu.expect(IoExit).respond(b"\x78\x56\x34\x12")
     assert agent.value() == 0x1234_5678
+
+
+def test_exits_on_the_way(make_vm: MakeVm) -> None:
+    """end() hands the exits of an order to a function; one that it does not take is an error."""
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    seen: list[int] = []
+
+    def take(exit_: Exit) -> bool:
+        assert isinstance(exit_, IoExit)
+        seen.append(exit_.port)
+        return exit_.port != 0x82
+
+    for last in (0x81, 0x82):
+        agent.begin(bytes((0xE6, 0x80, 0xE6, last)))  # out %al, $0x80; out %al, $last
+        if last == 0x81:
+            agent.value(take)
+        else:
+            with pytest.raises(UnexpectedExitError, match="expected the end of the order"):
+                agent.value(take)
+    assert seen == [0x80, 0x81, 0x80, 0x82]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -146,6 +173,17 @@ def test_control_registers(make_vm: MakeVm) -> None:
     assert agent.read_cr(4) == before
     assert agent.write_cr(2, MARK) is None
     assert agent.read_cr(2) == MARK
+
+
+def test_debug_registers(make_vm: MakeVm) -> None:
+    """A debug register reads back what was written, and the upper half of DR6 is #GP.
+
+    AMD APM volume 2, 13.1.1, "Debug Registers".
+    """
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    assert agent.write_dr(3, MARK) is None
+    assert (agent.read_dr(3), agent.read_dr(2)) == (MARK, 0)
+    assert agent.write_dr(6, 1 << 32) == Fault(Vector.GP, 0)
 
 
 def test_what_is_refused(agent: Agent) -> None:

@@ -88,8 +88,5 @@ void guest_main(u64 x2apic)
 @pytest.mark.parametrize("mode", ["xapic", "x2apic"])
 def test_helpers(make_vm: MakeVm, mode: str) -> None:
     """Ids, self IPIs, IPIs, timers in each mode, EOI and the mode switches work as named."""
-    vm = make_vm(HELPERS)
-    vm.vcpus[0].set_entry("guest_main", mode == "x2apic")
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(HELPERS, "guest_main", mode == "x2apic")
     assert vm.vcpus[0].done

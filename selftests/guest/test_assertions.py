@@ -36,8 +36,7 @@ void guest_main(void)
 
 def test_assertions_that_hold(make_vm: MakeVm) -> None:
     """Assertions that hold evaluate their operands once and say nothing."""
-    vm = make_vm(HOLDING)
-    vm.launch()
+    vm = make_vm.start(HOLDING)
     assert [call.args for call in vm.vcpus[0].syncs()] == [(1,)]
 
 
@@ -71,8 +70,7 @@ void guest_main(void)
 )  # fmt: skip
 def test_assertions_that_fail(make_vm: MakeVm, assertion: str, said: str) -> None:
     """A failing assertion ends the run with its text, both values as their types have them, and the place."""
-    vm = make_vm(TEMPLATE % assertion)
-    vm.launch()
+    vm = make_vm.start(TEMPLATE % assertion)
     vm.vcpus[0].sync()
     with pytest.raises(GuestAssertionError) as caught:
         vm.vcpus[0].run_to_done()
@@ -94,8 +92,7 @@ def test_an_assertion_points_at_its_line(make_vm: MakeVm) -> None:
     """A failed assertion names the line of the Python file that it stands in."""
     lines = Path(__file__).read_text().splitlines()
     expected = next(number for number, line in enumerate(lines, 1) if line.strip() == "GUEST_ASSERT(0 == 1);")
-    vm = make_vm(LOCATED)
-    vm.launch()
+    vm = make_vm.start(LOCATED)
     with pytest.raises(GuestAssertionError, match=rf"test_assertions\.py:{expected}: vcpu0 in guest_main"):
         vm.vcpus[0].run_to_done()
 
@@ -108,8 +105,7 @@ def test_long_expressions_and_paths_are_cut(make_vm: MakeVm, tmp_path: Path) -> 
     long = " + ".join(["value"] * 100)
     head = "#include <kvmpy/guest.h>\nstatic int value;\nvoid guest_main(void)\n{\n"
     source.write_text(f"{head}\tGUEST_ASSERT({long});\n}}\n")
-    vm = make_vm(GuestProgram.from_file(source))
-    vm.launch()
+    vm = make_vm.start(GuestProgram.from_file(source))
     with pytest.raises(GuestAssertionError) as caught:
         vm.vcpus[0].run_to_done()
     first, place = caught.value.message.splitlines()

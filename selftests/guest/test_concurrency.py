@@ -51,10 +51,7 @@ void guest_main(u64 vcpus, u64 rounds)
 def test_locks_barriers_and_atomics(make_vm: MakeVm) -> None:
     """A spin lock lets one vCPU in at a time, a barrier lets all go on at once, atomics lose no update."""
     rounds = 100
-    vm = make_vm(LOCKED, vcpus=VCPUS)
-    for vcpu in vm.vcpus:
-        vcpu.set_entry("guest_main", VCPUS, rounds)
-    vm.launch()
+    vm = make_vm.start(LOCKED, "guest_main", VCPUS, rounds, vcpus=VCPUS)
     seen: list[tuple[int, ...]] = []
     vm.run_all(on_sync=lambda _vcpu, call: seen.append(call.args))
     expected = (VCPUS * rounds, 1, VCPUS * sum(range(rounds)), (1 << VCPUS) - 1)
@@ -98,7 +95,5 @@ void guest_main(void)
 
 def test_atomics_of_each_size(make_vm: MakeVm) -> None:
     """Atomics return what they say and work on integers of each size; a held lock cannot be taken."""
-    vm = make_vm(SINGLE)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(SINGLE)
     assert vm.vcpus[0].done

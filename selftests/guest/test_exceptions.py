@@ -53,8 +53,7 @@ def test_fix_ups(make_vm: MakeVm) -> None:
 
     Error codes: Intel SDM volume 3, 6.13 and 4.7; #PF bits are present, write, user.
     """
-    vm = make_vm(FAULTS)
-    vm.launch()
+    vm = make_vm.start(FAULTS)
     calls = [call.args for call in vm.vcpus[0].syncs()]
     main = int(vm.program.address_of("guest_main"))
     none = (0, 0xFF)
@@ -91,8 +90,7 @@ void guest_main(void)
 
 def test_a_fix_up_of_a_trap(make_vm: MakeVm) -> None:
     """GUEST_TRY tells of a breakpoint, which leaves RIP behind its instruction (Intel SDM volume 3, 6.5)."""
-    vm = make_vm(TRAPS)
-    vm.launch()
+    vm = make_vm.start(TRAPS)
     assert [call.args for call in vm.vcpus[0].syncs()] == [(3, 1), (0xFF, 0)]
 
 
@@ -128,9 +126,7 @@ void guest_main(void)
 
 def test_msr_accessors(make_vm: MakeVm) -> None:
     """The _safe forms of rdmsr and wrmsr report #GP and change nothing then."""
-    vm = make_vm(MSRS)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(MSRS)
     assert vm.vcpus[0].done
 
 
@@ -184,8 +180,7 @@ void guest_main(void)
 
 def test_handlers(make_vm: MakeVm) -> None:
     """A handler sees the interrupted registers and may change them; fix-ups of its own do no harm."""
-    vm = make_vm(HANDLERS)
-    vm.launch()
+    vm = make_vm.start(HANDLERS)
     vcpu = vm.vcpus[0]
     assert vcpu.sync().args == (0x5555, 0x2222, 0x3333, 0x4444)
     assert vcpu.sync().args == (6, 0, 0x1111, 0x2222, 0x3333, 0x4444)
@@ -238,8 +233,7 @@ void guest_main(void)
 @pytest.mark.requires("KVM_CAP_IRQCHIP")
 def test_an_interrupt_is_no_fault_of_the_instruction(make_vm: MakeVm) -> None:
     """GUEST_TRY does not take an interrupt for a fault, nor a fault in its handler for its own."""
-    vm = make_vm(INTERRUPTED)
-    vm.launch()
+    vm = make_vm.start(INTERRUPTED)
     assert vm.vcpus[0].sync().args == (0, 0xFF, 1)
 
 
@@ -265,8 +259,7 @@ void guest_main(void)
 
 def test_a_double_fault_has_a_stack_of_its_own(make_vm: MakeVm) -> None:
     """An exception without a stack becomes a #DF on its interrupt stack (AMD APM volume 2, 8.9.4)."""
-    vm = make_vm(DOUBLE_FAULT)
-    vm.launch()
+    vm = make_vm.start(DOUBLE_FAULT)
     assert vm.vcpus[0].sync().args == (8, 0, 2, 0x70000000)
 
 
@@ -307,8 +300,7 @@ void guest_main(void)
 @pytest.mark.requires("KVM_CAP_IRQCHIP")
 def test_nmis(make_vm: MakeVm) -> None:
     """NMIs run on their own stack, and with the right GS base even where SWAPGS is about to come."""
-    vm = make_vm(NMIS)
-    vm.launch()
+    vm = make_vm.start(NMIS)
     (hits, stack_page), second = (call.args for call in vm.vcpus[0].syncs())
     # With a GHCB the next NMI may come before this one has returned: they share the ordinary stack.
     assert (hits, stack_page == 3) == (1, not vm.protection.traits.has_ghcb)
@@ -346,9 +338,7 @@ void guest_main(void)
 @pytest.mark.requires("KVM_CAP_IRQCHIP")
 def test_every_interrupt_vector_reaches_its_handler(make_vm: MakeVm) -> None:
     """Each of the vectors 32 to 254, sent as a self-IPI, arrives with its own number."""
-    vm = make_vm(VECTORS)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(VECTORS)
     assert vm.vcpus[0].done
 
 
@@ -372,8 +362,7 @@ void guest_main(void)
 
 def test_a_stack_that_overflows(make_vm: MakeVm) -> None:
     """A guest that runs out of stack hits the guard page and ends with a double fault, not with damage."""
-    vm = make_vm(GUARD)
-    vm.launch()
+    vm = make_vm.start(GUARD)
     with pytest.raises(GuestExceptionError, match="#DF") as caught:
         vm.vcpus[0].run_to_done()
     assert caught.value.vector == 8

@@ -78,9 +78,7 @@ void guest_main(void)
 
 def test_memory_and_string_functions(make_vm: MakeVm) -> None:
     """memcpy, memmove, memset and the string functions touch what they should and nothing beside it."""
-    vm = make_vm(STRINGS)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(STRINGS)
     assert vm.vcpus[0].done
 
 
@@ -121,9 +119,7 @@ void guest_main(void)
 
 def test_privileged_accessors(make_vm: MakeVm) -> None:
     """CPUID, TSC, control and debug registers are read and written by their names."""
-    vm = make_vm(CONTROL)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(CONTROL)
     assert vm.vcpus[0].done
 
 
@@ -186,6 +182,5 @@ guest_main:
 
 def test_a_guest_in_assembly(make_vm: MakeVm) -> None:
     """A guest program written in assembly runs, and can make ucalls with what layout.h says."""
-    vm = make_vm(GuestProgram.from_asm(ASSEMBLY))
-    vm.launch()
+    vm = make_vm.start(GuestProgram.from_asm(ASSEMBLY))
     assert [call.args for call in vm.vcpus[0].syncs()] == [(0x1234,)]

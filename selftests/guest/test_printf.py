@@ -58,9 +58,7 @@ def test_formats(make_vm: MakeVm) -> None:
     """Every conversion, flag, width, precision and length of the guest's printf prints what C prints."""
     lines = "".join(f'\tGUEST_PRINTF("{form}\\n", {value});\n' for form, value, _ in NUMBERS)
     source = f"#include <kvmpy/guest.h>\n\nvoid guest_main(void)\n{{\n{lines}}}\n"
-    vm = make_vm(GuestProgram.from_c(source, cflags=["-Wno-format"]))
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(GuestProgram.from_c(source, cflags=["-Wno-format"]))
     printed = vm.console.splitlines()
     assert dict(zip(NUMBERS, printed, strict=True)) == {entry: entry[2] for entry in NUMBERS}
 
@@ -79,9 +77,7 @@ void guest_main(void)
 
 def test_arguments_in_a_row(make_vm: MakeVm) -> None:
     """Widths come from arguments, many arguments keep their order, unknown conversions are shown."""
-    vm = make_vm(GuestProgram.from_c(SEVERAL, cflags=["-Wno-format"]))
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(GuestProgram.from_c(SEVERAL, cflags=["-Wno-format"]))
     assert vm.console == "   42|42   |te|7   \n1 two 3 4 5 6 7 8 9\n%q and the end "
 
 
@@ -99,9 +95,7 @@ void guest_main(void)
 
 def test_long_text(make_vm: MakeVm) -> None:
     """Text longer than a ucall slot arrives in one piece on the console."""
-    vm = make_vm(LONG)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(LONG)
     assert vm.console == "7|end".rjust(1004, "0")
 
 
@@ -131,7 +125,5 @@ void guest_main(void)
 
 def test_to_a_buffer(make_vm: MakeVm) -> None:
     """snprintf never writes past its buffer, ends it with NUL, and returns the length of the whole text."""
-    vm = make_vm(TO_A_BUFFER)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(TO_A_BUFFER)
     assert vm.vcpus[0].done

@@ -32,8 +32,7 @@ void guest_main(void)
 
 def test_arguments(make_vm: MakeVm) -> None:
     """GUEST_SYNC carries up to eight values of any integer or pointer type, evaluated from left to right."""
-    vm = make_vm(ARGUMENTS)
-    vm.launch()
+    vm = make_vm.start(ARGUMENTS)
     calls = list(vm.vcpus[0].syncs())
     assert [call.args for call in calls] == [
         (),
@@ -62,8 +61,7 @@ void guest_main(void)
 
 def test_replies(make_vm: MakeVm) -> None:
     """GUEST_ASK returns what the host replied before it ran the vCPU again."""
-    vm = make_vm(REPLIES)
-    vm.launch()
+    vm = make_vm.start(REPLIES)
     for call in vm.vcpus[0].syncs():
         call.reply(call.args[0] * 10)
     assert vm.vcpus[0].done
@@ -103,8 +101,7 @@ void guest_main(void)
 
 def test_nested_calls(make_vm: MakeVm) -> None:
     """A ucall that handlers interrupt with ucalls of their own, three deep, arrives as it was meant."""
-    vm = make_vm(NESTED)
-    vm.launch()
+    vm = make_vm.start(NESTED)
     calls = list(vm.vcpus[0].syncs())
     assert [call.args for call in calls] == [
         (100, 6, 0),
@@ -139,9 +136,7 @@ void guest_main(void)
 
 def test_calls_nested_too_deeply(make_vm: MakeVm) -> None:
     """A guest whose handlers nest deeper than there are slots ends with an error that says so."""
-    vm = make_vm(TOO_DEEP)
-    vm.launch()
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(TOO_DEEP).vcpus[0]
     for _ in range(layout.UCALL_SLOTS - 2):
         vcpu.sync()
     with pytest.raises(UnexpectedExitError, match="nested deeper than 7"):
@@ -160,8 +155,7 @@ void guest_main(void)
 
 def test_a_slot_of_another_vcpu(make_vm: MakeVm) -> None:
     """A number on the ucall port that names no slot of the vCPU is an error, not another vCPU's call."""
-    vm = make_vm(FOREIGN, vcpus=2)
-    vm.launch()
+    vm = make_vm.start(FOREIGN, vcpus=2)
     with pytest.raises(UnexpectedExitError, match=r"0x8 .*names no slot of this vCPU"):
         vm.vcpus[0].next()
 
@@ -179,8 +173,7 @@ void guest_main(void)
 
 def test_neighbouring_ports_are_the_test_s_own(make_vm: MakeVm) -> None:
     """Ports beside the ucall port come back as ordinary PIO exits."""
-    vm = make_vm(NARROW)
-    vm.launch()
+    vm = make_vm.start(NARROW)
     first, second = vm.vcpus[0].expect(IoExit), vm.vcpus[0].expect(IoExit)
     assert (first.port, first.size, first.value) == (layout.UCALL_PORT + 1, 1, 5)
     assert (second.port, second.size, second.value) == (layout.UCALL_PORT + 2, 4, 6)
@@ -198,8 +191,7 @@ void guest_main(void)
 
 def test_an_unknown_command(make_vm: MakeVm) -> None:
     """A command between those of kvmpy and those of tests is an error that names it."""
-    vm = make_vm(UNKNOWN)
-    vm.launch()
+    vm = make_vm.start(UNKNOWN)
     with pytest.raises(UnexpectedExitError, match="unknown command 0x42"):
         vm.vcpus[0].next()
 
@@ -218,10 +210,7 @@ void guest_main(u64 calls)
 def test_all_vcpus_at_once(make_vm: MakeVm) -> None:
     """Ucalls of eight vCPUs that run at the same time keep to their vCPU, order and arguments."""
     count, calls = 8, 200
-    vm = make_vm(STORM, vcpus=count)
-    for vcpu in vm.vcpus:
-        vcpu.set_entry("guest_main", calls)
-    vm.launch()
+    vm = make_vm.start(STORM, "guest_main", calls, vcpus=count)
     seen: list[list[Ucall]] = [[] for _ in range(count)]
     vm.run_all(on_sync=lambda vcpu, call: seen[vcpu.index].append(call))
     for index, mine in enumerate(seen):
@@ -255,9 +244,7 @@ def test_entries_and_arguments(make_vm: MakeVm) -> None:
 
 def test_a_vcpu_that_is_done_says_so_again(make_vm: MakeVm) -> None:
     """Running a vCPU after its guest_main returned gives DONE once more."""
-    vm = make_vm(ENTRIES)
-    vm.launch()
-    vm.vcpus[0].run_to_done()
+    vm = make_vm.run(ENTRIES)
     again = vm.vcpus[0].next()
     assert isinstance(again, Ucall)
     assert again.cmd == ucall.DONE

@@ -87,8 +87,7 @@ def test_calls_into_ring_3(make_vm: MakeVm) -> None:
 
     #PF error code 5: user, present (Intel SDM volume 3, 4.7); HLT outside ring 0 is #GP(0).
     """
-    vm = make_vm(CALLS)
-    vm.launch()
+    vm = make_vm.start(CALLS)
     vcpu = vm.vcpus[0]
     assert vcpu.sync().args[:2] == (1, 1000)
     returned, where = vcpu.sync().args[:2]
@@ -153,8 +152,7 @@ void guest_main(void)
 @pytest.mark.requires("KVM_CAP_IRQCHIP")
 def test_interrupts_reach_ring_3(make_vm: MakeVm) -> None:
     """A timer interrupt ends a loop in ring 3; its handler may enter ring 3 itself meanwhile."""
-    vm = make_vm(INTERRUPTED)
-    vm.launch()
+    vm = make_vm.start(INTERRUPTED)
     assert [call.args for call in vm.vcpus[0].syncs()] == [(0x2B, 1, 42), (1, 9)]
 
 
@@ -238,8 +236,7 @@ void guest_main(void)
 
 def test_an_unexpected_exception_in_ring_3(make_vm: MakeVm) -> None:
     """A handler that gives up ends the test with the exception of the code that it interrupted."""
-    vm = make_vm(STRAY)
-    vm.launch()
+    vm = make_vm.start(STRAY)
     with pytest.raises(GuestExceptionError, match=r"#UD.*\n  in fails") as caught:
         vm.vcpus[0].run_to_done()
     assert caught.value.vector == 6

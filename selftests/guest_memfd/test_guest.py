@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -28,10 +27,8 @@ from kvmpy import (
     Vm,
     VmType,
 )
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
-    from selftests.guest_memfd.conftest import Touch
+from selftests.conftest import Accessor
+from selftests.guest_memfd.conftest import Touch
 
 pytestmark = pytest.mark.requires("KVM_CAP_USER_MEMORY2")
 # Where userspace_addr is not the guest_memfd: KVM's emulator, which may run ring 0, uses userspace_addr.

@@ -7,7 +7,6 @@ import ctypes
 import errno
 import mmap
 import signal
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,10 +21,8 @@ from kvmpy import (
     Vm,
     refused,
 )
+from selftests.guest_memfd.conftest import Touch
 from selftests.guest_memfd.place import Reserved
-
-if TYPE_CHECKING:
-    from selftests.guest_memfd.conftest import Touch
 
 PAGES = 4
 SIZE = PAGES * PAGE_SIZE

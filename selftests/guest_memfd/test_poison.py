@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,10 +25,8 @@ from kvmpy import (
     MissingError,
 )
 from kvmpy.core.vcpu import EHWPOISON
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
-    from selftests.guest_memfd.conftest import Touch
+from selftests.conftest import Accessor
+from selftests.guest_memfd.conftest import Touch
 
 # A poisoned page is lost to the host until it is unpoisoned or the machine starts again.
 pytestmark = [

@@ -26,8 +26,7 @@ void guest_main(void)
 
 def test_stop(make_vm: MakeVm) -> None:
     """Vm.stop() ends KVM_RUN in every thread, after which the VM can be closed; before it cannot."""
-    vm = make_vm(FOREVER, vcpus=3)
-    vm.launch()
+    vm = make_vm.start(FOREVER, vcpus=3)
     threads = [VcpuThread(vcpu.run_to_done, vcpu=vcpu) for vcpu in vm.vcpus]
     for thread in threads:
         thread.start()
@@ -61,8 +60,7 @@ def test_between_two_runs(make_vm: MakeVm, how: str) -> None:
 
     It gets an error that says why, of a stopped VM at each attempt.
     """
-    vm = make_vm(SYNCS, vcpus=2)
-    vm.launch()
+    vm = make_vm.start(SYNCS, vcpus=2)
     left, go_on = threading.Event(), threading.Event()
 
     def between(_call: object) -> None:

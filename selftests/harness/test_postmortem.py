@@ -274,9 +274,7 @@ def test_interrupts_nobody_takes(make_vm: MakeVm) -> None:
 
 def test_pending_events(make_vm: MakeVm) -> None:
     """Events that KVM holds for the vCPU are told, and an APIC as reset leaves it takes one line."""
-    vm = make_vm(HALTED)
-    vm.launch()
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(HALTED).vcpus[0]
     with pytest.raises(GuestTimeoutError):
         vcpu.run_to_done(0.5)
     events = vcpu.events.get()
@@ -502,8 +500,7 @@ def test_blocked_callback(make_vm: MakeVm, monkeypatch: pytest.MonkeyPatch) -> N
     """A callback of run_all() that does not come back is told with its stack; its vCPU runs no more."""
     monkeypatch.setattr("kvmpy.guest.vm.CALLBACK_GRACE", 0.1)
     monkeypatch.setattr("kvmpy.core.threads.STOP_SECONDS", 0.1)
-    vm = make_vm(SYNCS, vcpus=2)
-    vm.launch()
+    vm = make_vm.start(SYNCS, vcpus=2)
     go_on, left = threading.Event(), threading.Event()
 
     def block(vcpu: GuestVcpu, _call: object) -> None:

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from kvmpy import (
+    AGENT,
     KVM_CAP_EXIT_ON_EMULATION_FAILURE,
     KVM_INTERNAL_ERROR_EMULATION,
     PAGE_SIZE,
+    Agent,
     Gpa,
     GuestVcpu,
     GuestVm,
@@ -28,36 +32,6 @@ VALUE = 0x8877_6655_4433_2211
 
 GUEST = """
 #include <kvmpy/guest.h>
-
-void write_one(u64 address, u64 size, u64 value)
-{
-	void *where = (void *)(uintptr_t)address;
-
-	if (size == 1)
-		mmio_write8(where, value);
-	else if (size == 2)
-		mmio_write16(where, value);
-	else if (size == 4)
-		mmio_write32(where, value);
-	else
-		mmio_write64(where, value);
-	GUEST_SYNC(0);
-}
-
-void read_one(u64 address, u64 size, u64 fill)
-{
-	u64 rax = fill;
-
-	if (size == 1)
-		asm volatile("movb (%1), %%al" : "+a"(rax) : "r"(address) : "memory");
-	else if (size == 2)
-		asm volatile("movw (%1), %%ax" : "+a"(rax) : "r"(address) : "memory");
-	else if (size == 4)
-		asm volatile("movl (%1), %%eax" : "+a"(rax) : "r"(address) : "memory");
-	else
-		asm volatile("movq (%1), %%rax" : "+a"(rax) : "r"(address) : "memory");
-	GUEST_SYNC(rax);
-}
 
 void extend(u64 address)
 {
@@ -108,15 +82,25 @@ void load_x87(u64 address)
 """
 
 
-def prepare(make_vm: MakeVm, entry: str, *args: int) -> tuple[GuestVm, GuestVcpu]:
-    """Return a VM with the three pages mapped, whose guest starts in *entry*."""
-    vm = make_vm(GUEST)
+def map_pages(vm: GuestVm) -> GuestVm:
+    """Map the three pages."""
     vm.map(MMIO, MMIO_GPA, PAGE_SIZE, private=False)
     vm.map(MMIO + PAGE_SIZE, FAR_GPA, PAGE_SIZE, private=False)
     vm.alloc(PAGE_SIZE, gva=RAM, private=False)
+    return vm
+
+
+def prepare(make_vm: MakeVm, entry: str, *args: int) -> tuple[GuestVm, GuestVcpu]:
+    """Return a VM with the three pages mapped, whose guest starts in *entry*."""
+    vm = map_pages(make_vm(GUEST))
     vcpu = vm.vcpus[0]
     vcpu.set_entry(entry, *args)
     return vm, vcpu
+
+
+def make_agent(make_vm: MakeVm) -> Agent:
+    """Return an agent with the three pages mapped."""
+    return Agent(map_pages(make_vm(AGENT)).vcpus[0])
 
 
 def write_exit(vcpu: GuestVcpu) -> tuple[int, bytes]:
@@ -135,17 +119,21 @@ def read_exit(vcpu: GuestVcpu, answer: bytes) -> int:
     return got.phys_addr
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-@pytest.mark.parametrize("offset", [0, 8, 0xFF8])
-def test_write(make_vm: MakeVm, size: int, offset: int) -> None:
-    """A write exits with its guest-physical address, its length and its data in memory order.
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [*itertools.product((0, 8, 0xFF8), (1, 2, 4, 8)), (1, 2), (3, 4), (0x101, 8)],
+)
+def test_write(make_vm: MakeVm, offset: int, size: int) -> None:
+    """A write, aligned or not, is one exit with the address that the guest used, its length and its data in
+    memory order.
 
-    Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_MMIO.
+    Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_MMIO ("a load or store of the
+    appropriate width").
     """
-    vm, vcpu = prepare(make_vm, "write_one", MMIO + offset, size, VALUE)
-    vm.launch()
-    assert write_exit(vcpu) == (MMIO_GPA + offset, VALUE.to_bytes(8, "little")[:size])
-    vcpu.sync()
+    agent = make_agent(make_vm)
+    agent.begin_write(MMIO + offset, VALUE, size)
+    assert write_exit(agent.vcpu) == (MMIO_GPA + offset, VALUE.to_bytes(8, "little")[:size])
+    agent.value()
 
 
 @pytest.mark.parametrize(
@@ -162,10 +150,10 @@ def test_read(make_vm: MakeVm, size: int, rax: int) -> None:
 
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_MMIO; Intel SDM volume 1, 3.4.1.1.
     """
-    vm, vcpu = prepare(make_vm, "read_one", MMIO + 0x10, size, 0x0102_0304_0506_0708)
-    vm.launch()
-    assert read_exit(vcpu, bytes.fromhex("a1a2a3a4a5a6a7a8")[:size]) == MMIO_GPA + 0x10
-    assert vcpu.sync().args == (rax,)
+    agent = make_agent(make_vm)
+    agent.begin_read(MMIO + 0x10, size, rax=0x0102_0304_0506_0708)
+    assert read_exit(agent.vcpu, bytes.fromhex("a1a2a3a4a5a6a7a8")[:size]) == MMIO_GPA + 0x10
+    assert agent.value() == rax
 
 
 def test_read_extended(make_vm: MakeVm) -> None:
@@ -182,30 +170,17 @@ def test_read_extended(make_vm: MakeVm) -> None:
     assert vcpu.sync().args == (0xF1, 0xFFFF_FFFF_FFFF_F3F2, 0xFFFF_FFFF_F7F6_F5F4)
 
 
-@pytest.mark.parametrize(("offset", "size"), [(1, 2), (3, 4), (0x101, 8)])
-def test_unaligned(make_vm: MakeVm, offset: int, size: int) -> None:
-    """An unaligned access inside a page is one exit with the address that the guest used.
-
-    Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_MMIO ("a load or store of the
-    appropriate width").
-    """
-    vm, vcpu = prepare(make_vm, "write_one", MMIO + offset, size, VALUE)
-    vm.launch()
-    assert write_exit(vcpu) == (MMIO_GPA + offset, VALUE.to_bytes(8, "little")[:size])
-    vcpu.sync()
-
-
 @pytest.mark.requires("trait:kvm_emulates")
 def test_write_across_pages(make_vm: MakeVm) -> None:
     """A write across a page boundary exits once for each page, each part with the address of its own page.
 
     Commit f78146b0f923 ("KVM: Fix page-crossing MMIO").
     """
-    vm, vcpu = prepare(make_vm, "write_one", MMIO + PAGE_SIZE - 3, 8, VALUE)
-    vm.launch()
-    assert write_exit(vcpu) == (MMIO_GPA + PAGE_SIZE - 3, bytes.fromhex("112233"))
-    assert write_exit(vcpu) == (FAR_GPA, bytes.fromhex("4455667788"))
-    vcpu.sync()
+    agent = make_agent(make_vm)
+    agent.begin_write(MMIO + PAGE_SIZE - 3, VALUE, 8)
+    assert write_exit(agent.vcpu) == (MMIO_GPA + PAGE_SIZE - 3, bytes.fromhex("112233"))
+    assert write_exit(agent.vcpu) == (FAR_GPA, bytes.fromhex("4455667788"))
+    agent.value()
 
 
 @pytest.mark.requires("trait:kvm_emulates")
@@ -214,11 +189,11 @@ def test_read_across_pages(make_vm: MakeVm) -> None:
 
     Commit f78146b0f923 ("KVM: Fix page-crossing MMIO").
     """
-    vm, vcpu = prepare(make_vm, "read_one", MMIO + PAGE_SIZE - 1, 8, 0)
-    vm.launch()
-    assert read_exit(vcpu, b"\x01") == MMIO_GPA + PAGE_SIZE - 1
-    assert read_exit(vcpu, bytes.fromhex("02030405060708")) == FAR_GPA
-    assert vcpu.sync().args == (0x0807_0605_0403_0201,)
+    agent = make_agent(make_vm)
+    agent.begin_read(MMIO + PAGE_SIZE - 1, 8)
+    assert read_exit(agent.vcpu, b"\x01") == MMIO_GPA + PAGE_SIZE - 1
+    assert read_exit(agent.vcpu, bytes.fromhex("02030405060708")) == FAR_GPA
+    assert agent.value() == 0x0807_0605_0403_0201
 
 
 @pytest.mark.requires("trait:kvm_emulates")
@@ -227,11 +202,11 @@ def test_write_half_in_memory(make_vm: MakeVm) -> None:
 
     Commit f78146b0f923 ("KVM: Fix page-crossing MMIO").
     """
-    vm, vcpu = prepare(make_vm, "write_one", RAM - 2, 4, VALUE)
-    vm.launch()
-    assert write_exit(vcpu) == (FAR_GPA + PAGE_SIZE - 2, bytes.fromhex("1122"))
-    vcpu.sync()
-    assert vm.read(RAM, 4) == bytes.fromhex("33440000")
+    agent = make_agent(make_vm)
+    agent.begin_write(RAM - 2, VALUE, 4)
+    assert write_exit(agent.vcpu) == (FAR_GPA + PAGE_SIZE - 2, bytes.fromhex("1122"))
+    agent.value()
+    assert agent.vm.read(RAM, 4) == bytes.fromhex("33440000")
 
 
 @pytest.mark.requires("trait:kvm_decodes_mmio")

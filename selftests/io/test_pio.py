@@ -5,76 +5,22 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_OUT_7E_INC_RIP, IoExit, MakeVm, Ucall
+from kvmpy import (
+    AGENT,
+    KVM_CAP_DISABLE_QUIRKS2,
+    KVM_X86_QUIRK_OUT_7E_INC_RIP,
+    Agent,
+    IoExit,
+    MakeVm,
+    Registers,
+    Ucall,
+)
 
 PORT = 0x600
 FILL = 0x1122_3344_5566_7788
 
 GUEST = """
 #include <kvmpy/guest.h>
-
-#define FILL	0x1122334455667788ull
-
-void out_one(u64 port, u64 size)
-{
-	u64 rax = FILL, rdx = port | 0xabcd0000;
-
-	switch (size) {
-	case 1:
-		asm volatile("outb %%al, %%dx" : "+a"(rax), "+d"(rdx));
-		break;
-	case 2:
-		asm volatile("outw %%ax, %%dx" : "+a"(rax), "+d"(rdx));
-		break;
-	case 4:
-		asm volatile("outl %%eax, %%dx" : "+a"(rax), "+d"(rdx));
-		break;
-	}
-	GUEST_SYNC(rax, rdx);
-}
-
-void in_one(u64 port, u64 size)
-{
-	u64 rax = FILL, rdx = port | 0xabcd0000;
-
-	switch (size) {
-	case 1:
-		asm volatile("inb %%dx, %%al" : "+a"(rax), "+d"(rdx));
-		break;
-	case 2:
-		asm volatile("inw %%dx, %%ax" : "+a"(rax), "+d"(rdx));
-		break;
-	case 4:
-		asm volatile("inl %%dx, %%eax" : "+a"(rax), "+d"(rdx));
-		break;
-	}
-	GUEST_SYNC(rax, rdx);
-}
-
-void immediate_port(void)
-{
-	u64 rax = FILL, rdx = 0x1234;
-
-	asm volatile("outw %%ax, $0xa5" : "+a"(rax), "+d"(rdx));
-	asm volatile("inw $0xa5, %%ax" : "+a"(rax), "+d"(rdx));
-	GUEST_SYNC(rax, rdx);
-}
-
-/* Flags that neither IN nor OUT may change: carry, zero, sign, parity, adjust, overflow. */
-void flags(void)
-{
-	u64 before, after_out, after_in;
-
-	asm volatile("pushq $0x8d7; popfq\\n\\t"
-		     "pushfq; popq %0\\n\\t"
-		     "outb %%al, %%dx\\n\\t"
-		     "pushfq; popq %1\\n\\t"
-		     "inb %%dx, %%al\\n\\t"
-		     "pushfq; popq %2"
-		     : "=r"(before), "=r"(after_out), "=r"(after_in)
-		     : "d"(0x600) : "rax", "cc", "memory");
-	GUEST_SYNC(before, after_out, after_in);
-}
 
 __noinline void out_7e(void)
 {
@@ -93,14 +39,14 @@ def test_out(make_vm: MakeVm, port: int, size: int) -> None:
 
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_IO.
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("out_one", port, size)
-    vm.launch()
-    got = vcpu.expect(IoExit)
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    agent.begin_out(port | 0xABCD_0000, FILL, size)
+    got = agent.vcpu.expect(IoExit)
     assert (got.port, got.direction, got.size, got.count) == (port, "out", size, 1)
     assert got.data == FILL.to_bytes(8, "little")[:size]
-    assert vcpu.sync().args == (FILL, port | 0xABCD_0000)
+    end = agent.end()
+    assert isinstance(end, Registers)
+    assert (end.rax, end.rdx) == (FILL, port | 0xABCD_0000)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +63,14 @@ def test_in(make_vm: MakeVm, size: int, answer: int, rax: int) -> None:
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_IO; Intel SDM volume 1, 3.4.1.1 for
     the upper half.
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("in_one", PORT, size)
-    vm.launch()
-    got = vcpu.expect(IoExit)
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    agent.begin_in(PORT | 0xABCD_0000, size, rax=FILL)
+    got = agent.vcpu.expect(IoExit)
     assert (got.port, got.direction, got.size, got.count) == (PORT, "in", size, 1)
     got.respond(answer)
-    assert vcpu.sync().args == (rax, PORT | 0xABCD_0000)
+    end = agent.end()
+    assert isinstance(end, Registers)
+    assert (end.rax, end.rdx) == (rax, PORT | 0xABCD_0000)
 
 
 def test_immediate_port(make_vm: MakeVm) -> None:
@@ -132,16 +78,16 @@ def test_immediate_port(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, KVM_EXIT_IO; Intel SDM volume 2, IN and OUT.
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("immediate_port")
-    vm.launch()
-    out = vcpu.expect(IoExit)
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    agent.begin(b"\x66\xe7\xa5\x66\xe5\xa5", rax=FILL, rdx=0x1234)  # out %ax, $0xa5; in $0xa5, %ax
+    out = agent.vcpu.expect(IoExit)
     assert (out.port, out.direction, out.size, out.value) == (0xA5, "out", 2, FILL & 0xFFFF)
-    answer = vcpu.expect(IoExit)
+    answer = agent.vcpu.expect(IoExit)
     assert (answer.port, answer.direction, answer.size) == (0xA5, "in", 2)
     answer.respond(0xBEEF)
-    assert vcpu.sync().args == (FILL & ~0xFFFF | 0xBEEF, 0x1234)
+    end = agent.end()
+    assert isinstance(end, Registers)
+    assert (end.rax, end.rdx) == (FILL & ~0xFFFF | 0xBEEF, 0x1234)
 
 
 def test_flags(make_vm: MakeVm) -> None:
@@ -149,15 +95,20 @@ def test_flags(make_vm: MakeVm) -> None:
 
     Intel SDM volume 2, IN and OUT, "Flags Affected: None".
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("flags")
-    vm.launch()
-    vcpu.expect(IoExit)
-    vcpu.expect(IoExit).respond(0xFF)
-    before, after_out, after_in = vcpu.sync().args
-    assert before & 0x8D5 == 0x8D5
-    assert (after_out, after_in) == (before, before)
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    code = (
+        b"\x68\xd7\x08\0\0\x9d"  # push $0x8d7; popf: carry, zero, sign, parity, adjust, overflow
+        b"\x9c\x41\x58"  # pushf; pop %r8
+        b"\xee\x9c\x41\x59"  # out %al, %dx; pushf; pop %r9
+        b"\xec\x9c\x41\x5a"  # in %dx, %al; pushf; pop %r10
+    )
+    agent.begin(code, rdx=PORT)
+    agent.vcpu.expect(IoExit)
+    agent.vcpu.expect(IoExit).respond(0xFF)
+    end = agent.end()
+    assert isinstance(end, Registers)
+    assert end.r8 & 0x8D5 == 0x8D5
+    assert (end.r9, end.r10) == (end.r8, end.r8)
 
 
 @pytest.mark.usefixtures("open_registers")
@@ -184,8 +135,7 @@ def test_exit_fields_of_the_last_run(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 5 The kvm_run structure, exit_reason and KVM_EXIT_IO.
     """
-    vm = make_vm(
-        """
+    vcpu = make_vm.start("""
 #include <kvmpy/guest.h>
 
 void guest_main(void)
@@ -195,10 +145,7 @@ void guest_main(void)
 	GUEST_SYNC(inl(0x602));
 	GUEST_SYNC(inb(0x603));
 }
-"""
-    )
-    vcpu = vm.vcpus[0]
-    vm.launch()
+""").vcpus[0]
     seen: list[tuple[int, str, int, bytes]] = []
     answers = {0x602: 0x0102_0304, 0x603: 0x55}
     replies: list[int] = []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from kvmpy import Gpa, GuestVm, Gva, MakeVm, RedirectionEntry
+from selftests.conftest import said
 
 pytestmark = pytest.mark.requires("KVM_CAP_IRQCHIP")
 
@@ -109,17 +110,9 @@ void guest_main(u64 masks)
 
 def pic_vm(make_vm: MakeVm, masks: int = 0) -> GuestVm:
     """Return a VM whose guest has set up its PICs with *masks*."""
-    vm = make_vm(PIC_GUEST, irqchip="full")
-    vm.vcpus[0].set_entry("guest_main", masks)
-    vm.launch()
+    vm = make_vm.start(PIC_GUEST, "guest_main", masks, irqchip="full")
     assert said(vm) == ("i",)
     return vm
-
-
-def said(vm: GuestVm) -> tuple[str | int, ...]:
-    """Return what the guest says next."""
-    call = vm.vcpus[0].sync()
-    return (chr(call.args[0]), *call.args[1:])
 
 
 def handled(vm: GuestVm) -> tuple[str | int, ...]:

@@ -7,7 +7,8 @@ import errno
 
 import pytest
 
-from kvmpy import GuestVcpu, GuestVm, MakeVm, RedirectionEntry, Ucall, Vm, refused
+from kvmpy import GuestVcpu, GuestVm, MakeVm, RedirectionEntry, Vm, refused
+from selftests.conftest import said
 
 pytestmark = pytest.mark.requires("KVM_CAP_IRQCHIP", "KVM_CAP_IRQ_INJECT_STATUS")
 
@@ -53,10 +54,9 @@ void guest_main(void)
 
 def start(make_vm: MakeVm, vcpus: int = 1, **fields: int) -> GuestVm:
     """Return a VM whose guest is ready, the pin programmed with *fields*."""
-    vm = make_vm(GUEST, vcpus=vcpus, irqchip="full")
-    vm.launch()
+    vm = make_vm.start(GUEST, vcpus=vcpus, irqchip="full")
     for vcpu in vm.vcpus:
-        assert said(vcpu.sync()) == ("i", 0, 0)
+        assert said(vcpu) == ("i", 0, 0)
     program(vm, **fields)
     return vm
 
@@ -68,14 +68,9 @@ def program(vm: Vm, **fields: int) -> None:
     vm.irq.set_ioapic(state)
 
 
-def said(call: Ucall) -> tuple[str | int, ...]:
-    """Return what the guest said."""
-    return (chr(call.args[0]), *call.args[1:])
-
-
 def handled(vcpu: GuestVcpu) -> bool:
     """Return whether the handler runs within three windows: where ring 0 is emulated, one may not do."""
-    return any(said(vcpu.sync())[0] == "h" for _ in range(3))
+    return any(said(vcpu)[0] == "h" for _ in range(3))
 
 
 def test_edge(make_vm: MakeVm) -> None:
@@ -87,9 +82,9 @@ def test_edge(make_vm: MakeVm) -> None:
     vcpu = vm.vcpus[0]
     for edge in (1, 2):
         vm.irq.line(PIN, 1)
-        assert said(vcpu.sync()) == ("h",)
-        assert said(vcpu.sync()) == ("i", edge, 0)
-        assert said(vcpu.sync()) == ("i", edge, 0)
+        assert said(vcpu) == ("h",)
+        assert said(vcpu) == ("i", edge, 0)
+        assert said(vcpu) == ("i", edge, 0)
         vm.irq.line(PIN, 0)
 
 
@@ -114,8 +109,8 @@ def test_level_lowered_in_handler(make_vm: MakeVm) -> None:
     vm.irq.line(PIN, 1)
     assert handled(vcpu)
     vm.irq.line(PIN, 0)
-    assert said(vcpu.sync()) == ("i", 1, 0)
-    assert said(vcpu.sync()) == ("i", 1, 0)
+    assert said(vcpu) == ("i", 1, 0)
+    assert said(vcpu) == ("i", 1, 0)
 
 
 def test_polarity_is_ignored(make_vm: MakeVm) -> None:
@@ -124,9 +119,9 @@ def test_polarity_is_ignored(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.25 KVM_IRQ_LINE: KVM_CAP_X86_IOAPIC_POLARITY_IGNORED.
     """
     vm = start(make_vm, active_low=True)
-    assert said(vm.vcpus[0].sync()) == ("i", 0, 0)
+    assert said(vm) == ("i", 0, 0)
     vm.irq.line(PIN, 1)
-    assert said(vm.vcpus[0].sync()) == ("h",)
+    assert said(vm) == ("h",)
 
 
 def test_masked_level_is_delivered_when_unmasked(make_vm: MakeVm) -> None:
@@ -136,9 +131,9 @@ def test_masked_level_is_delivered_when_unmasked(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, level=True, masked=True)
     assert vm.irq.line_status(PIN, 1) < 0
-    assert said(vm.vcpus[0].sync()) == ("i", 0, 0)
+    assert said(vm) == ("i", 0, 0)
     program(vm, level=True)
-    assert said(vm.vcpus[0].sync()) == ("h",)
+    assert said(vm) == ("h",)
 
 
 def test_destination(make_vm: MakeVm) -> None:
@@ -150,9 +145,9 @@ def test_destination(make_vm: MakeVm) -> None:
     for fields, target in (({"dest_id": 1}, 1), ({"dest_id": 0b100, "logical": 1}, 2)):
         program(vm, **fields)
         vm.irq.pulse(PIN)
-        assert said(vm.vcpus[target].sync()) == ("h",)
+        assert said(vm.vcpus[target]) == ("h",)
         for vcpu in vm.vcpus:
-            assert said(vcpu.sync()) == ("i", int(vcpu.index in (1, target)), 0)
+            assert said(vcpu) == ("i", int(vcpu.index in (1, target)), 0)
 
 
 def test_nmi(make_vm: MakeVm) -> None:
@@ -162,7 +157,7 @@ def test_nmi(make_vm: MakeVm) -> None:
     """
     vm = start(make_vm, delivery_mode=DELIVER_NMI)
     vm.irq.pulse(PIN)
-    assert said(vm.vcpus[0].sync()) == ("i", 0, 1)
+    assert said(vm) == ("i", 0, 1)
 
 
 def test_status_of_delivery(make_vm: MakeVm) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpy import EventFd, GuestVm, Kvm, MakeVm, Msi, MsiRoute, Vm, refused
+from kvmpy import Agent, EventFd, GuestVm, Kvm, MakeVm, Msi, MsiRoute, Vm, refused
 
 pytestmark = pytest.mark.requires("KVM_CAP_IRQFD", "KVM_CAP_IRQ_ROUTING")
 
@@ -25,28 +25,30 @@ GUEST = """
 #define VECTOR		0x51
 #define OTHER_VECTOR	0x62
 
+/* How often both came, OTHER_VECTOR in the upper half. */
+u64 wait(u64 vector)
+{
+	if (vector)
+		irq_wait(vector, irq_count(vector) + 1);
+	else
+		irq_window();
+	return irq_count(VECTOR) | (u64)irq_count(OTHER_VECTOR) << 32;
+}
+
 void guest_main(void)
 {
-	u64 vector;
-
 	irq_install(VECTOR);
 	irq_install(OTHER_VECTOR);
 	apic_enable();
-	for (;;) {
-		vector = GUEST_ASK(KVMPY_UCALL_CMD_USER, irq_count(VECTOR), irq_count(OTHER_VECTOR));
-		if (vector)
-			irq_wait(vector, irq_count(vector) + 1);
-		else
-			irq_window();
-	}
+	guest_agent();
 }
 """
 
 
 @pytest.fixture
 def event() -> Iterator[EventFd]:
-    with EventFd() as made:
-        yield made
+    with EventFd() as eventfd:
+        yield eventfd
 
 
 @pytest.fixture
@@ -62,14 +64,14 @@ class Counter:
     def __init__(self, make_vm: MakeVm, *routes: MsiRoute) -> None:
         self.vm: GuestVm = make_vm(GUEST)
         self.vm.irq.set_gsi_routing(routes)
-        self.vm.launch()
-        self._asked = self.vm.vcpus[0].sync()
+        self.agent = Agent(self.vm.vcpus[0])
+        self.agent.start()
 
     def wait(self, vector: int = 0) -> tuple[int, ...]:
         """Let the guest wait for a vector (0: only look), and return how often both came."""
-        self._asked.reply(vector)
-        self._asked = self.vm.vcpus[0].sync()
-        return tuple(self._asked.args)
+        self.agent.begin_call("wait", vector)
+        counts = self.agent.value()
+        return counts & 0xFFFF_FFFF, counts >> 32
 
 
 def test_signal_interrupts_guest(make_vm: MakeVm, event: EventFd) -> None:

@@ -71,17 +71,25 @@ def step(vm: GuestVm) -> tuple[str, int]:
     return chr(call.args[0]), call.args[1] if len(call.args) > 1 else 0
 
 
-def test_eoi_lowers_line_and_notifies(make_vm: MakeVm, events: tuple[EventFd, EventFd]) -> None:
-    """A signal raises the line; the guest's EOI lowers it and signals the resample eventfd.
-
-    Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD: the GSI is de-asserted and the user is notified.
-    """
+@pytest.fixture
+def assigned(make_vm: MakeVm, events: tuple[EventFd, EventFd]) -> GuestVm:
+    """A VM with the irqfd, whose guest is ready."""
     trigger, resample = events
     vm = make_vm(GUEST, irqchip="full")
     vm.irq.irqfd(trigger, PIN, resample=resample)
     vm.launch()
     assert step(vm) == ("r", 0)
     route_pin(vm)
+    return vm
+
+
+def test_eoi_lowers_line_and_notifies(assigned: GuestVm, events: tuple[EventFd, EventFd]) -> None:
+    """A signal raises the line; the guest's EOI lowers it and signals the resample eventfd.
+
+    Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD: the GSI is de-asserted and the user is notified.
+    """
+    trigger, resample = events
+    vm = assigned
     trigger.signal()
     assert step(vm) == ("h", 0)
     assert in_service(vm)
@@ -91,17 +99,13 @@ def test_eoi_lowers_line_and_notifies(make_vm: MakeVm, events: tuple[EventFd, Ev
     assert resample.wait(TIMEOUT) == 1
 
 
-def test_requeue_interrupts_again(make_vm: MakeVm, events: tuple[EventFd, EventFd]) -> None:
+def test_requeue_interrupts_again(assigned: GuestVm, events: tuple[EventFd, EventFd]) -> None:
     """A device that still wants service signals again after the resample event, and interrupts again.
 
     Documentation/virt/kvm/api.rst, 4.75 KVM_IRQFD: re-queueing is the user's responsibility.
     """
     trigger, resample = events
-    vm = make_vm(GUEST, irqchip="full")
-    vm.irq.irqfd(trigger, PIN, resample=resample)
-    vm.launch()
-    assert step(vm) == ("r", 0)
-    route_pin(vm)
+    vm = assigned
     for round_ in (1, 2, 3):
         trigger.signal()
         assert step(vm) == ("h", 0)

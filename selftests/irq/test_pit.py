@@ -21,6 +21,7 @@ from kvmpy import (
     kvm_pit_state2,
     refused,
 )
+from selftests.conftest import said
 
 pytestmark = pytest.mark.requires("KVM_CAP_PIT2", "KVM_CAP_PIT_STATE2")
 
@@ -126,12 +127,6 @@ def start(make_vm: MakeVm, entry: str, *args: int, flags: int = 0) -> GuestVm:
     vm.irq.set_pic(pic)
     vm.vcpus[0].set_entry(entry, *args)
     return vm
-
-
-def said(vm: GuestVm) -> tuple[str | int, ...]:
-    """Return what the guest says next."""
-    call = vm.vcpus[0].sync()
-    return (chr(call.args[0]), *call.args[1:])
 
 
 def test_periodic_ticks(make_vm: MakeVm) -> None:

@@ -160,12 +160,7 @@ def test_refused_table_changes_nothing(irq_vm: Vm) -> None:
     """
     bad = IrqchipRoute(7, KVM_IRQCHIP_IOAPIC, 24)
     with refused(errno.EINVAL):
-        irq_vm.irq.set_gsi_routing(
-            (
-                IrqchipRoute(6, KVM_IRQCHIP_IOAPIC, 1),
-                bad,
-            )
-        )
+        irq_vm.irq.set_gsi_routing((IrqchipRoute(6, KVM_IRQCHIP_IOAPIC, 1), bad))
     assert lines(irq_vm, 6) == (True, False, True)
     assert lines(irq_vm, 20) == (False, False, True)
 
@@ -204,26 +199,11 @@ def test_message_excludes_others(irq_vm: Vm) -> None:
     message = MsiRoute(5, Msi.to(0, VECTOR))
     pin = IrqchipRoute(5, KVM_IRQCHIP_IOAPIC, 1)
     with refused(errno.EINVAL):
-        irq_vm.irq.set_gsi_routing(
-            (
-                message,
-                message,
-            )
-        )
+        irq_vm.irq.set_gsi_routing((message, message))
     with refused(errno.EINVAL):
-        irq_vm.irq.set_gsi_routing(
-            (
-                message,
-                pin,
-            )
-        )
+        irq_vm.irq.set_gsi_routing((message, pin))
     with refused(errno.EINVAL):
-        irq_vm.irq.set_gsi_routing(
-            (
-                pin,
-                message,
-            )
-        )
+        irq_vm.irq.set_gsi_routing((pin, message))
 
 
 def test_flags_must_be_zero(irq_vm: Vm) -> None:

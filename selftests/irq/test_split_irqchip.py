@@ -101,23 +101,17 @@ def test_eoi_is_told_once(make_vm: MakeVm) -> None:
         assert sorted(words(vm)) == ["IoapicEoiExit", "e", "h", "i", "i"]
 
 
-def test_edge_has_no_exit(make_vm: MakeVm) -> None:
-    """The EOI of an edge-triggered interrupt does not end KVM_RUN.
+@pytest.mark.parametrize(
+    ("gsi", "level"), [(GSI, False), (24, True)], ids=["edge", "beyond-the-reserved-pins"]
+)
+def test_eoi_without_an_exit(make_vm: MakeVm, gsi: int, level: bool) -> None:
+    """The EOI of an edge-triggered interrupt, and of a GSI beyond the first args[0], does not end KVM_RUN.
 
-    Documentation/virt/kvm/api.rst, KVM_EXIT_IOAPIC_EOI: "a level-triggered IOAPIC interrupt".
+    Documentation/virt/kvm/api.rst, KVM_EXIT_IOAPIC_EOI: "a level-triggered IOAPIC interrupt"; 7.5
+    KVM_CAP_SPLIT_IRQCHIP: "the first args[0] MSI routes are reserved" for the user-space IOAPIC.
     """
-    vm = start(make_vm, MsiRoute(GSI, Msi.to(0, VECTOR)))
-    vm.irq.line(GSI, 1)
-    assert sorted(words(vm)) == ["e", "h", "i", "i"]
-
-
-def test_gsi_beyond_reserved_pins(make_vm: MakeVm) -> None:
-    """Only the first args[0] GSIs belong to the user-space IOAPIC: the EOI of a later one has no exit.
-
-    Documentation/virt/kvm/api.rst, 7.5 KVM_CAP_SPLIT_IRQCHIP: "the first args[0] MSI routes are reserved".
-    """
-    vm = start(make_vm, MsiRoute(24, Msi.to(0, VECTOR, level=True)))
-    vm.irq.line(24, 1)
+    vm = start(make_vm, MsiRoute(gsi, Msi.to(0, VECTOR, level=level)))
+    vm.irq.line(gsi, 1)
     assert sorted(words(vm)) == ["e", "h", "i", "i"]
 
 

@@ -7,7 +7,20 @@ import errno
 
 import pytest
 
-from kvmpy import KVM_CAP_MCE, GuestVcpu, Kvm, MakeVm, Msr, ShutdownExit, Vcpu, Vm, kvm_x86_mce, refused
+from kvmpy import (
+    CR4,
+    KVM_CAP_MCE,
+    Agent,
+    GuestVcpu,
+    Kvm,
+    MakeVm,
+    Msr,
+    ShutdownExit,
+    Vcpu,
+    Vm,
+    kvm_x86_mce,
+    refused,
+)
 
 pytestmark = pytest.mark.requires("KVM_CAP_MCE")
 
@@ -16,28 +29,28 @@ ADDRESS_VALID, MISC_VALID, CORRUPT = 1 << 58, 1 << 59, 1 << 57
 IN_PROGRESS, RESTARTABLE = 1 << 2, 1 << 0
 HAS_CTL, HAS_CMCI = 1 << 8, 1 << 10
 ALL_ONES = (1 << 64) - 1
+MC0_CTL2 = 0x280
 
 BANK = 3
 FATAL = VALID | UNCORRECTED | ENABLED | ADDRESS_VALID | MISC_VALID | CORRUPT | 0x0136
 CORRECTED = VALID | ENABLED | ADDRESS_VALID | 0x0151
 
-# The answer to each SYNC is the next thing to do: 0 switches CR4.MCE on, 1 looks.
 GUEST = """
 #include <kvmpy/guest.h>
 
 #define BANK		3
 #define MC_STATUS	(0x401 + 4 * BANK)
 
-static volatile u64 checks, global_status, status, address, misc;
+GUEST_SHARED struct { u64 checks, global_status, status, address, misc; } seen;
 
 static void machine_check(struct exception_frame *frame)
 {
 	(void)frame;
-	checks++;
-	global_status = rdmsr(0x17a);
-	status = rdmsr(MC_STATUS);
-	address = rdmsr(MC_STATUS + 1);
-	misc = rdmsr(MC_STATUS + 2);
+	seen.checks++;
+	seen.global_status = rdmsr(0x17a);
+	seen.status = rdmsr(MC_STATUS);
+	seen.address = rdmsr(MC_STATUS + 1);
+	seen.misc = rdmsr(MC_STATUS + 2);
 	wrmsr(MC_STATUS, 0);
 	wrmsr(0x17a, 0);
 }
@@ -45,11 +58,7 @@ static void machine_check(struct exception_frame *frame)
 void guest_main(void)
 {
 	guest_exception_install(MC_VECTOR, machine_check);
-	for (;;) {
-		if (GUEST_ASK(KVMPY_UCALL_CMD_USER, checks, global_status, status, address, misc))
-			continue;
-		write_cr4(read_cr4() | BIT(6));
-	}
+	guest_agent();
 }
 """
 
@@ -58,31 +67,24 @@ class Checked:
     """A guest that counts its machine checks, with CR4.MCE on unless *enable* is False."""
 
     def __init__(self, make_vm: MakeVm, enable: bool = True) -> None:
-        vm = make_vm(GUEST)
-        self.vcpu: GuestVcpu = vm.vcpus[0]
+        self.vm = make_vm(GUEST)
+        self.vcpu: GuestVcpu = self.vm.vcpus[0]
+        self.agent = Agent(self.vcpu)
         self.vcpu.events.setup_mce(BANK + 1)
-        vm.launch()
-        self._asked = self.vcpu.sync()
+        self.agent.start()
         if enable:
-            self._asked.reply(0)
-            self._asked = self.vcpu.sync()
+            assert self.agent.change_cr(4, put=CR4.MCE) is None
 
     def look(self) -> tuple[int, ...]:
         """Let the guest run on; return its count and what its handler read last."""
-        self.go()
-        self._asked = self.vcpu.sync()
-        return tuple(self._asked.args)
-
-    def go(self) -> None:
-        """Let the guest look when it runs."""
-        self._asked.reply(1)
+        self.agent.must(b"")
+        return tuple(self.vm.symbol("seen").view("Q"))
 
     @property
-    def recorded(self) -> tuple[int, int, int]:
+    def recorded(self) -> tuple[int, ...]:
         """STATUS, ADDR and MISC of the bank."""
         first = Msr.MSR_IA32_MC0_CTL + 4 * BANK
-        found = self.vcpu.msrs.get_many([first + 1, first + 2, first + 3])
-        return found[first + 1], found[first + 2], found[first + 3]
+        return tuple(self.vcpu.msrs.get_many([first + 1, first + 2, first + 3]).values())
 
 
 def error(
@@ -139,7 +141,7 @@ def test_error_that_cannot_be_handled(make_vm: MakeVm, why: str) -> None:
     if why == "in-progress":
         guest.vcpu.msrs.set(Msr.MSR_IA32_MCG_STATUS, IN_PROGRESS)
     guest.vcpu.events.set_mce(error(FATAL, global_status=IN_PROGRESS))
-    guest.go()
+    guest.agent.begin(b"")
     guest.vcpu.expect(ShutdownExit)
 
 
@@ -234,9 +236,8 @@ CMCI_GUEST = """
 #include <kvmpy/guest.h>
 
 #define VECTOR	0xa4
-#define BANK	3
 
-static volatile u64 interrupts, machine_checks;
+GUEST_SHARED u64 interrupts, machine_checks;
 
 static void interrupt(struct exception_frame *frame)
 {
@@ -258,10 +259,7 @@ void guest_main(void)
 	write_cr4(read_cr4() | BIT(6));
 	apic_enable();
 	apic_write(0x2f0, VECTOR);
-	for (;;) {
-		wrmsr(0x280 + BANK, GUEST_ASK(KVMPY_UCALL_CMD_USER, interrupts, machine_checks));
-		asm volatile("sti; nop; cli" : : : "memory");
-	}
+	guest_agent();
 }
 """
 
@@ -277,16 +275,13 @@ def test_uncorrected_error_without_action(make_vm: MakeVm) -> None:
     vm = make_vm(CMCI_GUEST)
     vcpu = vm.vcpus[0]
     vcpu.events.setup_mce((BANK + 1) | HAS_CMCI)
-    vm.launch()
-    asked = vcpu.sync()
+    agent = Agent(vcpu)
     seen = []
     for enable in (1 << 30, 0):
-        asked.reply(enable)
-        asked = vcpu.sync()
+        assert agent.wrmsr(MC0_CTL2 + BANK, enable) is None
         vcpu.events.set_mce(error(VALID | UNCORRECTED | ENABLED | ADDRESS_VALID, address=0x5000 + enable))
-        asked.reply(enable)
-        asked = vcpu.sync()
-        seen.append(tuple(asked.args))
+        agent.must(b"\xfb\x90\xfa")  # sti; nop; cli
+        seen.append((vm.symbol("interrupts").u64, vm.symbol("machine_checks").u64))
         assert vcpu.msrs.get(Msr.MSR_IA32_MC0_CTL + 4 * BANK + 2) == 0x5000 + enable
     assert seen == [(1, 0), (1, 0)]
 
@@ -298,11 +293,8 @@ def test_nobody_else_is_told(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.106 KVM_X86_SET_MCE (a vCPU ioctl).
     """
     vm = make_vm(GUEST, vcpus=2)
-    vm.launch()
-    asked = [vcpu.sync() for vcpu in vm.vcpus]
-    for index, vcpu in enumerate(vm.vcpus):
-        asked[index].reply(0)
-        asked[index] = vcpu.sync()
+    for vcpu in vm.vcpus:
+        assert Agent(vcpu).change_cr(4, put=CR4.MCE) is None
     status = Msr.MSR_IA32_MC0_CTL + 4 * BANK + 1
     vm.vcpus[1].events.set_mce(error(CORRECTED))
     assert [vcpu.msrs.get(status) for vcpu in vm.vcpus] == [0, CORRECTED]

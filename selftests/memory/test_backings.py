@@ -8,7 +8,6 @@ import errno
 import mmap
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,10 +25,7 @@ from kvmpy import (
     MemFd,
 )
 from kvmpy.core.vcpu import RUN_ERROR
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
-
+from selftests.conftest import Accessor
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)

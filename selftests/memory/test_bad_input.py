@@ -7,26 +7,17 @@ import errno
 
 import pytest
 
-from kvmpy import PAGE_SIZE, Gpa, GuestVm, Gva, KvmError, MakeVm, RawGpa, refused
+from kvmpy import AGENT, PAGE_SIZE, Agent, Gpa, GuestVm, Gva, KvmError, MakeVm, RawGpa, refused
 from kvmpy.x86.paging_errors import EncryptionBitError
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)
 MEMORY = 16 << 20
 
-GUEST = """
-#include <kvmpy/guest.h>
-
-void guest_main(void)
-{
-	GUEST_SYNC(*(volatile u64 *)0x7000000000);
-}
-"""
-
 
 @pytest.fixture
 def guest(make_vm: MakeVm) -> GuestVm:
-    return make_vm(GUEST, memory=MEMORY)
+    return make_vm(AGENT, memory=MEMORY)
 
 
 def still_whole(vm: GuestVm) -> None:
@@ -34,8 +25,7 @@ def still_whole(vm: GuestVm) -> None:
     vm.add_memory(GPA, PAGE_SIZE)
     vm.map(GVA, GPA, PAGE_SIZE)
     vm.memory.write(GPA, b"\x42" + bytes(7))
-    vm.launch()
-    assert vm.vcpus[0].sync().args == (0x42,)
+    assert Agent(vm.vcpus[0]).read(GVA) == 0x42
 
 
 def test_overlapping_memory_is_refused(guest: GuestVm) -> None:
@@ -155,4 +145,4 @@ def test_a_raw_address_is_split_into_both_parts(guest: GuestVm) -> None:
 def test_a_size_that_no_vm_can_have_is_refused(make_vm: MakeVm, memory: int) -> None:
     """A VM's memory is whole pages, at least 4 MiB: a ValueError otherwise, and no VM stays behind."""
     with pytest.raises(ValueError, match="whole pages, and at least 4 MiB"):
-        make_vm(GUEST, memory=memory)
+        make_vm(AGENT, memory=memory)

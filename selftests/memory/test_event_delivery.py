@@ -3,24 +3,19 @@
 
 from __future__ import annotations
 
-from kvmpy import KVM_INTERNAL_ERROR_DELIVERY_EV, PAGE_SIZE, Gpa, Gva, InternalErrorExit, MakeVm, Vector
+from kvmpy import (
+    AGENT,
+    KVM_INTERNAL_ERROR_DELIVERY_EV,
+    PAGE_SIZE,
+    Agent,
+    Gpa,
+    Gva,
+    InternalErrorExit,
+    MakeVm,
+    Vector,
+)
 
 TABLE = 0x7000_0000
-
-GUEST = """
-#include <kvmpy/guest.h>
-
-void guest_main(void)
-{
-	struct {
-		u16 limit;
-		u64 base;
-	} __attribute__((packed)) table = { 0xfff, 0x70000000 };
-
-	GUEST_SYNC();
-	asm volatile("lidt %0; ud2" : : "m"(table) : "memory");
-}
-"""
 
 
 def test_interrupt_table_in_no_memory(make_vm: MakeVm) -> None:
@@ -28,11 +23,12 @@ def test_interrupt_table_in_no_memory(make_vm: MakeVm) -> None:
 
     arch/x86/kvm/x86.c, kvm_prepare_event_vectoring_exit(): the data hold the address that was needed.
     """
-    vm = make_vm(GUEST)
+    vm = make_vm(AGENT)
     vm.map(Gva(TABLE), Gpa(TABLE), PAGE_SIZE, page_size=PAGE_SIZE, private=False)
-    vm.launch()
-    vcpu = vm.vcpus[0]
-    vcpu.sync()
-    got = vcpu.expect(InternalErrorExit)
+    pointer = vm.alloc(PAGE_SIZE, private=False)
+    vm.write(pointer, (0xFFF).to_bytes(2, "little") + TABLE.to_bytes(8, "little"))
+    agent = Agent(vm.vcpus[0])
+    agent.begin(b"\x0f\x01\x1f\x0f\x0b", rdi=int(pointer))  # lidt (%rdi); ud2
+    got = agent.vcpu.expect(InternalErrorExit)
     assert got.suberror == KVM_INTERNAL_ERROR_DELIVERY_EV
     assert TABLE + 16 * Vector.UD in got.data

@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import PAGE_SIZE, Anonymous, Gpa, Gva
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
+from selftests.conftest import Accessor
 
 # Behind the guest's own memory and below the APICs.
 GPA = Gpa(0x8000_0000)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import (
+    AGENT,
     PAGE_SIZE,
+    Agent,
     Anonymous,
     Gpa,
     GuestVcpu,
@@ -24,10 +25,7 @@ from kvmpy import (
     VcpuThread,
     refused,
 )
-
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
-
+from selftests.conftest import Accessor
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)
@@ -83,20 +81,6 @@ void guest_main(u64 address, u64 ring)
 			GUEST_FAIL("read %llx", exit.value);
 		}
 	}
-}
-"""
-
-# Reads where the host says.
-READER = """
-#include <kvmpy/guest.h>
-
-GUEST_SHARED volatile u64 where;
-
-void guest_main(void)
-{
-	GUEST_SYNC();
-	for (;;)
-		GUEST_SYNC(mmio_read64((void *)(uintptr_t)where));
 }
 """
 
@@ -319,7 +303,7 @@ def test_private_memory_comes_and_goes_like_shared(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.35, for the slot at the address that carries the encryption bit.
     """
-    vm = make_vm(READER)
+    vm = make_vm(AGENT)
     traits = vm.protection.traits
     if not traits.has_private_memory or not traits.host_sees_private:
         pytest.skip("needs a protection whose private memory is in memory slots of its own")
@@ -328,17 +312,10 @@ def test_private_memory_comes_and_goes_like_shared(make_vm: MakeVm) -> None:
     for page in range(2):
         vm.map(GVA + page * PAGE_SIZE, GPA + page * PAGE_SIZE, PAGE_SIZE, nx=True, private=True)
     vm.memory.write(GPA, OLD.to_bytes(8, "little"))
-    vm.launch()
-    vcpu = vm.vcpus[0]
-
-    def read(page: int) -> int:
-        vm.symbol("where").u64 = int(GVA) + page * PAGE_SIZE
-        return vcpu.sync().args[0]
-
-    vcpu.sync()
-    assert read(0) == OLD
+    agent = Agent(vm.vcpus[0])
+    assert agent.read(GVA) == OLD
     slot.move(GPA + PAGE_SIZE)
-    assert read(1) == OLD
+    assert agent.read(GVA + PAGE_SIZE) == OLD
     slot.delete()
-    vm.symbol("where").u64 = int(GVA) + PAGE_SIZE
-    assert vcpu.expect(MmioExit).phys_addr == int(vm.to_raw(GPA + PAGE_SIZE, private=True))
+    agent.begin_read(GVA + PAGE_SIZE)
+    assert agent.vcpu.expect(MmioExit).phys_addr == int(vm.to_raw(GPA + PAGE_SIZE, private=True))

@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from kvmpy import KVM_MEM_READONLY, PAGE_SIZE, Gpa, GuestVm, Gva, MakeVm, MemorySlot, MmioExit
+from kvmpy import (
+    AGENT,
+    KVM_MEM_READONLY,
+    PAGE_SIZE,
+    Agent,
+    Gpa,
+    GuestVm,
+    Gva,
+    MakeVm,
+    MemorySlot,
+    MmioExit,
+    Registers,
+)
+from selftests.conftest import Accessor
 
-if TYPE_CHECKING:
-    from selftests.conftest import Accessor
-
-pytestmark = [
-    pytest.mark.requires("KVM_CAP_READONLY_MEM", "trait:readonly_slots"),
-]
+pytestmark = pytest.mark.requires("KVM_CAP_READONLY_MEM", "trait:readonly_slots")
 
 GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)
@@ -23,29 +29,6 @@ NEW = 0x8877_6655_4433_2211
 
 # mov eax, 0x600d; ret
 CODE = b"\xb8\x0d\x60\x00\x00\xc3"
-
-FETCHING = """
-#include <kvmpy/guest.h>
-
-void guest_main(u64 address)
-{
-	u64 (*function)(void) = (void *)(uintptr_t)address;
-
-	GUEST_SYNC(function());
-}
-"""
-
-STORING = """
-#include <kvmpy/guest.h>
-
-void guest_main(u64 address)
-{
-	u64 count = 3;
-
-	asm volatile("rep stosq" : "+D"(address), "+c"(count) : "a"(0x1122334455667788ull) : "memory");
-	GUEST_SYNC(address, count);
-}
-"""
 
 
 def read_only_page(vm: GuestVm) -> MemorySlot:
@@ -129,13 +112,11 @@ def test_code_runs_from_it(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.35.
     """
-    vm = make_vm(FETCHING)
+    vm = make_vm(AGENT)
     slot = vm.add_slot(GPA, PAGE_SIZE, flags=KVM_MEM_READONLY)
     slot.mapping.view(0, len(CODE))[:] = CODE
     vm.map(GVA, GPA, PAGE_SIZE, private=False)
-    vm.vcpus[0].set_entry("guest_main", int(GVA))
-    vm.launch()
-    assert vm.vcpus[0].sync().args == (0x600D,)
+    assert Agent(vm.vcpus[0]).call(GVA) == 0x600D
 
 
 @pytest.mark.requires("trait:kvm_emulates")
@@ -144,14 +125,16 @@ def test_a_string_write_is_posted_element_by_element(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.35 and 5, KVM_EXIT_MMIO: up to 8 bytes an exit.
     """
-    vm = make_vm(STORING)
+    vm = make_vm(AGENT)
+    agent = Agent(vm.vcpus[0])
     slot = read_only_page(vm)
     vm.map(GVA, GPA, PAGE_SIZE, private=False)
-    vm.vcpus[0].set_entry("guest_main", int(GVA) + 0x40)
-    vm.launch()
+    agent.begin(b"\xf3\x48\xab", rdi=int(GVA) + 0x40, rax=NEW, rcx=3)  # rep stosq
     for number in range(3):
         got = vm.vcpus[0].expect(MmioExit)
         assert (got.phys_addr, got.is_write) == (int(GPA) + 0x40 + 8 * number, True)
-        assert got.value == 0x1122334455667788
-    assert vm.vcpus[0].sync().args == (int(GVA) + 0x40 + 24, 0)
+        assert got.value == NEW
+    end = agent.end()
+    assert isinstance(end, Registers)
+    assert (end.rdi, end.rcx) == (GVA + 0x40 + 24, 0)
     assert bytes(slot.mapping.view(0, PAGE_SIZE)) == b"\1" * PAGE_SIZE

@@ -47,24 +47,17 @@ def test_a_size_that_is_no_multiple_of_the_page_size_is_refused(set_region: SetR
             set_region(0, GPA, size, area.hva)
 
 
-def test_a_guest_address_inside_a_page_is_refused(set_region: SetRegion, area: Mapping) -> None:
-    """A slot starts at a page boundary of the guest: another guest_phys_addr is EINVAL.
+@pytest.mark.parametrize(("gpa", "hva"), [(1, 0), (0, 1)], ids=["guest", "host"])
+def test_an_address_inside_a_page_is_refused(
+    set_region: SetRegion, area: Mapping, gpa: int, hva: int
+) -> None:
+    """A slot starts at a page of guest and host: another guest_phys_addr or userspace_addr is EINVAL.
 
     Documentation/virt/kvm/api.rst 4.35; general checks of kvm_set_memory_region(), virt/kvm/kvm_main.c.
     """
     for offset in (1, 0x10, 0x800, PAGE_SIZE - 1):
         with refused(errno.EINVAL):
-            set_region(0, GPA + offset, PAGE_SIZE, area.hva)
-
-
-def test_a_host_address_inside_a_page_is_refused(set_region: SetRegion, area: Mapping) -> None:
-    """A slot starts at a page boundary of the host: another userspace_addr is EINVAL.
-
-    Documentation/virt/kvm/api.rst 4.35; general checks of kvm_set_memory_region(), virt/kvm/kvm_main.c.
-    """
-    for offset in (1, 0x10, 0x800, PAGE_SIZE - 1):
-        with refused(errno.EINVAL):
-            set_region(0, GPA, PAGE_SIZE, area.hva + offset)
+            set_region(0, GPA + gpa * offset, PAGE_SIZE, area.hva + hva * offset)
 
 
 def test_host_memory_of_the_kernel_is_refused(set_region: SetRegion, area: Mapping) -> None:

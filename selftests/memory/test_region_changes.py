@@ -72,25 +72,21 @@ def test_a_deleted_slot_can_be_made_anew(set_region: SetRegion, area: Mapping) -
     delete(set_region, 0)
 
 
-@pytest.mark.parametrize("size", [SIZE - PAGE_SIZE, SIZE + PAGE_SIZE], ids=["smaller", "larger"])
-def test_a_slot_may_not_be_resized(set_region: SetRegion, area: Mapping, size: int) -> None:
-    """An existing slot "may not be resized": EINVAL.
-
-    Documentation/virt/kvm/api.rst 4.35.
-    """
-    set_region(0, GPA, SIZE, area.hva)
-    with refused(errno.EINVAL):
-        set_region(0, GPA, size, area.hva)
-
-
-def test_the_host_memory_of_a_slot_stays(set_region: SetRegion, area: Mapping) -> None:
-    """Place and flags of a slot may change, its userspace_addr may not: EINVAL.
+@pytest.mark.parametrize(
+    ("size", "offset"),
+    [(SIZE - PAGE_SIZE, 0), (SIZE + PAGE_SIZE, 0), (SIZE, PAGE_SIZE)],
+    ids=["smaller", "larger", "other-memory"],
+)
+def test_size_and_host_memory_of_a_slot_stay(
+    set_region: SetRegion, area: Mapping, size: int, offset: int
+) -> None:
+    """An existing slot "may not be resized", and its userspace_addr may not change: EINVAL.
 
     Documentation/virt/kvm/api.rst 4.35; kvm_set_memory_region(), virt/kvm/kvm_main.c.
     """
     set_region(0, GPA, SIZE, area.hva)
     with refused(errno.EINVAL):
-        set_region(0, GPA, SIZE, area.hva + PAGE_SIZE)
+        set_region(0, GPA, size, area.hva + offset)
 
 
 def test_setting_a_slot_to_what_it_is_changes_nothing(set_region: SetRegion, area: Mapping) -> None:

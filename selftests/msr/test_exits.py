@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,9 +20,7 @@ from kvmpy import (
     WrmsrExit,
     refused,
 )
-
-if TYPE_CHECKING:
-    from selftests.msr.conftest import MsrGuestMaker
+from selftests.msr.conftest import MsrGuestMaker
 
 # No CPU has this one, and KVM knows nothing of it; with ignore_msrs KVM would make it up.
 UNKNOWN_MSR = 0x2000_0000

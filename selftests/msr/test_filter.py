@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import (
+    AGENT,
     KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_EXIT_REASON_UNKNOWN,
+    Agent,
+    Fault,
     MakeVm,
     Msr,
     MsrFilter,
@@ -17,9 +18,7 @@ from kvmpy import (
     Vector,
 )
 from kvmpy.core.msr_filter import MAX_RANGES, READ, WRITE
-
-if TYPE_CHECKING:
-    from selftests.msr.conftest import MsrGuest, MsrGuestMaker
+from selftests.msr.conftest import MsrGuest, MsrGuestMaker
 
 pytestmark = pytest.mark.requires("KVM_CAP_X86_MSR_FILTER")
 # What a filter does to MSRs that KVM does not know shows in the reason of the exit: they can stand for any.
@@ -241,43 +240,15 @@ def test_host_is_not_filtered(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(LSTAR).fault() == GP0
 
 
-SWAPGS = """
-#include <kvmpy/guest.h>
-
-#define MSR_GS_BASE		0xc0000101
-#define MSR_KERNEL_GS_BASE	0xc0000102
-
-/* Nothing that needs GS may come between the two: the per-CPU area is behind it. */
-static u64 swapped_gs_base(void)
-{
-	u32 low, high;
-
-	asm volatile("swapgs\\n\\t"
-		     "rdmsr\\n\\t"
-		     "swapgs" : "=a"(low), "=d"(high) : "c"(MSR_GS_BASE) : "memory");
-	return low | (u64)high << 32;
-}
-
-void guest_main(void)
-{
-	u64 value;
-
-	wrmsr(MSR_KERNEL_GS_BASE, 0x123456789000);
-	GUEST_SYNC(0);
-	GUEST_ASSERT(rdmsr_safe(MSR_KERNEL_GS_BASE, &value).faulted);
-	GUEST_SYNC(swapped_gs_base());
-}
-"""
-
-
 def test_side_effects_are_not_filtered(make_vm: MakeVm) -> None:
     """SWAPGS exchanges the GS base with KERNEL_GS_BASE although the filter denies RDMSR and WRMSR of that.
 
     Documentation/virt/kvm/api.rst, 4.97 KVM_X86_SET_MSR_FILTER, warning ("side effects of instruction").
     """
-    vm = make_vm(SWAPGS)
-    vm.launch()
-    vcpu = vm.vcpus[0]
-    vcpu.sync()
-    vm.msrs.set_filter(MsrFilter.denying([Msr.MSR_KERNEL_GS_BASE]))
-    assert vcpu.sync().args == (0x1234_5678_9000,)
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    assert agent.wrmsr(Msr.MSR_KERNEL_GS_BASE, 0x1234_5678_9000) is None
+    agent.vm.msrs.set_filter(MsrFilter.denying([Msr.MSR_KERNEL_GS_BASE]))
+    assert agent.rdmsr(Msr.MSR_KERNEL_GS_BASE) == Fault(Vector.GP, 0)
+    # swapgs; rdmsr; swapgs: nothing that needs GS may come between, for the per-CPU area is behind it.
+    swapped = agent.must(b"\x0f\x01\xf8\x0f\x32\x0f\x01\xf8", rcx=Msr.MSR_GS_BASE)
+    assert swapped.edx_eax == 0x1234_5678_9000

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -24,9 +23,7 @@ from kvmpy import (
     refused,
 )
 from kvmpy.core.vcpu_state import msr_reg_id
-
-if TYPE_CHECKING:
-    from selftests.msr.conftest import MsrGuestMaker
+from selftests.msr.conftest import MsrGuestMaker
 
 UNKNOWN_MSR = 0x2000_0000
 STAR, LSTAR, CSTAR = Msr.MSR_STAR, Msr.MSR_LSTAR, Msr.MSR_CSTAR

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import (
     AGENT,
+    Agent,
     Cpuid,
     Kvm,
     MakeVm,
@@ -21,10 +20,7 @@ from kvmpy import (
     kvm_msr_entry,
     kvm_msrs,
 )
-from selftests.msr.conftest import MsrGuest
-
-if TYPE_CHECKING:
-    from selftests.msr.conftest import MsrGuestMaker
+from selftests.msr.conftest import MsrGuest, MsrGuestMaker
 
 pytestmark = pytest.mark.requires("param:kvm.ignore_msrs=N")
 
@@ -98,34 +94,23 @@ def test_reserved_memory_types(msr_guest: MsrGuestMaker, memory_type: int) -> No
     assert guest.read(Msr.MSR_IA32_CR_PAT).value() == PAT_AT_RESET
 
 
-@pytest.mark.parametrize("bit", [18, 24], ids=["McStatusWrEn", "TscFreqSel"])
-def test_hwcr_bits_that_are_kept(bare_vcpu: Vcpu, bit: int) -> None:
-    """HWCR keeps the bits that KVM emulates.
+@pytest.mark.parametrize(
+    ("bit", "written", "kept"),
+    [
+        # McStatusWrEn and TscFreqSel.
+        *((bit, True, True) for bit in (18, 24)),
+        # FFDIS, IgnneEm and CacheFlushDis, which guests are known to set.
+        *((bit, True, False) for bit in (3, 6, 8)),
+        *((bit, False, False) for bit in (0, 9, 17, 19, 30, 32, 63)),
+    ],
+)
+def test_hwcr_bits(bare_vcpu: Vcpu, bit: int, written: bool, kept: bool) -> None:
+    """HWCR keeps the bits that KVM emulates; some others may be written and read as 0; the rest is refused.
 
     AMD PPR, MSRC001_0015; arch/x86/kvm/x86.c, kvm_set_msr_common().
     """
-    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
-    assert bare_vcpu.msrs.get(Msr.MSR_K7_HWCR) == 1 << bit
-
-
-@pytest.mark.parametrize("bit", [3, 6, 8])
-def test_hwcr_bits_that_are_ignored(bare_vcpu: Vcpu, bit: int) -> None:
-    """Some bits of HWCR that guests are known to set may be written, and read as 0.
-
-    arch/x86/kvm/x86.c, kvm_set_msr_common(): FFDIS, IgnneEm and CacheFlushDis.
-    """
-    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
-    assert bare_vcpu.msrs.get(Msr.MSR_K7_HWCR) == 0
-
-
-@pytest.mark.parametrize("bit", [0, 9, 17, 19, 30, 32, 63])
-def test_hwcr_bits_that_are_refused(bare_vcpu: Vcpu, bit: int) -> None:
-    """Bits of HWCR that KVM does not emulate cannot be set.
-
-    arch/x86/kvm/x86.c, kvm_set_msr_common().
-    """
-    assert not set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit)
-    assert bare_vcpu.msrs.get(Msr.MSR_K7_HWCR) == 0
+    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit) is written
+    assert bare_vcpu.msrs.get(Msr.MSR_K7_HWCR) == kept << bit
 
 
 def _without_tsc_aux(table: kvm_cpuid2) -> kvm_cpuid2:
@@ -200,34 +185,22 @@ def test_long_mode_stays_enabled(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(Msr.MSR_EFER).value() == efer
 
 
-TURNS = """
-#include <kvmpy/guest.h>
-
-/* LSTAR, STAR, KERNEL_GS_BASE, SYSCALL_MASK, SYSENTER_EIP */
-static const u32 msrs[] = { 0xc0000082, 0xc0000081, 0xc0000102, 0xc0000084, 0x176 };
-
-void guest_main(void)
-{
-	u64 base = 0x100000 * (guest_cpu_index() + 1);
-
-	for (unsigned int i = 0; i < ARRAY_SIZE(msrs); i++)
-		wrmsr(msrs[i], base + i);
-	GUEST_SYNC();
-	for (;;)
-		GUEST_SYNC(rdmsr(msrs[0]), rdmsr(msrs[1]), rdmsr(msrs[2]), rdmsr(msrs[3]), rdmsr(msrs[4]));
-}
-"""
-
-
 def test_each_vcpu_has_its_own(make_vm: MakeVm) -> None:
     """vCPUs that take turns on one thread keep their own values of MSRs that the CPU itself holds.
 
     Documentation/virt/kvm/api.rst, 4.18 KVM_GET_MSRS (a vCPU ioctl).
     """
-    vm = make_vm(TURNS, vcpus=3)
-    vm.launch()
-    for vcpu in vm.vcpus:
-        vcpu.sync()
+    agents = [Agent(vcpu) for vcpu in make_vm(AGENT, vcpus=3).vcpus]
+    msrs = [
+        Msr.MSR_LSTAR,
+        Msr.MSR_STAR,
+        Msr.MSR_KERNEL_GS_BASE,
+        Msr.MSR_SYSCALL_MASK,
+        Msr.MSR_IA32_SYSENTER_EIP,
+    ]
+    values = [[0x10_0000 * index + number for number in range(len(msrs))] for index in (1, 2, 3)]
+    for agent, own in zip(agents, values, strict=True):
+        for msr, value in zip(msrs, own, strict=True):
+            assert agent.wrmsr(msr, value) is None
     for _ in range(2):
-        seen = [vcpu.sync().args for vcpu in vm.vcpus]
-        assert seen == [tuple(0x10_0000 * (index + 1) + number for number in range(5)) for index in range(3)]
+        assert [[agent.rdmsr(msr) for msr in msrs] for agent in agents] == values

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import pytest
 
@@ -124,22 +125,20 @@ class PageFault(Protocol):
     def __call__(self, error: int, address: Gva) -> Fault: ...
 
 
-class MakeProber(Protocol):
-    """Makes a prober with a VM of its own; keywords as those of ``make_vm``."""
+@dataclass
+class MakeProber:
+    """Makes a prober with a VM of its own."""
 
-    def __call__(
-        self, *, ring: int = 0, vcpus: int = 1, memory: int | None = None, levels: int = 4
-    ) -> Prober: ...
+    make_vm: MakeVm
+
+    def __call__(self, *, ring: int = 0, **options: Any) -> Prober:
+        """Make a prober for *ring*; *options* are those of ``make_vm``."""
+        return Prober(self.make_vm(AGENT, **options), ring)
 
 
 @pytest.fixture
 def make_prober(make_vm: MakeVm) -> MakeProber:
-    """Probers with more vCPUs, memory or levels than the usual."""
-
-    def make(*, ring: int = 0, vcpus: int = 1, memory: int | None = None, levels: int = 4) -> Prober:
-        return Prober(make_vm(AGENT, vcpus=vcpus, memory=memory, levels=levels), ring)
-
-    return make
+    return MakeProber(make_vm)
 
 
 @pytest.fixture
@@ -152,12 +151,3 @@ def prober(make_prober: MakeProber, ring: int) -> Prober:
 def page_fault() -> PageFault:
     """A page fault with an error code at an address."""
     return lambda error, address: Fault(Vector.PF, int(error), int(address))
-
-
-@pytest.fixture
-def live_tables(protection: str) -> None:
-    """Page tables that the host can change while the guest runs."""
-    from kvmpy.coco import ladder
-
-    if not ladder.get(protection).traits.host_sees_tables:
-        pytest.skip(f"protection {protection} keeps the page tables from the host")

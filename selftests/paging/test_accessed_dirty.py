@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M, Gva, PfErr
 from kvmpy.x86.entry import ACCESSED, DIRTY
+from selftests.paging.conftest import MakeProber, PageFault, Prober
 
-if TYPE_CHECKING:
-    from selftests.paging.conftest import MakeProber, PageFault, Prober
-
-pytestmark = pytest.mark.usefixtures("live_tables")
+pytestmark = pytest.mark.usefixtures("open_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B
@@ -55,14 +51,15 @@ def test_nothing_touched_nothing_set(prober: Prober) -> None:
     assert flags(prober, GVA + PAGE_SIZE, (1,)) == [0]
 
 
-def test_a_read_marks_every_entry_as_accessed(prober: Prober) -> None:
-    """A read sets the accessed flag in every entry of the translation, and no dirty flag.
+@pytest.mark.parametrize("access", ["read", "fetch"])
+def test_an_access_marks_every_entry_as_accessed(prober: Prober, access: str) -> None:
+    """A read and a fetch set the accessed flag in every entry of the translation, and no dirty flag.
 
     Intel SDM volume 3, 4.8.
     """
-    prober.page(GVA, MARK)
+    prober.page(GVA, CODE if access == "fetch" else MARK)
     use_and_clear(prober)
-    assert prober.read(GVA) == MARK
+    assert (prober.fetch(GVA) if access == "fetch" else prober.read(GVA)) == MARK
     assert flags(prober) == [ACCESSED] * 4
 
 
@@ -88,17 +85,6 @@ def test_a_write_after_a_read_marks_the_page_as_dirty(prober: Prober) -> None:
     assert flags(prober, levels=(1,)) == [ACCESSED]
     assert prober.write(GVA, 1) is None
     assert flags(prober, levels=(1,)) == [BOTH]
-
-
-def test_a_fetch_marks_the_page_as_accessed(prober: Prober) -> None:
-    """Running code sets the accessed flag, not the dirty flag.
-
-    Intel SDM volume 3, 4.8.
-    """
-    prober.page(GVA, CODE)
-    use_and_clear(prober)
-    assert prober.fetch(GVA) == MARK
-    assert flags(prober) == [ACCESSED] * 4
 
 
 def test_a_large_page_has_flags_of_its_own(prober: Prober) -> None:

@@ -7,8 +7,6 @@ fetches and walks private memory whatever the bit says (AMD APM volume 2, 15.34.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import (
@@ -26,10 +24,8 @@ from kvmpy import (
 from kvmpy.coco.cbit import EmulatedEncryptionBit
 from kvmpy.core.kvm import Kvm
 from kvmpy.x86.entry import ACCESSED, USER, WRITABLE
+from selftests.paging.conftest import Prober
 from selftests.paging.walker import Walker
-
-if TYPE_CHECKING:
-    from selftests.paging.conftest import Prober
 
 pytestmark = pytest.mark.protections("cbit")
 

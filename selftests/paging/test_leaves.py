@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import CR4, PAGE_SIZE, SIZE_1G, SIZE_2M, Anonymous, Gpa, Gva
-
-if TYPE_CHECKING:
-    from selftests.paging.conftest import MakeProber, Prober
-
+from selftests.paging.conftest import MakeProber, Prober
 
 GVA = Gva(0x6000_0000_0000)
 GPA = Gpa(0x8000_0000)

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M, Gpa, Gva, PageTables, PfErr
 from kvmpy.x86.entry import PRESENT, USER, WRITABLE
+from selftests.paging.conftest import MakeProber, PageFault, Prober
 
-if TYPE_CHECKING:
-    from selftests.paging.conftest import MakeProber, PageFault, Prober
-
-pytestmark = pytest.mark.usefixtures("live_tables")
+pytestmark = pytest.mark.usefixtures("open_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B

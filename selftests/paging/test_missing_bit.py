@@ -7,8 +7,6 @@ table pointer says (AMD APM volume 2, 15.34.1), so it never shows what these tes
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import (
@@ -24,9 +22,7 @@ from kvmpy import (
     Vector,
 )
 from kvmpy.guest import layout
-
-if TYPE_CHECKING:
-    from selftests.paging.conftest import MakeProber, PageFault, Prober
+from selftests.paging.conftest import MakeProber, PageFault, Prober
 
 pytestmark = pytest.mark.protections("cbit")
 
@@ -160,8 +156,7 @@ def test_cr3_that_lacks_the_bit(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 5, KVM_EXIT_SHUTDOWN.
     """
-    vm = make_vm(GUEST)
-    vm.launch()
+    vm = make_vm.start(GUEST)
     bit = vm.encryption
     assert bit is not None
     vcpu = vm.vcpus[0]
@@ -178,8 +173,7 @@ def test_a_program_whose_data_lacks_the_bit(make_vm: MakeVm) -> None:
 
     AMD APM volume 2, 15.34.1 and 7.10.1 (C-bit).
     """
-    right = make_vm(GUEST)
-    right.launch()
+    right = make_vm.start(GUEST)
     right.vcpus[0].sync()
     wrong = make_vm(GUEST)
     page = wrong.symbol("secret").gva.align_down(PAGE_SIZE)
@@ -196,8 +190,7 @@ def test_a_program_whose_descriptors_lack_the_bit(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst 5, KVM_EXIT_SHUTDOWN.
     """
     source = GUEST.replace("GUEST_ASSERT_EQ(secret, 0x5ec12e7)", 'asm volatile("ud2")')
-    right = make_vm(source)
-    right.launch()
+    right = make_vm.start(source)
     with pytest.raises(GuestExceptionError) as caught:
         right.vcpus[0].sync()
     assert caught.value.vector == Vector.UD

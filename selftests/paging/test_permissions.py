@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from kvmpy import CR0, CR4, PAGE_SIZE, Gva, PfErr
 from kvmpy.x86.entry import NO_EXECUTE, USER, WRITABLE
-
-if TYPE_CHECKING:
-    from selftests.paging.conftest import MakeProber, PageFault, Prober
-
+from selftests.paging.conftest import MakeProber, PageFault, Prober
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B
@@ -128,7 +123,7 @@ def test_a_page_that_may_be_run(prober: Prober) -> None:
 
 
 @UPPER
-@pytest.mark.usefixtures("live_tables")
+@pytest.mark.usefixtures("open_tables")
 def test_upper_entries_forbid_writes(prober: Prober, page_fault: PageFault, u: int, level: int) -> None:
     """A page may be written only if R/W is set in every entry of its translation.
 
@@ -141,7 +136,7 @@ def test_upper_entries_forbid_writes(prober: Prober, page_fault: PageFault, u: i
 
 
 @UPPER
-@pytest.mark.usefixtures("live_tables")
+@pytest.mark.usefixtures("open_tables")
 def test_upper_entries_close_to_ring_3(make_prober: MakeProber, page_fault: PageFault, level: int) -> None:
     """Ring 3 reaches a page only if U/S is set in every entry of its translation.
 
@@ -155,7 +150,7 @@ def test_upper_entries_close_to_ring_3(make_prober: MakeProber, page_fault: Page
 
 
 @UPPER
-@pytest.mark.usefixtures("live_tables")
+@pytest.mark.usefixtures("open_tables")
 def test_upper_entries_forbid_fetches(prober: Prober, page_fault: PageFault, u: int, level: int) -> None:
     """Code runs only if XD is clear in every entry of its translation.
 
@@ -218,7 +213,7 @@ def test_smap_keeps_ring_0_from_user_data(make_prober: MakeProber, page_fault: P
 
 
 @pytest.mark.requires("cpuid:pku")
-@pytest.mark.usefixtures("live_tables")
+@pytest.mark.usefixtures("open_tables")
 def test_protection_keys_close_user_pages(make_prober: MakeProber, page_fault: PageFault) -> None:
     """With CR4.PKE a page's key selects bits of PKRU, which forbid accesses or writes: a fault with PK.
 

@@ -3,55 +3,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from kvmpy import PAGE_SIZE, SIZE_2M, Cpuid, Gva, MakeVm, PfErr, Vector
+from kvmpy import AGENT, PAGE_SIZE, SIZE_2M, Agent, Cpuid, Fault, Gva, Kvm, MakeVm, PfErr, Vector
 from kvmpy.x86.entry import PAGE_SIZE_BIT, PRESENT
+from selftests.paging.conftest import PageFault, Prober
 
-if TYPE_CHECKING:
-    from kvmpy import Kvm
-    from selftests.paging.conftest import PageFault, Prober
-
-pytestmark = pytest.mark.usefixtures("live_tables")
+pytestmark = pytest.mark.usefixtures("open_tables")
 
 GVA = Gva(0x6000_0000_0000)
 MARK = 0x4D41_524B
 CODE = b"\xb8" + MARK.to_bytes(4, "little") + b"\xc3"  # mov eax, MARK; ret
 TOP_BIT = 1 << 51
 
+
 # A stack pointer, and a frame pointer, that are not canonical.
-STACKS = """
-#include <kvmpy/guest.h>
-
-static u64 user_stack[64] GUEST_USER_DATA;
-
-static GUEST_USER u64 push(u64 address)
-{
-	asm volatile("movq %0, %%rsp; pushq $0" : : "r"(address) : "memory");
-	return 0;
-}
-
-static GUEST_USER u64 frame(u64 address)
-{
-	asm volatile("movq %0, %%rbp; movq (%%rbp), %%rax" : : "r"(address) : "rax", "memory");
-	return 0;
-}
-
-void guest_main(u64 address)
-{
-	void *top = user_stack + ARRAY_SIZE(user_stack);
-	struct guest_user_exit exit;
-
-	exit = guest_user_run(push, address, top);
-	GUEST_SYNC(exit.fault.faulted, exit.fault.vector, exit.fault.error_code);
-	exit = guest_user_run(frame, address, top);
-	GUEST_SYNC(exit.fault.faulted, exit.fault.vector, exit.fault.error_code);
-}
-"""
-
-
 def narrow_addresses(kvm: Kvm) -> str | None:
     if Cpuid.from_struct(kvm.supported_cpuid).maxphyaddr <= 51:
         return None
@@ -85,10 +51,10 @@ def test_a_stack_that_is_not_canonical(make_vm: MakeVm) -> None:
 
     Intel SDM volume 3, 6.15, #SS: "a canonical violation" of an access that references the stack.
     """
-    vm = make_vm(STACKS)
-    vm.vcpus[0].set_entry("guest_main", 0x0000_8000_0000_1000)
-    vm.launch()
-    assert [call.args for call in vm.vcpus[0].syncs()] == [(1, Vector.SS, 0)] * 2
+    agent = Agent(make_vm(AGENT).vcpus[0], ring=3)
+    address = 0x0000_8000_0000_1000
+    assert agent.execute(b"\x48\x89\xfc\x6a\0", rdi=address) == Fault(Vector.SS, 0)  # mov %rdi, %rsp; push $0
+    assert agent.execute(b"\x48\x8b\x45\0", rbp=address) == Fault(Vector.SS, 0)  # mov (%rbp), %rax
 
 
 def test_a_table_entry_that_would_be_a_leaf_at_the_top(prober: Prober, page_fault: PageFault, u: int) -> None:

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import pytest
 
@@ -15,6 +13,7 @@ from kvmpy import (
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
     PAGE_SIZE,
     SIZE_2M,
+    Agent,
     Anonymous,
     Gpa,
     GuestMemfd,
@@ -30,40 +29,16 @@ GPA = Gpa(0x8000_0000)
 GVA = Gva(0x70_0000_0000)
 FIRST_SLOT = 1000
 
-READ, WRITE, FETCH, FILL, CHECK, HYPERCALL, SPIN, ZEROES = range(8)
-
-# Each vCPU does what its order says and shows the result; addresses are guest-virtual.
+# Addresses are guest-virtual.
 GUEST = """
 #include <kvmpy/guest.h>
 
-enum { READ, WRITE, FETCH, FILL, CHECK, HYPERCALL, SPIN, ZEROES };
-
-struct order {
-	u64 what;
-	u64 address;
-	u64 value;
-	u64 size;
-};
-
-GUEST_SHARED struct order orders[8];
-/* How often a vCPU went round in SPIN, and its end. */
+/* How often a vCPU went round in spin(), and its end. */
 GUEST_SHARED volatile u64 rounds[8];
 GUEST_SHARED volatile u64 stop;
 
-static u64 map_gpa_range(u64 gpa, u64 pages, u64 attributes)
-{
-	u64 result = 12; /* KVM_HC_MAP_GPA_RANGE */
-
-	/* "Auth": AMD's instruction is another one. */
-	if (cpuid(0, 0).ebx == 0x68747541)
-		asm volatile("vmmcall" : "+a"(result) : "b"(gpa), "c"(pages), "d"(attributes) : "memory");
-	else
-		asm volatile("vmcall" : "+a"(result) : "b"(gpa), "c"(pages), "d"(attributes) : "memory");
-	return result;
-}
-
 /* The first and the last word of each page: @value plus the number of the page. */
-static void fill(u64 address, u64 size, u64 value)
+void fill(u64 address, u64 size, u64 value)
 {
 	for (u64 i = 0; i < size; i += 4096) {
 		*(volatile u64 *)(address + i) = value + i / 4096;
@@ -71,8 +46,8 @@ static void fill(u64 address, u64 size, u64 value)
 	}
 }
 
-/* How many pages are not as fill() left them; the first of them plus one in the upper half. */
-static u64 check(u64 address, u64 size, u64 value, u64 step)
+/* How many pages are not as fill() left them (@step 0: not @value); the first plus one in the upper half. */
+u64 check(u64 address, u64 size, u64 value, u64 step)
 {
 	u64 bad = 0, first = 0;
 
@@ -88,7 +63,7 @@ static u64 check(u64 address, u64 size, u64 value, u64 step)
 }
 
 /* Reads @address until @stop; the number of values that were neither 0, @a nor @b. */
-static u64 spin(u64 address, u64 a, u64 b)
+u64 spin(u64 address, u64 a, u64 b)
 {
 	u64 strange = 0;
 
@@ -103,41 +78,7 @@ static u64 spin(u64 address, u64 a, u64 b)
 
 void guest_main(void)
 {
-	struct order *shared = &orders[guest_cpu_index()];
-
-	GUEST_SYNC();
-	for (;;) {
-		struct order o = *(volatile struct order *)shared;
-		u64 result = 0;
-
-		switch (o.what) {
-		case READ:
-			result = *(volatile u64 *)o.address;
-			break;
-		case WRITE:
-			*(volatile u64 *)o.address = o.value;
-			break;
-		case FETCH:
-			result = ((u64 (*)(void))o.address)();
-			break;
-		case FILL:
-			fill(o.address, o.size, o.value);
-			break;
-		case CHECK:
-			result = check(o.address, o.size, o.value, 1);
-			break;
-		case HYPERCALL:
-			result = map_gpa_range(o.address, o.size, o.value);
-			break;
-		case SPIN:
-			result = spin(o.address, o.value, o.size);
-			break;
-		case ZEROES:
-			result = check(o.address, o.size, 0, 0);
-			break;
-		}
-		GUEST_SYNC(result);
-	}
+	guest_agent();
 }
 """
 
@@ -166,63 +107,69 @@ class Region:
     pages: int
     parts: list[Part] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.agents = [Agent(vcpu) for vcpu in self.vm.vcpus]
+
     # The guest's side.
 
-    def order(self, what: int, address: int, value: int = 0, size: int = PAGE_SIZE, *, cpu: int = 0) -> None:
-        """Tell a vCPU what to do; it does it when it runs."""
-        self.launch()
-        orders = self.vm.symbol("orders")
-        packed = bytearray(orders.bytes)
-        struct.pack_into("<4Q", packed, 32 * cpu, what, address, value, size)
-        orders.bytes = bytes(packed)
-
     def launch(self) -> None:
-        """Launch the VM, once, and run every vCPU to where it waits for orders."""
+        """Launch the VM, once, and run every vCPU to where it waits for orders, its code mapped."""
         if not self.vm.launched:
-            self.vm.launch()
-            for vcpu in self.vm.vcpus:
-                vcpu.sync()
+            for agent in self.agents:
+                agent.must(b"")
+
+    def begin(self, access: str, page: int, value: int = 0, *, offset: int = 0, cpu: int = 0) -> None:
+        """Order an access ("read", "write" or "fetch"); the vCPU carries it out when it runs."""
+        self.launch()
+        agent, gva = self.agents[cpu], self.gva(page) + offset
+        if access == "fetch":
+            agent.begin_call(gva)
+        elif access == "write":
+            agent.begin_write(gva, value)
+        else:
+            agent.begin_read(gva)
+
+    def begin_spin(self, page: int, *values: int) -> None:
+        """Order the first vCPU to read a page until ``stop`` is set and to count what is none of *values*."""
+        self.launch()
+        self.agents[0].begin_call("spin", int(self.gva(page)), *values)
 
     def result(self, cpu: int = 0) -> int:
         """Run a vCPU to the end of its order and return the result."""
-        return self.vm.vcpus[cpu].sync().args[0]
-
-    def do(
-        self, what: int, page: int, value: int = 0, *, pages: int = 1, offset: int = 0, cpu: int = 0
-    ) -> int:
-        """Let a vCPU do one thing to pages of the range, to its end."""
-        self.order(what, int(self.gva(page)) + offset, value, pages * PAGE_SIZE, cpu=cpu)
-        return self.result(cpu)
+        return self.agents[cpu].value()
 
     def read(self, page: int, offset: int = 0, *, cpu: int = 0) -> int:
         """What the guest reads."""
-        return self.do(READ, page, offset=offset, cpu=cpu)
+        self.begin("read", page, offset=offset, cpu=cpu)
+        return self.result(cpu)
 
     def write(self, page: int, value: int, offset: int = 0, *, cpu: int = 0) -> None:
         """Let the guest write."""
-        self.do(WRITE, page, value, offset=offset, cpu=cpu)
+        self.begin("write", page, value, offset=offset, cpu=cpu)
+        self.result(cpu)
 
     def fill(self, first: int, pages: int, value: int) -> None:
         """Let the guest write *value*, counting up from page to page, into the ends of pages."""
-        self.do(FILL, first, value, pages=pages)
+        self.launch()
+        self.agents[0].begin_call("fill", int(self.gva(first)), pages * PAGE_SIZE, value)
+        self.result()
 
-    def check(self, first: int, pages: int, value: int) -> None:
-        """Let the guest find what :meth:`fill` wrote."""
-        bad = self.do(CHECK, first, value, pages=pages)
+    def check(self, first: int, pages: int, value: int, *, step: int = 1) -> None:
+        """Let the guest find what :meth:`fill` wrote; with *step* 0, *value* in each page."""
+        self.launch()
+        self.agents[0].begin_call("check", int(self.gva(first)), pages * PAGE_SIZE, value, step)
+        bad = self.result()
         assert bad == 0, f"{bad & 0xFFFF_FFFF} of {pages} pages differ, page {first + (bad >> 32) - 1} first"
 
     def check_zero(self, first: int, pages: int) -> None:
         """Let the guest find nothing but zeroes at the ends of pages."""
-        bad = self.do(ZEROES, first, pages=pages)
-        assert bad == 0, (
-            f"{bad & 0xFFFF_FFFF} of {pages} pages are not zero, page {first + (bad >> 32) - 1} first"
-        )
+        self.check(first, pages, 0, step=0)
 
     def fault(
-        self, what: int, page: int, value: int = 0, *, offset: int = 0, cpu: int = 0
+        self, access: str, page: int, value: int = 0, *, offset: int = 0, cpu: int = 0
     ) -> MemoryFaultExit:
         """Let the guest access a page, and return the memory fault that this must end in."""
-        self.order(what, int(self.gva(page)) + offset, value, cpu=cpu)
+        self.begin(access, page, value, offset=offset, cpu=cpu)
         return self.vm.vcpus[cpu].expect(MemoryFaultExit)
 
     # The host's side.
@@ -302,30 +249,29 @@ class Region:
             gpa, left = self.vm.vcpus[0].pre_fault_memory(gpa, left)
 
     def add(
-        self,
-        first: int,
-        pages: int,
-        *,
-        gmem: GuestMemfd | bool = True,
-        offset: int = 0,
-        huge: str = "never",
+        self, first: int, pages: int, *, gmem: GuestMemfd | bool = True, offset: int = 0, huge: str = "never"
     ) -> Part:
         """Add a slot: with a guest_memfd of its own, the given one, or none."""
-        made = self.vm.create_guest_memfd(pages * PAGE_SIZE) if gmem is True else gmem or None
+        file = self.vm.create_guest_memfd(pages * PAGE_SIZE) if gmem is True else gmem or None
         mapping = self.vm.own(Anonymous(huge).map(pages * PAGE_SIZE))
-        part = Part(FIRST_SLOT + len(self.parts), first, pages, mapping, made, offset)
+        part = Part(FIRST_SLOT + len(self.parts), first, pages, mapping, file, offset)
         self.bind(part)
         self.parts.append(part)
         return part
 
     def stats(self) -> dict[str, int]:
         """The counters of the VM and of its first vCPU that have one value."""
-        found = {**self.vm.stats.get(), **self.vm.vcpus[0].stats.get()}
-        return {name: value.value for name, value in found.items() if len(value.values) == 1}
+        stats = {**self.vm.stats.get(), **self.vm.vcpus[0].stats.get()}
+        return {name: value.value for name, value in stats.items() if len(value.values) == 1}
 
 
-class MakeRegion(Protocol):
-    """Makes a range of *pages* pages, in slots of the given sizes (default: one)."""
+@dataclass
+class MakeRegion:
+    """Makes a VM whose guest has a range of *pages* pages beside its own memory, in slots of the given sizes
+    (default: one), of which the first *mapped* are mapped in 4 KiB pages.
+    """
+
+    make_vm: MakeVm
 
     def __call__(
         self,
@@ -337,38 +283,21 @@ class MakeRegion(Protocol):
         huge: str = "never",
         mapped: int | None = None,
         program: str = GUEST,
-    ) -> Region: ...
-
-
-def map_region(region: Region, pages: int) -> None:
-    """Map the range for the guest, in 4 KiB pages, executable."""
-    region.vm.map(GVA, GPA, pages * PAGE_SIZE, page_size=PAGE_SIZE, private=False)
-
-
-@pytest.fixture
-def make_region(make_vm: MakeVm) -> MakeRegion:
-    """Make a VM whose guest has a range of memory that can be private, beside its own memory."""
-
-    def make(
-        pages: int = 16,
-        *,
-        slots: Sequence[int] | None = None,
-        vcpus: int = 1,
-        gmem: bool = True,
-        huge: str = "never",
-        mapped: int | None = None,
-        program: str = GUEST,
     ) -> Region:
-        vm = make_vm(program, vcpus=vcpus, memory=16 << 20)
+        """Make the VM; *gmem* and *huge* are those of :meth:`Region.add`."""
+        vm = self.make_vm(program, vcpus=vcpus, memory=16 << 20)
         region = Region(vm, pages)
         first = 0
         for size in slots if slots is not None else [pages]:
             region.add(first, size, gmem=gmem, huge=huge)
             first += size
-        map_region(region, mapped or pages)
+        vm.map(GVA, GPA, (mapped or pages) * PAGE_SIZE, page_size=PAGE_SIZE, private=False)
         return region
 
-    return make
+
+@pytest.fixture
+def make_region(make_vm: MakeVm) -> MakeRegion:
+    return MakeRegion(make_vm)
 
 
 @pytest.fixture

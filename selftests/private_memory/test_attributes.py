@@ -10,15 +10,11 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import KVM_CAP_MEMORY_ATTRIBUTES, PAGE_SIZE, Kvm, Vm, VmType, ioctls, refused
-from selftests.private_memory.conftest import PRIVATE
-
-if TYPE_CHECKING:
-    from selftests.private_memory.conftest import Region
+from selftests.private_memory.conftest import PRIVATE, Region
 
 pytestmark = pytest.mark.requires("vm-type:KVM_X86_SW_PROTECTED_VM")
 

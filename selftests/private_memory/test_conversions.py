@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy import PAGE_SIZE, SIZE_2M
-
-if TYPE_CHECKING:
-    from selftests.private_memory.conftest import MakeRegion, Region
+from kvmpy import PAGE_SIZE, SIZE_2M, Exit, MemoryFaultExit, VcpuThread
+from selftests.private_memory.conftest import MakeRegion, Region
 
 pytestmark = pytest.mark.protections("sw-protected")
 
@@ -305,25 +302,18 @@ def test_conversions_while_the_guest_reads(region: Region) -> None:
 
     Documentation/virt/kvm/api.rst 4.140; an access that races with a conversion may end in a memory fault.
     """
-    from kvmpy import MemoryFaultExit, Ucall, VcpuThread
-    from selftests.private_memory.conftest import SPIN
-
     region.write(9, SHARED)
     region.convert(9, 1, private=True)
     region.write(9, PRIVATE)
-    # spin() takes its second value from the size.
-    region.order(SPIN, int(region.gva(9)), SHARED, PRIVATE)
+    region.begin_spin(9, SHARED, PRIVATE)
     vcpu = region.vm.vcpus[0]
 
-    def body() -> int:
-        while True:
-            got = vcpu.next()
-            if isinstance(got, Ucall):
-                return got.args[0]
-            assert isinstance(got, MemoryFaultExit)
-            assert got.gpa == int(region.gpa(9))
+    def race(exit_: Exit) -> bool:
+        assert isinstance(exit_, MemoryFaultExit)
+        assert exit_.gpa == int(region.gpa(9))
+        return True
 
-    with VcpuThread(body, vcpu=vcpu) as thread:
+    with VcpuThread(lambda: region.agents[0].value(race), vcpu=vcpu) as thread:
         rounds = region.vm.symbol("rounds")
         for turn in range(60):
             before = rounds.bytes

@@ -4,23 +4,15 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy import KVM_MEMORY_EXIT_FLAG_PRIVATE, PAGE_SIZE, Gva, MemoryFaultExit, MmioExit, VcpuThread
-from selftests.private_memory.conftest import ADD_RETURN, FETCH, READ, SPIN, WRITE
+from kvmpy import KVM_MEMORY_EXIT_FLAG_PRIVATE, PAGE_SIZE, GuestVm, Gva, MemoryFaultExit, MmioExit, VcpuThread
+from selftests.private_memory.conftest import ADD_RETURN, MakeRegion, Region
 
-if TYPE_CHECKING:
-    from kvmpy import GuestVm
-    from selftests.private_memory.conftest import MakeRegion, Region
+pytestmark = [pytest.mark.protections("sw-protected"), pytest.mark.requires("KVM_CAP_MEMORY_FAULT_INFO")]
 
-pytestmark = [
-    pytest.mark.protections("sw-protected"),
-    pytest.mark.requires("KVM_CAP_MEMORY_FAULT_INFO"),
-]
-
-ACCESSES = pytest.mark.parametrize("what", [READ, WRITE, FETCH], ids=["read", "write", "fetch"])
+ACCESSES = pytest.mark.parametrize("access", ["read", "write", "fetch"])
 VALUE, OTHER = 0x5A5A_0001, 0xA5A5_0002
 PRIVATE_FAULT = KVM_MEMORY_EXIT_FLAG_PRIVATE
 
@@ -30,7 +22,7 @@ def told(got: MemoryFaultExit) -> tuple[int, int, int, int]:
 
 
 @ACCESSES
-def test_private_page_without_a_guest_memfd(make_region: MakeRegion, what: int) -> None:
+def test_private_page_without_a_guest_memfd(make_region: MakeRegion, access: str) -> None:
     """A private access where the slot has no guest_memfd is a memory fault: EFAULT, the page, PRIVATE alone.
 
     Documentation/virt/kvm/api.rst 5, KVM_EXIT_MEMORY_FAULT; 4.140: KVM "consumes userspace_addr vs.
@@ -39,7 +31,7 @@ def test_private_page_without_a_guest_memfd(make_region: MakeRegion, what: int) 
     region = make_region(gmem=False)
     region.host(5)[:] = ADD_RETURN.ljust(PAGE_SIZE, b"\0")
     region.convert(5, 1, private=True)
-    got = region.fault(what, 5, VALUE)
+    got = region.fault(access, 5, VALUE)
     assert told(got) == (errno.EFAULT, int(region.gpa(5)), PAGE_SIZE, PRIVATE_FAULT)
     assert got.private
 
@@ -52,19 +44,19 @@ def test_the_address_is_that_of_the_page(make_region: MakeRegion, offset: int) -
     """
     region = make_region(gmem=False)
     region.convert(3, 2, private=True)
-    got = region.fault(READ, 4, offset=offset)
+    got = region.fault("read", 4, offset=offset)
     assert (got.gpa, got.size) == (int(region.gpa(4)), PAGE_SIZE)
 
 
 @ACCESSES
-def test_private_page_without_a_slot(region: Region, what: int) -> None:
+def test_private_page_without_a_slot(region: Region, access: str) -> None:
     """A private access where there is no slot is a memory fault and no MMIO: a device cannot be private.
 
     Documentation/virt/kvm/api.rst 5; kvm_handle_noslot_fault(), arch/x86/kvm/mmu/mmu.c.
     """
     region.unbind(region.parts[0])
     region.convert(2, 1, private=True)
-    got = region.fault(what, 2, VALUE)
+    got = region.fault(access, 2, VALUE)
     assert told(got) == (errno.EFAULT, int(region.gpa(2)), PAGE_SIZE, PRIVATE_FAULT)
 
 
@@ -75,7 +67,7 @@ def test_shared_page_without_a_slot(region: Region) -> None:
     """
     region.unbind(region.parts[0])
     region.convert(2, 1, private=True)
-    region.fault(WRITE, 2, VALUE, offset=0x20)
+    region.fault("write", 2, VALUE, offset=0x20)
     region.convert(2, 1, private=False)
     again = region.vm.vcpus[0].expect(MmioExit)
     assert (again.phys_addr, again.is_write, again.size) == (int(region.gpa(2)) + 0x20, True, 8)
@@ -90,7 +82,7 @@ def test_an_access_across_pages_faults_on_the_private_one(make_region: MakeRegio
     """
     region = make_region(gmem=False)
     region.convert(6, 1, private=True)
-    got = region.fault(READ, 5, offset=PAGE_SIZE - 4)
+    got = region.fault("read", 5, offset=PAGE_SIZE - 4)
     assert (got.gpa, got.flags) == (int(region.gpa(6)), PRIVATE_FAULT)
 
 
@@ -102,7 +94,7 @@ def test_an_instruction_across_pages_faults_on_the_private_one(make_region: Make
     region = make_region(gmem=False)
     region.host(5)[-6:] = ADD_RETURN[:6]
     region.convert(6, 1, private=True)
-    got = region.fault(FETCH, 5, offset=PAGE_SIZE - 6)
+    got = region.fault("fetch", 5, offset=PAGE_SIZE - 6)
     assert (got.gpa, got.flags) == (int(region.gpa(6)), PRIVATE_FAULT)
 
 
@@ -120,7 +112,7 @@ def test_a_page_table_that_is_private(make_region: MakeRegion) -> None:
     assert not any(root[8 * index : 8 * index + 8])
     root[8 * index : 8 * index + 8] = (int(region.gpa(7)) | 3).to_bytes(8, "little")
     region.convert(7, 1, private=True)
-    region.order(READ, int(elsewhere))
+    region.agents[0].begin_read(elsewhere)
     got = vm.vcpus[0].expect(MemoryFaultExit)
     assert told(got) == (errno.EFAULT, int(region.gpa(7)), PAGE_SIZE, PRIVATE_FAULT)
 
@@ -134,7 +126,7 @@ def test_the_access_is_retried(make_region: MakeRegion) -> None:
     region = make_region(gmem=False)
     region.host_write(5, OTHER)
     region.convert(5, 1, private=True)
-    first = region.fault(WRITE, 5, VALUE)
+    first = region.fault("write", 5, VALUE)
     vcpu = region.vm.vcpus[0]
     for _ in range(3):
         assert told(vcpu.expect(MemoryFaultExit)) == told(first)
@@ -151,7 +143,7 @@ def test_a_slot_with_a_guest_memfd_repairs_it(make_region: MakeRegion) -> None:
     """
     region = make_region(gmem=False)
     region.convert(5, 1, private=True)
-    region.fault(WRITE, 5, VALUE)
+    region.fault("write", 5, VALUE)
     part = region.parts[0]
     region.unbind(part)
     part.gmem = region.vm.create_guest_memfd(part.pages * PAGE_SIZE)
@@ -162,7 +154,7 @@ def test_a_slot_with_a_guest_memfd_repairs_it(make_region: MakeRegion) -> None:
 
 
 @ACCESSES
-def test_the_guest_memfd_was_closed(region: Region, what: int) -> None:
+def test_the_guest_memfd_was_closed(region: Region, access: str) -> None:
     """A private page whose file is gone is a memory fault; the slot's shared pages go on.
 
     Documentation/virt/kvm/api.rst 4.142: "released when the last reference is dropped"; kvm_gmem_release().
@@ -173,7 +165,7 @@ def test_the_guest_memfd_was_closed(region: Region, what: int) -> None:
     gmem = region.parts[0].gmem
     assert gmem is not None
     gmem.close()
-    got = region.fault(what, 5, VALUE)
+    got = region.fault(access, 5, VALUE)
     assert told(got) == (errno.EFAULT, int(region.gpa(5)), PAGE_SIZE, PRIVATE_FAULT)
     region.convert(5, 1, private=False)
     region.host(5)[:] = ADD_RETURN.ljust(PAGE_SIZE, b"\0")
@@ -183,7 +175,7 @@ def test_the_guest_memfd_was_closed(region: Region, what: int) -> None:
 
 def running(region: Region, page: int) -> VcpuThread[MemoryFaultExit]:
     """A thread in which the guest reads a page in a loop, until a memory fault ends it."""
-    region.order(SPIN, int(region.gva(page)), VALUE, OTHER)
+    region.begin_spin(page, VALUE, OTHER)
     vcpu = region.vm.vcpus[0]
     thread = VcpuThread(lambda: vcpu.expect(MemoryFaultExit), vcpu=vcpu).start()
     before = region.vm.symbol("rounds").bytes
@@ -245,9 +237,9 @@ def test_holes_are_punched_under_a_running_vcpu(region: Region) -> None:
     """
     region.convert(0, 16, private=True)
     region.write(9, VALUE)
-    region.order(SPIN, int(region.gva(9)), VALUE, OTHER)
+    region.begin_spin(9, VALUE, OTHER)
     vcpu = region.vm.vcpus[0]
-    with VcpuThread(lambda: vcpu.sync().args[0], vcpu=vcpu) as thread:
+    with VcpuThread(region.result, vcpu=vcpu) as thread:
         rounds = region.vm.symbol("rounds")
         for _ in range(40):
             before = rounds.bytes

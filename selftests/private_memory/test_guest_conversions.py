@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,14 +15,11 @@ from kvmpy import (
     PAGE_SIZE,
     Exit,
     GuestVcpu,
+    GuestVm,
     HypercallExit,
     MemoryFaultExit,
 )
-from selftests.private_memory.conftest import HYPERCALL
-
-if TYPE_CHECKING:
-    from kvmpy import GuestVm
-    from selftests.private_memory.conftest import MakeRegion, Region
+from selftests.private_memory.conftest import MakeRegion, Region
 
 pytestmark = [
     pytest.mark.protections("sw-protected"),
@@ -32,25 +28,13 @@ pytestmark = [
 
 ENCRYPTED = KVM_MAP_GPA_RANGE_ENCRYPTED
 VALUE, OTHER = 0x6D70_0000, 0x6D71_0000
-EINVAL, ENOSYS = (1 << 64) - 22, (1 << 64) - 1000
+EINVAL, ENOSYS = -22, -1000
 
 # Each vCPU converts pages of its own, @stride apart, again and again: both contents stay.
 OWN_PAGES = """
 #include <kvmpy/guest.h>
 
 #define ROUNDS 12
-
-static void convert(u64 gpa, u64 attributes)
-{
-	u64 result = 12; /* KVM_HC_MAP_GPA_RANGE */
-
-	/* "Auth": AMD's instruction is another one. */
-	if (cpuid(0, 0).ebx == 0x68747541)
-		asm volatile("vmmcall" : "+a"(result) : "b"(gpa), "c"(1ull), "d"(attributes) : "memory");
-	else
-		asm volatile("vmcall" : "+a"(result) : "b"(gpa), "c"(1ull), "d"(attributes) : "memory");
-	GUEST_ASSERT_EQ(result, 0ull);
-}
 
 void guest_main(u64 gva, u64 gpa, u64 pages, u64 stride)
 {
@@ -64,10 +48,10 @@ void guest_main(u64 gva, u64 gpa, u64 pages, u64 stride)
 
 			GUEST_ASSERT_EQ(*word, round ? tag | round : 0);
 			*word = tag | (round + 1);
-			convert(gpa + page * 4096, 0x10);
+			GUEST_ASSERT_EQ(guest_map_gpa_range(gpa + page * 4096, 4096, true), 0);
 			GUEST_ASSERT_EQ(*word, round ? tag | 0x8000 | round : 0);
 			*word = tag | 0x8000 | (round + 1);
-			convert(gpa + page * 4096, 0);
+			GUEST_ASSERT_EQ(guest_map_gpa_range(gpa + page * 4096, 4096, false), 0);
 			GUEST_ASSERT_EQ(*word, tag | (round + 1));
 		}
 	}
@@ -82,25 +66,13 @@ SAME_PAGES = """
 
 GUEST_SHARED volatile u64 ready;
 
-static void convert(u64 gpa, u64 pages, u64 attributes)
-{
-	u64 result = 12; /* KVM_HC_MAP_GPA_RANGE */
-
-	/* "Auth": AMD's instruction is another one. */
-	if (cpuid(0, 0).ebx == 0x68747541)
-		asm volatile("vmmcall" : "+a"(result) : "b"(gpa), "c"(pages), "d"(attributes) : "memory");
-	else
-		asm volatile("vmcall" : "+a"(result) : "b"(gpa), "c"(pages), "d"(attributes) : "memory");
-	GUEST_ASSERT_EQ(result, 0ull);
-}
-
 void guest_main(u64 gva, u64 gpa, u64 pages, u64 shared, u64 private)
 {
 	u64 cpu = guest_cpu_index();
 	u64 round, page;
 
 	if (cpu == 0) {
-		convert(gpa, pages, 0x10);
+		GUEST_ASSERT_EQ(guest_map_gpa_range(gpa, pages * 4096, true), 0);
 		for (page = 0; page < pages; page++)
 			*(volatile u64 *)(gva + page * 4096) = private + page;
 		ready = 1;
@@ -108,9 +80,9 @@ void guest_main(u64 gva, u64 gpa, u64 pages, u64 shared, u64 private)
 	while (!ready)
 		cpu_relax();
 	for (round = 0; round < ROUNDS; round++) {
-		u64 first = (round * 5 + cpu * 3) % pages;
+		u64 first = (round * 5 + cpu * 3) % pages * 4096;
 
-		convert(gpa + first * 4096, pages - first, (round + cpu) & 1 ? 0x10 : 0);
+		GUEST_ASSERT_EQ(guest_map_gpa_range(gpa + first, pages * 4096 - first, (round + cpu) & 1), 0);
 		for (page = 0; page < pages; page++) {
 			u64 value = *(volatile u64 *)(gva + page * 4096);
 
@@ -123,8 +95,8 @@ void guest_main(u64 gva, u64 gpa, u64 pages, u64 shared, u64 private)
 
 def call(region: Region, gpa: int, pages: int, attributes: int, *, cpu: int = 0) -> int:
     """Let the guest make the hypercall and return its result."""
-    region.order(HYPERCALL, gpa, attributes, pages, cpu=cpu)
-    return region.result(cpu)
+    region.launch()
+    return region.agents[cpu].hypercall(KVM_HC_MAP_GPA_RANGE, gpa, pages, attributes)
 
 
 def carry_out(region: Region) -> list[tuple[int, ...]]:
@@ -188,7 +160,7 @@ def test_the_answer_is_the_guests_result(region: Region, answer: int) -> None:
         return True
 
     region.vm.on_hypercall = hook
-    assert call(region, int(region.gpa(0)), 1, 0) == answer & (1 << 64) - 1
+    assert call(region, int(region.gpa(0)), 1, 0) == answer
 
 
 @pytest.mark.parametrize(

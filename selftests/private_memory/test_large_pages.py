@@ -4,15 +4,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpy import PAGE_SIZE, SIZE_2M, GuestVm, MissingError
-
-if TYPE_CHECKING:
-    from kvmpy import MakeVm
-    from selftests.private_memory.conftest import MakeRegion, Region
+from kvmpy import PAGE_SIZE, SIZE_2M, GuestVm, MakeVm, MissingError
+from selftests.private_memory.conftest import MakeRegion, Region
 
 HUGE = SIZE_2M // PAGE_SIZE
 VALUE = 0x1A6E_0000

@@ -109,7 +109,7 @@ def test_image_arrives(make_vm: MakeVm, policy: str, vcpus: int) -> None:
     write_numbers(vm, "written")
     vm.launch()
     for vcpu in vm.vcpus:
-        assert [tuple(call.args) for call in vcpu.syncs()] == [(2 * MARK, vcpu.index)] * 2
+        assert [call.args for call in vcpu.syncs()] == [(2 * MARK, vcpu.index)] * 2
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
@@ -175,8 +175,7 @@ def test_registers_are_those_of_a_plain_vm(make_vm: MakeVm, policy: str) -> None
     """
     found = []
     for protection, private in ((None, policy), ("none", None)):
-        vm = make_vm(GUEST, vcpus=2, protection=protection, private=private)
-        vm.launch()
+        vm = make_vm.start(GUEST, vcpus=2, protection=protection, private=private)
         found.append([(vcpu.regs.get().as_dict(), vcpu.regs.get_sregs().as_dict()) for vcpu in vm.vcpus])
     assert found[0] == found[1]
 

@@ -135,7 +135,7 @@ def test_what_is_private(make_vm: MakeVm, protection: str, policy: str, private:
     assert vm.policy == policy
     assert private_parts(vm) == private
     vm.launch()
-    assert [tuple(call.args) for call in vm.vcpus[0].syncs()] == [(1, 2, 3)]
+    assert [call.args for call in vm.vcpus[0].syncs()] == [(1, 2, 3)]
     assert vm.private.compare() == []
 
 
@@ -207,8 +207,7 @@ def test_memory_allocated_after_launch(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst 4.141, KVM_SET_MEMORY_ATTRIBUTES.
     """
-    vm = make_vm(TOUCH)
-    vm.launch()
+    vm = make_vm.start(TOUCH)
     vcpu = vm.vcpus[0]
     gva = vm.alloc(PAGE_SIZE)
     gpa = vm.gva_to_gpa(gva)
@@ -228,8 +227,7 @@ def test_memory_used_again_is_zero(make_vm: MakeVm, private: bool) -> None:
 
     The promise of PageAllocator.alloc() (kvmpy/core/memory.py).
     """
-    vm = make_vm(TOUCH, memory=4 << 20)
-    vm.launch()
+    vm = make_vm.start(TOUCH, memory=4 << 20)
     vcpu = vm.vcpus[0]
     first = vm.alloc(PAGE_SIZE, private=True)
     gpa = vm.gva_to_gpa(first)
@@ -262,8 +260,7 @@ def test_private_tables_cannot_be_edited_after_launch(make_vm: MakeVm) -> None:
 
     The promise of make_vm(private=...) (docs/protections.md).
     """
-    vm = make_vm(GUEST, private="all")
-    vm.launch()
+    vm = make_vm.start(GUEST, private="all")
     with pytest.raises(TableAccessError, match=vm.protection.name):
         vm.alloc(PAGE_SIZE)
     assert vm.private.compare() == []

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import functools
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,14 +21,9 @@ from kvmpy import (
     kvm_pre_fault_memory,
     refused,
 )
+from selftests.private_memory.conftest import MakeRegion, Region
 
-if TYPE_CHECKING:
-    from selftests.private_memory.conftest import MakeRegion, Region
-
-pytestmark = [
-    pytest.mark.protections("sw-protected"),
-    pytest.mark.requires("KVM_CAP_PRE_FAULT_MEMORY"),
-]
+pytestmark = [pytest.mark.protections("sw-protected"), pytest.mark.requires("KVM_CAP_PRE_FAULT_MEMORY")]
 
 HUGE = SIZE_2M // PAGE_SIZE
 VALUE = 0x9E7F_0000

@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from selftests.private_memory import machine
-
-if TYPE_CHECKING:
-    from selftests.private_memory.conftest import MakeRegion
+from selftests.private_memory.conftest import MakeRegion
 
 pytestmark = [
     pytest.mark.protections("sw-protected"),

@@ -6,23 +6,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M, Gva, KvmError, MemoryFaultExit, MissingError, PfErr, VcpuThread
-from kvmpy.debug.faults import (
-    AttributesEvent,
-    ExitEvent,
-    FaultTracer,
-    MappingEvent,
-    PageFaultEvent,
-)
+from kvmpy.debug.faults import AttributesEvent, ExitEvent, FaultTracer, MappingEvent, PageFaultEvent
 from kvmpy.debug.tracefs import TracefsError
-from selftests.private_memory.conftest import ADD_RETURN, FETCH, PRIVATE, READ, WRITE
-
-if TYPE_CHECKING:
-    from selftests.private_memory.conftest import MakeRegion, Region
+from selftests.private_memory.conftest import ADD_RETURN, PRIVATE, MakeRegion, Region
 
 pytestmark = [pytest.mark.protections("sw-protected"), pytest.mark.requires("root")]
 
@@ -64,12 +54,8 @@ def faults(tracer: FaultTracer, region: Region) -> list[PageFaultEvent]:
     return [event for event in tracer.faults() if within(region, event.address)]
 
 
-@pytest.mark.parametrize(
-    ("what", "access"), [(READ, "read"), (WRITE, "write"), (FETCH, "fetch")], ids=["read", "write", "fetch"]
-)
-def test_a_memory_fault_and_its_trace(
-    make_region: MakeRegion, trace: MakeTracer, what: int, access: str
-) -> None:
+@pytest.mark.parametrize("access", ["read", "write", "fetch"])
+def test_a_memory_fault_and_its_trace(make_region: MakeRegion, trace: MakeTracer, access: str) -> None:
     """The event before a memory fault has its page, the access and the vCPU; its error code does not
     contradict the exit's flags, and those are the page's attributes.
 
@@ -80,10 +66,11 @@ def test_a_memory_fault_and_its_trace(
     region.convert(5, 1, private=True)
     region.launch()
     tracer = trace()
-    got = region.fault(what, 5, VALUE, offset=0 if what == FETCH else 0x128, cpu=1)
+    offset = 0 if access == "fetch" else 0x128
+    got = region.fault(access, 5, VALUE, offset=offset, cpu=1)
     event = faults(tracer, region)[-1]
     assert event.address & -PAGE_SIZE == got.gpa
-    assert event.address & PAGE_SIZE - 1 == (0 if what == FETCH else 0x128)
+    assert event.address & PAGE_SIZE - 1 == offset
     assert (event.error.access, event.vcpu_id, event.tid) == (access, 1, threading.get_native_id())
     assert not event.error.present
     assert got.flags == PRIVATE
@@ -102,12 +89,13 @@ def test_the_instruction_pointer(make_region: MakeRegion, trace: MakeTracer) -> 
     region.convert(5, 1, private=True)
     region.launch()
     tracer = trace()
-    region.fault(READ, 5)
+    region.agents[0].begin_call("check", int(region.gva(5)), PAGE_SIZE)
+    region.vm.vcpus[0].expect(MemoryFaultExit)
     rip = region.vm.vcpus[0].regs.get().rip
     assert faults(tracer, region)[-1].rip == rip
-    found = region.vm.program.function(Gva(rip))
-    assert found is not None
-    assert found[0] == "guest_main"
+    function = region.vm.program.function(Gva(rip))
+    assert function is not None
+    assert function[0] == "check"
 
 
 def test_conversions_and_their_trace(region: Region, trace: MakeTracer) -> None:
@@ -272,7 +260,7 @@ def test_faults_of_the_page_walk(make_region: MakeRegion, trace: MakeTracer) -> 
     region.convert(7, 1, private=True)
     region.launch()
     tracer = trace()
-    region.order(READ, int(elsewhere))
+    region.agents[0].begin_read(elsewhere)
     got = vm.vcpus[0].expect(MemoryFaultExit)
     event = faults(tracer, region)[-1]
     assert event.address & -PAGE_SIZE == got.gpa == int(region.gpa(7))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversions the way tests make them, by vm.memory.set_private() and set_shared() and the guest's hypercall,
-and whether the bitmap, KVM and the guest agree.
+"""Conversions the way tests make them, by vm.memory.set_private(), vm.memory.set_shared() and the guest's hypercall, and
+whether the bitmap, KVM and the guest agree.
 """
 
 from __future__ import annotations
@@ -369,8 +369,7 @@ def test_comparison_needs_vcpus_at_rest(make_vm: MakeVm) -> None:
 
     The promise of compare_private() (docs/protections.md).
     """
-    vm = make_vm(SPIN)
-    vm.launch()
+    vm = make_vm.start(SPIN)
     vcpu = vm.vcpus[0]
     vcpu.sync()
     inside = threading.Event()

@@ -7,12 +7,13 @@ import errno
 
 import pytest
 
-from kvmpy import MakeVm, Vcpu, kvm_debugregs, refused
+from kvmpy import AGENT, Agent, Fault, MakeVm, Vcpu, Vector, kvm_debugregs, refused
 
 pytestmark = pytest.mark.requires("KVM_CAP_DEBUGREGS")
 
 DR6_INIT = 0xFFFF_0FF0
 DR7_INIT = 0x400
+NUMBERS = (0, 1, 2, 3, 6, 7)
 ADDRESSES = [0x1000, 0x0000_7FFF_FFFF_F000, 0xFFFF_8000_0000_0000, 0xFFFF_FFFF_FFFF_FFF8]
 
 
@@ -21,9 +22,9 @@ def test_initial(vcpu: Vcpu) -> None:
 
     Documentation/virt/kvm/api.rst, 4.33 KVM_GET_DEBUGREGS; Intel SDM volume 3, table 10-1 (DR0 to DR7).
     """
-    found = vcpu.debug.get_regs()
-    assert list(found.db) == [0, 0, 0, 0]
-    assert (found.dr6, found.dr7, found.flags) == (DR6_INIT, DR7_INIT, 0)
+    regs = vcpu.debug.get_regs()
+    assert list(regs.db) == [0, 0, 0, 0]
+    assert (regs.dr6, regs.dr7, regs.flags) == (DR6_INIT, DR7_INIT, 0)
 
 
 def test_round_trip(vcpu: Vcpu) -> None:
@@ -68,34 +69,18 @@ def test_guest_and_host_agree(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.33 KVM_GET_DEBUGREGS and 4.34 KVM_SET_DEBUGREGS.
     """
-    vm = make_vm(
-        """
-#include <kvmpy/guest.h>
-
-void guest_main(void)
-{
-	GUEST_SYNC(0);
-	GUEST_SYNC(read_dr0(), read_dr1(), read_dr2(), read_dr3(), read_dr6(), read_dr7());
-	write_dr0(0x1111000);
-	write_dr1(0x2222000);
-	write_dr2(0x3333000);
-	write_dr3(0xffff800000004000);
-	write_dr6(0xffff0ff2);
-	write_dr7(0x400 | 0x00010000);
-	GUEST_SYNC(1);
-}
-"""
-    )
-    vm.launch()
-    vcpu = vm.vcpus[0]
-    vcpu.sync()
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    agent.start()
+    vcpu = agent.vcpu
     # No breakpoint is enabled: they would count from here on.
     vcpu.debug.set_regs(kvm_debugregs(db=ADDRESSES, dr6=DR6_INIT | 0x4001, dr7=DR7_INIT | 0xD000_0000))
-    assert vcpu.sync().args == (*ADDRESSES, DR6_INIT | 0x4001, DR7_INIT | 0xD000_0000)
-    vcpu.sync()
-    found = vcpu.debug.get_regs()
-    assert list(found.db) == [0x111_1000, 0x222_2000, 0x333_3000, 0xFFFF_8000_0000_4000]
-    assert (found.dr6, found.dr7) == (DR6_INIT | 2, DR7_INIT | 0x1_0000)
+    values = [*ADDRESSES, DR6_INIT | 0x4001, DR7_INIT | 0xD000_0000]
+    assert [agent.read_dr(number) for number in NUMBERS] == values
+    values = [0x111_1000, 0x222_2000, 0x333_3000, 0xFFFF_8000_0000_4000, DR6_INIT | 2, DR7_INIT | 0x1_0000]
+    for number, value in zip(NUMBERS, values, strict=True):
+        assert agent.write_dr(number, value) is None
+    regs = vcpu.debug.get_regs()
+    assert [*regs.db, regs.dr6, regs.dr7] == values
 
 
 def test_guest_upper_halves(make_vm: MakeVm) -> None:
@@ -103,18 +88,6 @@ def test_guest_upper_halves(make_vm: MakeVm) -> None:
 
     Intel SDM volume 3, 18.2 Debug Registers ("Bits 63:32 ... must be written with zeros").
     """
-    vm = make_vm(
-        """
-#include <kvmpy/guest.h>
-
-void guest_main(void)
-{
-	struct guest_fault dr6 = write_dr6_safe(0xffff0ff0 | BIT(32));
-	struct guest_fault dr7 = write_dr7_safe(0x400 | BIT(63));
-
-	GUEST_SYNC(dr6.faulted, dr6.vector, dr6.error_code, dr7.faulted, dr7.vector, dr7.error_code);
-}
-"""
-    )
-    vm.launch()
-    assert vm.vcpus[0].sync().args == (1, 13, 0, 1, 13, 0)
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    assert agent.write_dr(6, DR6_INIT | 1 << 32) == Fault(Vector.GP, 0)
+    assert agent.write_dr(7, DR7_INIT | 1 << 63) == Fault(Vector.GP, 0)

@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from kvmpy import KVM_CAP_XSAVE2, PAGE_SIZE, MakeVm, Vcpu, kvm_fpu, kvm_xsave, refused
+from kvmpy import AGENT, KVM_CAP_XSAVE2, PAGE_SIZE, Agent, Gva, MakeVm, Vcpu, kvm_fpu, kvm_xsave, refused
 
 # The legacy area and the header of the XSAVE format (Intel SDM volume 1, 13.4).
 FCW, MXCSR, XMM0, HEADER = 0, 24, 160, 512
@@ -82,8 +82,7 @@ def test_fpu_shows_the_xsave_image(vcpu: Vcpu) -> None:
     Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE; Intel SDM volume 1, 13.4.1 Legacy Region.
     """
     image = with_words(
-        vcpu.fpu.get_xsave2(),
-        {FCW: b"\x7f\x02", XMM0 + 16 * 5: xmm(5), XSTATE_BV: (3).to_bytes(8, "little")},
+        vcpu.fpu.get_xsave2(), {FCW: b"\x7f\x02", XMM0 + 16 * 5: xmm(5), XSTATE_BV: (3).to_bytes(8, "little")}
     )
     vcpu.fpu.set_xsave(image)
     fpu = vcpu.fpu.get()
@@ -143,77 +142,38 @@ def test_xsave2_size(vcpu: Vcpu) -> None:
         assert vcpu.fpu.get_xsave().to_bytes() == whole
 
 
-GUEST = """
-#include <kvmpy/guest.h>
+def fxsave(agent: Agent, area: Gva) -> None:
+    """Let the guest store its state: in ring 3, which runs natively everywhere."""
+    agent.must(b"\x48\x0f\xae\x07", ring=3, rdi=int(area))
 
-GUEST_USER_DATA u8 stack[4096];
 
-struct state {
-	u8 xmm[16][16];
-	u32 mxcsr;
-	u16 fcw;
-};
-
-#define STORE(n)	asm volatile("movdqu %%xmm" #n ", %0" : "=m"(state->xmm[n]))
-#define LOAD(n)		asm volatile("movdqu %0, %%xmm" #n : : "m"(state->xmm[n]))
-#define EACH(what)							\\
-	what(0); what(1); what(2); what(3); what(4); what(5); what(6); what(7);	\\
-	what(8); what(9); what(10); what(11); what(12); what(13); what(14); what(15)
-
-GUEST_USER u64 store_state(u64 where)
-{
-	struct state *state = (void *)(uintptr_t)where;
-
-	EACH(STORE);
-	asm volatile("stmxcsr %0" : "=m"(state->mxcsr));
-	asm volatile("fnstcw %0" : "=m"(state->fcw));
-	return 0;
-}
-
-GUEST_USER u64 load_state(u64 where)
-{
-	struct state *state = (void *)(uintptr_t)where;
-
-	EACH(LOAD);
-	asm volatile("ldmxcsr %0" : : "m"(state->mxcsr));
-	asm volatile("fldcw %0" : : "m"(state->fcw));
-	return 0;
-}
-
-/* In ring 3, which runs natively everywhere. */
-void guest_main(u64 where)
-{
-	GUEST_SYNC(0);
-	GUEST_ASSERT(guest_user_run(store_state, where, stack + sizeof(stack)).returned);
-	GUEST_SYNC(1);
-	GUEST_ASSERT(guest_user_run(load_state, where, stack + sizeof(stack)).returned);
-	GUEST_SYNC(2);
-}
-"""
+@pytest.fixture
+def agent(make_vm: MakeVm) -> Agent:
+    return Agent(make_vm(AGENT).vcpus[0])
 
 
 @pytest.mark.usefixtures("open_registers")
 @needs_xsave
-def test_guest_and_host_agree(make_vm: MakeVm) -> None:
+def test_guest_and_host_agree(agent: Agent) -> None:
     """The guest finds the host's XMM registers, MXCSR and x87 control word, and the host the guest's.
 
     Documentation/virt/kvm/api.rst, 4.22 KVM_GET_FPU to 4.43 KVM_SET_XSAVE.
     """
-    vm = make_vm(GUEST)
-    where = vm.alloc(PAGE_SIZE, user=True, private=False)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("guest_main", where)
-    vm.launch()
-    vcpu.sync()
+    vm, vcpu = agent.vm, agent.vcpu
+    area = vm.alloc(PAGE_SIZE, user=True, private=False)
+    agent.start()
     take_into_use(vcpu)
     vcpu.fpu.set(some_fpu())
     image = vcpu.fpu.get_xsave2()
     vcpu.fpu.set_xsave(with_words(image, {MXCSR: (FXSAVE | 0x2000).to_bytes(4, "little")}))
-    assert vcpu.sync().args == (1,)
-    assert vm.read(where, 256) == b"".join(xmm(number) for number in range(16))
-    assert vm.read(where + 256, 6) == (FXSAVE | 0x2000).to_bytes(4, "little") + b"\x7f\x02"
-    vm.write(where, bytes(reversed(range(256))) + (FXSAVE | 0x4000).to_bytes(4, "little") + b"\x7f\x0e")
-    assert vcpu.sync().args == (2,)
+    fxsave(agent, area)
+    assert vm.read(area + XMM0, 256) == b"".join(xmm(number) for number in range(16))
+    assert vm.read(area + MXCSR, 4) == (FXSAVE | 0x2000).to_bytes(4, "little")
+    assert vm.read(area + FCW, 2) == b"\x7f\x02"
+    vm.write(area + XMM0, bytes(reversed(range(256))))
+    vm.write(area + MXCSR, (FXSAVE | 0x4000).to_bytes(4, "little"))
+    vm.write(area + FCW, b"\x7f\x0e")
+    agent.must(b"\x48\x0f\xae\x0f", ring=3, rdi=int(area))  # fxrstor64
     fpu = vcpu.fpu.get()
     assert b"".join(bytes(row) for row in fpu.xmm) == bytes(reversed(range(256)))
     assert fpu.fcw == 0xE7F
@@ -221,19 +181,16 @@ def test_guest_and_host_agree(make_vm: MakeVm) -> None:
 
 
 @pytest.mark.usefixtures("open_registers")
-def test_set_fpu_on_a_new_vcpu(make_vm: MakeVm) -> None:
+def test_set_fpu_on_a_new_vcpu(agent: Agent) -> None:
     """The guest finds the XMM registers that KVM_SET_FPU set on a vCPU which never used its FPU.
 
     Documentation/virt/kvm/api.rst, 4.23 KVM_SET_FPU ("Writes the floating point state to the vcpu").
     """
-    vm = make_vm(GUEST)
-    where = vm.alloc(PAGE_SIZE, user=True, private=False)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("guest_main", where)
+    vm, vcpu = agent.vm, agent.vcpu
+    area = vm.alloc(PAGE_SIZE, user=True, private=False)
     vm.launch()
     if vcpu.exits:
         pytest.skip("needs a vCPU that never ran: launching this VM ran it")
     vcpu.fpu.set(some_fpu())
-    vcpu.sync()
-    vcpu.sync()
-    assert vm.read(where, 256) == b"".join(xmm(number) for number in range(16))
+    fxsave(agent, area)
+    assert vm.read(area + XMM0, 256) == b"".join(xmm(number) for number in range(16))

@@ -5,7 +5,21 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import CR4, RFLAGS, GuestVm, Gva, IoExit, MakeVm, Vcpu, kvm_regs, segments
+from kvmpy import (
+    AGENT,
+    CR4,
+    PAGE_SIZE,
+    RFLAGS,
+    Agent,
+    Fault,
+    Gva,
+    IoExit,
+    MakeVm,
+    Msr,
+    Vcpu,
+    kvm_regs,
+    segments,
+)
 from kvmpy.x86.registers import GENERAL
 
 INCREMENT = """
@@ -28,83 +42,48 @@ void guest_main(void)
 }
 """
 
-SYSTEM = """
-#include <kvmpy/guest.h>
-
-struct table {
-	u16 limit;
-	u64 base;
-} __packed;
-
-GUEST_SHARED struct {
-	u64 cr0, cr2, cr3, cr4, cr8, efer, fs_base, gs_base;
-	u64 gdt_base, gdt_limit, idt_base, idt_limit;
-	u64 cs, ds, es, fs, ss, tr;
-} seen;
-
-static void look(void)
-{
-	struct table gdt, idt;
-	u16 cs, ds, es, fs, ss, tr;
-
-	seen.cr0 = read_cr0();
-	seen.cr2 = read_cr2();
-	seen.cr3 = read_cr3();
-	seen.cr4 = read_cr4();
-	seen.cr8 = read_cr8();
-	seen.efer = rdmsr(0xc0000080);
-	seen.fs_base = rdmsr(0xc0000100);
-	seen.gs_base = rdmsr(0xc0000101);
-	asm volatile("sgdt %0" : "=m"(gdt));
-	asm volatile("sidt %0" : "=m"(idt));
-	seen.gdt_base = gdt.base;
-	seen.gdt_limit = gdt.limit;
-	seen.idt_base = idt.base;
-	seen.idt_limit = idt.limit;
-	asm volatile("mov %%cs, %0" : "=r"(cs));
-	asm volatile("mov %%ds, %0" : "=r"(ds));
-	asm volatile("mov %%es, %0" : "=r"(es));
-	asm volatile("mov %%fs, %0" : "=r"(fs));
-	asm volatile("mov %%ss, %0" : "=r"(ss));
-	asm volatile("str %0" : "=r"(tr));
-	seen.cs = cs;
-	seen.ds = ds;
-	seen.es = es;
-	seen.fs = fs;
-	seen.ss = ss;
-	seen.tr = tr;
-}
-
-void guest_main(void)
-{
-	GUEST_SYNC(0);
-	look();
-	GUEST_SYNC(1);
-
-	write_cr2(0xffff800012345678);
-	write_cr8(9);
-	write_cr4(read_cr4() ^ (1 << 2));
-	wrmsr(0xc0000100, 0x7fff00001000);
-	asm volatile("mov %0, %%es" : : "r"(0));
-	GUEST_SYNC(2);
-}
-"""
-
-FIELDS = (
-    "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "fs_base", "gs_base",
-    "gdt_base", "gdt_limit", "idt_base", "idt_limit", "cs", "ds", "es", "fs", "ss", "tr",
-)  # fmt: skip
-
 
 def pattern(name: str) -> int:
     """Return a value of its own for each register; canonical, so that RSP may hold it too."""
     return 0x1000_0000_0000 * (GENERAL.index(name) % 7) + 0x0123_4567_89AB + GENERAL.index(name) * 0x10001
 
 
-def what_guest_saw(vm: GuestVm) -> dict[str, int]:
+# mov %cs, %eax and so on; str %eax
+SELECTORS = {
+    "cs": b"\x8c\xc8",
+    "ds": b"\x8c\xd8",
+    "es": b"\x8c\xc0",
+    "fs": b"\x8c\xe0",
+    "ss": b"\x8c\xd0",
+    "tr": b"\x0f\x00\xc8",
+}
+
+
+def number(value: int | Fault) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def what_guest_sees(agent: Agent, scratch: Gva) -> dict[str, int]:
     """Return the guest's look at its system registers."""
-    words = vm.symbol("seen").view("Q")
-    return dict(zip(FIELDS, words, strict=True))
+    seen = {f"cr{index}": number(agent.read_cr(index)) for index in (0, 2, 3, 4, 8)}
+    for name, msr in (("efer", Msr.MSR_EFER), ("fs_base", Msr.MSR_FS_BASE), ("gs_base", Msr.MSR_GS_BASE)):
+        seen[name] = number(agent.rdmsr(msr))
+    for name, store in (("gdt", b"\x0f\x01\x07"), ("idt", b"\x0f\x01\x0f")):  # sgdt, sidt (%rdi)
+        agent.must(store, rdi=int(scratch))
+        seen[f"{name}_limit"] = agent.vm.variable(scratch, 2).u16
+        seen[f"{name}_base"] = agent.vm.variable(scratch + 2, 8).u64
+    # mov %cs, %eax and so on; str %eax
+    selectors = {
+        "cs": b"\x8c\xc8",
+        "ds": b"\x8c\xd8",
+        "es": b"\x8c\xc0",
+        "fs": b"\x8c\xe0",
+        "ss": b"\x8c\xd0",
+    }
+    for name, store in (*selectors.items(), ("tr", b"\x0f\x00\xc8")):
+        seen[name] = agent.must(store).rax
+    return seen
 
 
 @pytest.mark.usefixtures("open_registers")
@@ -113,8 +92,7 @@ def test_general_registers(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.11 KVM_GET_REGS and 4.12 KVM_SET_REGS.
     """
-    vm = make_vm(INCREMENT)
-    vm.launch()
+    vm = make_vm.start(INCREMENT)
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
@@ -145,10 +123,10 @@ def test_guest_sees_what_host_set(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.14 KVM_SET_SREGS.
     """
-    vm = make_vm(SYSTEM)
-    vm.launch()
-    vcpu = vm.vcpus[0]
-    vcpu.sync()
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    scratch = agent.vm.alloc(PAGE_SIZE, private=False)
+    agent.start()
+    vcpu = agent.vcpu
     vcpu.complete_io()
     sregs = vcpu.regs.get_sregs()
     sregs.cr2 = 0x0000_7ABC_DEF0_1234
@@ -157,8 +135,7 @@ def test_guest_sees_what_host_set(make_vm: MakeVm) -> None:
     sregs.fs.base = 0x0000_1234_5678_9000
     sregs.idt.limit = 0x7FF
     vcpu.regs.set_sregs(sregs)
-    assert vcpu.sync().args == (1,)
-    assert what_guest_saw(vm) == {
+    assert what_guest_sees(agent, scratch) == {
         "cr0": sregs.cr0,
         "cr2": 0x0000_7ABC_DEF0_1234,
         "cr3": sregs.cr3,
@@ -186,14 +163,15 @@ def test_host_sees_what_guest_set(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.13 KVM_GET_SREGS.
     """
-    vm = make_vm(SYSTEM)
-    vm.launch()
-    vcpu = vm.vcpus[0]
-    vcpu.sync()
-    before = vcpu.regs.get_sregs()
-    vcpu.sync()
-    assert vcpu.sync().args == (2,)
-    after = vcpu.regs.get_sregs()
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    agent.start()
+    before = agent.vcpu.regs.get_sregs()
+    assert agent.write_cr(2, 0xFFFF_8000_1234_5678) is None
+    assert agent.write_cr(8, 9) is None
+    assert agent.write_cr(4, before.cr4 ^ CR4.TSD) is None
+    assert agent.wrmsr(Msr.MSR_FS_BASE, 0x7FFF_0000_1000) is None
+    agent.must(b"\x8e\xc0", rax=0)  # mov %eax, %es
+    after = agent.vcpu.regs.get_sregs()
     assert (after.cr2, after.cr8, after.cr4) == (0xFFFF_8000_1234_5678, 9, before.cr4 ^ CR4.TSD)
     assert (after.fs.base, after.es.selector) == (0x7FFF_0000_1000, 0)
     assert (after.cr0, after.cr3, after.efer) == (before.cr0, before.cr3, before.efer)
@@ -205,8 +183,7 @@ def test_pending_interrupt(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.13 KVM_GET_SREGS ("acknowledged by the APIC but not yet injected").
     """
-    vm = make_vm(
-        """
+    vcpu = make_vm.start("""
 #include <kvmpy/guest.h>
 
 static volatile u64 vector;
@@ -224,10 +201,7 @@ void guest_main(void)
 	cli();
 	GUEST_SYNC(vector);
 }
-"""
-    )
-    vm.launch()
-    vcpu = vm.vcpus[0]
+""").vcpus[0]
     vcpu.sync()
     vcpu.complete_io()
     sregs = vcpu.regs.get_sregs()
@@ -246,8 +220,7 @@ def test_redirected(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.12 KVM_SET_REGS.
     """
-    vm = make_vm(
-        """
+    vm = make_vm.start("""
 #include <kvmpy/guest.h>
 
 __noinline void elsewhere(u64 a, u64 b)
@@ -260,9 +233,7 @@ void guest_main(void)
 	GUEST_SYNC(0);
 	elsewhere(1, 2);
 }
-"""
-    )
-    vm.launch()
+""")
     vcpu = vm.vcpus[0]
     vcpu.sync()
     vcpu.complete_io()

@@ -24,6 +24,7 @@ from kvmpy import (
 )
 
 Sregs = Union[kvm_sregs, kvm_sregs2]
+Change = Callable[[Sregs], None]
 
 APICBASE_EXTD, APICBASE_ENABLE = 1 << 10, 1 << 11
 # Which CPUID feature opens which bit.
@@ -39,18 +40,13 @@ CR4_FEATURES = {
     CR4.SMAP: "smap",
     CR4.PKE: "pku",
 }
-EFER_FEATURES = {
-    EFER.NXE: "nx",
-    EFER.SVME: "svm",
-    EFER.FFXSR: "fxsr_opt",
-    EFER.AUTOIBRS: "autoibrs",
-}
+EFER_FEATURES = {EFER.NXE: "nx", EFER.SVME: "svm", EFER.FFXSR: "fxsr_opt", EFER.AUTOIBRS: "autoibrs"}
 
 
 class Ioctl(Protocol):
     """Reads the system registers, lets *change* edit them, and writes them back."""
 
-    def __call__(self, change: Callable[[Sregs], None]) -> None: ...
+    def __call__(self, change: Change) -> None: ...
 
 
 @pytest.fixture(params=["KVM_SET_SREGS", "KVM_SET_SREGS2"])
@@ -59,7 +55,7 @@ def set_changed(request: pytest.FixtureRequest, vcpu: Vcpu) -> Ioctl:
     if request.param == "KVM_SET_SREGS2":
         vcpu.vm.need_cap(KVM_CAP_SREGS2)
 
-    def act(change: Callable[[Sregs], None]) -> None:
+    def act(change: Change) -> None:
         if request.param == "KVM_SET_SREGS":
             sregs = vcpu.regs.get_sregs()
             change(sregs)
@@ -72,7 +68,12 @@ def set_changed(request: pytest.FixtureRequest, vcpu: Vcpu) -> Ioctl:
     return act
 
 
-def refuse(vcpu: Vcpu, set_changed: Ioctl, change: Callable[[Sregs], None]) -> None:
+def changing(register: str, *, put: int = 0, clear: int = 0) -> Change:
+    """Return a change that clears and sets bits of a register."""
+    return lambda sregs: setattr(sregs, register, getattr(sregs, register) & ~int(clear) | int(put))
+
+
+def refuse(vcpu: Vcpu, set_changed: Ioctl, change: Change) -> None:
     """Expect EINVAL, and that nothing changed."""
     before = vcpu.regs.get_sregs()
     with refused(errno.EINVAL):
@@ -102,11 +103,7 @@ def test_cr0(vcpu: Vcpu, set_changed: Ioctl, put: int, clear: int) -> None:
     Intel SDM volume 3, 2.5 Control Registers (CR0) and 6.15 (#GP of MOV CR0); arch/x86/kvm/regs.c,
     kvm_is_valid_cr0().
     """
-
-    def change(sregs: Sregs) -> None:
-        sregs.cr0 = sregs.cr0 & ~clear | put
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("cr0", put=put, clear=clear))
 
 
 def test_long_mode_without_pae(vcpu: Vcpu, set_changed: Ioctl) -> None:
@@ -114,11 +111,7 @@ def test_long_mode_without_pae(vcpu: Vcpu, set_changed: Ioctl) -> None:
 
     Intel SDM volume 3, 9.8.5 Initializing IA-32e Mode; arch/x86/kvm/regs.c, kvm_is_valid_sregs().
     """
-
-    def change(sregs: Sregs) -> None:
-        sregs.cr4 &= ~int(CR4.PAE)
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("cr4", clear=CR4.PAE))
 
 
 def test_lme_and_paging_without_lma(vcpu: Vcpu, set_changed: Ioctl) -> None:
@@ -126,11 +119,7 @@ def test_lme_and_paging_without_lma(vcpu: Vcpu, set_changed: Ioctl) -> None:
 
     Intel SDM volume 3, 2.2.1 Extended Feature Enable Register; arch/x86/kvm/regs.c, kvm_is_valid_sregs().
     """
-
-    def change(sregs: Sregs) -> None:
-        sregs.efer &= ~int(EFER.LMA)
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("efer", clear=EFER.LMA))
 
 
 @pytest.mark.parametrize("missing", ["LME", "PG"])
@@ -173,11 +162,7 @@ def test_cr4_reserved(vcpu: Vcpu, set_changed: Ioctl, bit: int) -> None:
     """
     for feature in ("la57", "vmx", "smx"):
         hide(vcpu, feature)
-
-    def change(sregs: Sregs) -> None:
-        sregs.cr4 |= 1 << bit
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("cr4", put=1 << bit))
 
 
 def test_cr4_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
@@ -188,12 +173,8 @@ def test_cr4_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
     answers = {}
     for bit, feature in CR4_FEATURES.items():
         hide(vcpu, feature)
-
-        def change(sregs: Sregs, bit: CR4 = bit) -> None:
-            sregs.cr4 |= int(bit)
-
         try:
-            set_changed(change)
+            set_changed(changing("cr4", put=bit))
         except KvmError as error:
             answers[feature] = error.errno
         else:
@@ -212,11 +193,7 @@ def test_cr4_with_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
     for bit in offered:
         if bit in (CR4.LA57, CR4.VMXE, CR4.SMXE):
             continue
-
-        def change(sregs: Sregs, bit: CR4 = bit) -> None:
-            sregs.cr4 |= int(bit)
-
-        set_changed(change)
+        set_changed(changing("cr4", put=bit))
         assert vcpu.regs.get_sregs().cr4 & bit == bit
 
 
@@ -226,11 +203,7 @@ def test_efer_reserved(vcpu: Vcpu, set_changed: Ioctl, bit: int) -> None:
 
     AMD APM volume 2, 3.1.7; Linux 7.2, "KVM: x86: Check EFER validity on KVM_SET_SREGS*".
     """
-
-    def change(sregs: Sregs) -> None:
-        sregs.efer |= 1 << bit
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("efer", put=1 << bit))
 
 
 @pytest.mark.parametrize("bit", EFER_FEATURES, ids=list(EFER_FEATURES.values()))
@@ -243,11 +216,7 @@ def test_efer_without_cpuid(vcpu: Vcpu, set_changed: Ioctl, bit: EFER) -> None:
     sregs.efer &= ~int(bit)
     vcpu.regs.set_sregs(sregs)
     hide(vcpu, EFER_FEATURES[bit])
-
-    def change(sregs: Sregs) -> None:
-        sregs.efer |= int(bit)
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("efer", put=bit))
 
 
 def test_long_mode_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
@@ -259,11 +228,7 @@ def test_long_mode_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
     segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000)
     vcpu.regs.set_sregs(sregs)
     hide(vcpu, "lm")
-
-    def change(sregs: Sregs) -> None:
-        sregs.efer |= int(EFER.LME)
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("efer", put=EFER.LME))
 
 
 @pytest.mark.parametrize("bits", [36, 52])
@@ -277,11 +242,7 @@ def test_cr3_beyond_maxphyaddr(vcpu: Vcpu, set_changed: Ioctl, bits: int) -> Non
         leaf = cpuid.ensure(0x8000_0008)
         leaf.eax = leaf.eax & ~0xFF_00FF | 36
         vcpu.cpuid.set(cpuid.to_struct())
-
-    def change(sregs: Sregs) -> None:
-        sregs.cr3 |= 1 << bits
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("cr3", put=1 << bits))
 
 
 @pytest.mark.parametrize("bit", [0, 9, 52])
@@ -290,11 +251,7 @@ def test_apic_base_reserved(vcpu: Vcpu, set_changed: Ioctl, bit: int) -> None:
 
     Intel SDM volume 3, 11.4.4 Local APIC Status and Location; arch/x86/kvm/lapic.c, kvm_apic_set_base().
     """
-
-    def change(sregs: Sregs) -> None:
-        sregs.apic_base |= 1 << bit
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("apic_base", put=1 << bit))
 
 
 def test_apic_base_x2apic_alone(vcpu: Vcpu, set_changed: Ioctl) -> None:
@@ -303,11 +260,7 @@ def test_apic_base_x2apic_alone(vcpu: Vcpu, set_changed: Ioctl) -> None:
     Intel SDM volume 3, 11.12.1 Detecting and Enabling x2APIC Mode ("Invalid"); arch/x86/kvm/lapic.c,
     kvm_apic_set_base().
     """
-
-    def change(sregs: Sregs) -> None:
-        sregs.apic_base = sregs.apic_base & ~APICBASE_ENABLE | APICBASE_EXTD
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("apic_base", put=APICBASE_EXTD, clear=APICBASE_ENABLE))
 
 
 def test_apic_base_x2apic_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
@@ -316,11 +269,7 @@ def test_apic_base_x2apic_without_cpuid(vcpu: Vcpu, set_changed: Ioctl) -> None:
     Intel SDM volume 3, 11.12.1 Detecting and Enabling x2APIC Mode; arch/x86/kvm/lapic.c, kvm_apic_set_base().
     """
     hide(vcpu, "x2apic")
-
-    def change(sregs: Sregs) -> None:
-        sregs.apic_base |= APICBASE_ENABLE | APICBASE_EXTD
-
-    refuse(vcpu, set_changed, change)
+    refuse(vcpu, set_changed, changing("apic_base", put=APICBASE_ENABLE | APICBASE_EXTD))
 
 
 def test_unchanged_is_taken(vcpu: Vcpu, set_changed: Ioctl) -> None:
@@ -329,9 +278,7 @@ def test_unchanged_is_taken(vcpu: Vcpu, set_changed: Ioctl) -> None:
     Documentation/virt/kvm/api.rst, 4.14 KVM_SET_SREGS and 4.132 KVM_SET_SREGS2.
     """
     before = vcpu.regs.get_sregs()
-
-    def change(sregs: Sregs) -> None:
-        assert sregs.cr0 == before.cr0
-
-    set_changed(change)
+    read: list[int] = []
+    set_changed(lambda sregs: read.append(sregs.cr0))
+    assert read == [before.cr0]
     assert vcpu.regs.get_sregs() == before

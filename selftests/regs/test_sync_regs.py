@@ -47,9 +47,7 @@ void guest_main(void)
 @pytest.fixture
 def vcpu(make_vm: MakeVm) -> GuestVcpu:
     """A vCPU at its first exit."""
-    vm = make_vm(GUEST)
-    vm.launch()
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(GUEST).vcpus[0]
     vcpu.expect(IoExit)
     return vcpu
 

@@ -5,31 +5,19 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import PAGE_SIZE, SIZE_2M, GuestVm, Gva, MakeVm
+from kvmpy import AGENT, PAGE_SIZE, SIZE_2M, Agent, GuestVm, Gva, MakeVm
 
 # The highest 4 KiB below the hole that addresses of 48 bits leave, and the lowest address in the hole.
 LAST_LOW, NON_CANONICAL = 0x0000_7FFF_FFFF_F000, 0x0000_8000_0000_0000
-
-GUEST = """
-#include <kvmpy/guest.h>
-
-u64 variable = 1;
-
-void guest_main(void)
-{
-	GUEST_SYNC(variable);
-}
-"""
 
 
 @pytest.fixture
 def vm(make_vm: MakeVm) -> GuestVm:
     """A VM that ran once."""
-    made = make_vm(GUEST)
-    made.alloc(SIZE_2M, gva=Gva(0x6000_0000), page_size=SIZE_2M)
-    made.launch()
-    made.vcpus[0].sync()
-    return made
+    vm = make_vm(AGENT)
+    vm.alloc(SIZE_2M, gva=Gva(0x6000_0000), page_size=SIZE_2M)
+    Agent(vm.vcpus[0]).start()
+    return vm
 
 
 pytestmark = pytest.mark.usefixtures("open_registers", "open_tables")
@@ -41,7 +29,7 @@ def test_mapped(vm: GuestVm, offset: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE.
     """
-    page = vm.symbol("variable").gva.align_down(PAGE_SIZE)
+    page = vm.symbol("guest_agent_orders").gva.align_down(PAGE_SIZE)
     found = vm.vcpus[0].translate(page + offset)
     assert found.valid == 1
     assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + offset

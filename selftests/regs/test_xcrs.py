@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from kvmpy import CR4, KVM_MAX_XCRS, XCR0, Cpuid, MakeVm, Vcpu, kvm_xcrs, refused
+from kvmpy import AGENT, CR4, KVM_MAX_XCRS, XCR0, Agent, Cpuid, MakeVm, Vcpu, kvm_xcrs, refused
 
 pytestmark = pytest.mark.requires("KVM_CAP_XCRS", "cpu:xsave")
 
@@ -115,36 +115,10 @@ def test_guest_and_host_agree(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.44 KVM_GET_XCRS and 4.45 KVM_SET_XCRS.
     """
-    vm = make_vm(
-        f"""
-#include <kvmpy/guest.h>
-
-GUEST_USER_DATA u8 stack[4096];
-
-GUEST_USER u64 read_xcr0(u64 unused)
-{{
-	return xgetbv(0);
-}}
-
-void guest_main(void)
-{{
-	struct guest_user_exit exit;
-
-	write_cr4(read_cr4() | {int(CR4.OSXSAVE):#x});
-	GUEST_SYNC(0);
-	exit = guest_user_run(read_xcr0, 0, stack + sizeof(stack));
-	GUEST_ASSERT(exit.returned);
-	GUEST_SYNC(exit.value);
-	GUEST_ASSERT(!xsetbv_safe(0, 1).faulted);
-	GUEST_SYNC(0);
-}}
-"""
-    )
-    vm.launch()
-    vcpu = vm.vcpus[0]
-    vcpu.sync()
-    vcpu.complete_io()
-    vcpu.fpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))
-    assert vcpu.sync().args == (3,)
-    vcpu.sync()
-    assert vcpu.fpu.get_xcrs().xcrs[0].value == 1
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    assert agent.change_cr(4, put=CR4.OSXSAVE) is None
+    agent.vcpu.complete_io()
+    agent.vcpu.fpu.set_xcrs(xcr0(int(XCR0.X87 | XCR0.SSE)))
+    assert agent.xgetbv(ring=3) == 3
+    assert agent.xsetbv(1) is None
+    assert agent.vcpu.fpu.get_xcrs().xcrs[0].value == 1

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from kvmpy import KVM_MP_STATE_HALTED, GuestTimeoutError, GuestVm, IoExit, MakeVm, Msi, kvm_cpuid2
+from selftests.conftest import said
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
@@ -184,20 +185,6 @@ void leaf(void)
 """
 
 
-def start(make_vm: MakeVm, entry: str, *args: int, **how: object) -> GuestVm:
-    """Return a launched VM whose guest runs *entry*."""
-    vm = make_vm(GUEST, **how)  # type: ignore[arg-type]
-    vm.vcpus[0].set_entry(entry, *args)
-    vm.launch()
-    return vm
-
-
-def said(vm: GuestVm) -> tuple[str | int, ...]:
-    """Return what the guest says next."""
-    call = vm.vcpus[0].sync()
-    return (chr(call.args[0]), *call.args[1:])
-
-
 def handled(vm: GuestVm) -> str | int:
     """Return the handler's first word within three words of the guest's."""
     return next((word for word in (said(vm)[0] for _ in range(3)) if word != "w"), "nothing")
@@ -208,11 +195,11 @@ def test_goes_on(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, section 4: what is got from a vCPU can be set in another one.
     """
-    vm = start(make_vm, "count")
+    vm = make_vm.start(GUEST, "count")
     total = 0
     for number in range(1, 11):
         total += number
-        assert tuple(vm.vcpus[0].sync().args) == (number, total)
+        assert vm.vcpus[0].sync().args == (number, total)
         assert vm.symbol("visible").u64 == total
         vm = move(vm)
 
@@ -222,7 +209,7 @@ def test_registers(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, 4.11 KVM_GET_REGS and 4.12 KVM_SET_REGS.
     """
-    vm = start(make_vm, "registers")
+    vm = make_vm.start(GUEST, "registers")
     got = vm.vcpus[0].expect(IoExit)
     assert (got.port, got.value) == (0x10, 0x0102_0304)
     vm = move(vm)
@@ -232,7 +219,7 @@ def test_registers(make_vm: MakeVm, move: Move) -> None:
         expected ^= 0x1111_1111_1111_1111 * digit
         if digit < 14:
             expected = (expected << 1 | expected >> 63) & mask
-    assert tuple(vm.vcpus[0].sync().args) == (expected,)
+    assert vm.vcpus[0].sync().args == (expected,)
 
 
 def test_answered_input(make_vm: MakeVm, move: Move) -> None:
@@ -240,9 +227,9 @@ def test_answered_input(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, KVM_EXIT_IO: the access is completed before state is saved.
     """
-    vm = start(make_vm, "ask_port")
+    vm = make_vm.start(GUEST, "ask_port")
     vm.vcpus[0].expect(IoExit).respond(0xCAFE_F00D)
-    assert tuple(move(vm).vcpus[0].sync().args) == (0xCAFE_F00D,)
+    assert move(vm).vcpus[0].sync().args == (0xCAFE_F00D,)
 
 
 def test_pending_interrupt(make_vm: MakeVm, move: Move) -> None:
@@ -250,7 +237,7 @@ def test_pending_interrupt(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, 4.57 KVM_GET_LAPIC and 4.58 KVM_SET_LAPIC.
     """
-    vm = start(make_vm, "pending")
+    vm = make_vm.start(GUEST, "pending")
     assert said(vm) == ("r",)
     vm.irq.signal_msi(Msi.to(0, VECTOR))
     vm = move(vm)
@@ -263,7 +250,7 @@ def test_pending_nmi(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS and 4.32 KVM_SET_VCPU_EVENTS.
     """
-    vm = start(make_vm, "nmi")
+    vm = make_vm.start(GUEST, "nmi")
     assert said(vm) == ("w",)
     vm.vcpus[0].events.nmi()
     vm = move(vm)
@@ -280,7 +267,7 @@ def test_halted(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE and 4.39 KVM_SET_MP_STATE.
     """
-    vm = start(make_vm, "halted")
+    vm = make_vm.start(GUEST, "halted")
     assert said(vm) == ("r",)
     vcpu = vm.vcpus[0]
     for _ in range(100):
@@ -299,7 +286,7 @@ def test_one_shot_timer(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, 4.57 KVM_GET_LAPIC: the current count is part of the state.
     """
-    vm = start(make_vm, "one_shot")
+    vm = make_vm.start(GUEST, "one_shot")
     assert said(vm)[0] == "r"
     assert said(move(vm)) == ("d", 1)
 
@@ -330,7 +317,7 @@ def test_tsc_never_goes_back(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/devices/vcpu.rst, 4.1 KVM_VCPU_TSC_OFFSET: the TSC over a live migration.
     """
-    vm = start(make_vm, "time")
+    vm = make_vm.start(GUEST, "time")
     seen = []
     for _ in range(4):
         seen.append(vm.vcpus[0].sync().args[0])
@@ -351,6 +338,6 @@ def test_cpuid(make_vm: MakeVm, move: Move) -> None:
         extra.eax, extra.ebx, extra.ecx, extra.edx = 0, 0x5EED, 0, 0
         return kvm_cpuid2.of([*entries, extra])
 
-    vm = start(make_vm, "leaf", cpuid=marked)
-    assert tuple(vm.vcpus[0].sync().args) == (0x5EED,)
-    assert tuple(move(vm).vcpus[0].sync().args) == (0x5EED,)
+    vm = make_vm.start(GUEST, "leaf", cpuid=marked)
+    assert vm.vcpus[0].sync().args == (0x5EED,)
+    assert move(vm).vcpus[0].sync().args == (0x5EED,)

@@ -164,19 +164,10 @@ def run_for_a_while(vm: GuestVm) -> None:
             thread.stop()
 
 
-def start(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1) -> GuestVm:
-    """Return a launched VM whose vCPUs run *entry*."""
-    vm = make_vm(GUEST, vcpus=vcpus)
-    for vcpu in vm.vcpus:
-        vcpu.set_entry(entry, *args)
-    vm.launch()
-    return vm
-
-
 def moved_at_ready(make_vm: MakeVm, move: Move, entry: str) -> None:
     """Run *entry* to its word, move it, and let it finish: the guest asserts."""
-    vm = start(make_vm, entry)
-    assert tuple(vm.vcpus[0].sync().args) == (ord("r"),)
+    vm = make_vm.start(GUEST, entry)
+    assert vm.vcpus[0].sync().args == (ord("r"),)
     move(vm).vcpus[0].run_to_done()
 
 
@@ -211,14 +202,14 @@ def test_snapshot_is_the_same_after_restore(make_vm: MakeVm, move: Move) -> None
 
     Documentation/virt/kvm/api.rst, section 4: every part has a get and a set.
     """
-    vm = start(make_vm, "alone", 5)
-    assert tuple(vm.vcpus[0].sync().args) == (0, 1, 1)
+    vm = make_vm.start(GUEST, "alone", 5)
+    assert vm.vcpus[0].sync().args == (0, 1, 1)
     if not vm.protection.traits.can_read_registers:
         pytest.skip("needs readable registers: the protection hides them")
     before = vm.vcpus[0].save()
     vm = move(vm)
     assert before.differences(vm.vcpus[0].save()) == []
-    assert tuple(vm.vcpus[0].sync().args) == (0, 2, 2)
+    assert vm.vcpus[0].sync().args == (0, 2, 2)
 
 
 def test_several_vcpus(make_vm: MakeVm, move: Move) -> None:
@@ -226,16 +217,16 @@ def test_several_vcpus(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, section 4: vCPU state belongs to a vCPU.
     """
-    vm = start(make_vm, "alone", 6, vcpus=VCPUS)
+    vm = make_vm.start(GUEST, "alone", 6, vcpus=VCPUS)
     for round_ in range(1, 4):
         for vcpu in vm.vcpus:
             # Some are ahead of others.
             for step in range(1 + vcpu.index % 2):
                 number = (round_ - 1) * (1 + vcpu.index % 2) + 1 + step
-                assert tuple(vcpu.sync().args) == (vcpu.index, number, number)
+                assert vcpu.sync().args == (vcpu.index, number, number)
         vm = move(vm)
     for vcpu in vm.vcpus[0::2]:
-        assert [tuple(call.args) for call in vcpu.syncs()] == [(vcpu.index, n, n) for n in (4, 5, 6)]
+        assert [call.args for call in vcpu.syncs()] == [(vcpu.index, n, n) for n in (4, 5, 6)]
     for vcpu in vm.vcpus[1::2]:
         vcpu.run_to_done()
 
@@ -245,7 +236,7 @@ def test_vcpus_that_wait_for_each_other(make_vm: MakeVm, move: Move) -> None:
 
     Documentation/virt/kvm/api.rst, 4.57 KVM_GET_LAPIC: interrupts between them are part of the state.
     """
-    vm = start(make_vm, "together", 60, vcpus=VCPUS)
+    vm = make_vm.start(GUEST, "together", 60, vcpus=VCPUS)
     for _ in range(3):
         run_for_a_while(vm)
         vm = move(vm)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from kvmpy import PAGE_SIZE, GuestVm, Message, MessageType, Report
+from kvmpy import PAGE_SIZE, Agent, GuestVm, Message, MessageType, Report
 from kvmpy.coco.certificates import load
 from kvmpy.coco.guest_message import MessageError, report_request
 from kvmpy.coco.report import from_response
@@ -23,16 +23,13 @@ ATTESTS = """
 #include <kvmpy/guest.h>
 #include <kvmpy/sev.h>
 
-enum { SEND, SEAL, OPEN };
-GUEST_SHARED u64 asked, vmpck;
-
 /* SEV SNP Firmware ABI, secrets page: four VMPCKs of 32 bytes from offset 0x20 on. */
 static const u8 *attester_key(u64 number)
 {
 	return (const u8 *)(KVMPY_SNP_SECRETS_GVA + 0x20 + 32 * number);
 }
 
-static u64 attester_distinct_keys(void)
+u64 attester_distinct_keys(void)
 {
 	u64 distinct = 0;
 
@@ -48,7 +45,7 @@ static u64 attester_distinct_keys(void)
  * Header of 0x60 bytes: tag, 16 bytes of nothing, sequence number (the IV's low
  * half), then from 0x30 on what is authenticated, with the payload's size at 0x36.
  */
-static bool attester_crypt(u8 *page)
+u64 attester_crypt(u8 *page, u64 key, u64 open)
 {
 	u8 iv[12] = { 0 };
 	u16 size;
@@ -57,34 +54,27 @@ static bool attester_crypt(u8 *page)
 	memcpy(&size, page + 0x36, 2);
 	if (size > 4096 - 0x60)
 		return false;
-	if (asked == OPEN)
-		return gcm_open(attester_key(vmpck), iv, page + 0x30, 0x30, page + 0x60, size, page);
-	gcm_seal(attester_key(vmpck), iv, page + 0x30, 0x30, page + 0x60, size, page);
+	if (open)
+		return gcm_open(attester_key(key), iv, page + 0x30, 0x30, page + 0x60, size, page);
+	gcm_seal(attester_key(key), iv, page + 0x30, 0x30, page + 0x60, size, page);
 	return true;
-}
-
-/* Do what is asked until that is to send. */
-static void attester_serve(u8 *request, u8 *response)
-{
-	while (asked != SEND)
-		GUEST_SYNC(attester_crypt(asked == SEAL ? request : response));
 }
 """
 
 GUEST = (
     ATTESTS
     + """
-void guest_main(u64 request_gpa, u64 response_gpa, u8 *request, u8 *response)
+u64 attester_send(u64 request_gpa, u64 response_gpa)
 {
-	GUEST_SYNC(attester_distinct_keys());
-	for (;;) {
-		attester_serve(request, response);
-		GUEST_SYNC(snp_guest_request(request_gpa, response_gpa));
-	}
+	return snp_guest_request(request_gpa, response_gpa);
+}
+
+void guest_main(void)
+{
+	guest_agent();
 }
 """
 )
-_SEND, _SEAL, _OPEN = range(3)
 
 
 class Attester:
@@ -92,44 +82,46 @@ class Attester:
 
     def __init__(self, vm: GuestVm) -> None:
         self._vm = vm
-        pages = [vm.alloc(PAGE_SIZE, private=False) for _ in range(2)]
-        self._request, self._response = (vm.gva_to_gpa(page) for page in pages)
-        vm.vcpus[0].set_entry("guest_main", int(self._request), int(self._response), *map(int, pages))
+        self.agent = Agent(vm.vcpus[0])
+        self._pages = [vm.alloc(PAGE_SIZE, private=False) for _ in range(2)]
+        self._request, self._response = (vm.gva_to_gpa(page) for page in self._pages)
         self.sequence = [1] * KEYS
         self.distinct_keys = 0
 
     def start(self) -> None:
         """Launch the guest, which tells how many different keys it has."""
-        self._vm.launch()
-        self.distinct_keys = int(self._vm.vcpus[0].sync().args[0])
+        self.agent.begin_call("attester_distinct_keys")
+        self.distinct_keys = self.agent.value()
 
     def send(self, sealed: bytes) -> int:
         """Send what is in *sealed* and return the error: 0, or the firmware's in the lower half."""
         self.put(sealed)
-        code = self._vm.vcpus[0].sync().args[0]
-        return int(code)
+        self.begin("attester_send")
+        return self.agent.value()
+
+    def begin(self, function: str, *arguments: int) -> None:
+        """Order a request by a function of the guest: its first arguments are request and response."""
+        self.agent.begin_call(function, int(self._request), int(self._response), *arguments)
 
     def put(self, sealed: bytes) -> None:
         """Lay *sealed* before the guest, and clear the response."""
         self._vm.memory.write(self._request, sealed.ljust(PAGE_SIZE, b"\0"))
         self._vm.memory.write(self._response, bytes(PAGE_SIZE))
 
-    def _crypt(self, what: int, key: int) -> bool:
-        self._vm.symbol("asked").u64, self._vm.symbol("vmpck").u64 = what, key
-        done = self._vm.vcpus[0].sync().args[0]
-        self._vm.symbol("asked").u64 = _SEND
-        return bool(done)
+    def _crypt(self, page: int, key: int, *, opened: bool) -> bool:
+        self.agent.begin_call("attester_crypt", int(self._pages[page]), key, opened)
+        return bool(self.agent.value())
 
     def seal(self, message: Message, *, key: int = 0) -> bytes:
         """Let the guest seal *message* with VMPCK *key*, and return header and ciphertext."""
         clear = message.clear()
         self._vm.memory.write(self._request, clear)
-        assert self._crypt(_SEAL, key)
+        assert self._crypt(0, key, opened=False)
         return self._vm.memory.read(self._request, len(clear))
 
     def answer(self, *, key: int = 0) -> Message:
         """Let the guest open the response with VMPCK *key*; MessageError where that is not its key."""
-        if not self._crypt(_OPEN, key):
+        if not self._crypt(1, key, opened=True):
             raise MessageError("the response is not sealed with this key")
         return Message.read(self._vm.memory.read(self._response, PAGE_SIZE))
 

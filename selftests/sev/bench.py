@@ -42,10 +42,7 @@ COMMANDS: dict[str, tuple[int, str]] = {
     "PDH_GEN": (0x09, ""),
     "DF_FLUSH": (0x0A, ""),
     "GET_ID": (0x0C, "address:8 len:4"),
-    "INIT_EX": (
-        0x0D,
-        "len:4 flags:4 tmr_address:8 tmr_len:4 reserved:4 nv_address:8 nv_len:4",
-    ),
+    "INIT_EX": (0x0D, "len:4 flags:4 tmr_address:8 tmr_len:4 reserved:4 nv_address:8 nv_len:4"),
     "DECOMMISSION": (0x20, "handle:4"),
     "ACTIVATE": (0x21, "handle:4 asid:4"),
     "DEACTIVATE": (0x22, "handle:4"),
@@ -90,14 +87,8 @@ COMMANDS: dict[str, tuple[int, str]] = {
     "SNP_GCTX_CREATE": (0x93, "gctx:8"),
     "SNP_GUEST_REQUEST": (0x94, "gctx:8 request:8 response:8"),
     "SNP_LAUNCH_START": (0xA0, "gctx:8 policy:8 ma_gctx:8 bits:4 tsc:4 gosvw:16"),
-    "SNP_LAUNCH_UPDATE": (
-        0xA1,
-        "gctx:8 bits:4 reserved:4 address:8 perms:4 reserved2:4",
-    ),
-    "SNP_LAUNCH_FINISH": (
-        0xA2,
-        "gctx:8 id_block:8 id_auth:8 bits:8 host_data:32",
-    ),
+    "SNP_LAUNCH_UPDATE": (0xA1, "gctx:8 bits:4 reserved:4 address:8 perms:4 reserved2:4"),
+    "SNP_LAUNCH_FINISH": (0xA2, "gctx:8 id_block:8 id_auth:8 bits:8 host_data:32"),
     "SNP_DBG_DECRYPT": (0xB0, _SNP_DEBUG),
     "SNP_DBG_ENCRYPT": (0xB1, _SNP_DEBUG),
     "SNP_PAGE_RECLAIM": (0xC7, "address:8"),

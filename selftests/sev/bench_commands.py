@@ -30,6 +30,11 @@ def _nothing(_: Scene) -> Fields:
     return {}
 
 
+def _out(scene: Scene, **lengths: int) -> Fields:
+    """Return the address of a page that the firmware fills, and how long it is."""
+    return {"address": scene.memory("out", state="firmware"), **scene.numbers(**lengths)}
+
+
 # The platform.
 
 
@@ -39,36 +44,29 @@ def _tmr(scene: Scene, flags: int) -> Fields:
     state = scene.word("tmr", "firmware")
     if state != "hypervisor":
         scene.bench.page(0, state, large=True)
-    return {
-        "tmr_address": scene.bench.base + scene.number("tmr_offset", 0),
-        "tmr_len": scene.number("tmr_len", SIZE_2M),
-    }
+    address = scene.bench.base + scene.number("tmr_offset", 0)
+    return {"tmr_address": address, **scene.numbers(tmr_len=SIZE_2M)}
 
 
 def _init(scene: Scene) -> Fields:
-    flags = scene.number("flags", 1)
-    return {"flags": flags, "reserved": scene.number("reserved", 0), **_tmr(scene, flags)}
+    fields = scene.numbers(flags=1, reserved=0)
+    return fields | _tmr(scene, fields["flags"])
 
 
 def _init_ex(scene: Scene) -> Fields:
-    flags = scene.number("flags", 0)
-    fields = {"len": scene.number("len", 36), "flags": flags, "reserved": scene.number("reserved", 0)}
-    fields |= _tmr(scene, flags)
+    fields = scene.numbers(len=36, flags=0, reserved=0)
+    fields |= _tmr(scene, fields["flags"])
     if scene.word("nv", "firmware") == "tmr":
         nv = scene.bench.address(PLACES["nv"])
     else:
         nv = scene.memory("nv", state="firmware", pages=8)
-    return fields | {"nv_address": nv, "nv_len": scene.number("nv_len", 32 << 10)}
+    return fields | {"nv_address": nv, **scene.numbers(nv_len=32 << 10)}
 
 
 def _with_guest(scene: Scene) -> Fields:
     if scene.word("guests", "none") == "one":
         scene.bench.guests.append(scene.bench.must("LAUNCH_START")["handle"])
     return {}
-
-
-def _pek_csr(scene: Scene) -> Fields:
-    return {"address": scene.memory("out", state="firmware"), "len": scene.number("len", CERTIFICATE_SIZE)}
 
 
 def _pek_cert_import(scene: Scene) -> Fields:
@@ -85,8 +83,7 @@ def _pek_cert_import(scene: Scene) -> Fields:
         oca[0x41C] ^= 1
     if scene.word("oca", "hypervisor") == "unsigned":
         oca[0x414:0x41C] = (0x1000).to_bytes(8, "little")
-    fields = {"pek_len": scene.number("pek_len", CERTIFICATE_SIZE)}
-    fields["oca_len"] = scene.number("oca_len", CERTIFICATE_SIZE)
+    fields = scene.numbers(pek_len=CERTIFICATE_SIZE, oca_len=CERTIFICATE_SIZE)
     for name, data in (("pek", pek), ("oca", oca)):
         fields[f"{name}_address"] = scene.memory(
             {"pek": "pdh", "oca": "chain"}[name], bytes(data), state="hypervisor"
@@ -100,14 +97,9 @@ def _pek_cert_import(scene: Scene) -> Fields:
 def _pdh_cert_export(scene: Scene) -> Fields:
     return {
         "pdh_address": scene.memory("pdh", state="firmware"),
-        "pdh_len": scene.number("pdh_len", CERTIFICATE_SIZE),
         "chain_address": scene.memory("chain", state="firmware", pages=2),
-        "chain_len": scene.number("chain_len", CHAIN_SIZE),
+        **scene.numbers(pdh_len=CERTIFICATE_SIZE, chain_len=CHAIN_SIZE),
     }
-
-
-def _get_id(scene: Scene) -> Fields:
-    return {"address": scene.memory("out", state="firmware"), "len": scene.number("len", 64)}
 
 
 # Guests of the SEV API.
@@ -169,33 +161,22 @@ def _start(scene: Scene, cert: str, role: str) -> Fields:
     return fields | {"handle": shared, "policy": policy}
 
 
-def _launch_start(scene: Scene) -> Fields:
-    return _start(scene, "dh", "pdh")
-
-
-def _receive_start(scene: Scene) -> Fields:
-    return _start(scene, "pdh", "pdh")
-
-
 def _update(scene: Scene, policy: str = "0") -> Fields:
-    return {
-        "handle": scene.guest("LUPDATE", policy=policy),
-        "address": scene.memory("guest", state="firmware"),
-        "len": scene.number("len", PAGE_SIZE),
-    }
-
-
-def _launch_update_vmsa(scene: Scene) -> Fields:
-    return _update(scene, "es")
-
-
-def _launch_measure(scene: Scene) -> Fields:
-    handle = scene.guest("LUPDATE")
+    handle = scene.guest("LUPDATE", policy=policy)
     return {
         "handle": handle,
-        "address": scene.memory("out", state="firmware"),
-        "len": scene.number("len", MEASUREMENT),
+        "address": scene.memory("guest", state="firmware"),
+        **scene.numbers(len=PAGE_SIZE),
     }
+
+
+def _guest_out(scene: Scene, state: str, length: int) -> Fields:
+    return {"handle": scene.guest(state), **_out(scene, len=length)}
+
+
+def _debug(scene: Scene) -> Fields:
+    fields = {"handle": scene.guest("RUNNING"), "src": scene.memory("guest")}
+    return fields | {"dst": scene.memory("out", state="firmware"), **scene.numbers(len=32)}
 
 
 def _copy(scene: Scene, handle: int, states: dict[str, str], header: bytes, data: bytes) -> Fields:
@@ -216,25 +197,6 @@ def _launch_secret(scene: Scene) -> Fields:
     return _copy(scene, handle, {"guest": "firmware"}, header, data)
 
 
-def _attestation(scene: Scene) -> Fields:
-    handle = scene.guest("RUNNING")
-    return {
-        "handle": handle,
-        "address": scene.memory("out", state="firmware"),
-        "len": scene.number("len", REPORT),
-    }
-
-
-def _debug(scene: Scene) -> Fields:
-    handle = scene.guest("RUNNING")
-    return {
-        "handle": handle,
-        "src": scene.memory("guest"),
-        "dst": scene.memory("out", state="firmware"),
-        "len": scene.number("len", 32),
-    }
-
-
 def _send_start(scene: Scene) -> Fields:
     handle = scene.guest("RUNNING")
     pdh, chain = scene.pdh()
@@ -251,13 +213,12 @@ def _send_start(scene: Scene) -> Fields:
     return {
         "handle": handle,
         "pdh_address": scene.memory("pdh", pdh if domain else scene.certificate()),
-        "pdh_len": scene.number("pdh_len", CERTIFICATE_SIZE),
         "plat_address": scene.memory("chain", chain, pages=2),
-        "plat_len": scene.number("plat_len", CHAIN_SIZE),
         "amd_address": scene.memory("amd"),
-        "amd_len": scene.number("amd_len", AMD_CERTS),
         "session_address": scene.memory("session", state="firmware"),
-        "session_len": scene.number("session_len", SESSION_SIZE),
+        **scene.numbers(
+            pdh_len=CERTIFICATE_SIZE, plat_len=CHAIN_SIZE, amd_len=AMD_CERTS, session_len=SESSION_SIZE
+        ),
     }
 
 
@@ -288,10 +249,6 @@ def _receive_update(scene: Scene, policy: str = "0") -> Fields:
     return _copy(scene, handle, {"guest": "firmware"}, bytes(header), packet.sealed)
 
 
-def _receive_update_vmsa(scene: Scene) -> Fields:
-    return _receive_update(scene, "es")
-
-
 # The SNP platform.
 
 
@@ -307,33 +264,12 @@ def _snp_shutdown_ex(scene: Scene) -> Fields:
         gctx = bench.address(PLACES["gctx"])
         bench.must("SNP_LAUNCH_START", gctx=gctx, policy=int(SnpPolicy()))
         bench.must("SNP_ACTIVATE", gctx=gctx, asid=ES_ASID)
-    return {"len": scene.number("len", 8), "bits": scene.number("bits", 0)}
-
-
-def _address(scene: Scene) -> Fields:
-    return {"address": scene.memory("out", state="firmware")}
-
-
-def _snp_config(scene: Scene) -> Fields:
-    return {
-        "tcb": scene.number("tcb", TCB),
-        "bits": scene.number("bits", 0),
-        "reserved": scene.number("reserved", 0),
-    }
+    return scene.numbers(len=8, bits=0)
 
 
 def _snp_vlek_load(scene: Scene) -> Fields:
     data = bytes(400) + scene.number("tcb", TCB).to_bytes(8, "little") + bytes(24)
-    return {
-        "len": scene.number("len", 16),
-        "version": scene.number("version", 0),
-        "reserved": scene.number("reserved", 0),
-        "address": scene.memory("out", data),
-    }
-
-
-def _snp_feature_info(scene: Scene) -> Fields:
-    return {"len": scene.number("len", 16), "ecx": scene.number("ecx", 1), **_address(scene)}
+    return {"address": scene.memory("out", data), **scene.numbers(len=16, version=0, reserved=0)}
 
 
 # SNP guests and their pages.
@@ -366,10 +302,6 @@ def _snp_activate(scene: Scene) -> Fields:
 
 def _gctx(scene: Scene) -> Fields:
     return {"gctx": scene.context("LAUNCH")}
-
-
-def _snp_guest_status(scene: Scene) -> Fields:
-    return {**_gctx(scene), **_address(scene)}
 
 
 def _snp_launch_start(scene: Scene) -> Fields:
@@ -463,14 +395,6 @@ def _snp_debug(scene: Scene, guest: str, other: str) -> Fields:
     return fields | {other: scene.memory("out", state="firmware" if other == "dst" else "hypervisor")}
 
 
-def _snp_dbg_decrypt(scene: Scene) -> Fields:
-    return _snp_debug(scene, "src", "dst")
-
-
-def _snp_dbg_encrypt(scene: Scene) -> Fields:
-    return _snp_debug(scene, "dst", "src")
-
-
 def _snp_page_reclaim(scene: Scene) -> Fields:
     place, state = PLACES["guest"], scene.word("page", "firmware")
     address = OUTSIDE if state == "outside" else scene.bench.address(place)
@@ -520,11 +444,6 @@ def _request(scene: Scene, kind: int, payload: bytes) -> Fields:
     return {"gctx": gctx, "request": request, "response": scene.memory("response", state="firmware")}
 
 
-def _snp_guest_request(scene: Scene) -> Fields:
-    kind = scene.number("type", int(MessageType.REPORT_REQ))
-    return _request(scene, kind, report_request(b"question"))
-
-
 def _report_request(scene: Scene) -> Fields:
     payload = bytearray(report_request(b"question", scene.number("vmpl", 0), scene.number("select", 0)))
     payload[-1] = scene.number("reserved", 0)
@@ -533,15 +452,8 @@ def _report_request(scene: Scene) -> Fields:
 
 
 def _key_request(scene: Scene) -> Fields:
-    payload = struct.pack(
-        "<IIQIIQ",
-        scene.number("root", 0),
-        scene.number("reserved", 0),
-        scene.number("fields", 0),
-        scene.number("vmpl", 0),
-        scene.number("svn", 0),
-        scene.number("tcb", 0),
-    )
+    options = scene.numbers(root=0, reserved=0, fields=0, vmpl=0, svn=0, tcb=0)
+    payload = struct.pack("<IIQIIQ", *options.values())
     if scene.flag("masked", False):
         scene.bench.must("SNP_CONFIG", tcb=TCB, bits=2)
     return _request(scene, int(MessageType.KEY_REQ), payload)
@@ -553,23 +465,23 @@ BUILDERS: dict[str, Builder] = {
     "SHUTDOWN": _nothing,
     "FACTORY_RESET": _nothing,
     "PEK_GEN": _with_guest,
-    "PEK_CSR": _pek_csr,
+    "PEK_CSR": lambda scene: _out(scene, len=CERTIFICATE_SIZE),
     "PEK_CERT_IMPORT": _pek_cert_import,
     "PDH_CERT_EXPORT": _pdh_cert_export,
     "PDH_GEN": _nothing,
     "DF_FLUSH": _nothing,
-    "GET_ID": _get_id,
+    "GET_ID": lambda scene: _out(scene, len=64),
     "DECOMMISSION": lambda scene: _handle(scene, active=False),
     "ACTIVATE": _activate,
     "DEACTIVATE": _handle,
     "GUEST_STATUS": _handle,
-    "LAUNCH_START": _launch_start,
+    "LAUNCH_START": lambda scene: _start(scene, "dh", "pdh"),
     "LAUNCH_UPDATE_DATA": _update,
-    "LAUNCH_UPDATE_VMSA": _launch_update_vmsa,
-    "LAUNCH_MEASURE": _launch_measure,
+    "LAUNCH_UPDATE_VMSA": lambda scene: _update(scene, "es"),
+    "LAUNCH_MEASURE": lambda scene: _guest_out(scene, "LUPDATE", MEASUREMENT),
     "LAUNCH_SECRET": _launch_secret,
     "LAUNCH_FINISH": lambda scene: _handle(scene, "LSECRET", active=False),
-    "ATTESTATION": _attestation,
+    "ATTESTATION": lambda scene: _guest_out(scene, "RUNNING", REPORT),
     "DBG_DECRYPT": _debug,
     "DBG_ENCRYPT": _debug,
     "SEND_START": _send_start,
@@ -577,30 +489,32 @@ BUILDERS: dict[str, Builder] = {
     "SEND_UPDATE_VMSA": _send_update_vmsa,
     "SEND_FINISH": lambda scene: _handle(scene, "SUPDATE"),
     "SEND_CANCEL": lambda scene: _handle(scene, "SUPDATE"),
-    "RECEIVE_START": _receive_start,
+    "RECEIVE_START": lambda scene: _start(scene, "pdh", "pdh"),
     "RECEIVE_UPDATE_DATA": _receive_update,
-    "RECEIVE_UPDATE_VMSA": _receive_update_vmsa,
+    "RECEIVE_UPDATE_VMSA": lambda scene: _receive_update(scene, "es"),
     "RECEIVE_FINISH": lambda scene: _handle(scene, "RUPDATE", active=False),
     "SNP_INIT_EX": _snp_init_ex,
     "SNP_SHUTDOWN_EX": _snp_shutdown_ex,
-    "SNP_PLATFORM_STATUS": _address,
+    "SNP_PLATFORM_STATUS": _out,
     "SNP_DF_FLUSH": _nothing,
-    "SNP_CONFIG": _snp_config,
-    "SNP_COMMIT": lambda scene: {"len": scene.number("len", 4)},
+    "SNP_CONFIG": lambda scene: scene.numbers(tcb=TCB, bits=0, reserved=0),
+    "SNP_COMMIT": lambda scene: scene.numbers(len=4),
     "SNP_VLEK_LOAD": _snp_vlek_load,
-    "SNP_FEATURE_INFO": _snp_feature_info,
+    "SNP_FEATURE_INFO": lambda scene: _out(scene, len=16, ecx=1),
     "SNP_GCTX_CREATE": _snp_gctx_create,
     "SNP_ACTIVATE": _snp_activate,
     "SNP_DECOMMISSION": _gctx,
-    "SNP_GUEST_STATUS": _snp_guest_status,
+    "SNP_GUEST_STATUS": lambda scene: _gctx(scene) | _out(scene),
     "SNP_LAUNCH_START": _snp_launch_start,
     "SNP_LAUNCH_UPDATE": _snp_launch_update,
     "SNP_LAUNCH_FINISH": _snp_launch_finish,
-    "SNP_DBG_DECRYPT": _snp_dbg_decrypt,
-    "SNP_DBG_ENCRYPT": _snp_dbg_encrypt,
+    "SNP_DBG_DECRYPT": lambda scene: _snp_debug(scene, "src", "dst"),
+    "SNP_DBG_ENCRYPT": lambda scene: _snp_debug(scene, "dst", "src"),
     "SNP_PAGE_RECLAIM": _snp_page_reclaim,
     "SNP_PAGE_UNSMASH": _snp_page_unsmash,
-    "SNP_GUEST_REQUEST": _snp_guest_request,
+    "SNP_GUEST_REQUEST": lambda scene: _request(
+        scene, scene.number("type", int(MessageType.REPORT_REQ)), report_request(b"question")
+    ),
     "MSG_REPORT_REQ": _report_request,
     "MSG_KEY_REQ": _key_request,
 }

@@ -67,6 +67,10 @@ class Scene:
         """Return an option that is a number."""
         return int(self.word(name, str(default)), 0)
 
+    def numbers(self, **defaults: int) -> dict[str, int]:
+        """Return fields of a command, each an option of the same name."""
+        return {name: self.number(name, default) for name, default in defaults.items()}
+
     def flag(self, name: str, default: bool) -> bool:
         """Return an option that is yes or no."""
         return {"yes": True, "no": False}[self.word(name, "yes" if default else "no")]
@@ -169,10 +173,7 @@ class Scene:
             data = self.owner.session(self.pdh()[0], policy)
             bench.write(PLACES["session"], data)
             bench.write(PLACES["pdh"], self.owner.certificate())
-            keys = {
-                "session_address": bench.address(PLACES["session"]),
-                "session_len": SESSION_SIZE,
-            }
+            keys = {"session_address": bench.address(PLACES["session"]), "session_len": SESSION_SIZE}
             cert = "pdh" if state == "RUPDATE" else "dh"
             keys |= {f"{cert}_address": bench.address(PLACES["pdh"]), f"{cert}_len": CERTIFICATE_SIZE}
         start = "RECEIVE_START" if state == "RUPDATE" else "LAUNCH_START"

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import pytest
 
@@ -39,11 +38,7 @@ KINDS = tuple(
     for kind in ("sev", "sev-es", "snp")
 )
 IN_PLACE = KINDS[:2]
-TYPES = {
-    "sev": VmType.KVM_X86_SEV_VM,
-    "sev-es": VmType.KVM_X86_SEV_ES_VM,
-    "snp": VmType.KVM_X86_SNP_VM,
-}
+TYPES = {"sev": VmType.KVM_X86_SEV_VM, "sev-es": VmType.KVM_X86_SEV_ES_VM, "snp": VmType.KVM_X86_SNP_VM}
 MEMORY = Gpa(0x10_0000)
 PAGES = 16
 
@@ -90,8 +85,12 @@ def read_only(content: bytes) -> Iterator[int]:
         os.close(fd)
 
 
-class BareMaker(Protocol):
+@dataclass
+class BareMaker:
     """What the fixture ``bare`` gives."""
+
+    kvm: Kvm
+    stack: ExitStack
 
     def __call__(
         self, kind: str, *, init: bool = True, vcpus: int = 0, memory: bool = True, legacy: bool = False
@@ -99,36 +98,27 @@ class BareMaker(Protocol):
         """Make a VM of *kind*, after INIT2 unless *init* is False; *legacy*: of the default type, after INIT
         or ES_INIT.
         """
+        vm = self.stack.enter_context(self.kvm.create_vm(0 if legacy else int(TYPES[kind])))
+        state: LaunchState | None = None
+        if init and kind == "snp":
+            state = SnpInitialised.init2(vm)
+        elif init:
+            state = (SevInitialised.legacy_init if legacy else SevInitialised.init2)(vm, es=kind == "sev-es")
+        if memory:
+            gmem = vm.create_guest_memfd(PAGES * PAGE_SIZE) if kind == "snp" else None
+            vm.add_slot(MEMORY, PAGES * PAGE_SIZE, gmem=gmem)
+        if vcpus:
+            vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
+            for _ in range(vcpus):
+                vm.create_vcpu().cpuid.set(self.kvm.supported_cpuid)
+        return Bare(vm, kind, state)
 
 
 @pytest.fixture
 def bare(kvm: Kvm) -> Iterator[BareMaker]:
     """Make bare VMs, closed when the test ends."""
     with ExitStack() as stack:
-
-        def make(
-            kind: str, *, init: bool = True, vcpus: int = 0, memory: bool = True, legacy: bool = False
-        ) -> Bare:
-            vm = stack.enter_context(kvm.create_vm(0 if legacy else int(TYPES[kind])))
-            made = Bare(vm, kind)
-            if init and legacy:
-                made.state = SevInitialised.legacy_init(vm, es=kind == "sev-es")
-            elif init:
-                made.state = (
-                    SnpInitialised.init2(vm)
-                    if kind == "snp"
-                    else SevInitialised.init2(vm, es=kind == "sev-es")
-                )
-            if memory:
-                gmem = vm.create_guest_memfd(PAGES * PAGE_SIZE) if kind == "snp" else None
-                vm.add_slot(MEMORY, PAGES * PAGE_SIZE, gmem=gmem)
-            if vcpus:
-                vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
-                for _ in range(vcpus):
-                    vm.create_vcpu().cpuid.set(kvm.supported_cpuid)
-            return made
-
-        yield make
+        yield BareMaker(kvm, stack)
 
 
 def start_snp(made: Bare, policy: SnpPolicy | int | None = None) -> SnpLaunching:

@@ -3,37 +3,31 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
-from kvmpy import GHCB, Exit, GuestVcpu, GuestVm, MakeVm, Ucall
+from kvmpy import GHCB, Agent, Exit, GuestVcpu, GuestVm, MakeVm, Ucall
 
-PAGE, MSR, TERMINATE = range(3)
-MAX_FIELDS = 12
 BUFFER = GHCB["shared_buffer"].offset
 
 GUEST = """
 #include <kvmpy/guest.h>
 
-enum { PAGE, MSR, TERMINATE };
-
-struct order {
-	u64 what;
+struct request {
 	u64 code, info_1, info_2;
 	u64 msr;
 	u64 usage;
-	u64 keep;			/* bits: do not declare exit code, info_1, info_2 valid */
+	u64 hide;			/* bits: do not declare code, info_1, info_2 valid */
 	u64 nr_fields;
-	u64 fields[12][2];
+	struct { u64 offset, value; } fields[12];
 	u8 buffer[64];
 };
 
 struct reply {
-	u64 status, info, rax, rbx, rcx, rdx, msr;
+	u64 status, info, rax, rbx, rcx, rdx;
 	u8 buffer[64];
 };
 
-GUEST_SHARED struct order order;
+GUEST_SHARED struct request request;
 GUEST_SHARED struct reply reply;
 
 static void undeclare(u8 *ghcb, u32 field)
@@ -42,22 +36,22 @@ static void undeclare(u8 *ghcb, u32 field)
 }
 
 /* As ghcb_call(), but it may leave out what must not be left out. */
-static void send(u8 *ghcb)
+static void send_page(u8 *ghcb)
 {
 	u64 gpa = guest_cpu()->ghcb_gpa;
 
-	for (u64 i = 0; i < order.nr_fields; i++)
-		ghcb_put(ghcb, order.fields[i][0], order.fields[i][1]);
-	memcpy(ghcb + GHCB_SHARED_BUFFER, order.buffer, sizeof(order.buffer));
-	ghcb_put(ghcb, GHCB_SW_EXIT_CODE, order.code);
-	ghcb_put(ghcb, GHCB_SW_EXIT_INFO_1, order.info_1);
-	ghcb_put(ghcb, GHCB_SW_EXIT_INFO_2, order.info_2);
+	for (u64 i = 0; i < request.nr_fields; i++)
+		ghcb_put(ghcb, request.fields[i].offset, request.fields[i].value);
+	memcpy(ghcb + GHCB_SHARED_BUFFER, request.buffer, sizeof(request.buffer));
+	ghcb_put(ghcb, GHCB_SW_EXIT_CODE, request.code);
+	ghcb_put(ghcb, GHCB_SW_EXIT_INFO_1, request.info_1);
+	ghcb_put(ghcb, GHCB_SW_EXIT_INFO_2, request.info_2);
 	for (int i = 0; i < 3; i++)
-		if (order.keep & 1u << i)
+		if (request.hide & 1u << i)
 			undeclare(ghcb, GHCB_SW_EXIT_CODE + 8 * i);
-	*(volatile u32 *)(ghcb + GHCB_USAGE) = order.usage;
-	if (guest_cpu()->ghcb_msr != gpa || order.msr)
-		wrmsr(MSR_SEV_ES_GHCB, order.msr ? order.msr : gpa);
+	*(volatile u32 *)(ghcb + GHCB_USAGE) = request.usage;
+	if (guest_cpu()->ghcb_msr != gpa || request.msr)
+		wrmsr(MSR_SEV_ES_GHCB, request.msr ? request.msr : gpa);
 	vmgexit();
 	*(volatile u32 *)(ghcb + GHCB_USAGE) = 0;
 	reply.status = ghcb_get(ghcb, GHCB_SW_EXIT_INFO_1);
@@ -70,30 +64,25 @@ static void send(u8 *ghcb)
 	wrmsr(MSR_SEV_ES_GHCB, gpa);
 }
 
+void send(void)
+{
+	struct ghcb_use use;
+
+	ghcb_begin(&use);
+	send_page(use.ghcb);
+	ghcb_end(&use);
+}
+
 void guest_main(void)
 {
-	for (;;) {
-		GUEST_SYNC();
-		memset(&reply, 0, sizeof(reply));
-		if (order.what == MSR) {
-			reply.msr = ghcb_msr_call(order.msr);
-		} else if (order.what == TERMINATE) {
-			ghcb_terminate(order.info_1, order.info_2);
-		} else {
-			struct ghcb_use use;
-
-			ghcb_begin(&use);
-			send(use.ghcb);
-			ghcb_end(&use);
-		}
-	}
+	guest_agent();
 }
 """
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the hypervisor left in the GHCB (or in its MSR)."""
+    """What the hypervisor left in the GHCB."""
 
     status: int
     info: int
@@ -101,7 +90,6 @@ class Reply:
     rbx: int
     rcx: int
     rdx: int
-    msr: int
     buffer: bytes
 
     @property
@@ -115,9 +103,9 @@ class Talker:
 
     def __init__(self, vm: GuestVm) -> None:
         self.vm = vm
-        vm.launch()
         self.vcpu: GuestVcpu = vm.vcpus[0]
-        self.vcpu.sync()
+        self.agent = Agent(self.vcpu)
+        self.agent.start()
 
     @property
     def ghcb_gpa(self) -> int:
@@ -130,51 +118,58 @@ class Talker:
         """Where the GHCB's shared buffer is."""
         return self.ghcb_gpa + BUFFER
 
-    def order(
+    def begin(
         self,
         code: int,
         info_1: int = 0,
         info_2: int = 0,
         *,
-        what: int = PAGE,
         msr: int = 0,
         usage: int = 0,
         hide: int = 0,
         buffer: bytes = b"",
         **fields: int,
     ) -> None:
-        """Tell the guest what to send next; *hide* leaves code (1), info_1 (2) or info_2 (4) undeclared."""
-        pairs = [
-            (GHCB[name].offset & ~7, value << GHCB[name].offset % 8 * 8) for name, value in fields.items()
-        ]
-        flat = [number for pair in pairs for number in pair]
-        raw = struct.pack("<8Q", what, code, info_1, info_2, msr, usage, hide, len(pairs))
-        raw += struct.pack(f"<{2 * MAX_FIELDS}Q", *flat, *[0] * (2 * MAX_FIELDS - len(flat)))
-        self.vm.symbol("order").bytes = raw + buffer.ljust(64, b"\0")
+        """Order a request; *hide* leaves code (1), info_1 (2) or info_2 (4) undeclared."""
+        offsets = {name: GHCB[name].offset for name in fields}
+        self.vm.symbol("request").set(
+            code=code,
+            info_1=info_1,
+            info_2=info_2,
+            msr=msr,
+            usage=usage,
+            hide=hide,
+            nr_fields=len(fields),
+            fields=[
+                {"offset": offsets[name] & ~7, "value": value << offsets[name] % 8 * 8}
+                for name, value in fields.items()
+            ],
+            buffer=buffer,
+        )
+        self.vm.symbol("reply").set()
+        self.agent.begin_call("send")
 
     def reply(self) -> Reply:
         """Read what came back."""
-        raw = self.vm.symbol("reply").bytes
-        return Reply(*struct.unpack("<7Q64s", raw[:120]))
+        return Reply(**vars(self.vm.symbol("reply").value))
 
     def send(self, code: int, info_1: int = 0, info_2: int = 0, **more: object) -> Reply:
         """Send a request that the hypervisor answers without user space, and return the answer."""
-        self.order(code, info_1, info_2, **more)  # type: ignore[arg-type]
-        self.vcpu.sync()
+        self.begin(code, info_1, info_2, **more)  # type: ignore[arg-type]
+        self.agent.value()
         return self.reply()
 
     def send_msr(self, value: int) -> int:
         """Send a request through the GHCB MSR, and return what is there afterwards."""
-        self.order(0, what=MSR, msr=value)
-        self.vcpu.sync()
-        return self.reply().msr
+        self.agent.begin_call("ghcb_msr_call", value)
+        return self.agent.value()
 
     def send_out(self, code: int, info_1: int = 0, info_2: int = 0, **more: object) -> Ucall | Exit:
         """Send a request and return the exit that it ends in."""
-        self.order(code, info_1, info_2, **more)  # type: ignore[arg-type]
+        self.begin(code, info_1, info_2, **more)  # type: ignore[arg-type]
         return self.vcpu.next()
 
 
-def talker(make_vm: MakeVm, **how: object) -> Talker:
+def talker(make_vm: MakeVm, **options: object) -> Talker:
     """Make a VM that talks."""
-    return Talker(make_vm(GUEST, **how))  # type: ignore[arg-type]
+    return Talker(make_vm(GUEST, **options))  # type: ignore[arg-type]

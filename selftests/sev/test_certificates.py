@@ -19,19 +19,20 @@ with_exit = pytest.mark.requires("sev-attr:KVM_X86_SEV_SNP_REQ_CERTS")
 GUEST = (
     ATTESTS
     + """
-GUEST_SHARED u64 table_gpa, table_pages;
+GUEST_SHARED u64 table_pages;
 
-void guest_main(u64 request_gpa, u64 response_gpa, u8 *request, u8 *response)
+u64 ask(u64 request_gpa, u64 response_gpa, u64 table_gpa, u64 offered)
 {
-	GUEST_SYNC(attester_distinct_keys());
-	for (;;) {
-		u64 pages, code;
+	u64 pages = offered;
+	u64 code = snp_extended_request(request_gpa, response_gpa, table_gpa, &pages);
 
-		attester_serve(request, response);
-		pages = table_pages;
-		code = snp_extended_request(request_gpa, response_gpa, table_gpa, &pages);
-		GUEST_SYNC(code, pages);
-	}
+	table_pages = pages;
+	return code;
+}
+
+void guest_main(void)
+{
+	guest_agent();
 }
 """
 )
@@ -67,13 +68,13 @@ class Asker:
 
     def offer(self, table: Gpa | int, pages: int) -> None:
         """Set the room that the guest's next request offers."""
-        self.vm.symbol("table_gpa").u64 = int(table)
-        self.vm.symbol("table_pages").u64 = pages
+        self.offered = int(table), pages
 
     def put(self, kind: MessageType = MessageType.REPORT_REQ, payload: bytes = b"") -> None:
-        """Seal the next message and lay it before the guest."""
+        """Seal the next message, lay it before the guest and order it to ask."""
         message = Message(kind, payload or report_request(QUESTION), self.attester.sequence[0])
         self.attester.put(self.attester.seal(message))
+        self.attester.begin("ask", *self.offered)
 
     def request(self) -> tuple[int, int]:
         """Ask for a report; return the error and the number of pages that the guest found."""
@@ -82,8 +83,7 @@ class Asker:
 
     def sent(self) -> tuple[int, int]:
         """Run the guest until it says how its request went."""
-        code, pages = self.vm.vcpus[0].sync().args
-        return int(code), int(pages)
+        return self.attester.agent.value(), self.vm.symbol("table_pages").u64
 
     def check_report(self) -> None:
         """Check that the response is the report that was asked for, and go on in the sequence."""

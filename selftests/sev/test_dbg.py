@@ -168,16 +168,10 @@ def test_dbg_against_the_policy(bare: BareMaker, kind: str) -> None:
     made = bare(kind)
     policy = SevPolicy(no_debug=True, es=kind == "sev-es")
     guest = start_sev(made, policy).update_data(MEMORY, PAGE_SIZE).measure().finish()
-    for attempt in (
-        lambda: guest.dbg_decrypt(MEMORY, 16),
-        lambda: guest.dbg_encrypt(MEMORY, bytes(16)),
-    ):
+    for attempt in (lambda: guest.dbg_decrypt(MEMORY, 16), lambda: guest.dbg_encrypt(MEMORY, bytes(16))):
         with pytest.raises(SevError) as caught:
             attempt()
-        assert (caught.value.errno, caught.value.firmware) == (
-            errno.EIO,
-            SevRet.SEV_RET_POLICY_FAILURE,
-        )
+        assert (caught.value.errno, caught.value.firmware) == (errno.EIO, SevRet.SEV_RET_POLICY_FAILURE)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)

@@ -13,15 +13,18 @@ import errno
 import pytest
 
 from kvmpy import (
+    AGENT,
     KVM_MEMORY_EXIT_FLAG_PRIVATE,
     PAGE_SIZE,
     SIZE_2M,
+    Agent,
+    Fault,
     Gpa,
-    GuestVcpu,
     GuestVm,
     Gva,
     MakeVm,
     MemoryFaultExit,
+    Vector,
 )
 
 everywhere = pytest.mark.protections("sev", "sev-es", "snp")
@@ -34,53 +37,14 @@ leaves = pytest.mark.parametrize(
 GVA = Gva(0x6000_0000_0000)
 PRIVATE, SHARED, NEW = 0x5EC1_2E75_EC12_E700, 0x0BE2_0BE2_0BE2_0B00, 0x1E1E_2D2D_3C3C_4B4B
 RETURNS = b"\xb8" + (0x1234_5678).to_bytes(4, "little") + b"\xc3"
-READ, WRITE, CALL, WRITE_CR3 = range(4)
-
-GUEST = """
-#include <kvmpy/guest.h>
-
-enum { READ, WRITE, CALL, WRITE_CR3 };
-
-GUEST_SHARED struct { u64 op, address, value; } order;
-
-void guest_main(void)
-{
-	struct guest_fault fault;
-	u64 value;
-
-	GUEST_SYNC();
-	for (;;) {
-		u64 (*function)(void) = (void *)order.address;
-
-		fault = (struct guest_fault) { 0 };
-		value = 0;
-		switch (order.op) {
-		case READ:
-			fault = GUEST_TRY("movq (%1), %0", : "=&r"(value) : "r"(order.address) : "memory");
-			break;
-		case WRITE:
-			fault = GUEST_TRY("movq %0, (%1)", : : "r"(order.value), "r"(order.address) : "memory");
-			break;
-		case CALL:
-			value = function();
-			break;
-		case WRITE_CR3:
-			write_cr3((read_cr3() & ~order.address) | order.value);
-			value = read_cr3();
-			break;
-		}
-		GUEST_SYNC(value, fault.faulted, fault.vector, fault.error_code);
-	}
-}
-"""
 
 
 class Access:
-    """A VM that accesses memory as told; the first access launches it."""
+    """A VM with an agent that accesses memory; the first access launches it."""
 
     def __init__(self, make_vm: MakeVm) -> None:
-        self.vm: GuestVm = make_vm(GUEST)
-        self.vcpu: GuestVcpu = self.vm.vcpus[0]
+        self.vm: GuestVm = make_vm(AGENT)
+        self.agent = Agent(self.vm.vcpus[0])
 
     @property
     def mask(self) -> int:
@@ -104,27 +68,13 @@ class Access:
         place = self.vm.memory.private_view(gpa + 8 * step.index, 8)
         place[:] = (step.value ^ self.mask).to_bytes(8, "little")
 
-    def begin(self, op: int, address: int, value: int = 0) -> None:
-        """Tell the guest what to do, without running it."""
-        if not self.vm.launched:
-            self.vm.launch()
-            self.vcpu.sync()
-        self.vm.symbol("order").set(op=op, address=address, value=value)
-
-    def result(self) -> int | tuple[int, int]:
-        """Run, and return the value, or vector and error code of the fault."""
-        value, faulted, vector, code = self.vcpu.sync().args
-        return (vector, code) if faulted else value
-
-    def do(self, op: int, address: int, value: int = 0) -> int | tuple[int, int]:
-        """Let the guest do it."""
-        self.begin(op, address, value)
-        return self.result()
-
-    def fault(self, op: int, address: int, value: int = 0) -> tuple[int, int, int, int]:
-        """Let the guest begin it, and return errno, address, size and flags of the memory fault."""
-        self.begin(op, address, value)
-        got = self.vcpu.expect(MemoryFaultExit)
+    def fault(self, op: str, gva: Gva = GVA) -> tuple[int, int, int, int]:
+        """Let the guest read, or write NEW; return errno, address, size and flags of the memory fault."""
+        if op == "read":
+            self.agent.begin_read(gva)
+        else:
+            self.agent.begin_write(gva, NEW)
+        got = self.agent.vcpu.expect(MemoryFaultExit)
         return got.errno, got.gpa, got.size, got.flags
 
     def host(self, gpa: Gpa) -> int:
@@ -145,9 +95,9 @@ def test_a_table_pointer_that_lacks_the_bit(make_vm: MakeVm, level: int) -> None
     access = Access(make_vm)
     access.page()
     access.flip(level)
-    assert access.do(READ, GVA) == PRIVATE
-    assert access.do(WRITE, GVA, NEW) == 0
-    assert access.do(READ, GVA) == NEW
+    assert access.agent.read(GVA) == PRIVATE
+    assert access.agent.write(GVA, NEW) is None
+    assert access.agent.read(GVA) == NEW
 
 
 @everywhere
@@ -160,7 +110,7 @@ def test_all_table_pointers_lack_the_bit(make_vm: MakeVm) -> None:
     access.page()
     for level in (2, 3, 4):
         access.flip(level)
-    assert access.do(READ, GVA) == PRIVATE
+    assert access.agent.read(GVA) == PRIVATE
 
 
 @everywhere
@@ -171,9 +121,9 @@ def test_cr3_that_lacks_the_bit(make_vm: MakeVm) -> None:
     """
     access = Access(make_vm)
     access.page()
-    got = access.do(WRITE_CR3, access.mask)
-    assert got == int(access.vm.pages.cr3) & ~access.mask
-    assert access.do(READ, GVA) == PRIVATE
+    assert access.agent.change_cr(3, clear=access.mask) is None
+    assert access.agent.read_cr(3) == int(access.vm.pages.cr3) & ~access.mask
+    assert access.agent.read(GVA) == PRIVATE
 
 
 @everywhere
@@ -186,7 +136,7 @@ def test_code_whose_leaf_lacks_the_bit(make_vm: MakeVm) -> None:
     gpa = access.page(nx=False)
     access.vm.memory.write(gpa, RETURNS)
     access.flip(1)
-    assert access.do(CALL, GVA) == 0x1234_5678
+    assert access.agent.call(GVA) == 0x1234_5678
 
 
 # Leaves of data, encrypted in place.
@@ -203,10 +153,10 @@ def test_a_leaf_that_lacks_the_bit(make_vm: MakeVm, size: int, level: int) -> No
     gpa = access.page(size)
     access.flip(level)
     for offset in (0, size - 8):
-        seen = access.do(READ, GVA + offset)
+        seen = access.agent.read(GVA + offset)
         assert (seen == PRIVATE) is not access.vm.protection.traits.really_encrypts
         assert seen == access.host(gpa + offset)
-        assert access.do(WRITE, GVA + offset, NEW + offset) == 0
+        assert access.agent.write(GVA + offset, NEW + offset) is None
         assert access.host(gpa + offset) == NEW + offset
 
 
@@ -220,9 +170,9 @@ def test_a_shared_leaf_that_has_the_bit(make_vm: MakeVm) -> None:
     gpa = access.page(private=False)
     access.flip(1)
     encrypted = access.vm.protection.traits.really_encrypts
-    assert (access.do(READ, GVA) == SHARED) is not encrypted
-    assert access.do(WRITE, GVA, NEW) == 0
-    assert access.do(READ, GVA) == NEW
+    assert (access.agent.read(GVA) == SHARED) is not encrypted
+    assert access.agent.write(GVA, NEW) is None
+    assert access.agent.read(GVA) == NEW
     assert (access.host(gpa) == NEW) is not encrypted
 
 
@@ -231,8 +181,8 @@ def test_a_shared_leaf_that_has_the_bit(make_vm: MakeVm) -> None:
 
 @with_snp
 @leaves
-@pytest.mark.parametrize("op", [READ, WRITE], ids=["read", "write"])
-def test_a_leaf_of_snp_that_lacks_the_bit(make_vm: MakeVm, size: int, level: int, op: int) -> None:
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_a_leaf_of_snp_that_lacks_the_bit(make_vm: MakeVm, size: int, level: int, op: str) -> None:
     """A shared access to a private page is a memory fault without PRIVATE, of the 4 KiB page alone.
 
     Once the page is shared, the access reaches the host's memory; pages beside it still fault.
@@ -244,16 +194,17 @@ def test_a_leaf_of_snp_that_lacks_the_bit(make_vm: MakeVm, size: int, level: int
     last = size - PAGE_SIZE
     for offset in sorted({0, last}):
         place = gpa + offset
-        assert access.fault(op, GVA + offset, NEW) == (errno.EFAULT, int(place), PAGE_SIZE, 0)
+        assert access.fault(op, GVA + offset) == (errno.EFAULT, int(place), PAGE_SIZE, 0)
         access.vm.memory.shared_view(place, 8)[:] = SHARED.to_bytes(8, "little")
         access.vm.memory.set_shared(place, PAGE_SIZE)
-        assert access.result() == (SHARED if op == READ else 0)
-        assert access.host(place) == (SHARED if op == READ else NEW)
+        value = access.agent.value()
+        assert op == "write" or value == SHARED
+        assert access.host(place) == (SHARED if op == "read" else NEW)
 
 
 @with_snp
-@pytest.mark.parametrize("op", [READ, WRITE], ids=["read", "write"])
-def test_a_leaf_of_snp_that_lacks_the_bit_changes_nothing(make_vm: MakeVm, op: int) -> None:
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_a_leaf_of_snp_that_lacks_the_bit_changes_nothing(make_vm: MakeVm, op: str) -> None:
     """However often it is tried, the private page stays private: the same fault again.
 
     Documentation/virt/kvm/api.rst, KVM_EXIT_MEMORY_FAULT: KVM converts nothing by itself.
@@ -262,14 +213,14 @@ def test_a_leaf_of_snp_that_lacks_the_bit_changes_nothing(make_vm: MakeVm, op: i
     gpa = access.page()
     access.flip(1)
     for _ in range(3):
-        assert access.fault(op, GVA, NEW) == (errno.EFAULT, int(gpa), PAGE_SIZE, 0)
+        assert access.fault(op) == (errno.EFAULT, int(gpa), PAGE_SIZE, 0)
     assert access.vm.memory.is_private(gpa)
     assert access.host(gpa) == 0
 
 
 @with_snp
-@pytest.mark.parametrize("op", [READ, WRITE], ids=["read", "write"])
-def test_a_shared_leaf_of_snp_that_has_the_bit(make_vm: MakeVm, op: int) -> None:
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_a_shared_leaf_of_snp_that_has_the_bit(make_vm: MakeVm, op: str) -> None:
     """A private access to a shared page is a memory fault with PRIVATE alone.
 
     When the host makes the page private, the guest has not validated it: #VC 0x404.  AMD APM volume 2,
@@ -279,7 +230,7 @@ def test_a_shared_leaf_of_snp_that_has_the_bit(make_vm: MakeVm, op: int) -> None
     gpa = access.page(private=False)
     access.flip(1)
     told = (errno.EFAULT, int(gpa), PAGE_SIZE, int(KVM_MEMORY_EXIT_FLAG_PRIVATE))
-    assert access.fault(op, GVA, NEW) == told
+    assert access.fault(op) == told
     access.vm.memory.set_private(gpa, PAGE_SIZE)
-    assert access.result() == (29, 0x404)
+    assert access.agent.end() == Fault(Vector.VC, 0x404)
     assert access.host(gpa) == SHARED

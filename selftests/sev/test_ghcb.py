@@ -19,7 +19,7 @@ from kvmpy import (
     SystemEventExit,
 )
 from kvmpy.x86.ghcb import HvFeature, InputError, MsrInfo, VmgExit
-from selftests.sev.talk import MSR, TERMINATE, Talker, talker
+from selftests.sev.talk import Talker, talker
 
 DONE = (0, 0)
 CPUID, IOIO, MSR_ACCESS, RDTSC, INVD, WBINVD = 0x72, 0x7B, 0x7C, 0x6E, 0x76, 0x89
@@ -68,8 +68,8 @@ def test_a_page_that_is_not_registered(make_vm: MakeVm) -> None:
     other = talk.vm.vcpus[1].ghcb_gpa
     assert other is not None
     page = talk.vm.memory.shared_view(other, 4096)
-    talk.order(VmgExit.HV_FEATURES, msr=int(other))
-    talk.vcpu.sync()
+    talk.begin(VmgExit.HV_FEATURES, msr=int(other))
+    talk.agent.value()
     # KVM answers in the page that it was given.
     assert (page[0x398], page[0x3A0]) == malformed(InputError.NOT_REGISTERED)
 
@@ -197,11 +197,11 @@ def test_ports(make_vm: MakeVm, size: int) -> None:
     assert isinstance(exit_, IoExit)
     assert (exit_.port, exit_.size, exit_.count) == (0x123, size, 1)
     assert exit_.value == value & (1 << 8 * size) - 1
-    talk.vcpu.sync()
+    talk.agent.value()
     exit_ = talk.send_out(IOIO, ioio(0x124, size, read=True))
     assert isinstance(exit_, IoExit)
     exit_.respond(bytes(range(1, size + 1)))
-    talk.vcpu.sync()
+    talk.agent.value()
     assert talk.reply().outcome == DONE
     assert talk.reply().rax & (1 << 8 * size) - 1 == int.from_bytes(range(1, size + 1), "little")
 
@@ -220,11 +220,11 @@ def test_port_strings(make_vm: MakeVm) -> None:
     exit_ = talk.send_out(IOIO, ioio(0x123, 2, string=True), 8, buffer=text, sw_scratch=talk.buffer_gpa)
     assert isinstance(exit_, IoExit)
     assert (exit_.size, exit_.count, bytes(exit_.data)) == (2, 8, text)
-    talk.vcpu.sync()
+    talk.agent.value()
     exit_ = talk.send_out(IOIO, ioio(0x123, 4, read=True, string=True), 4, sw_scratch=talk.buffer_gpa)
     assert isinstance(exit_, IoExit)
     exit_.respond(text[::-1])
-    talk.vcpu.sync()
+    talk.agent.value()
     assert talk.reply().buffer[:16] == text[::-1]
 
 
@@ -237,12 +237,12 @@ def test_mmio(make_vm: MakeVm, size: int) -> None:
     exit_ = talk.send_out(VmgExit.MMIO_WRITE, UNHANDLED_GPA, size, buffer=data, sw_scratch=talk.buffer_gpa)
     assert isinstance(exit_, MmioExit)
     assert (exit_.phys_addr, exit_.is_write, bytes(exit_.data)) == (UNHANDLED_GPA, True, data[:size])
-    talk.vcpu.sync()
+    talk.agent.value()
     exit_ = talk.send_out(VmgExit.MMIO_READ, UNHANDLED_GPA, size, sw_scratch=talk.buffer_gpa)
     assert isinstance(exit_, MmioExit)
     assert not exit_.is_write
     exit_.respond(data[:size])
-    talk.vcpu.sync()
+    talk.agent.value()
     assert talk.reply().buffer[:size] == data[:size]
 
 
@@ -300,8 +300,8 @@ def test_a_vmmcall_for_user_space(make_vm: MakeVm) -> None:
         return True
 
     talk.vm.on_hypercall = answer
-    talk.order(VMMCALL, rax=KVM_HC_MAP_GPA_RANGE, rbx=0x30_0000, rcx=3, rdx=ENCRYPTED, rsi=0, cpl=0)
-    talk.vcpu.sync()
+    talk.begin(VMMCALL, rax=KVM_HC_MAP_GPA_RANGE, rbx=0x30_0000, rcx=3, rdx=ENCRYPTED, rsi=0, cpl=0)
+    talk.agent.value()
     assert seen == [(KVM_HC_MAP_GPA_RANGE, 0x30_0000, 3, ENCRYPTED)]
     assert (*talk.reply().outcome, talk.reply().rax) == (*DONE, 0x77)
 
@@ -342,7 +342,7 @@ def test_features(make_vm: MakeVm) -> None:
 def test_an_event_that_the_guest_reports(make_vm: MakeVm) -> None:
     """UNSUPPORTED_EVENT, by which a guest says that it cannot go on, ends KVM_RUN with EINVAL."""
     talk = talker(make_vm)
-    talk.order(VmgExit.UNSUPPORTED_EVENT, 0x72)
+    talk.begin(VmgExit.UNSUPPORTED_EVENT, 0x72)
     with pytest.raises(Exception, match="EINVAL"):
         talk.vcpu.sync()
 
@@ -387,8 +387,8 @@ def test_registration(make_vm: MakeVm) -> None:
 def test_msr_requests_of_snp_alone(make_vm: MakeVm, request_: MsrInfo) -> None:
     """What only SNP guests may ask for ends an SEV-ES guest: KVM_SYSTEM_EVENT_SEV_TERM."""
     talk = talker(make_vm)
-    exit_ = talk.send_out(0, what=MSR, msr=int(request_))
-    assert isinstance(exit_, SystemEventExit)
+    talk.agent.begin_call("ghcb_msr_call", request_)
+    exit_ = talk.vcpu.expect(SystemEventExit)
     assert (exit_.type, exit_.data) == (KVM_SYSTEM_EVENT_SEV_TERM, (int(request_),))
 
 
@@ -404,8 +404,8 @@ def test_msr_requests_that_there_are_not(make_vm: MakeVm, request_: int) -> None
 def test_termination(make_vm: MakeVm, reason_set: int, reason: int) -> None:
     """A termination request reaches user space as KVM_SYSTEM_EVENT_SEV_TERM, with its reason."""
     talk = talker(make_vm)
-    exit_ = talk.send_out(0, reason_set, reason, what=TERMINATE)
-    assert isinstance(exit_, SystemEventExit)
+    talk.agent.begin_call("ghcb_terminate", reason_set, reason)
+    exit_ = talk.vcpu.expect(SystemEventExit)
     assert exit_.type == KVM_SYSTEM_EVENT_SEV_TERM
     assert exit_.data == (0x100 | reason_set << 12 | reason << 16,)
 
@@ -490,8 +490,8 @@ def ask(talk: Talker, buffer: bytes) -> list[tuple[int, int, int]]:
         return True
 
     talk.vm.on_hypercall = grant
-    talk.order(VmgExit.PSC, sw_scratch=talk.buffer_gpa, buffer=buffer)
-    talk.vcpu.sync()
+    talk.begin(VmgExit.PSC, sw_scratch=talk.buffer_gpa, buffer=buffer)
+    talk.agent.value()
     return seen
 
 
@@ -514,11 +514,7 @@ def test_psc_of_pages_in_a_row(make_vm: MakeVm) -> None:
     """Entries that follow one another with the same operation are one hypercall; others are not."""
     talk = talker(make_vm)
     entries = [entry(0x300, 1), entry(0x301, 1), entry(0x303, 1), entry(0x304, 2)]
-    assert ask(talk, psc(*entries)) == [
-        (0x300000, 2, ENCRYPTED),
-        (0x303000, 1, ENCRYPTED),
-        (0x304000, 1, 0),
-    ]
+    assert ask(talk, psc(*entries)) == [(0x300000, 2, ENCRYPTED), (0x303000, 1, ENCRYPTED), (0x304000, 1, 0)]
     assert int.from_bytes(talk.reply().buffer[:2], "little") == 4
 
 
@@ -571,8 +567,8 @@ def test_psc_that_user_space_refuses(make_vm: MakeVm) -> None:
         return True
 
     talk.vm.on_hypercall = refuse
-    talk.order(VmgExit.PSC, sw_scratch=talk.buffer_gpa, buffer=psc(entry(0x300, 1)))
-    talk.vcpu.sync()
+    talk.begin(VmgExit.PSC, sw_scratch=talk.buffer_gpa, buffer=psc(entry(0x300, 1)))
+    talk.agent.value()
     assert talk.reply().outcome == (0, 0x100 << 32)
 
 

@@ -18,8 +18,7 @@ def ended(asids: Asids, make_vm: MakeVm, source: str) -> UnexpectedExitError:
     vm_type = ladder.get(make_vm.protection).vm_type
     before = asids.left(vm_type)
     assert before > 0
-    vm = make_vm(source)
-    vm.launch()
+    vm = make_vm.start(source)
     with pytest.raises(UnexpectedExitError) as caught:
         vm.vcpus[0].run_to_done()
     vm.close()

@@ -45,9 +45,7 @@ void guest_main(void)
 
 def test_ports(make_vm: MakeVm) -> None:
     """IN and OUT of every size, with the port in DX or in the instruction, keep the rest of RAX."""
-    vm = make_vm(PORTS)
-    vm.launch()
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(PORTS).vcpus[0]
     for port, size, value in (
         (0x42, 1, 0x11),
         (0x42, 2, 0x7722),
@@ -272,8 +270,7 @@ void guest_main(void)
 
 def test_registers_and_msrs(make_vm: MakeVm) -> None:
     """CPUID, MSRs with and without #GP, DR7 and WBINVD do what they do without a handler."""
-    vm = make_vm(REGISTERS)
-    vm.launch()
+    vm = make_vm.start(REGISTERS)
     syncs = [call.args for call in vm.vcpus[0].syncs()]
     assert syncs == [(0x80000000, 1), (1, 13, 0), (1, 13, 0), (0x400,), (0x123456789,)]
 
@@ -300,9 +297,7 @@ void guest_main(void)
 
 def test_an_nmi_between_ucalls(make_vm: MakeVm) -> None:
     """An NMI's handler makes ucalls and CPUID accesses of its own, and the interrupted code goes on."""
-    vm = make_vm(NMI)
-    vm.launch()
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(NMI).vcpus[0]
     assert vcpu.sync().args == (0,)
     vcpu.events.nmi()
     assert vcpu.sync().args == (101, 1)

@@ -70,16 +70,14 @@ def test_registers_are_refused(make_vm: MakeVm, op: ioctls.Ioctl, make: type[Str
 @pytest.mark.parametrize("op", [ioctls.KVM_GET_FPU, ioctls.KVM_SET_FPU], ids=lambda op: op.name)
 def test_fpu_state_is_refused(make_vm: MakeVm, op: ioctls.Ioctl) -> None:
     """After the launch of an SEV-ES guest its FPU state is refused with EINVAL."""
-    vm = make_vm(GUEST)
-    vm.launch()
+    vm = make_vm.start(GUEST)
     assert vm.vcpus[0].ioctl_raw(op, kvm_fpu()) == (-1, errno.EINVAL)
 
 
 @pytest.mark.protections("sev")
 def test_registers_of_plain_sev(make_vm: MakeVm) -> None:
     """SEV without ES leaves registers to the host: RIP is in the guest's program."""
-    vm = make_vm(GUEST)
-    vm.launch()
+    vm = make_vm.start(GUEST)
     vm.vcpus[0].sync()
     assert vm.program.function(type(vm.program.entry)(vm.vcpus[0].regs.get().rip)) is not None
 

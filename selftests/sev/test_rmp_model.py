@@ -13,10 +13,8 @@ from dataclasses import replace
 
 import pytest
 
+from kvmpy import PAGE_SIZE, Agent, Gpa, GuestVm, MakeVm
 from kvmpy.coco.rmp import Access, Entry, PageState, Result, Rmp
-from kvmpy.core.address import PAGE_SIZE, Gpa
-from kvmpy.guest.vm import GuestVm
-from kvmpy.testing.fixtures import MakeVm
 from selftests.sev.softrmp import needs_softsev, rmp
 
 pytestmark = [pytest.mark.protections("snp"), needs_softsev]
@@ -29,34 +27,30 @@ STEPS = 60
 GUEST = """
 #include <kvmpy/guest.h>
 
-struct {
-	u64 op, page, value;
-} order GUEST_SHARED;
+u64 convert(void *page, u64 private)
+{
+	return guest_set_private(page, 4096, private);
+}
+
+/* The code; the carry flag in the upper half. */
+u64 validate(void *page, u64 valid)
+{
+	struct pvalidate_result result = pvalidate(page, false, valid);
+
+	return result.code | (u64)result.unchanged << 32;
+}
+
+u64 adjust(void *page, u64 attributes)
+{
+	return rmpadjust(page, false, attributes);
+}
 
 void guest_main(void)
 {
-	struct pvalidate_result done;
-	u64 code = 0, unchanged = 0;
-
-	for (;;) {
-		GUEST_SYNC(code, unchanged);
-		code = unchanged = 0;
-		switch (order.op) {
-		case 'c':
-			code = guest_set_private((void *)order.page, 4096, order.value);
-			break;
-		case 'v':
-			done = pvalidate((void *)order.page, false, order.value);
-			code = done.code;
-			unchanged = done.unchanged;
-			break;
-		case 'a':
-			code = rmpadjust((void *)order.page, false, order.value);
-			break;
-		}
-	}
+	guest_agent();
 }
 """
+UNCHANGED = 1 << 32
 
 
 class Modelled:
@@ -91,25 +85,18 @@ class Modelled:
         """Give a page back to the hypervisor, as KVM does when guest_memfd frees it."""
         assert self.model.rmpupdate(gpa.gfn, assigned=False) is Result.SUCCESS
 
-    def pvalidate(self, gpa: Gpa, validate: bool) -> tuple[int, int]:
-        """Return PVALIDATE's code and carry flag; a page that is not assigned is, and it goes on."""
+    def pvalidate(self, gpa: Gpa, validate: bool) -> int:
+        """Return PVALIDATE's code, or UNCHANGED; a page that is not assigned is, and it goes on."""
         done = self.model.pvalidate(gpa.gfn, int(gpa), self.asid, large=False, validate=validate)
         if done is Access.RMP_FAULT:
             self.assign(gpa)
             done = self.model.pvalidate(gpa.gfn, int(gpa), self.asid, large=False, validate=validate)
         assert isinstance(done, Result)
-        return (0, 1) if done is Result.NO_UPDATE else (int(done), 0)
+        return UNCHANGED if done is Result.NO_UPDATE else int(done)
 
     def state(self, gpa: Gpa) -> PageState:
         """Return the state of a page in the model."""
         return self.model.lookup(gpa.gfn).state
-
-    def order(self, op: str, page: int, value: int) -> tuple[int, int]:
-        """Have the guest do something with a page; return the code and the carry flag."""
-        order = self.vm.symbol("order").view("Q")
-        order[0], order[1], order[2] = ord(op), page, value
-        code, unchanged = self.vm.vcpus[0].sync().args
-        return code, unchanged
 
     def check(self) -> None:
         """Compare every entry of this guest's ASID with the model."""
@@ -122,8 +109,7 @@ class Modelled:
 def test_launch_and_close(make_vm: MakeVm, vcpus: int) -> None:
     """After the launch image and VMSAs are valid pages of the guest; after the end the table is as before."""
     before = rmp()
-    vm = make_vm(GUEST, vcpus=vcpus)
-    vm.launch()
+    vm = make_vm.start(GUEST, vcpus=vcpus)
     modelled = Modelled(vm, before)
     modelled.check()
     vm.vcpus[0].sync()
@@ -140,9 +126,9 @@ def test_conversions(make_vm: MakeVm, seed: int) -> None:
     before = rmp()
     vm = make_vm(GUEST)
     first = vm.alloc(PAGES * PAGE_SIZE)
-    vm.launch()
+    agent = Agent(vm.vcpus[0])
+    agent.start()
     modelled = Modelled(vm, before)
-    assert vm.vcpus[0].sync().args == (0, 0)
     shared: set[Gpa] = set()
     done: set[str] = set()
     for step in range(STEPS):
@@ -159,23 +145,23 @@ def test_conversions(make_vm: MakeVm, seed: int) -> None:
         done.add(op)
         print(f"step {step}: {op} {gpa:#x}, {modelled.state(gpa).value}")
         if op == "accept":
-            assert modelled.order("c", int(gva), 1) == (0, 0)
-            assert modelled.pvalidate(gpa, True)[0] == 0
+            assert agent.call("convert", int(gva), 1) == 0
+            assert modelled.pvalidate(gpa, True) in (0, UNCHANGED)
             shared.discard(gpa)
         elif op == "share":
-            assert modelled.order("c", int(gva), 0) == (0, 0)
-            assert modelled.pvalidate(gpa, False)[0] == 0
+            assert agent.call("convert", int(gva), 0) == 0
+            assert modelled.pvalidate(gpa, False) in (0, UNCHANGED)
             shared.add(gpa)
         elif op == "pvalidate":
             validate = choose.random() < 0.5
-            assert modelled.order("v", int(gva), validate) == modelled.pvalidate(gpa, validate)
+            assert agent.call("validate", int(gva), validate) == modelled.pvalidate(gpa, validate)
         elif op == "adjust":
             # What VMPL 1 may do, and that the page is a VMSA; then that it is none.
             for vmsa in (True, False):
                 expected = modelled.model.rmpadjust(
                     gpa.gfn, int(gpa), modelled.asid, caller=0, target=1, permissions=1, vmsa=vmsa
                 )
-                assert modelled.order("a", int(gva), 1 | 1 << 8 | vmsa << 16) == (expected, 0)
+                assert agent.call("adjust", int(gva), 1 | 1 << 8 | vmsa << 16) == expected
                 modelled.check()
         else:
             vm.memory.set_shared(gpa, PAGE_SIZE, discard=op.startswith("discard"))

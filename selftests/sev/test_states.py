@@ -28,13 +28,7 @@ from kvmpy import (
 from kvmpy.coco.sev_launch import GuestState, SevGuest, SevInitialised, SevLaunching
 from kvmpy.uapi import ffi
 from selftests.sev.conftest import IN_PLACE, MEMORY, PAGES, Bare, BareMaker
-from selftests.sev.transport import (
-    Argument,
-    ReceiveStart,
-    SendStart,
-    SendUpdate,
-    platform_key,
-)
+from selftests.sev.transport import Argument, ReceiveStart, SendStart, SendUpdate, platform_key
 
 OK = (0, 0)
 WRONG_STATE = (errno.EIO, int(SevRet.SEV_RET_INVALID_GUEST_STATE))
@@ -154,31 +148,21 @@ WAYS[GuestState.SUPDATE] = (*WAYS[GuestState.RUNNING], "SEND_START")
 WAYS[GuestState.SENT] = (*WAYS[GuestState.SUPDATE], "SEND_FINISH")
 # What is taken in a state, and the state behind it.
 TAKEN: dict[GuestState, dict[str, GuestState]] = {
-    GuestState.LUPDATE: {
-        "LAUNCH_UPDATE_DATA": GuestState.LUPDATE,
-        "LAUNCH_MEASURE": GuestState.LSECRET,
-    },
+    GuestState.LUPDATE: {"LAUNCH_UPDATE_DATA": GuestState.LUPDATE, "LAUNCH_MEASURE": GuestState.LSECRET},
     GuestState.LSECRET: {
         "LAUNCH_SECRET": GuestState.LSECRET,
         "GET_ATTESTATION_REPORT": GuestState.LSECRET,
         "LAUNCH_FINISH": GuestState.RUNNING,
     },
-    GuestState.RUNNING: {
-        "GET_ATTESTATION_REPORT": GuestState.RUNNING,
-        "SEND_START": GuestState.SUPDATE,
-    },
+    GuestState.RUNNING: {"GET_ATTESTATION_REPORT": GuestState.RUNNING, "SEND_START": GuestState.SUPDATE},
     GuestState.SUPDATE: {
         "GET_ATTESTATION_REPORT": GuestState.SUPDATE,
         "SEND_UPDATE_DATA": GuestState.SUPDATE,
         "SEND_FINISH": GuestState.SENT,
         "SEND_CANCEL": GuestState.RUNNING,
     },
-    GuestState.SENT: {
-        "GET_ATTESTATION_REPORT": GuestState.SENT,
-    },
-    GuestState.RUPDATE: {
-        "RECEIVE_FINISH": GuestState.RUNNING,
-    },
+    GuestState.SENT: {"GET_ATTESTATION_REPORT": GuestState.SENT},
+    GuestState.RUPDATE: {"RECEIVE_FINISH": GuestState.RUNNING},
 }
 
 

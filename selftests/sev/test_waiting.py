@@ -16,6 +16,7 @@ from kvmpy import (
     KVM_MP_STATE_HALTED,
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_UNINITIALIZED,
+    Agent,
     ApResetHoldExit,
     FailEntryExit,
     GuestVcpu,
@@ -44,14 +45,15 @@ static void on_nmi(struct exception_frame *frame)
 	nmis++;
 }
 
-/* Sends what the host asks for, an ICR at a time. */
+void send(u64 icr)
+{
+	apic_send(1, icr);
+}
+
 void guest_main(void)
 {
-	u64 icr;
-
 	apic_enable();
-	while ((icr = GUEST_ASK(KVMPY_UCALL_CMD_USER)))
-		apic_send(1, icr);
+	guest_agent();
 }
 
 /* How the hypervisor answers a hold: status and information, or the GHCB MSR. */
@@ -117,15 +119,18 @@ class Pair:
     def __init__(self, vm: GuestVm, state: int = KVM_MP_STATE_UNINITIALIZED) -> None:
         self.vm = vm
         self.target: GuestVcpu = vm.vcpus[1]
+        self.agent = Agent(vm.vcpus[0])
         vm.launch()
         self.target.set_mp_state(state)
-        self._asked = self.vm.vcpus[0].sync()
+
+    def create(self, request: int) -> None:
+        """Let vCPU 0 ask for an AP creation of vCPU 1, with the features that it has."""
+        assert self.agent.call("create", request, 1) == 0
 
     def send(self, *icrs: int) -> None:
         """Let vCPU 0 send interprocessor interrupts to vCPU 1."""
         for icr in icrs:
-            self._asked.reply(icr)
-            self._asked = self.vm.vcpus[0].sync()
+            assert isinstance(self.agent.call("send", icr), int)
 
 
 def holding(make_vm: MakeVm, *, by_msr: bool) -> Pair:
@@ -209,10 +214,7 @@ def test_a_hold_without_an_apic_in_the_kernel(make_vm: MakeVm, by_msr: bool) -> 
 
     Documentation/virt/kvm/api.rst, 5 (KVM_EXIT_AP_RESET_HOLD).
     """
-    vm = make_vm(GUEST, irqchip=None)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("hold", by_msr)
-    vm.launch()
+    vcpu = make_vm.start(GUEST, "hold", by_msr, irqchip=None).vcpus[0]
     for count in range(2):
         assert vcpu.sync().args == (count,)
         vcpu.expect(ApResetHoldExit)
@@ -225,10 +227,7 @@ def test_hlt(make_vm: MakeVm) -> None:
 
     AMD APM volume 2, 15.35.3 (automatic exits): HLT is one, and no #VC.
     """
-    vm = make_vm(GUEST)
-    vcpu = vm.vcpus[0]
-    vcpu.set_entry("halt")
-    vm.launch()
+    vcpu = make_vm.start(GUEST, "halt").vcpus[0]
     for count in range(3):
         assert vcpu.sync().args == (count,)
         wait_for(vcpu, KVM_MP_STATE_HALTED)
@@ -256,26 +255,30 @@ void ap_main(void)
 
 extern void _start(void);
 
+static u8 *vmsa;
+
+u64 create(u64 request, u64 features)
+{
+	return snp_ap_create(request, 1, guest_translate(vmsa, NULL), features);
+}
+
+void send(u64 icr)
+{
+	apic_send(1, icr);
+}
+
 void guest_main(u64 cpu1, u64 stack, u64 features)
 {
 	/* Not at the start of a 2 MiB page, which hosts refuse. */
-	u8 *vmsa = (guest_translate(vmsa_pages[0], NULL) & 0x1fffff) ? vmsa_pages[0] : vmsa_pages[1];
-	u64 order;
-
+	vmsa = (guest_translate(vmsa_pages[0], NULL) & 0x1fffff) ? vmsa_pages[0] : vmsa_pages[1];
 	snp_vmsa_init(vmsa, (u64)_start, stack, cpu1, cpu1, features);
 	*(u32 *)(vmsa + VMSA_MXCSR) = MXCSR_OF_OURS;
 	GUEST_ASSERT_EQ(rmpadjust(vmsa, false, 1 | RMPADJUST_VMSA), 0);
 	apic_enable();
-	/* Small numbers are requests of AP creation, from 1 on. */
-	while ((order = GUEST_ASK(KVMPY_UCALL_CMD_USER))) {
-		if (order <= 1 + AP_DESTROY)
-			GUEST_ASSERT_EQ(snp_ap_create(order - 1, 1, guest_translate(vmsa, NULL), features), 0);
-		else
-			apic_send(1, order);
-	}
+	guest_agent();
 }
 """
-CREATE_ON_INIT, CREATE_NOW, DESTROY = 1, 2, 3
+CREATE_ON_INIT, CREATE_NOW, DESTROY = range(3)
 LAUNCHED, OURS = 0x1F80, 0x1F00
 
 
@@ -298,7 +301,7 @@ def test_an_ap_that_is_created_at_once(make_vm: MakeVm, state: int) -> None:
     GHCB specification, 4.1.9 (SNP AP creation, request 1).
     """
     pair = with_vmsa(make_vm, state)
-    pair.send(CREATE_NOW)
+    pair.create(CREATE_NOW)
     assert pair.target.sync(3).args == (OURS,)
 
 
@@ -309,7 +312,7 @@ def test_an_ap_that_is_created_at_init(make_vm: MakeVm) -> None:
     GHCB specification, 4.1.9 (SNP AP creation, request 0).
     """
     pair = with_vmsa(make_vm)
-    pair.send(CREATE_ON_INIT)
+    pair.create(CREATE_ON_INIT)
     run_for_nothing(pair.target)
     assert pair.target.get_mp_state() == KVM_MP_STATE_UNINITIALIZED
     pair.send(INIT, STARTUP)
@@ -326,9 +329,9 @@ def test_an_ap_that_is_destroyed(make_vm: MakeVm, own: bool) -> None:
     """
     pair = with_vmsa(make_vm, KVM_MP_STATE_RUNNABLE)
     if own:
-        pair.send(CREATE_NOW)
+        pair.create(CREATE_NOW)
     assert pair.target.sync().args == (OURS if own else LAUNCHED,)
-    pair.send(DESTROY)
+    pair.create(DESTROY)
     run_for_nothing(pair.target)
     assert pair.target.get_mp_state() == KVM_MP_STATE_HALTED
     pair.target.set_mp_state(KVM_MP_STATE_RUNNABLE)

@@ -291,8 +291,8 @@ def test_switched_off(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/x86/msr.rst: updated until anything with bit 0 clear is written.
     """
     vm = start(make_vm, "switched_off")
-    assert tuple(vm.vcpus[0].sync().args) == (0,)
-    assert tuple(vm.vcpus[0].sync().args) == (1,)
+    assert vm.vcpus[0].sync().args == (0,)
+    assert vm.vcpus[0].sync().args == (1,)
     vm.clock.set(kvm_clock_data(clock=1 << 40))
     vm.vcpus[0].run_to_done()
 
@@ -303,12 +303,11 @@ def test_guest_was_stopped(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.70 KVM_KVMCLOCK_CTRL.
     """
-    vm = start(make_vm, "stopped")
-    vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (0,)
+    vcpu = start(make_vm, "stopped").vcpus[0]
+    assert vcpu.sync().args == (0,)
     vcpu.clock.kvmclock_ctrl()
-    assert tuple(vcpu.sync().args) == (GUEST_STOPPED,)
-    assert tuple(vcpu.sync().args) == (0,)
+    assert vcpu.sync().args == (GUEST_STOPPED,)
+    assert vcpu.sync().args == (0,)
 
 
 @pytest.mark.requires("KVM_CAP_KVMCLOCK_CTRL")
@@ -339,4 +338,4 @@ def test_cpuid_is_enforced(make_vm: MakeVm, enforced: bool, vector: int) -> None
     vm = prepare(make_vm, "not_offered", cpuid=without_clock)
     vm.vcpus[0].enable_cap(KVM_CAP_ENFORCE_PV_FEATURE_CPUID, int(enforced))
     vm.launch()
-    assert tuple(vm.vcpus[0].sync().args) == (vector,) * 4
+    assert vm.vcpus[0].sync().args == (vector,) * 4

@@ -202,4 +202,4 @@ def test_cpuid_is_enforced(make_vm: MakeVm) -> None:
     vm = prepare(make_vm, "not_offered", cpuid=without_steal_time)
     vm.vcpus[0].enable_cap(KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
     vm.launch()
-    assert tuple(vm.vcpus[0].sync().args) == (13,)
+    assert vm.vcpus[0].sync().args == (13,)

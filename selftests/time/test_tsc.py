@@ -131,15 +131,6 @@ void together(void)
 """
 
 
-def start(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1) -> GuestVm:
-    """Return a launched VM whose vCPUs run *entry*."""
-    vm = make_vm(GUEST, vcpus=vcpus)
-    for vcpu in vm.vcpus:
-        vcpu.set_entry(entry, *args)
-    vm.launch()
-    return vm
-
-
 def limit(kvm: Kvm) -> int:
     """Return more ticks than any step of these tests takes."""
     with kvm.create_vm() as vm:
@@ -159,7 +150,7 @@ def test_msr_is_the_counter(make_vm: MakeVm) -> None:
 
     Intel SDM 3B, 19.17 (time-stamp counter).
     """
-    start(make_vm, "msr_agrees").vcpus[0].run_to_done()
+    make_vm.start(GUEST, "msr_agrees").vcpus[0].run_to_done()
 
 
 def test_host_reads_it(make_vm: MakeVm) -> None:
@@ -167,7 +158,7 @@ def test_host_reads_it(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.18 KVM_GET_MSRS.
     """
-    vm = start(make_vm, "readings")
+    vm = make_vm.start(GUEST, "readings")
     for _ in range(10):
         before = reading(vm)
         host = vm.vcpus[0].msrs.get(MSR_TSC)
@@ -180,7 +171,7 @@ def test_host_writes_it(make_vm: MakeVm, kvm: Kvm, value: int) -> None:
 
     Documentation/virt/kvm/api.rst, 4.19 KVM_SET_MSRS.
     """
-    vm = start(make_vm, "readings")
+    vm = make_vm.start(GUEST, "readings")
     reading(vm)
     vm.vcpus[0].msrs.set(MSR_TSC, value)
     assert value <= reading(vm) < value + limit(kvm)
@@ -191,7 +182,7 @@ def test_guest_writes_it(make_vm: MakeVm, kvm: Kvm) -> None:
 
     Intel SDM 3B, 19.17; Documentation/virt/kvm/x86/timekeeping.rst.
     """
-    start(make_vm, "guest_writes", limit(kvm)).vcpus[0].run_to_done()
+    make_vm.start(GUEST, "guest_writes", limit(kvm)).vcpus[0].run_to_done()
 
 
 @pytest.mark.requires("msr:0x3b")
@@ -200,7 +191,7 @@ def test_adjust(make_vm: MakeVm, kvm: Kvm) -> None:
 
     Intel SDM 3B, 19.17.3 (time-stamp counter adjustment).
     """
-    start(make_vm, "adjust", limit(kvm)).vcpus[0].run_to_done()
+    make_vm.start(GUEST, "adjust", limit(kvm)).vcpus[0].run_to_done()
 
 
 @pytest.mark.requires("msr:0x3b")
@@ -209,7 +200,7 @@ def test_adjust_by_host(make_vm: MakeVm, kvm: Kvm) -> None:
 
     arch/x86/kvm/x86.c, kvm_set_msr_common(): host-initiated writes keep the TSC.
     """
-    vm = start(make_vm, "adjust_by_host")
+    vm = make_vm.start(GUEST, "adjust_by_host")
     before, adjusted = vm.vcpus[0].sync().args
     assert adjusted == 0
     vm.vcpus[0].msrs.set(MSR_TSC_ADJUST, 1 << 55)
@@ -223,7 +214,7 @@ def test_ring3(make_vm: MakeVm) -> None:
 
     Intel SDM 2B, RDTSC; 3A, 2.5 (CR4.TSD).
     """
-    start(make_vm, "ring3").vcpus[0].run_to_done()
+    make_vm.start(GUEST, "ring3").vcpus[0].run_to_done()
 
 
 @STABLE
@@ -232,7 +223,7 @@ def test_one_vcpu_after_the_other(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/x86/timekeeping.rst: KVM synchronises the TSCs of a VM's vCPUs.
     """
-    vm = start(make_vm, "readings", vcpus=3)
+    vm = make_vm.start(GUEST, "readings", vcpus=3)
     seen = [reading(vm, index % 3) for index in range(30)]
     assert seen == sorted(seen)
 
@@ -243,4 +234,4 @@ def test_vcpus_at_once(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/x86/timekeeping.rst.
     """
-    start(make_vm, "together", vcpus=2).run_all()
+    make_vm.start(GUEST, "together", vcpus=2).run_all()

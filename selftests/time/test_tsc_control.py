@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
 
 import pytest
 
-from kvmpy import KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, GuestVm, MakeVm, Vm, refused
+from kvmpy import AGENT, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Agent, MakeVm, Vm, refused
 
 pytestmark = pytest.mark.requires("KVM_CAP_GET_TSC_KHZ")
 
@@ -17,37 +16,25 @@ OFFSET = (KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET)
 WRAP = 1 << 64
 ATTRIBUTES = pytest.mark.requires("KVM_CAP_VCPU_ATTRIBUTES")
 
-GUEST = """
-#include <kvmpy/guest.h>
 
-void guest_main(void)
-{
-	for (;;)
-		GUEST_SYNC(rdtsc());
-}
-"""
+@pytest.fixture
+def agent(make_vm: MakeVm) -> Agent:
+    return Agent(make_vm(AGENT).vcpus[0])
 
 
-def start(make_vm: MakeVm, before: Callable[[GuestVm], None] | None = None) -> GuestVm:
-    """Return a launched VM whose guest tells its TSC."""
-    vm = make_vm(GUEST, before_vcpus=before)
-    vm.launch()
-    return vm
-
-
-def reading(vm: GuestVm) -> int:
+def reading(agent: Agent) -> int:
     """Return the guest's next reading."""
-    return vm.vcpus[0].sync().args[0]
+    return agent.must(b"\x0f\x31").edx_eax  # rdtsc
 
 
-def measured_khz(vm: GuestVm) -> tuple[float, float]:
+def measured_khz(agent: Agent) -> tuple[float, float]:
     """Return the least and the greatest frequency that agrees with the host's clock over at least 50 ms."""
     before = time.monotonic_ns()
-    first = reading(vm)
+    first = reading(agent)
     started = time.monotonic_ns()
     while True:
         last_seen = time.monotonic_ns()
-        last = reading(vm)
+        last = reading(agent)
         ended = time.monotonic_ns()
         if last_seen - started > 50_000_000:
             break
@@ -58,19 +45,18 @@ def measured_khz(vm: GuestVm) -> tuple[float, float]:
 @ATTRIBUTES
 @pytest.mark.requires("stable-tsc")
 @pytest.mark.parametrize("shift", [1 << 40, -(1 << 40)])
-def test_offset_shifts_counter(make_vm: MakeVm, shift: int) -> None:
+def test_offset_shifts_counter(agent: Agent, shift: int) -> None:
     """The guest's TSC is the host's plus the offset: changing the offset shifts it by as much.
 
     Documentation/virt/kvm/devices/vcpu.rst, 4.1 KVM_VCPU_TSC_OFFSET.
     """
-    vm = start(make_vm)
-    vcpu = vm.vcpus[0]
+    vcpu = agent.vcpu
     # Far enough from 0 that no shift wraps.
     vcpu.msrs.set(0x10, 1 << 50)
     offset = vcpu.attrs.get_int(*OFFSET)
-    before = reading(vm)
+    before = reading(agent)
     vcpu.attrs.set(*OFFSET, (offset + shift) % WRAP)
-    after = reading(vm)
+    after = reading(agent)
     assert vcpu.attrs.get_int(*OFFSET) == (offset + shift) % WRAP
     assert before + shift <= after < before + shift + vcpu.clock.get_tsc_khz() * 1000 * 20
 
@@ -121,15 +107,14 @@ def test_offset_at_bad_address(vm: Vm) -> None:
         vcpu.attrs.set(*OFFSET, None)
 
 
-def test_frequency_is_true(make_vm: MakeVm) -> None:
+def test_frequency_is_true(agent: Agent) -> None:
     """The guest's TSC runs at the frequency that KVM_GET_TSC_KHZ tells.
 
     Documentation/virt/kvm/api.rst, 4.56 KVM_GET_TSC_KHZ.
     """
-    vm = start(make_vm)
-    reading(vm)
-    least, greatest = measured_khz(vm)
-    assert least * 0.99 <= vm.vcpus[0].clock.get_tsc_khz() <= greatest * 1.01
+    reading(agent)
+    least, greatest = measured_khz(agent)
+    assert least * 0.99 <= agent.vcpu.clock.get_tsc_khz() <= greatest * 1.01
 
 
 @pytest.mark.requires("KVM_CAP_TSC_CONTROL")
@@ -149,18 +134,17 @@ def test_vcpu_starts_with_hosts_frequency(vm: Vm) -> None:
 
 @pytest.mark.requires("KVM_CAP_TSC_CONTROL")
 @pytest.mark.parametrize("percent", [50, 200])
-def test_scaled_frequency(make_vm: MakeVm, percent: int) -> None:
+def test_scaled_frequency(agent: Agent, percent: int) -> None:
     """With KVM_CAP_TSC_CONTROL the guest's TSC runs at the frequency that KVM_SET_TSC_KHZ sets.
 
     Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ.
     """
-    vm = start(make_vm)
-    vcpu = vm.vcpus[0]
+    vcpu = agent.vcpu
     wanted = vcpu.clock.get_tsc_khz() * percent // 100
     vcpu.clock.set_tsc_khz(wanted)
     assert vcpu.clock.get_tsc_khz() == wanted
-    reading(vm)
-    least, greatest = measured_khz(vm)
+    reading(agent)
+    least, greatest = measured_khz(agent)
     assert least * 0.99 <= wanted <= greatest * 1.01
 
 

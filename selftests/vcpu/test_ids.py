@@ -10,13 +10,16 @@ from collections.abc import Iterator
 import pytest
 
 from kvmpy import (
+    AGENT,
     KVM_CAP_MAX_VCPU_ID,
     KVM_CAP_MAX_VCPUS,
     KVM_CAP_NR_VCPUS,
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_UNINITIALIZED,
+    Agent,
     Kvm,
     MakeVm,
+    Msr,
     Vm,
     refused,
 )
@@ -81,9 +84,8 @@ def test_as_many_run(make_vm: MakeVm, room_for_vcpus: int) -> None:
     Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU and 4.10 KVM_RUN.
     """
     number = min(room_for_vcpus, MAX_VCPUS)
-    vm = make_vm(GUEST, vcpus=number, memory=128 << 20)
-    vm.launch()
-    assert [tuple(vcpu.sync().args) for vcpu in vm.vcpus] == [(index, index) for index in range(number)]
+    vm = make_vm.start(GUEST, vcpus=number, memory=128 << 20)
+    assert [vcpu.sync().args for vcpu in vm.vcpus] == [(index, index) for index in range(number)]
 
 
 @pytest.mark.requires("KVM_CAP_MAX_VCPU_ID>=1024")
@@ -93,9 +95,8 @@ def test_sparse_ids(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU: an integer in the range [0, max_vcpu_id).
     """
     ids = [700, 3, 0, 255]
-    vm = make_vm(GUEST, vcpu_ids=ids)
-    vm.launch()
-    assert [tuple(vcpu.sync().args) for vcpu in vm.vcpus] == list(enumerate(ids))
+    vm = make_vm.start(GUEST, vcpu_ids=ids)
+    assert [vcpu.sync().args for vcpu in vm.vcpus] == list(enumerate(ids))
 
 
 def test_highest_id(vm: Vm) -> None:
@@ -196,14 +197,6 @@ def test_boot_processor_as_guest_sees_it(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.41 KVM_SET_BOOT_CPU_ID; Intel SDM 3A, 12.4.4.
     """
-    source = """
-#include <kvmpy/guest.h>
-
-void guest_main(void)
-{
-	GUEST_SYNC(!!(rdmsr(MSR_IA32_APICBASE) & APICBASE_BSP));
-}
-"""
-    vm = make_vm(source, vcpus=3, before_vcpus=lambda vm: vm.setup.set_boot_cpu_id(1))
-    vm.launch()
-    assert [tuple(vcpu.sync().args) for vcpu in vm.vcpus] == [(0,), (1,), (0,)]
+    vm = make_vm(AGENT, vcpus=3, before_vcpus=lambda vm: vm.setup.set_boot_cpu_id(1))
+    bases = [Agent(vcpu).rdmsr(Msr.MSR_IA32_APICBASE) for vcpu in vm.vcpus]
+    assert [isinstance(base, int) and base >> 8 & 1 for base in bases] == [0, 1, 0]

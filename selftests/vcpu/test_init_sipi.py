@@ -15,6 +15,7 @@ from kvmpy import (
     KVM_MP_STATE_SIPI_RECEIVED,
     KVM_MP_STATE_UNINITIALIZED,
     KVM_VCPUEVENT_VALID_SIPI_VECTOR,
+    Agent,
     Gpa,
     GuestVcpu,
     GuestVm,
@@ -33,17 +34,18 @@ PORT = 0x10
 # mov ax, cs; out 0x10, ax; again: hlt; jmp again
 REAL_MODE = bytes.fromhex("8cc8 e710 f4 ebfd")
 
-# Sends what the host asks for, an ICR at a time.
 SENDER = """
 #include <kvmpy/guest.h>
 
+void send(u64 icr)
+{
+	apic_send(1, icr);
+}
+
 void guest_main(void)
 {
-	u64 icr;
-
 	apic_enable();
-	while ((icr = GUEST_ASK(KVMPY_UCALL_CMD_USER)))
-		apic_send(1, icr);
+	guest_agent();
 }
 
 static u64 counter;
@@ -70,14 +72,13 @@ class Pair:
         for page in (SIPI_PAGE, OTHER_PAGE):
             # Without paging there is no encryption bit: real mode sees the shared page.
             self.vm.memory.shared_view(Gpa(page << 12), len(REAL_MODE))[:] = REAL_MODE
+        self.agent = Agent(self.vm.vcpus[0])
         self.vm.launch()
         self.target.set_mp_state(state)
-        self._asked = self.vm.vcpus[0].sync()
 
     def send(self, icr: int) -> None:
         """Let vCPU 0 send an interprocessor interrupt to vCPU 1."""
-        self._asked.reply(icr)
-        self._asked = self.vm.vcpus[0].sync()
+        assert isinstance(self.agent.call("send", icr), int)
 
     def started_at(self) -> int:
         """Run vCPU 1 and return the real-mode code segment that it starts in."""
@@ -121,7 +122,7 @@ def test_state_after_init(make_vm: MakeVm) -> None:
     Documentation/virt/kvm/api.rst, 4.38 KVM_GET_MP_STATE; Intel SDM 3A, table 11-1 (state after INIT).
     """
     pair = Pair(make_vm, state=KVM_MP_STATE_RUNNABLE)
-    assert tuple(pair.target.sync().args) == (1,)
+    assert pair.target.sync().args == (1,)
     pair.send(INIT)
     assert pair.target.get_mp_state() == KVM_MP_STATE_INIT_RECEIVED
     regs, sregs = pair.target.regs.get(), pair.target.regs.get_sregs()
@@ -140,10 +141,10 @@ def test_second_sipi_is_ignored(make_vm: MakeVm) -> None:
     Intel SDM 3A, 10.4.3: only a processor that waits for SIPI responds.
     """
     pair = Pair(make_vm, state=KVM_MP_STATE_RUNNABLE)
-    assert tuple(pair.target.sync().args) == (1,)
+    assert pair.target.sync().args == (1,)
     pair.send(STARTUP | SIPI_PAGE)
-    assert tuple(pair.target.sync().args) == (2,)
-    assert tuple(pair.target.sync().args) == (3,)
+    assert pair.target.sync().args == (2,)
+    assert pair.target.sync().args == (3,)
 
 
 @pytest.mark.protections("none", "cbit")

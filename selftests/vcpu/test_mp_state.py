@@ -86,10 +86,8 @@ BLOCKING = pytest.mark.requires("KVM_CAP_BINARY_STATS_FD", statistic_blocking)
 
 def start(make_vm: MakeVm, entry: str) -> GuestVm:
     """Return a VM whose guest is ready to halt."""
-    vm = make_vm(GUEST)
-    vm.vcpus[0].set_entry(entry)
-    vm.launch()
-    assert tuple(vm.vcpus[0].sync().args) == (ord("r"),)
+    vm = make_vm.start(GUEST, entry)
+    assert vm.vcpus[0].sync().args == (ord("r"),)
     return vm
 
 
@@ -124,7 +122,7 @@ class Sleeper:
         """Return what the guest says once it is awake."""
         call = self._thread.join(TIMEOUT)
         assert call is not None
-        return tuple(call.args)
+        return call.args
 
     def kicked(self, vcpu: GuestVcpu) -> None:
         """Kick the vCPU out of KVM_RUN."""
@@ -178,7 +176,7 @@ def test_interrupts_off(make_vm: MakeVm) -> None:
     vm = start(make_vm, "wait_for_nmi")
     vm.irq.signal_msi(Msi.to(0, VECTOR))
     assert wake(vm, NMI) == (0, 1)
-    assert tuple(vm.vcpus[0].sync().args) == (1, 1)
+    assert vm.vcpus[0].sync().args == (1, 1)
 
 
 @BLOCKING
@@ -205,13 +203,12 @@ def test_set_runnable_ends_halt(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.39 KVM_SET_MP_STATE.
     """
-    vm = start(make_vm, "wait_for_nmi")
-    vcpu = vm.vcpus[0]
+    vcpu = start(make_vm, "wait_for_nmi").vcpus[0]
     with Sleeper(vcpu) as sleeper:
         sleeper.wait_until("blocking")
         sleeper.kicked(vcpu)
     vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)
-    assert tuple(vcpu.sync().args) == (0, 0)
+    assert vcpu.sync().args == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from kvmpy import GuestVm, MakeVm
+from selftests.conftest import said
 
 pytestmark = pytest.mark.requires("KVM_CAP_USER_NMI")
 
@@ -53,16 +54,9 @@ void guest_main(void)
 
 def start(make_vm: MakeVm, irqchip: str | None = "split") -> GuestVm:
     """Return a VM whose guest runs with interrupts off."""
-    vm = make_vm(GUEST, irqchip=irqchip)
-    vm.launch()
+    vm = make_vm.start(GUEST, irqchip=irqchip)
     assert said(vm) == ("w", 0, 0)
     return vm
-
-
-def said(vm: GuestVm) -> tuple[str | int, ...]:
-    """Return what the guest says next."""
-    call = vm.vcpus[0].sync()
-    return (chr(call.args[0]), *call.args[1:])
 
 
 def next_of(vm: GuestVm, word: str) -> tuple[str | int, ...]:

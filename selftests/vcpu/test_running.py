@@ -86,14 +86,6 @@ void read_for_ever(void)
 """
 
 
-def start(make_vm: MakeVm, entry: str) -> GuestVm:
-    """Return a launched VM whose guest runs *entry*."""
-    vm = make_vm(GUEST)
-    vm.vcpus[0].set_entry(entry)
-    vm.launch()
-    return vm
-
-
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Wait for something that another thread brings about."""
     end = time.monotonic() + TIMEOUT
@@ -113,9 +105,9 @@ def test_kick_of_running_guest(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, struct kvm_run: immediate_exit together with a signal.
     """
-    vm = start(make_vm, "spin")
+    vm = make_vm.start(GUEST, "spin")
     vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (ord("r"),)
+    assert vcpu.sync().args == (ord("r"),)
     for _ in range(3):
         with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
             wait_for_progress(vm)
@@ -128,9 +120,8 @@ def test_kick_of_halted_guest(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.10 KVM_RUN: EINTR.
     """
-    vm = start(make_vm, "sleep")
-    vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (ord("r"),)
+    vcpu = make_vm.start(GUEST, "sleep").vcpus[0]
+    assert vcpu.sync().args == (ord("r"),)
     with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
         wait_until(lambda: vcpu.running, "KVM_RUN does not start")
         vcpu.kick()
@@ -143,15 +134,15 @@ def test_kick_before_run(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, struct kvm_run: immediate_exit is polled when KVM_RUN starts.
     """
-    vm = start(make_vm, "count")
+    vm = make_vm.start(GUEST, "count")
     vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (1,)
+    assert vcpu.sync().args == (1,)
     for number in (2, 3):
         vcpu.kick()
         with pytest.raises(VcpuKickedError):
             vcpu.next()
         assert vm.symbol("progress").u64 == number - 1
-        assert tuple(vcpu.sync().args) == (number,)
+        assert vcpu.sync().args == (number,)
 
 
 @pytest.mark.parametrize("entry", ["spin", "sleep"])
@@ -160,9 +151,8 @@ def test_deadline(make_vm: MakeVm, entry: str) -> None:
 
     Documentation/virt/kvm/api.rst, 4.10 KVM_RUN: EINTR; kvmpy's own promise that a run ends.
     """
-    vm = start(make_vm, entry)
-    vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (ord("r"),)
+    vcpu = make_vm.start(GUEST, entry).vcpus[0]
+    assert vcpu.sync().args == (ord("r"),)
     started = time.monotonic()
     with pytest.raises(GuestTimeoutError, match="deadline"):
         vcpu.next(timeout=0.05)
@@ -181,15 +171,15 @@ def test_deadline_between_two_runs(make_vm: MakeVm) -> None:
 
     kvmpy's own promise that a run ends at its deadline, whatever the host does meanwhile.
     """
-    vm = start(make_vm, "count")
+    vm = make_vm.start(GUEST, "count")
     calls = vm.vcpus[0].syncs(timeout=0.05)
-    assert tuple(next(calls).args) == (1,)
+    assert next(calls).args == (1,)
     pass_time(0.06)
     with pytest.raises(GuestTimeoutError, match="deadline"):
         next(calls)
     assert vm.symbol("progress").u64 == 1
     # With a new deadline it goes on where it was.
-    assert tuple(vm.vcpus[0].sync().args) == (2,)
+    assert vm.vcpus[0].sync().args == (2,)
 
 
 def test_deadline_of_a_string_instruction(make_vm: MakeVm) -> None:
@@ -197,7 +187,7 @@ def test_deadline_of_a_string_instruction(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, struct kvm_run: immediate_exit; x86_emulate_insn() ends each bundle.
     """
-    vm = start(make_vm, "read_for_ever")
+    vm = make_vm.start(GUEST, "read_for_ever")
     if not vm.protection.traits.has_string_io:
         pytest.skip("needs INS: the protection has no string I/O")
     answers = 0
@@ -222,13 +212,12 @@ def test_deadline_does_not_touch_the_completion_of_an_exit(make_vm: MakeVm) -> N
 
     Documentation/virt/kvm/api.rst, KVM_EXIT_IO: re-enter with immediate_exit to complete pending operations.
     """
-    vm = start(make_vm, "ask_port")
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(GUEST, "ask_port").vcpus[0]
     got = vcpu.expect(IoExit, timeout=0.05)
     got.respond(7)
     pass_time(0.06)
     vcpu.complete_io()
-    assert tuple(vcpu.sync().args) == (7,)
+    assert vcpu.sync().args == (7,)
 
 
 def test_deadline_without_a_timer(make_vm: MakeVm) -> None:
@@ -236,7 +225,7 @@ def test_deadline_without_a_timer(make_vm: MakeVm) -> None:
 
     timer_create(2): EAGAIN, kernel/signal.c: __sigqueue_alloc().
     """
-    vm = start(make_vm, "spin")
+    vm = make_vm.start(GUEST, "spin")
     vcpu = vm.vcpus[0]
     before = resource.getrlimit(resource.RLIMIT_SIGPENDING)
     resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, before[1]))
@@ -265,16 +254,16 @@ def test_immediate_exit(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, struct kvm_run: immediate_exit.
     """
-    vm = start(make_vm, "count")
+    vm = make_vm.start(GUEST, "count")
     vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (1,)
+    assert vcpu.sync().args == (1,)
     vcpu.run_area.immediate_exit = 1
     for _ in range(5):
         assert vcpu.run_once() == RUN_EINTR
         assert vcpu.run_errno == errno.EINTR
     assert vm.symbol("progress").u64 == 1
     vcpu.run_area.immediate_exit = 0
-    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.sync().args == (2,)
 
 
 @pytest.mark.requires("KVM_CAP_IMMEDIATE_EXIT")
@@ -283,7 +272,7 @@ def test_immediate_exit_completes_io(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, KVM_EXIT_IO: re-enter with immediate_exit to complete pending operations.
     """
-    vm = start(make_vm, "ask_port")
+    vm = make_vm.start(GUEST, "ask_port")
     if not vm.protection.traits.can_read_registers:
         pytest.skip("needs readable registers: the protection hides RAX")
     vcpu = vm.vcpus[0]
@@ -293,7 +282,7 @@ def test_immediate_exit_completes_io(make_vm: MakeVm) -> None:
     vcpu.complete_io()
     assert vcpu.exits == exits
     assert vcpu.regs.get().rax & 0xFFFF_FFFF == 0x1234_5678
-    assert tuple(vcpu.sync().args) == (0x1234_5678,)
+    assert vcpu.sync().args == (0x1234_5678,)
 
 
 def test_second_thread(make_vm: MakeVm) -> None:
@@ -301,9 +290,9 @@ def test_second_thread(make_vm: MakeVm) -> None:
 
     kvmpy's own promise: one thread at a time (KVM itself would let the second one wait).
     """
-    vm = start(make_vm, "spin")
+    vm = make_vm.start(GUEST, "spin")
     vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (ord("r"),)
+    assert vcpu.sync().args == (ord("r"),)
     with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
         wait_until(lambda: vcpu.running, "KVM_RUN does not start")
         with pytest.raises(VcpuBusyError, match="another thread"):
@@ -318,9 +307,9 @@ def test_close_while_running(make_vm: MakeVm) -> None:
 
     kvmpy's own promise: what a thread uses is not taken from under it.
     """
-    vm = start(make_vm, "spin")
+    vm = make_vm.start(GUEST, "spin")
     vcpu = vm.vcpus[0]
-    assert tuple(vcpu.sync().args) == (ord("r"),)
+    assert vcpu.sync().args == (ord("r"),)
     with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
         wait_until(lambda: vcpu.running, "KVM_RUN does not start")
         with pytest.raises(VcpuBusyError, match="kick it and join"):
@@ -378,11 +367,11 @@ def test_signal_storm(make_vm: MakeVm, storm: Signals) -> None:
 
     Documentation/virt/kvm/api.rst, 4.10 KVM_RUN: EINTR, an unmasked signal is pending.
     """
-    vm = start(make_vm, "count")
+    vm = make_vm.start(GUEST, "count")
     number = 0
     while storm.count < STORM:
         number += 1
-        assert tuple(vm.vcpus[0].sync().args) == (number,)
+        assert vm.vcpus[0].sync().args == (number,)
     assert vm.symbol("progress").u64 == number
 
 
@@ -391,13 +380,12 @@ def test_signal_mask(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.21 KVM_SET_SIGNAL_MASK.
     """
-    vm = start(make_vm, "count")
-    vcpu = vm.vcpus[0]
+    vcpu = make_vm.start(GUEST, "count").vcpus[0]
     number = signal.SIGUSR2
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         signal.pthread_kill(threading.get_ident(), number)
-        assert tuple(vcpu.sync().args) == (1,)
+        assert vcpu.sync().args == (1,)
         mask = kvm_signal_mask.with_entries(8)
         assert (mask.len, mask.entries_list()) == (8, [0] * 8)
         vcpu.ioctl(ioctls.KVM_SET_SIGNAL_MASK, mask)
@@ -406,7 +394,7 @@ def test_signal_mask(make_vm: MakeVm) -> None:
     finally:
         signal.sigtimedwait({number}, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.sync().args == (2,)
 
 
 def test_signal_mask_of_wrong_size(vm: Vm) -> None:

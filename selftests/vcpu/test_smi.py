@@ -41,7 +41,7 @@ def start(make_vm: MakeVm) -> GuestVm:
     # lifetime: the slot shows guest memory, which the VM keeps.
     vm.set_user_memory_region(ADDRESS_SPACE << 16, SMBASE, SMRAM_SIZE, vm.memory.hva(SMBASE))
     vm.launch()
-    assert tuple(vm.vcpus[0].sync().args) == (1,)
+    assert vm.vcpus[0].sync().args == (1,)
     return vm
 
 
@@ -63,7 +63,7 @@ def test_smi(make_vm: MakeVm) -> None:
     got = vcpu.expect(IoExit)
     assert (got.port, got.value) == (PORT, 0x5A)
     assert in_smm(vm)
-    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.sync().args == (2,)
     assert not in_smm(vm)
 
 
@@ -73,14 +73,13 @@ def test_events_show_mode(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS (smi.pending, smi.smm).
     """
-    vm = start(make_vm)
-    vcpu = vm.vcpus[0]
+    vcpu = start(make_vm).vcpus[0]
     vcpu.complete_io()
     vcpu.events.smi()
     assert (vcpu.events.get().smi.pending, vcpu.events.get().smi.smm) == (1, 0)
     vcpu.expect(IoExit)
     assert (vcpu.events.get().smi.pending, vcpu.events.get().smi.smm) == (0, 1)
-    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.sync().args == (2,)
     assert vcpu.events.get().smi.smm == 0
 
 
@@ -90,10 +89,9 @@ def test_second_smi_waits(make_vm: MakeVm) -> None:
 
     Intel SDM 3C, 32.3.1: SMIs are masked in system management mode, one is kept pending.
     """
-    vm = start(make_vm)
-    vcpu = vm.vcpus[0]
+    vcpu = start(make_vm).vcpus[0]
     vcpu.events.smi()
     assert vcpu.expect(IoExit).value == 0x5A
     vcpu.events.smi()
     assert vcpu.expect(IoExit).value == 0x5A
-    assert tuple(vcpu.sync().args) == (2,)
+    assert vcpu.sync().args == (2,)

@@ -32,11 +32,7 @@ Signer = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 def certificate(
-    name: str,
-    key: Signer,
-    issuer: str,
-    issuer_key: Signer,
-    extensions: dict[str, bytes] | None = None,
+    name: str, key: Signer, issuer: str, issuer_key: Signer, extensions: dict[str, bytes] | None = None
 ) -> x509.Certificate:
     """Return a certificate; RSA issuers sign with PSS, as AMD's do."""
     day = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)
@@ -64,10 +60,7 @@ def leaf_extensions(chip: bytes = CHIP, **levels: int) -> dict[str, bytes]:
     OID.
     """
     spl = {**TCB, **{name.removeprefix("spl"): value for name, value in levels.items()}}
-    return {
-        **{f"{AMD}.3.{number}": bytes([2, 1, value]) for number, value in spl.items()},
-        f"{AMD}.4": chip,
-    }
+    return {**{f"{AMD}.3.{number}": bytes([2, 1, value]) for number, value in spl.items()}, f"{AMD}.4": chip}
 
 
 class Authority:

@@ -216,12 +216,7 @@ def test_an_id_block() -> None:
     _, launching = snp(SNP_LAUNCH_FINISH=take)
     pair = IdBlockPair(b"\1" * 96, b"\2" * 4096, author_key=True)
     launching.finish(id_block=pair, host_data=b"\3" * 32)
-    assert found == {
-        "block": b"\1" * 96,
-        "auth": b"\2" * 4096,
-        "enables": (1, 1, 0),
-        "host_data": b"\3" * 32,
-    }
+    assert found == {"block": b"\1" * 96, "auth": b"\2" * 4096, "enables": (1, 1, 0), "host_data": b"\3" * 32}
 
 
 def test_lengths_are_checked() -> None:

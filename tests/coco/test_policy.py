@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 
 from kvmpy.coco.policy import SevPolicy, SnpPolicy
 
-SEV_BITS = [
-    ("no_debug", 0),
-    ("no_key_sharing", 1),
-    ("es", 2),
-    ("no_send", 3),
-    ("domain", 4),
-    ("sev_only", 5),
-]
+SEV_BITS = [("no_debug", 0), ("no_key_sharing", 1), ("es", 2), ("no_send", 3), ("domain", 4), ("sev_only", 5)]
 SNP_BITS = [
     ("smt", 16),
     ("migrate_ma", 18),

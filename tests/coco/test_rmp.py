@@ -8,15 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvmpy.coco.rmp import (
-    PAGE_SIZE,
-    PAGES_2M,
-    Access,
-    Entry,
-    PageState,
-    Result,
-    Rmp,
-)
+from kvmpy.coco.rmp import PAGE_SIZE, PAGES_2M, Access, Entry, PageState, Result, Rmp
 
 ASID, GPA = 7, 0x4000_0000
 

@@ -276,12 +276,7 @@ CASES: dict[str, tuple[SevHost, tuple[VmType, ...], str, str]] = {
         "SNP initialised by the secure processor",
         "dmesg | grep -iE 'rmp|snp|iommu|ccp'",
     ),
-    "off for no reason to be seen": (
-        given_up(),
-        ALL,
-        "kvm_amd.sev (it is N)",
-        "load kvm_amd with sev=1",
-    ),
+    "off for no reason to be seen": (given_up(), ALL, "kvm_amd.sev (it is N)", "load kvm_amd with sev=1"),
     "SEV-ES off for no reason to be seen": (
         given_up(es=False),
         WITH_ES,

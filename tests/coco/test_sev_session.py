@@ -15,13 +15,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation, Mode
 
-from kvmpy.coco.sev_session import (
-    GuestOwner,
-    LaunchDigest,
-    derive,
-    dh_certificate,
-    read_dh_certificate,
-)
+from kvmpy.coco.sev_session import GuestOwner, LaunchDigest, derive, dh_certificate, read_dh_certificate
 
 PLATFORM = ec.generate_private_key(ec.SECP384R1())
 PDH = dh_certificate(PLATFORM.public_key(), 1, 51)

@@ -63,10 +63,7 @@ def page(number: int) -> Gpa:
 def test_a_change_is_carried_out_and_noted(memory: GuestMemory, converter: Converter) -> None:
     memory.set_private(page(1), 2 * PAGE_SIZE)
     memory.set_shared(page(2), PAGE_SIZE, discard=True)
-    assert converter.calls == [
-        (page(1), 2 * PAGE_SIZE, True, False),
-        (page(2), PAGE_SIZE, False, True),
-    ]
+    assert converter.calls == [(page(1), 2 * PAGE_SIZE, True, False), (page(2), PAGE_SIZE, False, True)]
     assert list(memory.private) == [page(1).gfn]
 
 
@@ -197,10 +194,7 @@ def test_used_private_pages_are_discarded_when_the_host_cannot_clear_them(
     converter.calls.clear()
     assert list(allocator.recycled) == [gpa.gfn, gpa.gfn + 1]
     assert allocator.alloc(2) == gpa
-    assert converter.calls == [
-        (gpa, 2 * PAGE_SIZE, False, True),
-        (gpa, 2 * PAGE_SIZE, True, False),
-    ]
+    assert converter.calls == [(gpa, 2 * PAGE_SIZE, False, True), (gpa, 2 * PAGE_SIZE, True, False)]
     assert not allocator.recycled
 
 
@@ -247,10 +241,7 @@ def test_untouched_memory_is_known() -> None:
     assert mapping.touched(0, mapping.size) == []
     for number in (3, 4, 9):
         mapping.view(number * PAGE_SIZE + 5, 1)[:] = b"x"
-    assert mapping.touched(0, mapping.size) == [
-        (3 * PAGE_SIZE, 2 * PAGE_SIZE),
-        (9 * PAGE_SIZE, PAGE_SIZE),
-    ]
+    assert mapping.touched(0, mapping.size) == [(3 * PAGE_SIZE, 2 * PAGE_SIZE), (9 * PAGE_SIZE, PAGE_SIZE)]
     assert mapping.touched(4 * PAGE_SIZE, 5 * PAGE_SIZE) == [(4 * PAGE_SIZE, PAGE_SIZE)]
     mapping.close()
 

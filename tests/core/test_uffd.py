@@ -12,13 +12,7 @@ import pytest
 from kvmpy.core.address import PAGE_SIZE
 from kvmpy.core.backing import Anonymous, Mapping, MemFd
 from kvmpy.core.errors import MissingError
-from kvmpy.core.uffd import (
-    DemandPager,
-    PageFault,
-    PagerStuckError,
-    Userfaultfd,
-    explain_open_failure,
-)
+from kvmpy.core.uffd import DemandPager, PageFault, PagerStuckError, Userfaultfd, explain_open_failure
 from kvmpy.uapi.constants import UffdFeature, UffdRegisterMode
 
 PAGES = 8

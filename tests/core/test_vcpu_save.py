@@ -55,10 +55,7 @@ def test_registers_can_be_looked_at(snapshot: VcpuSnapshot) -> None:
 
 def test_differences_name_the_part_and_the_msr(snapshot: VcpuSnapshot) -> None:
     other = dataclasses.replace(snapshot, mp_state=3, msrs=((0x10, 2000), (0xC000_0082, 1)))
-    assert snapshot.differences(other) == [
-        "MSR 0xc0000082: 0xffff800000000000 and 0x1",
-        "mp_state: 0 and 3",
-    ]
+    assert snapshot.differences(other) == ["MSR 0xc0000082: 0xffff800000000000 and 0x1", "mp_state: 0 and 3"]
 
 
 def test_a_running_time_stamp_counter_is_no_difference(snapshot: VcpuSnapshot) -> None:

@@ -288,9 +288,16 @@ def test_a_second_build_of_a_tree_that_is_changed(
     assert times()[0] > first[0]
 
 
-def test_a_tree_that_drops_an_option(tree: Path) -> None:
-    (tree / "drops").touch()
-    with pytest.raises(LabError, match=r"lost CONFIG_B \(wanted y, got n\)"):
+@pytest.mark.parametrize(
+    ("flaw", "words"),
+    [
+        ("drops", r"lost CONFIG_B \(wanted y, got n\)"),
+        ("broken", r"first error is:\nx\.c:1:2: error: broken on purpose"),
+    ],
+)
+def test_a_tree_that_makes_no_kernel(tree: Path, flaw: str, words: str) -> None:
+    (tree / flaw).touch()
+    with pytest.raises(LabError, match=words):
         build.from_source(tree, lambda _: None)
     assert kernels.cached() == []
 
@@ -341,13 +348,6 @@ def test_kvmpy_s_own_options_have_a_name() -> None:
     options = kconfig.parse(places.extra_fragment("debug").read_text())
     assert options["CONFIG_KASAN"] == "y"
     assert options["CONFIG_SLUB_TINY"] == "n"
-
-
-def test_a_tree_that_does_not_build(tree: Path) -> None:
-    (tree / "broken").touch()
-    with pytest.raises(LabError, match=r"first error is:\nx\.c:1:2: error: broken on purpose"):
-        build.from_source(tree, lambda _: None)
-    assert kernels.cached() == []
 
 
 def test_what_is_no_tree(tmp_path: Path, cache: Path) -> None:

@@ -108,37 +108,28 @@ def test_another_version_of_the_same_hook_is_refused(tmp_path: Path) -> None:
         HookList([], [hook(text="\tNEWER();")]).apply(tmp_path)
 
 
-def test_missing_anchor_names_the_hook_and_the_file(tmp_path: Path) -> None:
-    with pytest.raises(HookError, match=r"hook one does not fit a\.c: nothing there is like"):
-        put(tmp_path, SOURCE, hook(anchor=r"^\treturn b;$"))
-
-
-def test_ambiguous_anchor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HookError, match="2 lines are like"):
-        put(tmp_path, SOURCE, hook(scope="", anchor=r"^\treturn a;$"))
-
-
-def test_missing_function_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HookError, match="0 places begin like"):
-        put(tmp_path, SOURCE, hook(scope=r"^static int gone\("))
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"anchor": r"^\treturn b;$"}, r"hook one does not fit a\.c: nothing there is like"),
+        ({"scope": "", "anchor": r"^\treturn a;$"}, "2 lines are like"),
+        ({"scope": r"^static int gone\("}, "0 places begin like"),
+        ({"needs": [r"\bundo_it\("]}, "hook one does not fit"),
+        ({"file": "b.c"}, r"this tree has no b\.c"),
+    ],
+    ids=["no-anchor", "two-anchors", "no-function", "a-need", "no-file"],
+)
+def test_a_hook_that_does_not_fit_is_refused(tmp_path: Path, fields: dict[str, object], words: str) -> None:
+    with pytest.raises(HookError, match=words):
+        put(tmp_path, SOURCE, hook(**fields))
 
 
 def test_prototype_is_no_function(tmp_path: Path) -> None:
     assert "NEW" in put(tmp_path, SOURCE, hook(scope=r"^static int other\("))
 
 
-def test_what_a_hook_needs_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(HookError, match="hook one does not fit"):
-        put(tmp_path, SOURCE, hook(needs=[r"\bundo_it\("]))
-
-
 def test_a_hook_for_other_versions_leaves_this_one_alone(tmp_path: Path) -> None:
     assert put(tmp_path, SOURCE, hook(when=r"^int newer\(", scope=r"^int newer\(")) == SOURCE
-
-
-def test_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HookError, match=r"this tree has no b\.c"):
-        put(tmp_path, SOURCE, hook(file="b.c"))
 
 
 def test_one_hook_that_does_not_fit_leaves_the_whole_tree(tmp_path: Path) -> None:

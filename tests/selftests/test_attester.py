@@ -21,7 +21,7 @@ SECRETS_GVA = Gva(0x07FF3000)
 FILLS = """
 	for (int i = 0; i < 128; i++)
 		((u8 *)KVMPY_SNP_SECRETS_GVA)[0x20 + i] = 0xa5 ^ i * 7;
-	GUEST_SYNC(attester_distinct_keys());
+	guest_agent();
 """
 SECRETS = bytes(0xA5 ^ i * 7 & 0xFF for i in range(128))
 VMPCKS = [SECRETS[at : at + 32] for at in range(0, 128, 32)]
@@ -30,7 +30,7 @@ MESSAGE = Message(MessageType.REPORT_REQ, report_request(bytes(range(64))), 0x01
 
 def started(make_vm: MakeVm) -> Attester:
     """Return an attester of a plain VM with a secrets page."""
-    vm = make_vm(attester.GUEST.replace("\tGUEST_SYNC(attester_distinct_keys());\n", FILLS))
+    vm = make_vm(attester.GUEST.replace("\tguest_agent();\n", FILLS))
     vm.alloc(PAGE_SIZE, gva=SECRETS_GVA)
     made = Attester(vm)
     made.start()
@@ -61,7 +61,7 @@ def test_no_key_is_in_shared_memory_or_in_a_record(make_vm: MakeVm, tmp_path: Pa
         asker = started(make_vm)
         asker.seal(MESSAGE, key=3)
         vm = asker._vm
-        shared = vm.gva_to_gpa(Gva(vm.symbol("asked").gva & ~(PAGE_SIZE - 1)))
+        shared = vm.gva_to_gpa(Gva(vm.symbol("guest_agent_orders").gva & ~(PAGE_SIZE - 1)))
         pages = [vm.memory.read(gpa, PAGE_SIZE) for gpa in (asker._request, asker._response, shared)]
         own = vm.memory.read(vm.gva_to_gpa(SECRETS_GVA), PAGE_SIZE)
     assert own[0x20:0xA0] == SECRETS  # they are where this test looks for them

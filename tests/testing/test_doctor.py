@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import os
-from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
@@ -14,11 +13,9 @@ from rich.console import Console
 
 from kvmpy.cli.doctor import examine, show
 from kvmpy.cli.main import main
+from kvmpy.coco.kvm import Kvm
 from kvmpy.testing import host
 from tests.testing.support import NO_KVM
-
-if TYPE_CHECKING:
-    from kvmpy.coco.kvm import Kvm
 
 
 def shown() -> str:

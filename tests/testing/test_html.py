@@ -260,10 +260,7 @@ def test_matrix_of_kernels() -> None:
         ("{", "is not JSON: Expecting"),
         ("[]", "is not a JSON report of kvmpy"),
         ('{"schema": "kvmpy-report/9"}', "format kvmpy-report/9"),
-        (
-            '{"schema": "kvmpy-report/1"}',
-            "cannot be shown: Object missing required",
-        ),
+        ('{"schema": "kvmpy-report/1"}', "cannot be shown: Object missing required"),
         ('{"schema": "kvmpy-lab-matrix/1", "reports": {}}', "there is no report"),
     ],
 )

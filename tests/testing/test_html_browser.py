@@ -19,8 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 CHROMEDRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.skipif(
-        CHROMIUM is None or CHROMEDRIVER is None,
-        reason="a browser: apt-get install chromium chromium-driver",
+        CHROMIUM is None or CHROMEDRIVER is None, reason="a browser: apt-get install chromium chromium-driver"
     ),
     pytest.mark.timeout(180),
 ]

@@ -307,10 +307,7 @@ def test_protection_auto_is_the_strongest_and_the_report_says_why_no_stronger(
     except MissingError as error:
         pytest.skip(f"needs KVM: {error}")
     strongest = next(name for name, state in states.items() if state.available)
-    suite.add(
-        "test_a.py",
-        "import pytest\n@pytest.mark.protections('all')\ndef test_all(protection): pass\n",
-    )
+    suite.add("test_a.py", "import pytest\n@pytest.mark.protections('all')\ndef test_all(protection): pass\n")
     outcome = suite.run("--protection=auto")
     assert outcome.verdicts() == {f"test_all[{strongest}]": "pass"}
     assert f"protection auto: {strongest}" in outcome.text
@@ -319,10 +316,7 @@ def test_protection_auto_is_the_strongest_and_the_report_says_why_no_stronger(
 
 
 def test_protection_auto_without_kvm_is_a_skip_that_says_so(suite: Suite) -> None:
-    suite.add(
-        "test_a.py",
-        "import pytest\n@pytest.mark.protections('all')\ndef test_all(protection): pass\n",
-    )
+    suite.add("test_a.py", "import pytest\n@pytest.mark.protections('all')\ndef test_all(protection): pass\n")
     outcome = suite.run("--protection=auto")
     assert outcome.verdicts() == {"test_all[none]": "skip"}
     assert "kvm" in outcome.reason("test_all[none]")

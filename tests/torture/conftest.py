@@ -11,14 +11,11 @@ from __future__ import annotations
 import os
 import random
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import pytest
 
 from kvmpy.testing.options import SETTINGS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SECONDS_VARIABLE = "KVMPY_TORTURE_SECONDS"
 SHORT_SECONDS = 3.0

@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import collections
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmpy.coco.kvm import Kvm
 from kvmpy.core.exits import Exit
 from kvmpy.guest import layout
 from kvmpy.guest.errors import GuestError, GuestTimeoutError
 from kvmpy.guest.program import GuestProgram
 from kvmpy.guest.ucall import Ucall
-
-if TYPE_CHECKING:
-    from kvmpy.coco.kvm import Kvm
-    from kvmpy.guest.vm import GuestVm
-    from tests.torture.conftest import Torture
+from kvmpy.guest.vm import GuestVm
+from tests.torture.conftest import Torture
 
 DEADLINE = 0.15
 # A post-mortem and a busy machine take their time, too.

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvmpy.debug.decode import Decoder
 from kvmpy.debug.preload import shared
@@ -20,11 +20,7 @@ from kvmpy.debug.trace_events import Event, Stream
 from kvmpy.debug.uevents import DEVPATH, KvmUevent, variables
 from kvmpy.uapi.ioctls import KVM_RUN, KVM_SET_MSRS
 from tests.debug.tracing import compile_program, kvmpy_command, need_kvm
-
-if TYPE_CHECKING:
-    import random
-
-    from tests.torture.conftest import Torture
+from tests.torture.conftest import Torture
 
 SIZE = 1 << 14
 LATEST_S = 20.0

@@ -7,20 +7,16 @@ import collections
 import gc
 import os
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from kvmpy import record
+from kvmpy.coco.kvm import Kvm
 from kvmpy.core.errors import ClosedError, VcpuBusyError
 from kvmpy.guest.program import GuestProgram
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from kvmpy.coco.kvm import Kvm
-    from kvmpy.guest.vcpu import GuestVcpu
-    from tests.torture.conftest import Torture
+from kvmpy.guest.vcpu import GuestVcpu
+from tests.torture.conftest import Torture
 
 SYNCS = """
 #include <kvmpy/guest.h>

@@ -90,9 +90,7 @@ def test_capability_depends_on_the_file_descriptor() -> None:
     ],
 )
 def test_every_command_is_in_its_table(
-    table: dict[str, ioctls.Command],
-    ids: type[SevCmd] | type[SevPlatformCmd] | type[TdxCmd],
-    ends: set[str],
+    table: dict[str, ioctls.Command], ids: type[SevCmd] | type[SevPlatformCmd] | type[TdxCmd], ends: set[str]
 ) -> None:
     assert {name: command.id for name, command in table.items()} == {
         name: int(member) for name, member in ids.__members__.items() if name not in ends

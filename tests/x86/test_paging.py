@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -12,14 +12,9 @@ from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, EncryptionBit, Gpa, 
 from kvmpy.core.backing import Anonymous
 from kvmpy.core.memory import Segment
 from kvmpy.x86.entry import flag_words, pat_bits
-from kvmpy.x86.paging_errors import (
-    MixedPrivacyError,
-    NotMappedError,
-)
+from kvmpy.x86.paging_errors import MixedPrivacyError, NotMappedError
 from selftests.paging.walker import Walker
-
-if TYPE_CHECKING:
-    from tests.x86.conftest import Space, SpaceMaker
+from tests.x86.conftest import Space, SpaceMaker
 
 CBIT = EncryptionBit(51)
 SBIT = EncryptionBit(47, set_means_private=False)

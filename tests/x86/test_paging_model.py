@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 
 from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, EncryptionBit, Gpa, Gva
 from kvmpy.x86.paging_errors import MixedPrivacyError, NotMappedError, OverlapError, UnalignedError
-
-if TYPE_CHECKING:
-    from tests.x86.conftest import Space, SpaceMaker
+from tests.x86.conftest import Space, SpaceMaker
 
 # Ranges start and end at these page numbers, so that between two of them all pages share one fate.
 CUTS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -22,9 +22,7 @@ from kvmpy.x86.paging_errors import (
     TableAccessError,
     UnalignedError,
 )
-
-if TYPE_CHECKING:
-    from tests.x86.conftest import SpaceMaker
+from tests.x86.conftest import SpaceMaker
 
 CBIT = EncryptionBit(51)
 SBIT = EncryptionBit(47, set_means_private=False)
