@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, SupportsInt
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, SupportsInt
 
 import pytest
 
@@ -57,11 +57,15 @@ class MakeVm:
         return vm
 
     def start(
-        self, program: GuestProgram | str, entry: str | None = None, *args: SupportsInt, **options: Any
+        self,
+        program: GuestProgram | str,
+        entry: str | None = None,
+        *args: SupportsInt,
+        **options: Unpack[VmOptions],
     ) -> GuestVm:
         """Create a VM and launch it: every vCPU starts in *entry* with *args* (default: ``guest_main()``).
 
-        *options* are the keywords of ``make_vm()``.
+        The keywords are those of ``make_vm()``.
         """
         vm = self(program, **options)
         if entry is not None:
@@ -71,7 +75,11 @@ class MakeVm:
         return vm
 
     def run(
-        self, program: GuestProgram | str, entry: str | None = None, *args: SupportsInt, **options: Any
+        self,
+        program: GuestProgram | str,
+        entry: str | None = None,
+        *args: SupportsInt,
+        **options: Unpack[VmOptions],
     ) -> GuestVm:
         """Create and launch a VM as :meth:`start` does, and run every vCPU until DONE."""
         vm = self.start(program, entry, *args, **options)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversions the way tests make them, by vm.memory.set_private(), vm.memory.set_shared() and the guest's hypercall, and
-whether the bitmap, KVM and the guest agree.
+"""Conversions the way tests make them, by vm.memory.set_private(), vm.memory.set_shared() and the guest's
+hypercall, and whether the bitmap, KVM and the guest agree.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_without_a_device_nobody_can_be_asked(
 
 def test_asids_that_ran_out(kernel: Kernel, vm: BareVm) -> None:
     """While guests of this process live, EBUSY of INIT2 is theirs: a sweep asks nobody."""
-    with VmSev(os.open(os.devnull, os.O_RDWR), "vm1") as other:
+    with BareVm(os.open(os.devnull, os.O_RDWR), "vm1") as other:
         assert other.sev.command_raw("INIT2").ok
         kernel.answer, kernel.status = EBUSY, EBUSY
         assert vm.sev.command_raw("INIT2").errno == EBUSY
