@@ -84,14 +84,16 @@ def limited(root: Path | None, membership: Path = Path("/proc/self/cgroup")) -> 
 def _limit(root: Path, membership: Path, stack: ExitStack) -> bool:
     if "misc" not in (root / "cgroup.controllers").read_text().split():
         return False
-    counted = (root / "misc.capacity").read_text().split()[::2]
-    wanted = [name for name in RESOURCES if name in counted]
-    if not wanted:
-        return False
     enabled = root / "cgroup.subtree_control"
     if "misc" not in enabled.read_text().split():
         enabled.write_text("+misc")
         stack.callback(_try, enabled, "-misc")
+    # The root has the controller's files from then on only.
+    counted = (root / "misc.capacity").read_text().split()[::2]
+    wanted = [name for name in RESOURCES if name in counted]
+    if not wanted:
+        stack.close()
+        return False
     home = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
     folder = root / f"kvmpy-{os.getpid()}"
     folder.mkdir(exist_ok=True)
