@@ -228,8 +228,8 @@ def _errno(args: Sequence[str], full: bool) -> list[str]:
 def _pferr(args: Sequence[str], full: bool) -> list[str]:
     del full
     value = parse_number(_one(args, "pferr ERROR_CODE"))
-    found = pferr.decode(value)
-    return [f"{value:#x}: {found.words or 'no bit'}", f"  {found}"]
+    decoded = pferr.decode(value)
+    return [f"{value:#x}: {decoded.words or 'no bit'}", f"  {decoded}"]
 
 
 def _msr(args: Sequence[str], full: bool) -> list[str]:
@@ -379,11 +379,11 @@ def lines_of(what: str, args: Sequence[str], *, full: bool, as_words: bool) -> l
         return command_lines(what.upper(), args, full=full, as_words=as_words)
     if what in STRUCTS:
         return struct_lines(what, args, full=full, as_words=as_words)
-    found = find_ioctl(what)
-    if isinstance(found, Ioctl):
-        return ioctl_lines(found, args, full=full, as_words=as_words)
-    if found is not None:
-        return number_lines(found, args, full=full)
+    command_of = find_ioctl(what)
+    if isinstance(command_of, Ioctl):
+        return ioctl_lines(command_of, args, full=full, as_words=as_words)
+    if command_of is not None:
+        return number_lines(command_of, args, full=full)
     other = _elsewhere(what)
     close = [] if other else difflib.get_close_matches(what, [*DOMAINS, *IOCTLS, *STRUCTS, *commands], 3, 0.6)
     words = f"; did you mean {', '.join(close)}?" if close else other

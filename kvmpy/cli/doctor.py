@@ -83,7 +83,7 @@ def examine() -> dict[str, Any]:
     missing = host.kvm_missing()
     amd = "kvm_amd" in host.vendor_modules()
     modules = ("kvm", *host.vendor_modules(), *(["ccp"] if amd else []))
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "kvmpy": kvmpy.__version__,
         "platform": host.platform_name(),
         "cpu": {
@@ -109,13 +109,13 @@ def examine() -> dict[str, Any]:
         from kvmpy.coco.kvm import Kvm
 
         with Kvm() as kvm:
-            found["capabilities"] = _capabilities(kvm)
-            found["vm_types"] = [host.vm_type_name(number) for number in sorted(kvm.vm_types())]
-            found["guest_memfd_flags"] = _gmem_flags(found["capabilities"]["KVM_CAP_GUEST_MEMFD_FLAGS"])
-            found["protections"] = _protections(kvm)
-            found["auto"] = ladder.choose(kvm).name
-            found["measured"] = _measured(kvm)
-    return found
+            results["capabilities"] = _capabilities(kvm)
+            results["vm_types"] = [host.vm_type_name(number) for number in sorted(kvm.vm_types())]
+            results["guest_memfd_flags"] = _gmem_flags(results["capabilities"]["KVM_CAP_GUEST_MEMFD_FLAGS"])
+            results["protections"] = _protections(kvm)
+            results["auto"] = ladder.choose(kvm).name
+            results["measured"] = _measured(kvm)
+    return results
 
 
 def _words(flags: Mapping[str, bool]) -> str:
@@ -152,16 +152,16 @@ def _print_measured(console: Console, measured: Mapping[str, Any]) -> None:
     if "error" in measured:
         console.print(f"  not measured: {measured['error']}", style="red")
         return
-    how = "natively" if measured["ring0_native"] else "in KVM's instruction emulator"
-    console.print(f"  ring 0 runs {how}: {measured['instruction_ns']:.2f} ns an instruction")
+    way = "natively" if measured["ring0_native"] else "in KVM's instruction emulator"
+    console.print(f"  ring 0 runs {way}: {measured['instruction_ns']:.2f} ns an instruction")
     console.print(f"  a port exit, round trip: {measured['exit_us']:.1f} us")
 
 
-def show(console: Console, found: Mapping[str, Any]) -> None:
+def show(console: Console, facts: Mapping[str, Any]) -> None:
     """Print what :func:`examine` found, for people."""
-    cpu, kernel, kvm = found["cpu"], found["kernel"], found["kvm"]
-    emulated = "" if found["platform"] == "host" else " (emulated: its results say nothing about hardware)"
-    console.print(f"kvmpy {found['kvmpy']}, platform {found['platform']}{emulated}")
+    cpu, kernel, kvm = facts["cpu"], facts["kernel"], facts["kvm"]
+    emulated = "" if facts["platform"] == "host" else " (emulated: its results say nothing about hardware)"
+    console.print(f"kvmpy {facts['kvmpy']}, platform {facts['platform']}{emulated}")
     console.print(f"CPU: {cpu['count']} x {cpu['model']}, flags: {_words(cpu['flags'])}")
     console.print(f"kernel: {kernel['release']} {kernel['machine']}")
     known = {name: value for name, value in kernel["config"].items() if value is not None}
@@ -170,23 +170,23 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
     )
     _print_fixes(console, kernel["fixes"])
     console.print("modules and parameters:")
-    _print_modules(console, found["modules"])
+    _print_modules(console, facts["modules"])
     if not kvm["usable"]:
         console.print(f"KVM cannot be used: {kvm['missing']}", style="bold red")
         console.print(f"  get it: {kvm['how']}")
         return
-    console.print("VM types: " + ", ".join(found["vm_types"]))
-    console.print("guest_memfd flags: " + _words(found["guest_memfd_flags"]))
+    console.print("VM types: " + ", ".join(facts["vm_types"]))
+    console.print("guest_memfd flags: " + _words(facts["guest_memfd_flags"]))
     console.print("protections, strongest first:")
-    _print_protections(console, found["protections"])
-    console.print(f"  auto selects {found['auto']}")
+    _print_protections(console, facts["protections"])
+    console.print(f"  auto selects {facts['auto']}")
     console.print("measured:")
-    _print_measured(console, found["measured"])
-    offered = {name: value for name, value in found["capabilities"].items() if value}
-    console.print(f"capabilities: {len(offered)} of {len(found['capabilities'])} known ones")
+    _print_measured(console, facts["measured"])
+    offered = {name: value for name, value in facts["capabilities"].items() if value}
+    console.print(f"capabilities: {len(offered)} of {len(facts['capabilities'])} known ones")
     for name, value in offered.items():
         console.print(f"  {name} = {value:#x}" if value > 9 else f"  {name} = {value}", style="dim")
-    zero = [name.removeprefix("KVM_CAP_") for name, value in found["capabilities"].items() if not value]
+    zero = [name.removeprefix("KVM_CAP_") for name, value in facts["capabilities"].items() if not value]
     absent = [name for name in zero if not name.startswith(_OTHER_MACHINES)]
     console.print("not offered: " + " ".join(absent), style="dim")
 
@@ -195,10 +195,10 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def doctor(as_json: bool) -> None:
     """Check CPU, kernel, modules, capabilities and protections, and measure the cost of an exit."""
-    found = examine()
+    report = examine()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(report, indent=2))
         return
     from rich.console import Console
 
-    show(Console(highlight=False, emoji=False, markup=False, soft_wrap=True), found)
+    show(Console(highlight=False, emoji=False, markup=False, soft_wrap=True), report)

@@ -181,9 +181,9 @@ def _encode(what: str, args: Sequence[str]) -> Encoded:
                 raise DecodeError(f"{command.name} takes no struct")
             return str(command.id), b""
         return str(command.id), build(command.struct, args, _parsers()).to_bytes()
-    found = _ioctl(what, args)
-    if found is not None:
-        return found
+    encoded = _ioctl(what, args)
+    if encoded is not None:
+        return encoded
     close = difflib.get_close_matches(what, [*_DOMAINS, *IOCTLS, *STRUCTS, *commands], 3, 0.5)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
     raise DecodeError(f"{what!r} is not an ioctl, command, struct, or one of {', '.join(_DOMAINS)}{hint}")

@@ -64,12 +64,12 @@ def build(
         click.echo(present.name)
         return
     if kernel is not None:
-        made = builds.from_image(kernel, soft_sev=soft_sev)
+        kernel_built = builds.from_image(kernel, soft_sev=soft_sev)
     elif source is not None:
-        made = builds.from_source(source, say, soft_sev=soft_sev, extra=extra)
+        kernel_built = builds.from_source(source, say, soft_sev=soft_sev, extra=extra)
     else:
-        made = builds.from_debian(debian or DEFAULT_SUITE, say, soft_sev=soft_sev, extra=extra)
-    click.echo(made.name)
+        kernel_built = builds.from_debian(debian or DEFAULT_SUITE, say, soft_sev=soft_sev, extra=extra)
+    click.echo(kernel_built.name)
 
 
 @lab.command("list")

@@ -59,7 +59,9 @@ NAMES: dict[tuple[str, str], Callable[[int], str]] = {
 
 def lapic_words(state: bytes) -> str:
     """Return the registers of a local APIC that are not 0."""
-    values = {name: int.from_bytes(state[at : at + 4], "little") for at, name in apic.REGISTERS.items()}
+    values = {
+        name: int.from_bytes(state[offset : offset + 4], "little") for offset, name in apic.REGISTERS.items()
+    }
     return ", ".join(f"{name}={value:#x}" for name, value in values.items() if value)
 
 

@@ -25,8 +25,8 @@ class SplitCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Split the arguments at the first ``--``."""
         if "--" in args:
-            at = args.index("--")
-            args, ctx.meta[_EXTRA] = args[:at], args[at + 1 :]
+            index = args.index("--")
+            args, ctx.meta[_EXTRA] = args[:index], args[index + 1 :]
         return super().parse_args(ctx, args)
 
 

@@ -47,21 +47,21 @@ def _vm_row(vm: VmInfo) -> list[str]:
     ]
 
 
-def table(found: Survey) -> Table:
+def table(survey: Survey) -> Table:
     """Return one row for each VM and each vCPU."""
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("VM pid:fd", "type / thread", "CPU", "CPU time", "vCPUs / host CPUs", "memory"):
-        made.add_column(title, justify="right" if title.startswith("CPU") else "left", no_wrap=True)
-    made.add_column("exits/s", justify="right", no_wrap=True)
-    made.add_column("process", overflow="fold")
-    for vm in found.vms:
-        made.add_row(*_vm_row(vm), style="bold" if vm.vcpus else None)
+        grid.add_column(title, justify="right" if title.startswith("CPU") else "left", no_wrap=True)
+    grid.add_column("exits/s", justify="right", no_wrap=True)
+    grid.add_column("process", overflow="fold")
+    for vm in survey.vms:
+        grid.add_row(*_vm_row(vm), style="bold" if vm.vcpus else None)
         for vcpu in vm.vcpus:
-            made.add_row(*_vcpu_row(vcpu))
-    return made
+            grid.add_row(*_vcpu_row(vcpu))
+    return grid
 
 
 @click.command()
@@ -81,18 +81,18 @@ def ps(as_json: bool, interval: float) -> None:
     from kvmpy.debug.processes import survey_twice
     from kvmpy.testing.table import plain_console
 
-    found = survey_twice(interval)
+    snapshot = survey_twice(interval)
     if as_json:
         document = {
             "schema": "kvmpy-ps/1",
             "interval": interval,
-            "vms": [vm.as_dict() for vm in found.vms],
-            "unseen": [{"what": entry.what, "how": entry.how} for entry in found.unseen],
+            "vms": [vm.as_dict() for vm in snapshot.vms],
+            "unseen": [{"what": entry.what, "how": entry.how} for entry in snapshot.unseen],
         }
         click.echo(json.dumps(document, indent=2))
         return
-    if found.vms:
-        plain_console().print(table(found))
+    if snapshot.vms:
+        plain_console().print(table(snapshot))
     else:
         click.echo("no running VM was seen")
-    explain(found.unseen)
+    explain(snapshot.unseen)

@@ -67,7 +67,7 @@ def numbered(script: Script) -> dict[int, int]:
 
 def step_index(script: Script, number: int) -> int:
     """Return the index of the step that is ioctl *number*; ClickException where there is none."""
-    found = next((index for index, each in numbered(script).items() if each == number), None)
-    if found is None:
+    first = next((index for index, each in numbered(script).items() if each == number), None)
+    if first is None:
         raise click.ClickException(f"there is no ioctl {number}: the record has {len(numbered(script))}")
-    return found
+    return first

@@ -23,8 +23,8 @@ def side_by_side(script: Script, played: Played) -> str:
     from kvmpy.debug.record.model import request_name
 
     step = played.step
-    what = step.ioctl
-    owner = script.objects.get(what.object) if what is not None else None
+    ioctl = step.ioctl
+    owner = script.objects.get(ioctl.object) if ioctl is not None else None
     number = numbered(script).get(step.index, 0)
     lines = [f"ioctl {number}: {request_name(step.entry.what)} on {owner.name if owner else '?'}"]
     node = step.argument.node if step.argument is not None else None
@@ -33,8 +33,8 @@ def side_by_side(script: Script, played: Played) -> str:
             lines.append(f"  argument: {make_struct(node.struct, node.data)!r}"[:2000])
         except ValueError:
             lines.append(f"  argument: {node.data.hex()}"[:2000])
-    elif what is not None and what.arg:
-        lines.append(f"  argument: {what.arg:#x}")
+    elif ioctl is not None and ioctl.arg:
+        lines.append(f"  argument: {ioctl.arg:#x}")
     rows = [("", "recorded", "now"), *((d.name, d.recorded, d.now) for d in played.differences)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines += [f"  {a:<{widths[0]}}  {b:<{min(widths[1], 60)}}  {c}".rstrip() for a, b, c in rows]

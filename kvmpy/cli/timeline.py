@@ -24,13 +24,13 @@ def timeline(record: Path, output: str) -> None:
     from kvmpy.debug.timeline_record import write_timeline
 
     try:
-        found = Record.load(record)
+        loaded = Record.load(record)
     except OSError as error:
         raise click.ClickException(f"{record} cannot be read: {error.strerror}") from None
     except RecordError as error:
         raise click.ClickException(f"{record}: {error}") from None
     try:
-        count = write_timeline(found, output)
+        count = write_timeline(loaded, output)
     except TimelineError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"{output}: {count} events of {found.describe()}")
+    click.echo(f"{output}: {count} events of {loaded.describe()}")

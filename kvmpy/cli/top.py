@@ -50,7 +50,7 @@ def wait(fd: int | None, seconds: float) -> str:
     return os.read(fd, 1).decode("ascii", "replace") if ready else ""
 
 
-def render(found: Survey, everything: bool, lines: int | None) -> RenderableType:
+def render(snapshot: Survey, everything: bool, lines: int | None) -> RenderableType:
     """Return the picture of one moment."""
     from rich import box
     from rich.console import Group
@@ -60,22 +60,22 @@ def render(found: Survey, everything: bool, lines: int | None) -> RenderableType
     from kvmpy.cli.columns import per_second, shorten
     from kvmpy.debug.hottest import hottest
 
-    total = sum(vm.exits_per_second or 0 for vm in found.vms)
-    head = Text(f"{len(found.vms)} VM{'s' if len(found.vms) != 1 else ''}, {per_second(total)} exits/s")
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("per second", justify="right", no_wrap=True)
-    made.add_column("of exits", no_wrap=True)
-    made.add_column("counter", no_wrap=True)
-    made.add_column("what", overflow="ellipsis", no_wrap=True)
-    made.add_column("VM pid:fd", no_wrap=True)
-    made.add_column("process", overflow="ellipsis", no_wrap=True)
-    made.add_column("in all", justify="right", no_wrap=True)
-    for hot in hottest(found.vms, everything=everything)[:lines]:
+    total = sum(vm.exits_per_second or 0 for vm in snapshot.vms)
+    head = Text(f"{len(snapshot.vms)} VM{'s' if len(snapshot.vms) != 1 else ''}, {per_second(total)} exits/s")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("per second", justify="right", no_wrap=True)
+    grid.add_column("of exits", no_wrap=True)
+    grid.add_column("counter", no_wrap=True)
+    grid.add_column("what", overflow="ellipsis", no_wrap=True)
+    grid.add_column("VM pid:fd", no_wrap=True)
+    grid.add_column("process", overflow="ellipsis", no_wrap=True)
+    grid.add_column("in all", justify="right", no_wrap=True)
+    for hot in hottest(snapshot.vms, everything=everything)[:lines]:
         share = ""
         if hot.share is not None:
             filled = round(min(1.0, hot.share) * _BAR)
             share = f"{'━' * filled}{' ' * (_BAR - filled)} {min(999, 100 * hot.share):3.0f}%"
-        made.add_row(
+        grid.add_row(
             per_second(hot.per_second),
             share,
             hot.counter,
@@ -84,11 +84,11 @@ def render(found: Survey, everything: bool, lines: int | None) -> RenderableType
             shorten(hot.vm.command, 32),
             f"{hot.total}",
         )
-    rest: Sequence[RenderableType] = [Text(f"not seen: {entry}", style="dim") for entry in found.unseen]
-    return Group(head, made, *rest)
+    rest: Sequence[RenderableType] = [Text(f"not seen: {entry}", style="dim") for entry in snapshot.unseen]
+    return Group(head, grid, *rest)
 
 
-def document(found: Survey, everything: bool, interval: float) -> dict[str, Any]:
+def document(survey: Survey, everything: bool, interval: float) -> dict[str, Any]:
     """Return the same as JSON-ready values."""
     from kvmpy.debug.hottest import hottest
 
@@ -97,7 +97,7 @@ def document(found: Survey, everything: bool, interval: float) -> dict[str, Any]
         "interval": interval,
         "vms": [
             {"pid": vm.pid, "fd": vm.fd, "command": vm.command, "exits_per_second": vm.exits_per_second}
-            for vm in found.vms
+            for vm in survey.vms
         ],
         "hottest": [
             {
@@ -108,9 +108,9 @@ def document(found: Survey, everything: bool, interval: float) -> dict[str, Any]
                 "share": None if hot.share is None else round(hot.share, 4),
                 "total": hot.total,
             }
-            for hot in hottest(found.vms, everything=everything)
+            for hot in hottest(survey.vms, everything=everything)
         ],
-        "unseen": [{"what": entry.what, "how": entry.how} for entry in found.unseen],
+        "unseen": [{"what": entry.what, "how": entry.how} for entry in survey.unseen],
     }
 
 
@@ -135,11 +135,11 @@ def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
     from kvmpy.testing.table import plain_console
 
     if once:
-        found = survey_twice(interval)
+        snapshot = survey_twice(interval)
         if as_json:
-            click.echo(json.dumps(document(found, everything, interval), indent=2))
+            click.echo(json.dumps(document(snapshot, everything, interval), indent=2))
         else:
-            plain_console().print(render(found, everything, None))
+            plain_console().print(render(snapshot, everything, None))
         return
     if not as_json and not sys.stdout.isatty():
         raise click.UsageError("standard output is not a terminal: use --once, --json, or both")

@@ -204,13 +204,13 @@ def _read(source: str, stream: Stream, emit: Callable[[Event], None]) -> None:
         raise click.ClickException(str(error)) from None
 
 
-def _open(record: str | None, how: str, command: tuple[str, ...], pid: int = 0) -> RecordWriter | None:
+def _open(record: str | None, mode: str, command: tuple[str, ...], pid: int = 0) -> RecordWriter | None:
     from kvmpy.debug.trace import open_record
 
     if record is None:
         return None
     try:
-        return open_record(record, how, command, pid)
+        return open_record(record, mode, command, pid)
     except OSError as error:
         raise click.ClickException(f"{record}: {error.strerror}") from None
 

@@ -40,11 +40,11 @@ class Names:
         known = self._known.get(event.pid)
         if event.kind.value == "destroy" and known is not None:
             return known  # while a process exits it has no command line any more
-        found = process_of(event.pid)
-        if found is None:
+        owner = process_of(event.pid)
+        if owner is None:
             return event.pid, "(gone)"
-        self._known[event.pid] = found
-        return found
+        self._known[event.pid] = owner
+        return owner
 
 
 def describe(event: KvmUevent, pid: int, command: str, age: float | None) -> str:

@@ -81,8 +81,10 @@ class EmulatedEncryptionBit(Protection):
         vm.memory.add(segment)
         first: MemorySlot | None = None
         try:
-            at, private_at = int(bit.to_raw(gpa, False)), int(bit.to_raw(gpa, True))
-            first = vm.add_alias(at, size, shared, slot=options.get("slot"), flags=flags, gmem=shared_gmem)
+            address, private_at = int(bit.to_raw(gpa, False)), int(bit.to_raw(gpa, True))
+            first = vm.add_alias(
+                address, size, shared, slot=options.get("slot"), flags=flags, gmem=shared_gmem
+            )
             alias = vm.add_alias(private_at, size, hidden, flags=flags, gmem=private_gmem)
         except OSError:
             vm.memory.remove(segment)

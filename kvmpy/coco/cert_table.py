@@ -38,15 +38,15 @@ def pack(certificates: Mapping[UUID, bytes]) -> bytes:
 
 def unpack(data: bytes) -> dict[UUID, bytes]:
     """Return the certificates of a table, which may be followed by anything; raises CertTableError."""
-    found: dict[UUID, bytes] = {}
-    for at in range(0, len(data) - _ENTRY.size + 1, _ENTRY.size):
-        guid, offset, length = _ENTRY.unpack_from(data, at)
-        if data[at : at + _ENTRY.size] == _END:
-            return found
+    results: dict[UUID, bytes] = {}
+    for start in range(0, len(data) - _ENTRY.size + 1, _ENTRY.size):
+        guid, offset, length = _ENTRY.unpack_from(data, start)
+        if data[start : start + _ENTRY.size] == _END:
+            return results
         if offset + length > len(data):
             raise CertTableError(
                 f"certificate {UUID(bytes=guid)} is at {offset:#x} with {length} bytes, "
                 f"the table has {len(data)}"
             )
-        found[UUID(bytes=guid)] = data[offset : offset + length]
+        results[UUID(bytes=guid)] = data[offset : offset + length]
     raise CertTableError(f"no entry of zeros ends the table in its {len(data)} bytes")

@@ -109,17 +109,17 @@ def _reading() -> Iterator[None]:
 
 def load(files: Sequence[bytes]) -> list[x509.Certificate]:
     """Read certificates from PEM files (any number in each) or DER files; raises ReportError."""
-    found: list[x509.Certificate] = []
+    results: list[x509.Certificate] = []
     with warnings.catch_warnings():
         # The serial number of a VCEK is 0 by AMD's specification, whatever RFC 5280 says.
         warnings.simplefilter("ignore", CryptographyDeprecationWarning)
         for data in files:
             with _reading():
                 if b"-----BEGIN CERTIFICATE" in data:
-                    found += x509.load_pem_x509_certificates(data)
+                    results += x509.load_pem_x509_certificates(data)
                 else:
-                    found.append(x509.load_der_x509_certificate(data))
-    return found
+                    results.append(x509.load_der_x509_certificate(data))
+    return results
 
 
 def _name(certificate: x509.Certificate) -> str:

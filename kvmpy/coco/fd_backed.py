@@ -173,7 +173,7 @@ def _without_host_memory(vm: GuestVm, slot: MemorySlot, first: int, end: int) ->
 
 
 def _mappable(vm: GuestVm, first: int, end: int) -> BitMap:
-    found = BitMap()
+    bitmaps = BitMap()
     vcpu = vm.vcpus[0]
     position = first
     while position < end:
@@ -183,7 +183,7 @@ def _mappable(vm: GuestVm, first: int, end: int) -> BitMap:
             if error.errno != errno.EFAULT:
                 raise
             after = position
-        found.add_range(position >> PAGE_SHIFT, after >> PAGE_SHIFT)
+        bitmaps.add_range(position >> PAGE_SHIFT, after >> PAGE_SHIFT)
         # What stopped it, if it was stopped, is no private page.
         position = after + PAGE_SIZE if after < end else end
-    return found
+    return bitmaps

@@ -128,7 +128,7 @@ def _reserved(page: memoryview) -> Iterator[str]:
         start = GHCB_SIZE if place is None else place.offset
         gap = bytes(page[end:start])
         if gap.strip(b"\0"):
-            first = next(at for at, byte in enumerate(gap) if byte)
+            first = next(index for index, byte in enumerate(gap) if byte)
             yield (
                 f"reserved bytes {end:#x} to {start - 1:#x} are not zero "
                 f"(at {end + first:#x}: {gap[first]:#x})"
@@ -138,14 +138,14 @@ def _reserved(page: memoryview) -> Iterator[str]:
 
 
 def _scratch(page: memoryview, gpa: int | None, version: int, size: int) -> Iterator[str]:
-    at = _number(page, "sw_scratch")
+    address = _number(page, "sw_scratch")
     # A field that was never given is a problem of its own.
-    if gpa is None or version < 2 or not at:
+    if gpa is None or version < 2 or not address:
         return
     start, end = gpa + _BUFFER, gpa + _BUFFER + SHARED_BUFFER_SIZE
-    if not start <= at <= at + size <= end:
+    if not start <= address <= address + size <= end:
         yield (
-            f"the scratch area {at:#x}, {size:#x} bytes, is outside the shared buffer "
+            f"the scratch area {address:#x}, {size:#x} bytes, is outside the shared buffer "
             f"{start:#x} to {end - 1:#x}"
         )
 

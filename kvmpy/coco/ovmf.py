@@ -120,16 +120,18 @@ class Ovmf:
         end = start + min(size, len(self.data) - start)
         if start + _METADATA.size + count * _SECTION.size > end:
             raise OvmfError(f"{count} sections do not fit the SEV metadata's {size} bytes")
-        at = start + _METADATA.size
-        return [_section(*_SECTION.unpack_from(self.data, at + n * _SECTION.size)) for n in range(count)]
+        position = start + _METADATA.size
+        return [
+            _section(*_SECTION.unpack_from(self.data, position + n * _SECTION.size)) for n in range(count)
+        ]
 
 
 def _table(data: bytes) -> dict[UUID, bytes]:
     end = len(data) - _BEHIND_TABLE
-    found: dict[UUID, bytes] = {}
+    results: dict[UUID, bytes] = {}
     size, guid = _ENTRY.unpack_from(data, end - _ENTRY.size)
     if guid != FOOTER.bytes_le:
-        return found
+        return results
     start = end - size
     if size < _ENTRY.size or start < 0:
         raise OvmfError(f"the table of {size} bytes does not fit the image")
@@ -138,9 +140,9 @@ def _table(data: bytes) -> dict[UUID, bytes]:
         size, guid = _ENTRY.unpack_from(data, end - _ENTRY.size)
         if size < _ENTRY.size or end - size < start:
             raise OvmfError(f"table entry {UUID(bytes_le=guid)} of {size} bytes does not fit the table")
-        found[UUID(bytes_le=guid)] = data[end - size : end - _ENTRY.size]
+        results[UUID(bytes_le=guid)] = data[end - size : end - _ENTRY.size]
         end -= size
-    return found
+    return results
 
 
 def _section(gpa: int, size: int, kind: int) -> Section:

@@ -124,8 +124,8 @@ def _slot(recorder: Recorder, vm: Vm, slot: MemorySlot, told: set[GuestMemfd]) -
         return
     if gmem not in told:
         told.add(gmem)
-        made = kvm_create_guest_memfd(size=gmem.size, flags=gmem.flags)
-        recorder.tell(vm, ioctls.KVM_CREATE_GUEST_MEMFD, made, gmem.fd)
+        guest_memfd = kvm_create_guest_memfd(size=gmem.size, flags=gmem.flags)
+        recorder.tell(vm, ioctls.KVM_CREATE_GUEST_MEMFD, guest_memfd, gmem.fd)
         recorder.fd_opened(gmem)
         if gmem.flags & _MMAP:
             recorder.mapped(gmem, slot.mapping.hva, slot.mapping.size, slot.mapping.offset)

@@ -32,10 +32,10 @@ _LABEL = sev_platform.SOFTWARE if _SOFTWARE else ""
 
 def encryption_bit(kvm: Kvm) -> EncryptionBit:
     """Return the C-bit as KVM_GET_SUPPORTED_CPUID has it; MissingError without SEV."""
-    found = sev_platform.sev_cpuid(kvm)
-    if found is None or not found.c_bit:
+    cpuid = sev_platform.sev_cpuid(kvm)
+    if cpuid is None or not cpuid.c_bit:
         raise MissingError("CPUID 0x8000001F in KVM_GET_SUPPORTED_CPUID", "a KVM with SEV")
-    return EncryptionBit(found.c_bit, set_means_private=True)
+    return EncryptionBit(cpuid.c_bit, set_means_private=True)
 
 
 def availability(kvm: Kvm, kind: VmType) -> Availability:
@@ -56,8 +56,8 @@ class _Pinned:
         frames = BitMap()
         frames.add_range(gpa.gfn, gpa.gfn + (size >> PAGE_SHIFT))
         ends = [segment.gpa.gfn for segment in self._vm.memory.segments()]
-        for at, length in frame_runs(frames - self._frames, ends):
-            self._vm.sev.reg_region(self._vm.memory.hva(at, private=False), length)
+        for start, length in frame_runs(frames - self._frames, ends):
+            self._vm.sev.reg_region(self._vm.memory.hva(start, private=False), length)
         self._frames |= frames
 
     def convert(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:

@@ -174,11 +174,11 @@ def _parameter(name: str, *, flag: str = "") -> Cause:
     return check
 
 
-def _flag(flag: str, how: str = _SHOWN) -> Cause:
+def _flag(flag: str, mode: str = _SHOWN) -> Cause:
     def check(host: SevHost, _: VmType) -> MissingError | None:
         if flag in host.flags:
             return None
-        return MissingError(f"CPU flag {flag}", f"{how}, {LAB}")
+        return MissingError(f"CPU flag {flag}", f"{mode}, {LAB}")
 
     return check
 
@@ -337,14 +337,14 @@ def causes(host: SevHost, kind: VmType) -> list[MissingError]:
     """Return why KVM does not offer the VM type, in the order in which it looks; never empty."""
     if "svm" not in host.flags:
         return [MissingError("an AMD CPU with SVM", f"an EPYC with SEV, {LAB}")]
-    found = _hits(_CAUSES[kind], host, kind)
+    answers = _hits(_CAUSES[kind], host, kind)
     # A device that this user may not open explains nothing about KVM.
-    if any(missing is not host.device or "permission" not in missing.missing for missing in found):
-        return found
-    what = f"VM type {kind.name} (KVM_CAP_VM_TYPES bit {int(kind)})"
+    if any(missing is not host.device or "permission" not in missing.missing for missing in answers):
+        return answers
+    text = f"VM type {kind.name} (KVM_CAP_VM_TYPES bit {int(kind)})"
     how = f"a kernel that offers it (6.11 for SNP, 6.10 for the others), {LAB}"
-    other = _hits(_THEN[kind], host, kind) or list(_switched_off(host, kind))[:1] or [MissingError(what, how)]
-    return [*found, *other]
+    other = _hits(_THEN[kind], host, kind) or list(_switched_off(host, kind))[:1] or [MissingError(text, how)]
+    return [*answers, *other]
 
 
 def _hits(checks: tuple[Cause, ...], host: SevHost, kind: VmType) -> list[MissingError]:

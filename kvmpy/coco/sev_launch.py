@@ -87,7 +87,7 @@ class SevGuest(LaunchState):
         """
         with closing(Anonymous().map(PAGE_SIZE)) as page:
             return b"".join(
-                bytes(self._dbg("DBG_DECRYPT", page, at, part)) for at, part in _in_pages(gpa, size)
+                bytes(self._dbg("DBG_DECRYPT", page, offset, part)) for offset, part in _in_pages(gpa, size)
             )
 
     def dbg_encrypt(self, gpa: Gpa, data: bytes) -> None:
@@ -97,11 +97,11 @@ class SevGuest(LaunchState):
         """
         done = 0
         with closing(Anonymous().map(PAGE_SIZE)) as page:
-            for at, part in _in_pages(gpa, len(data)):
-                if int(at) % DBG_BLOCK or part % DBG_BLOCK:
-                    self._dbg("DBG_DECRYPT", page, at, part)
-                page.look(int(at) % PAGE_SIZE, part)[:] = data[done : done + part]
-                self._dbg("DBG_ENCRYPT", page, at, part)
+            for position, part in _in_pages(gpa, len(data)):
+                if int(position) % DBG_BLOCK or part % DBG_BLOCK:
+                    self._dbg("DBG_DECRYPT", page, position, part)
+                page.look(int(position) % PAGE_SIZE, part)[:] = data[done : done + part]
+                self._dbg("DBG_ENCRYPT", page, position, part)
                 done += part
 
     def _dbg(self, command: str, page: Mapping, gpa: Gpa, size: int) -> memoryview:

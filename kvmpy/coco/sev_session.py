@@ -35,14 +35,14 @@ def derive(key: bytes, label: str, context: bytes, size: int) -> bytes:
     """Derive *size* bytes: NIST SP 800-108 in counter mode over HMAC-SHA256, as the firmware does (chapter
     2).
     """
-    made = b""
+    output = b""
     for counter in range(1, -(-size // 32) + 1):
-        made += hmac.digest(
+        output += hmac.digest(
             key,
             struct.pack("<I", counter) + label.encode() + b"\0" + context + struct.pack("<I", size * 8),
             "sha256",
         )
-    return made[:size]
+    return output[:size]
 
 
 def _ctr(key: bytes, iv: bytes, data: bytes) -> bytes:

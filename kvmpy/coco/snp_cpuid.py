@@ -50,7 +50,7 @@ def functions_of(cpuid: kvm_cpuid2) -> list[CpuidFunction]:
 
     Leaves of the hypervisor are none of the firmware's, and functions that return nothing need no entry.
     """
-    found = []
+    results = []
     for entry in cpuid.entries_list():
         leaf, subleaf = int(entry.function), int(entry.index)
         function = CpuidFunction(
@@ -61,10 +61,10 @@ def functions_of(cpuid: kvm_cpuid2) -> list[CpuidFunction]:
         if leaf == 0xD and subleaf in (0, 1):
             # The size of the XSAVE area depends on XCR0 and XSS: stated for those of reset.
             function = replace(function, ebx=_XSAVE_MINIMUM, xcr0=1)
-        found.append(function)
+        results.append(function)
     # The plain leaves first: they are what guests need, when there are too many.
-    found.sort(key=lambda function: (function.subleaf > 1, function.leaf, function.subleaf))
-    return sorted(found[:MAX_FUNCTIONS], key=lambda function: (function.leaf, function.subleaf))
+    results.sort(key=lambda function: (function.subleaf > 1, function.leaf, function.subleaf))
+    return sorted(results[:MAX_FUNCTIONS], key=lambda function: (function.leaf, function.subleaf))
 
 
 def pack(functions: Sequence[CpuidFunction]) -> bytes:
@@ -84,23 +84,23 @@ def unpack(page: bytes | bytearray | memoryview) -> list[CpuidFunction]:
     count = _HEADER.unpack_from(page)[0]
     if count > MAX_FUNCTIONS:
         raise ValueError(f"a CPUID page holds {MAX_FUNCTIONS} functions, this one says {count}")
-    found = []
+    rows = []
     for number in range(count):
         leaf, subleaf, xcr0, xss, eax, ebx, ecx, edx, _ = _FUNCTION.unpack_from(
             page, _HEADER.size + number * _FUNCTION.size
         )
-        found.append(CpuidFunction(leaf, subleaf, eax, ebx, ecx, edx, xcr0, xss))
-    return found
+        rows.append(CpuidFunction(leaf, subleaf, eax, ebx, ecx, edx, xcr0, xss))
+    return rows
 
 
 def corrections(given: Iterable[CpuidFunction], answered: Iterable[CpuidFunction]) -> list[str]:
     """Return what the firmware changed, function by function."""
     answers = {(function.leaf, function.subleaf): function for function in answered}
-    found = []
+    collected = []
     for function in given:
         answer = answers.pop((function.leaf, function.subleaf), None)
         if answer is None:
-            found.append(f"{function.leaf:#x}:{function.subleaf:#x}: removed")
+            collected.append(f"{function.leaf:#x}:{function.subleaf:#x}: removed")
         else:
-            found += function.differences(answer)
-    return found + [f"{leaf:#x}:{subleaf:#x}: added" for leaf, subleaf in answers]
+            collected += function.differences(answer)
+    return collected + [f"{leaf:#x}:{subleaf:#x}: added" for leaf, subleaf in answers]

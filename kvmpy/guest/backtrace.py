@@ -188,13 +188,13 @@ def _interrupted(vm: GuestVm, frame: Frame, function: tuple[str, int]) -> Frame 
         words = _FRAME.unpack(vm.read(Gva(frame.rsp), _FRAME.size))
         return _exception(words[_RIP:], words[_RBP], words[_VECTOR], words[_ERROR])
     # Somewhere among its pushes and pops: what the CPU pushed is not far.
-    for at in range(frame.rsp, frame.rsp + 8 * (_RIP + 1), 8):
-        pushed = struct.unpack("<5Q", vm.read(Gva(at), 8 * _PUSHED))
+    for offset in range(frame.rsp, frame.rsp + 8 * (_RIP + 1), 8):
+        pushed = struct.unpack("<5Q", vm.read(Gva(offset), 8 * _PUSHED))
         if pushed[1] in _SELECTORS and pushed[2] & _RFLAGS_ONE and pushed[2] < _RFLAGS_END:
             if function[0] == _STUBS[0]:
                 vector, error = function[1] // layout.VECTOR_STRIDE, 0
             else:
-                vector, error = struct.unpack("<QQ", vm.read(Gva(at - 16), 16))
+                vector, error = struct.unpack("<QQ", vm.read(Gva(offset - 16), 16))
             return _exception(pushed, frame.rbp, vector, error)
     return None
 
@@ -215,12 +215,12 @@ def _frameless_caller(vm: GuestVm, frame: Frame, function: tuple[str, int] | Non
     returns = code_bytes(vm, frame.rip, frame.rip + 1) == _RET
     if _PROLOGUE in head and not returns:
         return None
-    at = frame.rsp + (8 if head.endswith(_PROLOGUE[:1]) and not returns else 0)
+    address = frame.rsp + (8 if head.endswith(_PROLOGUE[:1]) and not returns else 0)
     try:
-        back = int.from_bytes(vm.read(Gva(at), 8), "little")
+        back = int.from_bytes(vm.read(Gva(address), 8), "little")
     except ValueError:
         return None
-    return _returning(vm, back, at + 8, frame.rbp)
+    return _returning(vm, back, address + 8, frame.rbp)
 
 
 def _caller(vm: GuestVm, frame: Frame) -> Frame | None:

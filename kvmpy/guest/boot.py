@@ -63,13 +63,13 @@ def _cpuid_template(kvm: Kvm) -> tuple[bytes, tuple[tuple[int, int], ...]]:
     table = kvm.supported_cpuid
     places = []
     for number, entry in enumerate(table.entries_list()):
-        at = _HEADER_SIZE + number * _ENTRY_SIZE
+        offset = _HEADER_SIZE + number * _ENTRY_SIZE
         if entry.function == 1:
-            places.append((at + 16 + 3, 1))  # EBX[31:24], initial APIC id
+            places.append((offset + 16 + 3, 1))  # EBX[31:24], initial APIC id
         elif entry.function in (0xB, 0x1F, 0x80000026):
-            places.append((at + 24, 4))  # EDX, x2APIC id
+            places.append((offset + 24, 4))  # EDX, x2APIC id
         elif entry.function == 0x8000001E:
-            places.append((at + 12, 4))  # EAX, extended APIC id
+            places.append((offset + 12, 4))  # EAX, extended APIC id
     return table.to_bytes(), tuple(places)
 
 
@@ -77,8 +77,8 @@ def guest_cpuid(kvm: Kvm, apic_id: int) -> kvm_cpuid2:
     """Return what KVM supports, with *apic_id* where the topology leaves carry it."""
     template, places = _cpuid_template(kvm)
     raw = bytearray(template)
-    for at, size in places:
-        raw[at : at + size] = (apic_id & (1 << size * 8) - 1).to_bytes(size, "little")
+    for start, size in places:
+        raw[start : start + size] = (apic_id & (1 << size * 8) - 1).to_bytes(size, "little")
     return kvm_cpuid2.from_bytes(bytes(raw))
 
 

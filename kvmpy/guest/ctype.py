@@ -79,9 +79,9 @@ class CType:
             return SimpleNamespace(**{member.name: _get(data, member) for member in self.members})
         return int.from_bytes(data[: self.size], "little", signed=self.signed)
 
-    def _put(self, data: bytearray, at: int, value: Any) -> None:
+    def _put(self, data: bytearray, position: int, value: Any) -> None:
         if self.element is not None:
-            self._put_elements(data, at, value)
+            self._put_elements(data, position, value)
         elif self.members:
             fields = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
             if fields is None:
@@ -89,20 +89,20 @@ class CType:
             for name, part in fields.items():
                 member = self.member(name)
                 if member.bits:
-                    _put_bits(data, at, member, part)
+                    _put_bits(data, position, member, part)
                 else:
-                    member.type._put(data, at + member.offset, part)
+                    member.type._put(data, position + member.offset, part)
         else:
-            data[at : at + self.size] = self._number(value)
+            data[position : position + self.size] = self._number(value)
 
-    def _put_elements(self, data: bytearray, at: int, value: Any) -> None:
+    def _put_elements(self, data: bytearray, offset: int, value: Any) -> None:
         assert self.element is not None
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise GuestTypeError(f"{self.name} takes a sequence, not {value!r}")
         if len(value) > self.count:
             raise GuestTypeError(f"{self.name} has room for {self.count} elements, not {len(value)}")
         for number, part in enumerate(value):
-            self.element._put(data, at + number * self.element.size, part)
+            self.element._put(data, offset + number * self.element.size, part)
 
     def _number(self, value: Any) -> bytes:
         try:
@@ -121,8 +121,8 @@ def _get(data: bytes | memoryview, member: Member) -> Any:
     return member.type.decode(part)
 
 
-def _put_bits(data: bytearray, at: int, member: Member, value: Any) -> None:
-    start, end = at + member.offset, at + member.offset + member.type.size
+def _put_bits(data: bytearray, offset: int, member: Member, value: Any) -> None:
+    start, end = offset + member.offset, offset + member.offset + member.type.size
     if not 0 <= int(value) < 1 << member.bits:
         raise GuestTypeError(f"{value!r} does not fit into the {member.bits} bits of {member.name}")
     mask = ((1 << member.bits) - 1) << member.shift
@@ -204,8 +204,8 @@ def _members(child: DIE) -> list[Member]:
     """Return the field that *child* is; of a nameless struct or union inside, its fields."""
     if child.tag != "DW_TAG_member":
         return []
-    at = child.attributes.get("DW_AT_data_member_location")
-    offset = int(at.value) if at is not None else 0
+    address = child.attributes.get("DW_AT_data_member_location")
+    offset = int(address.value) if address is not None else 0
     inner = _type(child.get_DIE_from_attribute("DW_AT_type"))
     if "DW_AT_name" not in child.attributes:
         return [Member(m.name, offset + m.offset, m.type, m.shift, m.bits) for m in inner.members]

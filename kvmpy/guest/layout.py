@@ -181,7 +181,7 @@ def fill_ucall_page(page: bytearray | memoryview, index: int, gpa: int, gva: int
     The last slot is its own successor, so that the guest needs no check for the end of the chain.
     """
     for slot in range(UCALL_SLOTS):
-        at = slot * UCALL_SLOT_SIZE
+        offset = slot * UCALL_SLOT_SIZE
         following = min(slot + 1, UCALL_SLOTS - 1) * UCALL_SLOT_SIZE
-        _SLOT_HEAD.pack_into(page, at + UCALL_GPA, int(gpa) + at, ucall_id(index, slot))
-        _SLOT_NEXT.pack_into(page, at + UCALL_NEXT, int(gva) + following)
+        _SLOT_HEAD.pack_into(page, offset + UCALL_GPA, int(gpa) + offset, ucall_id(index, slot))
+        _SLOT_NEXT.pack_into(page, offset + UCALL_NEXT, int(gva) + following)

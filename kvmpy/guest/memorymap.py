@@ -48,9 +48,9 @@ def memory_map(vm: GuestVm) -> dict[str, Any]:
     bit = vm.encryption
     hidden = ""
     try:
-        found = vm.pages.mappings()
+        mappings = vm.pages.mappings()
     except (PrivateMemoryError, TableAccessError) as error:
-        found, hidden = [], str(error)
+        mappings, hidden = [], str(error)
     return {
         "type": vm.vm_type,
         "protection": vm.protection.name,
@@ -60,7 +60,7 @@ def memory_map(vm: GuestVm) -> dict[str, Any]:
         "encryption": "" if bit is None else f"{bit.name} {bit.bit}",
         "segments": [f"{int(segment.gpa):#x} {segment.size:#x}" for segment in vm.memory.segments()],
         "private": private,
-        "mappings": [_leaf(item) for item in found[:MAX_RUNS]],
+        "mappings": [_leaf(item) for item in mappings[:MAX_RUNS]],
         "hidden": hidden,
-        "cut": cut or len(found) > MAX_RUNS,
+        "cut": cut or len(mappings) > MAX_RUNS,
     }

@@ -151,12 +151,12 @@ def _code(vm: GuestVm, place: Place) -> Iterator[str]:
         return
     listing = list(disassemble(raw, start))
     here = max((number for number, (address, _) in enumerate(listing) if address <= rip), default=0)
-    at = listing[here][0] - start if listing else 0
+    begin = listing[here][0] - start if listing else 0
     before, after = (
         " ".join(f"{byte:02x}" for byte in part)
-        for part in (raw[max(0, at - 16) : at], raw[at + 1 : at + 16])
+        for part in (raw[max(0, begin - 16) : begin], raw[begin + 1 : begin + 16])
     )
-    yield f"bytes: {before} <{raw[at]:02x}> {after}"
+    yield f"bytes: {before} <{raw[begin]:02x}> {after}"
     for number in range(max(0, here - 5), min(len(listing), here + 6)):
         address, text = listing[number]
         yield f"{'=>' if number == here else '  '} {address:#x}: {text}"

@@ -117,21 +117,21 @@ class Private(Topic):
         else:
             runs = self._runs(BitMap(range(gpa.gfn, gpa.gfn + (size or PAGE_SIZE) // PAGE_SIZE)))
         frames = BitMap()
-        found: list[PrivacyDifference] = []
+        results: list[PrivacyDifference] = []
         with self._owner.memory.lock:
-            for at, length in runs:
-                frames.add_range(at.gfn, at.gfn + (length >> PAGE_SHIFT))
+            for position, length in runs:
+                frames.add_range(position.gfn, position.gfn + (length >> PAGE_SHIFT))
             private = self._owner.memory.private & frames
             if self._owner.launched and self._owner.protection.traits.private_is_fd_backed:
-                found += self._differences("attributes", private, self._owner.private_attributes & frames)
+                results += self._differences("attributes", private, self._owner.private_attributes & frames)
                 asked = BitMap()
-                for at, length in runs:
-                    answer = self._owner.protection.private_in_kvm(self._owner, at, length)
+                for position, length in runs:
+                    answer = self._owner.protection.private_in_kvm(self._owner, position, length)
                     asked |= private if answer is None else answer
-                found += self._differences("kvm", private, asked & frames)
+                results += self._differences("kvm", private, asked & frames)
             if self._owner.encryption is not None:
-                found += self._differences("tables", private, self._private_in_tables(private, frames))
-        return found
+                results += self._differences("tables", private, self._private_in_tables(private, frames))
+        return results
 
     def _present(self) -> BitMap:
         frames = BitMap()
@@ -141,9 +141,9 @@ class Private(Topic):
 
     def _differences(self, who: str, expected: BitMap, got: BitMap) -> list[PrivacyDifference]:
         return [
-            PrivacyDifference(who, at, length, bitmap_private)
+            PrivacyDifference(who, piece, length, bitmap_private)
             for bitmap_private, frames in ((True, expected - got), (False, got - expected))
-            for at, length in self._runs(frames)
+            for piece, length in self._runs(frames)
         ]
 
     def _private_in_tables(self, private: BitMap, frames: BitMap) -> BitMap:

@@ -187,13 +187,13 @@ class _Source:
         stderr = ours.sub(lambda _: f"{self.where.file}:", stderr)
         if self.where.exact:
             return stderr
-        found = re.search(rf"^{re.escape(self.where.file)}:(\d+)", stderr, re.MULTILINE)
-        if found is None:
+        match = re.search(rf"^{re.escape(self.where.file)}:(\d+)", stderr, re.MULTILINE)
+        if match is None:
             return stderr
-        lines, at = self.text.splitlines(), int(found.group(1))
+        lines, lineno = self.text.splitlines(), int(match.group(1))
         shown = [
-            f"{'>' if number == at else ' '} {number:4d} | {lines[number - 1]}"
-            for number in range(max(1, at - 2), min(len(lines), at + 2) + 1)
+            f"{'>' if number == lineno else ' '} {number:4d} | {lines[number - 1]}"
+            for number in range(max(1, lineno - 2), min(len(lines), lineno + 2) + 1)
         ]
         return stderr.rstrip() + "\n  in the source:\n" + "\n".join(shown)
 

@@ -117,7 +117,9 @@ def read_image(data: bytes, name: str) -> Image:
     except Exception as error:  # the parser fails in every way on damaged files
         raise GuestImageError(f"{name} is a damaged ELF file: {error}") from error
     entry = int(elf.header["e_entry"])
-    if not any(at <= entry < at + memsize and flags & PF_X for at, _, _, memsize, flags in segments):
+    if not any(
+        position <= entry < position + memsize and flags & PF_X for position, _, _, memsize, flags in segments
+    ):
         raise GuestImageError(f"{name}: its entry {entry:#x} lies in no executable segment")
     return Image(entry, segments, symbols)
 
@@ -137,7 +139,7 @@ def _check(elf: ELFFile, name: str) -> None:
 
 
 def _segments(elf: ELFFile, data: bytes, name: str) -> tuple[tuple[int, int, int, int, int], ...]:
-    found = []
+    results = []
     for segment in elf.iter_segments():
         if segment["p_type"] != "PT_LOAD" or not segment["p_memsz"]:
             continue
@@ -147,19 +149,19 @@ def _segments(elf: ELFFile, data: bytes, name: str) -> tuple[tuple[int, int, int
             raise GuestImageError(f"{name} is cut short: segment {gva:#x} goes on after its end")
         if gva + memsize > 1 << 47:
             raise GuestImageError(f"{name}: segment {gva:#x} is not in the lower half of the address space")
-        for what, start, end in _RESERVED:
+        for label, start, end in _RESERVED:
             if gva < end and start < gva + memsize:
                 raise GuestImageError(
-                    f"{name}: segment {gva:#x}, {memsize:#x} bytes, overlaps the {what} at {start:#x}"
+                    f"{name}: segment {gva:#x}, {memsize:#x} bytes, overlaps the {label} at {start:#x}"
                 )
-        found.append((gva, offset, size, memsize, int(segment["p_flags"])))
-    if not found:
+        results.append((gva, offset, size, memsize, int(segment["p_flags"])))
+    if not results:
         raise GuestImageError(f"{name} has nothing to load")
-    found.sort()
-    for (gva, _, _, memsize, _), (following, *_) in itertools.pairwise(found):
+    results.sort()
+    for (gva, _, _, memsize, _), (following, *_) in itertools.pairwise(results):
         if (gva + memsize - 1) // PAGE_SIZE >= following // PAGE_SIZE:
             raise GuestImageError(f"{name}: segments {gva:#x} and {following:#x} share a page")
-    return tuple(found)
+    return tuple(results)
 
 
 def _symbols(elf: Any) -> Iterable[tuple[str, int, int, str]]:
@@ -236,15 +238,15 @@ class LineTable:
     def load(cls, text: str) -> LineTable:
         """Return the table that `dump` has written; ValueError, KeyError or TypeError for another text."""
         files, rows = json.loads(text)
-        return cls([(int(at), (str(files[n]), int(line)) if line else None) for at, n, line in rows])
+        return cls([(int(gpa), (str(files[n]), int(line)) if line else None) for gpa, n, line in rows])
 
     def dump(self) -> str:
         """Return the table as text: decoding the image's own takes a hundred times longer."""
         files = {place[0]: None for place in self._places if place is not None}
         numbers = {name: number for number, name in enumerate(files)}
         rows = [
-            (at, numbers[place[0]], place[1]) if place is not None else (at, 0, 0)
-            for at, place in zip(self._addresses, self._places, strict=True)
+            (offset, numbers[place[0]], place[1]) if place is not None else (offset, 0, 0)
+            for offset, place in zip(self._addresses, self._places, strict=True)
         ]
         return json.dumps([list(files), rows], separators=(",", ":"))
 

@@ -69,12 +69,12 @@ class Toolchain:
 
 
 def _find(name: str, path: str | None, variable: str, package: str) -> str:
-    found = shutil.which(name, path=path)
-    if found is None:
+    program = shutil.which(name, path=path)
+    if program is None:
         raise ToolchainError(
             f"{name} not found: guest programs cannot be built", f"apt install {package}, or set {variable}"
         )
-    return found
+    return program
 
 
 def _identity(path: str) -> str:

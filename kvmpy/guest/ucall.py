@@ -69,10 +69,10 @@ class Ucall:
         """Give the guest *value* (64 bits) as the result of its GUEST_ASK(); before the vCPU runs again."""
         if self._page is None:
             raise ValueError(f"{self!r} did not come from a guest")
-        at = self.slot * _SLOT_SIZE + layout.UCALL_ARGS
-        _WORD.pack_into(self._page, at, value & _U64)
+        offset = self.slot * _SLOT_SIZE + layout.UCALL_ARGS
+        _WORD.pack_into(self._page, offset, value & _U64)
         for observer in observe.host:
-            observer.memory_written(memoryview(self._page)[at : at + _WORD.size])
+            observer.memory_written(memoryview(self._page)[offset : offset + _WORD.size])
 
     @property
     def text(self) -> str:

@@ -104,8 +104,8 @@ class GuestVcpu(Vcpu):
         if native is None:
             raise self._closed()
         while True:
-            how = run_once()
-            if how == RUN_UCALL:
+            outcome = run_once()
+            if outcome == RUN_UCALL:
                 try:
                     call = ucall.read(self._slots, native.ucall_slot, self.index)
                 except ValueError:  # the view of the slots was released
@@ -120,7 +120,7 @@ class GuestVcpu(Vcpu):
                     self.done = True
                     return call
                 raise self._failure(call)
-            if how == RUN_EXIT:
+            if outcome == RUN_EXIT:
                 exit_ = read_exit(run, 0)
                 if isinstance(exit_, IoExit) and exit_.port == layout.UCALL_PORT:
                     raise self._bad_ucall(exit_)
@@ -129,12 +129,12 @@ class GuestVcpu(Vcpu):
                 if self.vm.protection.answer_exit(self.vm, exit_):
                     continue
                 return exit_
-            if how == RUN_EINTR:
+            if outcome == RUN_EINTR:
                 continue
-            if how == RUN_DEADLINE:
+            if outcome == RUN_DEADLINE:
                 raise self._timeout()
             try:
-                return self._ended(how, run)
+                return self._ended(outcome, run)
             except KvmError as error:
                 message = str(error)
                 raise GuestError(message, self.vm.postmortem(self, message)) from error

@@ -326,9 +326,9 @@ class GuestVm(Vm):
         """
         if self.memory.seal is None or not self.memory.is_private(Gpa(self.from_raw(self.pages.cr3)[0])):
             return self.pages.translate(gva)
-        at = bisect_right(self._known, (int(gva), 1 << 64, 0)) - 1
-        if at >= 0:
-            start, gpa, size = self._known[at]
+        place = bisect_right(self._known, (int(gva), 1 << 64, 0)) - 1
+        if place >= 0:
+            start, gpa, size = self._known[place]
             if int(gva) < start + size:
                 return Gpa(gpa + int(gva) - start)
         raise PrivateMemoryError(
@@ -338,17 +338,17 @@ class GuestVm(Vm):
     # Memory by guest-virtual address.
 
     def _stretches(self, gva: Gva, size: int) -> list[tuple[Gpa, int]]:
-        found: list[tuple[Gpa, int]] = []
+        results: list[tuple[Gpa, int]] = []
         position, end = int(gva), int(gva) + size
         while position < end:
             part = min(end - position, PAGE_SIZE - position % PAGE_SIZE)
             gpa = self.gva_to_gpa(Gva(position))
-            if found and int(found[-1][0]) + found[-1][1] == int(gpa):
-                found[-1] = (found[-1][0], found[-1][1] + part)
+            if results and int(results[-1][0]) + results[-1][1] == int(gpa):
+                results[-1] = (results[-1][0], results[-1][1] + part)
             else:
-                found.append((gpa, part))
+                results.append((gpa, part))
             position += part
-        return found
+        return results
 
     def read(self, gva: Gva, size: int) -> bytes:
         """Return a copy of *size* bytes at *gva* as the guest sees them."""
@@ -375,8 +375,8 @@ class GuestVm(Vm):
         """Return the guest global *name*, to read and write; GuestSymbolError with the closest names when
         there is none.
         """
-        found = self.program.symbol(name)
-        return GuestVariable(self, name, found.gva, found.size)
+        function = self.program.symbol(name)
+        return GuestVariable(self, name, function.gva, function.size)
 
     def variable(self, gva: Gva, size: int) -> GuestVariable:
         """Return *size* bytes at *gva* as a variable without a name."""
@@ -414,12 +414,12 @@ class GuestVm(Vm):
             self._heap = where + size + PAGE_SIZE
         return Gva(where)
 
-    def map(self, gva: Gva, gpa: Gpa, size: int, **how: bool | int | None) -> None:
+    def map(self, gva: Gva, gpa: Gpa, size: int, **keywords: bool | int | None) -> None:
         """Map guest-physical memory; keywords as :meth:`kvmpy.x86.paging.PageTables.map`.
 
         Any thread may call it.
         """
-        self.pages.map(gva, gpa, size, **how)  # type: ignore[arg-type]
+        self.pages.map(gva, gpa, size, **keywords)  # type: ignore[arg-type]
         self._remember(gva, gpa, size)
 
     # Console and post-mortem.

@@ -44,9 +44,9 @@ def first_error(log: str) -> str:
     """Return the first error in the output of a failed build, with the lines after it that explain it."""
     lines = log.splitlines()
     for pattern in (_FIRST_ERROR, _MAKE_ERROR):
-        for at, line in enumerate(lines):
+        for index, line in enumerate(lines):
             if pattern.search(line):
-                message = lines[at : at + _MESSAGE_LINES]
+                message = lines[index : index + _MESSAGE_LINES]
                 ends = (number for number, text in enumerate(message, 1) if text.endswith(_STOP))
                 return "\n".join(message[: next(ends, _SHOWN_LINES) if "***" in line else _SHOWN_LINES])
     return "\n".join(lines[-_SHOWN_LINES:])
@@ -172,8 +172,10 @@ class _Plan:
         builder = Builder(tree, folder, say)
         builder.configure(self.fragments)
         image = builder.compile()
-        made = kernels.register(image, origin, folder / ".config", soft_sev=self.soft_sev, extra=self.extra)
-        return made, folder
+        kernel_built = kernels.register(
+            image, origin, folder / ".config", soft_sev=self.soft_sev, extra=self.extra
+        )
+        return kernel_built, folder
 
 
 def present(soft_sev: bool) -> Kernel | None:

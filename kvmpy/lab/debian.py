@@ -52,9 +52,9 @@ def machine_mirror(sources: Sequence[Path] = _SOURCES) -> str:
     for source in sources:
         for file in sorted(source.iterdir()) if source.is_dir() else [source]:
             for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-                found = None if line.lstrip().startswith("#") else _URI.search(line)
-                if found is not None:
-                    return found.group().rstrip("/")
+                matched = None if line.lstrip().startswith("#") else _URI.search(line)
+                if matched is not None:
+                    return matched.group().rstrip("/")
     raise LabError(
         "apt on this machine knows no Debian mirror",
         f"name one in {MIRROR_VARIABLE}, or build with --source TREE",
@@ -91,8 +91,8 @@ def source_line(suite: str, keyring: Path = KEYRING) -> str:
 
 def newest(search: str) -> str | None:
     """Return the newest ``linux-source-X.Y`` in the output of ``apt-cache search``, None without one."""
-    found = [match for line in search.splitlines() if (match := _PACKAGE.match(line.split(" ")[0]))]
-    best = max(found, key=lambda match: (int(match[1]), int(match[2])), default=None)
+    matched = [match for line in search.splitlines() if (match := _PACKAGE.match(line.split(" ")[0]))]
+    best = max(matched, key=lambda match: (int(match[1]), int(match[2])), default=None)
     return best[0] if best is not None else None
 
 
@@ -109,7 +109,7 @@ def parse_package(show: str) -> Package:
 
 
 def _run(
-    command: list[str], what: str, folder: Path | None = None, tick: Callable[[float], None] | None = None
+    command: list[str], action: str, folder: Path | None = None, tick: Callable[[float], None] | None = None
 ) -> str:
     environment = os.environ | {"LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -124,7 +124,7 @@ def _run(
                 tick=tick,
             )
         except subprocess.TimeoutExpired as error:
-            raise LabError(f"{what} took longer than {_SECONDS:.0f} s") from error
+            raise LabError(f"{action} took longer than {_SECONDS:.0f} s") from error
         texts = []
         for stream in (out, err):
             stream.seek(0)
@@ -132,7 +132,7 @@ def _run(
     problems = [line for line in texts[1].splitlines() if line.startswith(("E:", "Err:"))]
     if status != 0 or problems:
         lines = problems or texts[1].strip().splitlines()[-3:] or [f"status {status}"]
-        raise LabError(f"{what} failed: {'; '.join(lines)}", _hint("\n".join(lines)))
+        raise LabError(f"{action} failed: {'; '.join(lines)}", _hint("\n".join(lines)))
     return texts[0]
 
 
@@ -190,22 +190,22 @@ class Suite:
     def package(self) -> Package:
         """Return the newest kernel source package of the index."""
         options = apt_options(self._state)
-        found = newest(
+        result = newest(
             _run(["apt-cache", *options, "search", "--names-only", "^linux-source-"], "searching the index")
         )
-        if found is None:
+        if result is None:
             raise LabError(f"Debian {self.name} has no package linux-source-X.Y")
         return parse_package(
-            _run(["apt-cache", *options, "show", "--no-all-versions", found], f"asking for {found}")
+            _run(["apt-cache", *options, "show", "--no-all-versions", result], f"asking for {result}")
         )
 
     def _uri(self, package: Package) -> str:
         wanted = f"{package.name}={package.version}"
         options = [*apt_options(self._state), "download", "--print-uris", wanted]
         printed = _run(["apt-get", "-qq", *options], f"asking where {package.origin} is")
-        if (found := re.match(r"'([^']+)' ", printed)) is None:
+        if (match := re.match(r"'([^']+)' ", printed)) is None:
             raise LabError(f"apt-get does not tell where {package.origin} is: {printed.strip()!r}")
-        return found[1]
+        return match[1]
 
     def download(self, package: Package, say: Say) -> Path:
         """Return the package file, downloaded and verified; one that is there is not fetched again."""
@@ -218,21 +218,21 @@ class Suite:
         megabytes = package.size >> 20
         places.need_space(folder, megabytes + 64, f"downloading {package.file}")
         say(f"downloading {package.file} ({megabytes} MiB)")
-        made = folder / "partial" / package.file
-        made.parent.mkdir(exist_ok=True)
+        path = folder / "partial" / package.file
+        path.parent.mkdir(exist_ok=True)
         # Unlike `apt-get download` the helper goes on where an earlier call stopped.
         _run(
-            [_HELPER, *apt_options(self._state), "download-file", self._uri(package), str(made)],
+            [_HELPER, *apt_options(self._state), "download-file", self._uri(package), str(path)],
             f"downloading {package.origin}",
-            made.parent,
-            _Progress(made.parent, package.size, say),
+            path.parent,
+            _Progress(path.parent, package.size, say),
         )
-        if not made.is_file():
+        if not path.is_file():
             raise LabError(f"downloading {package.origin} left no file")
-        if _sha256(made) != package.sha256:
-            made.unlink()
+        if _sha256(path) != package.sha256:
+            path.unlink()
             raise LabError(f"{package.file} has the wrong SHA-256 after the download", "try again")
-        made.rename(target)
+        path.rename(target)
         return target
 
 
@@ -256,11 +256,11 @@ def unpack(deb: Path, package: Package, say: Say, suffix: str, patch: Callable[[
         if archive is None:
             raise LabError(f"{deb.name} holds no usr/src/linux-source-*.tar")
         _run(["tar", "-xf", str(archive), "-C", str(work)], f"unpacking {archive.name}")
-        made = next((path.parent for path in work.glob("*/Makefile")), None)
-        if made is None:
+        tree_root = next((path.parent for path in work.glob("*/Makefile")), None)
+        if tree_root is None:
             raise LabError(f"{archive.name} holds no kernel tree")
-        patch(made, say)
-        made.rename(tree)
+        patch(tree_root, say)
+        tree_root.rename(tree)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return tree

@@ -7,7 +7,7 @@ from __future__ import annotations
 class LabError(RuntimeError):
     """The lab cannot do what was asked: ``.what`` says why, ``.how`` what to do about it."""
 
-    def __init__(self, what: str, how: str = "") -> None:
-        self.what = what
-        self.how = how
-        super().__init__(f"{what}\n  {how}" if how else what)
+    def __init__(self, action: str, mode: str = "") -> None:
+        self.what = action
+        self.how = mode
+        super().__init__(f"{action}\n  {mode}" if mode else action)

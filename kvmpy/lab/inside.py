@@ -62,14 +62,14 @@ class Worker:
         self, path: Path
     ) -> Generator[None, pytest.Collector | None, pytest.Collector | None]:
         """Keep one node for a folder: the fixtures of its conftest belong to that one."""
-        made = yield
-        if made is None:
+        outcome = yield
+        if outcome is None:
             return None
         kept = self._nodes.get(path)
-        if kept is not None and kept.parent is made.parent:
+        if kept is not None and kept.parent is outcome.parent:
             return kept
-        self._nodes[path] = made
-        return made
+        self._nodes[path] = outcome
+        return outcome
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self, session: pytest.Session) -> bool:
@@ -102,8 +102,8 @@ class Worker:
             with leak_check.collecting():
                 items = self._collect(session, share)
             self._journal.write({"event": "collected", "number": number, "ids": [i.nodeid for i in items]})
-            for at, item in enumerate(items):
-                following = items[at + 1] if at + 1 < len(items) else None
+            for index, item in enumerate(items):
+                following = items[index + 1] if index + 1 < len(items) else None
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if RECORD in item.stash:
                     records.send(self._journal.write, item.stash[RECORD])
@@ -151,15 +151,15 @@ class Worker:
     def _collect(self, session: pytest.Session, share: dict[str, Any]) -> list[pytest.Item]:
         self._uncollected.clear()
         self._remember_conftests(session)
-        found = session.perform_collect(share["args"])
+        collected = session.perform_collect(share["args"])
         for report in self._uncollected:
             data = session.config.hook.pytest_report_to_serializable(config=session.config, report=report)
             self._journal.write({"event": "uncollected", "data": data})
         if "only" in share:
             wanted = set(share["only"])
-            return [item for item in found if item.nodeid in wanted]
+            return [item for item in collected if item.nodeid in wanted]
         skipped = set(share["skip"])
-        return [item for item in found if item.nodeid not in skipped]
+        return [item for item in collected if item.nodeid not in skipped]
 
 
 @pytest.hookimpl(trylast=True)

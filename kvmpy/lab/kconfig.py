@@ -14,10 +14,10 @@ def parse(text: str) -> dict[str, str]:
     """Return the options of a configuration or fragment; an option that is not set has the value ``n``."""
     values = {}
     for line in text.splitlines():
-        if found := _SET.fullmatch(line.strip()):
-            values[found[1]] = found[2]
-        elif found := _UNSET.fullmatch(line.strip()):
-            values[found[1]] = "n"
+        if match := _SET.fullmatch(line.strip()):
+            values[match[1]] = match[2]
+        elif match := _UNSET.fullmatch(line.strip()):
+            values[match[1]] = "n"
     return values
 
 

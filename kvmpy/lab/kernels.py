@@ -107,8 +107,8 @@ def cached() -> list[Kernel]:
         folders = [path for path in _folder().iterdir() if not path.name.startswith(".")]
     except OSError:
         return []
-    found = [kernel for kernel in map(_load, folders) if kernel is not None and kernel.image.is_file()]
-    return sorted(found, key=_age_order, reverse=True)
+    matches = [kernel for kernel in map(_load, folders) if kernel is not None and kernel.image.is_file()]
+    return sorted(matches, key=_age_order, reverse=True)
 
 
 def _matches(kernel: Kernel, wanted: str) -> bool:
@@ -167,21 +167,21 @@ def register(
     root = _folder()
     places.need_space(root, (len(data) >> 20) + 16, "keeping the kernel")
     root.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
     try:
-        made.chmod(0o755)
-        (made / "bzImage").write_bytes(data)
+        fresh.chmod(0o755)
+        (fresh / "bzImage").write_bytes(data)
         if text:
-            (made / "config").write_bytes(text)
-        facts = asdict(Kernel(name, release, origin, digest, config_hash, made, soft_sev, extra))
+            (fresh / "config").write_bytes(text)
+        facts = asdict(Kernel(name, release, origin, digest, config_hash, fresh, soft_sev, extra))
         del facts["folder"]
-        (made / "kernel.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (fresh / "kernel.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         target = root / name
         with contextlib.suppress(FileNotFoundError):
             _put_aside(target)
-        made.rename(target)
+        fresh.rename(target)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
     kernel = _load(target)
     if kernel is None:
         raise LabError(f"{target} was removed while it was made")

@@ -120,9 +120,9 @@ class Lane:
         folder = self.folder / "job" / "work"
         folder.mkdir(exist_ok=True)
         target = folder / str(self.wants)
-        made = folder / f".{self.wants}"
-        made.write_text(json.dumps(message), encoding="utf-8")
-        os.replace(made, target)
+        path = folder / f".{self.wants}"
+        path.write_text(json.dumps(message), encoding="utf-8")
+        os.replace(path, target)
         self.wants = None
 
     # ---- the end

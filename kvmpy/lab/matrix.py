@@ -41,18 +41,18 @@ def merge(reports: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
 
 def table(kernels: Sequence[str], verdicts: Mapping[str, Mapping[str, str]]) -> Table:
     """Return the table: the tests whose verdicts are bad or differ, then the number of each verdict."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("test", overflow="fold")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("test", overflow="fold")
     for kernel in kernels:
-        made.add_column(kernel)
+        grid.add_column(kernel)
     for identifier, by_kernel in verdicts.items():
         row = [by_kernel.get(kernel, "-") for kernel in kernels]
         if len(set(row)) > 1 or row[0] in ("fail", "lost"):
-            made.add_row(identifier, *row)
+            grid.add_row(identifier, *row)
     for verdict in ("pass", "fail", "skip", "xfail", "lost"):
-        counts = [str(sum(found.get(kernel) == verdict for found in verdicts.values())) for kernel in kernels]
-        made.add_row(f"all tests: {verdict}", *counts)
-    return made
+        counts = [str(sum(known.get(kernel) == verdict for known in verdicts.values())) for kernel in kernels]
+        grid.add_row(f"all tests: {verdict}", *counts)
+    return grid
 
 
 def merged_ktap(texts: Mapping[str, str]) -> str:

@@ -56,13 +56,13 @@ def extra_fragment(wanted: str) -> Path:
 
 def need_space(folder: Path, megabytes: int, purpose: str) -> None:
     """Raise LabError when the file system of *folder* has less than *megabytes* MiB free."""
-    at = folder
-    while not at.exists():
-        at = at.parent
-    free = shutil.disk_usage(at).free // MIB
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free // MIB
     if free < megabytes:
         raise LabError(
-            f"{purpose} needs {megabytes} MiB, {at} has {free} MiB free",
+            f"{purpose} needs {megabytes} MiB, {place} has {free} MiB free",
             "free some, or set XDG_CACHE_HOME to a folder on a larger disk (`kvmpy lab rm --all` empties the "
             "lab's cache)",
         )

@@ -29,11 +29,11 @@ def answer(folder: Path, key: str, recipe: Mapping[str, Any]) -> None:
     Where that fails, the session inside does it itself, with the messages that its test may wait for.
     """
     try:
-        made = harmless(recipe) and guest_program.build_recipe(recipe) == key
+        same = harmless(recipe) and guest_program.build_recipe(recipe) == key
     except Exception:  # noqa: BLE001 - whatever is wrong with the program is told inside
-        made = False
+        same = False
     folder.mkdir(exist_ok=True)
-    _marker(folder, key, recipe).write_text("1" if made else "0", encoding="ascii")
+    _marker(folder, key, recipe).write_text("1" if same else "0", encoding="ascii")
 
 
 def _marker(folder: Path, key: str, recipe: Mapping[str, Any]) -> Path:

@@ -147,9 +147,9 @@ def prepare(folder: Path, job: Job) -> None:
 def excerpt(console: str) -> str:
     """Return what the console says about the trouble it shows: from its first line on, or the last lines."""
     lines = [line.rstrip() for line in console.splitlines() if line.strip()]
-    for at, line in enumerate(lines):
+    for index, line in enumerate(lines):
         if _TROUBLE.search(line):
-            return "\n".join(lines[at : at + EXCERPT_LINES])
+            return "\n".join(lines[index : index + EXCERPT_LINES])
     return "\n".join(lines[-EXCERPT_LINES // 3 :])
 
 

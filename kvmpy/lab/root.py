@@ -88,24 +88,24 @@ class _Layout:
         file.
         """
         left = deque(Path(os.path.abspath(path)).parts[1:])
-        at = Path("/")
+        folder = Path("/")
         while left:
-            here = at / left.popleft()
+            here = folder / left.popleft()
             if _below(here, self.shares):
                 return
             if not here.is_symlink():
-                at = here
+                folder = here
                 continue
             target = Path(os.readlink(here))
             if not os.path.lexists(self.inside(here)):
                 self.inside(here).parent.mkdir(parents=True, exist_ok=True)
                 self.inside(here).symlink_to(target)
-            left.extendleft(reversed(Path(os.path.normpath(at / target)).parts[1:]))
-            at = Path("/")
-        if at.is_dir():
-            self.shares = [at, *(share for share in self.shares if not share.is_relative_to(at))]
-        elif at.is_file():
-            self.copy(at, at)
+            left.extendleft(reversed(Path(os.path.normpath(folder / target)).parts[1:]))
+            folder = Path("/")
+        if folder.is_dir():
+            self.shares = [folder, *(share for share in self.shares if not share.is_relative_to(folder))]
+        elif folder.is_file():
+            self.copy(folder, folder)
 
     def copy(self, source: Path, name: Path) -> None:
         """Put the content of *source* at *name*, whose folder may be a link inside."""
@@ -137,8 +137,8 @@ def _settings(layout: _Layout) -> None:
 def _mounts(shares: Iterable[Path]) -> str:
     lines = []
     for number, share in enumerate(shares):
-        at = str(share).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011")
-        lines.append(f"{tag(number)} {at} 9p {MOUNT_FLAGS},ro,X-mount.mkdir\n")
+        place = str(share).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011")
+        lines.append(f"{tag(number)} {place} 9p {MOUNT_FLAGS},ro,X-mount.mkdir\n")
     return "".join(lines)
 
 

@@ -68,8 +68,8 @@ def accelerator(wanted: str) -> str:
 
 def machines(memory: int, meminfo: Path = Path("/proc/meminfo")) -> int:
     """Return how many machines with *memory* MiB this host bears: one for each CPU, while memory lasts."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
-    available = int(found[1]) >> 10 if found is not None else 0
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    available = int(match[1]) >> 10 if match is not None else 0
     # Half of it is touched at most, by experience.
     fitting = 2 * available // (3 * memory) if available else 1
     return max(1, min(len(os.sched_getaffinity(0)), fitting, MAX_MACHINES))

@@ -89,9 +89,9 @@ def by_file(args: Sequence[str], tests: Mapping[str, Sequence[str]]) -> list[tup
     *args* are the session's arguments, *tests* the selected tests of each file by its absolute path. A file
     is asked for as a whole unless the arguments only name tests in it.
     """
-    found = []
+    results = []
     for file, ids in tests.items():
         own = [arg for arg in args if "::" in arg and Path(arg.partition("::")[0]).absolute() == Path(file)]
         whole = any("::" not in arg and Path(file).is_relative_to(Path(arg).absolute()) for arg in args)
-        found.append(([file] if whole or not own else own, list(ids)))
-    return found
+        results.append(([file] if whole or not own else own, list(ids)))
+    return results

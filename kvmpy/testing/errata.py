@@ -100,12 +100,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    found = re.match(r"\d+(?:\.\d+)*", text)
-    if not found:
+    match = re.match(r"\d+(?:\.\d+)*", text)
+    if not match:
         raise ErrataError(f"not a kernel version: {text!r}")
-    if len(found[0]) > _VERSION_LENGTH:
-        raise ErrataError(f"not a kernel version: {found[0][:_VERSION_LENGTH]}...")
-    return tuple(int(part) for part in found[0].split("."))
+    if len(match[0]) > _VERSION_LENGTH:
+        raise ErrataError(f"not a kernel version: {match[0][:_VERSION_LENGTH]}...")
+    return tuple(int(part) for part in match[0].split("."))
 
 
 def kernel_in_range(release: str, wanted: str) -> bool:
@@ -115,10 +115,10 @@ def kernel_in_range(release: str, wanted: str) -> bool:
     """
     here = _version(release)
     for part in wanted.split(","):
-        found = re.fullmatch(r"\s*(<=|>=|==|<|>)\s*([\d.]+)\s*", part)
-        if not found:
+        matched = re.fullmatch(r"\s*(<=|>=|==|<|>)\s*([\d.]+)\s*", part)
+        if not matched:
             raise ErrataError(f"kernel condition {wanted!r}: write comparisons such as '>=6.18,<6.19'")
-        bound = _version(found[2])
+        bound = _version(matched[2])
         have = (here + (0,) * len(bound))[: len(bound)]
         holds = {
             "<": have < bound,
@@ -126,7 +126,7 @@ def kernel_in_range(release: str, wanted: str) -> bool:
             ">": have > bound,
             ">=": have >= bound,
             "==": have == bound,
-        }[found[1]]
+        }[matched[1]]
         if not holds:
             return False
     return True

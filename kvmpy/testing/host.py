@@ -74,11 +74,11 @@ def vendor_modules() -> tuple[str, ...]:
     """Return the vendor modules that are loaded or built in (kvm_amd, kvm_intel, kvm_pvm, ...)."""
     # A module that is built in and has no parameter has no folder in sysfs: its symbols still tell.
     try:
-        found = sorted(path.name for path in SYS_MODULE.iterdir() if path.name.startswith("kvm_"))
+        modules = sorted(path.name for path in SYS_MODULE.iterdir() if path.name.startswith("kvm_"))
     except OSError:
-        found = []
-    if found:
-        return tuple(found)
+        modules = []
+    if modules:
+        return tuple(modules)
     try:
         with open("/proc/kallsyms", encoding="ascii", errors="replace") as symbols:
             names = {match[1] for line in symbols if (match := _VENDOR_SYMBOL.search(line))}

@@ -67,9 +67,9 @@ def missing_of(error: BaseException) -> Missing | None:
     module = sys.modules.get("kvmpy.core.errors")
     if module is None or not isinstance(error, module.MissingError):
         return None
-    found = _NAMED.findall(error.missing)
+    result = _NAMED.findall(error.missing)
     return Missing(
-        error.missing, error.how, tuple(capability or protection for capability, protection in found)
+        error.missing, error.how, tuple(capability or protection for capability, protection in result)
     )
 
 

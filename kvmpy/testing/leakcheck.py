@@ -67,10 +67,10 @@ class LeakCheck:
         if before is None:
             return result
         del item.stash[_BEFORE]
-        found, now = leaks.leaks_since(before, self._allowed)
+        leaks_found, now = leaks.leaks_since(before, self._allowed)
         item.stash[RSS] = now.rss - self._collected
-        if found:
-            text = "left behind by the test:\n" + "\n".join(f"  {entry}" for entry in found)
+        if leaks_found:
+            text = "left behind by the test:\n" + "\n".join(f"  {entry}" for entry in leaks_found)
             if not item.stash.get(FAILED, False):
                 pytest.fail(text, pytrace=False)
             # The frames of a failed test's traceback still hold its objects.

@@ -34,13 +34,13 @@ class Snapshot:
 
 
 def _fds() -> dict[int, str]:
-    found = {}
+    results = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+            results[int(name)] = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             continue  # the directory's own descriptor
-    return found
+    return results
 
 
 def _comm(path: Path) -> str:
@@ -78,14 +78,14 @@ def _state(tid: str) -> str:
 
 
 def _children(threads: Sequence[int]) -> dict[int, str]:
-    found = {}
+    by_name = {}
     for tid in threads:
         try:
             pids = (_SELF / "task" / str(tid) / "children").read_text(encoding="ascii").split()
         except OSError:
             continue
-        found.update({int(pid): _comm(Path("/proc") / pid) for pid in pids})
-    return found
+        by_name.update({int(pid): _comm(Path("/proc") / pid) for pid in pids})
+    return by_name
 
 
 def resident() -> int:
@@ -133,24 +133,24 @@ def _vm_word(target: str) -> str:
 
 def differences(before: Snapshot, after: Snapshot, allowed: Allowed) -> list[str]:
     """Name everything in *after* that *before* did not have and nobody allowed."""
-    found = [
+    rows = [
         f"file descriptor {fd}: {target}{_vm_word(target)}"
         for fd, target in sorted(after.fds.items())
         if before.fds.get(fd) != target and (fd, target) not in allowed.fds
     ]
-    found += [
+    rows += [
         f"thread {tid}: {name} ({_state(str(tid))})"
         for tid, name in sorted(after.threads.items())
         if tid not in before.threads and tid not in allowed.threads
     ]
-    found += [
+    rows += [
         f"child process {pid}: {name}"
         for pid, name in sorted(after.children.items())
         if pid not in before.children and pid not in allowed.children
     ]
     extra = after.mappings - before.mappings - allowed.mappings
-    found += [f"mapping of {name} ({count} more)" for name, count in sorted(extra.items())]
-    return found
+    rows += [f"mapping of {name} ({count} more)" for name, count in sorted(extra.items())]
+    return rows
 
 
 def leaks_since(before: Snapshot, allowed: Allowed, grace: float = GRACE) -> tuple[list[str], Snapshot]:
@@ -159,17 +159,17 @@ def leaks_since(before: Snapshot, allowed: Allowed, grace: float = GRACE) -> tup
     A thread or child that is just ending gets *grace* seconds; garbage is collected first.
     """
     now = snapshot()
-    found = differences(before, now, allowed)
-    if not found:
-        return found, now
+    leaks_found = differences(before, now, allowed)
+    if not leaks_found:
+        return leaks_found, now
     gc.collect()
     deadline = time.monotonic() + grace
     while True:
         now = snapshot()
-        found = differences(before, now, allowed)
-        waiting = any(entry.startswith(("thread", "child")) for entry in found)
+        leaks_found = differences(before, now, allowed)
+        waiting = any(entry.startswith(("thread", "child")) for entry in leaks_found)
         if not waiting or time.monotonic() > deadline:
-            return found, now
+            return leaks_found, now
         time.sleep(0.005)
 
 

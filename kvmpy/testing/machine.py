@@ -188,14 +188,14 @@ def boot_log(log: KernelLog) -> str:
 
 def last_words(since: float) -> dict[str, bytes]:
     """Return what pstore kept of crashes after *since* (seconds since the epoch), by file name."""
-    found: dict[str, bytes] = {}
+    results: dict[str, bytes] = {}
     for path in sorted(PSTORE.glob("*")):
         try:
             if path.stat().st_mtime >= since:
-                found[path.name] = path.read_bytes()
+                results[path.name] = path.read_bytes()
         except OSError:
             continue
-    return found
+    return results
 
 
 if __name__ == "__main__":

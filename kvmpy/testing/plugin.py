@@ -108,8 +108,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     if here is None:
         return None
     name = naming.identifier(module_path, Path(here))
-    made: pytest.Module = pytest.Module.from_parent(parent, path=module_path, nodeid=name)
-    return made
+    module: pytest.Module = pytest.Module.from_parent(parent, path=module_path, nodeid=name)
+    return module
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

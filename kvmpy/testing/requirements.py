@@ -61,12 +61,12 @@ _TOOL_PACKAGES = {
 
 
 def _capability(kvm: Kvm, text: str) -> Missing | None:
-    found = _CAP.fullmatch(text)
-    if found is None:
+    match = _CAP.fullmatch(text)
+    if match is None:
         raise ValueError(f"not a capability requirement: {text!r}")
     from kvmpy.uapi.constants import Cap
 
-    name, operator, operand = found.groups()
+    name, operator, operand = match.groups()
     if name not in Cap.__members__:
         raise ValueError(f"no capability named {name}")
     value = kvm.check_extension(Cap[name])
@@ -157,8 +157,8 @@ def _cpuid(kvm: Kvm, feature: str) -> Missing | None:
         raise ValueError(str(error)) from None
     if offered:
         return None
-    what = f"CPUID feature {feature} in KVM_GET_SUPPORTED_CPUID"
-    return Missing(what, "a CPU that has it and a KVM that passes it on", (f"cpuid:{feature}",))
+    subject = f"CPUID feature {feature} in KVM_GET_SUPPORTED_CPUID"
+    return Missing(subject, "a CPU that has it and a KVM that passes it on", (f"cpuid:{feature}",))
 
 
 def _parameter(text: str) -> Missing | None:
@@ -205,8 +205,8 @@ def _stable_tsc(_text: str) -> Missing | None:
     source = host.clock_source()
     if source in ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page"):
         return None
-    what = f"a stable TSC (the clock source is {source or 'unknown'})"
-    return Missing(what, "a CPU, or an outer hypervisor, whose TSC this kernel trusts", ("stable-tsc",))
+    text = f"a stable TSC (the clock source is {source or 'unknown'})"
+    return Missing(text, "a CPU, or an outer hypervisor, whose TSC this kernel trusts", ("stable-tsc",))
 
 
 _ASK_KVM: dict[str, Callable[[Kvm, str], Missing | None]] = {

@@ -196,7 +196,7 @@ def _sync_folder(path: Path) -> None:
 
 def pack_dead(parent: Path, say: Say) -> list[Path]:
     """Pack the folders in *parent* whose runs have died, and return their archives."""
-    made = []
+    rows = []
     for folder in sorted(parent.glob(f"*{SUFFIX}")):
         # Only one's own: what others lay here may hold anything.
         if not (folder / LOCK).is_file() or folder.stat().st_uid != os.geteuid():
@@ -210,8 +210,8 @@ def pack_dead(parent: Path, say: Say) -> list[Path]:
         finally:
             os.close(lock)
         say(f"{target}: {len(names)} files of a run that died")
-        made.append(target)
-    return made
+        rows.append(target)
+    return rows
 
 
 def pack(folder: Path, target: Path) -> list[str]:

@@ -116,22 +116,22 @@ def serial_numbers(sys: Path = Path("/sys"), machine_id: Path = Path("/etc/machi
     files = [machine_id, *(sys / "class/dmi/id" / name for name in _NAMING_DMI)]
     for pattern in _SERIAL_FILES:
         files += sys.glob(pattern)
-    found: set[str] = set()
+    names: set[str] = set()
     for file in files:
         with contextlib.suppress(OSError):
             text = file.read_text(encoding="utf-8", errors="replace").strip()
             if len(text) >= _SHORTEST_NUMBER and not _NO_SERIAL.fullmatch(text):
-                found |= {text, text.removeprefix("0x")}
-    return sorted(found)
+                names |= {text, text.removeprefix("0x")}
+    return sorted(names)
 
 
 def addresses() -> list[str]:
     """Return the addresses of this host's interfaces that are no loopback ones."""
-    found: set[str] = set()
+    results: set[str] = set()
     for name, entries in psutil.net_if_addrs().items():
         if name != "lo":
-            found |= {entry.address.partition("%")[0] for entry in entries if entry.address}
-    return sorted(word for word in found if set(word) - set("0:.f"))
+            results |= {entry.address.partition("%")[0] for entry in entries if entry.address}
+    return sorted(word for word in results if set(word) - set("0:.f"))
 
 
 def _domains() -> list[str]:
@@ -144,10 +144,10 @@ def _domains() -> list[str]:
 
 
 def _users() -> list[str]:
-    found = {os.environ.get(name, "") for name in ("SUDO_USER", "LOGNAME", "USER")}
+    members = {os.environ.get(name, "") for name in ("SUDO_USER", "LOGNAME", "USER")}
     with contextlib.suppress(KeyError, OSError):
-        found.add(getpass.getuser())
-    return sorted(found)
+        members.add(getpass.getuser())
+    return sorted(members)
 
 
 def _hide_ipv4(match: re.Match[bytes]) -> bytes:

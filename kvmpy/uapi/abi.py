@@ -207,8 +207,10 @@ class _Check:
         self.foreign: dict[str, tuple[str, str]] = {}
         self.questions: list[Question] = []
 
-    def _ask(self, kind: str, name: str, what: str, mine: int | tuple[int, int], question: Question) -> None:
-        self.expected[question.key] = (kind, name, what, mine)
+    def _ask(
+        self, kind: str, name: str, aspect: str, mine: int | tuple[int, int], question: Question
+    ) -> None:
+        self.expected[question.key] = (kind, name, aspect, mine)
         self.questions.append(question)
 
     def numbers(self, kind: str, mine: dict[str, int], theirs: list[str]) -> None:
@@ -259,14 +261,14 @@ class _Check:
 
     def judge(self, answers: dict[str, int | tuple[int, int]]) -> Report:
         """Turn the compiler's answers into the report."""
-        for key, (kind, name, what, mine) in self.expected.items():
+        for key, (kind, name, label, mine) in self.expected.items():
             if key not in answers:
                 self.report.absent.append(f"{kind} {name} (declared there, but not a number)")
                 continue
             self.report.compared += 1
             if answers[key] != mine:
                 reason = "grows with the kernel" if _GROWING.fullmatch(name) else ""
-                self.report.differences.append(Difference(kind, name, what, mine, answers[key], reason))
+                self.report.differences.append(Difference(kind, name, label, mine, answers[key], reason))
         for key, (kind, name) in self.foreign.items():
             value = answers.get(key)
             # A macro that is no number (a string, a type) is nothing that kvmpy could have.

@@ -90,9 +90,9 @@ def field_place(struct: str, name: str) -> tuple[int, int]:
     parts = name.split(".")
     for number, part in enumerate(parts):
         base, _, index = part.partition("[")
-        found = kind.FIELDS[base]
-        offset += found.offset
-        ctype, size = found.ctype, found.size
+        member = kind.FIELDS[base]
+        offset += member.offset
+        ctype, size = member.ctype, member.size
         if index:
             ctype = ctype.item
             size = int(ffi.sizeof(ctype))

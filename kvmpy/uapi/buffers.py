@@ -32,11 +32,11 @@ __all__ = [
 def _pointee(row: Ioctl | Command, arg: DataKind, pointer: str = "") -> Buffer:
     """Return the buffer of the struct that an ioctl's or a command's argument leads to."""
     struct = str(row.struct)
-    made = struct_at(struct, arg, pointer=pointer, children=row.pointers)
+    result = struct_at(struct, arg, pointer=pointer, children=row.pointers)
     if row.fills:
         kind = struct_class(struct)
-        made = replace(made, reads=kind.OPEN_OFFSET if issubclass(kind, FlexStruct) else kind.SIZE)
-    return made
+        result = replace(result, reads=kind.OPEN_OFFSET if issubclass(kind, FlexStruct) else kind.SIZE)
+    return result
 
 
 def _cases(commands: Iterable[Command]) -> dict[int, tuple[Buffer, ...]]:
@@ -51,10 +51,10 @@ def _argument(op: Ioctl) -> Buffer | None:
         return None
     if op.struct is None:
         return Buffer(None, op.arg, Size(int(ffi.sizeof(op.scalar))), scalar=op.scalar)
-    made = _pointee(op, op.arg)
+    built = _pointee(op, op.arg)
     if op.size is not None:
-        made = replace(made, size=Size(made.size.base, special=op.size))
-    return replace(made, select=op.select, cases=_cases(op.commands))
+        built = replace(built, size=Size(built.size.base, special=op.size))
+    return replace(built, select=op.select, cases=_cases(op.commands))
 
 
 BUFFERS: dict[int, Buffer] = {

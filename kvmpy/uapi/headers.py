@@ -101,10 +101,10 @@ def locate(directory: Path) -> Headers:
 def compiler() -> list[str]:
     """Return the command of the C compiler, ``$CC`` or gcc; HeaderError when it is not there."""
     command = shlex.split(os.environ.get("CC") or "gcc")
-    found = shutil.which(command[0])
-    if found is None:
+    program = shutil.which(command[0])
+    if program is None:
         raise HeaderError(f"no C compiler ({command[0]}): install one with `apt-get install gcc libc6-dev`")
-    return [found, *command[1:]]
+    return [program, *command[1:]]
 
 
 def _run(arguments: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -136,7 +136,7 @@ def declared(headers: Headers) -> Declared:
     done = _run(gcc, headers.source)
     if done.returncode:
         raise HeaderError(f"the headers cannot be preprocessed:\n{done.stderr.strip()}")
-    found = Declared()
+    declarations = Declared()
     code = []
     wanted = False
     for line in done.stdout.splitlines():
@@ -144,38 +144,41 @@ def declared(headers: Headers) -> Declared:
         if marker:
             wanted = bool(_WANTED.search(marker[1]))
         elif wanted and line.startswith("#"):
-            _macro(line, found)
+            _macro(line, declarations)
         elif wanted:
             code.append(line)
-    _parse("\n".join(code), found)
-    if "kvm_regs" in found.structs and not found.structs.keys() & {"kvm_dtable", "kvm_lapic_state"}:
+    _parse("\n".join(code), declarations)
+    if "kvm_regs" in declarations.structs and not declarations.structs.keys() & {
+        "kvm_dtable",
+        "kvm_lapic_state",
+    }:
         raise HeaderError(f"{headers.includes[-1]}: asm/kvm.h is of another architecture than x86")
-    return found
+    return declarations
 
 
-def _macro(line: str, found: Declared) -> None:
+def _macro(line: str, result: Declared) -> None:
     macro = re.match(r"#define (\w+)\s+(\S.*)", line)
     if macro is None or macro[2] == macro[1]:
         return
-    kind = found.ioctls if re.search(r"\b_IO(R|W|WR)?\(", macro[2]) else found.constants
+    kind = result.ioctls if re.search(r"\b_IO(R|W|WR)?\(", macro[2]) else result.constants
     if macro[1] not in kind:
         kind.append(macro[1])
 
 
-def _parse(code: str, found: Declared) -> None:
+def _parse(code: str, declarations: Declared) -> None:
     # The kernel wraps open arrays in a struct that begins with an empty one; pycparsers differ on that.
     text = re.sub(r"struct\s*\{\s*\}\s*\w+\s*;", "", code)
     try:
         tree = c_parser.CParser().parse(_TYPES + "\n" + text, "headers")
     except c_parser.ParseError as error:
         raise HeaderError(f"the headers cannot be parsed: {error}") from None
-    visitor = _Visitor(found)
+    visitor = _Visitor(declarations)
     visitor.visit(tree)
 
 
 class _Visitor(c_ast.NodeVisitor):  # type: ignore[misc]
-    def __init__(self, found: Declared) -> None:
-        self.found = found
+    def __init__(self, declarations: Declared) -> None:
+        self.found = declarations
 
     def visit_Struct(self, node: c_ast.Struct) -> None:  # noqa: N802
         if node.decls is not None and node.name:

@@ -113,9 +113,9 @@ class NativeTables:
     def add_pages(self, gpa: int, pages: int) -> None:
         """Give *pages* contiguous zeroed pages to the pool."""
         self._room(1)
-        at = self._pt.npool
-        self._pool[at] = (gpa, pages)
-        self._pt.npool = at + 1
+        index = self._pt.npool
+        self._pool[index] = (gpa, pages)
+        self._pt.npool = index + 1
         self._pt.pool_pages += pages
 
     def _room(self, extra: int) -> None:
@@ -160,14 +160,14 @@ class NativeTables:
     def collect(self, gva: int, size: int, ignore: int) -> list[Leaves]:
         """Return what [gva, gva + size) maps, merged where only *ignore* bits differ; TableReachError."""
         out = ffi.new("struct kvmpy_pt_mapping[]", _COLLECT)
-        found: list[Leaves] = []
+        results: list[Leaves] = []
         end = gva + size
         while True:
             count = self._check(lib.kvmpy_pt_collect(self._pt, gva, end - gva, ignore, out, _COLLECT))
-            found += [Leaves(out[i].gva, out[i].size, out[i].entry, out[i].level) for i in range(count)]
+            results += [Leaves(out[i].gva, out[i].size, out[i].entry, out[i].level) for i in range(count)]
             gva = int(self._pt.cursor)
             if not gva:
-                return found
+                return results
 
     def walk(self, gva: int) -> list[Step]:
         """Return the entries from the root on; the last is a leaf, not present, or leads out of reach."""

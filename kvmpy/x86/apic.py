@@ -202,7 +202,10 @@ class LapicState:
         state = "enabled" if self.enabled else "disabled"
         lines = [
             f"id {self.apic_id:#x}  version {version & 0xFF:#x}, {(version >> 16 & 0xFF) + 1} LVT entries",
-            "  ".join(f"{REGISTERS[at].lower()} {self.register(at):#x}" for at in (TPR, PPR, LDR, DFR)),
+            "  ".join(
+                f"{REGISTERS[address].lower()} {self.register(address):#x}"
+                for address in (TPR, PPR, LDR, DFR)
+            ),
             f"spiv {self.register(SPIV):#x}: vector {self.register(SPIV) & 0xFF}, {state}",
             f"in service: {vectors(ISR)}",
             f"requested: {vectors(IRR)}",

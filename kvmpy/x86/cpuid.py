@@ -97,12 +97,12 @@ class CpuidEntry:
     @property
     def features(self) -> list[str]:
         """The names of the feature bits that are set."""
-        found = []
+        results = []
         for register in REGISTERS:
             value = getattr(self, register)
             names = BITS.get((self.function, self.index if self.indexed else 0, register), {})
-            found += [name for bit, name in names.items() if value >> bit & 1]
-        return found
+            results += [name for bit, name in names.items() if value >> bit & 1]
+        return results
 
     def __str__(self) -> str:
         where = f"{self.function:#010x}" + (f".{self.index:#x}" if self.indexed else "")
@@ -171,11 +171,11 @@ class Cpuid:
 
     def ensure(self, function: int, index: int = 0) -> CpuidEntry:
         """Return the entry, adding one of zeros where there is none."""
-        found = self.find(function, index)
-        if found is None:
-            found = CpuidEntry(function, index, SIGNIFICANT_INDEX if function in _INDEXED else 0)
-            self.entries.append(found)
-        return found
+        step = self.find(function, index)
+        if step is None:
+            step = CpuidEntry(function, index, SIGNIFICANT_INDEX if function in _INDEXED else 0)
+            self.entries.append(step)
+        return step
 
     def remove(self, function: int, index: int | None = None) -> int:
         """Take out the leaf, or one of its subleaves; return how many entries went."""
@@ -188,8 +188,8 @@ class Cpuid:
         """Return a register (``eax`` to ``edx``) of a leaf, 0 where the leaf is missing."""
         if name not in REGISTERS:
             raise ValueError(f"CPUID has no register {name!r}")
-        found = self.find(function, index)
-        return 0 if found is None else int(getattr(found, name))
+        walk_result = self.find(function, index)
+        return 0 if walk_result is None else int(getattr(walk_result, name))
 
     # Features.
 

@@ -143,8 +143,8 @@ class WalkStep:
         where = f"{self.name:<5} table {self.table} [{self.index:3d}] = {self.value:#018x}"
         if not self.present:
             return f"{where}  not present"
-        what = f"{SIZE_NAMES[PAGE_SIZES[self.level]]} page" if self.leaf else "table"
-        words = (what, str(self.gpa), privacy_word(self.private), self.flags)
+        text = f"{SIZE_NAMES[PAGE_SIZES[self.level]]} page" if self.leaf else "table"
+        words = (text, str(self.gpa), privacy_word(self.private), self.flags)
         return f"{where}  {' '.join(word for word in words if word)}"
 
 

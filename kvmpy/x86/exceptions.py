@@ -108,8 +108,8 @@ _VC_PLAIN = {
 
 def name(vector: int) -> str:
     """Return ``#GP``, ``NMI`` and so on, ``vector 42`` for what is no defined exception."""
-    found = EXCEPTIONS.get(vector)
-    return found.mnemonic if found else f"vector {vector}"
+    known = EXCEPTIONS.get(vector)
+    return known.mnemonic if known else f"vector {vector}"
 
 
 def has_error_code(vector: int) -> bool:
@@ -121,7 +121,7 @@ def vc_reason(error_code: int) -> str:
     """Return the name of the SVM exit code that a #VC carries as its error code."""
     if error_code in _VC_PLAIN:
         return _VC_PLAIN[error_code]
-    for base, end, what in (
+    for base, end, label in (
         (0x00, 0x10, "CR{} read"),
         (0x10, 0x20, "CR{} write"),
         (0x20, 0x30, "DR{} read"),
@@ -129,7 +129,7 @@ def vc_reason(error_code: int) -> str:
         (0x90, 0xA0, "CR{} write trap"),
     ):
         if base <= error_code < end:
-            return what.format(error_code - base)
+            return label.format(error_code - base)
     if 0x40 <= error_code < 0x60:
         return f"exception {name(error_code - 0x40)}"
     return f"exit code {error_code:#x}"
@@ -163,8 +163,8 @@ def describe_error_code(vector: int, error_code: int) -> str:
 
 def describe(vector: int, error_code: int | None = None) -> str:
     """Return an exception as a line of text, such as ``#GP general protection (0x0: no selector)``."""
-    found = EXCEPTIONS.get(vector)
-    text = f"{found.mnemonic} {found.title}" if found else name(vector)
+    exception = EXCEPTIONS.get(vector)
+    text = f"{exception.mnemonic} {exception.title}" if exception else name(vector)
     if error_code is None or not has_error_code(vector):
         return text
     return f"{text} ({error_code:#x}: {describe_error_code(vector, error_code)})"

@@ -149,13 +149,13 @@ class PageTables:
 
         def plan() -> list[Chunk]:
             chunks = []
-            for at, end, encrypted in self._runs(start, size, private):
+            for piece, end, encrypted in self._runs(start, size, private):
                 if page_size is None:
-                    pieces = list(_pieces(at, end, linear - start, _LEVELS[self.max_page_size]))
+                    pieces = list(_pieces(piece, end, linear - start, _LEVELS[self.max_page_size]))
                 else:
-                    pieces = [(at, end, _LEVELS[unit])]
-                    if (at | end) & (unit - 1):
-                        edge = at if at & (unit - 1) else end
+                    pieces = [(piece, end, _LEVELS[unit])]
+                    if (piece | end) & (unit - 1):
+                        edge = piece if piece & (unit - 1) else end
                         raise MixedPrivacyError(
                             f"the {SIZE_NAMES[unit]} page at gpa {edge & ~(unit - 1):#x} mixes private and "
                             f"shared pages (at gpa {edge:#x}): use smaller pages or say private="
@@ -244,8 +244,8 @@ class PageTables:
 
         def plan(linear: int) -> list[Chunk]:
             return [
-                Chunk(linear + at - start, end - at, at, encrypted, clear)
-                for at, end, encrypted in self._runs(start, size, private)
+                Chunk(linear + offset - start, end - offset, offset, encrypted, clear)
+                for offset, end, encrypted in self._runs(start, size, private)
             ]
 
         self._edit(gva, size, Op.RETARGET, plan)
@@ -267,8 +267,8 @@ class PageTables:
                 last = min(linear + size, item.gva + item.size)
                 start = int(self._mapped(item).gpa) + first - item.gva
                 chunks += [
-                    Chunk(first + at - start, end - at, 0, encrypted, mask)
-                    for at, end, encrypted in self._runs(start, last - first, None)
+                    Chunk(first + offset - start, end - offset, 0, encrypted, mask)
+                    for offset, end, encrypted in self._runs(start, last - first, None)
                 ]
             return chunks
 
@@ -282,10 +282,10 @@ class PageTables:
         if page_size not in (PAGE_SIZE, SIZE_2M):
             raise UnalignedError(f"page_size={page_size:#x}: a split makes 4 KiB or 2 MiB pages")
         if size is None:
-            found = self.walk(gva)
-            if found.leaf is None:
+            entry = self.walk(gva)
+            if entry.leaf is None:
                 raise NotMappedError(f"gva {gva} is not mapped, so there is nothing to split")
-            gva, size = gva.align_down(found.page_size), found.page_size
+            gva, size = gva.align_down(entry.page_size), entry.page_size
         length = size
         self._edit(gva, length, Op.SPLIT, lambda linear: [Chunk(linear, length, level=_LEVELS[page_size])])
 
@@ -328,7 +328,7 @@ class PageTables:
     def extents(self, gva: Gva, size: int) -> list[tuple[Gpa, int]]:
         """Return the ranges ``(gpa, bytes)`` behind *size* bytes at *gva*; NotMappedError at a hole."""
         linear = self._linear(gva, size, 1)
-        position, found = linear, list[tuple[Gpa, int]]()
+        position, results = linear, list[tuple[Gpa, int]]()
         with self._lock:
             self._refresh()
             for item in self._collect(linear, size):
@@ -336,16 +336,16 @@ class PageTables:
                     break
                 length = min(linear + size, item.gva + item.size) - position
                 start = self._mapped(item).gpa + (position - item.gva)
-                if found and int(found[-1][0]) + found[-1][1] == int(start):
-                    start, length = found[-1][0], found[-1][1] + length
-                    del found[-1]
-                found.append((start, length))
+                if results and int(results[-1][0]) + results[-1][1] == int(start):
+                    start, length = results[-1][0], results[-1][1] + length
+                    del results[-1]
+                results.append((start, length))
                 position = min(linear + size, item.gva + item.size)
         if position < linear + size:
             raise NotMappedError(
                 f"gva {self._canonical(position):#x} is not mapped (in {size:#x} bytes at {gva})"
             )
-        return found
+        return results
 
     def mappings(self, gva: Gva | None = None, size: int | None = None) -> list[Mapped]:
         """Return what is mapped (by default: all), leaves merged where addresses, size and flags continue.

@@ -200,23 +200,23 @@ def load(segment: kvm_segment, selector: int, table: bytes, *, base: int | None 
 
     ValueError when the selector lies outside the table or its descriptor is not present.
     """
-    at = selector & 0xFFF8
-    if at + 8 > len(table) or selector & 4:
+    offset = selector & 0xFFF8
+    if offset + 8 > len(table) or selector & 4:
         raise ValueError(f"selector {selector:#x} is not in the GDT ({len(table)} bytes)")
-    found = Descriptor.decode(int.from_bytes(table[at : at + 8], "little"))
-    if not found.present:
+    descriptor = Descriptor.decode(int.from_bytes(table[offset : offset + 8], "little"))
+    if not descriptor.present:
         raise ValueError(f"the descriptor of selector {selector:#x} is not present")
-    segment.base = found.base if base is None else base
-    segment.limit = found.limit
+    segment.base = descriptor.base if base is None else base
+    segment.limit = descriptor.limit
     segment.selector = selector
-    segment.type = found.type
+    segment.type = descriptor.type
     segment.present = 1
-    segment.dpl = found.dpl
-    segment.db = found.db
-    segment.s = found.s
-    segment.l = found.l
-    segment.g = found.g
-    segment.avl = found.avl
+    segment.dpl = descriptor.dpl
+    segment.db = descriptor.db
+    segment.s = descriptor.s
+    segment.l = descriptor.l
+    segment.g = descriptor.g
+    segment.avl = descriptor.avl
     segment.unusable = 0
 
 

@@ -56,7 +56,7 @@ class Layout:
         """Read the layout of user components (those of XCR0) from leaf 0xD."""
         main = cpuid.find(0xD, 0)
         offered = 0 if main is None else main.eax | main.edx << 32
-        found = {
+        results = {
             X87: Component(X87, 0, 160),
             SSE: Component(SSE, 160, 256),
         }
@@ -64,8 +64,8 @@ class Layout:
             if offered >> number & 1:
                 leaf = cpuid.find(0xD, number)
                 if leaf is not None and leaf.eax and not leaf.ecx & 1:
-                    found[number] = Component(number, leaf.ebx, leaf.eax)
-        return cls(found, max([LEGACY_SIZE + HEADER_SIZE, *(c.offset + c.size for c in found.values())]))
+                    results[number] = Component(number, leaf.ebx, leaf.eax)
+        return cls(results, max([LEGACY_SIZE + HEADER_SIZE, *(c.offset + c.size for c in results.values())]))
 
     def __str__(self) -> str:
         return "\n".join(
@@ -142,30 +142,30 @@ class XsaveArea:
         raw = bytes(self.data[place.offset : place.offset + place.size])
         return raw if self.in_use(number) else bytes(place.size)
 
-    def _read(self, number: int, at: int, size: int) -> bytes:
-        return self.component(number)[at : at + size]
+    def _read(self, number: int, start: int, size: int) -> bytes:
+        return self.component(number)[start : start + size]
 
-    def _write(self, number: int, at: int, value: bytes) -> None:
+    def _write(self, number: int, position: int, value: bytes) -> None:
         place = self._place(number)
         if not self.in_use(number):
             self.data[place.offset : place.offset + place.size] = bytes(place.size)
             self.xstate_bv |= 1 << number
-        self.data[place.offset + at : place.offset + at + len(value)] = value
+        self.data[place.offset + position : place.offset + position + len(value)] = value
 
     # x87 and SSE.
 
-    def _x87(self, at: int, size: int, initial: int) -> int:
-        raw = int.from_bytes(self.data[at : at + size], "little")
+    def _x87(self, offset: int, size: int, initial: int) -> int:
+        raw = int.from_bytes(self.data[offset : offset + size], "little")
         return raw if self.in_use(X87) else initial
 
-    def _set_x87(self, at: int, value: bytes) -> None:
+    def _set_x87(self, offset: int, value: bytes) -> None:
         if not self.in_use(X87):
             mxcsr = bytes(self.data[_MXCSR : _MXCSR + 8])
             self.data[0:160] = bytes(160)
             self.data[_MXCSR : _MXCSR + 8] = mxcsr
             struct.pack_into("<H", self.data, _FCW, FCW_INIT)
             self.xstate_bv |= int(XCR0.X87)
-        self.data[at : at + len(value)] = value
+        self.data[offset : offset + len(value)] = value
 
     @property
     def fcw(self) -> int:
@@ -196,8 +196,8 @@ class XsaveArea:
 
     def st(self, number: int) -> bytes:
         """Return the 10 bytes of ST(*number*), which is also MM*number* (its lower 8)."""
-        at = _ST + 16 * _index(number, 8)
-        return self._x87(at, 10, 0).to_bytes(10, "little")
+        offset = _ST + 16 * _index(number, 8)
+        return self._x87(offset, 10, 0).to_bytes(10, "little")
 
     def set_st(self, number: int, value: bytes) -> None:
         """Set the 10 bytes of ST(*number*)."""
@@ -225,14 +225,14 @@ class XsaveArea:
         """Return the 16 bytes of XMM0 to XMM15, or with AVX-512 to XMM31."""
         if number >= 16:
             return self.zmm(number)[:16]
-        at = _XMM + 16 * _index(number, 16)
-        return bytes(self.data[at : at + 16]) if self.in_use(SSE) else bytes(16)
+        offset = _XMM + 16 * _index(number, 16)
+        return bytes(self.data[offset : offset + 16]) if self.in_use(SSE) else bytes(16)
 
     def set_xmm(self, number: int, value: bytes) -> None:
         """Set the 16 bytes of XMM0 to XMM15; the upper parts of YMM and ZMM stay."""
-        at = _XMM + 16 * _index(number, 16)
+        offset = _XMM + 16 * _index(number, 16)
         self._start_sse()
-        self.data[at : at + 16] = _exact(value, 16)
+        self.data[offset : offset + 16] = _exact(value, 16)
 
     # AVX and later.
 

@@ -105,15 +105,15 @@ MODES = pytest.mark.parametrize("x2apic", [0, 1], ids=["xapic", "x2apic"])
 
 def story(vm: GuestVm, windows: int = 4) -> list[tuple[str, int]]:
     """Return the beginnings ('h') and ends ('e') of handlers, with their vectors, within some windows."""
-    found: list[tuple[str, int]] = []
+    results: list[tuple[str, int]] = []
     while windows:
         call = vm.vcpus[0].sync()
         word = chr(call.args[0])
         if word == "i":
             windows -= 1
         else:
-            found.append((word, call.args[1]))
-    return found
+            results.append((word, call.args[1]))
+    return results
 
 
 @MODES

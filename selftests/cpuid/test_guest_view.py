@@ -25,7 +25,9 @@ def add(cpuid: Cpuid, function: int, values: tuple[int, int, int, int], index: i
 def set_vendor(cpuid: Cpuid, vendor: bytes) -> None:
     """Put a vendor string into leaf 0."""
     leaf = cpuid.ensure(0)
-    leaf.ebx, leaf.edx, leaf.ecx = (int.from_bytes(vendor[at : at + 4], "little") for at in (0, 4, 8))
+    leaf.ebx, leaf.edx, leaf.ecx = (
+        int.from_bytes(vendor[offset : offset + 4], "little") for offset in (0, 4, 8)
+    )
 
 
 def test_leaf(cpuid_guest: CpuidGuestMaker) -> None:

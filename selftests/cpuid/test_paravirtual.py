@@ -52,8 +52,8 @@ def test_hidden(cpuid_guest: CpuidGuestMaker) -> None:
 
     guest = cpuid_guest(change)
     _, ebx, ecx, edx = guest.cpuid(SIGNATURE)
-    found = b"".join(register.to_bytes(4, "little") for register in (ebx, ecx, edx))
-    assert found.rstrip(b"\0") != b"KVMKVMKVM"
+    text = b"".join(register.to_bytes(4, "little") for register in (ebx, ecx, edx))
+    assert text.rstrip(b"\0") != b"KVMKVMKVM"
     assert guest.rdmsr(MSR_KVM_SYSTEM_TIME_NEW) == 0
 
 

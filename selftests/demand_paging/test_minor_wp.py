@@ -33,8 +33,8 @@ def test_a_minor_fault_finds_what_the_file_has_then(accessor: Accessor, make_pag
             struct.pack_into("<Q", other, number * PAGE_SIZE, 0xA0 + number)
 
         def update(fault: PageFault) -> None:
-            at = (fault.address & -PAGE_SIZE) - mapping.hva
-            struct.pack_into("<Q", other, at, 0xB0 + at // PAGE_SIZE)
+            offset = (fault.address & -PAGE_SIZE) - mapping.hva
+            struct.pack_into("<Q", other, offset, 0xB0 + offset // PAGE_SIZE)
 
         pager = make_pager(update, features=UffdFeature.UFFD_FEATURE_MINOR_SHMEM)
         pager.register(mapping.hva, SIZE, MINOR)
@@ -68,8 +68,8 @@ def test_a_protected_page_is_saved_before_it_changes(
 
     def save(fault: PageFault) -> None:
         # Reads do not fault under write protection, so looking at the page here is no deadlock.
-        at = (fault.address & -PAGE_SIZE) - memory.hva
-        saved[at // PAGE_SIZE] = struct.unpack_from("<Q", memory.view(at, 8))[0]
+        address = (fault.address & -PAGE_SIZE) - memory.hva
+        saved[address // PAGE_SIZE] = struct.unpack_from("<Q", memory.view(address, 8))[0]
 
     pager = make_pager(save, features=feature)
     pager.register(memory.hva, SIZE, WP)

@@ -249,5 +249,5 @@ def test_a_guest_goes_on_in_memory_that_is_not_there(make_vm: MakeVm, make_pager
     asked = {fault.address & -PAGE_SIZE for fault in pager.faults}
     assert len(asked) >= 4 + 3 + 16
     gpa = vm.gva_to_gpa
-    for what in (heap, heap + 15 * PAGE_SIZE, vm.symbol("table").gva, vm.symbol("guest_main").gva):
-        assert vm.gpa_to_hva(gpa(what)) & -PAGE_SIZE in asked
+    for address in (heap, heap + 15 * PAGE_SIZE, vm.symbol("table").gva, vm.symbol("guest_main").gva):
+        assert vm.gpa_to_hva(gpa(address)) & -PAGE_SIZE in asked

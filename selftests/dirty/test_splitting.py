@@ -21,11 +21,11 @@ HUGE = SIZE_2M // PAGE_SIZE
 def writers(make_writers: MakeWriters) -> Writers:
     """Two pages of 2 MiB, not logged."""
     assert int(REGION_GPA) % SIZE_2M == 0
-    made = make_writers(pages=2 * HUGE, flags=0, backing=Anonymous("thp"), page_size=SIZE_2M)
-    mapping = made.region.mapping
+    new_writers = make_writers(pages=2 * HUGE, flags=0, backing=Anonymous("thp"), page_size=SIZE_2M)
+    mapping = new_writers.region.mapping
     for page in (0, HUGE):
         mapping.view(page * PAGE_SIZE, 1)[0] = 1
-    return made
+    return new_writers
 
 
 def mapped(writers: Writers) -> tuple[int, int]:

@@ -156,13 +156,13 @@ def test_pending_and_injected(payload_vcpu: Vcpu) -> None:
     events.exception.nr, events.exception.pending = int(Vector.PF), 1
     events.exception_has_payload, events.exception_payload = 1, 0x1234_5000
     payload_vcpu.events.set(events)
-    found = payload_vcpu.events.get()
-    assert (found.exception.pending, found.exception.injected) == (1, 0)
-    assert (found.exception_has_payload, found.exception_payload) == (1, 0x1234_5000)
+    known = payload_vcpu.events.get()
+    assert (known.exception.pending, known.exception.injected) == (1, 0)
+    assert (known.exception_has_payload, known.exception_payload) == (1, 0x1234_5000)
     events.exception.pending, events.exception.injected = 0, 1
     payload_vcpu.events.set(events)
-    found = payload_vcpu.events.get()
-    assert (found.exception.pending, found.exception.injected, found.exception_has_payload) == (0, 1, 0)
+    known = payload_vcpu.events.get()
+    assert (known.exception.pending, known.exception.injected, known.exception_has_payload) == (0, 1, 0)
 
 
 @payload
@@ -175,8 +175,8 @@ def test_pending_wins(payload_vcpu: Vcpu) -> None:
     events.exception.nr = int(Vector.UD)
     events.exception.pending = events.exception.injected = 1
     payload_vcpu.events.set(events)
-    found = payload_vcpu.events.get()
-    assert (found.exception.pending, found.exception.injected) == (1, 0)
+    entry = payload_vcpu.events.get()
+    assert (entry.exception.pending, entry.exception.injected) == (1, 0)
 
 
 def test_pending_without_capability(vcpu: Vcpu) -> None:
@@ -187,8 +187,8 @@ def test_pending_without_capability(vcpu: Vcpu) -> None:
     events = vcpu.events.get()
     events.exception.pending, events.exception.nr = 1, int(Vector.UD)
     vcpu.events.set(events)
-    found = vcpu.events.get()
-    assert (found.exception.pending, found.exception.injected) == (0, 0)
+    known = vcpu.events.get()
+    assert (known.exception.pending, known.exception.injected) == (0, 0)
 
 
 @payload

@@ -22,11 +22,11 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def _map(address: int | None, size: int, protection: int, flags: int, fd: int) -> int:
-    found = _libc.mmap(address, size, protection, flags, fd, 0)
-    if found is None or found == _FAILED:
+    address_of_map = _libc.mmap(address, size, protection, flags, fd, 0)
+    if address_of_map is None or address_of_map == _FAILED:
         number = ctypes.get_errno()
         raise OSError(number, f"mmap: {os.strerror(number)}")
-    return int(found)
+    return int(address_of_map)
 
 
 class Reserved:

@@ -28,10 +28,10 @@ def place(gmem: GuestMemfd) -> Iterator[Reserved]:
     """Two mappings of the file, one behind the other; MissingError without NUMA."""
     if host.kernel_config("NUMA") == "n" or not Path("/sys/devices/system/node/node0").is_dir():
         raise MissingError("NUMA policies", "a kernel with CONFIG_NUMA=y")
-    with Reserved(2 * SIZE) as made:
-        made.map_fixed(made.address, SIZE, gmem.fd)
-        made.map_fixed(made.address + SIZE, SIZE, gmem.fd)
-        yield made
+    with Reserved(2 * SIZE) as reserved:
+        reserved.map_fixed(reserved.address, SIZE, gmem.fd)
+        reserved.map_fixed(reserved.address + SIZE, SIZE, gmem.fd)
+        yield reserved
 
 
 @pytest.fixture

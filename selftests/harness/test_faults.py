@@ -56,15 +56,15 @@ sys.stdin.read()
 
 
 def kvm_fds(pid: int) -> list[str]:
-    found = []
+    results = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
             target = os.readlink(entry)
         except FileNotFoundError:
             continue
         if "kvm" in target:
-            found.append(target)
-    return found
+            results.append(target)
+    return results
 
 
 @pytest.mark.requires("kvm")

@@ -47,8 +47,8 @@ pytestmark = pytest.mark.requires("kvm", initial_namespaces)
 
 @pytest.fixture
 def listener() -> Iterator[UeventListener]:
-    with UeventListener() as made:
-        yield made
+    with UeventListener() as opened:
+        yield opened
 
 
 def mine(listener: UeventListener, kind: UeventKind) -> KvmUevent:

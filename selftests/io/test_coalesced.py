@@ -126,9 +126,9 @@ def guest(make_vm: MakeVm) -> GuestVm:
 @pytest.fixture
 def ring(guest: GuestVm) -> Iterator[CoalescedRing]:
     """The ring of that VM, mapped through its first vCPU."""
-    made = guest.vcpus[0].vm.io.coalesced_ring(guest.vcpus[0])
-    yield made
-    made.release()
+    new_ring = guest.vcpus[0].vm.io.coalesced_ring(guest.vcpus[0])
+    yield new_ring
+    new_ring.release()
 
 
 def start(vm: GuestVm, entry: str, *args: int) -> GuestVcpu:

@@ -218,10 +218,10 @@ def test_wide_write(make_vm: MakeVm) -> None:
     vm, vcpu = prepare(make_vm, "write_vector", MMIO + 0x20, RAM)
     vm.write(RAM, bytes(range(0x30, 0x40)))
     vm.launch()
-    data, at = b"", int(MMIO_GPA) + 0x20
+    data, address = b"", int(MMIO_GPA) + 0x20
     while len(data) < 16:
         where, part = write_exit(vcpu)
-        assert where == at + len(data)
+        assert where == address + len(data)
         assert 1 <= len(part) <= 8
         data += part
     assert data == bytes(range(0x30, 0x40))

@@ -117,7 +117,7 @@ def pic_vm(make_vm: MakeVm, masks: int = 0) -> GuestVm:
 
 def handled(vm: GuestVm) -> tuple[str | int, ...]:
     """Return what the handler says within three windows: where ring 0 is emulated, one may not do."""
-    return next((found for found in (said(vm) for _ in range(3)) if found[0] == "h"), ("nothing",))
+    return next((index for index in (said(vm) for _ in range(3)) if index[0] == "h"), ("nothing",))
 
 
 def test_ioapic_through_memory(make_vm: MakeVm) -> None:

@@ -18,8 +18,8 @@ PORT = 0x510
 
 @pytest.fixture
 def event() -> Iterator[EventFd]:
-    with EventFd() as made:
-        yield made
+    with EventFd() as eventfd:
+        yield eventfd
 
 
 def test_same_twice(vm: Vm, event: EventFd) -> None:

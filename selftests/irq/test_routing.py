@@ -52,13 +52,13 @@ def lines(vm: Vm, gsi: int) -> tuple[bool, bool, bool]:
         vm.irq.set_pic(state, slave=slave)
     vm.irq.line(gsi, 1)
     # The slave's output is the master's input 2.
-    found = (
+    value = (
         bool(vm.irq.get_pic().irr & ~4),
         bool(vm.irq.get_pic(slave=True).irr),
         bool(vm.irq.get_ioapic().irr),
     )
     vm.irq.line(gsi, 0)
-    return found
+    return value
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,10 @@ def word(vm: GuestVm) -> str:
 
 def words(vm: GuestVm) -> list[str]:
     """Return the guest's words until the window after the next is over."""
-    found: list[str] = []
-    while found.count("i") < 2:
-        found.append(word(vm))
-    return found
+    results: list[str] = []
+    while results.count("i") < 2:
+        results.append(word(vm))
+    return results
 
 
 def test_eoi_exit(make_vm: MakeVm) -> None:

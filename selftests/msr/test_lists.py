@@ -34,9 +34,9 @@ feature_msrs = pytest.mark.requires("KVM_CAP_GET_MSR_FEATURES")
 @pytest.fixture
 def vcpu(vm: Vm) -> Vcpu:
     """The vCPU of a bare VM, with the CPUID that KVM supports."""
-    made = vm.create_vcpu()
-    made.cpuid.set(vm.kvm.supported_cpuid)
-    return made
+    new_vcpu = vm.create_vcpu()
+    new_vcpu.cpuid.set(vm.kvm.supported_cpuid)
+    return new_vcpu
 
 
 @pytest.mark.parametrize("op", ["KVM_GET_MSR_INDEX_LIST", "KVM_GET_MSR_FEATURE_INDEX_LIST"])
@@ -180,9 +180,9 @@ def test_initial_feature_msrs(kvm: Kvm, disable: bool) -> None:
     with kvm.create_vm() as vm:
         if disable:
             vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
-        found = vm.create_vcpu().msrs.get(Msr.MSR_PLATFORM_INFO)
+        known = vm.create_vcpu().msrs.get(Msr.MSR_PLATFORM_INFO)
     assert supported != 0
-    assert found == (0 if disable else supported)
+    assert known == (0 if disable else supported)
 
 
 @pytest.mark.requires("KVM_CAP_MSR_PLATFORM_INFO")

@@ -65,11 +65,13 @@ class Prober:
 
     # What the host does.
 
-    def page(self, gva: Gva, content: int | bytes = 0, *, private: bool | None = None, **how: bool) -> Gpa:
+    def page(
+        self, gva: Gva, content: int | bytes = 0, *, private: bool | None = None, **keywords: bool
+    ) -> Gpa:
         """Map a new page (for both rings unless user=False) that begins with *content*."""
         gpa = self.new(private=private)
         self.vm.memory.write(gpa, content.to_bytes(8, "little") if isinstance(content, int) else content)
-        self.vm.map(gva, gpa, PAGE_SIZE, page_size=PAGE_SIZE, **{"user": True, **how})
+        self.vm.map(gva, gpa, PAGE_SIZE, page_size=PAGE_SIZE, **{"user": True, **keywords})
         return gpa
 
     def new(self, pages: int = 1, *, private: bool | None = None, align: int = PAGE_SIZE) -> Gpa:

@@ -256,11 +256,11 @@ def test_what_the_cpu_walked_is_what_an_independent_walk_finds(prober: Prober) -
     assert cr3 & bit.mask
     walker = Walker(read_u64, cr3, encryption_bit=bit.bit, physical_bits=bit.bit)
     for gva, private, content in ((GVA, True, PRIVATE), (OPEN, False, SHARED)):
-        found = walker.walk(int(gva))
-        assert (found.fault, found.physical, found.private) == (None, int(gpa), private)
-        assert found.table_privacy == (True,) * 4
-        assert (found.accessed, found.dirty) == (True, True)
-        assert read_u64(found.raw) == content
+        entry = walker.walk(int(gva))
+        assert (entry.fault, entry.physical, entry.private) == (None, int(gpa), private)
+        assert entry.table_privacy == (True,) * 4
+        assert (entry.accessed, entry.dirty) == (True, True)
+        assert read_u64(entry.raw) == content
 
 
 class SharingBit(EmulatedEncryptionBit):

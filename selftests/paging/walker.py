@@ -81,9 +81,9 @@ class Walker:
             if self.encryption_bit is not None:
                 privacy.append((table >> self.encryption_bit & 1 == 1) == self.set_is_private)
             index = gva >> (3 + 9 * level) & 0x1FF
-            at = table + index * 8
-            value = self.read_u64(at)
-            seen.append(Entry(level, at, value))
+            offset = table + index * 8
+            value = self.read_u64(offset)
+            seen.append(Entry(level, offset, value))
             if value & 1 == 0:
                 return Translation(gva, "not-present", table_privacy=tuple(privacy), entries=tuple(seen))
             last = level == 1 or value >> 7 & 1 == 1
@@ -101,10 +101,10 @@ class Walker:
         """Yield the translation of each mapped page in *size* bytes at *gva*, skipping holes page by page."""
         position = gva
         while position < gva + size:
-            found = self.walk(position)
-            step = 4096 if found.fault else found.page_size
-            if not found.fault:
-                yield found
+            entry = self.walk(position)
+            step = 4096 if entry.fault else entry.page_size
+            if not entry.fault:
+                yield entry
             position = (position // step + 1) * step
 
     def _reserved(self, value: int, level: int, last: bool) -> bool:

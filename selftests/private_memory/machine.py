@@ -42,8 +42,8 @@ class Machine(Protocol):
 
 def as_test(steps: list[str]) -> str:
     """Return the steps as the source of a test."""
-    made = f"make_region({PAGES}, slots={SLOTS}, vcpus=2)"
-    head = f"def test_found(make_region: MakeRegion) -> None:\n    region = {made}\n"
+    line = f"make_region({PAGES}, slots={SLOTS}, vcpus=2)"
+    head = f"def test_found(make_region: MakeRegion) -> None:\n    region = {line}\n"
     return head + "".join(f"    {step}\n" for step in steps)
 
 
@@ -120,9 +120,9 @@ class Sequences(RuleBasedStateMachine):
         self.words[True][where[0] : sum(where)] = [0] * where[1]
 
     @rule(where=_RANGES, how=st.sampled_from(["allocate", "pre_fault"]))
-    def in_advance(self, where: tuple[int, int], how: str) -> None:
+    def in_advance(self, where: tuple[int, int], mode: str) -> None:
         """Allocate private memory, or map a range, before anybody needs it."""
-        self.step(how, *where)
+        self.step(mode, *where)
 
     @rule(slot=st.integers(0, len(SLOTS) - 1))
     def renew(self, slot: int) -> None:

@@ -202,12 +202,12 @@ def direct_map() -> dict[str, int]:
 def splits() -> dict[str, int]:
     """Return how often large pages of the direct map were split (and collapsed) since boot."""
     words = (line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    found = {name: int(value) for name, value in words if name.startswith("direct_map_level")}
-    if not found:
+    result = {name: int(value) for name, value in words if name.startswith("direct_map_level")}
+    if not result:
         raise MissingError(
             "direct_map_level2_splits in /proc/vmstat", "Linux 5.12 on x86, CONFIG_VM_EVENT_COUNTERS"
         )
-    return found
+    return result
 
 
 def live(make_vm: MakeVm) -> None:

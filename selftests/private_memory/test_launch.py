@@ -173,11 +173,11 @@ def test_registers_are_those_of_a_plain_vm(make_vm: MakeVm, policy: str) -> None
 
     Documentation/virt/kvm/api.rst 4.11 KVM_GET_REGS, 4.13 KVM_GET_SREGS.
     """
-    found = []
+    results = []
     for protection, private in ((None, policy), ("none", None)):
         vm = make_vm.start(GUEST, vcpus=2, protection=protection, private=private)
-        found.append([(vcpu.regs.get().as_dict(), vcpu.regs.get_sregs().as_dict()) for vcpu in vm.vcpus])
-    assert found[0] == found[1]
+        results.append([(vcpu.regs.get().as_dict(), vcpu.regs.get_sregs().as_dict()) for vcpu in vm.vcpus])
+    assert results[0] == results[1]
 
 
 def test_nothing_of_the_launch_stays(make_vm: MakeVm, policy: str) -> None:

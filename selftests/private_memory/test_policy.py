@@ -110,10 +110,10 @@ def private_parts(vm: GuestVm) -> set[str]:
         "stack": vm.vcpus[0].stack_top - 8,
         "ucalls": Gva(layout.UCALL_BASE),
     }
-    found = {name for name, gva in places.items() if vm.memory.is_private(vm.gva_to_gpa(gva))}
+    window = {name for name, gva in places.items() if vm.memory.is_private(vm.gva_to_gpa(gva))}
     if vm.memory.is_private(vm.pages.root):
-        found.add("tables")
-    return found
+        window.add("tables")
+    return window
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ MakeTracer = Callable[..., FaultTracer]
 @pytest.fixture
 def trace() -> Iterator[MakeTracer]:
     """Trace events of this thread, or of the threads given."""
-    made: list[FaultTracer] = []
+    tracers: list[FaultTracer] = []
 
     def start(*kinds: str, tid: int | None = None) -> FaultTracer:
         try:
@@ -36,11 +36,11 @@ def trace() -> Iterator[MakeTracer]:
             )
         except TracefsError as error:
             raise MissingError(error.missing, error.how) from error
-        made.append(tracer)
+        tracers.append(tracer)
         return tracer
 
     yield start
-    for tracer in made:
+    for tracer in tracers:
         tracer.close()
 
 

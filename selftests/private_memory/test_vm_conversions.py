@@ -76,19 +76,19 @@ class Range:
     def __init__(self, vm: GuestVm, *slots: int, backing: Backing | None = None) -> None:
         self.vm = vm
         self.size = sum(slots)
-        at = GPA
+        address = GPA
         for size in slots:
-            vm.add_memory(at, size, backing=backing)
-            at += size
+            vm.add_memory(address, size, backing=backing)
+            address += size
         vm.map(GVA, GPA, self.size, page_size=PAGE_SIZE, private=False)
         self.agent = Agent(vm.vcpus[0])
         self.agent.start()
 
-    def do(self, what: str, offset: int = 0, size: int = PAGE_SIZE, value: int = 0) -> int:
+    def do(self, action: str, offset: int = 0, size: int = PAGE_SIZE, value: int = 0) -> int:
         """Let the guest do something to its end: 'r'ead, 'w'rite, make pages 's'hared or 'p'rivate."""
-        if what in "sp":
-            return self.agent.convert(GPA + offset, size, private=what == "p")
-        if what == "r":
+        if action in "sp":
+            return self.agent.convert(GPA + offset, size, private=action == "p")
+        if action == "r":
             self.agent.begin_read(GVA + offset)
         else:
             self.agent.begin_write(GVA + offset, value)

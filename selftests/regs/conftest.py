@@ -12,9 +12,9 @@ from kvmpy import KVM_CAP_SPLIT_IRQCHIP, Vcpu, Vm, segments
 def vcpu(vm: Vm) -> Vcpu:
     """The vCPU of a bare VM with local APICs, in 64-bit mode, with the CPUID that KVM supports."""
     vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
-    made = vm.create_vcpu()
-    made.cpuid.set(vm.kvm.supported_cpuid)
-    sregs = made.regs.get_sregs()
+    new_vcpu = vm.create_vcpu()
+    new_vcpu.cpuid.set(vm.kvm.supported_cpuid)
+    sregs = new_vcpu.regs.get_sregs()
     segments.long_mode_sregs(sregs, cr3=0x1000, gdt=0x2000, idt=0x3000, tss=0x4000)
-    made.regs.set_sregs(sregs)
-    return made
+    new_vcpu.regs.set_sregs(sregs)
+    return new_vcpu

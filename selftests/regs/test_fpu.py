@@ -55,10 +55,10 @@ def test_fpu_round_trip(vcpu: Vcpu) -> None:
     """
     given = some_fpu()
     vcpu.fpu.set(given)
-    found = vcpu.fpu.get()
+    known = vcpu.fpu.get()
     # KVM leaves MXCSR out of this pair of ioctls.
-    found.mxcsr = 0
-    assert found == given
+    known.mxcsr = 0
+    assert known == given
 
 
 @needs_xsave

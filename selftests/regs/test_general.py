@@ -256,5 +256,5 @@ def test_translation_without_paging(vcpu: Vcpu) -> None:
     segments.protected_mode_sregs(sregs, gdt=0x2000, idt=0x3000, tss=0x4000)
     vcpu.regs.set_sregs(sregs)
     for address in (0, 0x1234_5678, 0xFFFF_FFF0):
-        found = vcpu.translate(address)
-        assert (found.valid, found.physical_address) == (1, address)
+        translation = vcpu.translate(address)
+        assert (translation.valid, translation.physical_address) == (1, address)

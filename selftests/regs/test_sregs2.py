@@ -90,9 +90,9 @@ def test_pdptrs_from_user_space(vcpu: Vcpu, pdpt: memoryview) -> None:
     given = [(0x20 + number) << 12 | PRESENT for number in range(4)]
     sregs.pdptrs = given
     vcpu.regs.set_sregs2(sregs)
-    found = vcpu.regs.get_sregs2()
-    assert found.flags == KVM_SREGS2_FLAGS_PDPTRS_VALID
-    assert list(found.pdptrs) == given
+    state = vcpu.regs.get_sregs2()
+    assert state.flags == KVM_SREGS2_FLAGS_PDPTRS_VALID
+    assert list(state.pdptrs) == given
     assert list(pdpt[:4]) != given
 
 

@@ -30,9 +30,9 @@ def test_mapped(vm: GuestVm, offset: int) -> None:
     Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE.
     """
     page = vm.symbol("guest_agent_orders").gva.align_down(PAGE_SIZE)
-    found = vm.vcpus[0].translate(page + offset)
-    assert found.valid == 1
-    assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + offset
+    translation = vm.vcpus[0].translate(page + offset)
+    assert translation.valid == 1
+    assert translation.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + offset
 
 
 def test_huge_page(vm: GuestVm) -> None:
@@ -41,9 +41,9 @@ def test_huge_page(vm: GuestVm) -> None:
     Documentation/virt/kvm/api.rst, 4.15 KVM_TRANSLATE ("the vcpu's current address translation mode").
     """
     page = Gva(0x6000_0000)
-    found = vm.vcpus[0].translate(page + 0x12_3456)
-    assert found.valid == 1
-    assert found.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + 0x12_3456
+    translated = vm.vcpus[0].translate(page + 0x12_3456)
+    assert translated.valid == 1
+    assert translated.physical_address == vm.to_raw(vm.gva_to_gpa(page)) + 0x12_3456
 
 
 @pytest.mark.parametrize("gva", [0, LAST_LOW])
@@ -67,6 +67,6 @@ def test_follows_the_tables(vm: GuestVm) -> None:
     assert vcpu.translate(gva).valid == 0
     other = vm.allocator.alloc(1)
     vm.map(gva, other, PAGE_SIZE)
-    found = vcpu.translate(gva + 8)
-    assert (found.valid, found.physical_address) == (1, vm.to_raw(other) + 8)
-    assert found.physical_address != before + 8
+    translation = vcpu.translate(gva + 8)
+    assert (translation.valid, translation.physical_address) == (1, vm.to_raw(other) + 8)
+    assert translation.physical_address != before + 8

@@ -148,5 +148,5 @@ def certificates() -> list[x509.Certificate]:
     named = os.environ.get(CERTIFICATES_VARIABLE)
     if named:
         return load([Path(name).read_bytes() for name in named.split(":")])
-    found = [_SOFTWARE_CERTIFICATES / f"{name}.der" for name in ("vcek", "root")]
-    return load([path.read_bytes() for path in found]) if all(path.exists() for path in found) else []
+    result = [_SOFTWARE_CERTIFICATES / f"{name}.der" for name in ("vcek", "root")]
+    return load([path.read_bytes() for path in result]) if all(path.exists() for path in result) else []

@@ -121,21 +121,21 @@ def bare(kvm: Kvm) -> Iterator[BareMaker]:
         yield BareMaker(kvm, stack)
 
 
-def start_snp(made: Bare, policy: SnpPolicy | int | None = None) -> SnpLaunching:
+def start_snp(guest: Bare, policy: SnpPolicy | int | None = None) -> SnpLaunching:
     """Go on to SNP_LAUNCH_START, with all pages private."""
-    state = made.state
+    state = guest.state
     assert isinstance(state, SnpInitialised)
     launching = state.start(SnpPolicy() if policy is None else policy)
-    made.vm.set_memory_attributes(int(MEMORY), PAGES * PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    made.state = launching
+    guest.vm.set_memory_attributes(int(MEMORY), PAGES * PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+    guest.state = launching
     return launching
 
 
-def start_sev(made: Bare, policy: SevPolicy | int | None = None) -> SevLaunching:
+def start_sev(guest_vm: Bare, policy: SevPolicy | int | None = None) -> SevLaunching:
     """Go on to LAUNCH_START, with the memory registered."""
-    state = made.state
+    state = guest_vm.state
     assert isinstance(state, SevInitialised)
     launching = state.start(SevPolicy(es=state.es) if policy is None else policy)
-    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
-    made.state = launching
+    guest_vm.vm.sev.reg_region(guest_vm.hva, PAGES * PAGE_SIZE)
+    guest_vm.state = launching
     return launching

@@ -24,9 +24,9 @@ HOST_DATA = bytes(range(32, 64))
 
 
 def attester(make_vm: MakeVm, protection: Snp | None = None) -> Attester:
-    made = Attester(make_vm(GUEST, protection=protection))
-    made.start()
-    return made
+    attester_vm = Attester(make_vm(GUEST, protection=protection))
+    attester_vm.start()
+    return attester_vm
 
 
 def test_the_report_says_what_was_launched(make_vm: MakeVm) -> None:

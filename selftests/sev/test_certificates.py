@@ -107,9 +107,9 @@ def test_certificates_come_with_the_report(make_vm: MakeVm) -> None:
     asker = Asker(make_vm(GUEST, protection=Snp(certificates=table)))
     assert asker.request() == (0, PAGES)
     asker.check_report()
-    found = asker.found()
-    assert cert_table.unpack(found) == CERTIFICATES
-    assert found[len(table) :] == bytes([FILL]) * (PAGES * PAGE_SIZE - len(table))
+    certificates = asker.found()
+    assert cert_table.unpack(certificates) == CERTIFICATES
+    assert certificates[len(table) :] == bytes([FILL]) * (PAGES * PAGE_SIZE - len(table))
 
 
 @with_exit

@@ -78,9 +78,9 @@ class Buffer:
 
 def running(bare: BareMaker, kind: str) -> tuple[Bare, SevRunning]:
     """Return a guest that may be debugged, with TEXT at the begin of its memory."""
-    made = bare(kind)
-    made.vm.memory.write(MEMORY, TEXT)
-    return made, start_sev(made).update_data(MEMORY, len(TEXT)).measure().finish()
+    guest_vm = bare(kind)
+    guest_vm.vm.memory.write(MEMORY, TEXT)
+    return guest_vm, start_sev(guest_vm).update_data(MEMORY, len(TEXT)).measure().finish()
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -90,10 +90,10 @@ def test_decrypt(bare: BareMaker, kind: str, guest: int, host: int, size: int) -
 
     Documentation/virt/kvm/x86/amd-memory-encryption.rst, KVM_SEV_DBG_DECRYPT.
     """
-    made, _ = running(bare, kind)
+    guest_vm, _ = running(bare, kind)
     buffer = Buffer(host)
-    arg = kvm_sev_dbg(src_uaddr=made.hva + guest, dst_uaddr=buffer.address, len=size)
-    assert made.raw("DBG_DECRYPT", arg) == (0, 0)
+    arg = kvm_sev_dbg(src_uaddr=guest_vm.hva + guest, dst_uaddr=buffer.address, len=size)
+    assert guest_vm.raw("DBG_DECRYPT", arg) == (0, 0)
     assert buffer.inside(size) == TEXT[guest : guest + size]
     assert buffer.outside(size) == {0xEE}
 
@@ -105,11 +105,11 @@ def test_encrypt(bare: BareMaker, kind: str, guest: int, host: int, size: int) -
 
     Documentation/virt/kvm/x86/amd-memory-encryption.rst, KVM_SEV_DBG_ENCRYPT.
     """
-    made, state = running(bare, kind)
+    guest_vm, state = running(bare, kind)
     buffer = Buffer(host)
     buffer.bytes[buffer.start : buffer.start + size] = NEW[:size]
-    arg = kvm_sev_dbg(src_uaddr=buffer.address, dst_uaddr=made.hva + guest, len=size)
-    assert made.raw("DBG_ENCRYPT", arg) == (0, 0)
+    arg = kvm_sev_dbg(src_uaddr=buffer.address, dst_uaddr=guest_vm.hva + guest, len=size)
+    assert guest_vm.raw("DBG_ENCRYPT", arg) == (0, 0)
     assert state.dbg_decrypt(MEMORY, len(TEXT)) == TEXT[:guest] + NEW[:size] + TEXT[guest + size :]
     assert buffer.inside(size) == NEW[:size]
 
@@ -137,12 +137,12 @@ def test_a_target_that_cannot_be_written(bare: BareMaker, kind: str, odd: int) -
 
     DBG_ENCRYPT out of one is fine.  sev_dbg_crypt() in Linux.
     """
-    made, state = running(bare, kind)
+    guest, state = running(bare, kind)
     with read_only(NEW[:PAGE_SIZE]) as uaddr:
-        arg = kvm_sev_dbg(src_uaddr=made.hva, dst_uaddr=uaddr + odd, len=16)
-        assert made.raw("DBG_DECRYPT", arg) == (errno.ENOMEM, 0)
-        arg = kvm_sev_dbg(src_uaddr=uaddr + odd, dst_uaddr=made.hva, len=16)
-        assert made.raw("DBG_ENCRYPT", arg) == (0, 0)
+        arg = kvm_sev_dbg(src_uaddr=guest.hva, dst_uaddr=uaddr + odd, len=16)
+        assert guest.raw("DBG_DECRYPT", arg) == (errno.ENOMEM, 0)
+        arg = kvm_sev_dbg(src_uaddr=uaddr + odd, dst_uaddr=guest.hva, len=16)
+        assert guest.raw("DBG_ENCRYPT", arg) == (0, 0)
     assert state.dbg_decrypt(MEMORY, 32) == NEW[odd : odd + 16] + TEXT[16:32]
 
 
@@ -154,20 +154,20 @@ def test_an_address_of_nothing(bare: BareMaker, kind: str, command: str, end: st
 
     sev_dbg_crypt() in Linux.
     """
-    made, state = running(bare, kind)
-    arg = kvm_sev_dbg(src_uaddr=made.hva, dst_uaddr=made.hva, len=16)
+    guest, state = running(bare, kind)
+    arg = kvm_sev_dbg(src_uaddr=guest.hva, dst_uaddr=guest.hva, len=16)
     # The first page of the address space is never mapped.
     setattr(arg, end, 16)
-    assert made.raw(command, arg) == (errno.ENOMEM, 0)
+    assert guest.raw(command, arg) == (errno.ENOMEM, 0)
     assert state.dbg_decrypt(MEMORY, len(TEXT)) == TEXT
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_dbg_against_the_policy(bare: BareMaker, kind: str) -> None:
     """A policy that forbids debugging makes the firmware refuse it with POLICY_FAILURE."""
-    made = bare(kind)
+    guest_vm = bare(kind)
     policy = SevPolicy(no_debug=True, es=kind == "sev-es")
-    guest = start_sev(made, policy).update_data(MEMORY, PAGE_SIZE).measure().finish()
+    guest = start_sev(guest_vm, policy).update_data(MEMORY, PAGE_SIZE).measure().finish()
     for attempt in (lambda: guest.dbg_decrypt(MEMORY, 16), lambda: guest.dbg_encrypt(MEMORY, bytes(16))):
         with pytest.raises(SevError) as caught:
             attempt()
@@ -178,9 +178,9 @@ def test_dbg_against_the_policy(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("command", ["DBG_DECRYPT", "DBG_ENCRYPT"])
 def test_dbg_of_nothing(bare: BareMaker, kind: str, command: str) -> None:
     """Debugging no bytes, or from or to the null pointer, or around the end of the address space: EINVAL."""
-    made = bare(kind)
-    start_sev(made)
-    here = made.hva
+    guest = bare(kind)
+    start_sev(guest)
+    here = guest.hva
     for source, target, size in (
         (here, here, 0),
         (0, here, 16),
@@ -189,4 +189,4 @@ def test_dbg_of_nothing(bare: BareMaker, kind: str, command: str) -> None:
         (here, (1 << 64) - 8, 16),
     ):
         arg = kvm_sev_dbg(src_uaddr=source, dst_uaddr=target, len=size)
-        assert made.raw(command, arg) == EINVAL
+        assert guest.raw(command, arg) == EINVAL

@@ -25,45 +25,45 @@ from selftests.sev.conftest import IN_PLACE, MEMORY, TYPES, Bare, BareMaker, sta
 TIMES = 3
 
 
-def bad_policy(made: Bare) -> None:
+def bad_policy(guest: Bare) -> None:
     """Meet a policy of the other kind, which the ASID is not for."""
-    assert isinstance(made.state, SevInitialised)
-    made.state.start(SevPolicy(es=not made.state.es))
+    assert isinstance(guest.state, SevInitialised)
+    guest.state.start(SevPolicy(es=not guest.state.es))
 
 
-def bad_session(made: Bare) -> None:
+def bad_session(guest_vm: Bare) -> None:
     """Give the firmware a session and a certificate that are none."""
-    assert isinstance(made.state, SevInitialised)
-    made.state.start(SevPolicy(es=made.state.es), dh_certificate=bytes(0x824), session=bytes(128))
+    assert isinstance(guest_vm.state, SevInitialised)
+    guest_vm.state.start(SevPolicy(es=guest_vm.state.es), dh_certificate=bytes(0x824), session=bytes(128))
 
 
-def early_finish(made: Bare) -> None:
+def early_finish(guest: Bare) -> None:
     """End a launch that was not measured."""
-    start_sev(made).update_data(MEMORY, PAGE_SIZE)
-    made.vm.sev.command("LAUNCH_FINISH")
+    start_sev(guest).update_data(MEMORY, PAGE_SIZE)
+    guest.vm.sev.command("LAUNCH_FINISH")
 
 
-def too_new(made: Bare) -> None:
+def too_new(guest: Bare) -> None:
     """Ask for a firmware that is newer than any."""
-    start_snp(made, SnpPolicy(abi_major=0xFF, abi_minor=0xFF))
+    start_snp(guest, SnpPolicy(abi_major=0xFF, abi_minor=0xFF))
 
 
-def bad_page(made: Bare) -> None:
+def bad_page(guest: Bare) -> None:
     """Give a page twice."""
-    launching = start_snp(made)
+    launching = start_snp(guest)
     for _ in range(2):
         launching.update_bytes(MEMORY, bytes(PAGE_SIZE), KVM_SEV_SNP_PAGE_TYPE_NORMAL)
 
 
-def bad_cpuid(made: Bare) -> None:
+def bad_cpuid(guest: Bare) -> None:
     """Give a CPUID page with more functions than there is room for."""
     table = (65).to_bytes(4, "little").ljust(PAGE_SIZE, b"\0")
-    start_snp(made).update_bytes(MEMORY, table, KVM_SEV_SNP_PAGE_TYPE_CPUID)
+    start_snp(guest).update_bytes(MEMORY, table, KVM_SEV_SNP_PAGE_TYPE_CPUID)
 
 
-def bad_id_block(made: Bare) -> None:
+def bad_id_block(guest: Bare) -> None:
     """End with an ID block that expects another digest; its version and algorithms are none, too."""
-    start_snp(made).update_bytes(MEMORY, b"\1" * PAGE_SIZE, KVM_SEV_SNP_PAGE_TYPE_NORMAL).finish(
+    start_snp(guest).update_bytes(MEMORY, b"\1" * PAGE_SIZE, KVM_SEV_SNP_PAGE_TYPE_NORMAL).finish(
         id_block=IdBlockPair(bytes(96), bytes(4096))
     )
 
@@ -76,11 +76,11 @@ def tear(asids: Asids, bare: BareMaker, kind: str, fail: Failure, status: SevRet
     """Fail a few times, and compare what is left."""
     before = asids.left(TYPES[kind])
     for _ in range(TIMES):
-        made = bare(kind)
+        guest = bare(kind)
         with pytest.raises(SevError) as caught:
-            fail(made)
+            fail(guest)
         assert (caught.value.errno, caught.value.firmware) == (errno.EIO, int(status))
-        made.vm.close()
+        guest.vm.close()
     assert asids.left(TYPES[kind]) == before
 
 

@@ -24,25 +24,25 @@ needs_snp = pytest.mark.requires("protection:snp")
 @pytest.mark.parametrize("kind", KINDS)
 def test_init2(bare: BareMaker, kind: str) -> None:
     """KVM_SEV_INIT2 succeeds once on a VM of an SEV type; the second gives EINVAL, on an SNP VM EPERM."""
-    made = bare(kind, init=False)
-    assert made.raw("INIT2", kvm_sev_init()) == (0, 0)
-    assert made.raw("INIT2", kvm_sev_init()) == ((errno.EPERM, 0) if kind == "snp" else EINVAL)
+    guest = bare(kind, init=False)
+    assert guest.raw("INIT2", kvm_sev_init()) == (0, 0)
+    assert guest.raw("INIT2", kvm_sev_init()) == ((errno.EPERM, 0) if kind == "snp" else EINVAL)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_init2_after_a_vcpu(bare: BareMaker, kind: str) -> None:
     """KVM_SEV_INIT2 comes before the first vCPU: EINVAL afterwards."""
-    made = bare(kind, init=False, vcpus=1)
-    assert made.raw("INIT2", kvm_sev_init()) == EINVAL
+    guest_vm = bare(kind, init=False, vcpus=1)
+    assert guest_vm.raw("INIT2", kvm_sev_init()) == EINVAL
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_init2_flags(bare: BareMaker, kind: str) -> None:
     """KVM_SEV_INIT2 has no flags: EINVAL, and the VM can still be initialised."""
-    made = bare(kind, init=False)
+    guest = bare(kind, init=False)
     for flag in (1, 1 << 31):
-        assert made.raw("INIT2", kvm_sev_init(flags=flag)) == EINVAL
-    assert made.raw("INIT2", kvm_sev_init()) == (0, 0)
+        assert guest.raw("INIT2", kvm_sev_init(flags=flag)) == EINVAL
+    assert guest.raw("INIT2", kvm_sev_init()) == (0, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,8 +59,8 @@ def test_vmsa_features(kvm: Kvm, bare: BareMaker, kind: str) -> None:
 def test_a_vmsa_feature_that_is_offered(kvm: Kvm, bare: BareMaker, kind: str) -> None:
     """DebugSwap is accepted with SEV-ES and SNP where it is offered, and refused everywhere else."""
     good = kind != "sev" and sev_platform.vmsa_features(kvm) & DEBUG_SWAP
-    made = bare(kind, init=False)
-    assert made.raw("INIT2", kvm_sev_init(vmsa_features=DEBUG_SWAP)) == ((0, 0) if good else EINVAL)
+    guest = bare(kind, init=False)
+    assert guest.raw("INIT2", kvm_sev_init(vmsa_features=DEBUG_SWAP)) == ((0, 0) if good else EINVAL)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,16 +68,16 @@ def test_a_vmsa_feature_that_is_offered(kvm: Kvm, bare: BareMaker, kind: str) ->
 def test_ghcb_versions(bare: BareMaker, kind: str, version: int) -> None:
     """GHCB versions 1 and 2 are SEV-ES's, 2 alone SNP's; SEV has none, and nobody has a later one."""
     good = {"sev": (), "sev-es": (1, 2), "snp": (2,)}[kind]
-    made = bare(kind, init=False)
-    assert made.raw("INIT2", kvm_sev_init(ghcb_version=version)) == ((0, 0) if version in good else EINVAL)
+    guest = bare(kind, init=False)
+    assert guest.raw("INIT2", kvm_sev_init(ghcb_version=version)) == ((0, 0) if version in good else EINVAL)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_old_init_on_a_new_type(bare: BareMaker, kind: str) -> None:
     """KVM_SEV_INIT and ES_INIT are for VMs of the default type: EINVAL on others."""
-    made = bare(kind, init=False)
+    guest = bare(kind, init=False)
     for command in ("INIT", "ES_INIT"):
-        assert made.raw(command) == EINVAL
+        assert guest.raw(command) == EINVAL
 
 
 @needs_sev
@@ -119,9 +119,9 @@ def test_no_argument(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pointer_to_nowhere(bare: BareMaker, kind: str) -> None:
     """The command and its data are read from user space: EFAULT where there is nothing."""
-    made = bare(kind, init=False)
-    assert made.vm.ioctl_raw(ioctls.KVM_MEMORY_ENCRYPT_OP, 8) == (-1, errno.EFAULT)
-    assert made.raw("INIT2", 8) == (errno.EFAULT, 0)
+    guest = bare(kind, init=False)
+    assert guest.vm.ioctl_raw(ioctls.KVM_MEMORY_ENCRYPT_OP, 8) == (-1, errno.EFAULT)
+    assert guest.raw("INIT2", 8) == (errno.EFAULT, 0)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -141,11 +141,11 @@ def test_commands_of_sev_on_snp(bare: BareMaker, name: str) -> None:
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_commands_of_snp_on_sev(bare: BareMaker, kind: str) -> None:
     """SNP commands on SEV and SEV-ES VMs: ENOTTY for START and FINISH, EINVAL for the others."""
-    made = bare(kind)
-    assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=0x30000)) == (errno.ENOTTY, 0)
-    assert made.raw("SNP_LAUNCH_UPDATE") == EINVAL
-    assert made.raw("SNP_LAUNCH_FINISH") == (errno.ENOTTY, 0)
-    assert made.raw("SNP_ENABLE_REQ_CERTS") == EINVAL
+    guest = bare(kind)
+    assert guest.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=0x30000)) == (errno.ENOTTY, 0)
+    assert guest.raw("SNP_LAUNCH_UPDATE") == EINVAL
+    assert guest.raw("SNP_LAUNCH_FINISH") == (errno.ENOTTY, 0)
+    assert guest.raw("SNP_ENABLE_REQ_CERTS") == EINVAL
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -180,7 +180,7 @@ def test_commands_that_kvm_does_not_implement(bare: BareMaker, command: str) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_no_secure_processor(bare: BareMaker, kind: str) -> None:
     """Commands for the firmware need /dev/sev: EBADF with a file that is closed or another one."""
-    made = bare(kind)
+    guest = bare(kind)
     name, arg = (
         ("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=0x30000))
         if kind == "snp"
@@ -190,9 +190,9 @@ def test_a_file_that_is_no_secure_processor(bare: BareMaker, kind: str) -> None:
     wanted = errno.ENOTTY if kind == "snp" else errno.EBADF
     with open(os.devnull, "rb") as other:
         for fd in (other.fileno(), (1 << 32) - 1):
-            result = made.vm.sev.command_raw(name, arg, sev_fd=fd)
+            result = guest.vm.sev.command_raw(name, arg, sev_fd=fd)
             assert (result.errno, result.firmware) == (wanted, 0)
-    assert made.vm.sev.command_raw(name, arg).ok
+    assert guest.vm.sev.command_raw(name, arg).ok
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -117,7 +117,7 @@ def test_strings(make_vm: MakeVm) -> None:
             data += bytes(got.data)
 
     assert sent() == (expected, (5000, 0))
-    backwards = b"".join(expected[at : at + 4] for at in (4996, 4992, 4988))
+    backwards = b"".join(expected[address : address + 4] for address in (4996, 4992, 4988))
     assert sent() == (backwards, (4984, 0))
     given = bytes(number * 3 & 0xFF for number in range(5000))
     done = 0

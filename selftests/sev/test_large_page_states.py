@@ -205,13 +205,13 @@ def test_there_and_back(make_vm: MakeVm) -> None:
     assert vcpu.sync().args == (PAGES, PAGES)
     assert vcpu.sync().args == (0,)
     vcpu.sync()
-    assert not any(vm.memory.is_private(gpa + at) for at in range(0, SIZE_2M, PAGE_SIZE))
-    for at in range(0, SIZE_2M, PAGE_SIZE):
-        view = vm.memory.shared_view(gpa + at, 8)
-        assert int.from_bytes(view, "little") == 0x1000 + at
-        view[:] = (0x2000 + at).to_bytes(8, "little")
+    assert not any(vm.memory.is_private(gpa + offset) for offset in range(0, SIZE_2M, PAGE_SIZE))
+    for offset in range(0, SIZE_2M, PAGE_SIZE):
+        view = vm.memory.shared_view(gpa + offset, 8)
+        assert int.from_bytes(view, "little") == 0x1000 + offset
+        view[:] = (0x2000 + offset).to_bytes(8, "little")
     assert vcpu.sync().args == (0,)
-    assert all(vm.memory.is_private(gpa + at) for at in range(0, SIZE_2M, PAGE_SIZE))
+    assert all(vm.memory.is_private(gpa + offset) for offset in range(0, SIZE_2M, PAGE_SIZE))
     assert vcpu.sync().args == (29 << 32 | 0x404,) * 3
     assert vcpu.sync().args == (FAIL_SIZEMISMATCH,)
     assert vcpu.sync().args == (PAGES, PAGES)

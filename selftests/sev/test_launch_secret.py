@@ -68,18 +68,18 @@ class Waiting:
 
 def waiting(bare: BareMaker, kind: str, *, registered: bool = True) -> Waiting:
     """Return a guest with TEXT at the begin of its memory, measured."""
-    made, owner = bare(kind), GuestOwner()
-    made.vm.memory.write(MEMORY, TEXT)
+    guest_vm, owner = bare(kind), GuestOwner()
+    guest_vm.vm.memory.write(MEMORY, TEXT)
     policy = SevPolicy(es=kind == "sev-es")
-    assert isinstance(made.state, SevInitialised)
-    launching = made.state.start(
+    assert isinstance(guest_vm.state, SevInitialised)
+    launching = guest_vm.state.start(
         policy, dh_certificate=owner.certificate(), session=owner.session(platform_key()[0], int(policy))
     )
     if registered:
-        made.vm.sev.reg_region(made.hva, 4 * PAGE_SIZE)
+        guest_vm.vm.sev.reg_region(guest_vm.hva, 4 * PAGE_SIZE)
     measured = launching.update_data(MEMORY, PAGE_SIZE).measure()
     assert measured.state == GuestState.LSECRET
-    return Waiting(made, owner, measured)
+    return Waiting(guest_vm, owner, measured)
 
 
 # What arrives.
@@ -121,8 +121,8 @@ def test_the_guest_reads_its_secret(make_vm: MakeVm, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SevMeasured, "finish", finish)
     vm.vcpus[0].set_entry("guest_main", int(gva), 8)
     vm.launch()
-    found = b"".join(call.args[0].to_bytes(8, "little") for call in vm.vcpus[0].syncs())
-    assert found == TEXT[:16] + secret + TEXT[48:64]
+    answer = b"".join(call.args[0].to_bytes(8, "little") for call in vm.vcpus[0].syncs())
+    assert answer == TEXT[:16] + secret + TEXT[48:64]
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)

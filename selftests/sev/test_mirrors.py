@@ -54,12 +54,12 @@ def error_of(attempt: Callable[[], object]) -> int | None:
 
 def launched(bare: BareMaker, kind: str, vcpus: int = 1) -> Bare:
     """Return a bare guest whose launch is complete."""
-    made = bare(kind, vcpus=vcpus)
-    launching = start_sev(made).update_data(MEMORY, PAGE_SIZE)
+    guest = bare(kind, vcpus=vcpus)
+    launching = start_sev(guest).update_data(MEMORY, PAGE_SIZE)
     if kind == "sev-es":
         launching.update_vmsa()
     launching.measure().finish()
-    return made
+    return guest
 
 
 # Without paging every access of an SEV guest is private. SEV: mov $0x2a, %al; out %al, $0x10; hlt.
@@ -81,14 +81,14 @@ def at_program(vcpu: Vcpu) -> None:
 
 def with_program(bare: BareMaker, kind: str, legacy: bool) -> Bare:
     """Return a launched bare guest that has one vCPU, at its program, which has not run."""
-    made = bare(kind, vcpus=1, legacy=legacy)
-    made.vm.memory.write(MEMORY, PROGRAMS[kind])
-    at_program(made.vm.vcpus[0])
-    launching = start_sev(made).update_data(MEMORY, PAGE_SIZE)
+    guest_vm = bare(kind, vcpus=1, legacy=legacy)
+    guest_vm.vm.memory.write(MEMORY, PROGRAMS[kind])
+    at_program(guest_vm.vm.vcpus[0])
+    launching = start_sev(guest_vm).update_data(MEMORY, PAGE_SIZE)
     if kind == "sev-es":
         launching.update_vmsa()
     launching.measure().finish()
-    return made
+    return guest_vm
 
 
 def share_memory(vm: Vm, source: Bare) -> None:

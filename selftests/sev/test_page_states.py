@@ -50,10 +50,10 @@ def test_there_and_back(make_vm: MakeVm, pages: int) -> None:
     for number in range(3):
         assert vm.vcpus[0].sync().args == (number,)
         assert not vm.memory.is_private(gpa)
-        for at in range(pages):
-            view = vm.memory.shared_view(gpa + at * PAGE_SIZE, 8)
-            assert int.from_bytes(view, "little") == 0x1000 + at * 512 + number
-            view[:] = (0x2000 + at * 512 + number).to_bytes(8, "little")
+        for offset in range(pages):
+            view = vm.memory.shared_view(gpa + offset * PAGE_SIZE, 8)
+            assert int.from_bytes(view, "little") == 0x1000 + offset * 512 + number
+            view[:] = (0x2000 + offset * 512 + number).to_bytes(8, "little")
     assert vm.vcpus[0].sync().args == (3,)
     assert vm.memory.is_private(gpa)
     vm.vcpus[0].run_to_done()

@@ -206,32 +206,32 @@ def launched(make_vm: MakeVm) -> tuple[GuestVm, tuple[int, ...], bytes]:
 @hidden
 def test_general_registers_reach_the_guest(make_vm: MakeVm) -> None:
     """What KVM_SET_REGS was given before the launch is what the guest starts with: all sixteen and RFLAGS."""
-    _, found, _ = launched(make_vm)
-    assert dict(zip(GPRS, found[:16], strict=True)) == VALUES
-    assert found[16] == 0x2 | 0xC5 | 0x400
+    _, registers, _ = launched(make_vm)
+    assert dict(zip(GPRS, registers[:16], strict=True)) == VALUES
+    assert registers[16] == 0x2 | 0xC5 | 0x400
 
 
 @hidden
 def test_system_registers_reach_the_guest(make_vm: MakeVm) -> None:
     """Control registers, descriptor tables, selectors and FS base are those of KVM_SET_SREGS."""
-    vm, found, raw = launched(make_vm)
-    assert found[18] == int(vm.pages.cr3)
-    assert found[17] & 0x8000_0001 == 0x8000_0001
-    assert found[19] >> 5 & 1 == 1
+    vm, state, raw = launched(make_vm)
+    assert state[18] == int(vm.pages.cr3)
+    assert state[17] & 0x8000_0001 == 0x8000_0001
+    assert state[19] >> 5 & 1 == 1
     gdt = struct.unpack_from("<HQ", raw, 8 * 20)
     idt = struct.unpack_from("<HQ", raw, 8 * 22)
     assert gdt[1] == 0x07FF_0000
     assert idt == (0xFFF, 0x07FF_1000)
-    assert found[24] & 0xFFFF == 0x30
+    assert state[24] & 0xFFFF == 0x30
     assert struct.unpack_from("<2H", raw, 8 * 25) == (0x08, 0x10)
-    assert found[26] == 0x7766_5544
+    assert state[26] == 0x7766_5544
 
 
 @hidden
 def test_fpu_state_reaches_the_guest(make_vm: MakeVm) -> None:
     """XMM registers, MXCSR and the x87 control word are those of KVM_SET_XSAVE."""
     _, _, raw = launched(make_vm)
-    for number, at in ((0, 28), (7, 30), (15, 32)):
-        assert raw[8 * at : 8 * at + 16] == xmm(number), f"xmm{number}"
+    for number, offset in ((0, 28), (7, 30), (15, 32)):
+        assert raw[8 * offset : 8 * offset + 16] == xmm(number), f"xmm{number}"
     assert struct.unpack_from("<I", raw, 8 * 34)[0] == 0x1F00
     assert struct.unpack_from("<H", raw, 8 * 35)[0] == 0x27F

@@ -62,7 +62,9 @@ class Modelled:
     def __init__(self, vm: GuestVm, before: dict[int, Entry]) -> None:
         self.vm = vm
         self.before = before
-        launched = [gpa.gfn + at for gpa, size in vm.private.image() for at in range(size // PAGE_SIZE)]
+        launched = [
+            gpa.gfn + offset for gpa, size in vm.private.image() for offset in range(size // PAGE_SIZE)
+        ]
         self.frames = max(launched) + 1
         self.model = Rmp(self.frames + len(vm.vcpus))
         [self.asid] = {entry.asid for pfn, entry in rmp().items() if pfn not in before} - {0}

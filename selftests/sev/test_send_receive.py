@@ -42,18 +42,18 @@ def policy(kind: str, **more: bool) -> SevPolicy:
 
 def running(bare: BareMaker, kind: str, **more: bool) -> Bare:
     """Return a guest with TEXT at the begin of its memory."""
-    made = bare(kind)
-    made.vm.memory.write(MEMORY, TEXT)
-    start_sev(made, policy(kind, **more)).update_data(MEMORY, PAGE_SIZE).measure().finish()
-    return made
+    guest = bare(kind)
+    guest.vm.memory.write(MEMORY, TEXT)
+    start_sev(guest, policy(kind, **more)).update_data(MEMORY, PAGE_SIZE).measure().finish()
+    return guest
 
 
 def receiving(bare: BareMaker, kind: str) -> tuple[Bare, GuestOwner]:
     """Return a guest that packets go into, and their sender."""
-    made, sender = bare(kind), GuestOwner()
-    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
-    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
-    return made, sender
+    guest_vm, sender = bare(kind), GuestOwner()
+    guest_vm.vm.sev.reg_region(guest_vm.hva, PAGES * PAGE_SIZE)
+    assert guest_vm.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
+    return guest_vm, sender
 
 
 # Sending.
@@ -62,14 +62,14 @@ def receiving(bare: BareMaker, kind: str) -> tuple[Bare, GuestOwner]:
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_packet_is_the_guests_memory(bare: BareMaker, kind: str) -> None:
     """What SEND_UPDATE_DATA seals opens with the session's keys, and is what the guest has there."""
-    made, target = running(bare, kind), GuestOwner()
+    guest, target = running(bare, kind), GuestOwner()
     start = SendStart(target)
-    assert made.raw("SEND_START", start.arg) == (0, 0)
+    assert guest.raw("SEND_START", start.arg) == (0, 0)
     assert start.arg.policy == int(policy(kind))
     keys = open_session(target, start.session)
     for offset, size in ((0, PAGE_SIZE), (16, 16), (PAGE_SIZE - 32, 32)):
-        update = SendUpdate(made.hva + offset, size)
-        assert made.raw("SEND_UPDATE_DATA", update.arg) == (0, 0)
+        update = SendUpdate(guest.hva + offset, size)
+        assert guest.raw("SEND_UPDATE_DATA", update.arg) == (0, 0)
         assert update.packet.sealed != TEXT[offset : offset + size]
         assert update.packet.open(*keys) == TEXT[offset : offset + size]
 
@@ -77,55 +77,55 @@ def test_a_packet_is_the_guests_memory(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_the_size_of_a_session(bare: BareMaker, kind: str) -> None:
     """SEND_START without a length tells it, with INVALID_LEN."""
-    made = running(bare, kind)
+    guest = running(bare, kind)
     arg = kvm_sev_send_start()
-    assert made.raw("SEND_START", arg) == firmware(SevRet.SEV_RET_INVALID_LEN)
+    assert guest.raw("SEND_START", arg) == firmware(SevRet.SEV_RET_INVALID_LEN)
     assert arg.session_len == SESSION_SIZE
-    assert SevGuest(made.vm).state == GuestState.RUNNING
+    assert SevGuest(guest.vm).state == GuestState.RUNNING
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_the_size_of_a_header(bare: BareMaker, kind: str) -> None:
     """SEND_UPDATE_DATA without lengths tells that of the header, with INVALID_LEN."""
-    made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
+    guest = running(bare, kind)
+    assert guest.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
     arg = kvm_sev_send_update_data()
-    assert made.raw("SEND_UPDATE_DATA", arg) == firmware(SevRet.SEV_RET_INVALID_LEN)
+    assert guest.raw("SEND_UPDATE_DATA", arg) == firmware(SevRet.SEV_RET_INVALID_LEN)
     assert arg.hdr_len == HEADER_SIZE
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_guest_that_must_stay(bare: BareMaker, kind: str) -> None:
     """A policy with NOSEND is refused by SEND_START: POLICY_FAILURE."""
-    made = running(bare, kind, no_send=True)
-    assert made.raw("SEND_START", SendStart(GuestOwner())) == firmware(SevRet.SEV_RET_POLICY_FAILURE)
-    assert SevGuest(made.vm).state == GuestState.RUNNING
+    guest = running(bare, kind, no_send=True)
+    assert guest.raw("SEND_START", SendStart(GuestOwner())) == firmware(SevRet.SEV_RET_POLICY_FAILURE)
+    assert SevGuest(guest.vm).state == GuestState.RUNNING
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 @pytest.mark.parametrize("missing", ["pdh_cert_uaddr", "pdh_cert_len", "session_uaddr"])
 def test_send_start_without(bare: BareMaker, kind: str, missing: str) -> None:
     """SEND_START needs the other platform's certificate and a place for the session: EINVAL."""
-    made = running(bare, kind)
+    guest = running(bare, kind)
     start = SendStart(GuestOwner())
     setattr(start.arg, missing, 0)
-    assert made.raw("SEND_START", start.arg) == EINVAL
+    assert guest.raw("SEND_START", start.arg) == EINVAL
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_session_of_silly_size(bare: BareMaker, kind: str) -> None:
     """SEND_START into more than 16 KiB gives EINVAL."""
-    made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner(), 0x4001)) == EINVAL
+    guest = running(bare, kind)
+    assert guest.raw("SEND_START", SendStart(GuestOwner(), 0x4001)) == EINVAL
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_certificate_that_is_none(bare: BareMaker, kind: str) -> None:
     """SEND_START to a platform whose certificate is none gives INVALID_CERTIFICATE."""
-    made = running(bare, kind)
+    guest = running(bare, kind)
     start = SendStart(GuestOwner())
     start.buffers["pdh"][0] ^= 0xFF
-    assert made.raw("SEND_START", start.arg) == firmware(SevRet.SEV_RET_INVALID_CERTIFICATE)
+    assert guest.raw("SEND_START", start.arg) == firmware(SevRet.SEV_RET_INVALID_CERTIFICATE)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -134,9 +134,9 @@ def test_a_certificate_that_is_none(bare: BareMaker, kind: str) -> None:
 )
 def test_a_packet_of_two_pages(bare: BareMaker, kind: str, offset: int, size: int) -> None:
     """A packet is of one page: EINVAL beyond."""
-    made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
-    assert made.raw("SEND_UPDATE_DATA", SendUpdate(made.hva + offset, size)) == EINVAL
+    guest = running(bare, kind)
+    assert guest.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
+    assert guest.raw("SEND_UPDATE_DATA", SendUpdate(guest.hva + offset, size)) == EINVAL
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -147,20 +147,20 @@ def test_a_packet_of_two_pages(bare: BareMaker, kind: str, offset: int, size: in
 )
 def test_a_packet_of_half_a_block(bare: BareMaker, kind: str, offset: int, size: int, status: SevRet) -> None:
     """Packets are whole blocks of 16 bytes: INVALID_ADDRESS or INVALID_LEN otherwise."""
-    made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
-    assert made.raw("SEND_UPDATE_DATA", SendUpdate(made.hva + offset, size)) == firmware(status)
+    guest = running(bare, kind)
+    assert guest.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
+    assert guest.raw("SEND_UPDATE_DATA", SendUpdate(guest.hva + offset, size)) == firmware(status)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_packet_of_nothing(bare: BareMaker, kind: str) -> None:
     """A packet of no bytes, from nowhere or to nowhere gives EINVAL."""
-    made = running(bare, kind)
-    assert made.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
+    guest = running(bare, kind)
+    assert guest.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
     for name in ("guest_uaddr", "guest_len", "hdr_uaddr", "trans_uaddr"):
-        update = SendUpdate(made.hva, 16)
+        update = SendUpdate(guest.hva, 16)
         setattr(update.arg, name, 0)
-        assert made.raw("SEND_UPDATE_DATA", update.arg) == EINVAL, name
+        assert guest.raw("SEND_UPDATE_DATA", update.arg) == EINVAL, name
 
 
 # Receiving.
@@ -170,12 +170,12 @@ def test_a_packet_of_nothing(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_packet_arrives(bare: BareMaker, kind: str) -> None:
     """What the sender sealed is what the guest has, as DBG_DECRYPT shows it."""
-    made, sender = receiving(bare, kind)
+    guest, sender = receiving(bare, kind)
     for offset, size in ((0, PAGE_SIZE), (PAGE_SIZE + 16, 16), (3 * PAGE_SIZE - 48, 48)):
-        update = ReceiveUpdate(made.hva + offset, Packet.seal(sender, TEXT[:size]))
-        assert made.raw("RECEIVE_UPDATE_DATA", update.arg) == (0, 0)
-        assert SevGuest(made.vm).dbg_decrypt(MEMORY + offset, size) == TEXT[:size]
-    assert made.raw("RECEIVE_FINISH") == (0, 0)
+        update = ReceiveUpdate(guest.hva + offset, Packet.seal(sender, TEXT[:size]))
+        assert guest.raw("RECEIVE_UPDATE_DATA", update.arg) == (0, 0)
+        assert SevGuest(guest.vm).dbg_decrypt(MEMORY + offset, size) == TEXT[:size]
+    assert guest.raw("RECEIVE_FINISH") == (0, 0)
 
 
 @needs_receive_update
@@ -183,25 +183,25 @@ def test_a_packet_arrives(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("part", ["header", "sealed"])
 def test_a_packet_that_was_changed(bare: BareMaker, kind: str, part: str) -> None:
     """A flipped bit anywhere in a packet is found: BAD_MEASUREMENT, and memory stays as it was."""
-    made, sender = receiving(bare, kind)
+    guest, sender = receiving(bare, kind)
     right = Packet.seal(sender, TEXT[:64])
     bad = bytearray(getattr(right, part))
     bad[-1] ^= 1
     wrong = replace(right, **{part: bytes(bad)})
-    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, wrong)) == firmware(
+    assert guest.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(guest.hva, wrong)) == firmware(
         SevRet.SEV_RET_BAD_MEASUREMENT
     )
-    assert SevGuest(made.vm).dbg_decrypt(MEMORY, 64) != TEXT[:64]
-    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, right)) == (0, 0)
+    assert SevGuest(guest.vm).dbg_decrypt(MEMORY, 64) != TEXT[:64]
+    assert guest.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(guest.hva, right)) == (0, 0)
 
 
 @needs_receive_update
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_packet_of_somebody_else(bare: BareMaker, kind: str) -> None:
     """A packet that was sealed with other keys gives BAD_MEASUREMENT."""
-    made, _ = receiving(bare, kind)
+    guest, _ = receiving(bare, kind)
     packet = Packet.seal(GuestOwner(), TEXT[:64])
-    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, packet)) == firmware(
+    assert guest.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(guest.hva, packet)) == firmware(
         SevRet.SEV_RET_BAD_MEASUREMENT
     )
 
@@ -210,10 +210,10 @@ def test_a_packet_of_somebody_else(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_compressed_packet(bare: BareMaker, kind: str) -> None:
     """A flag for compression is refused with UNSUPPORTED where the firmware has none."""
-    made, sender = receiving(bare, kind)
+    guest, sender = receiving(bare, kind)
     packet = Packet.seal(sender, TEXT[:64])
     packet = replace(packet, header=b"\x01" + packet.header[1:])
-    _, status = made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva, packet))
+    _, status = guest.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(guest.hva, packet))
     assert status in (int(SevRet.SEV_RET_UNSUPPORTED), int(SevRet.SEV_RET_BAD_MEASUREMENT))
 
 
@@ -221,45 +221,45 @@ def test_a_compressed_packet(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize(("offset", "size"), [(0, PAGE_SIZE + 16), (16, PAGE_SIZE)], ids=hex)
 def test_a_packet_into_two_pages(bare: BareMaker, kind: str, offset: int, size: int) -> None:
     """A packet goes into one page: EINVAL beyond."""
-    made, sender = receiving(bare, kind)
+    guest, sender = receiving(bare, kind)
     packet = Packet.seal(sender, (TEXT * 2)[:size])
-    assert made.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(made.hva + offset, packet)) == EINVAL
+    assert guest.raw("RECEIVE_UPDATE_DATA", ReceiveUpdate(guest.hva + offset, packet)) == EINVAL
 
 
 @needs_receive_update
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_packet_that_is_too_short(bare: BareMaker, kind: str) -> None:
     """Less data or less header than there must be gives INVALID_LEN."""
-    made, sender = receiving(bare, kind)
+    guest, sender = receiving(bare, kind)
     packet = Packet.seal(sender, TEXT[:64])
     short = replace(packet, header=packet.header[:-4])
-    for update in (ReceiveUpdate(made.hva, packet, size=80), ReceiveUpdate(made.hva, short)):
-        assert made.raw("RECEIVE_UPDATE_DATA", update.arg) == firmware(SevRet.SEV_RET_INVALID_LEN)
+    for update in (ReceiveUpdate(guest.hva, packet, size=80), ReceiveUpdate(guest.hva, short)):
+        assert guest.raw("RECEIVE_UPDATE_DATA", update.arg) == firmware(SevRet.SEV_RET_INVALID_LEN)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_receive_without(bare: BareMaker, kind: str) -> None:
     """RECEIVE_START and RECEIVE_UPDATE_DATA need every pointer and length that they have: EINVAL."""
-    made, sender = bare(kind), GuestOwner()
+    guest, sender = bare(kind), GuestOwner()
     for name in ("pdh_uaddr", "pdh_len", "session_uaddr", "session_len"):
         start = ReceiveStart(sender, int(policy(kind)))
         setattr(start.arg, name, 0)
-        assert made.raw("RECEIVE_START", start.arg) == EINVAL, name
-    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
+        assert guest.raw("RECEIVE_START", start.arg) == EINVAL, name
+    assert guest.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
     for name in ("hdr_uaddr", "hdr_len", "guest_uaddr", "guest_len", "trans_uaddr", "trans_len"):
-        update = ReceiveUpdate(made.hva, Packet.seal(sender, TEXT[:16]))
+        update = ReceiveUpdate(guest.hva, Packet.seal(sender, TEXT[:16]))
         setattr(update.arg, name, 0)
-        assert made.raw("RECEIVE_UPDATE_DATA", update.arg) == EINVAL, name
+        assert guest.raw("RECEIVE_UPDATE_DATA", update.arg) == EINVAL, name
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_session_for_another_policy(bare: BareMaker, kind: str) -> None:
     """The session authenticates the policy: BAD_MEASUREMENT with another one, and no guest is left."""
-    made, sender = bare(kind), GuestOwner()
+    guest, sender = bare(kind), GuestOwner()
     start = ReceiveStart(sender, int(policy(kind)))
     start.arg.policy = int(policy(kind, no_debug=True))
-    assert made.raw("RECEIVE_START", start.arg) == firmware(SevRet.SEV_RET_BAD_MEASUREMENT)
-    assert made.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
+    assert guest.raw("RECEIVE_START", start.arg) == firmware(SevRet.SEV_RET_BAD_MEASUREMENT)
+    assert guest.raw("RECEIVE_START", ReceiveStart(sender, int(policy(kind)))) == (0, 0)
 
 
 @needs_receive_update

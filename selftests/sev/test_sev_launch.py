@@ -27,16 +27,16 @@ needs_sev = pytest.mark.requires("protection:sev")
 needs_es = pytest.mark.requires("protection:sev-es")
 
 
-def data(made: Bare, offset: int = 0, size: int = PAGE_SIZE) -> kvm_sev_launch_update_data:
+def data(guest: Bare, offset: int = 0, size: int = PAGE_SIZE) -> kvm_sev_launch_update_data:
     """Return the argument that encrypts a part of the memory."""
-    return kvm_sev_launch_update_data(uaddr=made.hva + offset, len=size)
+    return kvm_sev_launch_update_data(uaddr=guest.hva + offset, len=size)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_states(bare: BareMaker, kind: str) -> None:
     """GUEST_STATUS follows the launch: LUPDATE, LSECRET after the measurement, RUNNING at the end."""
-    made = bare(kind, vcpus=1)
-    launching = start_sev(made)
+    guest_vm = bare(kind, vcpus=1)
+    launching = start_sev(guest_vm)
     status = launching.status()
     assert (status.state, status.policy, status.handle) == (
         GuestState.LUPDATE,
@@ -63,9 +63,9 @@ def test_two_guests_have_two_handles(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_handle_that_is_none(bare: BareMaker, kind: str) -> None:
     """LAUNCH_START with the handle of a guest that does not exist is refused with INVALID_GUEST."""
-    made = bare(kind)
+    guest = bare(kind)
     arg = kvm_sev_launch_start(handle=0x7FFF_FFFF, policy=4 if kind == "sev-es" else 0)
-    assert made.raw("LAUNCH_START", arg) == (errno.EIO, int(SevRet.SEV_RET_INVALID_GUEST))
+    assert guest.raw("LAUNCH_START", arg) == (errno.EIO, int(SevRet.SEV_RET_INVALID_GUEST))
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -78,35 +78,35 @@ def test_a_policy_of_the_other_kind(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_finish_without_a_measurement(bare: BareMaker, kind: str) -> None:
     """LAUNCH_FINISH before LAUNCH_MEASURE is refused with INVALID_GUEST_STATE."""
-    made = bare(kind)
-    start_sev(made)
-    assert made.raw("LAUNCH_FINISH") == WRONG_STATE
+    guest = bare(kind)
+    start_sev(guest)
+    assert guest.raw("LAUNCH_FINISH") == WRONG_STATE
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_data_after_the_measurement(bare: BareMaker, kind: str) -> None:
     """LAUNCH_UPDATE_DATA after LAUNCH_MEASURE is refused with INVALID_GUEST_STATE."""
-    made = bare(kind)
-    start_sev(made).update_data(MEMORY, PAGE_SIZE).measure()
-    assert made.raw("LAUNCH_UPDATE_DATA", data(made, PAGE_SIZE)) == WRONG_STATE
+    guest = bare(kind)
+    start_sev(guest).update_data(MEMORY, PAGE_SIZE).measure()
+    assert guest.raw("LAUNCH_UPDATE_DATA", data(guest, PAGE_SIZE)) == WRONG_STATE
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_nothing_after_the_end(bare: BareMaker, kind: str) -> None:
     """After LAUNCH_FINISH every step of the launch is refused with INVALID_GUEST_STATE."""
-    made = bare(kind)
-    start_sev(made).measure().finish()
-    assert made.raw("LAUNCH_UPDATE_DATA", data(made)) == WRONG_STATE
-    assert made.raw("LAUNCH_FINISH") == WRONG_STATE
-    measure = kvm_sev_launch_measure(uaddr=made.hva, len=48)
-    assert made.raw("LAUNCH_MEASURE", measure) == WRONG_STATE
+    guest = bare(kind)
+    start_sev(guest).measure().finish()
+    assert guest.raw("LAUNCH_UPDATE_DATA", data(guest)) == WRONG_STATE
+    assert guest.raw("LAUNCH_FINISH") == WRONG_STATE
+    measure = kvm_sev_launch_measure(uaddr=guest.hva, len=48)
+    assert guest.raw("LAUNCH_MEASURE", measure) == WRONG_STATE
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_the_size_of_a_measurement(bare: BareMaker, kind: str) -> None:
     """LAUNCH_MEASURE without a buffer tells how long one must be, with INVALID_LEN, and changes no state."""
-    made = bare(kind)
-    launching = start_sev(made)
+    guest = bare(kind)
+    launching = start_sev(guest)
     assert launching.measurement_size() == 48
     assert launching.state == GuestState.LUPDATE
 
@@ -114,29 +114,29 @@ def test_the_size_of_a_measurement(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_a_measurement_of_silly_size(bare: BareMaker, kind: str) -> None:
     """LAUNCH_MEASURE into more than 16 KiB gives EINVAL, into less than 48 bytes INVALID_LEN."""
-    made = bare(kind)
-    start_sev(made)
-    arg = kvm_sev_launch_measure(uaddr=made.hva, len=(16 << 10) + 1)
-    assert made.raw("LAUNCH_MEASURE", arg) == EINVAL
-    arg = kvm_sev_launch_measure(uaddr=made.hva, len=16)
-    assert made.raw("LAUNCH_MEASURE", arg) == (errno.EIO, int(SevRet.SEV_RET_INVALID_LEN))
+    guest = bare(kind)
+    start_sev(guest)
+    arg = kvm_sev_launch_measure(uaddr=guest.hva, len=(16 << 10) + 1)
+    assert guest.raw("LAUNCH_MEASURE", arg) == EINVAL
+    arg = kvm_sev_launch_measure(uaddr=guest.hva, len=16)
+    assert guest.raw("LAUNCH_MEASURE", arg) == (errno.EIO, int(SevRet.SEV_RET_INVALID_LEN))
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_no_data(bare: BareMaker, kind: str) -> None:
     """LAUNCH_UPDATE_DATA of no bytes gives EINVAL."""
-    made = bare(kind)
-    start_sev(made)
-    assert made.raw("LAUNCH_UPDATE_DATA", data(made, size=0)) == EINVAL
+    guest = bare(kind)
+    start_sev(guest)
+    assert guest.raw("LAUNCH_UPDATE_DATA", data(guest, size=0)) == EINVAL
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_data_that_is_not_mapped(bare: BareMaker, kind: str) -> None:
     """LAUNCH_UPDATE_DATA of memory that cannot be pinned gives ENOMEM."""
-    made = bare(kind)
-    start_sev(made)
+    guest = bare(kind)
+    start_sev(guest)
     arg = kvm_sev_launch_update_data(uaddr=PAGE_SIZE, len=PAGE_SIZE)
-    assert made.raw("LAUNCH_UPDATE_DATA", arg) == (errno.ENOMEM, 0)
+    assert guest.raw("LAUNCH_UPDATE_DATA", arg) == (errno.ENOMEM, 0)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
@@ -145,19 +145,19 @@ def test_data_that_cannot_be_written(bare: BareMaker, kind: str) -> None:
 
     Documentation/virt/kvm/x86/amd-memory-encryption.rst; sev_launch_update_data() pins with FOLL_WRITE.
     """
-    made = bare(kind)
-    start_sev(made)
+    guest = bare(kind)
+    start_sev(guest)
     with read_only(b"\x5a" * PAGE_SIZE) as uaddr:
         arg = kvm_sev_launch_update_data(uaddr=uaddr, len=PAGE_SIZE)
-        assert made.raw("LAUNCH_UPDATE_DATA", arg) == (errno.ENOMEM, 0)
-    assert made.raw("LAUNCH_UPDATE_DATA", data(made)) == (0, 0)
+        assert guest.raw("LAUNCH_UPDATE_DATA", arg) == (errno.ENOMEM, 0)
+    assert guest.raw("LAUNCH_UPDATE_DATA", data(guest)) == (0, 0)
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_data_of_all_memory(bare: BareMaker, kind: str) -> None:
     """LAUNCH_UPDATE_DATA takes a range of many pages at once."""
-    made = bare(kind)
-    launching = start_sev(made)
+    guest = bare(kind)
+    launching = start_sev(guest)
     launching.update_data(MEMORY, PAGES * PAGE_SIZE)
     assert launching.measure().finish().state == GuestState.RUNNING
 
@@ -205,42 +205,42 @@ def test_a_region_that_is_not_mapped(bare: BareMaker, kind: str) -> None:
 @needs_sev
 def test_vmsa_without_es(bare: BareMaker) -> None:
     """LAUNCH_UPDATE_VMSA on a plain SEV VM gives ENOTTY."""
-    made = bare("sev", vcpus=1)
-    start_sev(made)
-    assert made.raw("LAUNCH_UPDATE_VMSA") == (errno.ENOTTY, 0)
+    guest = bare("sev", vcpus=1)
+    start_sev(guest)
+    assert guest.raw("LAUNCH_UPDATE_VMSA") == (errno.ENOTTY, 0)
 
 
 @needs_es
 def test_vmsa_twice(bare: BareMaker) -> None:
     """A vCPU's state is encrypted once: EINVAL afterwards."""
-    made = bare("sev-es", vcpus=2)
-    start_sev(made)
-    assert made.raw("LAUNCH_UPDATE_VMSA") == (0, 0)
-    assert made.raw("LAUNCH_UPDATE_VMSA") == EINVAL
+    guest = bare("sev-es", vcpus=2)
+    start_sev(guest)
+    assert guest.raw("LAUNCH_UPDATE_VMSA") == (0, 0)
+    assert guest.raw("LAUNCH_UPDATE_VMSA") == EINVAL
 
 
 @needs_es
 def test_vmsa_of_a_vcpu_that_is_debugged(bare: BareMaker) -> None:
     """LAUNCH_UPDATE_VMSA with guest debugging on gives EINVAL, and works when it is off again."""
-    made = bare("sev-es", vcpus=1)
-    start_sev(made)
-    vcpu = made.vm.vcpus[0]
+    guest = bare("sev-es", vcpus=1)
+    start_sev(guest)
+    vcpu = guest.vm.vcpus[0]
     vcpu.debug.set(KVM_GUESTDBG_ENABLE)
-    assert made.raw("LAUNCH_UPDATE_VMSA") == EINVAL
+    assert guest.raw("LAUNCH_UPDATE_VMSA") == EINVAL
     vcpu.debug.set(0)
-    assert made.raw("LAUNCH_UPDATE_VMSA") == (0, 0)
+    assert guest.raw("LAUNCH_UPDATE_VMSA") == (0, 0)
 
 
 @needs_es
 def test_vmsa_with_breakpoints(bare: BareMaker) -> None:
     """LAUNCH_UPDATE_VMSA with a breakpoint enabled in DR7 gives EINVAL."""
-    made = bare("sev-es", vcpus=1)
-    start_sev(made)
-    vcpu = made.vm.vcpus[0]
+    guest = bare("sev-es", vcpus=1)
+    start_sev(guest)
+    vcpu = guest.vm.vcpus[0]
     registers = vcpu.debug.get_regs()
     registers.dr7 = 0x400 | 3
     vcpu.debug.set_regs(registers)
-    assert made.raw("LAUNCH_UPDATE_VMSA") == EINVAL
+    assert guest.raw("LAUNCH_UPDATE_VMSA") == EINVAL
 
 
 # The older ioctls.

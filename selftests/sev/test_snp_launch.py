@@ -38,11 +38,11 @@ SECRETS = SnpPageType.KVM_SEV_SNP_PAGE_TYPE_SECRETS
 CPUID = SnpPageType.KVM_SEV_SNP_PAGE_TYPE_CPUID
 
 
-def update(made: Bare, page: int = 0, pages: int = 1, **fields: int) -> kvm_sev_snp_launch_update:
+def update(guest: Bare, page: int = 0, pages: int = 1, **fields: int) -> kvm_sev_snp_launch_update:
     """Return the argument that adds *pages* pages from page number *page* of MEMORY on."""
     arg = kvm_sev_snp_launch_update(
         gfn_start=MEMORY.gfn + page,
-        uaddr=made.hva + page * PAGE_SIZE,
+        uaddr=guest.hva + page * PAGE_SIZE,
         len=pages * PAGE_SIZE,
         type=int(NORMAL),
     )
@@ -56,18 +56,18 @@ def update(made: Bare, page: int = 0, pages: int = 1, **fields: int) -> kvm_sev_
 
 def test_start_twice(bare: BareMaker) -> None:
     """SNP_LAUNCH_START succeeds once; the second gives EINVAL."""
-    made = bare("snp")
+    guest_vm = bare("snp")
     arg = kvm_sev_snp_launch_start(policy=POLICY)
-    assert made.raw("SNP_LAUNCH_START", arg) == (0, 0)
-    assert made.raw("SNP_LAUNCH_START", arg) == EINVAL
+    assert guest_vm.raw("SNP_LAUNCH_START", arg) == (0, 0)
+    assert guest_vm.raw("SNP_LAUNCH_START", arg) == EINVAL
 
 
 @pytest.mark.parametrize("flags", [1, 0x8000])
 def test_start_flags(bare: BareMaker, flags: int) -> None:
     """SNP_LAUNCH_START has no flags: EINVAL, and the launch can still begin."""
-    made = bare("snp")
-    assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY, flags=flags)) == EINVAL
-    assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY)) == (0, 0)
+    guest = bare("snp")
+    assert guest.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY, flags=flags)) == EINVAL
+    assert guest.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY)) == (0, 0)
 
 
 def test_start_without_bit_17(bare: BareMaker) -> None:
@@ -80,13 +80,13 @@ def test_start_with_unknown_policy_bits(kvm: Kvm, bare: BareMaker) -> None:
     """Each policy bit that KVM_X86_SNP_POLICY_BITS lacks gives EINVAL."""
     offered = sev_platform.snp_policy_bits(kvm)
     assert offered & int(SnpPolicy(smt=False)), "bit 17 must be on offer"
-    made = bare("snp")
+    guest = bare("snp")
     refused = [bit for bit in range(64) if not offered >> bit & 1]
     assert refused
     for bit in refused:
         arg = kvm_sev_snp_launch_start(policy=POLICY | 1 << bit)
-        assert made.raw("SNP_LAUNCH_START", arg) == EINVAL, f"bit {bit}"
-    assert made.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY)) == (0, 0)
+        assert guest.raw("SNP_LAUNCH_START", arg) == EINVAL, f"bit {bit}"
+    assert guest.raw("SNP_LAUNCH_START", kvm_sev_snp_launch_start(policy=POLICY)) == (0, 0)
 
 
 # UPDATE.
@@ -94,8 +94,8 @@ def test_start_with_unknown_policy_bits(kvm: Kvm, bare: BareMaker) -> None:
 
 def test_update_before_start(bare: BareMaker) -> None:
     """SNP_LAUNCH_UPDATE before START gives EINVAL."""
-    made = bare("snp")
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == EINVAL
+    guest = bare("snp")
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest)) == EINVAL
 
 
 @pytest.mark.parametrize(
@@ -115,55 +115,55 @@ def test_update_before_start(bare: BareMaker) -> None:
 )
 def test_update_with_a_bad_field(bare: BareMaker, fields: dict[str, int]) -> None:
     """Lengths that are no pages, flags, and page types that are none (VMSA among them) give EINVAL."""
-    made = bare("snp")
-    start_snp(made)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made, **fields)) == EINVAL
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    guest = bare("snp")
+    start_snp(guest)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, **fields)) == EINVAL
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest)) == (0, 0)
 
 
 def test_update_from_an_unaligned_source(bare: BareMaker) -> None:
     """The source begins a page: EINVAL otherwise, but for ZERO, which has none."""
-    made = bare("snp")
-    start_snp(made)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made, uaddr=made.hva + 8)) == EINVAL
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made, uaddr=8, type=int(ZERO))) == (0, 0)
+    guest = bare("snp")
+    start_snp(guest)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, uaddr=guest.hva + 8)) == EINVAL
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, uaddr=8, type=int(ZERO))) == (0, 0)
 
 
 def test_update_outside_memory(bare: BareMaker) -> None:
     """A GFN without a memory slot, or in one without a guest_memfd, gives EINVAL."""
-    made = bare("snp")
-    start_snp(made)
-    shared = made.vm.add_slot(MEMORY + PAGES * PAGE_SIZE, PAGE_SIZE)
+    guest = bare("snp")
+    start_snp(guest)
+    shared = guest.vm.add_slot(MEMORY + PAGES * PAGE_SIZE, PAGE_SIZE)
     for gfn in (0, MEMORY.gfn - 1, shared.gpa // PAGE_SIZE):
-        assert made.raw("SNP_LAUNCH_UPDATE", update(made, gfn_start=gfn)) == EINVAL
+        assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, gfn_start=gfn)) == EINVAL
 
 
 def test_update_of_a_shared_page(bare: BareMaker) -> None:
     """A page without KVM_MEMORY_ATTRIBUTE_PRIVATE gives EIO without a firmware status."""
-    made = bare("snp")
-    start_snp(made)
-    made.vm.set_memory_attributes(int(MEMORY), PAGE_SIZE, 0)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (errno.EIO, 0)
-    made.vm.set_memory_attributes(int(MEMORY), PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    guest = bare("snp")
+    start_snp(guest)
+    guest.vm.set_memory_attributes(int(MEMORY), PAGE_SIZE, 0)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest)) == (errno.EIO, 0)
+    guest.vm.set_memory_attributes(int(MEMORY), PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest)) == (0, 0)
 
 
 def test_update_of_the_same_page(bare: BareMaker) -> None:
     """A page that is part of the guest already gives EIO without a firmware status."""
-    made = bare("snp")
-    start_snp(made)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    guest = bare("snp")
+    start_snp(guest)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest)) == (0, 0)
     for kind in (NORMAL, ZERO):
-        assert made.raw("SNP_LAUNCH_UPDATE", update(made, type=int(kind))) == (errno.EIO, 0)
+        assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, type=int(kind))) == (errno.EIO, 0)
 
 
 def test_update_from_nowhere(bare: BareMaker) -> None:
     """A source that is not mapped gives EIO without a firmware status."""
-    made = bare("snp")
-    start_snp(made)
+    guest = bare("snp")
+    start_snp(guest)
     # The first page of the address space is never mapped.
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made, uaddr=PAGE_SIZE)) == (errno.EIO, 0)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, uaddr=PAGE_SIZE)) == (errno.EIO, 0)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest)) == (0, 0)
 
 
 @pytest.mark.parametrize("kind", [NORMAL, UNMEASURED, SECRETS, CPUID], ids=lambda kind: kind.name)
@@ -173,52 +173,52 @@ def test_update_from_a_read_only_page(bare: BareMaker, kind: SnpPageType) -> Non
     Documentation/virt/kvm/x86/amd-memory-encryption.rst, KVM_SEV_SNP_LAUNCH_UPDATE: the source is read, and
     written for CPUID pages alone.  kvm_gmem_populate() pins it with FOLL_WRITE only for those.
     """
-    made = bare("snp")
-    start_snp(made)
-    page = cpuid_page(made.vm) if kind == CPUID else b"\x5a" * PAGE_SIZE
+    guest = bare("snp")
+    start_snp(guest)
+    page = cpuid_page(guest.vm) if kind == CPUID else b"\x5a" * PAGE_SIZE
     with read_only(page) as uaddr:
-        answer = made.raw("SNP_LAUNCH_UPDATE", update(made, uaddr=uaddr, type=int(kind)))
+        answer = guest.raw("SNP_LAUNCH_UPDATE", update(guest, uaddr=uaddr, type=int(kind)))
         assert answer == ((errno.EIO, 0) if kind == CPUID else (0, 0))
 
 
 def test_update_stops_at_the_end_of_the_slot(bare: BareMaker) -> None:
     """A range that runs over the end of its slot is done up to there, and the argument names the rest."""
-    made = bare("snp")
-    start_snp(made)
-    arg = update(made, PAGES - 2, 5)
-    assert made.raw("SNP_LAUNCH_UPDATE", arg) == (0, 0)
+    guest = bare("snp")
+    start_snp(guest)
+    arg = update(guest, PAGES - 2, 5)
+    assert guest.raw("SNP_LAUNCH_UPDATE", arg) == (0, 0)
     assert (arg.gfn_start, arg.len) == (MEMORY.gfn + PAGES, 3 * PAGE_SIZE)
-    assert arg.uaddr == made.hva + PAGES * PAGE_SIZE
-    assert made.raw("SNP_LAUNCH_UPDATE", arg) == EINVAL
+    assert arg.uaddr == guest.hva + PAGES * PAGE_SIZE
+    assert guest.raw("SNP_LAUNCH_UPDATE", arg) == EINVAL
 
 
 def test_update_stops_at_a_page_that_fails(bare: BareMaker) -> None:
     """A range with a bad page is done up to it; SevError names the page and how far the range got."""
-    made = bare("snp")
-    launching = start_snp(made)
+    guest = bare("snp")
+    launching = start_snp(guest)
     bad = MEMORY + 3 * PAGE_SIZE
-    made.vm.set_memory_attributes(int(bad), PAGE_SIZE, 0)
+    guest.vm.set_memory_attributes(int(bad), PAGE_SIZE, 0)
     with pytest.raises(SevError) as caught:
-        launching.update(MEMORY, 6 * PAGE_SIZE, NORMAL, made.hva)
+        launching.update(MEMORY, 6 * PAGE_SIZE, NORMAL, guest.hva)
     error = caught.value
     assert (error.errno, error.gpa, error.done) == (errno.EIO, int(bad), 3 * PAGE_SIZE)
-    made.vm.set_memory_attributes(int(bad), PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    launching.update(bad, 3 * PAGE_SIZE, NORMAL, made.hva + 3 * PAGE_SIZE)
+    guest.vm.set_memory_attributes(int(bad), PAGE_SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+    launching.update(bad, 3 * PAGE_SIZE, NORMAL, guest.hva + 3 * PAGE_SIZE)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SnpPageType if kind])
 def test_page_types(bare: BareMaker, kind: SnpPageType) -> None:
     """Every page type is taken, and the argument says that nothing is left."""
-    made = bare("snp")
-    start_snp(made)
+    guest = bare("snp")
+    start_snp(guest)
     if kind == CPUID:
-        made.vm.memory.write(MEMORY, cpuid_page(made.vm))
-    arg = update(made, type=int(kind))
+        guest.vm.memory.write(MEMORY, cpuid_page(guest.vm))
+    arg = update(guest, type=int(kind))
     first = arg.uaddr
-    answer = made.raw("SNP_LAUNCH_UPDATE", arg)
+    answer = guest.raw("SNP_LAUNCH_UPDATE", arg)
     if kind == CPUID and answer == (errno.EIO, int(SevRet.SEV_RET_INVALID_PARAM)):
         # What the firmware corrected it takes.
-        answer = made.raw("SNP_LAUNCH_UPDATE", arg)
+        answer = guest.raw("SNP_LAUNCH_UPDATE", arg)
     assert answer == (0, 0)
     assert (arg.gfn_start, arg.len) == (MEMORY.gfn + 1, 0)
     assert arg.uaddr == (first if kind == ZERO else first + PAGE_SIZE)
@@ -226,22 +226,22 @@ def test_page_types(bare: BareMaker, kind: SnpPageType) -> None:
 
 def test_a_cpuid_page_that_the_firmware_corrects(bare: BareMaker) -> None:
     """A CPUID page that claims too much comes back corrected in its source, and is accepted then."""
-    made = bare("snp")
-    launching = start_snp(made)
+    guest = bare("snp")
+    launching = start_snp(guest)
     boast = [CpuidFunction(0x8000_0008, 0, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF)]
     page = snp_cpuid.pack(boast)
     accepted = launching.update_cpuid(MEMORY, page)
-    found = snp_cpuid.unpack(accepted)
-    assert [function.leaf for function in found] == [0x8000_0008]
-    assert snp_cpuid.corrections(boast, found) != []
+    functions = snp_cpuid.unpack(accepted)
+    assert [function.leaf for function in functions] == [0x8000_0008]
+    assert snp_cpuid.corrections(boast, functions) != []
 
 
 def test_a_cpuid_page_of_too_many_functions(bare: BareMaker) -> None:
     """A CPUID page that counts more than 64 functions is refused with INVALID_PARAM."""
-    made = bare("snp")
-    start_snp(made)
-    made.vm.memory.write(MEMORY, (65).to_bytes(4, "little"))
-    answer = made.raw("SNP_LAUNCH_UPDATE", update(made, type=int(CPUID)))
+    guest = bare("snp")
+    start_snp(guest)
+    guest.vm.memory.write(MEMORY, (65).to_bytes(4, "little"))
+    answer = guest.raw("SNP_LAUNCH_UPDATE", update(guest, type=int(CPUID)))
     assert answer == (errno.EIO, int(SevRet.SEV_RET_INVALID_PARAM))
 
 
@@ -256,20 +256,20 @@ def test_finish_before_start(bare: BareMaker) -> None:
 @pytest.mark.parametrize("flags", [1, 0x8000])
 def test_finish_flags(bare: BareMaker, flags: int) -> None:
     """SNP_LAUNCH_FINISH has no flags: EINVAL, and the launch can still end."""
-    made = bare("snp", vcpus=1)
-    start_snp(made)
-    assert made.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish(flags=flags)) == EINVAL
-    assert made.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish()) == (0, 0)
+    guest = bare("snp", vcpus=1)
+    start_snp(guest)
+    assert guest.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish(flags=flags)) == EINVAL
+    assert guest.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish()) == (0, 0)
 
 
 @pytest.mark.parametrize("vcpus", [0, 1, 4])
 def test_finish(bare: BareMaker, vcpus: int) -> None:
     """A launch ends with any number of vCPUs, and takes no pages afterwards."""
-    made = bare("snp", vcpus=vcpus)
-    launching = start_snp(made)
-    launching.update(MEMORY, 2 * PAGE_SIZE, NORMAL, made.hva)
+    guest = bare("snp", vcpus=vcpus)
+    launching = start_snp(guest)
+    launching.update(MEMORY, 2 * PAGE_SIZE, NORMAL, guest.hva)
     launching.finish()
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made, 4)) == (
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, 4)) == (
         errno.EIO,
         int(SevRet.SEV_RET_INVALID_GUEST_STATE),
     )
@@ -277,12 +277,12 @@ def test_finish(bare: BareMaker, vcpus: int) -> None:
 
 def test_finish_with_an_id_block_from_nowhere(bare: BareMaker) -> None:
     """An ID block or its authentication that cannot be read gives EFAULT."""
-    made = bare("snp")
-    start_snp(made)
-    readable = made.hva
+    guest = bare("snp")
+    start_snp(guest)
+    readable = guest.hva
     for block, auth in ((8, readable), (readable, 8)):
         arg = kvm_sev_snp_launch_finish(id_block_en=1, id_block_uaddr=block, id_auth_uaddr=auth)
-        assert made.raw("SNP_LAUNCH_FINISH", arg) == (errno.EFAULT, 0)
+        assert guest.raw("SNP_LAUNCH_FINISH", arg) == (errno.EFAULT, 0)
 
 
 @pytest.mark.parametrize(
@@ -299,9 +299,9 @@ def test_finish_with_a_wrong_id_block(bare: BareMaker, wrong: str, status: SevRe
 
     SNP firmware ABI, 8.18; firmware: snp_mcmd_launch_finish().
     """
-    made = bare("snp")
-    launching = start_snp(made)
-    launching.update(MEMORY, PAGE_SIZE, NORMAL, made.hva)
+    guest = bare("snp")
+    launching = start_snp(guest)
+    launching.update(MEMORY, PAGE_SIZE, NORMAL, guest.hva)
     parts = ("digest", "policy", "algorithm", "signature")
     right = parts[: parts.index(wrong)]
     digest = SnpDigest()
@@ -325,8 +325,8 @@ def test_the_version_of_an_id_block(bare: BareMaker) -> None:
 
     snp_mcmd_launch_finish() of AMD's firmware compares digest and policy, and verifies the signatures.
     """
-    made = bare("snp")
-    launching = start_snp(made)
+    guest = bare("snp")
+    launching = start_snp(guest)
     block = IdBlock(bytes(48), int(SnpPolicy()), bytes(16), bytes(16), version=7)
     auth = block.sign(generate_key())
     launching.finish(id_block=IdBlockPair(block.to_bytes(), auth.to_bytes()))
@@ -335,15 +335,15 @@ def test_the_version_of_an_id_block(bare: BareMaker) -> None:
 @pytest.mark.dangerous(unless="snp-finish-twice")
 def test_finish_twice(bare: BareMaker) -> None:
     """A second SNP_LAUNCH_FINISH gives EINVAL: the vCPUs are measured already."""
-    made = bare("snp", vcpus=1)
-    start_snp(made).finish()
-    assert made.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish()) == EINVAL
+    guest = bare("snp", vcpus=1)
+    start_snp(guest).finish()
+    assert guest.raw("SNP_LAUNCH_FINISH", kvm_sev_snp_launch_finish()) == EINVAL
 
 
 def test_host_data(bare: BareMaker) -> None:
     """Host data and the choice of key are taken by SNP_LAUNCH_FINISH."""
-    made = bare("snp", vcpus=1)
-    start_snp(made).finish(host_data=bytes(range(32)), vcek_disabled=False)
+    guest = bare("snp", vcpus=1)
+    start_snp(guest).finish(host_data=bytes(range(32)), vcek_disabled=False)
 
 
 @pytest.mark.requires("sev-attr:KVM_X86_SEV_SNP_REQ_CERTS")
@@ -356,6 +356,6 @@ def test_req_certs_after_a_vcpu(bare: BareMaker) -> None:
 def test_a_launch_that_is_given_up(bare: BareMaker) -> None:
     """A VM closed in the middle of its launch gives its ASID and its pages back."""
     for _ in range(40):
-        made = bare("snp", vcpus=1)
-        start_snp(made).update(MEMORY, PAGES * PAGE_SIZE, NORMAL, made.hva)
-        made.vm.close()
+        guest = bare("snp", vcpus=1)
+        start_snp(guest).update(MEMORY, PAGES * PAGE_SIZE, NORMAL, guest.hva)
+        guest.vm.close()

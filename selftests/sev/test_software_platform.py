@@ -30,10 +30,10 @@ def guest_pages() -> list[Entry]:
 def test_launched_pages_are_the_guests_and_valid(bare: BareMaker) -> None:
     """Each page of SNP_LAUNCH_UPDATE has an entry: its address, one ASID, validated, not immutable."""
     before = rmp()
-    made = bare("snp")
-    start_snp(made)
+    guest = bare("snp")
+    start_snp(guest)
 
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made, pages=3)) == (0, 0)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, pages=3)) == (0, 0)
 
     new = [entry for pfn, entry in rmp().items() if pfn not in before and entry.asid]
     assert sorted(entry.gpa for entry in new) == [int(MEMORY) + page * PAGE_SIZE for page in range(3)]
@@ -44,13 +44,13 @@ def test_launched_pages_are_the_guests_and_valid(bare: BareMaker) -> None:
 
 def test_a_refused_page_goes_back_to_the_hypervisor(bare: BareMaker) -> None:
     """A CPUID page with too many entries is refused, and its entry is gone."""
-    made = bare("snp")
-    start_snp(made)
-    made.vm.memory.write(MEMORY, (65).to_bytes(4, "little"))
+    guest_vm = bare("snp")
+    start_snp(guest_vm)
+    guest_vm.vm.memory.write(MEMORY, (65).to_bytes(4, "little"))
     before = len(guest_pages())
 
     kind = int(SnpPageType.KVM_SEV_SNP_PAGE_TYPE_CPUID)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made, type=kind)) != (0, 0)
+    assert guest_vm.raw("SNP_LAUNCH_UPDATE", update(guest_vm, type=kind)) != (0, 0)
 
     assert len(guest_pages()) == before
 
@@ -58,12 +58,12 @@ def test_a_refused_page_goes_back_to_the_hypervisor(bare: BareMaker) -> None:
 def test_pages_of_a_guest_that_ended_are_the_hypervisors(bare: BareMaker) -> None:
     """The table has as many guest pages after a VM as before it."""
     before = len(guest_pages())
-    made = bare("snp")
-    start_snp(made)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made, pages=2)) == (0, 0)
+    guest = bare("snp")
+    start_snp(guest)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest, pages=2)) == (0, 0)
     assert len(guest_pages()) == before + 2
 
-    made.vm.close()
+    guest.vm.close()
 
     assert len(guest_pages()) == before
 
@@ -97,9 +97,9 @@ def log() -> Iterator[KernelLog]:
 def test_a_host_write_to_a_guests_page_is_a_violation(bare: BareMaker, log: KernelLog) -> None:
     """The kernel's write to a private page faults, and the log has the page's RMP entry."""
     before = rmp()
-    made = bare("snp")
-    start_snp(made)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    guest = bare("snp")
+    start_snp(guest)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest)) == (0, 0)
     [(pfn, entry)] = [one for one in rmp().items() if one[0] not in before and one[1].asid]
     log.lines()
 
@@ -115,24 +115,24 @@ def test_a_host_write_to_a_guests_page_is_a_violation(bare: BareMaker, log: Kern
 def test_a_host_write_to_a_launch_context_is_a_violation(bare: BareMaker) -> None:
     """The page that SNP_LAUNCH_START gave to the firmware is closed to the kernel until the VM ends."""
     before = rmp()
-    made = bare("snp")
-    start_snp(made)
+    guest = bare("snp")
+    start_snp(guest)
     now = rmp()
     [context] = [pfn for pfn in now.keys() - before.keys() if now[pfn].state is PageState.CONTEXT]
 
     assert host_write(context) == errno.EFAULT
-    made.vm.close()
+    guest.vm.close()
     assert host_write(context) == 0
 
 
 def test_a_page_that_came_back_is_the_hosts_to_write(bare: BareMaker, log: KernelLog) -> None:
     """When the VM has ended, the kernel writes to it, and nothing is logged."""
     before = rmp()
-    made = bare("snp")
-    start_snp(made)
-    assert made.raw("SNP_LAUNCH_UPDATE", update(made)) == (0, 0)
+    guest = bare("snp")
+    start_snp(guest)
+    assert guest.raw("SNP_LAUNCH_UPDATE", update(guest)) == (0, 0)
     [pfn] = [pfn for pfn, entry in rmp().items() if pfn not in before and entry.asid]
-    made.vm.close()
+    guest.vm.close()
     log.lines()
 
     assert host_write(pfn) == 0

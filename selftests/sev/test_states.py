@@ -168,9 +168,9 @@ TAKEN: dict[GuestState, dict[str, GuestState]] = {
 
 def in_state(bare: BareMaker, kind: str, state: GuestState) -> Guest:
     """Return a guest that the firmware has in *state*."""
-    made = bare(kind)
-    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
-    guest = Guest(made, GuestOwner())
+    guest_vm = bare(kind)
+    guest_vm.vm.sev.reg_region(guest_vm.hva, PAGES * PAGE_SIZE)
+    guest = Guest(guest_vm, GuestOwner())
     guest.go(state)
     return guest
 
@@ -225,9 +225,9 @@ def test_what_is_taken_anywhere(bare: BareMaker, kind: str, state: GuestState) -
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_before_there_is_a_guest(bare: BareMaker, kind: str) -> None:
     """Between INIT2 and a START there is no guest: every command gives EBADF, and a launch can begin."""
-    made = bare(kind)
-    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
-    guest = Guest(made, GuestOwner())
+    guest_vm = bare(kind)
+    guest_vm.vm.sev.reg_region(guest_vm.hva, PAGES * PAGE_SIZE)
+    guest = Guest(guest_vm, GuestOwner())
     expected = {
         command: NO_GUEST for command in ARGUMENTS if command not in ("LAUNCH_START", "RECEIVE_START")
     }
@@ -239,23 +239,23 @@ def test_before_there_is_a_guest(bare: BareMaker, kind: str) -> None:
 @pytest.mark.parametrize("state", states(but=(GuestState.LUPDATE,)))
 def test_vmsa_outside_its_state(bare: BareMaker, state: GuestState) -> None:
     """LAUNCH_UPDATE_VMSA belongs to LUPDATE: INVALID_GUEST_STATE in every other."""
-    made = bare("sev-es", vcpus=1)
-    made.vm.sev.reg_region(made.hva, PAGES * PAGE_SIZE)
-    guest = Guest(made, GuestOwner())
+    guest_vm = bare("sev-es", vcpus=1)
+    guest_vm.vm.sev.reg_region(guest_vm.hva, PAGES * PAGE_SIZE)
+    guest = Guest(guest_vm, GuestOwner())
     guest.go(state)
-    assert made.raw("LAUNCH_UPDATE_VMSA") == WRONG_STATE
+    assert guest_vm.raw("LAUNCH_UPDATE_VMSA") == WRONG_STATE
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_states_of_the_chain(bare: BareMaker, kind: str) -> None:
     """A failed START leaves the VM where it can start again."""
-    made = bare(kind)
-    guest = Guest(made, GuestOwner())
-    assert isinstance(made.state, SevInitialised)
+    guest_vm = bare(kind)
+    guest = Guest(guest_vm, GuestOwner())
+    assert isinstance(guest_vm.state, SevInitialised)
     wrong = guest.owner.session(platform_key()[0], guest.policy ^ 1)
     arg = ReceiveStart(guest.owner, guest.policy, session=wrong)
-    assert made.raw("RECEIVE_START", arg.arg) == (errno.EIO, int(SevRet.SEV_RET_BAD_MEASUREMENT))
-    launching = made.state.start(guest.policy)
+    assert guest_vm.raw("RECEIVE_START", arg.arg) == (errno.EIO, int(SevRet.SEV_RET_BAD_MEASUREMENT))
+    launching = guest_vm.state.start(guest.policy)
     assert isinstance(launching, SevLaunching)
     assert launching.state == GuestState.LUPDATE
     assert launching.update_data(MEMORY, 16).measure().finish().state == GuestState.RUNNING

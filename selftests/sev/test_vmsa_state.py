@@ -203,8 +203,8 @@ start_here:
 )
 
 
-def u32(raw: bytes, at: int) -> int:
-    return int(struct.unpack_from("<I", raw, at)[0])
+def u32(raw: bytes, offset: int) -> int:
+    return int(struct.unpack_from("<I", raw, offset)[0])
 
 
 def change_segments(change: Callable[[kvm_sregs, GuestVm], None]) -> Callable[[GuestVm, GuestVcpu], None]:

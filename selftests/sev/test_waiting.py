@@ -92,10 +92,10 @@ void halt(void)
 def run_for_nothing(vcpu: GuestVcpu) -> None:
     """Run *vcpu* for a while, in which it makes no ucall and no exit."""
     vcpu.set_deadline(ROUND)
-    how = RUN_EINTR
-    while how == RUN_EINTR:
-        how = vcpu.run_once()
-    assert how == RUN_DEADLINE
+    outcome = RUN_EINTR
+    while outcome == RUN_EINTR:
+        outcome = vcpu.run_once()
+    assert outcome == RUN_DEADLINE
 
 
 def wait_for(vcpu: GuestVcpu, state: int) -> None:

@@ -174,14 +174,14 @@ class ReceiveStart(Argument):
 
     def __init__(self, owner: GuestOwner, policy: int, session: bytes | None = None, handle: int = 0) -> None:
         super().__init__()
-        made = owner.session(platform_key()[0], policy) if session is None else session
+        session_data = owner.session(platform_key()[0], policy) if session is None else session
         self.arg = kvm_sev_receive_start(
             handle=handle,
             policy=policy,
             pdh_uaddr=self.place("pdh", owner.certificate()),
             pdh_len=CERTIFICATE_SIZE,
-            session_uaddr=self.place("session", made),
-            session_len=len(made),
+            session_uaddr=self.place("session", session_data),
+            session_len=len(session_data),
         )
 
 

@@ -94,12 +94,12 @@ void guest_main(u64 what, u64 nr)
 """
 
 
-def start(make_vm: MakeVm, what: str = " ", number: int = 0, vcpus: int = 1) -> GuestVm:
+def start(make_vm: MakeVm, action: str = " ", number: int = 0, vcpus: int = 1) -> GuestVm:
     """Return a VM whose guest is about to do *what*."""
     vm = make_vm(GUEST, vcpus=vcpus)
     vm.map(MMIO_GVA, MMIO_GPA, 0x1000, private=False)
     for vcpu in vm.vcpus:
-        vcpu.set_entry("guest_main", ord(what), number)
+        vcpu.set_entry("guest_main", ord(action), number)
     vm.launch()
     assert vm.vcpus[0].sync().args == (ord("a"),)
     return vm

@@ -61,8 +61,10 @@ class Statistics:
         self.step = DESCRIPTOR.size + self.name_size
         raw = self.read(self.desc_offset, self.step * self.num_desc)
         self.descriptors = [
-            Raw(*DESCRIPTOR.unpack_from(raw, at), raw[at + DESCRIPTOR.size : at + self.step])  # type: ignore[call-arg]
-            for at in range(0, len(raw), self.step)
+            Raw(
+                *DESCRIPTOR.unpack_from(raw, position), raw[position + DESCRIPTOR.size : position + self.step]
+            )  # type: ignore[call-arg]
+            for position in range(0, len(raw), self.step)
         ]
 
     def read(self, offset: int, size: int) -> bytes:
@@ -89,11 +91,11 @@ def owner(request: pytest.FixtureRequest, vm: Vm) -> Vm | Vcpu:
 
 @pytest.fixture
 def statistics(owner: Vm | Vcpu) -> Iterator[Statistics]:
-    made = Statistics(owner)
+    stats = Statistics(owner)
     try:
-        yield made
+        yield stats
     finally:
-        made.file.close()
+        stats.file.close()
 
 
 def test_header(statistics: Statistics) -> None:
@@ -238,7 +240,7 @@ def test_partial_reads(statistics: Statistics) -> None:
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: use pread.
     """
     whole = statistics.read(0, statistics.data_offset)
-    assert b"".join(statistics.read(at, 1) for at in range(200)) == whole[:200]
+    assert b"".join(statistics.read(offset, 1) for offset in range(200)) == whole[:200]
     assert b"".join(os.read(statistics.fd, 40) for _ in range(5)) == whole[:200]
 
 

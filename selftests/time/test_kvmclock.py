@@ -139,9 +139,9 @@ void not_offered(u64 gva, u64 gpa)
 """
 
 
-def prepare(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1, **how: object) -> GuestVm:
+def prepare(make_vm: MakeVm, entry: str, *args: int, vcpus: int = 1, **options: object) -> GuestVm:
     """Return a VM whose vCPUs will run *entry*, with a shared page for their clocks as argument."""
-    vm = make_vm(GUEST, vcpus=vcpus, **how)  # type: ignore[arg-type]
+    vm = make_vm(GUEST, vcpus=vcpus, **options)  # type: ignore[arg-type]
     page = vm.alloc(4096, private=False)
     for vcpu in vm.vcpus:
         vcpu.set_entry(entry, int(page), int(vm.gva_to_gpa(page)), *args)

@@ -99,9 +99,9 @@ void not_offered(u64 gva, u64 gpa)
 """
 
 
-def prepare(make_vm: MakeVm, entry: str, *args: int, **how: object) -> GuestVm:
+def prepare(make_vm: MakeVm, entry: str, *args: int, **options: object) -> GuestVm:
     """Return a VM whose guest will run *entry* with the address of memory that it shares with the host."""
-    vm = make_vm(GUEST, **how)  # type: ignore[arg-type]
+    vm = make_vm(GUEST, **options)  # type: ignore[arg-type]
     page = vm.alloc(4096, private=False)
     vm.vcpus[0].set_entry(entry, int(page), int(vm.gva_to_gpa(page)), *args)
     return vm

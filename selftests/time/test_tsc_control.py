@@ -86,12 +86,12 @@ def test_attributes_that_do_not_exist(vm: Vm) -> None:
     """
     vcpu = vm.create_vcpu()
     assert vcpu.attrs.has(*OFFSET)
-    for what in ((KVM_VCPU_TSC_CTRL, 99), (99, 0)):
-        assert not vcpu.attrs.has(*what)
+    for address in ((KVM_VCPU_TSC_CTRL, 99), (99, 0)):
+        assert not vcpu.attrs.has(*address)
         with refused(errno.ENXIO):
-            vcpu.attrs.get(*what)
+            vcpu.attrs.get(*address)
         with refused(errno.ENXIO):
-            vcpu.attrs.set(*what, 1)
+            vcpu.attrs.set(*address, 1)
 
 
 @ATTRIBUTES

@@ -61,7 +61,7 @@ def start(make_vm: MakeVm, irqchip: str | None = "split") -> GuestVm:
 
 def next_of(vm: GuestVm, word: str) -> tuple[str | int, ...]:
     """Return the first time that the guest says *word* within four words."""
-    return next((found for found in (said(vm) for _ in range(4)) if found[0] == word), ("nothing",))
+    return next((index for index in (said(vm) for _ in range(4)) if index[0] == word), ("nothing",))
 
 
 @pytest.mark.parametrize("irqchip", ["split", "full", None])

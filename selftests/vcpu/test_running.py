@@ -86,11 +86,11 @@ void read_for_ever(void)
 """
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], action: str) -> None:
     """Wait for something that another thread brings about."""
     end = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, action
         os.sched_yield()
 
 

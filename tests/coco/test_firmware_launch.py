@@ -119,7 +119,7 @@ def test_random_images_measure_as_the_oracle_says(tmp_path: Path) -> None:
     for number in range(8):
         kinds = [generator.choice([1, 2, 3, 4]) for _ in range(generator.randrange(6))]
         sizes = [0x1000 if kind in (2, 3) else 0x1000 * generator.randrange(1, 5) for kind in kinds]
-        sections = [(0x10_0000 * at, sizes[at], kind) for at, kind in enumerate(kinds)]
+        sections = [(0x10_0000 * index, sizes[index], kind) for index, kind in enumerate(kinds)]
         file = tmp_path / f"{number}.fd"
         file.write_bytes(image(generator.randrange(1, 20), sections, seed=generator.randrange(1 << 32)))
         vcpus, model = generator.randrange(1, 4), generator.choice(sorted(CPU_MODELS))
@@ -132,11 +132,11 @@ def test_random_images_measure_as_the_oracle_says(tmp_path: Path) -> None:
 def test_an_installed_image_measures_as_the_oracle_says(mode: str, file: Path, tmp_path: Path) -> None:
     if not file.exists():
         pytest.skip(f"no {file}: apt-get install ovmf")
-    found = Ovmf.read(file)
-    if mode == "snp" and ovmf.METADATA not in found.table:
+    image = Ovmf.read(file)
+    if mode == "snp" and ovmf.METADATA not in image.table:
         pytest.skip(f"{file} is not built for SNP")
     more: dict[str, Any] = {}
-    if found.hash_table_gpa and (mode != "snp" or any(s.kind == 0x10 for s in found.sections())):
+    if image.hash_table_gpa and (mode != "snp" or any(s.kind == 0x10 for s in image.sections())):
         (tmp_path / "kernel").write_bytes(b"kernel")
         more = {"kernel": str(tmp_path / "kernel"), "append": "ro"}
     options = [word for name, value in more.items() for word in (f"--{name}", value)]
@@ -156,10 +156,10 @@ def test_the_table_is_read_backwards() -> None:
     assert (plain.reset_eip, plain.hash_table_gpa) == (None, None)
 
 
-def changed(at: int, data: bytes) -> bytes:
-    made = bytearray(image())
-    made[at : at + len(data)] = data
-    return bytes(made)
+def changed(position: int, data: bytes) -> bytes:
+    content = bytearray(image())
+    content[position : position + len(data)] = data
+    return bytes(content)
 
 
 TABLE_END = 4 * 4096 - 32

@@ -19,26 +19,26 @@ BUFFER = GPA + 0x800
 
 def page(exit_code: int, info_1: int = 0, info_2: int = 0, **fields: int) -> bytearray:
     """Return a GHCB as a guest fills it."""
-    made = bytearray(4096)
+    content = bytearray(4096)
     for name, value in {
         "sw_exit_code": exit_code,
         "sw_exit_info_1": info_1,
         "sw_exit_info_2": info_2,
         **fields,
     }.items():
-        set_valid(made, name, value)
-    GHCB.write(made, "protocol_version", 2)
-    return made
+        set_valid(content, name, value)
+    GHCB.write(content, "protocol_version", 2)
+    return content
 
 
 def psc(*entries: PscEntry | int, current: int = 0, last: int | None = None, reserved: int = 0) -> bytearray:
     """Return a GHCB with a page state change."""
-    made = page(VmgExit.PSC, sw_scratch=BUFFER)
+    ghcb_page = page(VmgExit.PSC, sw_scratch=BUFFER)
     end = len(entries) - 1 if last is None else last
-    struct.pack_into("<HHI", made, 0x800, current, end, reserved)
+    struct.pack_into("<HHI", ghcb_page, 0x800, current, end, reserved)
     for number, entry in enumerate(entries):
-        struct.pack_into("<Q", made, 0x808 + 8 * number, int(entry))
-    return made
+        struct.pack_into("<Q", ghcb_page, 0x808 + 8 * number, int(entry))
+    return ghcb_page
 
 
 GOOD = {
@@ -85,10 +85,10 @@ def test_nothing_wrong(name: str) -> None:
 def test_the_page_itself(name: str) -> None:
     """Version, usage, reserved bytes and the bitmap are checked for every event."""
     change, words = BAD[name]
-    made = page(VmgExit.HV_FEATURES)
-    change(made)
-    found = ghcb.decode(made, gpa=GPA).problems
-    assert any(re.search(words, problem) for problem in found), found
+    ghcb_page = page(VmgExit.HV_FEATURES)
+    change(ghcb_page)
+    problems = ghcb.decode(ghcb_page, gpa=GPA).problems
+    assert any(re.search(words, problem) for problem in problems), problems
 
 
 @pytest.mark.parametrize(
@@ -129,19 +129,19 @@ def test_the_page_itself(name: str) -> None:
 )
 def test_an_event(made: bytearray, words: str) -> None:
     """Each event's own rules are checked, and nothing else is complained about."""
-    found = ghcb.decode(made, gpa=GPA).problems
-    assert len(found) == 1, found
-    assert words in found[0]
+    decoded = ghcb.decode(made, gpa=GPA).problems
+    assert len(decoded) == 1, decoded
+    assert words in decoded[0]
 
 
 def test_after_kvm_took_the_request() -> None:
     """KVM clears the bitmap: what is read at an exit shows its fields all the same."""
-    made = GOOD["cpuid"][:]
-    made[0x3F0:0x400] = bytes(16)
-    assert ghcb.decode(made, gpa=GPA).problems != ()
-    found = ghcb.decode(made, gpa=GPA, taken=True)
-    assert found.problems == ()
-    assert found.fields["rax"] == 1
+    value = GOOD["cpuid"][:]
+    value[0x3F0:0x400] = bytes(16)
+    assert ghcb.decode(value, gpa=GPA).problems != ()
+    problems = ghcb.decode(value, gpa=GPA, taken=True)
+    assert problems.problems == ()
+    assert problems.fields["rax"] == 1
 
 
 def test_as_text() -> None:

@@ -31,8 +31,8 @@ def test_signature_and_key_verify_with_nothing_but_their_numbers() -> None:
     assert len(page) == 4096
     assert struct.unpack_from("<II", page) == (1, 1)
 
-    def number(at: int) -> int:
-        return int.from_bytes(page[at : at + 72], "little")
+    def number(offset: int) -> int:
+        return int.from_bytes(page[offset : offset + 72], "little")
 
     for signature_at, key_at, message in (
         (0x40, 0x240, BLOCK.to_bytes()),

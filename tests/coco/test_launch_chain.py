@@ -202,10 +202,10 @@ def test_bytes_are_given_page_aligned() -> None:
 
 def test_an_id_block() -> None:
     """ID block and authentication go to LAUNCH_FINISH with their enables."""
-    found: dict[str, object] = {}
+    by_name: dict[str, object] = {}
 
     def take(arg: Any) -> SevResult:
-        found.update(
+        by_name.update(
             block=_copy(int(arg.id_block_uaddr), 96),
             auth=_copy(int(arg.id_auth_uaddr)),
             enables=(arg.id_block_en, arg.auth_key_en, arg.vcek_disabled),
@@ -216,7 +216,12 @@ def test_an_id_block() -> None:
     _, launching = snp(SNP_LAUNCH_FINISH=take)
     pair = IdBlockPair(b"\1" * 96, b"\2" * 4096, author_key=True)
     launching.finish(id_block=pair, host_data=b"\3" * 32)
-    assert found == {"block": b"\1" * 96, "auth": b"\2" * 4096, "enables": (1, 1, 0), "host_data": b"\3" * 32}
+    assert by_name == {
+        "block": b"\1" * 96,
+        "auth": b"\2" * 4096,
+        "enables": (1, 1, 0),
+        "host_data": b"\3" * 32,
+    }
 
 
 def test_lengths_are_checked() -> None:

@@ -60,12 +60,12 @@ LAUNCHES = {
 def bytes_of(node: Node) -> Iterator[str]:
     """Yield the bytes of an argument, eight to a word: @@ is an address, ## a descriptor."""
     places = {
-        at: "##" if ref.object else "@@"
+        offset: "##" if ref.object else "@@"
         for ref in node.refs
-        for at in range(ref.offset, ref.offset + ref.size)
+        for offset in range(ref.offset, ref.offset + ref.size)
     }
-    digits = [places.get(at, f"{byte:02x}") for at, byte in enumerate(node.data)]
-    words = ["".join(digits[at : at + 8]) for at in range(0, len(digits), 8)]
+    digits = [places.get(offset, f"{byte:02x}") for offset, byte in enumerate(node.data)]
+    words = ["".join(digits[offset : offset + 8]) for offset in range(0, len(digits), 8)]
     while len(words) > 1 and words[-1] == words[-2] == "00" * 8:
         words.pop()
     yield f"{len(node.data)} bytes: {' '.join(words)}" + (" ..." if 8 * len(words) < len(node.data) else "")
@@ -78,14 +78,14 @@ def stream(path: Path) -> list[str]:
     """Return the ioctls of a record as the page has them."""
     lines = []
     for step in build(Record.load(path)).steps:
-        what = step.ioctl
-        if what is None:
+        ioctl = step.ioctl
+        if ioctl is None:
             continue
-        lines.append(str(command_of(what) or request_name(what)))
+        lines.append(str(command_of(ioctl) or request_name(ioctl)))
         if step.argument is not None and step.argument.node is not None:
             lines += [f"    {line}" for line in bytes_of(step.argument.node)]
-        elif what.arg:
-            lines.append(f"    {what.arg:#x}")
+        elif ioctl.arg:
+            lines.append(f"    {ioctl.arg:#x}")
     return lines
 
 
@@ -104,6 +104,6 @@ def test_stream(name: str, tmp_path: Path) -> None:
     path = tmp_path / "launch.rec"
     with Recorder(path), Kvm() as own:
         LAUNCHES[name](own)
-    found = stream(path)
-    start = found.index("KVM_CREATE_VM")
-    assert found[start:] == documented(name)
+    content = stream(path)
+    start = content.index("KVM_CREATE_VM")
+    assert content[start:] == documented(name)

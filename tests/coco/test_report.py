@@ -189,7 +189,9 @@ def test_of_a_newer_version_the_known_fields_are_read() -> None:
     data[0x210:0x212] = b"\x12\x34"
     longer = Report(bytes(data) + bytes(8))
     assert longer.as_dict()["current_mit_vector"] == 7
-    assert [(at, part.rstrip(b"\0")) for at, part in longer.unknown()] == [(0x208, bytes(8) + b"\x12\x34")]
+    assert [(start, part.rstrip(b"\0")) for start, part in longer.unknown()] == [
+        (0x208, bytes(8) + b"\x12\x34")
+    ]
     with pytest.raises(ReportError, match="version 9 with 1192 bytes: where its signature lies is not known"):
         chain(signed).verify_report(longer)
     with pytest.raises(ReportError, match="1184 bytes, not 1192"):

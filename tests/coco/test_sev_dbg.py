@@ -72,11 +72,14 @@ def guest(memory: Mapping) -> SevGuest:
 
 @given(span=SPANS)
 def test_a_read_and_a_write_of_any_range(memory: Mapping, span: tuple[int, int]) -> None:
-    at, size = span
-    found = guest(memory)
-    assert found.dbg_decrypt(BASE + at, size) == PLAIN[at : at + size]
-    found.dbg_encrypt(BASE + at, NEW[at : at + size])
-    assert found.dbg_decrypt(BASE, len(PLAIN)) == PLAIN[:at] + NEW[at : at + size] + PLAIN[at + size :]
+    start, size = span
+    result = guest(memory)
+    assert result.dbg_decrypt(BASE + start, size) == PLAIN[start : start + size]
+    result.dbg_encrypt(BASE + start, NEW[start : start + size])
+    assert (
+        result.dbg_decrypt(BASE, len(PLAIN))
+        == PLAIN[:start] + NEW[start : start + size] + PLAIN[start + size :]
+    )
 
 
 def old_steps(source: int, target: int, size: int) -> Iterator[tuple[int, int]]:

@@ -292,9 +292,9 @@ def test_a_cause(name: str) -> None:
     """The cause is the one thing that is named, with the way to get what is missing."""
     host, kinds, missing, how = CASES[name]
     for kind in kinds:
-        found = causes(host, kind)
-        assert [each.missing for each in found] == [missing]
-        assert how in found[0].how
+        answers = causes(host, kind)
+        assert [each.missing for each in answers] == [missing]
+        assert how in answers[0].how
     spared = [kind for kind in ALL if kind not in kinds]
     assert not [each.missing for kind in spared for each in causes(host, kind) if each.missing == missing]
 
@@ -323,8 +323,8 @@ def test_all_pieces_at_once() -> None:
 def test_a_device_that_may_not_be_opened_explains_nothing() -> None:
     """No permission for /dev/sev is named, and so is what KVM lacks."""
     host = replace(given_up(), device=NO_PERMISSION, status=None, snp=None)
-    found = [each.missing for each in causes(host, SEV)]
-    assert found == [NO_PERMISSION.missing, "kvm_amd.sev (it is N)"]
+    reasons = [each.missing for each in causes(host, SEV)]
+    assert reasons == [NO_PERMISSION.missing, "kvm_amd.sev (it is N)"]
     assert NO_PERMISSION.missing == "no permission to open /dev/sev for reading and writing"
 
 

@@ -26,10 +26,10 @@ POLICY = 0x5
 def kdf(key: bytes, label: str, context: bytes, size: int) -> bytes:
     """Derive with the library's implementation of SP 800-108, told the firmware's little-endian counters."""
     fixed = label.encode() + b"\0" + context + struct.pack("<I", size * 8)
-    made = b""
+    output = b""
     for counter in range(1, (size + 31) // 32 + 1):
-        made += hmac.digest(key, counter.to_bytes(4, "little") + fixed, hashlib.sha256)
-    return made[:size]
+        output += hmac.digest(key, counter.to_bytes(4, "little") + fixed, hashlib.sha256)
+    return output[:size]
 
 
 def ctr(key: bytes, iv: bytes, data: bytes) -> bytes:

@@ -77,10 +77,10 @@ def test_a_table_that_is_too_long() -> None:
     """Of too many functions the plain leaves stay, in order."""
     rows = [(0xD, index, 1, 1, 1, 1) for index in range(2, 40)]
     rows += [(leaf, 0, 1, 1, 1, 1) for leaf in range(0x80000000, 0x80000020)]
-    found = snp_cpuid.functions_of(_table(*rows))
-    assert len(found) == 64
-    assert {function.leaf for function in found} >= set(range(0x80000000, 0x80000020))
-    assert found == sorted(found, key=lambda function: (function.leaf, function.subleaf))
+    functions = snp_cpuid.functions_of(_table(*rows))
+    assert len(functions) == 64
+    assert {function.leaf for function in functions} >= set(range(0x80000000, 0x80000020))
+    assert functions == sorted(functions, key=lambda function: (function.leaf, function.subleaf))
 
 
 def test_corrections() -> None:

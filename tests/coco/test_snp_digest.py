@@ -42,24 +42,24 @@ def test_random_launches_measure_as_the_oracle_says(
 ) -> None:
     oracle, digest = GCTX(), SnpDigest()
     count = 0
-    for kind, gpa, what in steps:
-        if isinstance(what, bytes):
-            oracle.update_normal_pages(gpa, what)
-            digest.add(kind, gpa, what)
-            count += len(what) // PAGE_SIZE
+    for kind, gpa, label in steps:
+        if isinstance(label, bytes):
+            oracle.update_normal_pages(gpa, label)
+            digest.add(kind, gpa, label)
+            count += len(label) // PAGE_SIZE
             continue
-        digest.add(kind, gpa, pages=what)
-        count += what
-        for page in range(what):
-            at = gpa + page * PAGE_SIZE
+        digest.add(kind, gpa, pages=label)
+        count += label
+        for page in range(label):
+            address = gpa + page * PAGE_SIZE
             if kind is PageType.ZERO:
-                oracle.update_zero_pages(at, PAGE_SIZE)
+                oracle.update_zero_pages(address, PAGE_SIZE)
             elif kind is PageType.UNMEASURED:
-                oracle.update_unmeasured_pages(at, PAGE_SIZE)
+                oracle.update_unmeasured_pages(address, PAGE_SIZE)
             elif kind is PageType.SECRETS:
-                oracle.update_secrets_page(at)
+                oracle.update_secrets_page(address)
             else:
-                oracle.update_cpuid_page(at)
+                oracle.update_cpuid_page(address)
     for index in range(vcpus):
         vmsa = (bytes([index]) + pattern * PAGE_SIZE)[:PAGE_SIZE]
         oracle.update_vmsa_page(vmsa)
@@ -121,7 +121,10 @@ def test_several_processes_hash_a_file_as_one_does(tmp_path: Path, monkeypatch: 
     data = b"".join(index.to_bytes(2, "little") * (PAGE_SIZE // 2) for index in range(10))
     file = tmp_path / "image"
     file.write_bytes(data)
-    expected = [hashlib.sha384(data[at : at + PAGE_SIZE]).digest() for at in range(0, len(data), PAGE_SIZE)]
+    expected = [
+        hashlib.sha384(data[offset : offset + PAGE_SIZE]).digest()
+        for offset in range(0, len(data), PAGE_SIZE)
+    ]
     assert list(file_page_digests(file, processes=2)) == expected
     assert list(file_page_digests(file)) == expected
 

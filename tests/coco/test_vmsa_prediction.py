@@ -31,9 +31,9 @@ VALUE = 0x1122_3344_5566_7788
 def vcpu(kvm: Kvm) -> Iterator[Vcpu]:
     """A vCPU of a plain VM."""
     with kvm.create_vm() as vm:
-        made = vm.create_vcpu()
-        made.cpuid.set(kvm.supported_cpuid)
-        yield made
+        new_vcpu = vm.create_vcpu()
+        new_vcpu.cpuid.set(kvm.supported_cpuid)
+        yield new_vcpu
 
 
 def offering(vcpu: Vcpu, monkeypatch: pytest.MonkeyPatch, index: int) -> None:

@@ -147,15 +147,15 @@ def test_many_processes_at_once(fresh_cache: Path, tmp_path: Path) -> None:
 
 
 def test_many_threads_at_once(fresh_cache: Path, compiles: list[str]) -> None:
-    found: list[GuestProgram] = []
+    results: list[GuestProgram] = []
     threads = [
-        threading.Thread(target=lambda: found.append(GuestProgram.from_c(SOURCE, name="one")))
+        threading.Thread(target=lambda: results.append(GuestProgram.from_c(SOURCE, name="one")))
         for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(found) == 4
-    assert len({id(one) for one in found}) == 1
+    assert len(results) == 4
+    assert len({id(one) for one in results}) == 1
     assert compiles.count("one") == 1

@@ -43,13 +43,13 @@ def _elf(
 
 
 def test_a_plain_static_image() -> None:
-    found = GuestProgram.from_elf(_elf())
-    assert found.entry == Gva(0x400000)
-    assert [(s.gva, bytes(s.data), s.memsize) for s in found.segments] == [
+    program = GuestProgram.from_elf(_elf())
+    assert program.entry == Gva(0x400000)
+    assert [(s.gva, bytes(s.data), s.memsize) for s in program.segments] == [
         (Gva(0x400000), b"\xf4" * 16, 0x1000)
     ]
-    assert dict(found.symbols) == {}
-    assert found.line(0x400000) is None
+    assert dict(program.symbols) == {}
+    assert program.line(0x400000) is None
 
 
 def test_a_path(tmp_path: Path) -> None:

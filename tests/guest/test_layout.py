@@ -64,8 +64,10 @@ def test_regions_do_not_overlap() -> None:
 def test_ucall_slots_form_a_chain_that_ends_in_itself() -> None:
     page = bytearray(0x1000)
     layout.fill_ucall_page(page, 3, 0x5000, 0xC003000)
-    slots = [struct.unpack_from("<QI", page, at) for at in range(0, 0x1000, 512)]
-    following = [struct.unpack_from("<Q", page, at + layout.UCALL_NEXT)[0] for at in range(0, 0x1000, 512)]
+    slots = [struct.unpack_from("<QI", page, offset) for offset in range(0, 0x1000, 512)]
+    following = [
+        struct.unpack_from("<Q", page, offset + layout.UCALL_NEXT)[0] for offset in range(0, 0x1000, 512)
+    ]
     assert [gpa for gpa, _ in slots] == [0x5000 + 512 * n for n in range(8)]
     assert [number for _, number in slots] == [24, 25, 26, 27, 28, 29, 30, 0xFFFFFFFF]
     assert following == [0xC003000 + 512 * n for n in (1, 2, 3, 4, 5, 6, 7, 7)]

@@ -51,9 +51,9 @@ def test_a_dedented_literal() -> None:
             int more;
         """
     )
-    found = _find(source)
-    assert found.exact
-    assert Path(__file__).read_text().splitlines()[found.line].strip() == "int dedented;"
+    origin_of_source = _find(source)
+    assert origin_of_source.exact
+    assert Path(__file__).read_text().splitlines()[origin_of_source.line].strip() == "int dedented;"
 
 
 def test_a_cleaned_literal() -> None:
@@ -63,9 +63,9 @@ def test_a_cleaned_literal() -> None:
         int cleaned;
         """
     )
-    found = _find(source)
-    assert found.exact
-    assert Path(__file__).read_text().splitlines()[found.line - 1].strip() == "int cleaned;"
+    where = _find(source)
+    assert where.exact
+    assert Path(__file__).read_text().splitlines()[where.line - 1].strip() == "int cleaned;"
 
 
 def test_an_f_string() -> None:
@@ -73,18 +73,18 @@ def test_an_f_string() -> None:
     number {NUMBER}
     end {NUMBER + 1}
 """
-    found = _find(source)
-    assert found.exact
-    assert Path(__file__).read_text().splitlines()[found.line - 1].endswith('"""f-string')
+    origin_of_source = _find(source)
+    assert origin_of_source.exact
+    assert Path(__file__).read_text().splitlines()[origin_of_source.line - 1].endswith('"""f-string')
 
 
 def test_a_computed_source_is_named_after_the_call() -> None:
     frame = inspect.currentframe()
     assert frame is not None
-    found = origin.find("int computed;\n" * NUMBER, frame)
-    assert not found.exact
-    assert found.line == 1
-    assert found.file.startswith(f"{HERE}:")
+    origin_of_source = origin.find("int computed;\n" * NUMBER, frame)
+    assert not origin_of_source.exact
+    assert origin_of_source.line == 1
+    assert origin_of_source.file.startswith(f"{HERE}:")
 
 
 def test_a_prompt_has_no_file() -> None:

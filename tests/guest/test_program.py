@@ -122,11 +122,11 @@ def test_vector_stubs_have_a_fixed_stride(counter: GuestProgram) -> None:
     base = counter.segments[0].gva
     code = bytes(counter.segments[0].data)
     for vector in range(256):
-        at = stubs.gva - base + vector * layout.VECTOR_STRIDE
+        address = stubs.gva - base + vector * layout.VECTOR_STRIDE
         # push $0 (where the CPU pushes no error code), push $vector
         head = b"" if vector in (8, 10, 11, 12, 13, 14, 17, 21, 29, 30) else b"\x6a\x00"
         number = bytes([0x6A, vector]) if vector < 128 else b"\x68" + vector.to_bytes(4, "little")
-        assert code[at:].startswith(head + number), vector
+        assert code[address:].startswith(head + number), vector
 
 
 def test_an_unknown_symbol_names_the_closest(counter: GuestProgram) -> None:
@@ -218,21 +218,23 @@ def test_the_runtime_and_its_headers_compile_without_warnings(tmp_path: Path) ->
 def test_a_ucall_with_one_value_takes_five_instructions() -> None:
     from kvmpy.guest.disasm import disassemble
 
-    found = GuestProgram.from_c(
+    guest_program = GuestProgram.from_c(
         "#include <kvmpy/guest.h>\nvoid one(u64 value) { GUEST_SYNC(value); }\nvoid guest_main(void) { }\n"
     )
-    one, text = found.symbol("one"), found.segments[0]
-    at = one.gva - text.gva
-    code = [line.split()[0] for _, line in disassemble(bytes(text.data[at : at + one.size]), int(one.gva))]
+    one, text = guest_program.symbol("one"), guest_program.segments[0]
+    place = one.gva - text.gva
+    code = [
+        line.split()[0] for _, line in disassemble(bytes(text.data[place : place + one.size]), int(one.gva))
+    ]
     assert code == ["mov", "mov", "mov", "mov", "out", "ret"]
 
 
 def test_assembly() -> None:
-    found = GuestProgram.from_asm(ASSEMBLY)
-    start = found.symbol("guest_main")
+    program = GuestProgram.from_asm(ASSEMBLY)
+    start = program.symbol("guest_main")
     assert (start.size, start.type) == (6, "function")
-    assert found.line(start.gva) == (HERE, _line_here("movl $5, %eax"))
-    assert found.entry == found.address_of("_start")
+    assert program.line(start.gva) == (HERE, _line_here("movl $5, %eax"))
+    assert program.entry == program.address_of("_start")
 
 
 def test_an_error_in_assembly_points_at_its_line() -> None:
@@ -247,9 +249,9 @@ def test_an_error_in_assembly_points_at_its_line() -> None:
 
 
 def test_assembly_may_bring_its_own_entry() -> None:
-    found = GuestProgram.from_asm("\t.globl _start\n_start:\n\thlt\n")
-    assert int(found.entry) == layout.IMAGE_BASE
-    assert "guest_main" not in found.symbols
+    program = GuestProgram.from_asm("\t.globl _start\n_start:\n\thlt\n")
+    assert int(program.entry) == layout.IMAGE_BASE
+    assert "guest_main" not in program.symbols
 
 
 def test_files(tmp_path: Path) -> None:
@@ -258,10 +260,10 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "shared.h").write_text("#define VALUE 3\nvoid helper(int);\nvoid low(void);\n")
     helper.write_text('#include "shared.h"\nint got;\nvoid helper(int x)\n{\n\tgot = x;\n}\n')
     asm.write_text(".globl low\nlow:\n\tret\n")
-    found = GuestProgram.from_file(main, helper, asm)
-    assert found.name == "main.c"
-    assert found.line(found.address_of("helper")) == (str(helper), 5)
-    assert GuestProgram.from_file(main, helper, asm) is found
+    program = GuestProgram.from_file(main, helper, asm)
+    assert program.name == "main.c"
+    assert program.line(program.address_of("helper")) == (str(helper), 5)
+    assert GuestProgram.from_file(main, helper, asm) is program
 
 
 def test_a_changed_file_or_header_makes_a_new_program(tmp_path: Path) -> None:
@@ -282,8 +284,8 @@ def test_an_inline_source_with_more_files(tmp_path: Path) -> None:
     helper = tmp_path / "helper.c"
     helper.write_text("int helper(void) { return 5; }\n")
     source = "int helper(void);\nint got;\nvoid guest_main(void) { got = helper(); }\n"
-    found = GuestProgram.from_c(source, sources=[helper])
-    assert found.symbol("helper").type == "function"
+    program = GuestProgram.from_c(source, sources=[helper])
+    assert program.symbol("helper").type == "function"
 
 
 def test_files_that_cannot_be() -> None:
@@ -299,10 +301,10 @@ def test_a_source_from_a_prompt() -> None:
     space: dict[str, object] = {"__name__": "__main__", "GuestProgram": GuestProgram}
     text = "program = GuestProgram.from_c('int typed;\\nvoid guest_main(void) { }\\n')"
     exec(compile(text, "<stdin>", "exec"), space)  # noqa: S102
-    found = space["program"]
-    assert isinstance(found, GuestProgram)
-    assert found.symbol("typed").size == 4
-    assert found.line(found.address_of("guest_main")) == ("<stdin>", 2)
+    program = space["program"]
+    assert isinstance(program, GuestProgram)
+    assert program.symbol("typed").size == 4
+    assert program.line(program.address_of("guest_main")) == ("<stdin>", 2)
     broken = text.replace("int typed", "intt typed")
     with pytest.raises(GuestBuildError, match=r"<stdin>:1:1: error: unknown type name 'intt'"):
         exec(compile(broken, "<stdin>", "exec"), space)  # noqa: S102

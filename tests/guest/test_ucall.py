@@ -18,10 +18,10 @@ U64 = st.integers(0, (1 << 64) - 1)
 
 def _page(slot: int, cmd: int, args: tuple[int, ...] = (), text: bytes = b"", flags: int = 0) -> bytearray:
     page = bytearray(0x1000)
-    at = slot * 512
-    struct.pack_into("<I", page, at + 12, cmd | len(args) << 16 | flags)
-    struct.pack_into(f"<{len(args)}Q", page, at + 16, *args)
-    page[at + 96 : at + 96 + len(text)] = text
+    offset = slot * 512
+    struct.pack_into("<I", page, offset + 12, cmd | len(args) << 16 | flags)
+    struct.pack_into(f"<{len(args)}Q", page, offset + 16, *args)
+    page[offset + 96 : offset + 96 + len(text)] = text
     return page
 
 

@@ -70,8 +70,8 @@ def share(want: int) -> dict[str, Any]:
     file = folder / "job" / "work" / str(want)
     while not file.exists():
         time.sleep(0.01)
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    results: dict[str, Any] = json.loads(file.read_text())
+    return results
 
 
 steps = [step for boot in boots for step in boot]

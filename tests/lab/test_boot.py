@@ -135,9 +135,9 @@ def report(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def qemu_of(child: subprocess.Popen[str]) -> psutil.Process:
-    found = [one for one in psutil.Process(child.pid).children(recursive=True) if "qemu" in one.name()]
-    assert len(found) == 1
-    return found[0]
+    processes = [one for one in psutil.Process(child.pid).children(recursive=True) if "qemu" in one.name()]
+    assert len(processes) == 1
+    return processes[0]
 
 
 def until(child: subprocess.Popen[str], text: str) -> str:

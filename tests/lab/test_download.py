@@ -138,27 +138,27 @@ suite.download(suite.package(), print)
 @pytest.fixture
 def mirror(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
     del cache
-    made = Mirror()
-    monkeypatch.setattr(debian, "source_line", lambda suite: f"deb [trusted=yes] {made.url} {suite} main\n")
+    fresh = Mirror()
+    monkeypatch.setattr(debian, "source_line", lambda suite: f"deb [trusted=yes] {fresh.url} {suite} main\n")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    thread = threading.Thread(target=made.server.serve_forever)
+    thread = threading.Thread(target=fresh.server.serve_forever)
     thread.start()
     try:
-        yield made
+        yield fresh
     finally:
-        made.go_on()
-        made.server.shutdown()
+        fresh.go_on()
+        fresh.server.shutdown()
         thread.join()
-        made.server.server_close()
+        fresh.server.server_close()
 
 
 @pytest.fixture
 def suite(mirror: Mirror) -> debian.Suite:
     del mirror
-    made = debian.Suite("sid")
-    made.update(lambda _: None)
-    return made
+    sid = debian.Suite("sid")
+    sid.update(lambda _: None)
+    return sid
 
 
 def test_a_package_is_found_and_verified(suite: debian.Suite, mirror: Mirror) -> None:

@@ -134,8 +134,8 @@ def test_the_source_line_is_verified_and_checked(tmp_path: Path, monkeypatch: py
 
 
 def test_the_newest_source_package() -> None:
-    found = "linux-source-6.9 - a\nlinux-source-6.12 - b\nlinux-source - meta\nlinux-source-6.1 - c\n"
-    assert debian.newest(found) == "linux-source-6.12"
+    answer = "linux-source-6.9 - a\nlinux-source-6.12 - b\nlinux-source - meta\nlinux-source-6.1 - c\n"
+    assert debian.newest(answer) == "linux-source-6.12"
     assert debian.newest("linux-source - meta\n") is None
 
 
@@ -240,16 +240,16 @@ bzImage:
 @pytest.fixture
 def tree(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a kernel tree, and an own fragment."""
-    made = tmp_path / "tree"
-    (made / "arch" / "x86").mkdir(parents=True)
-    (made / "Kbuild").touch()
-    (made / "Makefile").write_text(MAKEFILE)
-    make_image(made / "image", "9.1.0-mine")
+    root = tmp_path / "tree"
+    (root / "arch" / "x86").mkdir(parents=True)
+    (root / "Kbuild").touch()
+    (root / "Makefile").write_text(MAKEFILE)
+    make_image(root / "image", "9.1.0-mine")
     fragment = tmp_path / "fragment"
     fragment.write_text("CONFIG_A=y\nCONFIG_B=y\n")
     monkeypatch.setattr(places, "fragment", lambda: fragment)
     monkeypatch.setattr(tools, "need", lambda *_: None)
-    return made
+    return root
 
 
 def test_a_tree_is_built_outside_of_it(tree: Path) -> None:
@@ -359,7 +359,7 @@ def test_the_command_line_shares_read_only(image: Path, cache: Path, tmp_path: P
     options = qemu.Options(kernels.find(str(image)), cpus=3, memory=512)
     root = Root(tmp_path / "root", (Path("/usr"), Path("/opt/a,b")))
     words = qemu.command_line(options, tmp_path, root)
-    shares = [words[at + 1] for at, word in enumerate(words) if word == "-fsdev"]
+    shares = [words[index + 1] for index, word in enumerate(words) if word == "-fsdev"]
     paths = [share.split(",path=")[1].split(",security_model")[0] for share in shares]
     assert paths == [str(root.folder), str(tmp_path / "job"), "/usr", "/opt/a,,b"]
     assert all("readonly=on" in share for share in shares)

@@ -56,8 +56,8 @@ def test_time_is_limited_and_the_descendants_end_with_it(tmp_path: Path) -> None
     family: list[psutil.Process] = []
 
     def tick(_passed: float) -> None:
-        if len(found := _pids(pids)) >= 3 and not family:
-            family.extend(psutil.Process(pid) for pid in found)
+        if len(result := _pids(pids)) >= 3 and not family:
+            family.extend(psutil.Process(pid) for pid in result)
 
     command = ["sh", "-c", FAMILY.format(pids=pids)]
     with (tmp_path / "out").open("wb") as out:

@@ -46,14 +46,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str,
 
 
 def test_the_host_compiles_and_the_session_inside_finds_it(elsewhere: list[dict[str, Any]]) -> None:
-    made = []
+    results = []
     for _ in range(2):
-        made.append(GuestProgram.from_c(SOURCE % 5, cflags=["-DX=1"]))
+        results.append(GuestProgram.from_c(SOURCE % 5, cflags=["-DX=1"]))
         program._known.clear()
     (event,) = elsewhere  # the second time it is in the cache
     assert cache.entry(event["key"]).is_symlink()
-    assert made[0].symbol("guest_main").gva
-    assert made[0].elf == made[1].elf
+    assert results[0].symbol("guest_main").gva
+    assert results[0].elf == results[1].elf
 
 
 def test_what_does_not_compile_is_explained_inside(elsewhere: list[dict[str, Any]]) -> None:
@@ -90,24 +90,28 @@ def test_uncompiled_modules_are_told(tmp_path: Path) -> None:
 
 def test_the_host_decodes_the_line_table(elsewhere: list[dict[str, Any]]) -> None:
     """Emulated, decoding takes many seconds for each program that fails."""
-    made = GuestProgram.from_c(SOURCE % 6)
-    at = made.symbol("guest_main").gva
-    place = made.line(at)
+    guest_program = GuestProgram.from_c(SOURCE % 6)
+    address = guest_program.symbol("guest_main").gva
+    place = guest_program.line(address)
     assert place is not None
-    assert [event["recipe"] for event in elsewhere][1:] == [{"lines": made._key}]
-    (file,) = cache.entry(made._key).glob("lines.json")
-    assert LineTable.load(file.read_text()).find(at) == place == LineTable.of(made.elf).find(at)
+    assert [event["recipe"] for event in elsewhere][1:] == [{"lines": guest_program._key}]
+    (file,) = cache.entry(guest_program._key).glob("lines.json")
+    assert (
+        LineTable.load(file.read_text()).find(address)
+        == place
+        == LineTable.of(guest_program.elf).find(address)
+    )
 
 
 def test_a_damaged_line_table_is_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = GuestProgram.from_c(SOURCE % 7)
-    at = made.symbol("guest_main").gva
+    program = GuestProgram.from_c(SOURCE % 7)
+    start = program.symbol("guest_main").gva
     for text in ("", "[", "[[], [[1, 5, 2]]]", '{"a": 1}'):
-        (cache.entry(made._key) / "lines.json").write_text(text)
-        vars(made).pop("_lines", None)
-        assert made.line(at) == LineTable.of(made.elf).find(at)
-    assert LineTable.load((cache.entry(made._key) / "lines.json").read_text()).find(at) is not None
+        (cache.entry(program._key) / "lines.json").write_text(text)
+        vars(program).pop("_lines", None)
+        assert program.line(start) == LineTable.of(program.elf).find(start)
+    assert LineTable.load((cache.entry(program._key) / "lines.json").read_text()).find(start) is not None
 
 
 def test_a_post_mortem_imports_nothing_else(tmp_path: Path) -> None:

@@ -33,10 +33,10 @@ def build(tmp_path: Path, *wanted: Path, needed: tuple[Path, ...] = ()) -> Root:
 
 
 def test_only_what_is_asked_for_is_shared(tmp_path: Path, home: Path) -> None:
-    made = build(tmp_path, home / "project", needed=(Path(sys.base_prefix),))
+    layout = build(tmp_path, home / "project", needed=(Path(sys.base_prefix),))
     expected = {Path("/usr"), home / "project", Path(sys.base_prefix).resolve()}
-    assert {share for share in made.shares if not str(share).startswith(("/usr", "/lib"))} <= expected
-    assert made.shows(home / "project" / "a.py")
+    assert {share for share in layout.shares if not str(share).startswith(("/usr", "/lib"))} <= expected
+    assert layout.shows(home / "project" / "a.py")
     for hidden in (
         "/etc/shadow",
         "/etc/passwd",
@@ -44,20 +44,22 @@ def test_only_what_is_asked_for_is_shared(tmp_path: Path, home: Path) -> None:
         str(home / "other"),
         "/root/.bashrc",
     ):
-        assert not made.shows(Path(hidden)), hidden
+        assert not layout.shows(Path(hidden)), hidden
     # The copies that are in the root itself hold no secret either.
-    texts = [path.read_bytes() for path in made.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    texts = [
+        path.read_bytes() for path in layout.folder.rglob("*") if path.is_file() and not path.is_symlink()
+    ]
     assert not any(b"a key of this test" in text for text in texts)
-    assert not (made.folder / "etc" / "shadow").exists()
-    accounts = (made.folder / "etc" / "passwd").read_text().splitlines()
+    assert not (layout.folder / "etc" / "shadow").exists()
+    accounts = (layout.folder / "etc" / "passwd").read_text().splitlines()
     assert any(line.startswith("root:x:0:") for line in accounts)
     assert all(line.split(":")[1] == "x" for line in accounts)
 
 
 def test_a_home_is_not_shared_but_a_file_of_it_that_was_named(tmp_path: Path, home: Path) -> None:
-    made = build(tmp_path, home, home / "test_own.py")
-    assert not made.shows(home)
-    inside = made.folder / home.relative_to("/")
+    lab_root = build(tmp_path, home, home / "test_own.py")
+    assert not lab_root.shows(home)
+    inside = lab_root.folder / home.relative_to("/")
     assert [path.name for path in inside.iterdir()] == ["test_own.py"]
 
 
@@ -75,25 +77,25 @@ def test_links_lead_where_they_lead_here(tmp_path: Path, home: Path) -> None:
     (home / "other" / "v1" / "python").write_text("")
     (home / "other" / "current").symlink_to("v1")
     (home / "project" / "python").symlink_to(home / "other" / "current" / "python")
-    made = build(tmp_path, needed=(home / "other" / "current", home / "project" / "python"))
-    assert home / "other" / "v1" in made.shares
-    inside = made.folder / home.relative_to("/")
+    layout = build(tmp_path, needed=(home / "other" / "current", home / "project" / "python"))
+    assert home / "other" / "v1" in layout.shares
+    inside = layout.folder / home.relative_to("/")
     assert os.readlink(inside / "other" / "current") == "v1"
     assert os.readlink(inside / "project" / "python") == str(home / "other" / "current" / "python")
 
 
 def test_one_share_for_folders_in_each_other(tmp_path: Path, home: Path) -> None:
     (home / "project" / "deep").mkdir()
-    made = build(tmp_path, home / "project" / "deep", home / "project")
-    assert home / "project" in made.shares
-    assert home / "project" / "deep" not in made.shares
+    layout = build(tmp_path, home / "project" / "deep", home / "project")
+    assert home / "project" in layout.shares
+    assert home / "project" / "deep" not in layout.shares
 
 
 @pytest.mark.parametrize("word", ["/proc/cpuinfo", "/sys/kernel", "/etc/shadow", "/dev/null"])
 def test_the_insides_own_folders_stay_its_own(tmp_path: Path, home: Path, word: str) -> None:
-    made = build(tmp_path, Path(word))
-    assert not made.shows(Path(word))
-    assert not (made.folder / word[1:]).exists()
+    layout = build(tmp_path, Path(word))
+    assert not layout.shows(Path(word))
+    assert not (layout.folder / word[1:]).exists()
 
 
 def test_a_file_that_the_inside_covers_is_an_error(tmp_path: Path, home: Path) -> None:
@@ -108,8 +110,8 @@ def test_a_file_that_the_inside_covers_is_an_error(tmp_path: Path, home: Path) -
 
 def test_a_name_with_a_space(tmp_path: Path, home: Path) -> None:
     (home / "my tests").mkdir()
-    made = build(tmp_path, home / "my tests")
-    lines = (made.folder / "etc" / "fstab").read_text().splitlines()
+    layout = build(tmp_path, home / "my tests")
+    lines = (layout.folder / "etc" / "fstab").read_text().splitlines()
     assert any(line.split()[1] == str(home / "my tests").replace(" ", "\\040") for line in lines[-5:])
 
 

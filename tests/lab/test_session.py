@@ -51,8 +51,8 @@ class Ended:
 
     @property
     def report(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / "out.json").read_text())
-        return found
+        results: dict[str, Any] = json.loads((self.folder / "out.json").read_text())
+        return results
 
     def verdicts(self) -> dict[str, str]:
         return {test["id"].rpartition("::")[2]: test["verdict"] for test in self.report["tests"]}
@@ -137,8 +137,8 @@ def test_records_come_through_whole(lab: Lab) -> None:
     ]
     ended = lab.run([first], "--record", "all", "--record-dir", "records")
     assert ended.status == 1, ended.text
-    found = {path.name: path.read_text() for path in (lab.folder / "records").iterdir()}
-    assert found == {"test_a.rec": "one, two, three", "test_b.rec": "../../four"}
+    texts = {path.name: path.read_text() for path in (lab.folder / "records").iterdir()}
+    assert texts == {"test_a.rec": "one, two, three", "test_b.rec": "../../four"}
 
 
 def test_half_a_record_has_no_name(tmp_path: Path) -> None:

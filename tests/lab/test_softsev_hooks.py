@@ -64,10 +64,10 @@ def hook(**fields: object) -> Hook:
 def test_before_a_line_of_the_named_function_only(tmp_path: Path) -> None:
     lines = put(tmp_path, SOURCE, hook()).splitlines()
 
-    at = lines.index("\tNEW();")
-    assert lines[at + 2] == "\treturn a;"
+    index = lines.index("\tNEW();")
+    assert lines[index + 2] == "\treturn a;"
     assert lines.count("\tNEW();") == 1
-    assert at > lines.index("static int work(int a)")
+    assert index > lines.index("static int work(int a)")
 
 
 def test_after_a_line(tmp_path: Path) -> None:
@@ -229,19 +229,19 @@ def trees() -> list[Path]:
 @pytest.fixture
 def plain_trees(tmp_path: Path) -> list[Path]:
     """Copies of what the hooks touch in the trees of the cache."""
-    found = trees()
-    if not found:
+    result = trees()
+    if not result:
         pytest.skip("no unpacked kernel tree in the lab's cache: `kvmpy lab build` makes one")
     files = {one.file for one in HookList.load(softsev.FOLDER).hooks}
     try:
         with kernels.build_lock(lambda _: None, patience=0):
-            for tree in found:
+            for tree in result:
                 for name in files:
                     (tmp_path / tree.name / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(tree / name, tmp_path / tree.name / name)
     except LabError as error:
         pytest.skip(f"a build uses the trees of the lab's cache: {error}")
-    return [tmp_path / tree.name for tree in found]
+    return [tmp_path / tree.name for tree in result]
 
 
 def test_fits_the_trees_of_the_cache(plain_trees: list[Path]) -> None:
@@ -258,9 +258,9 @@ def test_a_line_that_a_tree_lacks_is_named_by_its_hook(plain_trees: list[Path]) 
             if not one.anchor or (one.when and not re.search(one.when, source, re.MULTILINE)):
                 continue
             start, end = one._scope(source)
-            found = re.compile(one.anchor, re.MULTILINE).search(source, start, end)
-            assert found is not None
-            path.write_text(source[: found.start()] + "\t/* gone */" + source[found.end() :])
+            match = re.compile(one.anchor, re.MULTILINE).search(source, start, end)
+            assert match is not None
+            path.write_text(source[: match.start()] + "\t/* gone */" + source[match.end() :])
             before = {file: file.read_bytes() for file in tree.rglob("*") if file.is_file()}
 
             with pytest.raises(HookError, match=f"hook {one.name} does not fit {re.escape(one.file)}"):
@@ -280,10 +280,10 @@ def test_a_build_of_a_tree_that_does_not_fit(tmp_path: Path, monkeypatch: pytest
     (tree / amd).write_text("#include <linux/a.h>\n\nstatic void early_init_amd(int c)\n{\n\tother(c);\n}\n")
     before = {file: file.read_bytes() for file in tree.rglob("*") if file.is_file()}
 
-    made = CliRunner().invoke(cli.lab, ["build", "--soft-sev", "--source", str(tree)])
+    outcome = CliRunner().invoke(cli.lab, ["build", "--soft-sev", "--source", str(tree)])
 
-    assert made.exit_code == 3
-    assert f"hook cpu-features does not fit {amd}: nothing there is like" in made.output
+    assert outcome.exit_code == 3
+    assert f"hook cpu-features does not fit {amd}: nothing there is like" in outcome.output
     assert {file: file.read_bytes() for file in tree.rglob("*") if file.is_file()} == before
     copies = list(places.cache().glob(f"trees/*/{amd}"))
     assert [copy.read_text() for copy in copies] == [before[tree / amd].decode()]

@@ -126,8 +126,8 @@ def test_missing_builds_only_when_no_kernel_has_it(cache: list[kernels.Kernel], 
     assert (there.output.strip(), built) == ("other-softsev", [])
 
     del cache[1]
-    made = CliRunner().invoke(cli.lab, ["build", "--missing", "--soft-sev"])
-    assert (made.output.strip(), built) == ("new", [True])
+    outcome = CliRunner().invoke(cli.lab, ["build", "--missing", "--soft-sev"])
+    assert (outcome.output.strip(), built) == ("new", [True])
 
 
 @pytest.mark.parametrize("soft_sev", [False, True])
@@ -218,6 +218,6 @@ def test_log_is_for_kernels_with_the_software_only(tmp_path: Path) -> None:
     (tmp_path / "softsev").mkdir()
     assert log.plugin(tmp_path, tmp_path / "gone") is None
 
-    made = log.plugin(tmp_path, log_file)
-    assert isinstance(made, log.KernelLog)
-    made.close()
+    plugin = log.plugin(tmp_path, log_file)
+    assert isinstance(plugin, log.KernelLog)
+    plugin.close()

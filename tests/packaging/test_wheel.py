@@ -51,8 +51,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT], folder
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    (made,) = folder.glob("*.whl")
-    return made
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @dataclass
@@ -67,20 +67,20 @@ class Installed:
 
     @property
     def packages(self) -> Path:
-        (found,) = self.folder.glob("lib/python*/site-packages")
-        return found
+        (only,) = self.folder.glob("lib/python*/site-packages")
+        return only
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    made = Installed(tmp_path_factory.mktemp("installed") / "venv")
-    venv.create(made.folder, with_pip=True, symlinks=True)
+    root = Installed(tmp_path_factory.mktemp("installed") / "venv")
+    venv.create(root.folder, with_pip=True, symlinks=True)
     work = tmp_path_factory.mktemp("pip")
-    result = run([made.folder / "bin" / "python", "-m", "pip", "install", "--quiet", wheel], work)
+    result = run([root.folder / "bin" / "python", "-m", "pip", "install", "--quiet", wheel], work)
     if result.returncode != 0 and "No matching distribution found" in result.stderr:
         pytest.skip(f"needs a package index that pip can reach: {result.stderr.strip().splitlines()[-1]}")
     assert result.returncode == 0, result.stdout + result.stderr
-    return made
+    return root
 
 
 @pytest.fixture

@@ -32,9 +32,9 @@ def started(make_vm: MakeVm) -> Attester:
     """Return an attester of a plain VM with a secrets page."""
     vm = make_vm(attester.GUEST.replace("\tguest_agent();\n", FILLS))
     vm.alloc(PAGE_SIZE, gva=SECRETS_GVA)
-    made = Attester(vm)
-    made.start()
-    return made
+    environment = Attester(vm)
+    environment.start()
+    return environment
 
 
 pytestmark = [pytest.mark.requires("kvm"), pytest.mark.protections("none")]

@@ -34,8 +34,8 @@ class Outcome:
 
     def test(self, name: str) -> dict[str, Any]:
         """The JSON entry of one test."""
-        found: dict[str, Any] = next(t for t in self.report["tests"] if t["id"].partition("::")[2] == name)
-        return found
+        by_name: dict[str, Any] = next(t for t in self.report["tests"] if t["id"].partition("::")[2] == name)
+        return by_name
 
     def reason(self, name: str) -> str:
         """Why a test did not pass."""
@@ -104,33 +104,33 @@ def parse_ktap(text: str) -> KtapNode:
     """Parse KTAP version 1 by the kernel's rules; AssertionError for a line that breaks one."""
     lines = text.splitlines()
 
-    def level(at: int, indent: str) -> tuple[KtapNode, int]:
-        assert lines[at] == f"{indent}KTAP version 1"
-        at += 1
-        while lines[at].startswith(f"{indent}#"):
-            at += 1
-        plan = re.fullmatch(rf"{indent}1\.\.(\d+)", lines[at])
-        assert plan, lines[at]
+    def level(offset: int, indent: str) -> tuple[KtapNode, int]:
+        assert lines[offset] == f"{indent}KTAP version 1"
+        offset += 1
+        while lines[offset].startswith(f"{indent}#"):
+            offset += 1
+        plan = re.fullmatch(rf"{indent}1\.\.(\d+)", lines[offset])
+        assert plan, lines[offset]
         node = KtapNode(int(plan[1]), [])
-        at += 1
+        offset += 1
         inner: KtapNode | None = None
-        while at < len(lines) and lines[at].startswith(indent):
-            line = lines[at]
+        while offset < len(lines) and lines[offset].startswith(indent):
+            line = lines[offset]
             if line.startswith(f"{indent}#"):
-                at += 1
+                offset += 1
             elif line == f"{indent}  KTAP version 1":
-                inner, at = level(at, indent + "  ")
+                inner, offset = level(offset, indent + "  ")
             else:
-                found = KTAP_RESULT.fullmatch(line)
-                assert found, line
-                if found["indent"] != indent:
+                match = KTAP_RESULT.fullmatch(line)
+                assert match, line
+                if match["indent"] != indent:
                     break
-                assert int(found["number"]) == len(node.results) + 1
-                node.results.append((found["ok"] == "ok", found["name"], found["directive"] or "", inner))
+                assert int(match["number"]) == len(node.results) + 1
+                node.results.append((match["ok"] == "ok", match["name"], match["directive"] or "", inner))
                 inner = None
-                at += 1
+                offset += 1
         assert node.plan == len(node.results)
-        return node, at
+        return node, offset
 
     root, end = level(0, "")
     assert end == len(lines)

@@ -55,10 +55,10 @@ def test_the_archive_has_files_and_folders_and_no_leftover(tmp_path: Path) -> No
     scrub = Scrubber(host="", user="jdoe", home="", known=())
     names = archive.write(target, {"a.txt": b"by jdoe"}, [("records", records)], scrub)
     assert names == ["a.txt", "records/deep/one.txt"]
-    with tarfile.open(target) as made:
-        assert made.getnames() == ["out/a.txt", "out/records/deep/one.txt"]
-        assert made.extractfile("out/a.txt").read() == b"by <user>"  # type: ignore[union-attr]
-        assert made.extractfile("out/records/deep/one.txt").read() == b"of <user>"  # type: ignore[union-attr]
+    with tarfile.open(target) as tar:
+        assert tar.getnames() == ["out/a.txt", "out/records/deep/one.txt"]
+        assert tar.extractfile("out/a.txt").read() == b"by <user>"  # type: ignore[union-attr]
+        assert tar.extractfile("out/records/deep/one.txt").read() == b"of <user>"  # type: ignore[union-attr]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tar.gz", "records"]
     assert target.stat().st_mode & 0o777 == 0o600
 
@@ -70,8 +70,8 @@ def sev_record(path: Path, name: str, answer: bytes) -> None:
         Chunk(0x1000, command, int(When.IN), int(What.ARGUMENT)),
         Chunk(0x5000, answer, int(When.OUT), int(What.NESTED)),
     )
-    what = Ioctl(1, 3, ioctls.SEV_ISSUE_CMD.nr, 0x1000, 0, 0, 2, 2, chunks)
-    entries = [Entry(Frame(FrameType.IOCTL, b"", 7, 7, 1, 1), what)]
+    ioctl = Ioctl(1, 3, ioctls.SEV_ISSUE_CMD.nr, 0x1000, 0, 0, 2, 2, chunks)
+    entries = [Entry(Frame(FrameType.IOCTL, b"", 7, 7, 1, 1), ioctl)]
     Record({"command": "/home/jdoe/vmm", "kernel": "7.2"}, entries).save(path)
 
 
@@ -83,27 +83,27 @@ def test_records_go_in_without_what_names_the_chip(name: str, stays: bool, tmp_p
     target = tmp_path / "out.tar.gz"
     scrub = Scrubber(host="", user="jdoe", home="/home/jdoe", known=())
     assert archive.write(target, {}, [("records", folder)], scrub) == ["records/a.rec"]
-    with tarfile.open(target) as made:
-        data = made.extractfile("out/records/a.rec").read()  # type: ignore[union-attr]
+    with tarfile.open(target) as tar:
+        data = tar.extractfile("out/records/a.rec").read()  # type: ignore[union-attr]
     record = Record.from_bytes(data)
     assert record.host == {"command": "~/vmm", "kernel": "7.2"}
-    what = record.entries[0].what
-    assert isinstance(what, Ioctl)
-    assert (what.chunks[1].data == b"the chip's own id") is stays
-    assert len(what.chunks[1].data) == len(b"the chip's own id")
+    payload = record.entries[0].what
+    assert isinstance(payload, Ioctl)
+    assert (payload.chunks[1].data == b"the chip's own id") is stays
+    assert len(payload.chunks[1].data) == len(b"the chip's own id")
     assert (b"the chip's own id" in data) is stays
 
 
 def test_the_machine_is_described_without_its_serial_numbers() -> None:
     """What decides a diagnosis from afar is there, and the numbers that name one machine are not."""
-    found = machine.machine()
-    assert found["kernel"] == os.uname().release
-    assert found["cmdline"] == Path("/proc/cmdline").read_text().strip()
-    assert found["limits"]["MEMLOCK"] == resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    assert found["limits"]["NOFILE"] == resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert {"ccp", "kvm", "kvm_amd"} == set(found["parameters"])
-    assert ("microcode" in found) is ("microcode" in Path("/proc/cpuinfo").read_text())
-    assert not {"product_serial", "board_serial", "product_uuid", "chassis_serial"} & set(found)
+    result = machine.machine()
+    assert result["kernel"] == os.uname().release
+    assert result["cmdline"] == Path("/proc/cmdline").read_text().strip()
+    assert result["limits"]["MEMLOCK"] == resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    assert result["limits"]["NOFILE"] == resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert {"ccp", "kvm", "kvm_amd"} == set(result["parameters"])
+    assert ("microcode" in result) is ("microcode" in Path("/proc/cpuinfo").read_text())
+    assert not {"product_serial", "board_serial", "product_uuid", "chassis_serial"} & set(result)
 
 
 def test_the_platforms_status_is_told_or_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,9 +185,9 @@ def test_a_run_ends_in_one_archive_and_the_suites_status(tmp_path: Path) -> None
         cwd=tmp_path,
     )
     assert result.returncode == 1, result.stderr
-    with tarfile.open(target) as made:
-        names = {name.removeprefix("made/") for name in made.getnames()}
-        verdicts = json.load(made.extractfile("made/verdicts.json"))  # type: ignore[arg-type]
+    with tarfile.open(target) as archive:
+        names = {name.removeprefix("made/") for name in archive.getnames()}
+        verdicts = json.load(archive.extractfile("made/verdicts.json"))  # type: ignore[arg-type]
     assert names == {
         *("machine.json", "platform.json", "boot.txt", "dmesg.txt", "doctor.txt", "run.txt", "steps.jsonl"),
         *("verdicts.json", "verdicts.ktap", "report.html", "journal.jsonl"),

@@ -28,11 +28,11 @@ def test_without_kvm_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
     result = CliRunner().invoke(main, ["doctor", "--json"])
     assert result.exit_code == 0
-    found = json.loads(result.output)
-    assert found["kvm"]["usable"] is False
-    assert found["kvm"]["missing"] == f"{NO_KVM} does not exist"
-    assert found["kernel"]["release"] == os.uname().release
-    assert "protections" not in found
+    document = json.loads(result.output)
+    assert document["kvm"]["usable"] is False
+    assert document["kvm"]["missing"] == f"{NO_KVM} does not exist"
+    assert document["kernel"]["release"] == os.uname().release
+    assert "protections" not in document
     assert f"KVM cannot be used: {NO_KVM} does not exist\n  get it: " in shown()
 
 
@@ -48,13 +48,13 @@ def test_capabilities_types_and_protections_are_kvms_own(kvm: Kvm) -> None:
 
     result = CliRunner().invoke(main, ["doctor", "--json"])
     assert result.exit_code == 0
-    found = json.loads(result.output)
-    assert set(found["capabilities"]) == set(Cap.__members__)
-    assert found["capabilities"]["KVM_CAP_NR_MEMSLOTS"] == kvm.check_extension(KVM_CAP_NR_MEMSLOTS)
-    assert found["vm_types"] == [host.vm_type_name(number) for number in sorted(kvm.vm_types())]
+    data = json.loads(result.output)
+    assert set(data["capabilities"]) == set(Cap.__members__)
+    assert data["capabilities"]["KVM_CAP_NR_MEMSLOTS"] == kvm.check_extension(KVM_CAP_NR_MEMSLOTS)
+    assert data["vm_types"] == [host.vm_type_name(number) for number in sorted(kvm.vm_types())]
     offered = kvm.protections()
-    assert list(found["protections"]) == list(offered)
-    for name, entry in found["protections"].items():
+    assert list(data["protections"]) == list(offered)
+    for name, entry in data["protections"].items():
         assert entry["available"] is offered[name].available
         assert entry["available"] or all(piece["what"] for piece in entry["missing"])
 
@@ -71,12 +71,12 @@ def test_costs_are_measured() -> None:
 @pytest.mark.requires("kvm")
 def test_the_text_names_every_module_parameter_and_capability() -> None:
     text = shown()
-    found = examine()
-    for module, parameters in found["modules"].items():
+    facts = examine()
+    for module, parameters in facts["modules"].items():
         assert f"\n  {module}\n" in text
         for name in parameters:
             assert f"\n    {name} = " in text
-    for name, value in found["capabilities"].items():
+    for name, value in facts["capabilities"].items():
         assert (f"  {name} = " in text) is bool(value)
     assert "ring 0 runs " in text
 
@@ -92,9 +92,9 @@ def test_an_amd_hosts_missing_fixes_are_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
     monkeypatch.setattr(host, "vendor_modules", lambda: ("kvm_amd",))
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "host", "6.12.90", "#1", "x86_64")))
-    found = examine()["kernel"]["fixes"]
-    assert found["sev-dbg-page"] is False
-    assert found["snp-finish-twice"] is True
+    report = examine()["kernel"]["fixes"]
+    assert report["sev-dbg-page"] is False
+    assert report["snp-finish-twice"] is True
     text = shown()
     assert "not known to have 78ee2d50185a (Linux 7.2, 7.1.3, 6.18.38, 6.12.95): KVM: SVM: Fix page" in text
     assert "9b9f7962e3e8" not in text

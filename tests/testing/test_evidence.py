@@ -119,9 +119,9 @@ def test_no_map_of_what_cannot_be_seen() -> None:
     """A VM whose map fails says why, closed ones have none, and there is a limit."""
     broken: Any = SimpleNamespace(name="vm3", closed=False)
     closed: Any = SimpleNamespace(name="vm4", closed=True)
-    (found,) = maps_of([closed, broken])
-    assert found["vm"] == "vm3"
-    assert "AttributeError" in found["hidden"]
+    (only,) = maps_of([closed, broken])
+    assert only["vm"] == "vm3"
+    assert "AttributeError" in only["hidden"]
     assert len(maps_of([broken] * 20)) == MAX_VMS
 
 

@@ -77,8 +77,8 @@ class Page(HTMLParser):
     @property
     def data(self) -> dict[str, Any]:
         """What the page's script shows."""
-        found: dict[str, Any] = json.loads(self.scripts[0])
-        return found
+        results: dict[str, Any] = json.loads(self.scripts[0])
+        return results
 
 
 def test_text_is_never_markup() -> None:

@@ -105,11 +105,11 @@ class Shown:
 
     def texts(self, selector: str) -> list[str]:
         """The text of every element that can be seen."""
-        found: list[str] = self.run(
+        results: list[str] = self.run(
             f"[...document.querySelectorAll({selector!r})]"
             ".filter((e) => e.offsetParent).map((e) => e.textContent)"
         )
-        return found
+        return results
 
     def keys(self, *keys: str) -> None:
         """Press keys, wherever the focus is."""
@@ -120,11 +120,11 @@ class Shown:
             actions.send_keys(key)
         actions.perform()
 
-    def until(self, what: Callable[[], object]) -> None:
+    def until(self, condition: Callable[[], object]) -> None:
         """Wait until the page has got there."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, 20).until(lambda _: what())
+        WebDriverWait(self.driver, 20).until(lambda _: condition())
 
 
 @pytest.fixture

@@ -130,9 +130,9 @@ def test_kinds_of_requirements(suite: Suite, monkeypatch: pytest.MonkeyPatch) ->
         ),
     )
     outcome = suite.run()
-    found = outcome.verdicts()
-    assert [(text, found[f"test_{number}"]) for number, (text, _) in enumerate(KINDS)] == KINDS
-    for name, verdict in found.items():
+    verdicts = outcome.verdicts()
+    assert [(text, verdicts[f"test_{number}"]) for number, (text, _) in enumerate(KINDS)] == KINDS
+    for name, verdict in verdicts.items():
         assert bool(outcome.test(name)["missing"]) is (verdict == "skip")
 
 
@@ -235,16 +235,16 @@ def test_protections_make_one_item_each(suite: Suite) -> None:
         "def test_plain(protection): pass\ndef test_without(): pass\n",
     )
     outcome = suite.run()
-    found = {test["id"].partition("::")[2]: test["protection"] for test in outcome.report["tests"]}
-    assert found["test_all[cbit]"] == "cbit"
-    assert found["test_all[none]"] == "none"
-    assert found["test_one[none]"] == "none"
-    assert found["test_plain"] == "none"
-    assert found["test_without"] is None
+    verdict_of = {test["id"].partition("::")[2]: test["protection"] for test in outcome.report["tests"]}
+    assert verdict_of["test_all[cbit]"] == "cbit"
+    assert verdict_of["test_all[none]"] == "none"
+    assert verdict_of["test_one[none]"] == "none"
+    assert verdict_of["test_plain"] == "none"
+    assert verdict_of["test_without"] is None
     # What has no protection is no filter's business.
     assert set(suite.run("--protection=cbit").verdicts()) == {"test_all[cbit]", "test_without"}
-    assert set(suite.run("--protection=none").verdicts()) == set(found) - {
-        name for name in found if name.startswith("test_all[") and name != "test_all[none]"
+    assert set(suite.run("--protection=none").verdicts()) == set(verdict_of) - {
+        name for name in verdict_of if name.startswith("test_all[") and name != "test_all[none]"
     }
     everything = ",".join(ladder.protections())
     assert outcome.verdicts().keys() == suite.run(f"--protection={everything}").verdicts().keys()

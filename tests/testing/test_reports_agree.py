@@ -124,7 +124,7 @@ def from_ktap(text: str) -> dict[str, str]:
         (True, "XFAIL"): "xfail",
         (False, "ERROR"): "lost",
     }
-    found = {}
+    results = {}
     for good, file, directive, inner in parse_ktap(text).results:
         assert inner is not None
         verdicts = {
@@ -133,8 +133,8 @@ def from_ktap(text: str) -> dict[str, str]:
         }
         assert good is not bool({"fail", "lost"} & set(verdicts.values()))
         assert (directive == "SKIP") is (set(verdicts.values()) == {"skip"})
-        found.update(verdicts)
-    return found
+        results.update(verdicts)
+    return results
 
 
 def _junit_verdict(case: Element) -> str:
@@ -151,7 +151,7 @@ def _junit_verdict(case: Element) -> str:
 
 
 def from_junit(root: Element) -> dict[str, str]:
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for case in root.iter("testcase"):
         classname = case.get("classname", "")
         file = classname.replace(".", "/") + ".py"
@@ -159,9 +159,9 @@ def from_junit(root: Element) -> dict[str, str]:
         name = f"{file}::{case.get('name')}" if classname else f"{case.get('name', '').replace('.', '/')}.py"
         verdict = _junit_verdict(case)
         # pytest writes a test that failed in two phases as two cases.
-        if found.get(name, "pass") in ("pass", verdict):
-            found[name] = verdict
-    return found
+        if by_name.get(name, "pass") in ("pass", verdict):
+            by_name[name] = verdict
+    return by_name
 
 
 def from_table(text: str) -> dict[str, Counter[str]]:

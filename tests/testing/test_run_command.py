@@ -118,14 +118,14 @@ def test_strict_private_reaches_the_session(own: Path) -> None:
 
 def documented_commands() -> list[str]:
     """Every command of kvmpy that the documentation shows, as one line each."""
-    found = []
+    results = []
     for file in (DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))):
         outside = file.read_text(encoding="utf-8").split("```")
         blocks = re.sub(r"\\\n\s*", "", "\n".join(outside[1::2]))
         lines = [re.split(r"\s{2,}| # ", line.strip())[0] for line in blocks.splitlines()]  # without a remark
         lines += [span for text in outside[::2] for span in re.findall(r"`([^`]+)`", text)]
-        found += [" ".join(line.split()) for line in lines if re.match(r"\W*(?:sudo )?kvmpy [a-z]", line)]
-    return found
+        results += [" ".join(line.split()) for line in lines if re.match(r"\W*(?:sudo )?kvmpy [a-z]", line)]
+    return results
 
 
 def test_every_option_that_the_documentation_shows_exists() -> None:

@@ -42,15 +42,15 @@ HANGS = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[RunFolder]:
-    with RunFolder(tmp_path / "made.tar.gz") as made:
-        yield made
+    with RunFolder(tmp_path / "made.tar.gz") as run_folder:
+        yield run_folder
 
 
 @pytest.fixture(scope="module")
 def sleeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("sleeper") / "sleeper"
-    subprocess.run(["gcc", "-w", "-x", "c", "-o", made, "-"], input=IN_D.encode(), check=True, timeout=60)
-    return made
+    root = tmp_path_factory.mktemp("sleeper") / "sleeper"
+    subprocess.run(["gcc", "-w", "-x", "c", "-o", root, "-"], input=IN_D.encode(), check=True, timeout=60)
+    return root
 
 
 @pytest.fixture
@@ -235,16 +235,16 @@ def test_a_test_that_cannot_be_ended_is_lost_and_the_rest_goes_on(
 
 
 def journaled(path: Path, config: Any) -> journal.Journal:
-    made = journal.Journal(config, path, 5, Results("host"))
+    keeper = journal.Journal(config, path, 5, Results("host"))
     for name in ("a", "b"):
         item: Any = SimpleNamespace(
             nodeid=f"t.py::{name}", location=("t.py", 0, name), get_closest_marker=lambda _: None
         )
-        made.pytest_runtest_protocol(item)
-        made.pytest_runtest_logfinish(item.nodeid)
-    made.pytest_unconfigure()
-    made.close()
-    return made
+        keeper.pytest_runtest_protocol(item)
+        keeper.pytest_runtest_logfinish(item.nodeid)
+    keeper.pytest_unconfigure()
+    keeper.close()
+    return keeper
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -300,8 +300,8 @@ def test_the_kernels_last_words_are_packed(tmp_path: Path, monkeypatch: pytest.M
         since = (folder.path / runfolder.LOCK).stat().st_mtime
         os.utime(pstore / name, (since + age, since + age))
         pack_dead(tmp_path, print)
-        with tarfile.open(tmp_path / "made.tar.gz") as made:
-            inside = made.getnames()
+        with tarfile.open(tmp_path / "made.tar.gz") as archive:
+            inside = archive.getnames()
         (tmp_path / "made.tar.gz").unlink()
         assert "made/pstore/dmesg-efi-1" in inside
         assert "made/pstore/dmesg-efi-0" not in inside
@@ -361,13 +361,13 @@ def test_what_a_killed_run_left_is_packed_by_the_next_call(whole: bool, tmp_path
     assert packed.returncode == 0
     assert not (tmp_path / "made.running").exists()
     assert not (tmp_path / "other.tar.gz").exists()
-    with tarfile.open(tmp_path / "made.tar.gz") as made:
-        names = {name.removeprefix("made/") for name in made.getnames()}
-        verdicts = json.load(made.extractfile("made/verdicts.json"))  # type: ignore[arg-type]
-        ktap = made.extractfile("made/verdicts.ktap").read().decode()  # type: ignore[union-attr]
+    with tarfile.open(tmp_path / "made.tar.gz") as tar:
+        names = {name.removeprefix("made/") for name in tar.getnames()}
+        verdicts = json.load(tar.extractfile("made/verdicts.json"))  # type: ignore[arg-type]
+        ktap = tar.extractfile("made/verdicts.ktap").read().decode()  # type: ignore[union-attr]
     assert left - {"lock", "journal", "records"} <= names
-    found = {entry["id"].partition("::")[2]: entry["verdict"] for entry in verdicts["tests"]}
-    assert found == {"test_before": "pass", "test_dies": "lost"}
+    verdict_of = {entry["id"].partition("::")[2]: entry["verdict"] for entry in verdicts["tests"]}
+    assert verdict_of == {"test_before": "pass", "test_dies": "lost"}
     assert verdicts["host"]["kernel"].startswith(os.uname().release)
     assert "test_before" in ktap
     [lost] = [entry for entry in verdicts["tests"] if entry["verdict"] == "lost"]

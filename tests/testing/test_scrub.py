@@ -98,8 +98,8 @@ def test_serial_numbers_are_those_of_dmi_cpu_and_disks(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
-    found = scrub.serial_numbers(tmp_path, tmp_path / "machine-id")
-    assert set(found) == {
+    result = scrub.serial_numbers(tmp_path, tmp_path / "machine-id")
+    assert set(result) == {
         "CZ1234AB",
         "0x2b1f3c4d5e6f708",
         "2b1f3c4d5e6f708",

@@ -168,15 +168,15 @@ def test_noise_in_ucalls_is_data(kvm: Kvm, torture: Torture) -> None:
         for _ in torture.rounds(least=30):
             page = bytearray(chance.randbytes(layout.UCALL_SLOTS * layout.UCALL_SLOT_SIZE))
             for slot in range(layout.UCALL_SLOTS):
-                at = slot * layout.UCALL_SLOT_SIZE
+                offset = slot * layout.UCALL_SLOT_SIZE
                 if chance.random() < 0.8:
                     word = chance.choice((*layout.UcallCmd, 7, 0x101)) | chance.randrange(12) << 16
-                    page[at + layout.UCALL_CMD : at + layout.UCALL_CMD + 4] = (
+                    page[offset + layout.UCALL_CMD : offset + layout.UCALL_CMD + 4] = (
                         word | chance.choice((0, layout.UCALL_HAS_TEXT))
                     ).to_bytes(4, "little")
                 if chance.random() < 0.5:
                     words = [chance.choice((0, 1, 14, 1 << 63, (1 << 64) - 1, 0x400010)) for _ in range(8)]
-                    page[at + layout.UCALL_ARGS : at + layout.UCALL_NEXT] = b"".join(
+                    page[offset + layout.UCALL_ARGS : offset + layout.UCALL_NEXT] = b"".join(
                         word.to_bytes(8, "little") for word in words
                     )
             vm.memory.shared_view(vm.gva_to_gpa(vm.program.address_of("id")), 4)[:] = chance.choice(

@@ -42,24 +42,24 @@ WORDS += [b"\\ud800", b"\xff\xfe", b"\x00", b"[" * 2000, b"{}", b'""', b"true", 
 
 def mutate(data: bytes, numbers: random.Random) -> bytes:
     """Return *data* with one to four changes: bits, bytes, ranges, and words that parsers dislike."""
-    made = bytearray(data)
+    content = bytearray(data)
     for _ in range(numbers.randint(1, 4)):
-        at = numbers.randrange(len(made) + 1)
-        end = min(len(made), at + numbers.choice([1, 1, 2, 8, 64]))
+        offset = numbers.randrange(len(content) + 1)
+        end = min(len(content), offset + numbers.choice([1, 1, 2, 8, 64]))
         kind = numbers.randrange(6)
-        if kind == 0 and at < len(made):
-            made[at] ^= 1 << numbers.randrange(8)
+        if kind == 0 and offset < len(content):
+            content[offset] ^= 1 << numbers.randrange(8)
         elif kind == 1:
-            del made[at:end]
+            del content[offset:end]
         elif kind == 2:
-            made[at:at] = made[at:end]
+            content[offset:offset] = content[offset:end]
         elif kind == 3:
-            made[at:end] = numbers.choice(WORDS)
+            content[offset:end] = numbers.choice(WORDS)
         elif kind == 4:
-            del made[at:]
+            del content[offset:]
         else:
-            made[at:end] = numbers.randbytes(end - at)
-    return bytes(made)
+            content[offset:end] = numbers.randbytes(end - offset)
+    return bytes(content)
 
 
 def reshape(text: bytes, numbers: random.Random) -> bytes:
@@ -305,16 +305,16 @@ def test_decode_and_encode_tell_what_they_do_not_understand(torture: Torture) ->
     for _ in torture.rounds(100):
         words = list(torture.random.choice(COMMANDS))
         for _ in range(torture.random.randint(1, 2)):
-            at = torture.random.randrange(1, len(words))
+            start = torture.random.randrange(1, len(words))
             kind = torture.random.randrange(4)
             if kind == 0:
-                words[at] = torture.random.choice(ODD)
+                words[start] = torture.random.choice(ODD)
             elif kind == 1:
-                words.insert(at, torture.random.choice(ODD))
+                words.insert(start, torture.random.choice(ODD))
             elif kind == 2 and len(words) > 2:
-                del words[at]
+                del words[start]
             else:
-                words[at] = mutate(words[at].encode("utf-8", "surrogateescape"), torture.random).decode(
+                words[start] = mutate(words[start].encode("utf-8", "surrogateescape"), torture.random).decode(
                     "latin-1"
                 )
             if len(words) < 2:

@@ -28,11 +28,11 @@ PROGRAM_S = 120
 """Beyond this a program hangs, even beside a dozen busy ones."""
 
 
-def frame(dice: random.Random, at: int) -> bytes:
+def frame(dice: random.Random, offset: int) -> bytes:
     kind = dice.choice([*FrameType, shared.RING_DUMP, dice.getrandbits(16)])
     ioctl = Ioctl(1, 5, dice.choice([KVM_RUN.nr, KVM_SET_MSRS.nr]), 0x1000, 0, 0, 9, 9).pack()
     payload = dice.choice([ioctl, ioctl[: dice.randrange(60)], dice.randbytes(dice.randrange(400))])
-    head = FRAME_HEADER.pack(FRAME_MAGIC, 0, len(payload), kind, 0, 7, 8, at, 9)
+    head = FRAME_HEADER.pack(FRAME_MAGIC, 0, len(payload), kind, 0, 7, 8, offset, 9)
     return head + payload + bytes(-len(payload) % 8)
 
 

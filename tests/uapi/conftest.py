@@ -50,10 +50,10 @@ enum { KVM_SEV_INIT = 0, KVM_SEV_ES_INIT };
 @pytest.fixture(scope="session")
 def gcc() -> str:
     """The C compiler; the test is skipped when there is none."""
-    found = shutil.which("gcc")
-    if found is None:
+    program = shutil.which("gcc")
+    if program is None:
         pytest.skip("gcc is not installed (apt-get install gcc libc6-dev)")
-    return found
+    return program
 
 
 @pytest.fixture

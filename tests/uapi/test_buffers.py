@@ -74,8 +74,8 @@ def test_places() -> None:
 def test_commands_select_their_struct() -> None:
     sev = BUFFERS[ioctls.KVM_MEMORY_ENCRYPT_OP.nr]
     for command in SEV_COMMANDS.values():
-        found = [child.struct for child in children_of(sev, command.id)]
-        assert found == ([command.struct] if command.struct else []), command.name
+        result = [child.struct for child in children_of(sev, command.id)]
+        assert result == ([command.struct] if command.struct else []), command.name
     assert list(children_of(sev, 99)) == []
     assert list(children_of(sev, None)) == []
 

@@ -71,11 +71,11 @@ def test_bytes_round_trip(kind: type[Struct], data: st.DataObject) -> None:
     extra = data.draw(st.integers(0, 3)) * 8 if issubclass(kind, FlexStruct) else 0
     size = kind.SIZE + extra
     raw = data.draw(st.binary(min_size=min(size, 64), max_size=64)).ljust(size, b"\x5a")[:size]
-    made = kind.from_bytes(raw)
-    assert made.to_bytes() == raw
-    twin = copy.copy(made)
-    assert twin == made
-    assert twin.cdata != made.cdata
+    value = kind.from_bytes(raw)
+    assert value.to_bytes() == raw
+    twin = copy.copy(value)
+    assert twin == value
+    assert twin.cdata != value.cdata
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,22 +83,22 @@ def test_numbers_lie_where_the_layout_says(kind: type[Struct]) -> None:
     for field in numbers(kind):
         width = field.bits or field.size * 8
         for number in limits(field):
-            made = kind()
-            setattr(made, field.attribute, number)
-            assert getattr(made, field.attribute) == number, field.name
-            place = int.from_bytes(made.to_bytes(), "little")
+            value = kind()
+            setattr(value, field.attribute, number)
+            assert getattr(value, field.attribute) == number, field.name
+            place = int.from_bytes(value.to_bytes(), "little")
             assert place == (number & (1 << width) - 1) << field.offset * 8 + field.shift, field.name
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_that_do_not_fit_are_refused_with_the_fields_name(kind: type[Struct]) -> None:
-    made = kind()
+    value = kind()
     for field in numbers(kind):
         low, high = limits(field)
         for number in (low - 1, high + 1):
             with pytest.raises(OverflowError, match=rf"{kind.NAME}\.{field.name}: .* does not fit"):
-                setattr(made, field.attribute, number)
-    assert made == kind()
+                setattr(value, field.attribute, number)
+    assert value == kind()
 
 
 def test_fields_are_given_by_name() -> None:

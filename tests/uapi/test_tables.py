@@ -215,13 +215,13 @@ ERRORS = {"uapi/error_hints.py", "uapi/error_rules.py"}
 def test_what_ioctls_mean_stands_in_the_table_alone() -> None:
     """No set, tuple or dict of ioctls outside the table: its columns say what they have in common."""
     package = Path(kvmpy.__file__).parent
-    found = [
+    results = [
         f"{path.relative_to(package)}:{line}: {', '.join(names)}"
         for path in sorted(package.rglob("*.py"))
         if path.relative_to(package).as_posix() not in ERRORS
         for line, names in _displays(ast.parse(path.read_text()))
     ]
-    assert found == []
+    assert results == []
 
 
 def test_what_is_made_by_kvm_has_a_name() -> None:

@@ -94,61 +94,61 @@ def test_unknown_features_are_refused() -> None:
 
 
 def test_has_set_and_clear() -> None:
-    found = table()
-    assert found.has("SMEP")
-    assert not found.has("SMAP")
-    found.set_feature("SMAP")
-    found.clear_feature("SMEP")
-    entry = found.find(7, 0)
+    leaves = table()
+    assert leaves.has("SMEP")
+    assert not leaves.has("SMAP")
+    leaves.set_feature("SMAP")
+    leaves.clear_feature("SMEP")
+    entry = leaves.find(7, 0)
     assert entry is not None
     assert entry.ebx == 1 << 20 | 1
-    assert {"SMAP", "FSGSBASE", "FRED", "KVM_CLOCKSOURCE2"} <= found.features
-    assert "SMEP" not in found.features
+    assert {"SMAP", "FSGSBASE", "FRED", "KVM_CLOCKSOURCE2"} <= leaves.features
+    assert "SMEP" not in leaves.features
 
 
 def test_setting_a_feature_adds_its_leaf() -> None:
-    found = table()
-    found.clear_feature("XSAVES")
-    assert found.find(0xD, 1) is None
-    found.set_feature("XSAVES")
-    assert found.find(0xD, 1) == CpuidEntry(0xD, 1, SIGNIFICANT_INDEX, 8)
-    found.set_feature("NPT")
-    assert found.find(0x8000_000A, 77) == CpuidEntry(0x8000_000A, edx=1)
+    cpuid = table()
+    cpuid.clear_feature("XSAVES")
+    assert cpuid.find(0xD, 1) is None
+    cpuid.set_feature("XSAVES")
+    assert cpuid.find(0xD, 1) == CpuidEntry(0xD, 1, SIGNIFICANT_INDEX, 8)
+    cpuid.set_feature("NPT")
+    assert cpuid.find(0x8000_000A, 77) == CpuidEntry(0x8000_000A, edx=1)
 
 
 def test_find_minds_the_index_only_where_it_counts() -> None:
-    found = table()
-    entry = found.find(7, 1)
+    cpuid = table()
+    entry = cpuid.find(7, 1)
     assert entry is not None
     assert entry.eax == 1 << 17
-    assert found.find(7, 2) is None
-    assert found.find(1, 5) is found.find(1)
-    assert found.find(0x1234) is None
+    assert cpuid.find(7, 2) is None
+    assert cpuid.find(1, 5) is cpuid.find(1)
+    assert cpuid.find(0x1234) is None
 
 
 def test_remove() -> None:
-    found = table()
-    assert found.remove(7, 1) == 1
-    assert found.find(7, 0) is not None
-    assert found.remove(7) == 1
-    assert found.remove(7) == 0
+    cpuid = table()
+    assert cpuid.remove(7, 1) == 1
+    assert cpuid.find(7, 0) is not None
+    assert cpuid.remove(7) == 1
+    assert cpuid.remove(7) == 0
 
 
 def test_summaries() -> None:
-    found = table()
-    assert found.vendor == "AuthenticAMD"
-    assert found.hypervisor == "KVMKVMKVM"
-    assert found.brand == "AMD EPYC 9999 test part"
-    assert found.version == (0x19, 0x11, 1)
-    assert (found.maxphyaddr, found.linear_bits, found.guest_maxphyaddr) == (52, 57, 52)
-    assert (found.encryption_bit, found.phys_addr_reduction, found.sev_asids) == (51, 5, (509, 100))
+    cpuid = table()
+    assert cpuid.vendor == "AuthenticAMD"
+    assert cpuid.hypervisor == "KVMKVMKVM"
+    assert cpuid.brand == "AMD EPYC 9999 test part"
+    assert cpuid.version == (0x19, 0x11, 1)
+    assert (cpuid.maxphyaddr, cpuid.linear_bits, cpuid.guest_maxphyaddr) == (52, 57, 52)
+    assert (cpuid.encryption_bit, cpuid.phys_addr_reduction, cpuid.sev_asids) == (51, 5, (509, 100))
 
 
 def test_summaries_of_an_empty_table() -> None:
-    found = Cpuid()
-    assert (found.vendor, found.hypervisor, found.brand, found.version) == ("", "", "", (0, 0, 0))
-    assert (found.maxphyaddr, found.linear_bits, found.guest_maxphyaddr) == (36, 48, 36)
-    assert (found.encryption_bit, found.features) == (None, frozenset())
+    cpuid = Cpuid()
+    assert (cpuid.vendor, cpuid.hypervisor, cpuid.brand, cpuid.version) == ("", "", "", (0, 0, 0))
+    assert (cpuid.maxphyaddr, cpuid.linear_bits, cpuid.guest_maxphyaddr) == (36, 48, 36)
+    assert (cpuid.encryption_bit, cpuid.features) == (None, frozenset())
 
 
 @pytest.mark.parametrize(("eax", "bit"), [(0, None), (1, 51), (2, 51), (0x1C, None)])
@@ -163,10 +163,10 @@ def test_structs_there_and_back() -> None:
             kvm_cpuid_entry2(function=7, index=1, flags=1, eax=5, ecx=6),
         ]
     )
-    found = Cpuid.from_struct(source)
-    assert found.entries == [CpuidEntry(1, 0, 0, 0x1234, 0, 0, 1 << 25), CpuidEntry(7, 1, 1, 5, 0, 6, 0)]
-    assert found.to_struct() == source
-    found.set_feature("SSE2")
+    cpuid = Cpuid.from_struct(source)
+    assert cpuid.entries == [CpuidEntry(1, 0, 0, 0x1234, 0, 0, 1 << 25), CpuidEntry(7, 1, 1, 5, 0, 6, 0)]
+    assert cpuid.to_struct() == source
+    cpuid.set_feature("SSE2")
     assert source.entries_list()[0].edx == 1 << 25  # a copy, not a view
 
 
@@ -189,9 +189,9 @@ def test_decoded_text() -> None:
     lines = table().decode().splitlines()
     assert lines[0] == "vendor AuthenticAMD, family 0x19 model 0x11 stepping 1, AMD EPYC 9999 test part"
     assert lines[1] == "physical 52 bits, linear 57 bits, C-bit 51, hypervisor KVMKVMKVM"
-    at = next(n for n, line in enumerate(lines) if line.startswith("0x00000007.0x0"))
-    assert lines[at] == "0x00000007.0x0  eax 00000002 ebx 00000081 ecx 00010000 edx 00000000  features"
-    assert lines[at + 1].split() == ["FSGSBASE", "SMEP", "LA57"]
+    index = next(n for n, line in enumerate(lines) if line.startswith("0x00000007.0x0"))
+    assert lines[index] == "0x00000007.0x0  eax 00000002 ebx 00000081 ecx 00010000 edx 00000000  features"
+    assert lines[index + 1].split() == ["FSGSBASE", "SMEP", "LA57"]
     assert lines[-1].split() == ["SME", "SEV", "VM_PAGE_FLUSH", "SEV_ES", "SEV_SNP"]
 
 

@@ -63,11 +63,11 @@ def test_flags_of_a_small_leaf(make_space: SpaceMaker, how: dict[str, Any], bits
 def test_leaf_of_each_size(make_space: SpaceMaker, page_size: int, steps: int, pat: int) -> None:
     space = make_space()
     space.tables.map(BASE, Gpa(0x8000_0000), page_size, page_size=page_size, pat=pat)
-    found = entries(space, int(BASE))
-    assert len(found) == steps
+    entries_found = entries(space, int(BASE))
+    assert len(entries_found) == steps
     high = (0x80 if page_size == PAGE_SIZE else 0x1000) if pat & 4 else 0
     large = 0 if page_size == PAGE_SIZE else 0x80
-    assert found[-1] == 0x8000_0000 | large | high | (pat & 3) << 3 | 3
+    assert entries_found[-1] == 0x8000_0000 | large | high | (pat & 3) << 3 | 3
 
 
 @pytest.mark.parametrize(
@@ -421,8 +421,8 @@ def test_mappings_of_a_range_and_across_many_runs(make_space: SpaceMaker) -> Non
     count = 9000  # more than the editor hands over at once
     for number in range(count):
         space.tables.map(BASE + number * PAGE_SIZE, Gpa((number ^ 1) * PAGE_SIZE), PAGE_SIZE)
-    found = space.tables.mappings()
-    assert [int(m.gpa) // PAGE_SIZE for m in found] == [number ^ 1 for number in range(count)]
+    leaves = space.tables.mappings()
+    assert [int(m.gpa) // PAGE_SIZE for m in leaves] == [number ^ 1 for number in range(count)]
     assert [int(m.gpa) for m in space.tables.mappings(BASE + PAGE_SIZE, 2 * PAGE_SIZE)] == [0, 3 * PAGE_SIZE]
 
 
@@ -453,8 +453,8 @@ def test_tables_spread_over_several_ranges_of_memory(make_space: SpaceMaker) -> 
         more = Anonymous().map(4 * PAGE_SIZE)
         make_space.mappings.append(more)
         # Added out of order: below, above, below ...
-        at = Gpa(0x4_0000_0000 + (number if number % 2 else -number) * 0x10_0000)
-        space.memory.add(Segment(at, 4 * PAGE_SIZE, more, more))
+        address = Gpa(0x4_0000_0000 + (number if number % 2 else -number) * 0x10_0000)
+        space.memory.add(Segment(address, 4 * PAGE_SIZE, more, more))
     space.tables.map(BASE, Gpa(0), 20 * SIZE_2M, page_size=PAGE_SIZE)
     assert space.tables.table_pages == 23
     assert [(int(m.gpa), m.size) for m in space.tables.mappings()] == [(0, 20 * SIZE_2M)]
@@ -462,8 +462,8 @@ def test_tables_spread_over_several_ranges_of_memory(make_space: SpaceMaker) -> 
     def read(raw: int) -> int:
         return int(struct.unpack("<Q", space.memory.read(Gpa(raw), 8))[0])
 
-    found = list(Walker(read, int(space.tables.cr3)).pages(int(BASE), 20 * SIZE_2M))
-    assert [page.physical for page in found] == [n * PAGE_SIZE for n in range(20 * 512)]
+    pages = list(Walker(read, int(space.tables.cr3)).pages(int(BASE), 20 * SIZE_2M))
+    assert [page.physical for page in pages] == [n * PAGE_SIZE for n in range(20 * 512)]
     space.tables.unmap(BASE, 20 * SIZE_2M)
     assert space.tables.spare_pages == 22
 

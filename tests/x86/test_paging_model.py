@@ -179,8 +179,8 @@ class Run:
 
     def _edit_map(self, op: dict[str, Any]) -> None:
         gva, size = self._where(op)
-        how = dict(op["how"])
-        key = how.pop("key")
+        options = dict(op["how"])
+        key = options.pop("key")
         self.tables.map(
             gva,
             Gpa(op["physical"] * PAGE_SIZE),
@@ -189,7 +189,7 @@ class Run:
             private=op["private"],
             overwrite=op["overwrite"],
             protection_key=key,
-            **how,
+            **options,
         )
 
     def _privacy(self, physical: int, asked: bool | None) -> bool | None:
@@ -217,10 +217,10 @@ class Run:
             self.model.pages.pop(p, None)
 
     def _how_protect(self, op: dict[str, Any]) -> dict[str, bool | None]:
-        how = dict(op["how"])
+        keywords = dict(op["how"])
         if not self.model.encrypted:
-            how["private"] = None
-        return how
+            keywords["private"] = None
+        return keywords
 
     def _refuse_protect(self, op: dict[str, Any]) -> type[Exception] | None:
         return NotMappedError if self._holes(op) else None

@@ -212,7 +212,7 @@ def test_threads_share_the_tables(make_space: SpaceMaker) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4), timeout=60))
-    found = [
+    results = [
         (int(m.gva - BASE) // SIZE_2M, int(m.gpa) // PAGE_SIZE, m.private) for m in space.tables.mappings()
     ]
-    assert found == [(n * 1000 + t, n, bool(n & 1)) for n in range(4) for t in range(0, 200, 3)]
+    assert results == [(n * 1000 + t, n, bool(n & 1)) for n in range(4) for t in range(0, 200, 3)]

@@ -123,8 +123,8 @@ def test_layouts_are_those_of_the_kernel(layout: Layout, struct: str, tmp_path: 
     output = subprocess.run(
         [tmp_path / "probe"], check=True, capture_output=True, text=True, timeout=10
     ).stdout
-    found = [line.split() for line in output.splitlines()]
-    assert {name: (int(at), int(size)) for name, at, size in found} == {
+    lines = [line.split() for line in output.splitlines()]
+    assert {name: (int(gpa), int(size)) for name, gpa, size in lines} == {
         name: (place.offset, place.size) for name, place in layout.places.items()
     }
 
@@ -137,9 +137,9 @@ def test_layouts_are_those_of_the_kernel(layout: Layout, struct: str, tmp_path: 
 def test_what_is_packed_is_read_back(values: dict[str, int]) -> None:
     page = VMSA.pack(values)
     assert len(page) == 4096
-    found = VMSA.unpack(page)
-    assert {name: found[name] for name in values} == values
-    assert not any(found[name] for name in found if name not in values and isinstance(found[name], int))
+    fields = VMSA.unpack(page)
+    assert {name: fields[name] for name in values} == values
+    assert not any(fields[name] for name in fields if name not in values and isinstance(fields[name], int))
 
 
 def test_bytes_between_the_fields_are_told() -> None:

@@ -231,8 +231,8 @@ def test_segment_registers_are_what_the_gdt_says(make: Callable[[Sregs], None]) 
     assert (sregs.gdt.base, sregs.gdt.limit) == (GDT, len(segments.gdt()) - 1)
     for name in NAMES:
         segment = getattr(sregs, name)
-        found = Descriptor.decode(entry(segments.gdt(), segment.selector))
-        assert found == Descriptor(
+        descriptor = Descriptor.decode(entry(segments.gdt(), segment.selector))
+        assert descriptor == Descriptor(
             segment.base, segment.limit, segment.type, segment.s, segment.dpl, segment.present,
             segment.avl, segment.l, segment.db, segment.g,
         )  # fmt: skip

@@ -25,11 +25,11 @@ def test_four_levels_by_hand() -> None:
         0x4000 + 8 * 4: 0x9_9063,
     }
     gva = 1 << 39 | 2 << 30 | 3 << 21 | 4 << 12 | 0x567
-    found = walker(memory).walk(gva)
-    assert found == Translation(
+    step = walker(memory).walk(gva)
+    assert step == Translation(
         gva, None, 0x9_9567, 0x9_9567, None, 4096, True, False, True, accessed=True, dirty=True
     )
-    assert [(entry.level, entry.at, entry.value) for entry in found.entries] == [
+    assert [(entry.level, entry.at, entry.value) for entry in step.entries] == [
         (4, 0x1008, 0x2007),
         (3, 0x2010, 0x3007),
         (2, 0x3018, 0x4007),
@@ -39,8 +39,8 @@ def test_four_levels_by_hand() -> None:
 
 def test_five_levels_by_hand() -> None:
     memory = {0x1000 + 8 * 0x100: 0x2003, 0x2000: 0x3003, 0x3000: 0x8000_0083}
-    found = walker(memory, levels=5).walk(0xFF00_0000_0000_1234)
-    assert (found.fault, found.physical, found.page_size) == (None, 0x8000_1234, 1 << 30)
+    walk_result = walker(memory, levels=5).walk(0xFF00_0000_0000_1234)
+    assert (walk_result.fault, walk_result.physical, walk_result.page_size) == (None, 0x8000_1234, 1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -86,24 +86,24 @@ def test_reserved_bits(value: int, level: int, fault: str | None) -> None:
 
 def test_every_level_may_forbid() -> None:
     memory = {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007, 0x4000: 0x9007}
-    for at, value in memory.items():
-        found = walker({**memory, at: value & ~2}).walk(0)
-        assert (found.writable, found.user, found.executable) == (False, True, True)
-        found = walker({**memory, at: value & ~4}).walk(0)
-        assert (found.writable, found.user, found.executable) == (True, False, True)
-        found = walker({**memory, at: value | 1 << 63}).walk(0)
-        assert (found.writable, found.user, found.executable) == (True, True, False)
+    for address, value in memory.items():
+        entry = walker({**memory, address: value & ~2}).walk(0)
+        assert (entry.writable, entry.user, entry.executable) == (False, True, True)
+        entry = walker({**memory, address: value & ~4}).walk(0)
+        assert (entry.writable, entry.user, entry.executable) == (True, False, True)
+        entry = walker({**memory, address: value | 1 << 63}).walk(0)
+        assert (entry.writable, entry.user, entry.executable) == (True, True, False)
 
 
 @pytest.mark.parametrize("set_is_private", [True, False])
 def test_encryption_bit_of_every_step(set_is_private: bool) -> None:
     memory = {CBIT | 0x1000: 0x2003, 0x2000: CBIT | 0x3003, CBIT | 0x3000: 0x4003, 0x4000: CBIT | 0x9003}
-    found = walker(memory, CBIT | 0x1000, encryption_bit=51, set_is_private=set_is_private).walk(0x10)
-    assert found.table_privacy == tuple(bit == set_is_private for bit in (True, False, True, False))
-    assert (found.raw, found.physical, found.private) == (CBIT | 0x9010, 0x9010, set_is_private)
+    entry = walker(memory, CBIT | 0x1000, encryption_bit=51, set_is_private=set_is_private).walk(0x10)
+    assert entry.table_privacy == tuple(bit == set_is_private for bit in (True, False, True, False))
+    assert (entry.raw, entry.physical, entry.private) == (CBIT | 0x9010, 0x9010, set_is_private)
 
 
 def test_pages_skip_holes() -> None:
     memory = {0x1000: 0x2003, 0x2000: 0x3003, 0x3000: 0x4003, 0x4008: 0x9003, 0x3008: 0x20_0083}
-    found = list(walker(memory).pages(0, 0x40_0000))
-    assert [(page.gva, page.page_size) for page in found] == [(0x1000, 4096), (0x20_0000, 0x20_0000)]
+    pages = list(walker(memory).pages(0, 0x40_0000))
+    assert [(page.gva, page.page_size) for page in pages] == [(0x1000, 4096), (0x20_0000, 0x20_0000)]

@@ -67,9 +67,9 @@ class Hook:
         if not self.scope:
             return 0, len(source)
         starts = [
-            found.start()
-            for found in re.finditer(self.scope, source, re.MULTILINE)
-            if not _is_declaration(source, found.start())
+            match.start()
+            for match in re.finditer(self.scope, source, re.MULTILINE)
+            if not _is_declaration(source, match.start())
         ]
         if len(starts) != 1:
             raise self._fail(f"{len(starts)} places begin like {self.scope}, not one")
@@ -84,14 +84,14 @@ class Hook:
         if self.place == "after-includes":
             return _after_includes(source, self._fail)
         start, end = self._scope(source)
-        found = list(re.compile(self.anchor, re.MULTILINE).finditer(source, start, end))
-        if not found:
+        matches = list(re.compile(self.anchor, re.MULTILINE).finditer(source, start, end))
+        if not matches:
             raise self._fail(f"nothing there is like {self.anchor}")
-        if len(found) > 1:
-            raise self._fail(f"{len(found)} lines are like {self.anchor}, and it must be one")
+        if len(matches) > 1:
+            raise self._fail(f"{len(matches)} lines are like {self.anchor}, and it must be one")
         if self.place == "before":
-            return source.rfind("\n", 0, found[0].start() + 1) + 1
-        return source.find("\n", found[0].end() - 1) + 1
+            return source.rfind("\n", 0, matches[0].start() + 1) + 1
+        return source.find("\n", matches[0].end() - 1) + 1
 
     def insert(self, source: str) -> str:
         """Return the file's text with the lines; unchanged when they are there, or not for this tree."""
@@ -106,11 +106,11 @@ class Hook:
         for pattern in self.needs:
             if not re.search(pattern, source, re.MULTILINE):
                 raise self._fail(f"nothing there is like {pattern}")
-        at = self._position(source)
-        head = source[:at]
+        offset = self._position(source)
+        head = source[:offset]
         if head and not head.endswith("\n"):
             head += "\n"
-        return head + self.lines + source[at:]
+        return head + self.lines + source[offset:]
 
 
 def _is_declaration(source: str, start: int) -> bool:

@@ -37,7 +37,7 @@ class KernelLog:
 
     def lines(self) -> list[str]:
         """Return the lines of the software AMD-SP since the last call."""
-        found = []
+        results = []
         while True:
             try:
                 record = os.read(self._fd, _LARGEST)
@@ -47,15 +47,15 @@ class KernelLog:
                 continue
             if not record:
                 break
-            found += [match.decode(errors="replace") for match in _RECORD.findall(record)]
-        return found
+            results += [match.decode(errors="replace") for match in _RECORD.findall(record)]
+        return results
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Add the section."""
         report = yield
-        if found := self.lines():
-            report.sections.append((f"{PLATFORM}, {report.when}", "\n".join(found)))
+        if text := self.lines():
+            report.sections.append((f"{PLATFORM}, {report.when}", "\n".join(text)))
         return report
 
     def pytest_unconfigure(self) -> None:

@@ -98,9 +98,9 @@ class Bare:
         self._lib: Any = self._ffi.dlopen(str(_library()))
 
     @staticmethod
-    def _took(nanoseconds: int, what: str) -> int:
+    def _took(nanoseconds: int, action: str) -> int:
         if nanoseconds == 0:
-            raise BareError(f"the bare {what} failed")
+            raise BareError(f"the bare {action} failed")
         return nanoseconds
 
     def run(self, vcpu: int, count: int) -> int:

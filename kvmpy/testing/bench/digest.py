@@ -36,15 +36,15 @@ class _Round:
 def _in_turn(openssl: OpenSsl, data: bytes) -> _Round:
     """Measure the three stretch by stretch: what slows the machine down for a while slows all three down."""
     view, message, digest, taken = memoryview(data), hashlib.sha384(), SnpDigest(), _Round()
-    for at in range(0, len(view), STRETCH):
-        stretch = view[at : at + STRETCH]
+    for offset in range(0, len(view), STRETCH):
+        stretch = view[offset : offset + STRETCH]
         start = time.perf_counter()
         message.update(stretch)
         middle = time.perf_counter()
-        digest.add(PageType.NORMAL, at, stretch)
+        digest.add(PageType.NORMAL, offset, stretch)
         taken.kvmpy += time.perf_counter() - middle
         taken.bulk += (middle - start) * _BLOCKS / _BLOCKS_OF_BULK
-        taken.bare += openssl.add(at, stretch) / 1e9
+        taken.bare += openssl.add(offset, stretch) / 1e9
     taken.value = digest.value
     if taken.value != openssl.value:
         raise BareError("the digest by C with OpenSSL is another one")

@@ -37,9 +37,9 @@ def _launch(kvm: Kvm, program: GuestProgram, protection: str, size: int, content
         start = time.perf_counter()
         vm.launch()
         taken = time.perf_counter() - start
-        found = vm.vcpus[0].sync(_TIMEOUT).args[0]
-        if found != _MARK:
-            raise RuntimeError(f"launch/{protection}: the guest found {found:#x} at the end of the image")
+        answer = vm.vcpus[0].sync(_TIMEOUT).args[0]
+        if answer != _MARK:
+            raise RuntimeError(f"launch/{protection}: the guest found {answer:#x} at the end of the image")
     return taken * 1e3
 
 

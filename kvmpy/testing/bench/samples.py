@@ -43,7 +43,7 @@ class Samples:
     def figure(
         self,
         name: str,
-        what: str,
+        action: str,
         unit: str,
         target: str = "",
         check: Callable[[Figure], bool] | None = None,
@@ -52,9 +52,9 @@ class Samples:
     ) -> Figure:
         """Return the figure; *check* tells whether it meets its target."""
         ratios = [mine / bare for mine, bare in zip(self.kvmpy, self.bare, strict=True)]
-        made = Figure(
+        figure_row = Figure(
             name,
-            what,
+            action,
             unit,
             statistics.median(self.kvmpy),
             statistics.median(self.bare),
@@ -63,5 +63,5 @@ class Samples:
             beside=beside,
         )
         if check is None:
-            return made
-        return Figure(**{**made.__dict__, "holds": check(made)})
+            return figure_row
+        return Figure(**{**figure_row.__dict__, "holds": check(figure_row)})

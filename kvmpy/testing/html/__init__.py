@@ -171,12 +171,14 @@ def page_data(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     "label": about.get("label", ""),
                 }
             )
-    place = {(column["run"], column["protection"]): at for at, column in enumerate(columns)}
+    place = {(column["run"], column["protection"]): index for index, column in enumerate(columns)}
     rows: dict[str, dict[str, Any]] = {}
     maps: dict[str, int] = {}
     for number, report in enumerate(reports):
         told = report.get("memory_maps", [])
-        renumbered = {at: maps.setdefault(json.dumps(entry), len(maps)) for at, entry in enumerate(told)}
+        renumbered = {
+            index: maps.setdefault(json.dumps(entry), len(maps)) for index, entry in enumerate(told)
+        }
         for test in report["tests"]:
             identifier = base_id(test["id"], test["protection"])
             row = rows.setdefault(
