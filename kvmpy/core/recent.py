@@ -6,30 +6,20 @@ from __future__ import annotations
 from collections import deque
 
 from kvmpy.core.errors import errno_name
-from kvmpy.uapi import structs
 from kvmpy.uapi.ioctls import Ioctl
 from kvmpy.uapi.structs import Struct
 
 _MOST = 64
 _LINE = 160
 
-Words = tuple[int, int, int, int]
-Call = tuple[str, Ioctl, Struct | int | Words | None, int, int]
+Call = tuple[str, Ioctl, Struct | int | None, int, int]
 
 # (descriptor, ioctl, argument, result, errno). Structs are the callers' own, not copies: those would cost
-# more than the rest. Words are the fields of a struct that C makes.
+# more than the rest.
 calls: deque[Call] = deque(maxlen=_MOST)
 
 
-def words_struct(op: Ioctl, words: Words) -> Struct:
-    """Return the struct of *op* whose fields are *words*."""
-    kind: type[Struct] = getattr(structs, op.struct or "")
-    return kind.of_values(*words)
-
-
-def _shown(op: Ioctl, arg: Struct | int | Words | None) -> str:
-    if isinstance(arg, tuple):
-        arg = words_struct(op, arg)
+def _shown(op: Ioctl, arg: Struct | int | None) -> str:
     if arg is None or (op.arg == "out" and not isinstance(arg, int)):
         return ""
     text = hex(arg) if isinstance(arg, int) else repr(arg)

@@ -81,7 +81,7 @@ class VmPrivate(Vm):
 
     def private_runs(self) -> list[tuple[Gpa, int]]:
         """Return all private pages as runs (gpa, bytes), none of which crosses the border of a slot."""
-        return self._runs(self.memory.private)
+        return self._runs(self.memory.private.copy())
 
     def private_image(self) -> list[tuple[Gpa, int]]:
         """Return the private pages as runs (gpa, bytes) within one slot, without those that the allocator
@@ -106,8 +106,7 @@ class VmPrivate(Vm):
         shared pages back: they are zeroes when they are shared again.  ValueError outside guest memory,
         KvmError with the errno of KVM_SET_MEMORY_ATTRIBUTES.
         """
-        if discard or not self.convert_at_once(gpa, size, True):
-            self.memory.set_private(gpa, size, discard=discard)
+        self.memory.set_private(gpa, size, discard=discard)
 
     def set_shared(self, gpa: Gpa, size: int, *, discard: bool = False) -> None:
         """Make pages shared, in KVM and in the bitmap; their range may cross slots.
@@ -116,8 +115,7 @@ class VmPrivate(Vm):
         before.  *discard* punches a hole into the guest_memfd: when they are private again, the pages are as
         those that never were.
         """
-        if discard or not self.convert_at_once(gpa, size, False):
-            self.memory.set_shared(gpa, size, discard=discard)
+        self.memory.set_shared(gpa, size, discard=discard)
 
     def answer_hypercall(self, vcpu: GuestVcpu, call: HypercallExit) -> bool:
         """Answer a hypercall the way the VM does by itself; False for one that it does not know.

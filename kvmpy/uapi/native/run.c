@@ -90,14 +90,6 @@ int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg)
 	return ioctl(fd, request, arg);
 }
 
-/* The argument is a struct of four numbers. One call instead of two, and nothing allocated: see ioctl_words(). */
-int kvmpy_ioctl_words(int fd, unsigned long request, uint64_t first, uint64_t second, uint64_t third, uint64_t fourth)
-{
-	uint64_t words[4] = { first, second, third, fourth };
-
-	return ioctl(fd, request, words);
-}
-
 static void run_timer_at(struct run_node *n, uint64_t ns)
 {
 	struct itimerspec its = {

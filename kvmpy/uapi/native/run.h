@@ -37,7 +37,6 @@ struct kvmpy_vcpu {
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg);
 int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg);
-int kvmpy_ioctl_words(int fd, unsigned long request, uint64_t first, uint64_t second, uint64_t third, uint64_t fourth);
 struct kvmpy_vcpu *kvmpy_vcpu_new(int fd, void *run);
 void kvmpy_vcpu_free(struct kvmpy_vcpu *v);
 int kvmpy_vcpu_close(struct kvmpy_vcpu *v);
