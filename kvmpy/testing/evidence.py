@@ -80,6 +80,9 @@ class IoctlTail:
     def ioctl_enter(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None) -> None:
         """Nothing is kept of this: the argument is looked at when the ioctl returns."""
 
+    def ioctl_dropped(self, fd: KvmFd, op: Ioctl) -> None:
+        """Nothing is kept of this."""
+
     def ioctl_exit(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno: int) -> None:
         """Keep the ioctl; KVM_RUNs of one vCPU that end alike are one entry with a count."""
         if observe.is_inspecting():

@@ -46,6 +46,10 @@ class Watcher:
         """Note the argument."""
         self.seen.append((f"{fd.name} {op.name}", arg))
 
+    def ioctl_dropped(self, fd: KvmFd, op: Ioctl) -> None:
+        """Note that there was no ioctl."""
+        self.seen.append((f"{fd.name} {op.name} dropped", None))
+
     def ioctl_exit(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno: int) -> None:  # noqa: ARG002
         """Note the argument and what came of it."""
         self.seen.append((f"{result} {errno}", arg))
