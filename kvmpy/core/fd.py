@@ -18,7 +18,7 @@ from kvmpy.uapi.structs import Struct
 
 _ioctl_int = lib.kvmpy_ioctl
 _ioctl_ptr = lib.kvmpy_ioctl_ptr
-_remember = recent.calls.append
+_remember = recent.remember
 
 
 class KvmFd(Closing):
@@ -56,7 +56,7 @@ class KvmFd(Closing):
         whatever the ioctl table says: negative tests need the wrong ones too.
         """
         result, number = self._observed(op, arg) if observe.active else self._issue(op, arg)
-        _remember((self.name, op, arg, result, number))
+        _remember(self, op, arg, result, number)
         if op.nr in LASTING and result >= 0:
             self.settings.remember(op, arg)
         return result, number

@@ -8,7 +8,7 @@ import errno
 import mmap
 from typing import TYPE_CHECKING, Any
 
-from kvmpy.core import observe
+from kvmpy.core import observe, recent
 from kvmpy.core.errors import ClosedError, MissingError, VcpuBusyError, errno_name
 from kvmpy.core.exits import Exit, read_exit
 from kvmpy.core.vcpu_state import VcpuState
@@ -114,15 +114,17 @@ class Vcpu(VcpuState):
 
         The lowest way to run a vCPU; a signal shows as RUN_EINTR.
         """
-        native = self._native
+        native, run = self._native, self._run
         if native is None:
             raise self._closed()
-        if not observe.active:
+        if not observe.active and not recent.keeps_runs:
             return int(lib.kvmpy_vcpu_run(native, ffi.NULL))
         for observer in observe.active:
             observer.ioctl_enter(self, ioctls.KVM_RUN, None)
         ran = ffi.new("struct kvmpy_ran *")
         how = int(lib.kvmpy_vcpu_run(native, ran))
+        if recent.keeps_runs and ran.issued:
+            recent.remember_run(self, run, ran.result, ran.error)
         for observer in observe.active:
             if ran.issued:
                 observer.ioctl_exit(self, ioctls.KVM_RUN, None, ran.result, ran.error)

@@ -128,10 +128,8 @@ def test_what_kvm_refuses_is_told_and_not_noted(slots: Slots, monkeypatch: pytes
         )
         assert (caught.value.errno, caught.value.arg) == (errno.ENOTTY, repr(wanted))
     assert slots.frames() == ([2], [2])
-    assert [line.partition(" = ")[2] for line in recent.lines("vm-of-slots", list(recent.calls), 2)] == [
-        "-1 ENOTTY",
-        "-1 ENOTTY",
-    ]
+    taken = recent.of_vm("vm-of-slots", list(recent.calls), 2)
+    assert [entry["result"] for entry in recent.entries(taken)] == ["ENOTTY", "ENOTTY"]
 
 
 def test_attributes_are_noted_when_they_were_accepted(vm: VmSlots, monkeypatch: pytest.MonkeyPatch) -> None:
