@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 class FdBackedProtection(Protection):
     """A protection whose private pages live in a guest_memfd."""
 
-    converts_by_attributes = True
-
     @classmethod
     def missing_capabilities(cls, kvm: Kvm, how: str) -> list[MissingError]:
         """Return what *kvm* lacks for private memory in a guest_memfd; *how* is the way to get it."""

@@ -11,7 +11,6 @@ from typing import ClassVar
 from kvmpy.core import observe, recent
 from kvmpy.core.closing import Closing
 from kvmpy.core.errors import ClosedError, KvmError
-from kvmpy.core.recent import words_struct
 from kvmpy.core.settings import LASTING, Settings
 from kvmpy.uapi import ffi, lib
 from kvmpy.uapi.ioctls import Ioctl
@@ -19,8 +18,7 @@ from kvmpy.uapi.structs import Struct
 
 _ioctl_int = lib.kvmpy_ioctl
 _ioctl_ptr = lib.kvmpy_ioctl_ptr
-_ioctl_words = lib.kvmpy_ioctl_words
-_remember = recent.calls.append
+_remember = recent.remember
 
 
 class KvmFd(Closing):
@@ -58,7 +56,7 @@ class KvmFd(Closing):
         whatever the ioctl table says: negative tests need the wrong ones too.
         """
         result, number = self._observed(op, arg) if observe.active else self._issue(op, arg)
-        _remember((self.name, op, arg, result, number))
+        _remember(self, op, arg, result, number)
         if op.nr in LASTING and result >= 0:
             self.settings.remember(op, arg)
         return result, number
@@ -96,24 +94,6 @@ class KvmFd(Closing):
         if result < 0:
             raise self.error(op, number, arg)
         return result
-
-    def ioctl_words(self, op: Ioctl, first: int, second: int, third: int, fourth: int) -> int:
-        """The same for a struct of four 64-bit numbers that KVM only reads, made in C unless observed.
-
-        For ioctls behind which every page of Python that is touched costs (docs/bench.md).
-        """
-        if observe.active:
-            return self.ioctl(op, words_struct(op, (first, second, third, fourth)))
-        result = _ioctl_words(self.fd, op.nr, first, second, third, fourth)
-        number = ffi.errno if result < 0 else 0
-        words = (first, second, third, fourth)
-        _remember((self.name, op, words, result, number))
-        if result >= 0:
-            return result
-        arg = words_struct(op, words)
-        if number == errno.EINTR:
-            return self.ioctl(op, arg)
-        raise self.error(op, number, arg)
 
     def error(self, op: Ioctl, number: int, arg: Struct | int | None = None) -> KvmError:
         """Return the exception for a failed *op*; classes with more to say override it."""

@@ -16,9 +16,8 @@ from pyroaring import BitMap
 from kvmpy.core import observe
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 from kvmpy.core.backing import Mapping
-from kvmpy.core.conversions import Conversions
 from kvmpy.core.errors import PrivateMemoryError
-from kvmpy.core.frames import GFN_LIMIT, NotedFrames
+from kvmpy.core.frames import GFN_LIMIT, mark
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,15 @@ class GuestMemory:
 
     *seal* is the reason for which the host may no longer touch private pages (None while it may).  *convert*,
     where there is one, is called with (gpa, size, private, discard) before the bitmap changes, and carries
-    the change out in KVM: an exception leaves the bitmap as it was.  *at_once*: without *discard* that is the
-    attributes alone, and :attr:`lock` may do it wherever the last conversion found that it can be done.
+    the change out in KVM: an exception leaves the bitmap as it was.
     """
 
     seal: str | None = None
     convert: Callable[[Gpa, int, bool, bool], None] | None = field(default=None, repr=False)
-    at_once: bool = False
     # Two threads that convert one range: KVM and the bitmap must see them in the same order.
-    lock: Conversions = field(default_factory=Conversions, repr=False)
-    noted: NotedFrames = field(default_factory=NotedFrames, repr=False)
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    private: BitMap = field(default_factory=BitMap)
+    """The frame numbers of private pages."""
     _segments: list[Segment] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
 
@@ -103,8 +101,7 @@ class GuestMemory:
         """Take a range out; its pages are no longer private."""
         at = self._segments.index(segment)
         del self._segments[at], self._starts[at]
-        self.lock.allow(0, 0)
-        self.noted.note(segment.gpa, segment.size, False)
+        mark(self.private, segment.gpa, segment.size, False)
 
     def segments(self) -> list[Segment]:
         """Return the ranges in the order of their addresses."""
@@ -122,11 +119,6 @@ class GuestMemory:
         raise ValueError(f"gpa {address:#x}, {size:#x} bytes, is outside guest memory ({ranges or 'none'})")
 
     # Which pages are private.
-
-    @property
-    def private(self) -> BitMap:
-        """The frame numbers of private pages; ask again after a change."""
-        return self.noted.bitmap
 
     def is_private(self, gpa: Gpa) -> bool:
         """Tell whether the page at *gpa* is private."""
@@ -161,15 +153,13 @@ class GuestMemory:
                 raise ValueError(
                     f"gpa {int(gpa):#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
                 )
-        if self.at_once:
-            self.lock.allow(int(segments[0].gpa), min(segments[-1].end_gfn << PAGE_SHIFT, limit))
 
     def _assign(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
         self._check_convertible(gpa, size, private)
         with self.lock:
             if self.convert is not None:
                 self.convert(gpa, size, private, discard)
-            self.noted.note(gpa, size, private)
+            mark(self.private, gpa, size, private)
 
     def hand_out(self, gpa: Gpa, size: int, *, private: bool, clear: bool) -> None:
         """Make pages that an allocator gives away private or shared, and with *clear* zero.
@@ -334,7 +324,6 @@ class GuestMemory:
 
     def close(self) -> None:
         """Forget all ranges (their mappings belong to the memory slots)."""
-        self.lock.allow(0, 0)
         self._segments.clear()
         self._starts.clear()
 

@@ -35,6 +35,9 @@ class Observer(Protocol):
     def ioctl_exit(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno: int) -> None:
         """An ioctl returned *result*; *errno* is 0 unless it is negative."""
 
+    def ioctl_dropped(self, fd: KvmFd, op: Ioctl) -> None:
+        """An ioctl was not issued after all: a vCPU that another thread runs, or that may run no more."""
+
 
 class HostObserver(Protocol):
     """What else the host does to a VM: a recorder needs it to tell the whole story.

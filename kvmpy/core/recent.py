@@ -1,48 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last ioctls of this process, for post-mortems; KVM_RUN is kept by each vCPU (``Vcpu.trail()``)."""
+"""The last ioctls of this process: kept by the funnel, decoded when a report asks for them."""
 
 from __future__ import annotations
 
 from collections import deque
+from threading import get_ident
+from time import monotonic_ns
+from typing import TYPE_CHECKING, Any
 
 from kvmpy.core.errors import errno_name
-from kvmpy.uapi import structs
-from kvmpy.uapi.ioctls import Ioctl
+from kvmpy.core.observe import is_inspecting
+from kvmpy.uapi import ffi
+from kvmpy.uapi.error_hints import hint
+from kvmpy.uapi.ioctls import KVM_RUN, Ioctl
 from kvmpy.uapi.structs import Struct
 
+if TYPE_CHECKING:
+    from kvmpy.core.fd import KvmFd
+
 _MOST = 64
-_LINE = 160
+# Bytes of kvm_run that hold the exit reason and what belongs to it.
+_RUN_HEAD = 32 + 256
+_REASON = slice(8, 12)
+_buffer = ffi.buffer
 
-Words = tuple[int, int, int, int]
-Call = tuple[str, Ioctl, Struct | int | Words | None, int, int]
 
-# (descriptor, ioctl, argument, result, errno). Structs are the callers' own, not copies: those would cost
-# more than the rest. Words are the fields of a struct that C makes.
+class Runs:
+    """KVM_RUNs of one vCPU in a row that ended for one reason: the begin of its run area, and how many."""
+
+    __slots__ = ("head", "times")
+
+    def __init__(self, head: bytes) -> None:
+        self.head = head
+        self.times = 1
+
+
+# Structs as class and content: the callers' own live on.
+Argument = tuple[type[Struct], bytes] | Runs | int | None
+# (time, thread, descriptor, its kind, ioctl, argument, result, errno)
+Call = tuple[int, int, str, str, Ioctl, Argument, int, int]
+
 calls: deque[Call] = deque(maxlen=_MOST)
+keeps_runs = False
+"""Whether KVM_RUN is kept, too; it takes the loop out of C.  Without, each vCPU has its ``trail()``."""
 
 
-def words_struct(op: Ioctl, words: Words) -> Struct:
-    """Return the struct of *op* whose fields are *words*."""
-    kind: type[Struct] = getattr(structs, op.struct or "")
-    return kind.of_values(*words)
+def remember(fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno: int) -> None:
+    """Keep an ioctl that returned, unless a tool's own look at a VM issued it."""
+    if not is_inspecting():
+        kept = arg if arg is None or isinstance(arg, int) else (type(arg), _buffer(arg.cdata, arg.nbytes)[:])
+        calls.append((monotonic_ns(), get_ident(), fd.name, fd.kind, op, kept, result, errno))
 
 
-def _shown(op: Ioctl, arg: Struct | int | Words | None) -> str:
-    if isinstance(arg, tuple):
-        arg = words_struct(op, arg)
-    if arg is None or (op.arg == "out" and not isinstance(arg, int)):
-        return ""
-    text = hex(arg) if isinstance(arg, int) else repr(arg)
-    return " " + (text if len(text) <= _LINE else f"{text[:_LINE]}...")
+def remember_run(fd: KvmFd, run: Any, result: int, errno: int) -> None:
+    """Keep a KVM_RUN, with those before it where they are of the same vCPU and ended for the same reason."""
+    if is_inspecting():
+        return
+    head: bytes = _buffer(run, _RUN_HEAD)[:]
+    last = calls[-1] if calls else None
+    if last is not None and (last[2], *last[6:]) == (fd.name, result, errno):
+        runs = last[5]
+        if isinstance(runs, Runs) and runs.head[_REASON] == head[_REASON]:
+            runs.head = head
+            runs.times += 1
+            return
+    calls.append((monotonic_ns(), get_ident(), fd.name, fd.kind, KVM_RUN, Runs(head), result, errno))
 
 
-def lines(vm: str, taken: list[Call], most: int = 12) -> list[str]:
-    """Return what the last *most* calls of *taken* on the VM named *vm* and on its vCPUs were, oldest first.
+def of_vm(vm: str, taken: list[Call], most: int = 12) -> list[Call]:
+    """Return the last *most* calls of *taken* on the VM named *vm* and on what belongs to it, but KVM_RUN."""
+    own = [call for call in taken if call[4] is not KVM_RUN and f"{call[2]}/".startswith(f"{vm}/")]
+    return own[-most:]
 
-    An argument is shown as it is now; what KVM only writes is left out.
+
+def entries(taken: list[Call]) -> list[dict[str, Any]]:
+    """Return calls as JSON-ready values, the oldest first.
+
+    ``ms`` counts from the first, ``thread`` numbers the threads from 0, ``fd`` and ``ioctl`` are names,
+    ``arg`` is the decoded argument as it was when the ioctl returned (for KVM_RUN: the exit), ``result`` its
+    result or errno by name, ``meaning`` what that errno means for this ioctl.
     """
-    own = [call for call in taken if call[0] == vm or call[0].startswith(f"{vm}/")]
+    threads: dict[int, int] = {}
     return [
-        f"{name} {op.name}{_shown(op, arg)} = {result}{f' {errno_name(number)}' if number else ''}"
-        for name, op, arg, result, number in own[-most:]
+        {
+            "ms": round((when - taken[0][0]) / 1e6, 3),
+            "thread": threads.setdefault(thread, len(threads)),
+            "fd": fd,
+            "ioctl": op.name,
+            "arg": _argument(op, kind, arg, result),
+            "result": errno_name(errno) if result < 0 else str(result),
+            "failed": result < 0,
+            "meaning": hint(op.name, errno) if result < 0 else "",
+            "count": arg.times if isinstance(arg, Runs) else 1,
+        }
+        for when, thread, fd, kind, op, arg, result, errno in taken
     ]
+
+
+def line(entry: dict[str, Any]) -> str:
+    """Return an entry as a line of text."""
+    argument = f" {entry['arg']}" if entry["arg"] else ""
+    return f"{entry['fd']} {entry['ioctl']}{argument} = {entry['result']}"
+
+
+def _argument(op: Ioctl, kind: str, arg: Argument, result: int) -> str:
+    # Here: what most programs never need would take time at every start.
+    from kvmpy.uapi.argument_text import exit_words, run_of, struct_words
+    from kvmpy.uapi.field_words import argument_words
+
+    try:
+        if isinstance(arg, Runs):
+            return exit_words(run_of(arg.head)) if result >= 0 else ""
+        if isinstance(arg, tuple):
+            return struct_words(arg[0].from_bytes(arg[1]), kind)
+        if op.arg == "int":
+            return argument_words(op, arg or 0)
+        return f"arg={arg:#x}" if arg else ""
+    except Exception as error:  # noqa: BLE001 - evidence may not hide the failure it is about
+        return f"not decoded: {type(error).__name__}: {error}"

@@ -3,23 +3,22 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass, field, replace
 
 from pyroaring import BitMap
 
-from kvmpy.core import observe, recent
 from kvmpy.core.address import Gpa
 from kvmpy.core.backing import Anonymous, Backing, MappedGuestMemfd, Mapping
 from kvmpy.core.fd import KvmFd
-from kvmpy.core.frames import NotedFrames
+from kvmpy.core.frames import mark
 from kvmpy.core.gmem import GuestMemfd
 from kvmpy.core.memory import GuestMemory, Segment
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE
 from kvmpy.uapi.structs import (
     kvm_create_guest_memfd,
+    kvm_memory_attributes,
     kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
 )
@@ -106,7 +105,7 @@ class VmSlots(KvmFd):
         super().__init__(fd, name)
         self.memory = GuestMemory()
         self.slots: dict[int, MemorySlot] = {}
-        self._attributes = NotedFrames()
+        self._attributes = BitMap()
         self._mappings: list[Mapping] = []
         self._gmems: list[GuestMemfd] = []
 
@@ -159,32 +158,15 @@ class VmSlots(KvmFd):
 
         KVM has no way to read them back: :attr:`private_attributes` notes what it accepted.
         """
-        self.ioctl_words(ioctls.KVM_SET_MEMORY_ATTRIBUTES, gpa, size, attributes, flags)
-        self._attributes.note(gpa, size, int(attributes) & _PRIVATE != 0)
-
-    def convert_at_once(self, gpa: int, size: int, private: bool) -> bool:
-        """Set the attributes of a range and note it in :attr:`memory` too, in one step in C where that may
-        be (``GuestMemory.at_once``); False, with nothing done, where not.
-
-        KvmError with the errno of KVM_SET_MEMORY_ATTRIBUTES.
-        """
-        if observe.active:
-            return False
-        op, memory = ioctls.KVM_SET_MEMORY_ATTRIBUTES, self.memory
-        attributes = _PRIVATE if private else 0
-        number = memory.lock.at_once(self._fd, op.nr, gpa, size, attributes, self._attributes, memory.noted)
-        if number is None or number == errno.EINTR:
-            return False
-        words = (gpa, size, attributes, 0)
-        recent.calls.append((self.name, op, words, -1 if number else 0, number))
-        if number:
-            raise self.error(op, number, recent.words_struct(op, words))
-        return True
+        arg = kvm_memory_attributes.of_values(gpa, size, attributes, flags)
+        with self.memory.lock:
+            self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
+            mark(self._attributes, gpa, size, int(attributes) & _PRIVATE != 0)
 
     @property
     def private_attributes(self) -> BitMap:
         """Frames whose last accepted attributes have KVM_MEMORY_ATTRIBUTE_PRIVATE, as of now."""
-        return self._attributes.bitmap
+        return self._attributes.copy()
 
     def own(self, mapping: Mapping) -> Mapping:
         """Let the VM keep *mapping* alive until it is closed, and return it."""

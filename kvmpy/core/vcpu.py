@@ -8,7 +8,7 @@ import errno
 import mmap
 from typing import TYPE_CHECKING, Any
 
-from kvmpy.core import observe
+from kvmpy.core import observe, recent
 from kvmpy.core.errors import ClosedError, MissingError, VcpuBusyError, errno_name
 from kvmpy.core.exits import Exit, read_exit
 from kvmpy.core.vcpu_state import VcpuState
@@ -29,8 +29,6 @@ RUN_STOPPED = 6
 RUN_CLOSED = 7
 RUN_NO_TIMER = 8
 RUN_ERROR = -1
-# How a run ends that never came to KVM_RUN.
-_NOT_ISSUED = {RUN_BUSY, RUN_STOPPED, RUN_CLOSED, RUN_NO_TIMER}
 
 _EXIT_NAMES = {int(reason): reason.name.removeprefix("KVM_EXIT_") for reason in ExitReason}
 _IO, _MMIO = int(ExitReason.KVM_EXIT_IO), int(ExitReason.KVM_EXIT_MMIO)
@@ -116,19 +114,22 @@ class Vcpu(VcpuState):
 
         The lowest way to run a vCPU; a signal shows as RUN_EINTR.
         """
-        native = self._native
+        native, run = self._native, self._run
         if native is None:
             raise self._closed()
-        if not observe.active:
-            return int(lib.kvmpy_vcpu_run(native))
+        if not observe.active and not recent.keeps_runs:
+            return int(lib.kvmpy_vcpu_run(native, ffi.NULL))
         for observer in observe.active:
             observer.ioctl_enter(self, ioctls.KVM_RUN, None)
-        how = int(lib.kvmpy_vcpu_run(native))
-        # Where there was no KVM_RUN: err is that of an earlier one, maybe another thread's.
-        failure = errno.EBUSY if how in _NOT_ISSUED else native.err
-        number = 0 if how in (RUN_EXIT, RUN_UCALL) else failure
+        ran = ffi.new("struct kvmpy_ran *")
+        how = int(lib.kvmpy_vcpu_run(native, ran))
+        if recent.keeps_runs and ran.issued:
+            recent.remember_run(self, run, ran.result, ran.error)
         for observer in observe.active:
-            observer.ioctl_exit(self, ioctls.KVM_RUN, None, -1 if number else 0, number)
+            if ran.issued:
+                observer.ioctl_exit(self, ioctls.KVM_RUN, None, ran.result, ran.error)
+            else:
+                observer.ioctl_dropped(self, ioctls.KVM_RUN)
         return how
 
     @property

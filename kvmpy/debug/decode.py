@@ -17,18 +17,16 @@ from typing import Any
 from kvmpy.debug.record.events import CHUNK, IOCTL, Chunk, Ioctl
 from kvmpy.debug.record.format import CUT, What, When
 from kvmpy.uapi import ffi
+from kvmpy.uapi.argument_text import bytes_text, exit_words, run_of, struct_words
 from kvmpy.uapi.buffers import BUFFERS, TDX_BUFFER, Buffer, children_of, field_place, struct_class
-from kvmpy.uapi.constants import ExitReason, InternalError, MemFlag, VmType
+from kvmpy.uapi.constants import ExitReason, MemFlag, VmType
 from kvmpy.uapi.error_hints import EHWPOISON, error_words, hint
 from kvmpy.uapi.error_rules import Slots
 from kvmpy.uapi.field_words import (
-    CAP_ARGUMENTS,
-    DEVICE_ATTRIBUTES,
     Namer,
     Words,
     argument_words,
     number_words,
-    simultaneous,
 )
 from kvmpy.uapi.ioctl_type import READ, WRITE, decode
 from kvmpy.uapi.ioctls import (
@@ -39,10 +37,9 @@ from kvmpy.uapi.ioctls import (
 )
 from kvmpy.uapi.ioctls import Ioctl as Op
 from kvmpy.uapi.struct_base import FlexStruct, Struct
-from kvmpy.uapi.struct_text import Style, active_member, describe, shown_fields
+from kvmpy.uapi.struct_text import Style, shown_fields
 from kvmpy.uapi.structs import kvm_run
 
-_SHOWN_BYTES = 32
 # KVM_RUN fails, and yet kvm_run says why.
 _EXIT_BESIDE_ERROR = (errno.EINTR, errno.EFAULT, EHWPOISON)
 _EXITS_BESIDE_ERROR = (ExitReason.KVM_EXIT_INTR, ExitReason.KVM_EXIT_MEMORY_FAULT)
@@ -127,15 +124,6 @@ def relative(nr: int) -> Op | None:
     return same[0] if request.direction and len(same) == 1 else None
 
 
-def bytes_text(data: bytes, *, full: bool = False) -> str:
-    """Return bytes as hexadecimal digits, shortened unless *full*."""
-    if not any(data):
-        return f"<{len(data)} zero bytes>"
-    if full or len(data) <= _SHOWN_BYTES:
-        return f"<{data.hex()}>"
-    return f"<{data[:_SHOWN_BYTES].hex()}... {len(data)} bytes>"
-
-
 class Decoder:
     """Turns ioctls into words; *extra* names numbers in fields that the table of this room does not.
 
@@ -162,29 +150,7 @@ class Decoder:
 
     def struct_text(self, value: Struct, place: Place = Place()) -> str:
         """Return a struct as ``{field=value, ...}``."""
-        style = self.style
-        if value.NAME == "kvm_device_attr" and place.kind in DEVICE_ATTRIBUTES:
-            style = Style(self._device_words(value, place.kind), full=self.full)
-        text = describe(value, None, style)
-        if value.NAME == "kvm_enable_cap":
-            text += self._cap_arguments(value)
-        return f"{{{text}}}"
-
-    def _cap_arguments(self, value: Any) -> str:
-        kind = CAP_ARGUMENTS.get(value.cap)
-        return f", args[0]: {number_words(kind, value.args[0])}" if kind is not None and value.args[0] else ""
-
-    def _device_words(self, value: Any, kind: str) -> Callable[[Struct, Any, int], str | None]:
-        groups, attributes = DEVICE_ATTRIBUTES[kind]
-
-        def words(struct: Struct, entry: Any, number: int) -> str | None:
-            if struct.NAME == "kvm_device_attr" and entry.name == "group":
-                return number_words(groups, number)
-            if struct.NAME == "kvm_device_attr" and entry.name == "attr" and value.group in attributes:
-                return number_words(attributes[value.group], number)
-            return self.words(struct, entry, number)
-
-        return words
+        return struct_words(value, place.kind, self.style)
 
     def content_text(self, struct: str | None, scalar: str | None, data: bytes, place: Place) -> str:
         """Return the content of a buffer as words; bytes beyond what the struct declares are raw."""
@@ -318,34 +284,12 @@ class Decoder:
 
     def exit_text(self, run: kvm_run, data: bytes | None = None) -> str:
         """Return why KVM_RUN ended: the reason, its payload, and *data* of a port access."""
-        text = number_words(ExitReason, run.exit_reason)
-        member = active_member(run)
-        if member and member in run.FIELDS:
-            payload = getattr(run, member)
-            text += (
-                f" {{{describe(payload, None, self.style)}}}"
-                if isinstance(payload, Struct)
-                else f" {payload:#x}"
-            )
-            if member == "internal" and _is_simultaneous(run):
-                text += f" [{simultaneous(list(run.internal.data))}]"
-        elif run.exit_reason not in ExitReason._value2member_map_:
-            text += f" {bytes_text(bytes(run.padding[:256]), full=self.full)}"
-        if run.flags:
-            text += f" flags={self.words(run, run.FIELDS['flags'], run.flags)}"
-        if data is not None:
-            text += f" data={bytes_text(data, full=self.full)}"
-        return text
+        return exit_words(run, data, self.style)
 
 
 _HEAD = 32 + 256
 _RUN, _OUT = int(What.RUN), int(When.OUT)
 _MSRS_AT, _MSR_SIZE = 8, 16
-
-
-def _is_simultaneous(run: kvm_run) -> bool:
-    found = run.internal.suberror == InternalError.KVM_INTERNAL_ERROR_SIMUL_EX and run.internal.ndata >= 2
-    return bool(found)
 
 
 def buffer_of(nr: int, place: Place) -> Buffer | None:
@@ -425,11 +369,6 @@ def exit_name(payload: bytes, result: int, errno: int) -> str:
 @lru_cache(256)
 def _reason_name(reason: int) -> str:
     return number_words(ExitReason, reason)
-
-
-def run_of(data: bytes) -> kvm_run:
-    """Return the begin of a run area as a struct kvm_run."""
-    return kvm_run.from_bytes(data[: kvm_run.SIZE].ljust(kvm_run.SIZE, b"\0"))
 
 
 def number_in(buffer: Buffer, content: bytes, name: str) -> int:

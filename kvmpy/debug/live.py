@@ -110,6 +110,11 @@ class LivePrinter:
             return []
         return list(self._follow.nested(plan.buffer, content_of(argument), int(when), _no_bitmap))
 
+    def ioctl_dropped(self, fd: KvmFd, op: Op) -> None:  # noqa: ARG002
+        """Nothing is printed of what KVM was not asked."""
+        if self._stack():
+            self._stack().pop()
+
     def ioctl_exit(self, fd: KvmFd, op: Op, arg: Struct | int | None, result: int, errno: int) -> None:
         """Print the ioctl."""
         stack = self._stack()

@@ -340,6 +340,12 @@ class Timeline:
             # A signal handler may issue an ioctl within another.
             self._mine().running.append((time.monotonic_ns(), op.name, fd))
 
+    def ioctl_dropped(self, fd: KvmFd, op: Ioctl) -> None:  # noqa: ARG002
+        """Show nothing of it."""
+        mine = self._mine()
+        if mine.running and mine.running[-1][2] is fd:
+            mine.running.pop()
+
     def ioctl_exit(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno: int) -> None:  # noqa: ARG002
         """Show it on the thread's track; KVM_RUN on the vCPU's, too."""
         now = time.monotonic_ns()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvmpy.uapi.structs import kvm_regs, kvm_sregs
 
 # What is imported by the first failure, as most programs never fail.
-IMPORTED_LATER = ("capstone", "kvmpy.guest.memorymap", "kvmpy.uapi.struct_text")
+IMPORTED_LATER = ("capstone", "kvmpy.guest.memorymap", "kvmpy.uapi.argument_text")
 CODE_BYTES_AFTER = 32
 TRAIL_OF_OTHERS = 64
 MOST_OTHERS = 16
@@ -78,11 +78,15 @@ def _postmortem(
         section("other vCPUs", lambda: _others(vm, vcpu))
     for other in [vcpu, *(peer for peer in vm.vcpus if peer is not vcpu)][:TRAIL_OF_OTHERS]:
         section(f"last exits of {other.name} ({other.exits} in all)", lambda other=other: _trail(other))  # type: ignore[misc]
-    section(f"last ioctls of {vm.name} (KVM_RUN aside)", lambda: recent.lines(vm.name, asked) or ["none"])
+    section(f"last ioctls of {vm.name} (KVM_RUN aside)", lambda: _ioctls(vm, asked))
     if vm.console:
         section("console", lambda: vm.console.splitlines()[-20:])
     section("KVM statistics (not zero)", lambda: _unless_running(vcpu, lambda: _stats(vcpu)))
     return printable("\n".join(lines))
+
+
+def _ioctls(vm: GuestVm, asked: list[recent.Call]) -> list[str]:
+    return [recent.line(entry) for entry in recent.entries(recent.of_vm(vm.name, asked))] or ["none"]
 
 
 def _about(vm: GuestVm) -> Iterator[str]:

@@ -69,7 +69,7 @@ class Private(Topic):
 
     def runs(self) -> list[tuple[Gpa, int]]:
         """Return all private pages as runs (gpa, bytes), none of which crosses the border of a slot."""
-        return self._runs(self._owner.memory.private)
+        return self._runs(self._owner.memory.private.copy())
 
     def image(self) -> list[tuple[Gpa, int]]:
         """Return the private pages as runs (gpa, bytes) within one slot, without those that the allocator

@@ -104,8 +104,6 @@ class Protection(ABC):
     label: ClassVar[str] = ""
     guest_sev: ClassVar[int] = 0
     """What the guest's runtime is told: ``layout.SEV_*`` bits."""
-    converts_by_attributes: ClassVar[bool] = False
-    """Whether :meth:`convert` without *discard* does no more than set KVM's memory attributes."""
 
     @classmethod
     @abstractmethod

@@ -286,7 +286,6 @@ class GuestVm(Vm):
         self.launched = True
         if self.protection.traits.private_is_fd_backed:
             self.memory.convert = partial(self.protection.convert, self)
-            self.memory.at_once = self.protection.converts_by_attributes
         if self._strict_private:
             self.memory.seal = "strict_private keeps it from the host, as SEV-SNP would"
         elif not self.protection.traits.host_sees_private:

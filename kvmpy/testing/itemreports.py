@@ -13,7 +13,7 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -25,9 +25,6 @@ from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
 from kvmpy.testing.reportfiles import UNWRITTEN
 from kvmpy.testing.verdicts import Missing, printable, suite_id
-
-if TYPE_CHECKING:
-    from kvmpy.testing.evidence import IoctlTail
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 # Names inside a MissingError's text by which KVMPY_REQUIRE can insist.
@@ -203,18 +200,17 @@ class ItemReports:
         settings: Settings,
         errata: Sequence[Erratum],
         facts: HostFacts,
-        tail: IoctlTail | None = None,
     ) -> None:
         self._settings = settings
         self._errata = errata
         self._facts = facts
-        self._tail = tail
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         """Turn a MissingError that leaves a fixture into a skip with its reason."""
-        if self._tail is not None:
-            self._tail.clear()
+        recent = sys.modules.get("kvmpy.core.recent")
+        if recent is not None:
+            recent.calls.clear()
         return (yield from self._or_missing(item))
 
     @pytest.hookimpl(wrapper=True)
@@ -245,8 +241,10 @@ class ItemReports:
         if report.failed:
             item.stash[FAILED] = True
             self._postmortem(item, call, report, data)
-            if self._tail is not None:
-                data["ioctls"] = self._tail.lines()
+            if self._settings.evidence:
+                from kvmpy.core import recent
+
+                data["ioctls"] = recent.entries(list(recent.calls))
         if call.when == "call" and (report.failed or self._settings.evidence) and item.stash.get(VMS, []):
             from kvmpy.testing.evidence import maps_of
 

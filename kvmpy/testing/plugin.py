@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -28,9 +28,6 @@ from kvmpy.testing.reportfiles import Junit, ReportFiles, SteadyStream
 from kvmpy.testing.requirements import Requirements
 from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results
 from kvmpy.testing.verdicts import Verdict
-
-if TYPE_CHECKING:
-    from kvmpy.testing.evidence import IoctlTail
 
 __all__ = ["deadline", "kvm", "make_vm", "protection", "rng", "seed", "vm"]
 
@@ -53,8 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     config.pluginmanager.register(LeakCheck(settings.leaks), "kvmpy-leaks")
     config.pluginmanager.register(Needs(settings), "kvmpy-needs")
-    tail = _attach_tail(config) if settings.evidence else None
-    config.pluginmanager.register(ItemReports(settings, errata, host.facts(), tail), "kvmpy-items")
+    if settings.evidence:
+        _keep_runs(config)
+    config.pluginmanager.register(ItemReports(settings, errata, host.facts()), "kvmpy-items")
     recording.register(config)
     if settings.timeline is not None:
         from kvmpy.testing import timelines
@@ -91,14 +89,11 @@ def _attach_worker(config: pytest.Config, given: Mapping[str, Any]) -> None:
     testprocess.attach(config, path)
 
 
-def _attach_tail(config: pytest.Config) -> IoctlTail:
-    from kvmpy.core import observe
-    from kvmpy.testing.evidence import IoctlTail
+def _keep_runs(config: pytest.Config) -> None:
+    from kvmpy.core import recent
 
-    tail = IoctlTail()
-    observe.add(tail)
-    config.add_cleanup(lambda: observe.remove(tail))
-    return tail
+    recent.keeps_runs = True
+    config.add_cleanup(lambda: setattr(recent, "keeps_runs", False))
 
 
 @pytest.hookimpl(tryfirst=True)

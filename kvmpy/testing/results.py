@@ -61,6 +61,7 @@ def judge(nodeid: str, reports: Sequence[pytest.TestReport], platform: str) -> T
     elif failed:
         verdict, reason = Verdict.FAIL, _message(failed[0])
         details = "\n\n".join(str(report.longrepr) for report in failed)
+        details = without(details, str(data.get("postmortem") or ""))
     elif skipped is not None and hasattr(skipped, "wasxfail"):
         verdict, reason = Verdict.XFAIL, str(skipped.wasxfail).removeprefix("reason: ") or "expected to fail"
     elif skipped is not None:
@@ -86,6 +87,18 @@ def judge(nodeid: str, reports: Sequence[pytest.TestReport], platform: str) -> T
         ioctls=tuple(data.get("ioctls", ())),
         memory_maps=tuple(data.get("memory_maps", ())),
     )
+
+
+def without(details: str, postmortem: str) -> str:
+    """Return *details* without the post-mortem that pytest shows as part of the exception's message."""
+    lines, gone = details.split("\n"), postmortem.splitlines()
+    # What pytest puts before each line of a message.
+    bare = [line.removeprefix("E").strip() for line in lines]
+    wanted = [line.strip() for line in gone]
+    for first in range(len(lines) - len(gone), -1, -1):
+        if gone and bare[first : first + len(gone)] == wanted:
+            lines[first : first + len(gone)] = ["E   (post-mortem: see there)"]
+    return "\n".join(lines)
 
 
 def judge_file(report: pytest.CollectReport, platform: str) -> TestVerdict:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import signal
 import threading
@@ -54,7 +55,7 @@ def test_a_run_that_fails_leaves_the_kick_to_the_next(area: Mapping) -> None:
     try:
         lib.kvmpy_vcpu_kick(native)
         # There is no vCPU behind it: an error, which leaves the kick to the next run.
-        assert lib.kvmpy_vcpu_run(native) == lib.KVMPY_RUN_ERROR
+        assert lib.kvmpy_vcpu_run(native, ffi.NULL) == lib.KVMPY_RUN_ERROR
         assert (native.kick, native.run.immediate_exit, native.busy) == (1, 1, 0)
     finally:
         lib.kvmpy_vcpu_free(native)
@@ -69,11 +70,11 @@ def native(area: Mapping) -> Iterator[Any]:
 
 
 def test_no_run_begins_after_a_stop(native: Any) -> None:
-    assert lib.kvmpy_vcpu_run(native) == lib.KVMPY_RUN_ERROR
+    assert lib.kvmpy_vcpu_run(native, ffi.NULL) == lib.KVMPY_RUN_ERROR
     lib.kvmpy_vcpu_stop(native)
     native.err = 0
     for _ in range(2):
-        assert lib.kvmpy_vcpu_run(native) == lib.KVMPY_RUN_STOPPED
+        assert lib.kvmpy_vcpu_run(native, ffi.NULL) == lib.KVMPY_RUN_STOPPED
     assert native.err == 0
 
 
@@ -82,7 +83,7 @@ def test_a_closed_vcpu_is_neither_run_nor_kicked(native: Any) -> None:
     lib.kvmpy_vcpu_stop(native)
     for _ in range(2):
         assert lib.kvmpy_vcpu_close(native) == 0
-        assert lib.kvmpy_vcpu_run(native) == lib.KVMPY_RUN_CLOSED
+        assert lib.kvmpy_vcpu_run(native, ffi.NULL) == lib.KVMPY_RUN_CLOSED
         assert lib.kvmpy_vcpu_kick(native) == -1
     assert (native.kick, run.immediate_exit) == (0, 0)
 
@@ -90,11 +91,26 @@ def test_a_closed_vcpu_is_neither_run_nor_kicked(native: Any) -> None:
 def test_a_vcpu_that_a_thread_runs_is_not_closed(native: Any) -> None:
     native.busy = 1
     assert lib.kvmpy_vcpu_close(native) == -1
-    assert lib.kvmpy_vcpu_run(native) == lib.KVMPY_RUN_BUSY
+    assert lib.kvmpy_vcpu_run(native, ffi.NULL) == lib.KVMPY_RUN_BUSY
     lib.kvmpy_vcpu_stop(native)
     assert lib.kvmpy_vcpu_close(native) == -1
     native.busy &= ~1
     assert lib.kvmpy_vcpu_close(native) == 0
+
+
+def test_a_run_says_what_it_did(native: Any) -> None:
+    """Whether KVM was asked at all, and its answer, whatever the run state of others holds."""
+    ran = ffi.new("struct kvmpy_ran *")
+    assert lib.kvmpy_vcpu_run(native, ran) == lib.KVMPY_RUN_ERROR
+    assert (ran.issued, ran.result, ran.error) == (1, -1, errno.EBADF)
+    native.busy, native.err = 1, errno.EINTR  # another thread is between two runs
+    assert lib.kvmpy_vcpu_run(native, ran) == lib.KVMPY_RUN_BUSY
+    assert (ran.issued, ran.result, ran.error) == (0, 0, 0)
+    native.busy = 0
+    lib.kvmpy_vcpu_stop(native)
+    ran.issued = 1
+    assert lib.kvmpy_vcpu_run(native, ran) == lib.KVMPY_RUN_STOPPED
+    assert ran.issued == 0
 
 
 def test_a_kick_needs_no_place_in_the_queue_of_signals(native: Any) -> None:

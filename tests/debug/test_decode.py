@@ -8,10 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvmpy.cli import names
-from kvmpy.debug.decode import Decoder, Place, as_json, bytes_text, relative, request_words
+from kvmpy.debug.decode import Decoder, Place, as_json, relative, request_words
 from kvmpy.debug.record.events import Chunk, Ioctl
 from kvmpy.debug.record.format import CUT, What, When
 from kvmpy.uapi import ioctls
+from kvmpy.uapi.argument_text import bytes_text
 from kvmpy.uapi.buffers import BUFFERS
 from kvmpy.uapi.constants import ExitReason, MemFlag
 from kvmpy.uapi.field_words import FIELDS, number_words, parse_words

@@ -26,7 +26,7 @@ from kvmpy.core.errors import KvmError
 from kvmpy.core.eventfd import EventFd
 from kvmpy.core.exits import IoExit, MsrExit
 from kvmpy.core.msr_filter import MsrFilter
-from kvmpy.core.vcpu import Vcpu
+from kvmpy.core.vcpu import Vcpu, VcpuKickedError
 from kvmpy.debug.record.events import Ioctl, Kick, Memory, Object, Write
 from kvmpy.debug.record.format import MEMORY_INITIAL, FrameReader, When
 from kvmpy.debug.record.model import Record, request_name
@@ -37,6 +37,7 @@ from kvmpy.debug.record.tracker import MemoryTracker
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import MsrExitReason
 from kvmpy.uapi.structs import kvm_sev_snp_launch_update
+from tests.core.test_attributes import Watcher
 from tests.debug.record_scenarios import machine
 from tests.debug.scenarios import SCENARIOS
 
@@ -170,6 +171,22 @@ def test_objects_from_before(kvm: Kvm, tmp_path: Path) -> None:
     made = [e for e in record.entries if isinstance(e.what, Object)]
     assert len(made) == 3
     assert all(each.frame.synthetic for each in made)
+
+
+def test_what_kvm_was_not_asked_is_not_recorded(kvm: Kvm, tmp_path: Path) -> None:
+    """A run of a vCPU that was stopped never comes to KVM_RUN; a record and other observers say so."""
+    path = tmp_path / "a.rec"
+    watcher = Watcher()
+    with Recorder(path), machine(kvm, b"\xf4") as vm, observe.observing(watcher):
+        vm.vcpus[0].run(5)
+        vm.vcpus[0].stop()
+        watcher.seen.clear()
+        with pytest.raises(VcpuKickedError, match="was stopped"):
+            vm.vcpus[0].run(5)
+        seen = [what for what, _ in watcher.seen]
+        vm.vcpus[0].regs.get()
+    assert seen == [f"{vm.name}/vcpu0 KVM_RUN", f"{vm.name}/vcpu0 KVM_RUN dropped"]
+    assert names(Record.load(path))[-2:] == ["KVM_RUN", "KVM_GET_REGS"]
 
 
 KILLED = """

@@ -3,21 +3,14 @@
 
 from __future__ import annotations
 
-import errno
-import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvmpy.core import observe
-from kvmpy.testing.evidence import MAX_VMS, IoctlTail, maps_of
-from kvmpy.uapi import ffi, ioctls
-from kvmpy.uapi.constants import Cap, ExitReason
-from kvmpy.uapi.structs import kvm_userspace_memory_region
+from kvmpy.core import recent
+from kvmpy.testing.evidence import MAX_VMS, maps_of
 from tests.testing.support import Suite
-
-FD: Any = SimpleNamespace(name="vm0", kind="vm", vm_type=0)
 
 VMS = '''
 import pytest
@@ -48,73 +41,6 @@ def test_nobody():
 """
 
 
-def a_vcpu(reason: int) -> Any:
-    run = ffi.new("struct kvm_run *")
-    run.exit_reason = reason
-    return SimpleNamespace(name="vm0/vcpu0", kind="vcpu", vm=FD, _run=run)
-
-
-def test_an_ioctl_is_told() -> None:
-    """Name, file descriptor, decoded argument and result of an ioctl; an error by its name."""
-    tail = IoctlTail()
-    region = kvm_userspace_memory_region(slot=7, memory_size=0x1000)
-    tail.ioctl_exit(FD, ioctls.KVM_SET_USER_MEMORY_REGION, region, 0, 0)
-    region.slot = 9  # the caller's struct goes on living
-    tail.ioctl_exit(FD, ioctls.KVM_CHECK_EXTENSION, int(Cap.KVM_CAP_VM_TYPES), -1, errno.EINVAL)
-    first, second = tail.lines()
-    assert (first["fd"], first["ioctl"], first["result"], first["failed"]) == (
-        "vm0",
-        "KVM_SET_USER_MEMORY_REGION",
-        "0",
-        False,
-    )
-    assert "slot=0x7" in first["arg"]
-    assert (second["result"], second["failed"]) == ("EINVAL", True)
-    assert second["arg"] == "KVM_CAP_VM_TYPES"
-    tail.ioctl_exit(FD, ioctls.KVM_CREATE_VCPU, 3, -1, errno.EEXIST)
-    assert [bool(line["meaning"]) for line in tail.lines()] == [False, False, True]
-    assert first["ms"] == 0
-    assert second["ms"] >= 0
-
-
-def test_runs_that_end_alike_are_one_line() -> None:
-    """KVM_RUNs of one vCPU with the same exit are counted; another exit begins a line."""
-    tail = IoctlTail()
-    io, hlt = (a_vcpu(int(reason)) for reason in (ExitReason.KVM_EXIT_IO, ExitReason.KVM_EXIT_HLT))
-    for vcpu in (io, io, io, hlt, io):
-        tail.ioctl_exit(vcpu, ioctls.KVM_RUN, None, 0, 0)
-    lines = [(line["arg"].partition(" ")[0], line["count"]) for line in tail.lines()]
-    assert lines == [("KVM_EXIT_IO", 3), ("KVM_EXIT_HLT", 1), ("KVM_EXIT_IO", 1)]
-
-
-def test_the_oldest_go() -> None:
-    """Only the last ioctls are kept."""
-    tail = IoctlTail(length=3)
-    for number in range(10):
-        tail.ioctl_exit(FD, ioctls.KVM_CREATE_VCPU, number, 0, 0)
-    assert [line["arg"] for line in tail.lines()] == ["7", "8", "9"]
-
-
-def test_threads_are_numbered() -> None:
-    """The lines of two threads can be told apart."""
-    tail = IoctlTail()
-    tail.ioctl_exit(FD, ioctls.KVM_CREATE_VCPU, 0, 0, 0)
-    other = threading.Thread(target=tail.ioctl_exit, args=(FD, ioctls.KVM_CREATE_VCPU, 1, 0, 0))
-    other.start()
-    other.join()
-    assert [line["thread"] for line in tail.lines()] == [0, 1]
-
-
-def test_a_look_at_the_vm_is_left_out() -> None:
-    """What a post-mortem asks of the VM is no part of what led to the failure."""
-    tail = IoctlTail()
-    tail.ioctl_exit(FD, ioctls.KVM_CREATE_VCPU, 0, 0, 0)
-    with observe.inspecting():
-        tail.ioctl_exit(FD, ioctls.KVM_GET_REGS, None, 0, 0)
-    tail.ioctl_exit(FD, ioctls.KVM_CREATE_VCPU, 1, 0, 0)
-    assert [line["ioctl"] for line in tail.lines()] == ["KVM_CREATE_VCPU"] * 2
-
-
 def test_no_map_of_what_cannot_be_seen() -> None:
     """A VM whose map fails says why, closed ones have none, and there is a limit."""
     broken: Any = SimpleNamespace(name="vm3", closed=False)
@@ -141,6 +67,15 @@ def test_evidence_of_a_run(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> Non
     assert failed["ioctls"][-1]["ioctl"] == "KVM_RUN"
     assert failed["ioctls"][-1]["arg"].startswith("KVM_EXIT_IO {direction=KVM_EXIT_IO_OUT")
     assert "KVM_CREATE_VM" in [line["ioctl"] for line in failed["ioctls"]]
+    # The page is made of this; the post-mortem says the same, and is there once.
+    section = failed["postmortem"].partition("--- last ioctls of ")[2].partition("\n---")[0]
+    told = [line.strip() for line in section.splitlines()[1:]]
+    assert told
+    own = [each for each in failed["ioctls"] if each["fd"].startswith("vm") and each["ioctl"] != "KVM_RUN"]
+    assert told == [recent.line(entry) for entry in own][-12:]
+    assert any("KVM_ENABLE_CAP {cap=KVM_CAP_" in line for line in map(recent.line, failed["ioctls"]))
+    assert all(line in outcome.text for line in told)
+    assert not any(line in failed["details"] for line in told)
     assert outcome.test("test_shared[cbit-3]")["ioctls"] == []
     for name in ("test_shared[cbit-3]", "test_shared[cbit-4]"):
         (entry,) = outcome.test(name)["memory_maps"]

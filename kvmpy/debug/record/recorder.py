@@ -6,7 +6,6 @@ When no recorder is attached nobody is called, and it costs nothing.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import threading
@@ -342,6 +341,11 @@ class Recorder:
                 self._map(fd, area.address, area.size, 0)
         return area
 
+    def ioctl_dropped(self, fd: KvmFd, op: Ioctl) -> None:  # noqa: ARG002
+        """Write nothing: KVM was not asked."""
+        if self._mine.pending:
+            self._mine.pending.pop()
+
     def ioctl_exit(self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno_: int) -> None:
         """Write what was asked and what came back."""
         end = monotonic_ns()
@@ -351,8 +355,6 @@ class Recorder:
         order, begin, chunks = mine.pending.pop()
         nr = op.nr
         if nr == _RUN:
-            if errno_ == errno.EBUSY:
-                return
             chunks += self._areas[fd].after()
         elif arg is not None:
             plan = plan_of(nr)

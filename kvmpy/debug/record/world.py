@@ -269,9 +269,10 @@ class World:
             patience = took + (self._patience if self._will_be_kicked(step) else 0)
         # With immediate_exit nothing is waited for, and a timer would end the next run instead.
         lib.kvmpy_vcpu_deadline(vcpu, 0 if step.immediate_exit else patience)
+        ran = ffi.new("struct kvmpy_ran *")
         while True:
-            how = int(lib.kvmpy_vcpu_run(vcpu))
-            number = 0 if how in (lib.KVMPY_RUN_EXIT, lib.KVMPY_RUN_UCALL) else int(vcpu.err)
+            how = int(lib.kvmpy_vcpu_run(vcpu, ran))
+            number = int(ran.error if ran.issued else vcpu.err)
             # A kick or a timer of an earlier run may come late: no program ever saw that.
             late = number == errno.EINTR and how in (lib.KVMPY_RUN_EINTR, lib.KVMPY_RUN_KICKED)
             if not late or step.ended_by_signal:

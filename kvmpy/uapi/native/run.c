@@ -90,14 +90,6 @@ int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg)
 	return ioctl(fd, request, arg);
 }
 
-/* The argument is a struct of four numbers. One call instead of two, and nothing allocated: see ioctl_words(). */
-int kvmpy_ioctl_words(int fd, unsigned long request, uint64_t first, uint64_t second, uint64_t third, uint64_t fourth)
-{
-	uint64_t words[4] = { first, second, third, fourth };
-
-	return ioctl(fd, request, words);
-}
-
 static void run_timer_at(struct run_node *n, uint64_t ns)
 {
 	struct itimerspec its = {
@@ -326,13 +318,16 @@ static int run_deadline(struct kvmpy_vcpu *v, int32_t tid)
 	return run_arm((struct run_node *)v, tid);
 }
 
-int kvmpy_vcpu_run(struct kvmpy_vcpu *v)
+/* @ran may be NULL. The fields of @v are another thread's where that runs it. */
+int kvmpy_vcpu_run(struct kvmpy_vcpu *v, struct kvmpy_ran *ran)
 {
 	static __thread int32_t tid;
 	struct kvmpy_vcpu *outer = run_current;
 	uint32_t kick, state = 0;
 	int ret, result;
 
+	if (ran)
+		*ran = (struct kvmpy_ran){ 0 };
 	if (!__atomic_compare_exchange_n(&v->busy, &state, RUN_IN, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
 		if (state & RUN_CLOSED)
 			return KVMPY_RUN_CLOSED;
@@ -354,6 +349,8 @@ int kvmpy_vcpu_run(struct kvmpy_vcpu *v)
 		v->run->immediate_exit = 1;
 	ret = ioctl(v->fd, RUN_KVM_RUN, 0);
 	v->err = ret < 0 ? errno : 0;
+	if (ran)
+		*ran = (struct kvmpy_ran){ .issued = 1, .result = ret, .error = v->err };
 	kick = __atomic_load_n(&v->kick, __ATOMIC_SEQ_CST);
 	if (ret == 0) {
 		result = run_classify(v);

@@ -24,6 +24,13 @@ struct kvmpy_vcpu {
 	struct kvmpy_trail trail[16];
 };
 
+/* What became of one KVM_RUN: whether it was issued at all, and then what it returned. */
+struct kvmpy_ran {
+	int32_t issued;
+	int32_t result;
+	int32_t error;
+};
+
 #define KVMPY_RUN_EXIT 0
 #define KVMPY_RUN_UCALL 1
 #define KVMPY_RUN_KICKED 2
@@ -37,12 +44,11 @@ struct kvmpy_vcpu {
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg);
 int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg);
-int kvmpy_ioctl_words(int fd, unsigned long request, uint64_t first, uint64_t second, uint64_t third, uint64_t fourth);
 struct kvmpy_vcpu *kvmpy_vcpu_new(int fd, void *run);
 void kvmpy_vcpu_free(struct kvmpy_vcpu *v);
 int kvmpy_vcpu_close(struct kvmpy_vcpu *v);
 void kvmpy_vcpu_stop(struct kvmpy_vcpu *v);
-int kvmpy_vcpu_run(struct kvmpy_vcpu *v);
+int kvmpy_vcpu_run(struct kvmpy_vcpu *v, struct kvmpy_ran *ran);
 void kvmpy_vcpu_deadline(struct kvmpy_vcpu *v, uint64_t timeout_ns);
 int kvmpy_vcpu_kick(struct kvmpy_vcpu *v);
 int kvmpy_run_init(void);
