@@ -47,10 +47,10 @@ class Mapping(Closing):
 
     def view(self, offset: int, size: int) -> memoryview:
         """Return *size* bytes from *offset* as a writable view of the memory itself, not a copy."""
-        found = self.look(offset, size)
+        window = self.look(offset, size)
         for observer in observe.host:
-            observer.memory_shown(found, False)
-        return found
+            observer.memory_shown(window, False)
+        return window
 
     def look(self, offset: int, size: int) -> memoryview:
         """Return the same for a caller who tells observers itself what it writes."""

@@ -51,11 +51,11 @@ class DirtyBitmap:
     @classmethod
     def of(cls, pages: int, dirty: Iterable[int]) -> DirtyBitmap:
         """Return the bitmap of a slot of *pages* pages in which those of *dirty* are set."""
-        made = cls(pages)
+        filled = cls(pages)
         for page in dirty:
-            made._check(page)
-            made.data[page >> 3] |= 1 << (page & 7)
-        return made
+            filled._check(page)
+            filled.data[page >> 3] |= 1 << (page & 7)
+        return filled
 
     def _check(self, page: int) -> None:
         if not 0 <= page < self.pages:
@@ -151,10 +151,10 @@ class DirtyRing:
         kinds = set(slots)
         if len(kinds) == 1:
             return {kinds.pop(): BitMap(offsets)}
-        found: dict[int, BitMap] = {slot: BitMap() for slot in sorted(kinds)}
+        results: dict[int, BitMap] = {slot: BitMap() for slot in sorted(kinds)}
         for slot, offset in zip(slots, offsets, strict=True):
-            found[slot].add(offset)
-        return found
+            results[slot].add(offset)
+        return results
 
     def close(self) -> None:
         """Unmap the ring."""

@@ -452,10 +452,10 @@ class BusLockExit(Exit):
 
 
 def _all_subclasses(cls: type[Exit]) -> list[type[Exit]]:
-    found = []
+    results = []
     for sub in cls.__subclasses__():
-        found += [sub, *_all_subclasses(sub)]
-    return found
+        results += [sub, *_all_subclasses(sub)]
+    return results
 
 
 BY_REASON: dict[int, Callable[[CData, int], Exit]] = {

@@ -88,10 +88,10 @@ class IrqchipRoute:
 
     def entry(self) -> kvm_irq_routing_entry:
         """Return the kernel's form."""
-        made = kvm_irq_routing_entry(gsi=self.gsi, type=KVM_IRQ_ROUTING_IRQCHIP)
-        made.u.irqchip.irqchip = self.irqchip
-        made.u.irqchip.pin = self.pin
-        return made
+        routing_entry = kvm_irq_routing_entry(gsi=self.gsi, type=KVM_IRQ_ROUTING_IRQCHIP)
+        routing_entry.u.irqchip.irqchip = self.irqchip
+        routing_entry.u.irqchip.pin = self.pin
+        return routing_entry
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class MsiRoute:
     def entry(self) -> kvm_irq_routing_entry:
         """Return the kernel's form."""
         flags = 0 if self.devid is None else KVM_MSI_VALID_DEVID
-        made = kvm_irq_routing_entry(gsi=self.gsi, type=KVM_IRQ_ROUTING_MSI, flags=flags)
-        made.u.msi.address_lo = self.msi.address & 0xFFFF_FFFF
-        made.u.msi.address_hi = self.msi.address >> 32
-        made.u.msi.data = self.msi.data
-        made.u.msi.devid = self.devid or 0
-        return made
+        routing_entry = kvm_irq_routing_entry(gsi=self.gsi, type=KVM_IRQ_ROUTING_MSI, flags=flags)
+        routing_entry.u.msi.address_lo = self.msi.address & 0xFFFF_FFFF
+        routing_entry.u.msi.address_hi = self.msi.address >> 32
+        routing_entry.u.msi.data = self.msi.data
+        routing_entry.u.msi.devid = self.devid or 0
+        return routing_entry
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ class HvSintRoute:
 
     def entry(self) -> kvm_irq_routing_entry:
         """Return the kernel's form."""
-        made = kvm_irq_routing_entry(gsi=self.gsi, type=KVM_IRQ_ROUTING_HV_SINT)
-        made.u.hv_sint.vcpu = self.vcpu
-        made.u.hv_sint.sint = self.sint
-        return made
+        routing_entry = kvm_irq_routing_entry(gsi=self.gsi, type=KVM_IRQ_ROUTING_HV_SINT)
+        routing_entry.u.hv_sint.vcpu = self.vcpu
+        routing_entry.u.hv_sint.sint = self.sint
+        return routing_entry
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ class XenEvtchnRoute:
 
     def entry(self) -> kvm_irq_routing_entry:
         """Return the kernel's form."""
-        made = kvm_irq_routing_entry(gsi=self.gsi, type=KVM_IRQ_ROUTING_XEN_EVTCHN)
-        made.u.xen_evtchn.port = self.port
-        made.u.xen_evtchn.vcpu = self.vcpu
-        made.u.xen_evtchn.priority = self.priority
-        return made
+        routing_entry = kvm_irq_routing_entry(gsi=self.gsi, type=KVM_IRQ_ROUTING_XEN_EVTCHN)
+        routing_entry.u.xen_evtchn.port = self.port
+        routing_entry.u.xen_evtchn.vcpu = self.vcpu
+        routing_entry.u.xen_evtchn.priority = self.priority
+        return routing_entry
 
 
 Route = Union[IrqchipRoute, MsiRoute, HvSintRoute, XenEvtchnRoute]

@@ -136,13 +136,13 @@ class Kvm(KvmFd):
         return self.get_supported_cpuid()
 
     def _index_list(self, op: ioctls.Ioctl) -> list[int]:
-        made = kvm_msr_list.with_entries(0)
-        _, number = self.ioctl_raw(op, made)
+        index_list = kvm_msr_list.with_entries(0)
+        _, number = self.ioctl_raw(op, index_list)
         if number not in (0, errno.E2BIG):
-            raise self.error(op, number, made)
-        made = kvm_msr_list.with_entries(made.nmsrs)
-        self.ioctl(op, made)
-        return [int(index) for index in made.entries_list()]
+            raise self.error(op, number, index_list)
+        index_list = kvm_msr_list.with_entries(index_list.nmsrs)
+        self.ioctl(op, index_list)
+        return [int(index) for index in index_list.entries_list()]
 
     def get_msr_index_list(self) -> list[int]:
         """Return the MSRs that can be saved and restored (KVM_GET_MSR_INDEX_LIST)."""

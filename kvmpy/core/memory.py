@@ -80,27 +80,27 @@ class GuestMemory:
         start, end = int(gpa), int(gpa) + size
         if start % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
             raise ValueError(f"guest memory at {start:#x}, size {size:#x} is not made of whole 4 KiB pages")
-        at = bisect_right(self._starts, start)
-        before = self._segments[at - 1] if at else None
-        after = self._segments[at] if at < len(self._segments) else None
+        index = bisect_right(self._starts, start)
+        before = self._segments[index - 1] if index else None
+        after = self._segments[index] if index < len(self._segments) else None
         for other in (before, after):
             if other is not None and int(other.gpa) < end and start < int(other.gpa) + other.size:
                 raise ValueError(
                     f"guest memory {start:#x}..{end:#x} overlaps "
                     f"{int(other.gpa):#x}..{int(other.gpa) + other.size:#x}"
                 )
-        return at
+        return index
 
     def add(self, segment: Segment) -> None:
         """Add a range; ValueError when it is unaligned or overlaps another."""
-        at = self.check_free(segment.gpa, segment.size)
-        self._starts.insert(at, int(segment.gpa))
-        self._segments.insert(at, segment)
+        offset = self.check_free(segment.gpa, segment.size)
+        self._starts.insert(offset, int(segment.gpa))
+        self._segments.insert(offset, segment)
 
     def remove(self, segment: Segment) -> None:
         """Take a range out; its pages are no longer private."""
-        at = self._segments.index(segment)
-        del self._segments[at], self._starts[at]
+        place = self._segments.index(segment)
+        del self._segments[place], self._starts[place]
         mark(self.private, segment.gpa, segment.size, False)
 
     def segments(self) -> list[Segment]:
@@ -110,10 +110,10 @@ class GuestMemory:
     def find(self, gpa: Gpa, size: int = 1) -> Segment:
         """Return the range that holds *size* bytes at *gpa*; ValueError when they are outside of all."""
         address = int(gpa)
-        at = bisect_right(self._starts, address) - 1
-        if at >= 0:
-            segment = self._segments[at]
-            if address + size <= self._starts[at] + segment.size:
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0:
+            segment = self._segments[index]
+            if address + size <= self._starts[index] + segment.size:
                 return segment
         ranges = ", ".join(f"{int(s.gpa):#x}..{int(s.gpa) + s.size - 1:#x}" for s in self._segments)
         raise ValueError(f"gpa {address:#x}, {size:#x} bytes, is outside guest memory ({ranges or 'none'})")
@@ -185,16 +185,16 @@ class GuestMemory:
         if (address | size) & (PAGE_SIZE - 1) or size <= 0:
             raise ValueError(f"gpa {address:#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
         end = address + size
-        found: list[Segment] = []
+        results: list[Segment] = []
         while address < end:
-            at = bisect_right(self._starts, address) - 1
-            segment = self._segments[at] if at >= 0 else self.find(Gpa(address))
-            after = self._starts[at] + segment.size
+            index = bisect_right(self._starts, address) - 1
+            segment = self._segments[index] if index >= 0 else self.find(Gpa(address))
+            after = self._starts[index] + segment.size
             if after <= address:
                 segment = self.find(Gpa(address))  # which says what there is
-            found.append(segment)
+            results.append(segment)
             address = after
-        return found
+        return results
 
     def runs(self, gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int, bool]]:
         """Split *size* bytes at *gpa* into runs ``(gpa, size, private)`` of pages that agree."""
@@ -231,10 +231,10 @@ class GuestMemory:
         PrivateMemoryError where the host may not see them; ValueError where the range mixes private and
         shared pages of different mappings (go page by page then, or use :meth:`read` and :meth:`write`).
         """
-        found = self._view(gpa, size)
+        window = self._view(gpa, size)
         if observe.host:
-            _shown(found)
-        return found
+            _shown(window)
+        return window
 
     def _view(self, gpa: Gpa, size: int) -> memoryview:
         segment = self.find(gpa, size)
@@ -261,10 +261,10 @@ class GuestMemory:
 
     def shared_view(self, gpa: Gpa, size: int) -> memoryview:
         """Return what the guest sees through the shared alias of *gpa*, whatever the page is now."""
-        found = self.shared_look(gpa, size)
+        window = self.shared_look(gpa, size)
         if observe.host:
-            _shown(found)
-        return found
+            _shown(window)
+        return window
 
     def shared_look(self, gpa: Gpa, size: int) -> memoryview:
         """Return the same for a caller who tells observers itself what it writes."""
@@ -276,15 +276,15 @@ class GuestMemory:
         may not.
         """
         segment = self.find(gpa, size)
-        found = self._private(segment, gpa, int(gpa) - int(segment.gpa), size)
+        window = self._private(segment, gpa, int(gpa) - int(segment.gpa), size)
         if observe.host:
-            _shown(found)
-        return found
+            _shown(window)
+        return window
 
     def show(self, gpa: Gpa, size: int) -> None:
         """Tell recorders that *size* bytes at *gpa* may be written by host address before the next run."""
-        for at, part in self._parts(gpa, size):
-            _shown(self._view(at, part), once=True)
+        for piece, part in self._parts(gpa, size):
+            _shown(self._view(piece, part), once=True)
 
     def hva(self, gpa: Gpa, private: bool | None = None) -> int:
         """Return the host address of *gpa*: of the given alias, or of the one the page has now."""
@@ -300,14 +300,14 @@ class GuestMemory:
         """Return a copy of *size* bytes at *gpa* as the guest sees them; the range may cross page kinds and
         ranges.
         """
-        return b"".join(bytes(self._view(at, part)) for at, part in self._parts(gpa, size))
+        return b"".join(bytes(self._view(start, part)) for start, part in self._parts(gpa, size))
 
     def write(self, gpa: Gpa, data: bytes | bytearray | memoryview) -> None:
         """Write *data* at *gpa* so that the guest sees it; the range may cross page kinds and ranges."""
         source = memoryview(data).cast("B")
         done = 0
-        for at, part in self._parts(gpa, len(source)):
-            view = self._view(at, part)
+        for start, part in self._parts(gpa, len(source)):
+            view = self._view(start, part)
             view[:] = source[done : done + part]
             for observer in observe.host:
                 observer.memory_written(view)
@@ -318,8 +318,8 @@ class GuestMemory:
         while int(position) < end:
             segment = self.find(position)
             stop = min(end, int(segment.gpa) + segment.size)
-            for at, part, _private in self.runs(position, stop - int(position)):
-                yield at, part
+            for start, part, _private in self.runs(position, stop - int(position)):
+                yield start, part
             position = Gpa(stop)
 
     def close(self) -> None:

@@ -125,19 +125,19 @@ def _ranges(reads: set[int], writes: set[int], *, listed_allowed: bool) -> tuple
         if index in _X2APIC:
             raise ValueError(f"MSR {index:#x} belongs to the x2APIC, which KVM does not filter")
     if reads == writes:
-        made = _of_one_kind(reads, READ | WRITE, listed_allowed)
+        msr_ranges = _of_one_kind(reads, READ | WRITE, listed_allowed)
     else:
-        made = _of_one_kind(reads, READ, listed_allowed) + _of_one_kind(writes, WRITE, listed_allowed)
-    if len(made) > MAX_RANGES:
+        msr_ranges = _of_one_kind(reads, READ, listed_allowed) + _of_one_kind(writes, WRITE, listed_allowed)
+    if len(msr_ranges) > MAX_RANGES:
         raise ValueError(
-            f"these MSRs need {len(made)} ranges, a filter holds {MAX_RANGES}: they lie too far apart"
+            f"these MSRs need {len(msr_ranges)} ranges, a filter holds {MAX_RANGES}: they lie too far apart"
         )
-    return tuple(made)
+    return tuple(msr_ranges)
 
 
 def _of_one_kind(msrs: set[int], flags: int, listed_allowed: bool) -> list[MsrRange]:
     # Taking each range as long as it may be, from the lowest MSR on, gives the fewest ranges.
-    made: list[MsrRange] = []
+    ranges: list[MsrRange] = []
     pending = sorted(msrs)
     while pending:
         base = pending[0]
@@ -147,8 +147,8 @@ def _of_one_kind(msrs: set[int], flags: int, listed_allowed: bool) -> list[MsrRa
         bits = sum(1 << index - base for index in inside)
         if not listed_allowed:
             bits ^= (1 << nmsrs) - 1
-        made.append(MsrRange(base, nmsrs, flags, bits.to_bytes(-(-nmsrs // 64) * 8, "little")))
-    return made
+        ranges.append(MsrRange(base, nmsrs, flags, bits.to_bytes(-(-nmsrs // 64) * 8, "little")))
+    return ranges
 
 
 class VmMsrs(Topic):

@@ -25,8 +25,8 @@ class MsrError(RuntimeError):
         self.index = index
         self.value = value
         self.done = done
-        what = "read of" if value is None else f"write of {value:#x} to"
-        super().__init__(f"{target}: KVM refused the {what} MSR {index:#x}, after {len(done)} others")
+        text = "read of" if value is None else f"write of {value:#x} to"
+        super().__init__(f"{target}: KVM refused the {text} MSR {index:#x}, after {len(done)} others")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (MsrError, (self.target, self.index, self.value, self.done))

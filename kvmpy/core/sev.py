@@ -78,18 +78,18 @@ class VmSev(Topic):
         *arg* is the command's struct, or a number to pass as the pointer (negative tests).  *sev_fd* takes
         the place of the VM's own /dev/sev.  DeadProcessorError when the secure processor answers no more.
         """
-        found = find_command(command)
+        op = find_command(command)
         data = 0
         if isinstance(arg, Struct):
             # lifetime: the caller's struct lives until the ioctl is done.
             data = int(ffi.cast("uintptr_t", arg.cdata))
         elif arg is not None:
             data = int(arg)
-        call = kvm_sev_cmd(id=found.id, data=data, sev_fd=self._sev_fd() if sev_fd is None else sev_fd)
+        call = kvm_sev_cmd(id=op.id, data=data, sev_fd=self._sev_fd() if sev_fd is None else sev_fd)
         result, number = self._owner.ioctl_raw(ioctls.KVM_MEMORY_ENCRYPT_OP, call)
-        if self._doubtful(found, number):
-            check_processor(f"{found} on {self._owner.name} came back with {errno_name(number)}")
-        if found.id in _INITS and number == 0:
+        if self._doubtful(op, number):
+            check_processor(f"{op} on {self._owner.name} came back with {errno_name(number)}")
+        if op.id in _INITS and number == 0:
             self._guests.add(id(self))
         return SevResult(result, number, int(call.error))
 
@@ -115,11 +115,11 @@ class VmSev(Topic):
 
         *gpa* and *page_type* only tell the error what the command was about.
         """
-        found = find_command(command)
-        result = self.command_raw(found, arg, sev_fd=sev_fd)
+        known = find_command(command)
+        result = self.command_raw(known, arg, sev_fd=sev_fd)
         if not result.ok:
             raise self.error(
-                found, result, arg if isinstance(arg, Struct) else None, gpa=gpa, page_type=page_type
+                known, result, arg if isinstance(arg, Struct) else None, gpa=gpa, page_type=page_type
             )
 
     def error(

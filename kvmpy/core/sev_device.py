@@ -114,11 +114,11 @@ class SevDevice(KvmFd):
 
     def command(self, command: SevPlatformCommand | str | int, arg: Struct | int | None = None) -> None:
         """Issue a platform command; SevError when the ioctl or the firmware reports an error."""
-        found = self._find(command)
-        result = self.command_raw(found, arg)
+        op = self._find(command)
+        result = self.command_raw(op, arg)
         if not result.ok:
             raise SevError(
-                ioctls.SEV_ISSUE_CMD, found, result, self.path, arg if isinstance(arg, Struct) else None
+                ioctls.SEV_ISSUE_CMD, op, result, self.path, arg if isinstance(arg, Struct) else None
             )
 
     @staticmethod

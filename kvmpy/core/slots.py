@@ -216,7 +216,7 @@ class VmSlots(KvmFd):
         """
         self.memory.check_free(gpa, size)
         number = self.next_slot() if slot is None else slot
-        made = not isinstance(backing, Mapping)
+        owned = not isinstance(backing, Mapping)
         if isinstance(backing, Mapping):
             mapping = backing
         else:
@@ -233,10 +233,10 @@ class VmSlots(KvmFd):
             entry._set(int(gpa), size, entry.flags)
         except OSError:
             self.memory.remove(segment)
-            if made:
+            if owned:
                 mapping.close()
             raise
-        if made:
+        if owned:
             self.own(mapping)
         self.slots[number] = entry
         return entry

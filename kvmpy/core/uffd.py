@@ -89,8 +89,8 @@ class Userfaultfd(Closing):
         return self.fd
 
     @staticmethod
-    def _failed(what: str, start: int, size: int, number: int) -> OSError:
-        return OSError(number, f"{what} at {start:#x}, {size:#x} bytes: {os.strerror(number)}")
+    def _failed(action: str, start: int, size: int, number: int) -> OSError:
+        return OSError(number, f"{action} at {start:#x}, {size:#x} bytes: {os.strerror(number)}")
 
     def register(self, start: int, size: int, mode: UffdRegisterMode) -> int:
         """Report the faults of *mode* in a range.
@@ -124,9 +124,9 @@ class Userfaultfd(Closing):
         done = lib.kvmpy_uffd_copy(self.fd, start, ffi.from_buffer(data), size, mode)
         return self._done("UFFDIO_COPY", start, size, int(done))
 
-    def _done(self, what: str, start: int, size: int, done: int) -> int:
+    def _done(self, label: str, start: int, size: int, done: int) -> int:
         if done < 0:
-            raise self._failed(what, start, size, ffi.errno)
+            raise self._failed(label, start, size, ffi.errno)
         return done
 
     def zeropage(self, start: int, size: int, *, wake: bool = True) -> int:

@@ -122,7 +122,7 @@ class Vcpu(VcpuState):
         for observer in observe.active:
             observer.ioctl_enter(self, ioctls.KVM_RUN, None)
         ran = ffi.new("struct kvmpy_ran *")
-        how = int(lib.kvmpy_vcpu_run(native, ran))
+        outcome = int(lib.kvmpy_vcpu_run(native, ran))
         if recent.keeps_runs and ran.issued:
             recent.remember_run(self, run, ran.result, ran.error)
         for observer in observe.active:
@@ -130,7 +130,7 @@ class Vcpu(VcpuState):
                 observer.ioctl_exit(self, ioctls.KVM_RUN, None, ran.result, ran.error)
             else:
                 observer.ioctl_dropped(self, ioctls.KVM_RUN)
-        return how
+        return outcome
 
     @property
     def run_errno(self) -> int:
@@ -150,27 +150,27 @@ class Vcpu(VcpuState):
             self.set_deadline(timeout)
         run = self._run
         while True:
-            how = self.run_once()
-            if how in (RUN_EXIT, RUN_UCALL):
+            ending = self.run_once()
+            if ending in (RUN_EXIT, RUN_UCALL):
                 return read_exit(run, 0)
-            if how != RUN_EINTR:
-                return self._ended(how, run)
+            if ending != RUN_EINTR:
+                return self._ended(ending, run)
 
-    def _ended(self, how: int, run: Any) -> Exit:
-        if how == RUN_KICKED:
+    def _ended(self, outcome: int, run: Any) -> Exit:
+        if outcome == RUN_KICKED:
             raise VcpuKickedError(f"{self.name} was kicked")
-        if how == RUN_DEADLINE:
+        if outcome == RUN_DEADLINE:
             raise VcpuTimeoutError(f"{self.name} was still running in the guest at its deadline")
-        if how == RUN_BUSY:
+        if outcome == RUN_BUSY:
             raise VcpuBusyError(
                 f"{self.name} is running in another thread: a vCPU belongs to one thread at a time"
             )
-        if how == RUN_STOPPED:
+        if outcome == RUN_STOPPED:
             raise VcpuKickedError(f"{self.name} was stopped: it runs no more")
-        if how == RUN_CLOSED:
+        if outcome == RUN_CLOSED:
             raise self._closed()
         number = self.run_errno
-        if how == RUN_NO_TIMER:
+        if outcome == RUN_NO_TIMER:
             raise MissingError(
                 f"no timer for the deadline of {self.name} (timer_create: {errno_name(number)})",
                 "signals that wait and timers have used RLIMIT_SIGPENDING up: ulimit -i, LimitSIGPENDING=",
@@ -217,18 +217,18 @@ class Vcpu(VcpuState):
             raise self._closed()
         run.immediate_exit = 1
         try:
-            how = self.run_once()
+            outcome = self.run_once()
         finally:
             run.immediate_exit = 0  # a kick that came meanwhile is seen by its flag
-        if how in (RUN_EXIT, RUN_UCALL):
+        if outcome in (RUN_EXIT, RUN_UCALL):
             # A REP string instruction, or an access in several parts, came to its next exit.
             raise RuntimeError(
                 f"{self.name}: the instruction goes on with {read_exit(run, 0)}: answer that first"
             )
-        if how == RUN_KICKED:
+        if outcome == RUN_KICKED:
             self.kick()  # it was meant for the next run
-        elif how not in (RUN_EINTR, RUN_DEADLINE):  # a deadline is about guest code, and none ran
-            self._ended(how, run)
+        elif outcome not in (RUN_EINTR, RUN_DEADLINE):  # a deadline is about guest code, and none ran
+            self._ended(outcome, run)
 
     def last_exit(self) -> tuple[str, dict[str, object]]:
         """Return name and main numbers of the exit that the last KVM_RUN ended with.

@@ -65,16 +65,16 @@ class VcpuSnapshot:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as what JSON can hold: bytes as hexadecimal text."""
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, bytes):
-                found[item.name] = value.hex()
+                results[item.name] = value.hex()
             elif isinstance(value, tuple):
-                found[item.name] = [list(pair) for pair in value]
+                results[item.name] = [list(pair) for pair in value]
             else:
-                found[item.name] = value
-        return found
+                results[item.name] = value
+        return results
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VcpuSnapshot:
@@ -101,16 +101,16 @@ class VcpuSnapshot:
 
         The time-stamp counter and its like may not agree.
         """
-        found = []
+        rows = []
         for item in dataclasses.fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if item.name == "msrs":
-                found += list(_msr_differences(dict(mine), dict(theirs)))
+                rows += list(_msr_differences(dict(mine), dict(theirs)))
             elif item.name == "xsave" and _without_xstate_bv(mine) == _without_xstate_bv(theirs):
                 continue
             elif mine != theirs:
-                found.append(f"{item.name}: {_short(mine)} and {_short(theirs)}")
-        return found
+                rows.append(f"{item.name}: {_short(mine)} and {_short(theirs)}")
+        return rows
 
 
 def _without_xstate_bv(area: bytes) -> bytes:

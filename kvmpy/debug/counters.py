@@ -54,7 +54,7 @@ class StatsFolder:
 
     def counters(self) -> Counters:
         """Return the VM's counters; those of its vCPUs are summed up. Empty once the VM is gone."""
-        found = {}
+        results = {}
         try:
             entries = list(os.scandir(self.path))
         except OSError:
@@ -65,10 +65,10 @@ class StatsFolder:
                 continue
             try:
                 if entry.is_file():
-                    found[entry.name] = int(Path(entry.path).read_text(encoding="ascii"))
+                    results[entry.name] = int(Path(entry.path).read_text(encoding="ascii"))
             except (OSError, ValueError):
                 continue
-        return found
+        return results
 
     def refusal(self) -> Unseen | None:
         """Return why the counters of a VM that is there cannot be read, or None when they can."""
@@ -87,7 +87,7 @@ class StatsFolder:
 
     def threads(self) -> dict[int, int]:
         """Return the thread of each vCPU that has run, by vCPU id."""
-        found = {}
+        by_name = {}
         try:
             for entry in os.scandir(self.path):
                 match = _VCPU_FOLDER.fullmatch(entry.name)
@@ -95,10 +95,10 @@ class StatsFolder:
                     continue
                 number = int(Path(entry.path, "pid").read_text(encoding="ascii"))
                 if number > 0:
-                    found[int(match[1])] = number
+                    by_name[int(match[1])] = number
         except (OSError, ValueError):
             pass
-        return found
+        return by_name
 
 
 @contextmanager

@@ -172,19 +172,19 @@ class Decoder:
     def ioctl(self, event: Ioctl, place: Place = Place()) -> Decoded:
         """Return *event* in words."""
         op = BY_NR.get(event.request)
-        made = Decoded(request_name(event.request), op is not None)
+        decoded = Decoded(request_name(event.request), op is not None)
         if event.request == KVM_RUN.nr:
-            self._run(made, event, place)
+            self._run(decoded, event, place)
         else:
-            self._argument(made, event, op, place)
+            self._argument(decoded, event, op, place)
         if event.end_order or event.result or event.errno:
             if event.result < 0:
                 # The firmware's status is what a SEV command left.
                 left = event.argument_out if event.request == KVM_MEMORY_ENCRYPT_OP.nr else None
                 content, nested = left or event.argument_in or b"", _data_of(event)
-                made.meaning = hint(op.name if op else None, event.errno, content, place.slots, nested)
-            made.result = self._result(event, made.meaning)
-        return made
+                decoded.meaning = hint(op.name if op else None, event.errno, content, place.slots, nested)
+            decoded.result = self._result(event, decoded.meaning)
+        return decoded
 
     def _result(self, event: Ioctl, meaning: str) -> str:
         if event.result < 0:
@@ -200,36 +200,36 @@ class Decoder:
         name = self.words.extra.get(("kvm_msr_entry", "index"), hex)(index)
         return f"{text} of {count}: {name if name == hex(index) else f'{name} ({index:#x})'} was refused"
 
-    def _argument(self, made: Decoded, event: Ioctl, op: Op | None, place: Place) -> None:
+    def _argument(self, decoded: Decoded, event: Ioctl, op: Op | None, place: Place) -> None:
         if op is not None and op.arg == "int":
-            made.before = argument_words(op, event.arg)
+            decoded.before = argument_words(op, event.arg)
             return
         buffer = buffer_of(event.request, place)
         before, after = event.argument_in, event.argument_out
         if buffer is None and before is None and after is None:
-            made.before = f"arg={event.arg:#x}" if event.arg else ""
+            decoded.before = f"arg={event.arg:#x}" if event.arg else ""
             return
         if not before and not after:
-            made.before = f"arg={event.arg:#x}" + (" (not readable)" if event.arg else "")
+            decoded.before = f"arg={event.arg:#x}" + (" (not readable)" if event.arg else "")
             return
         struct, scalar = (buffer.struct, buffer.scalar) if buffer is not None else (None, None)
         if buffer is None:
             like = relative(event.request)
             struct = like.struct if like is not None else None
         if buffer is not None and buffer.reads is not None and before is not None:
-            made.before = self.content_text(struct, scalar, before[: buffer.reads], place)
-            made.before = made.before.partition(" (only")[0]
+            decoded.before = self.content_text(struct, scalar, before[: buffer.reads], place)
+            decoded.before = decoded.before.partition(" (only")[0]
         elif before is not None and (buffer is None or buffer.arg != "out"):
-            made.before = self.content_text(struct, scalar, before, place)
+            decoded.before = self.content_text(struct, scalar, before, place)
         if after is not None and after != before:
-            made.after = self.content_text(struct, scalar, after, place)
+            decoded.after = self.content_text(struct, scalar, after, place)
         if _cut(event, event.arg):
-            made.remarks.append("the argument could be read in part only")
+            decoded.remarks.append("the argument could be read in part only")
         if buffer is not None:
-            made.nested += self._nested(
+            decoded.nested += self._nested(
                 event, buffer, before if before is not None else after or b"", "", place
             )
-            self._status(made, buffer, after or before or b"")
+            self._status(decoded, buffer, after or before or b"")
 
     def _nested(
         self, event: Ioctl, buffer: Buffer, content: bytes, prefix: str, place: Place
@@ -251,26 +251,26 @@ class Decoder:
             if inner is not None:
                 yield from self._nested(event, child, inner, f"{prefix}{child.pointer}.", place)
 
-    def _status(self, made: Decoded, buffer: Buffer, content: bytes) -> None:
+    def _status(self, decoded: Decoded, buffer: Buffer, content: bytes) -> None:
         if buffer.struct not in ("kvm_sev_cmd", "sev_issue_cmd") or self.firmware is None:
             return
         status = number_in(buffer, content, "error")
         meaning = self.firmware(status) if status else ""
         if meaning:
-            made.remarks.append(f"firmware: {meaning}")
+            decoded.remarks.append(f"firmware: {meaning}")
 
     # KVM_RUN.
 
-    def _run(self, made: Decoded, event: Ioctl, place: Place) -> None:
+    def _run(self, decoded: Decoded, event: Ioctl, place: Place) -> None:
         before = [chunk for chunk in event.chunks if chunk.what == What.RUN and chunk.when & When.IN]
         after = [chunk for chunk in event.chunks if chunk.what == What.RUN and chunk.when & When.OUT]
         for chunk in before:
             if len(chunk.data) < _HEAD:
-                made.remarks.append(f"data in {bytes_text(chunk.data, full=self.full)}")
+                decoded.remarks.append(f"data in {bytes_text(chunk.data, full=self.full)}")
         heads = [chunk for chunk in (*before, *after) if len(chunk.data) >= _HEAD]
         # Beside what the host changed, what the run left: KVM changes this flag never, a signal handler may.
         if any(run_of(head.data).immediate_exit for head in heads):
-            made.remarks.append("immediate_exit")
+            decoded.remarks.append("immediate_exit")
         shown = next((chunk for chunk in after if len(chunk.data) >= _HEAD), None)
         if shown is None or (event.result < 0 and event.errno not in _EXIT_BESIDE_ERROR):
             return
@@ -278,9 +278,9 @@ class Decoder:
         if event.result < 0 and reason not in _EXITS_BESIDE_ERROR:
             return
         data = next((chunk for chunk in after if chunk is not shown and len(chunk.data) < _HEAD), None)
-        made.exit = self._exit(shown.data, data.data if data is not None else None)
+        decoded.exit = self._exit(shown.data, data.data if data is not None else None)
         if reason == ExitReason.KVM_EXIT_MMIO and place.slots:
-            made.exit += _why_mmio(run_of(shown.data), place.slots)
+            decoded.exit += _why_mmio(run_of(shown.data), place.slots)
 
     def exit_text(self, run: kvm_run, data: bytes | None = None) -> str:
         """Return why KVM_RUN ended: the reason, its payload, and *data* of a port access."""
@@ -337,10 +337,10 @@ def refused_msr(event: Ioctl) -> tuple[int, int] | None:
     if event.request not in PARTIAL or event.result < 0:
         return None
     content = event.argument_in or b""
-    count, at = int.from_bytes(content[:4], "little"), _MSRS_AT + event.result * _MSR_SIZE
-    if event.result >= count or len(content) < at + 4:
+    count, start = int.from_bytes(content[:4], "little"), _MSRS_AT + event.result * _MSR_SIZE
+    if event.result >= count or len(content) < start + 4:
         return None
-    return int.from_bytes(content[at : at + 4], "little"), count
+    return int.from_bytes(content[start : start + 4], "little"), count
 
 
 def was_partial(payload: bytes) -> bool:
@@ -355,14 +355,14 @@ def exit_name(payload: bytes, result: int, errno: int) -> str:
     """Return the exit that the frame of a KVM_RUN tells, ``""`` for none, without decoding the rest."""
     if result < 0 and errno not in _EXIT_BESIDE_ERROR:
         return ""
-    at, end = IOCTL.size, len(payload)
-    while at + CHUNK.size <= end:
-        _, size, when, what, _ = CHUNK.unpack_from(payload, at)
-        at += CHUNK.size
-        if what == _RUN and when & _OUT and size >= _HEAD and at + _HEAD <= end:
-            reason = int.from_bytes(payload[at + _REASON_AT : at + _REASON_AT + 4], "little")
+    position, end = IOCTL.size, len(payload)
+    while position + CHUNK.size <= end:
+        _, size, when, source, _ = CHUNK.unpack_from(payload, position)
+        position += CHUNK.size
+        if source == _RUN and when & _OUT and size >= _HEAD and position + _HEAD <= end:
+            reason = int.from_bytes(payload[position + _REASON_AT : position + _REASON_AT + 4], "little")
             return "" if result < 0 and reason not in _EXITS_BESIDE_ERROR else _reason_name(reason)
-        at += size + 7 & ~7
+        position += size + 7 & ~7
     return ""
 
 

@@ -49,10 +49,10 @@ def parse_hex(text: str) -> bytes:
 def _steps(path: str) -> list[tuple[str, list[int]]]:
     steps = []
     for part in path.split("."):
-        found = _STEP.fullmatch(part)
-        if found is None:
+        match = _STEP.fullmatch(part)
+        if match is None:
             raise EncodeError(f"{path!r} is not a field: expected name, name.name or name[number]")
-        steps.append((found[1], [int(number) for number in re.findall(r"\d+", found[2])]))
+        steps.append((match[1], [int(number) for number in re.findall(r"\d+", match[2])]))
     return steps
 
 
@@ -89,10 +89,10 @@ class _Builder:
     def set(self, value: Struct, path: str, text: str) -> None:
         steps = _steps(path)
         for name, indices in steps[:-1]:
-            found = self._into(value, name, indices)
-            if not isinstance(found, Struct):
+            place = self._into(value, name, indices)
+            if not isinstance(place, Struct):
                 raise EncodeError(f"{path}: {value.NAME}.{name} is not a struct")
-            value = found
+            value = place
         name, indices = steps[-1]
         try:
             self._assign(value, name, indices, text)

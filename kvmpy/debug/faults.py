@@ -60,8 +60,8 @@ class PageFaultEvent(Traced):
         )
 
     def __str__(self) -> str:
-        at = f"vcpu {self.vcpu_id}  address {self.address:#014x}  rip {self.rip:#x}"
-        return f"fault       {at}  [{self.error.words}] {self.error}"
+        place = f"vcpu {self.vcpu_id}  address {self.address:#014x}  rip {self.rip:#x}"
+        return f"fault       {place}  [{self.error.words}] {self.error}"
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,9 @@ class FaultTracer:
             self._undo = undo.pop_all()
 
     def _enable(self, kind: Kind) -> None:
-        made: EventFormat = self._instance.enable(kind.system, kind.event)
-        made.need(*kind.fields)
-        self._formats[made.id] = kind
+        event_format: EventFormat = self._instance.enable(kind.system, kind.event)
+        event_format.need(*kind.fields)
+        self._formats[event_format.id] = kind
 
     @property
     def lost(self) -> int:

@@ -63,7 +63,7 @@ def hottest(vms: Iterable[VmInfo], *, everything: bool = False) -> list[Hot]:
     """Return the counters that rise, the fastest first; *everything*: also those that are no reason of an
     exit.
     """
-    found = []
+    results = []
     for vm in vms:
         exits = vm.rates.get(TOTAL, 0.0)
         for name, rate in vm.rates.items():
@@ -73,5 +73,5 @@ def hottest(vms: Iterable[VmInfo], *, everything: bool = False) -> list[Hot]:
                 continue
             counts_exits = name.endswith(TOTAL) or name == "hypercalls"
             share = rate / exits if exits and counts_exits else None
-            found.append(Hot(vm, name, REASONS.get(name, ""), rate, share, vm.counters[name]))
-    return sorted(found, key=lambda hot: (-hot.per_second, hot.vm.pid, hot.vm.fd, hot.counter))
+            results.append(Hot(vm, name, REASONS.get(name, ""), rate, share, vm.counters[name]))
+    return sorted(results, key=lambda hot: (-hot.per_second, hot.vm.pid, hot.vm.fd, hot.counter))

@@ -140,8 +140,8 @@ class LivePrinter:
 
 
 def _unpacked(packed: list[bytes]) -> list[Chunk]:
-    made = []
+    results = []
     for each in packed:
-        address, size, when, what, flags = CHUNK.unpack_from(each)
-        made.append(Chunk(address, each[CHUNK.size : CHUNK.size + size], when, what, flags))
-    return made
+        address, size, when, kind, flags = CHUNK.unpack_from(each)
+        results.append(Chunk(address, each[CHUNK.size : CHUNK.size + size], when, kind, flags))
+    return results

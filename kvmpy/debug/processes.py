@@ -125,7 +125,7 @@ class _Fds:
 
 
 def _fds_of(pid: int) -> _Fds:
-    found = _Fds()
+    fds = _Fds()
     folder = f"/proc/{pid}/fd"
     for name in sorted(os.listdir(folder), key=int):
         try:
@@ -134,14 +134,14 @@ def _fds_of(pid: int) -> _Fds:
             continue
         fd = int(name)
         if link.kind == "vm":
-            found.vms.append(fd)
+            fds.vms.append(fd)
         elif link.kind == "gmem":
-            found.gmem.append(fd)
+            fds.gmem.append(fd)
         elif link.kind == "sev":
-            found.sev = True
+            fds.sev = True
         elif link.number is not None:
-            (found.vcpus if link.kind == "vcpu" else found.vcpu_stats).append((fd, link.number))
-    return found
+            (fds.vcpus if link.kind == "vcpu" else fds.vcpu_stats).append((fd, link.number))
+    return fds
 
 
 def _same_file(pid: int, first: int, second: int) -> bool:
@@ -210,11 +210,11 @@ def _threads(
     pid: int, folder: StatsFolder | None, by_fd: Mapping[int, int], only: bool
 ) -> dict[int, tuple[int, str]]:
     """Return ``(thread, how that is known)`` by vCPU id. *only*: the process has no other VM."""
-    found: dict[int, tuple[int, str]] = {}
+    results: dict[int, tuple[int, str]] = {}
     try:
         tasks = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except OSError:
-        return found
+        return results
     for task in tasks:
         name = _read(f"/proc/{pid}/task/{task}/comm")
         # KVM's own worker in the process has a copy of the registers of the thread that it was made from.
@@ -225,15 +225,15 @@ def _threads(
         if len(words) > 2 and words[0] == str(_SYS_IOCTL) and int(words[2], 16) == ioctls.KVM_RUN.nr:
             number = by_fd.get(int(words[1], 16))
             if number is not None:
-                found[number] = (task, "syscall")
+                results[number] = (task, "syscall")
         named = _thread_by_name(name)
         if only and named in by_fd.values() and named is not None:
-            found.setdefault(named, (task, "name"))
+            results.setdefault(named, (task, "name"))
     if folder is not None:
-        found.update(
+        results.update(
             {number: (task, "debugfs") for number, task in folder.threads().items() if task in tasks}
         )
-    return found
+    return results
 
 
 def _folder_of(pid: int, fd: int, folders: Sequence[StatsFolder]) -> StatsFolder | None:
@@ -259,14 +259,14 @@ def _affinity(task: int) -> tuple[int, ...]:
 def _vcpu(number: int, fd: int, thread: tuple[int, str] | None, times: Mapping[int, float]) -> VcpuInfo:
     if thread is None:
         return VcpuInfo(number, fd)
-    task, how = thread
+    task, state = thread
     cpus = _affinity(task)
     online = psutil.cpu_count() or 0
     return VcpuInfo(
         number,
         fd,
         thread=task,
-        thread_from=how,
+        thread_from=state,
         cpu_seconds=times.get(task),
         cpus=cpus,
         pinned=0 < len(cpus) < online,
@@ -275,15 +275,15 @@ def _vcpu(number: int, fd: int, thread: tuple[int, str] | None, times: Mapping[i
 
 def _stats_of_vcpus(pid: int, fds: _Fds, refused: set[Unseen]) -> dict[int, Counters]:
     """Return counters by vCPU id from the statistics files that the process has open itself."""
-    found: dict[int, Counters] = {}
+    by_name: dict[int, Counters] = {}
     for fd, number in fds.vcpu_stats:
         try:
-            _, found[number] = read_stats_fd(pid, fd)
+            _, by_name[number] = read_stats_fd(pid, fd)
         except PermissionError:
             refused.add(Unseen("statistics files that VMMs have open", _TRACE))
         except (OSError, ValueError):
             continue
-    return found
+    return by_name
 
 
 def _process_vms(
@@ -303,7 +303,7 @@ def _process_vms(
     only = len(vms) == 1
     # With several VMs the id in a statistics file does not tell whose vCPU it is.
     stats = _stats_of_vcpus(pid, fds, refused) if only else {}
-    found = []
+    rows = []
     for fd, by_fd in _share_out(vms, fds.vcpus).items():
         folder = _folder_of(pid, fd, folders)
         threads = _threads(pid, folder, by_fd, only)
@@ -321,7 +321,7 @@ def _process_vms(
             counters = summed(list(stats.values()))
         elif refusal is not None:
             refused.add(refusal)
-        found.append(
+        rows.append(
             VmInfo(
                 pid=pid,
                 fd=fd,
@@ -339,7 +339,7 @@ def _process_vms(
                 exits=counters.get("exits"),
             )
         )
-    return found
+    return rows
 
 
 def survey(*, mounts: Path = MOUNTS) -> Survey:

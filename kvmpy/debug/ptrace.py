@@ -184,10 +184,10 @@ class Tracer:
         # Whoever does not stop in time is detached by the kernel when this process ends.
         while time.monotonic() < deadline:
             try:
-                found, status = os.waitpid(tid, pt.WALL | os.WNOHANG)
+                waited, status = os.waitpid(tid, pt.WALL | os.WNOHANG)
             except ChildProcessError:
                 return
-            if not found:
+            if not waited:
                 time.sleep(_PAUSE_S)
                 continue
             if not os.WIFSTOPPED(status):
@@ -289,11 +289,11 @@ def attach(pid: int, sink: Sink, record: Callable[[], RecordWriter | None], *, m
             tracer.add(tid)
             pt.call(pt.INTERRUPT, tid)
         tracer.watcher.existing(tracer.processes[pid_of])
-        made = [
+        results = [
             known.name for known in tracer.processes[pid_of].objects.values() if known.kind == ObjectKind.VM
         ]
-        if made and sink.record is not None:
-            sink.remark(f"the record lacks the memory of {', '.join(made)}: it ran before kvmpy came")
+        if results and sink.record is not None:
+            sink.remark(f"the record lacks the memory of {', '.join(results)}: it ran before kvmpy came")
         tracer.run(pid_of)
     except KeyboardInterrupt:
         pass

@@ -244,9 +244,9 @@ class IoctlWatcher:
         follower = Follower(process.peek, _nothing)
         wanted = plan.before if when == When.IN else plan.after
         told = int(plan.when) if when == When.IN else int(When.OUT)
-        found = follower.raw(arg, plan, told if wanted else int(when))
-        content = content_of(found[0]) if found else b""
-        chunks = found if wanted else []
+        pieces = follower.raw(arg, plan, told if wanted else int(when))
+        content = content_of(pieces[0]) if pieces else b""
+        chunks = pieces if wanted else []
         if plan.deep and plan.buffer is not None and content:
 
             def slot_bytes(slot: int) -> int:
@@ -259,13 +259,13 @@ class IoctlWatcher:
         if not known.run:
             return []
         now = process.peek(known.run, _RUN_HEAD)
-        found = []
+        results = []
         if len(now) == _RUN_HEAD and now != (known.shadow or bytes(_RUN_HEAD)):
-            found.append(chunk(known.run, now, When.IN, What.RUN))
+            results.append(chunk(known.run, now, When.IN, What.RUN))
         address, size = known.answer
         if size:
-            found.append(chunk(address, process.peek(address, size), When.IN, What.RUN))
-        return found
+            results.append(chunk(address, process.peek(address, size), When.IN, What.RUN))
+        return results
 
     def _run_out(self, process: Process, known: Known) -> list[bytes]:
         if not known.run:
@@ -275,15 +275,15 @@ class IoctlWatcher:
             return []
         run = kvm_run.from_bytes(now)
         known.shadow = now[:_RUN_HEAD]
-        found = [chunk(known.run, now if run.kvm_valid_regs else known.shadow, When.OUT, What.RUN)]
+        chunks = [chunk(known.run, now if run.kvm_valid_regs else known.shadow, When.OUT, What.RUN)]
         size = run.io.size * run.io.count
         known.answer = (0, 0)
         if run.exit_reason == KVM_EXIT_IO and 0 < size <= _MOST_IO and run.io.data_offset < known.run_length:
             address = known.run + run.io.data_offset
-            found.append(chunk(address, process.peek(address, size), When.OUT, What.RUN))
+            chunks.append(chunk(address, process.peek(address, size), When.OUT, What.RUN))
             if run.io.direction == KVM_EXIT_IO_IN:
                 known.answer = (address, size)
-        return found
+        return chunks
 
     def _happened(
         self, tid: int, process: Process, known: Known, nr: int, arg: int, result: int, order: int

@@ -118,7 +118,7 @@ class Process:
         except OSError:
             raw = b""
         # The two topmost bits: present, swapped out (Linux: Documentation/admin-guide/mm/pagemap.rst).
-        known = [bool(raw[at] >> 6) for at in range(7, len(raw), 8)]
+        known = [bool(raw[position] >> 6) for position in range(7, len(raw), 8)]
         return known + [True] * (count - len(known))
 
     def executed(self) -> None:
@@ -176,11 +176,11 @@ def _read(file: int, offset: int) -> bytes:
 
 def _data_of(file: int, offset: int, size: int) -> set[int]:
     """Return which pages of a part of *file* hold data, by number from its begin."""
-    found: set[int] = set()
-    at = offset
+    names: set[int] = set()
+    start = offset
     with contextlib.suppress(OSError):
-        while at < offset + size:
-            begin = max(at, os.lseek(file, at, os.SEEK_DATA))
-            at = min(os.lseek(file, begin, os.SEEK_HOLE), offset + size)
-            found.update(range((begin - offset) // PAGE_SIZE, -(-(at - offset) // PAGE_SIZE)))
-    return found
+        while start < offset + size:
+            begin = max(start, os.lseek(file, start, os.SEEK_DATA))
+            start = min(os.lseek(file, begin, os.SEEK_HOLE), offset + size)
+            names.update(range((begin - offset) // PAGE_SIZE, -(-(start - offset) // PAGE_SIZE)))
+    return names

@@ -139,8 +139,8 @@ class Tracks:
         self._lock = threading.Lock()
         self._meta("process_name", (pid, 0), {"name": process})
 
-    def _meta(self, what: str, track: Track, args: dict[str, object]) -> None:
-        self._put(("M", track, 0, 0, what, "__metadata", args, None))
+    def _meta(self, action: str, track: Track, args: dict[str, object]) -> None:
+        self._put(("M", track, 0, 0, action, "__metadata", args, None))
 
     def thread(self, tid: int, name: str) -> Track:
         """Return the track of a thread, which gets its name the first time."""

@@ -34,48 +34,48 @@ class _Converter:
         return self._tracks[pid]
 
     def take(self, entry: Entry) -> None:
-        what, frame = entry.what, entry.frame
-        if isinstance(what, Object):
-            self._objects[what.id] = what
-        elif isinstance(what, Ioctl) and not frame.synthetic:
-            self._ioctl(entry, what, what.end_ns)
-        elif isinstance(what, Kick):
+        payload, frame = entry.what, entry.frame
+        if isinstance(payload, Object):
+            self._objects[payload.id] = payload
+        elif isinstance(payload, Ioctl) and not frame.synthetic:
+            self._ioctl(entry, payload, payload.end_ns)
+        elif isinstance(payload, Kick):
             tracks = self.tracks(frame.pid)
             thread = tracks.thread(frame.tid, self._names.get((frame.pid, frame.tid), ""))
-            tracks.kick(thread, self._name(what.object), frame.time_ns, what.tid != 0)
+            tracks.kick(thread, self._name(payload.object), frame.time_ns, payload.tid != 0)
 
     def _name(self, ident: int) -> str:
-        found = self._objects.get(ident)
-        return (found.name or f"fd {found.fd}") if found is not None else f"object {ident}"
+        known = self._objects.get(ident)
+        return (known.name or f"fd {known.fd}") if known is not None else f"object {ident}"
 
-    def _ioctl(self, entry: Entry, what: Ioctl, end_ns: int) -> None:
+    def _ioctl(self, entry: Entry, ioctl: Ioctl, end_ns: int) -> None:
         frame = entry.frame
         tracks = self.tracks(frame.pid)
         thread = tracks.thread(frame.tid, self._names.get((frame.pid, frame.tid), ""))
-        name = request_name(what)
-        found = self._objects.get(what.object)
-        kind = ObjectKind(found.kind).name.lower() if found is not None else ""
-        decoded = self._decoder.ioctl(what, Place(kind))
-        args: dict[str, object] = {"on": self._name(what.object), "result": what.result}
-        if what.errno:
-            args["errno"] = errorcode.get(what.errno, what.errno)
-        op = BY_NR.get(what.request)
+        name = request_name(ioctl)
+        known = self._objects.get(ioctl.object)
+        kind = ObjectKind(known.kind).name.lower() if known is not None else ""
+        decoded = self._decoder.ioctl(ioctl, Place(kind))
+        args: dict[str, object] = {"on": self._name(ioctl.object), "result": ioctl.result}
+        if ioctl.errno:
+            args["errno"] = errorcode.get(ioctl.errno, ioctl.errno)
+        op = BY_NR.get(ioctl.request)
         for key, text in (("before", decoded.before), ("after", decoded.after)):
             if text and op is not None and op.name != _RUN:
                 args[key] = text
         tracks.slice(thread, frame.time_ns, end_ns, name, "ioctl", args)
         if op is not None and op.name == _RUN:
-            ended, values = self._exit(what, decoded.exit)
-            tracks.guest(self._name(what.object), frame.time_ns, end_ns, ended, values)
+            ended, values = self._exit(ioctl, decoded.exit)
+            tracks.guest(self._name(ioctl.object), frame.time_ns, end_ns, ended, values)
 
     @staticmethod
-    def _exit(what: Ioctl, text: str) -> tuple[str, dict[str, object]]:
+    def _exit(call: Ioctl, text: str) -> tuple[str, dict[str, object]]:
         if text:
             reason = text.partition(" ")[0].partition("(")[0]
             return reason.removeprefix("KVM_EXIT_"), {"exit": text}
-        if what.errno == EINTR:
+        if call.errno == EINTR:
             return "interrupted", {}
-        return (f"failed: {os.strerror(what.errno)}" if what.errno else "exit"), {}
+        return (f"failed: {os.strerror(call.errno)}" if call.errno else "exit"), {}
 
 
 def _end(entry: Entry) -> int:

@@ -82,7 +82,7 @@ class Sink:
         if len(body) != count * PAGE_SIZE:
             self.remark(f"damaged frame: {len(body)} bytes for {count} pages")
             return
-        pages = [body[at : at + PAGE_SIZE] for at in range(0, count * PAGE_SIZE, PAGE_SIZE)]
+        pages = [body[offset : offset + PAGE_SIZE] for offset in range(0, count * PAGE_SIZE, PAGE_SIZE)]
         self.record.pid = frame.pid
         ids = self.record.page_ids(pages, frame.tid)
         said = Memory(address, ids, flags)
@@ -114,9 +114,9 @@ class Sink:
             self.record.close()
 
 
-def open_record(path: str, how: str, command: Sequence[str], pid: int = 0) -> RecordWriter:
+def open_record(path: str, mode: str, command: Sequence[str], pid: int = 0) -> RecordWriter:
     """Begin a record at *path*; OSError when that cannot be written."""
-    return RecordWriter(path, recorder=how, command=" ".join(command)[:1000], pid=str(pid or os.getpid()))
+    return RecordWriter(path, recorder=mode, command=" ".join(command)[:1000], pid=str(pid or os.getpid()))
 
 
 class PreloadTracer:

@@ -240,8 +240,8 @@ class Stream:
         parent = self._places.get(said.parent, _NOWHERE)
         vm_type = self._made.pop(said.made_by, 0) if said.kind == ObjectKind.VM else parent.vm_type
         # A VM whose making was seen has no slots yet; what one had before is not known.
-        made = {} if said.kind == ObjectKind.VM and said.made_by else parent.slots
-        self._places[said.id] = Place(ObjectKind(said.kind).name.lower(), vm_type, made)
+        slots = {} if said.kind == ObjectKind.VM and said.made_by else parent.slots
+        self._places[said.id] = Place(ObjectKind(said.kind).name.lower(), vm_type, slots)
 
     def _thread(self, frame: AnyFrame) -> str:
         name = self.threads.get(frame.tid, "")

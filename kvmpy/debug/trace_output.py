@@ -31,8 +31,8 @@ class Term:
 
     def matches(self, event: Event) -> bool:
         """Tell whether the event passes."""
-        found = any(self._one(event, pattern) for pattern in self.patterns)
-        return found != self.negated
+        result = any(self._one(event, pattern) for pattern in self.patterns)
+        return result != self.negated
 
     def _one(self, event: Event, pattern: str) -> bool:
         if self.key == "fd":
@@ -141,11 +141,11 @@ class Summary:
     @property
     def exits(self) -> Counter[str]:
         """How often KVM_RUN ended for which reason."""
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for (_, _, reason), (calls, _, _) in self._counts.items():
             if reason:
-                found[reason] += calls
-        return found
+                counts[reason] += calls
+        return counts
 
     def lines(self) -> list[str]:
         """Return the table, the ioctls that took longest first."""

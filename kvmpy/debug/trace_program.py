@@ -38,10 +38,10 @@ class Program:
 def find(name: str, path: str | None = None) -> Path:
     """Return the file that executing *name* runs; ProgramError with the reason where that fails."""
     if "/" not in name:
-        found = shutil.which(name, path=path)
-        if found is None:
+        program = shutil.which(name, path=path)
+        if program is None:
             raise ProgramError(f"{name}: no such program in PATH")
-        return Path(found)
+        return Path(program)
     file = Path(name)
     if not file.exists():
         raise ProgramError(f"{name}: no such file")
@@ -92,7 +92,9 @@ def _elf(file: Path) -> Program:
     except OSError:
         # Executable and not readable: its kind is unknown, and it is dynamic most likely.
         return Program(file, privileged=privileged)
-    kinds = [_PHDR.unpack_from(table, at)[0] for at in range(0, len(table) - _PHDR.size + 1, size or 56)]
+    kinds = [
+        _PHDR.unpack_from(table, start)[0] for start in range(0, len(table) - _PHDR.size + 1, size or 56)
+    ]
     return Program(file, static=_PT_INTERP not in kinds, privileged=privileged)
 
 

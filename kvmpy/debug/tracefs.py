@@ -44,12 +44,12 @@ class TracefsError(RuntimeError):
         super().__init__(f"{missing}: {how}" if how else missing)
 
 
-def _refused(what: str, error: OSError) -> TracefsError:
+def _refused(action: str, error: OSError) -> TracefsError:
     if error.errno in (errno.EPERM, errno.EACCES):
         return TracefsError(
-            f"no permission to {what}", "run as root (sudo); in a container, with CAP_SYS_ADMIN"
+            f"no permission to {action}", "run as root (sudo); in a container, with CAP_SYS_ADMIN"
         )
-    return TracefsError(f"cannot {what} ({error.strerror})", "see dmesg for why the kernel refused")
+    return TracefsError(f"cannot {action} ({error.strerror})", "see dmesg for why the kernel refused")
 
 
 class Tracefs:
@@ -259,13 +259,13 @@ class TraceInstance:
 
         TracefsError where this kernel lacks the event, OSError (EINVAL) for a condition that means nothing.
         """
-        made = self.tracefs.format(system, event)
+        event_format = self.tracefs.format(system, event)
         folder = f"events/{system}/{event}"
         if condition:
             self.write(f"{folder}/filter", condition)
         self.write(f"{folder}/enable", "1")
-        self._formats[made.id] = made
-        return made
+        self._formats[event_format.id] = event_format
+        return event_format
 
     def watch(self, tids: Iterable[int], *, children: bool = False) -> None:
         """Record events of these threads only; with *children* also of those that they start from now on."""
@@ -289,19 +289,19 @@ class TraceInstance:
 
         ``.lost`` counts the records that did not fit into the buffers.
         """
-        found: list[Record] = []
+        results: list[Record] = []
         if not self._formats:
-            return found
+            return results
         for cpu, fd in self._files.items():
             for page in self._pages(fd):
                 content = self.tracefs.layout.read(page)
                 self.lost += abs(content.lost)
                 for timestamp, payload in content.records:
-                    made = self._formats.get(self._number(payload))
-                    if made is not None:
-                        found.append(Record(timestamp, cpu, made, payload))
-        found.sort(key=lambda record: record.timestamp)
-        return found
+                    event_format = self._formats.get(self._number(payload))
+                    if event_format is not None:
+                        results.append(Record(timestamp, cpu, event_format, payload))
+        results.sort(key=lambda record: record.timestamp)
+        return results
 
     def _number(self, payload: bytes) -> int:
         # The common fields lie at the same place in every event.

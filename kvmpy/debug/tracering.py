@@ -52,11 +52,11 @@ class Field:
 
 
 def _fields(text: str) -> dict[str, Field]:
-    found = {}
+    results = {}
     for line in text.splitlines():
         match = _FIELD.match(line)
         if match:
-            found[match["name"]] = Field(
+            results[match["name"]] = Field(
                 match["name"],
                 match["type"].strip(),
                 int(match["offset"]),
@@ -66,7 +66,7 @@ def _fields(text: str) -> dict[str, Field]:
             )
         elif line.lstrip().startswith("field:"):
             raise FormatError(f"not a field description: {line.strip()!r}")
-    return found
+    return results
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class EventFormat:
 
     def number(self, payload: bytes, name: str, default: int = 0) -> int:
         """Return a scalar field; *default* where this kernel's event lacks it."""
-        found = self.fields.get(name)
-        value = default if found is None else found.value(payload)
+        known = self.fields.get(name)
+        value = default if known is None else known.value(payload)
         if isinstance(value, bytes):
             raise FormatError(f"field {name} of {self.name} is an array")
         return value
@@ -196,35 +196,35 @@ class PageLayout:
         return Page(list(self._records(page, stamp, end)), lost)
 
     def _records(self, page: bytes, now: int, end: int) -> Iterator[tuple[int, bytes]]:
-        at = self.data.offset
-        while at + 4 <= end:
-            head = int.from_bytes(page[at : at + 4], sys.byteorder)
+        address = self.data.offset
+        while address + 4 <= end:
+            head = int.from_bytes(page[address : address + 4], sys.byteorder)
             kind, delta = head & (1 << self.type_bits) - 1, head >> self.type_bits
-            at += 4
+            address += 4
             if kind == self.padding and delta == 0:
                 return
             # What lies behind the first word: its length, the rest of a time, or the record itself.
             array = 0
             if kind in (0, self.padding, self.time_extend, self.time_stamp):
-                array = int.from_bytes(page[at : at + 4], sys.byteorder)
+                array = int.from_bytes(page[address : address + 4], sys.byteorder)
             if kind == self.padding:
                 # A record that was discarded; its time still counts.
                 now += delta
-                at += array
+                address += array
             elif kind == self.time_extend:
                 now += (array << self.delta_bits) + delta
-                at += 4
+                address += 4
             elif kind == self.time_stamp:
                 # Absolute, without the topmost bits.
                 bits = 32 + self.delta_bits
                 now = now >> bits << bits | array << self.delta_bits | delta
-                at += 4
+                address += 4
             else:
                 if kind > self.longest:
                     raise FormatError(f"a record of unknown type {kind}")
                 now += delta
-                start, length = (at, kind * 4) if kind else (at + 4, array - 4)
+                start, length = (address, kind * 4) if kind else (address + 4, array - 4)
                 if length < 0 or start + length > end:
                     raise FormatError(f"a record of {length} bytes at {start} ends outside its page")
                 yield now, page[start : start + length]
-                at = start + length
+                address = start + length

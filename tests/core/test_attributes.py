@@ -86,9 +86,9 @@ class Slots:
 def slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slots]:
     """Slots whose conversions every file takes."""
     monkeypatch.setattr(ioctls, "KVM_SET_MEMORY_ATTRIBUTES", TAKEN)
-    made = Slots()
-    yield made
-    made.close()
+    built = Slots()
+    yield built
+    built.close()
 
 
 @pytest.fixture

@@ -40,17 +40,17 @@ def uffd() -> Userfaultfd:
 @pytest.mark.parametrize("make", [EventFd, uffd, lambda: MemFd().map(4096)], ids=["eventfd", "uffd", "memfd"])
 def test_a_dropped_descriptor(make: Callable[[], Any]) -> None:
     before = descriptors()
-    made = make()
+    thing = make()
     assert len(descriptors()) > len(before)
     with pytest.warns(ResourceWarning, match="was not closed"):
-        del made
+        del thing
     assert descriptors() == before
 
 
 def test_a_closed_descriptor_says_nothing() -> None:
-    made = EventFd()
-    made.close()
-    del made
+    eventfd = EventFd()
+    eventfd.close()
+    del eventfd
 
 
 def test_a_dropped_vm(kvm: Kvm) -> None:

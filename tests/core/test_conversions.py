@@ -40,11 +40,11 @@ class Converter:
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
     """Two ranges that touch each other."""
-    made = GuestMemory()
+    new_memory = GuestMemory()
     mappings = [Anonymous().map(PAGES * PAGE_SIZE) for _ in range(4)]
-    made.add(Segment(BASE, PAGES * PAGE_SIZE, mappings[0], mappings[1]))
-    made.add(Segment(BASE + PAGES * PAGE_SIZE, PAGES * PAGE_SIZE, mappings[2], mappings[3]))
-    yield made
+    new_memory.add(Segment(BASE, PAGES * PAGE_SIZE, mappings[0], mappings[1]))
+    new_memory.add(Segment(BASE + PAGES * PAGE_SIZE, PAGES * PAGE_SIZE, mappings[2], mappings[3]))
+    yield new_memory
     for mapping in mappings:
         mapping.close()
 
@@ -119,25 +119,25 @@ def test_conversions_beside_plain_sets(taken: list[Step]) -> None:
     """Ranges of four pages come and go, the third of them always shared."""
     memory, mapping = GuestMemory(), Anonymous().map(4 * PAGE_SIZE)
     there, private = dict[int, Segment](), set[int]()
-    for what, first, pages in taken:
+    for kind, first, pages in taken:
         number = first % 4
-        if what == "add" and number not in there:
+        if kind == "add" and number not in there:
             gpa = Gpa(number * 4 * PAGE_SIZE)
             there[number] = Segment(gpa, 4 * PAGE_SIZE, mapping, mapping, always_shared=number == 2)
             memory.add(there[number])
-        elif what == "remove" and number in there:
+        elif kind == "remove" and number in there:
             memory.remove(there.pop(number))
             private -= set(range(number * 4, number * 4 + 4))
-        elif what in ("private", "shared"):
-            change = memory.set_private if what == "private" else memory.set_shared
+        elif kind in ("private", "shared"):
+            change = memory.set_private if kind == "private" else memory.set_shared
             wanted = set(range(first, first + pages))
-            covered = {page for at in there for page in range(at * 4, at * 4 + 4)}
-            if not wanted or wanted - covered or (what == "private" and wanted & set(range(8, 12))):
+            covered = {page for offset in there for page in range(offset * 4, offset * 4 + 4)}
+            if not wanted or wanted - covered or (kind == "private" and wanted & set(range(8, 12))):
                 with pytest.raises(ValueError, match="gpa"):
                     change(Gpa(first * PAGE_SIZE), pages * PAGE_SIZE)
             else:
                 change(Gpa(first * PAGE_SIZE), pages * PAGE_SIZE)
-                private = private | wanted if what == "private" else private - wanted
+                private = private | wanted if kind == "private" else private - wanted
         assert set(memory.private) == private
     mapping.close()
 

@@ -47,17 +47,17 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
-    made = Kernel()
+    fake_kernel = Kernel()
     (tmp_path / "sev").touch()
     monkeypatch.setenv("KVMPY_DEV_SEV", str(tmp_path / "sev"))
-    monkeypatch.setattr(KvmFd, "_issue", lambda fd, op, arg: made.issue(fd, op, arg))
-    return made
+    monkeypatch.setattr(KvmFd, "_issue", lambda fd, op, arg: fake_kernel.issue(fd, op, arg))
+    return fake_kernel
 
 
 @pytest.fixture
 def vm() -> Iterator[BareVm]:
-    with BareVm(os.open(os.devnull, os.O_RDWR), "vm0") as made:
-        yield made
+    with BareVm(os.open(os.devnull, os.O_RDWR), "vm0") as result:
+        yield result
 
 
 @pytest.mark.parametrize(

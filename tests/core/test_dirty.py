@@ -92,8 +92,8 @@ class FakeVcpu(KvmFd):
 
 @pytest.fixture
 def vcpu() -> Iterator[FakeVcpu]:
-    with FakeVcpu(256) as made:
-        yield made
+    with FakeVcpu(256) as fake_vcpu:
+        yield fake_vcpu
 
 
 def test_harvest_returns_entries_in_order_and_marks_them(vcpu: FakeVcpu) -> None:

@@ -38,19 +38,19 @@ def test_every_reason_of_x86_has_a_class() -> None:
 @pytest.mark.parametrize("reason", sorted(exits.BY_REASON))
 def test_every_reason_is_read_as_its_class(area: Any, reason: int) -> None:
     as_run(area).exit_reason = reason
-    found = exits.read_exit(as_run(area), 0)
-    assert int(found.reason) == reason
-    assert repr(found).startswith(type(found).__name__)
+    vm_exit = exits.read_exit(as_run(area), 0)
+    assert int(vm_exit.reason) == reason
+    assert repr(vm_exit).startswith(type(vm_exit).__name__)
 
 
 def test_an_unknown_reason_keeps_number_and_payload(area: Any) -> None:
     run = as_run(area)
     run.exit_reason = 4242
     run.io.port = 0x1234
-    found = exits.read_exit(run, 0)
-    assert isinstance(found, exits.UnknownExit)
-    assert found.number == 4242
-    assert found.payload[2:4] == b"\x34\x12"
+    got = exits.read_exit(run, 0)
+    assert isinstance(got, exits.UnknownExit)
+    assert got.number == 4242
+    assert got.payload[2:4] == b"\x34\x12"
 
 
 def test_io_out(area: Any) -> None:
@@ -58,48 +58,53 @@ def test_io_out(area: Any) -> None:
     run.exit_reason = ExitReason.KVM_EXIT_IO
     run.io.direction, run.io.size, run.io.port, run.io.count, run.io.data_offset = 1, 2, 0x3F8, 3, 4096
     ffi.memmove(area + 4096, b"\x01\x02\x03\x04\x05\x06", 6)
-    found = exits.read_exit(run, 0)
-    assert isinstance(found, exits.IoExit)
-    assert (found.port, found.direction, found.size, found.count) == (0x3F8, "out", 2, 3)
-    assert found.data == b"\x01\x02\x03\x04\x05\x06"
-    assert found.value == 0x0201
+    vm_exit = exits.read_exit(run, 0)
+    assert isinstance(vm_exit, exits.IoExit)
+    assert (vm_exit.port, vm_exit.direction, vm_exit.size, vm_exit.count) == (0x3F8, "out", 2, 3)
+    assert vm_exit.data == b"\x01\x02\x03\x04\x05\x06"
+    assert vm_exit.value == 0x0201
     with pytest.raises(ValueError, match="no answer"):
-        found.respond(1)
+        vm_exit.respond(1)
 
 
 def test_io_in_takes_its_answer(area: Any) -> None:
     run = as_run(area)
     run.exit_reason = ExitReason.KVM_EXIT_IO
     run.io.direction, run.io.size, run.io.port, run.io.count, run.io.data_offset = 0, 4, 0xCF8, 2, 4096
-    found = exits.read_exit(run, 0)
-    assert isinstance(found, exits.IoExit)
-    found.respond(b"abcdefgh")
+    vm_exit = exits.read_exit(run, 0)
+    assert isinstance(vm_exit, exits.IoExit)
+    vm_exit.respond(b"abcdefgh")
     assert bytes(ffi.buffer(area + 4096, 8)) == b"abcdefgh"
-    found.respond(0x01020304)
+    vm_exit.respond(0x01020304)
     assert bytes(ffi.buffer(area + 4096, 8)) == b"\x04\x03\x02\x01" * 2
     with pytest.raises(ValueError, match="3 bytes given, the guest reads 8"):
-        found.respond(b"abc")
+        vm_exit.respond(b"abc")
 
 
 def test_mmio_read_takes_its_answer(area: Any) -> None:
     run = as_run(area)
     run.exit_reason = ExitReason.KVM_EXIT_MMIO
     run.mmio.phys_addr, run.mmio.len, run.mmio.is_write = 0xD0000000, 4, 0
-    found = exits.read_exit(run, 0)
-    assert isinstance(found, exits.MmioExit)
-    found.respond(0xAABBCCDD)
+    vm_exit = exits.read_exit(run, 0)
+    assert isinstance(vm_exit, exits.MmioExit)
+    vm_exit.respond(0xAABBCCDD)
     assert bytes(run.mmio.data[0:4]) == b"\xdd\xcc\xbb\xaa"
     with pytest.raises(ValueError, match="8 bytes given"):
-        found.respond(b"12345678")
+        vm_exit.respond(b"12345678")
 
 
 def test_memory_fault_has_its_errno_and_privacy(area: Any) -> None:
     run = as_run(area)
     run.exit_reason = ExitReason.KVM_EXIT_MEMORY_FAULT
     run.memory_fault.flags, run.memory_fault.gpa, run.memory_fault.size = 8, 0x100000, 0x1000
-    found = exits.read_exit(run, errno.EFAULT)
-    assert isinstance(found, exits.MemoryFaultExit)
-    assert (found.gpa, found.size, found.private, found.errno) == (0x100000, 0x1000, True, errno.EFAULT)
+    vm_exit = exits.read_exit(run, errno.EFAULT)
+    assert isinstance(vm_exit, exits.MemoryFaultExit)
+    assert (vm_exit.gpa, vm_exit.size, vm_exit.private, vm_exit.errno) == (
+        0x100000,
+        0x1000,
+        True,
+        errno.EFAULT,
+    )
 
 
 def test_emulation_failure_shows_the_instruction(area: Any) -> None:
@@ -109,21 +114,21 @@ def test_emulation_failure_shows_the_instruction(area: Any) -> None:
     failure.suberror, failure.ndata, failure.flags, failure.insn_size = 1, 4, 1, 3
     for number, byte in enumerate(b"\x0f\x01\xc8"):
         failure.insn_bytes[number] = byte
-    found = exits.read_exit(run, 0)
-    assert isinstance(found, exits.InternalErrorExit)
-    assert found.instruction == b"\x0f\x01\xc8"
+    vm_exit = exits.read_exit(run, 0)
+    assert isinstance(vm_exit, exits.InternalErrorExit)
+    assert vm_exit.instruction == b"\x0f\x01\xc8"
 
 
 def test_msr_exit_answers_with_data_or_fault(area: Any) -> None:
     run = as_run(area)
     run.exit_reason = ExitReason.KVM_EXIT_X86_RDMSR
     run.msr.index, run.msr.reason = 0x1234, 2
-    found = exits.read_exit(run, 0)
-    assert isinstance(found, exits.RdmsrExit)
-    assert (found.index, found.msr_reason) == (0x1234, 2)
-    found.respond(0xCAFE)
+    vm_exit = exits.read_exit(run, 0)
+    assert isinstance(vm_exit, exits.RdmsrExit)
+    assert (vm_exit.index, vm_exit.msr_reason) == (0x1234, 2)
+    vm_exit.respond(0xCAFE)
     assert (run.msr.data, run.msr.error) == (0xCAFE, 0)
-    found.respond(fault=True)
+    vm_exit.respond(fault=True)
     assert run.msr.error == 1
 
 
@@ -132,8 +137,8 @@ def test_hypercall_result_may_be_negative(area: Any) -> None:
     run.exit_reason = ExitReason.KVM_EXIT_HYPERCALL
     run.hypercall.nr = 12
     run.hypercall.args[0] = 0x100000
-    found = exits.read_exit(run, 0)
-    assert isinstance(found, exits.HypercallExit)
-    assert (found.nr, found.args[0]) == (12, 0x100000)
-    found.respond(-22)
+    vm_exit = exits.read_exit(run, 0)
+    assert isinstance(vm_exit, exits.HypercallExit)
+    assert (vm_exit.nr, vm_exit.args[0]) == (12, 0x100000)
+    vm_exit.respond(-22)
     assert run.hypercall.ret == (1 << 64) - 22

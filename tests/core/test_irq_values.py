@@ -60,14 +60,14 @@ def test_default_routing_reaches_both_controllers_below_16() -> None:
 
 
 def test_entries_have_the_kernels_layout() -> None:
-    made = IrqchipRoute(5, 2, 17).entry()
-    assert (made.gsi, made.type, made.u.irqchip.irqchip, made.u.irqchip.pin) == (5, 1, 2, 17)
-    made = MsiRoute(6, Msi(0x1_FEE0_0000, 0x77), devid=9).entry()
-    assert (made.type, made.flags, made.u.msi.devid) == (2, 1, 9)
-    assert (made.u.msi.address_lo, made.u.msi.address_hi, made.u.msi.data) == (0xFEE0_0000, 1, 0x77)
+    entry = IrqchipRoute(5, 2, 17).entry()
+    assert (entry.gsi, entry.type, entry.u.irqchip.irqchip, entry.u.irqchip.pin) == (5, 1, 2, 17)
+    entry = MsiRoute(6, Msi(0x1_FEE0_0000, 0x77), devid=9).entry()
+    assert (entry.type, entry.flags, entry.u.msi.devid) == (2, 1, 9)
+    assert (entry.u.msi.address_lo, entry.u.msi.address_hi, entry.u.msi.data) == (0xFEE0_0000, 1, 0x77)
     assert MsiRoute(6, Msi(0xFEE0_0000, 1)).entry().flags == 0
-    made = HvSintRoute(7, 1, 2).entry()
-    assert (made.type, made.u.hv_sint.vcpu, made.u.hv_sint.sint) == (4, 1, 2)
-    made = XenEvtchnRoute(8, 3, 1).entry()
-    assert (made.type, made.u.xen_evtchn.port, made.u.xen_evtchn.vcpu) == (5, 3, 1)
-    assert made.u.xen_evtchn.priority == 0xFFFF_FFFF
+    entry = HvSintRoute(7, 1, 2).entry()
+    assert (entry.type, entry.u.hv_sint.vcpu, entry.u.hv_sint.sint) == (4, 1, 2)
+    entry = XenEvtchnRoute(8, 3, 1).entry()
+    assert (entry.type, entry.u.xen_evtchn.port, entry.u.xen_evtchn.vcpu) == (5, 3, 1)
+    assert entry.u.xen_evtchn.priority == 0xFFFF_FFFF

@@ -64,9 +64,9 @@ def test_a_run_that_fails_leaves_the_kick_to_the_next(area: Mapping) -> None:
 @pytest.fixture
 def native(area: Mapping) -> Iterator[Any]:
     """A vCPU's run state with no vCPU behind it: KVM_RUN of it fails with EBADF."""
-    made = lib.kvmpy_vcpu_new(-1, ffi.cast("struct kvm_run *", area.hva))
-    yield made
-    lib.kvmpy_vcpu_free(made)
+    handle = lib.kvmpy_vcpu_new(-1, ffi.cast("struct kvm_run *", area.hva))
+    yield handle
+    lib.kvmpy_vcpu_free(handle)
 
 
 def test_no_run_begins_after_a_stop(native: Any) -> None:

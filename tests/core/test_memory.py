@@ -28,9 +28,9 @@ def both() -> Iterator[tuple[Mapping, Mapping]]:
 
 @pytest.fixture
 def memory(both: tuple[Mapping, Mapping]) -> GuestMemory:
-    made = GuestMemory()
-    made.add(Segment(Gpa(0x10000), SIZE, *both))
-    return made
+    new_memory = GuestMemory()
+    new_memory.add(Segment(Gpa(0x10000), SIZE, *both))
+    return new_memory
 
 
 def test_a_page_is_seen_through_the_mapping_of_its_kind(memory: GuestMemory) -> None:
@@ -126,7 +126,7 @@ def test_addresses_above_the_bitmap_are_shared(memory: GuestMemory, both: tuple[
     assert not memory.is_private(high)
     memory.write(high + 8, b"high")
     assert bytes(shared.view(8, 4)) == b"high"
-    assert [(int(at), size, kind) for at, size, kind in memory.runs(high, 2 * PAGE_SIZE)] == [
+    assert [(int(address), size, kind) for address, size, kind in memory.runs(high, 2 * PAGE_SIZE)] == [
         (1 << 46, 2 * PAGE_SIZE, False)
     ]
     with pytest.raises(ValueError, match="private memory lies below 0x100000000000"):

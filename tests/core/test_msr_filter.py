@@ -45,10 +45,10 @@ def test_ranges_fit_the_kernels_limits_and_do_not_overlap(msrs: set[int]) -> Non
 
 
 def test_the_longest_range_is_exactly_what_the_kernel_takes() -> None:
-    made = MsrFilter.denying([0x1000, 0x1000 + MAX_RANGE_MSRS - 1])
-    assert [(item.base, item.nmsrs) for item in made.ranges] == [(0x1000, MAX_RANGE_MSRS)]
-    made = MsrFilter.denying([0x1000, 0x1000 + MAX_RANGE_MSRS])
-    assert [(item.base, item.nmsrs) for item in made.ranges] == [(0x1000, 1), (0x1000 + MAX_RANGE_MSRS, 1)]
+    built = MsrFilter.denying([0x1000, 0x1000 + MAX_RANGE_MSRS - 1])
+    assert [(item.base, item.nmsrs) for item in built.ranges] == [(0x1000, MAX_RANGE_MSRS)]
+    built = MsrFilter.denying([0x1000, 0x1000 + MAX_RANGE_MSRS])
+    assert [(item.base, item.nmsrs) for item in built.ranges] == [(0x1000, 1), (0x1000 + MAX_RANGE_MSRS, 1)]
 
 
 def test_seventeen_distant_msrs_are_refused() -> None:

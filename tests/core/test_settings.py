@@ -65,8 +65,8 @@ def test_zones_that_contain_an_unregistered_range_are_forgotten() -> None:
     port = kvm_coalesced_mmio_zone(addr=0x1000, size=0x1000, pio=1)
     aside = kvm_coalesced_mmio_zone(addr=0x1800, size=0x1000)
     gone = kvm_coalesced_mmio_zone(addr=0x1400, size=0x100)
-    made = [(REGISTER, zone) for zone in (wide, port, aside)]
-    assert after(*made, (UNREGISTER, gone)) == [(REGISTER, port), (REGISTER, aside)]
+    results = [(REGISTER, zone) for zone in (wide, port, aside)]
+    assert after(*results, (UNREGISTER, gone)) == [(REGISTER, port), (REGISTER, aside)]
 
 
 def test_arguments_of_a_wrong_kind_are_not_noted() -> None:

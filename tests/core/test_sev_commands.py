@@ -122,6 +122,6 @@ def test_a_file_that_is_no_device(tmp_path: Path) -> None:
 )
 def test_hints(command: str, number: int, hint: str) -> None:
     """What an errno means depends on the command, and on whether a VM or /dev/sev was asked."""
-    found = {**SEV_COMMANDS, **SEV_PLATFORM_COMMANDS}[command]
-    error = SevError(ioctls.SEV_ISSUE_CMD, found, SevResult(-1, number, 0), "it")
+    op = {**SEV_COMMANDS, **SEV_PLATFORM_COMMANDS}[command]
+    error = SevError(ioctls.SEV_ISSUE_CMD, op, SevResult(-1, number, 0), "it")
     assert hint in str(error)

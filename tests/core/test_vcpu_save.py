@@ -67,7 +67,7 @@ def test_a_component_in_its_initial_state_is_no_difference(snapshot: VcpuSnapsho
     marked = bytearray(snapshot.xsave)
     marked[512] = 2
     assert snapshot.differences(dataclasses.replace(snapshot, xsave=bytes(marked))) == []
-    for at in (160, 600):
+    for offset in (160, 600):
         other = bytearray(marked)
-        other[at] = 1
+        other[offset] = 1
         assert len(snapshot.differences(dataclasses.replace(snapshot, xsave=bytes(other)))) == 1

@@ -43,12 +43,12 @@ def event(op: ioctls.Ioctl, *chunks: Chunk, arg: int = AT, result: int = 0, errn
     return Ioctl(1, 4, op.nr, arg, result, errno, 2, 2, chunks)
 
 
-def into(data: bytes, address: int = AT, what: int = What.ARGUMENT) -> Chunk:
-    return Chunk(address, data, When.IN, what)
+def into(data: bytes, address: int = AT, action: int = What.ARGUMENT) -> Chunk:
+    return Chunk(address, data, When.IN, action)
 
 
-def out(data: bytes, address: int = AT, what: int = What.ARGUMENT) -> Chunk:
-    return Chunk(address, data, When.OUT, what)
+def out(data: bytes, address: int = AT, label: int = What.ARGUMENT) -> Chunk:
+    return Chunk(address, data, When.OUT, label)
 
 
 def text(happened: Ioctl, place: Place | None = None, decoder: Decoder | None = None) -> str:
@@ -162,9 +162,9 @@ def test_filters_of_msrs() -> None:
 
 def test_unknown_ioctls_are_raw() -> None:
     happened = Ioctl(1, 4, 0xC010AEFE, AT, -1, 25, 2, 2, (into(b"\1" * 16),))
-    found = Decoder().ioctl(happened)
-    assert not found.known
-    assert str(found).startswith(
+    decoded = Decoder().ioctl(happened)
+    assert not decoded.known
+    assert str(decoded).startswith(
         "0xc010aefe _IOWR(0xae, 0xfe, 16) <01010101010101010101010101010101> = -1 ENOTTY"
     )
 
@@ -257,18 +257,18 @@ def test_any_bytes_can_be_decoded(name: str, before: bytes, after: bytes, errno:
     op = IOCTLS[name]
     chunks = (into(before), out(after), into(before, BELOW, What.NESTED), out(before, 0x5000, What.RUN))
     happened = event(op, *chunks, result=-1 if errno else 0, errno=errno)
-    found = Decoder(full=True).ioctl(happened)
-    assert str(found).startswith(name)
-    assert as_json(happened, found)["chunks"][0]["bytes"] == before.hex()
+    decoded = Decoder(full=True).ioctl(happened)
+    assert str(decoded).startswith(name)
+    assert as_json(happened, decoded)["chunks"][0]["bytes"] == before.hex()
 
 
 @settings(deadline=None)
 @given(st.integers(0, (1 << 32) - 1), st.binary(max_size=64))
 def test_any_request_can_be_decoded(nr: int, data: bytes) -> None:
-    found = Decoder().ioctl(Ioctl(0, 3, nr, AT, 0, 0, 2, 2, (into(data),)))
-    assert found.known == (nr in BY_NR)
-    if not found.known:
-        assert found.name.startswith(f"{nr:#x} {request_words(nr)}")
+    decoded = Decoder().ioctl(Ioctl(0, 3, nr, AT, 0, 0, 2, 2, (into(data),)))
+    assert decoded.known == (nr in BY_NR)
+    if not decoded.known:
+        assert decoded.name.startswith(f"{nr:#x} {request_words(nr)}")
 
 
 def test_every_named_field_exists_and_its_names_are_unique() -> None:

@@ -27,22 +27,22 @@ def covered(kind: type[Struct], size: int) -> bytes:
         for field in flat_fields(ctype, base):
             mark_one(field.ctype, field.offset, field.size, field.shift, field.bits)
 
-    def mark_one(ctype: object, at: int, length: int, shift: int, bits: int) -> None:
+    def mark_one(ctype: object, offset: int, length: int, shift: int, bits: int) -> None:
         kind_of = ctype.kind  # type: ignore[attr-defined]
         if bits:
             number = ((1 << bits) - 1) << shift
             for index, byte in enumerate(number.to_bytes(length, "little")):
-                mask[at + index] |= byte
+                mask[offset + index] |= byte
         elif kind_of in ("struct", "union"):
-            mark(ctype, at)
+            mark(ctype, offset)
         elif kind_of == "array":
             item = ctype.item  # type: ignore[attr-defined]
             step = int(ffi.sizeof(item))
-            count = ctype.length if ctype.length is not None else (size - at) // step  # type: ignore[attr-defined]
+            count = ctype.length if ctype.length is not None else (size - offset) // step  # type: ignore[attr-defined]
             for index in range(count):
-                mark_one(item, at + index * step, step, 0, 0)
+                mark_one(item, offset + index * step, step, 0, 0)
         else:
-            mask[at : at + length] = b"\xff" * length
+            mask[offset : offset + length] = b"\xff" * length
 
     mark(kind._pointer.item, 0)
     return bytes(mask)
@@ -64,8 +64,8 @@ def test_every_struct_survives_the_way_through_words(name: str, data: st.DataObj
     # Mostly zeros, as real structs are; hypothesis grows them from the seed.
     raw = bytearray(size)
     places = st.tuples(st.integers(0, size - 1), st.binary(min_size=1, max_size=16))
-    for at, piece in data.draw(st.lists(places, max_size=12)):
-        raw[at : at + len(piece)] = piece[: size - at]
+    for start, piece in data.draw(st.lists(places, max_size=12)):
+        raw[start : start + len(piece)] = piece[: size - start]
     value = kind.from_bytes(raw)
     if isinstance(value, FlexStruct) and value.COUNT is not None:
         setattr(value._holder(), value.COUNT, value.room)
@@ -184,8 +184,8 @@ def test_every_ioctl_by_number_and_by_name(name: str) -> None:
     ],
 )
 def test_what_is_encoded_can_be_decoded(arguments: tuple[str, ...], expected: str | None) -> None:
-    made = coded(*arguments).split()
-    shown = words("kvm_run", *made) if arguments[0] == "kvm_run" else words(*made)
+    coded_words = coded(*arguments).split()
+    shown = words("kvm_run", *coded_words) if arguments[0] == "kvm_run" else words(*coded_words)
     assert (expected or "exit_reason=KVM_EXIT_HLT") in shown
 
 
@@ -249,9 +249,9 @@ def test_pages_both_ways(tmp_path: Path) -> None:
 
 
 def test_words_of_bytes_are_what_encode_takes() -> None:
-    made = coded("KVM_SET_REGS", "rax=7", "rip=0x1000").split()
-    assert words("-w", *made) == "KVM_SET_REGS rax=0x7 rip=0x1000"
-    assert coded(*words("-w", *made).split()).split() == made
+    coded_words = coded("KVM_SET_REGS", "rax=7", "rip=0x1000").split()
+    assert words("-w", *coded_words) == "KVM_SET_REGS rax=0x7 rip=0x1000"
+    assert coded(*words("-w", *coded_words).split()).split() == coded_words
 
 
 def test_bytes_from_files_and_standard_input(tmp_path: Path) -> None:

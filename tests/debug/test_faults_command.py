@@ -27,8 +27,8 @@ Run = Callable[..., "tuple[int, str, str]"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTracefs:
     """A false tracefs in which two events wait."""
-    made = FakeTracefs(tmp_path, monkeypatch)
-    made.pages[1] = [
+    fake_tracefs = FakeTracefs(tmp_path, monkeypatch)
+    fake_tracefs.pages[1] = [
         fake.page(
             5_000_000_000,
             fake.short(0, fake.attributes(77, 0x80000, 0x80001, 8)),
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTracefs:
         )
     ]
     monkeypatch.setattr(tracefs, "MOUNTS", (tmp_path,))
-    return made
+    return fake_tracefs
 
 
 @pytest.fixture

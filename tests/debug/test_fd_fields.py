@@ -73,9 +73,9 @@ def test_every_door_names_every_descriptor(door: str, tmp_path: Path) -> None:
     else:
         fds = traced(path, *(["--ptrace"] if door == "ptrace" else []))
     record = Record.load(path)
-    found = [each.what for each in record.entries if isinstance(each.what, Object)]
+    objects = [each.what for each in record.entries if isinstance(each.what, Object)]
     numbers = dict(zip(NAMES, fds, strict=False))
-    kinds = {each.fd: (each.kind, each.name) for each in found if each.fd in fds}
+    kinds = {each.fd: (each.kind, each.name) for each in objects if each.fd in fds}
     assert {name: kinds[fd] for name, fd in list(numbers.items())[:-1]} == dict.fromkeys(
         NAMES[:-1], (ObjectKind.EVENTFD, "eventfd")
     )

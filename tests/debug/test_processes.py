@@ -91,20 +91,20 @@ class Child:
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "ran\n"
 
-    def vm(self, found: Survey) -> VmInfo:
+    def vm(self, snapshot: Survey) -> VmInfo:
         """This process's VM in a survey."""
-        (vm,) = [vm for vm in found.vms if vm.pid == self.process.pid]
+        (vm,) = [vm for vm in snapshot.vms if vm.pid == self.process.pid]
         return vm
 
 
 @pytest.fixture
 def child() -> Iterator[Child]:
-    made = Child()
+    process = Child()
     try:
-        yield made
+        yield process
     finally:
-        made.process.kill()
-        made.process.communicate(timeout=30)
+        process.process.kill()
+        process.process.communicate(timeout=30)
 
 
 def vm_of(**values: object) -> VmInfo:
@@ -176,11 +176,11 @@ def test_a_thread_that_waits_in_the_guest() -> None:
         try:
             assert halted.stdout is not None
             thread, fd = map(int, halted.stdout.readline().split())
-            found: dict[int, tuple[int, str]] = {}
+            results: dict[int, tuple[int, str]] = {}
             end = time.monotonic() + 30
-            while not found and time.monotonic() < end:
-                found = processes._threads(halted.pid, None, {fd: 0, fd + 1: 0}, only=True)
-            assert found == {0: (thread, "syscall")}
+            while not results and time.monotonic() < end:
+                results = processes._threads(halted.pid, None, {fd: 0, fd + 1: 0}, only=True)
+            assert results == {0: (thread, "syscall")}
         finally:
             halted.kill()
 
@@ -275,19 +275,19 @@ def test_watch() -> None:
             assert watch.stderr.readline().startswith("watching")
             # The kernel takes the VM away after the process has lost its command line.
             source = "import os, kvmpy; print(kvmpy.Kvm().create_vm().fd, flush=True); input(); os._exit(0)"
-            made = subprocess.Popen(
+            done = subprocess.Popen(
                 [sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            assert made.stdout is not None
-            fd = int(made.stdout.readline())
+            assert done.stdout is not None
+            fd = int(done.stdout.readline())
             events: list[dict[str, Any]] = []
             while len(events) < 2:
                 event = json.loads(watch.stdout.readline())
-                if event["pid"] != made.pid:
+                if event["pid"] != done.pid:
                     continue
                 events.append(event)
                 if len(events) == 1:
-                    made.communicate("go\n", timeout=30)
+                    done.communicate("go\n", timeout=30)
         finally:
             watch.kill()
     assert [event["event"] for event in events] == ["create", "destroy"]
@@ -344,8 +344,8 @@ def test_a_thread_with_a_name() -> None:
     thread.start()
     try:
         assert named.wait(30)
-        found = processes._threads(os.getpid(), None, {77: 1, 78: 2}, only=True)
-        assert found == {1: (ids[0], "name")}
+        answer = processes._threads(os.getpid(), None, {77: 1, 78: 2}, only=True)
+        assert answer == {1: (ids[0], "name")}
         assert processes._threads(os.getpid(), None, {77: 1, 78: 2}, only=False) == {}
     finally:
         over.set()
@@ -424,8 +424,8 @@ def test_debugfs_is_found(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     escaped = str(place).replace(" ", "\\040")
     mounts.write_text(f"proc /proc proc rw 0 0\nnone {escaped} debugfs rw 0 0\n")
-    with debugfs(mounts) as found:
-        assert found == place
+    with debugfs(mounts) as mounted:
+        assert mounted == place
         assert counters.stats_folders(place) == [StatsFolder(place / "kvm" / "12-4", 12, 4)]
 
 
@@ -438,20 +438,20 @@ def test_debugfs_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(counters, "mount_detached", refuse)
     mounts = tmp_path / "mounts"
     mounts.write_text("proc /proc proc rw 0 0\n")
-    with debugfs(mounts) as found:
-        assert isinstance(found, Unseen)
-        assert "mount -t debugfs" in found.how
-    with debugfs(tmp_path / "no-such-file") as found:
-        assert isinstance(found, Unseen)
+    with debugfs(mounts) as folder:
+        assert isinstance(folder, Unseen)
+        assert "mount -t debugfs" in folder.how
+    with debugfs(tmp_path / "no-such-file") as folder:
+        assert isinstance(folder, Unseen)
 
 
 def test_debugfs_without_kvm(tmp_path: Path) -> None:
     """A debugfs without KVM's folder says to load KVM."""
     mounts = tmp_path / "mounts"
     mounts.write_text(f"none {tmp_path} debugfs rw 0 0\n")
-    with debugfs(mounts) as found:
-        assert isinstance(found, Unseen)
-        assert "modprobe kvm" in found.how
+    with debugfs(mounts) as folder:
+        assert isinstance(folder, Unseen)
+        assert "modprobe kvm" in folder.how
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to give root up")
@@ -500,7 +500,7 @@ def test_words(function: object, value: object, expected: str) -> None:
 def test_vcpus_in_the_table() -> None:
     """A vCPU's row has its thread and how that is known, and its host CPUs."""
     vcpu = VcpuInfo(2, 9, 77, "name", 1.0, 50.0, (4, 5), True, 10, 12.0)
-    found = Survey((vm_of(vcpus=(vcpu,)),), (), 0.0)
-    table = ps_command.table(found)
+    survey = Survey((vm_of(vcpus=(vcpu,)),), (), 0.0)
+    table = ps_command.table(survey)
     cells = [list(column.cells)[1] for column in table.columns]
     assert cells == ["  vcpu 2", "77 (name)", "50%", "1.0s", "pinned to 4-5", "", "12", ""]

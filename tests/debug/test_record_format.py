@@ -130,16 +130,16 @@ PAYLOADS: st.SearchStrategy[Payload] = st.one_of(
 def sample() -> bytes:
     """Return a record with a HOST frame, an object and three ioctls."""
     frame = Frame(0, b"")
-    made: list[tuple[Frame, Payload]] = [
+    results: list[tuple[Frame, Payload]] = [
         (frame, Lines({"kvmpy": "9.9", "kernel": "7.2"})),
         (Frame(0, b"", 7, 7, 1, 1), Object(1, 0, 3, 1, 0, "kvm")),
     ]
     for number in range(3):
         chunk = Chunk(0x1000, bytes([number]) * 9)
-        made.append(
+        results.append(
             (Frame(0, b"", 7, 7, 10 + number, 5), Ioctl(1, 3, 0xAE00, 0x1000, number, chunks=(chunk,)))
         )
-    return pack_all(made)
+    return pack_all(results)
 
 
 def test_c_and_python_agree(tmp_path: Path) -> None:
@@ -182,9 +182,11 @@ def test_round_trip(made: list[tuple[Payload, int, int]]) -> None:
     """What is written is what is read."""
     data = pack_all([(Frame(0, b"", tid, 1, order, 2), payload) for payload, tid, order in made])
     reader = FrameReader(data)
-    found = [(unpack(frame), frame.tid, frame.order) for frame in reader]
+    matches = [(unpack(frame), frame.tid, frame.order) for frame in reader]
     assert reader.problem is None
-    assert [(p, t, o) for p, t, o in found] == [(_plain(payload), tid, order) for payload, tid, order in made]
+    assert [(p, t, o) for p, t, o in matches] == [
+        (_plain(payload), tid, order) for payload, tid, order in made
+    ]
 
 
 def _plain(payload: Payload) -> Payload:

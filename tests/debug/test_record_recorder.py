@@ -168,9 +168,9 @@ def test_objects_from_before(kvm: Kvm, tmp_path: Path) -> None:
         vm.vcpus[0].regs.get()
     record = Record.load(path)
     assert names(record) == ["KVM_RUN", "KVM_GET_REGS"]
-    made = [e for e in record.entries if isinstance(e.what, Object)]
-    assert len(made) == 3
-    assert all(each.frame.synthetic for each in made)
+    opened = [e for e in record.entries if isinstance(e.what, Object)]
+    assert len(opened) == 3
+    assert all(each.frame.synthetic for each in opened)
 
 
 def test_what_kvm_was_not_asked_is_not_recorded(kvm: Kvm, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_what_kvm_was_not_asked_is_not_recorded(kvm: Kvm, tmp_path: Path) -> Non
         watcher.seen.clear()
         with pytest.raises(VcpuKickedError, match="was stopped"):
             vm.vcpus[0].run(5)
-        seen = [what for what, _ in watcher.seen]
+        seen = [kind for kind, _ in watcher.seen]
         vm.vcpus[0].regs.get()
     assert seen == [f"{vm.name}/vcpu0 KVM_RUN", f"{vm.name}/vcpu0 KVM_RUN dropped"]
     assert names(Record.load(path))[-2:] == ["KVM_RUN", "KVM_GET_REGS"]
@@ -415,12 +415,12 @@ def test_what_a_launch_copies_is_memory(kvm: Kvm, tmp_path: Path) -> None:
     ]
     assert [(m.flags & 1, record.content(m)[0]) for m in told] == [(1, 0x11), (1, 0x33), (1, 0x44), (0, 0x12)]
     updates = [e.what for e in record.ioctls if request_name(e.what) == "KVM_MEMORY_ENCRYPT_OP"]
-    assert all(len(chunk.data) <= 64 for what in updates if isinstance(what, Ioctl) for chunk in what.chunks)
+    assert all(len(chunk.data) <= 64 for pair in updates if isinstance(pair, Ioctl) for chunk in pair.chunks)
 
 
 def source_at(record: Record) -> int:
     """Return where the first source lies."""
-    what = next(e.what for e in record.ioctls if request_name(e.what) == "KVM_MEMORY_ENCRYPT_OP")
-    assert isinstance(what, Ioctl)
-    update = next(chunk for chunk in what.chunks if len(chunk.data) == 64)
+    payload = next(e.what for e in record.ioctls if request_name(e.what) == "KVM_MEMORY_ENCRYPT_OP")
+    assert isinstance(payload, Ioctl)
+    update = next(chunk for chunk in payload.chunks if len(chunk.data) == 64)
     return int.from_bytes(update.data[8:16], "little")

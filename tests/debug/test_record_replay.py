@@ -48,17 +48,17 @@ def test_saved_and_loaded(kvm: Kvm, tmp_path: Path) -> None:
     assert Replay(build(copy)).run().first_difference is None
 
 
-def changed(record: Record, nr: int, at: int, value: int) -> Record:
+def changed(record: Record, nr: int, offset: int, value: int) -> Record:
     """Return *record* with another byte in what the first ioctl *nr* returned."""
     entries = list(record.entries)
     number = next(n for n, e in enumerate(entries) if isinstance(e.what, Ioctl) and e.what.request == nr)
-    what = entries[number].what
-    assert isinstance(what, Ioctl)
+    payload = entries[number].what
+    assert isinstance(payload, Ioctl)
     chunks = tuple(
-        replace(c, data=c.data[:at] + bytes([value]) + c.data[at + 1 :]) if c.when == When.OUT else c
-        for c in what.chunks
+        replace(c, data=c.data[:offset] + bytes([value]) + c.data[offset + 1 :]) if c.when == When.OUT else c
+        for c in payload.chunks
     )
-    entries[number] = entries[number].but(replace(what, chunks=chunks))
+    entries[number] = entries[number].but(replace(payload, chunks=chunks))
     return record.with_entries(entries)
 
 
@@ -72,10 +72,10 @@ def test_difference_in_a_field(kvm: Kvm, tmp_path: Path) -> None:
     record = Record.load(path)
     entries = list(record.entries)
     last = max(n for n, e in enumerate(entries) if request_name(e.what) == "KVM_GET_REGS")
-    what = entries[last].what
-    assert isinstance(what, Ioctl)
-    chunk = what.chunks[0]
-    entries[last] = entries[last].but(replace(what, chunks=(replace(chunk, data=b"\x35" + chunk.data[1:]),)))
+    event = entries[last].what
+    assert isinstance(event, Ioctl)
+    chunk = event.chunks[0]
+    entries[last] = entries[last].but(replace(event, chunks=(replace(chunk, data=b"\x35" + chunk.data[1:]),)))
     result = Replay(build(record.with_entries(entries))).run()
     first = result.first_difference
     assert first is not None

@@ -54,11 +54,11 @@ def run_c(text: str, folder: Path) -> tuple[int, str]:
     """Compile and run a C file; return its exit status and what it printed."""
     source, program = folder / "bug.c", folder / "bug"
     source.write_text(text)
-    made = subprocess.run(
+    process = subprocess.run(
         [*GCC, "-o", str(program), str(source)], capture_output=True, text=True, timeout=60, check=False
     )
-    assert not made.stderr
-    assert made.returncode == 0
+    assert not process.stderr
+    assert process.returncode == 0
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout + done.stderr
 
@@ -68,21 +68,21 @@ def falsified(record: Record, name: str) -> Record:
     order = target_in(build(record), name).entry.order
     entries = []
     for entry in record.entries:
-        what = entry.what
-        if entry.order != order or not isinstance(what, Ioctl):
+        payload = entry.what
+        if entry.order != order or not isinstance(payload, Ioctl):
             entries.append(entry)
-        elif what.request == ioctls.KVM_RUN.nr and what.result >= 0:
+        elif payload.request == ioctls.KVM_RUN.nr and payload.result >= 0:
             chunks = tuple(
                 replace(c, data=c.data[:8] + b"\x1f" + c.data[9:])
                 if c.when == When.OUT and len(c.data) > 40
                 else c
-                for c in what.chunks
+                for c in payload.chunks
             )
-            entries.append(entry.but(replace(what, chunks=chunks)))
-        elif what.result < 0:
-            entries.append(entry.but(replace(what, errno=what.errno + 1)))
+            entries.append(entry.but(replace(payload, chunks=chunks)))
+        elif payload.result < 0:
+            entries.append(entry.but(replace(payload, errno=payload.errno + 1)))
         else:
-            entries.append(entry.but(replace(what, result=-1, errno=22)))
+            entries.append(entry.but(replace(payload, result=-1, errno=22)))
     return record.with_entries(entries)
 
 
@@ -111,12 +111,12 @@ def test_payload_counts(kvm: Kvm, tmp_path: Path) -> None:
     """A byte that the guest put on a port is part of the outcome."""
     record = record_of("pio_out", kvm, tmp_path)
     entries = list(record.entries)
-    at = max(n for n, e in enumerate(entries) if isinstance(e.what, Ioctl))
-    what = entries[at].what
-    assert isinstance(what, Ioctl)
-    chunks = tuple(replace(c, data=b"\x43") if c.data == b"\x42" else c for c in what.chunks)
-    assert chunks != what.chunks
-    entries[at] = entries[at].but(replace(what, chunks=chunks))
+    index = max(n for n, e in enumerate(entries) if isinstance(e.what, Ioctl))
+    event = entries[index].what
+    assert isinstance(event, Ioctl)
+    chunks = tuple(replace(c, data=b"\x43") if c.data == b"\x42" else c for c in event.chunks)
+    assert chunks != event.chunks
+    entries[index] = entries[index].but(replace(event, chunks=chunks))
     status, said = run_c(c_file(record.with_entries(entries), "pio_out"), tmp_path)
     assert status == 1
     assert "io.data differs" in said

@@ -78,7 +78,7 @@ def test_shrink_to_an_error(kvm: Kvm, tmp_path: Path) -> None:
     last = small.ioctls[-1].what
     assert isinstance(last, Ioctl)
     sregs = kvm_sregs.from_bytes(last.argument_in or b"")
-    assert sum(1 for at, size in leaves(sregs) if any(sregs.to_bytes()[at : at + size])) == 1
+    assert sum(1 for start, size in leaves(sregs) if any(sregs.to_bytes()[start : start + size])) == 1
     assert said[0].startswith("ioctls: 3 ioctls")
 
 
@@ -163,20 +163,20 @@ def test_expressions_that_are_none(text: str, says: str) -> None:
 
 def test_expression_terms() -> None:
     """Terms are joined by "and"; exits and errors have their names."""
-    found = parse("result < 0 and errno == EFAULT and exit == KVM_EXIT_MEMORY_FAULT at KVM_RUN")
-    assert [(t.field, t.value) for t in found.terms] == [("result", 0), ("errno", 14), ("exit", 39)]
-    assert found.ioctl == "KVM_RUN"
+    terms = parse("result < 0 and errno == EFAULT and exit == KVM_EXIT_MEMORY_FAULT at KVM_RUN")
+    assert [(t.field, t.value) for t in terms.terms] == [("result", 0), ("errno", 14), ("exit", 39)]
+    assert terms.ioctl == "KVM_RUN"
 
 
 def test_expressions_about_the_secure_processor() -> None:
     """A SEV command stands for its ioctl, and the firmware's status is compared by name."""
-    found = parse("errno==EIO and firmware==SEV_RET_INVALID_PARAM at KVM_SEV_SNP_LAUNCH_UPDATE")
+    terms = parse("errno==EIO and firmware==SEV_RET_INVALID_PARAM at KVM_SEV_SNP_LAUNCH_UPDATE")
     update = Replayed(
         7, "KVM_MEMORY_ENCRYPT_OP", -1, errno.EIO, None, False, None, "KVM_SEV_SNP_LAUNCH_UPDATE", 0x16
     )
-    assert found.match(Answer((update,))) is update
-    assert found.match(Answer((replace(update, firmware=0x15),))) is None
-    assert found.match(Answer((replace(update, command="KVM_SEV_SNP_LAUNCH_FINISH"),))) is None
+    assert terms.match(Answer((update,))) is update
+    assert terms.match(Answer((replace(update, firmware=0x15),))) is None
+    assert terms.match(Answer((replace(update, command="KVM_SEV_SNP_LAUNCH_FINISH"),))) is None
     assert parse("errno==EIO at KVM_MEMORY_ENCRYPT_OP").match(Answer((update,))) is update
 
 

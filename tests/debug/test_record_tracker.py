@@ -25,9 +25,9 @@ from kvmpy.uapi.constants import UffdRegisterMode
 @pytest.fixture
 def tracker(tmp_path: Path) -> Iterator[MemoryTracker]:
     writer = RecordWriter(tmp_path / "a.rec")
-    made = MemoryTracker(writer)
-    yield made
-    made.close()
+    memory_tracker = MemoryTracker(writer)
+    yield memory_tracker
+    memory_tracker.close()
     writer.close()
 
 

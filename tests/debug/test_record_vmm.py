@@ -118,9 +118,9 @@ def test_replay_says_why_it_stopped_behind_a_difference(counted: Path) -> None:
     record = Record.load(counted)
     entries = list(record.entries)
     first, last = (n for n, e in enumerate(entries) if isinstance(e.what, Ioctl) and e.what.request == 0xAE80)
-    what = entries[first].what
-    assert isinstance(what, Ioctl)
-    entries[first] = entries[first].but(replace(what, result=-1, errno=22))
+    payload = entries[first].what
+    assert isinstance(payload, Ioctl)
+    entries[first] = entries[first].but(replace(payload, result=-1, errno=22))
     lost = entries[last].what
     assert isinstance(lost, Ioctl)
     entries[last] = entries[last].but(replace(lost, object=99, request=0x8090AE81))
@@ -153,10 +153,10 @@ def test_a_difference_is_told_with_both_results(counted: Path, tmp_path: Path) -
     record = Record.load(counted)
     entries = list(record.entries)
     last = max(n for n, e in enumerate(entries) if isinstance(e.what, Ioctl))
-    what = entries[last].what
-    assert isinstance(what, Ioctl)
-    chunks = tuple(c for c in what.chunks if c.when != When.OUT)
-    entries[last] = entries[last].but(replace(what, result=-1, errno=22, chunks=chunks))
+    event = entries[last].what
+    assert isinstance(event, Ioctl)
+    chunks = tuple(c for c in event.chunks if c.when != When.OUT)
+    entries[last] = entries[last].but(replace(event, result=-1, errno=22, chunks=chunks))
     record.with_entries(entries).save(counted)
     status, said = reproduced(counted, tmp_path, "--all")
     assert status == 1

@@ -79,11 +79,11 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Terminal]:
-    made = Terminal(["--plain"], tmp_path)
+    prompt = Terminal(["--plain"], tmp_path)
     try:
-        yield made
+        yield prompt
     finally:
-        made.close()
+        prompt.close()
 
 
 @pytest.mark.requires("kvm")
@@ -174,8 +174,8 @@ def test_names_of_a_word() -> None:
     assert {name: names[name] for name in IOCTLS} == IOCTLS
     assert names["kvm_regs"] is kvm_regs
     completer = Completer(names, lambda: "KVM_GET_REG")
-    found = [text for state in range(5) if (text := completer.complete("KVM_GET_REG", state))]
-    assert any(text.startswith("KVM_GET_REGS") for text in found)
+    matches = [text for state in range(5) if (text := completer.complete("KVM_GET_REG", state))]
+    assert any(text.startswith("KVM_GET_REGS") for text in matches)
 
 
 @pytest.mark.requires("kvm")

@@ -40,9 +40,9 @@ def a_vcpu(name: str = "vm0/vcpu0") -> Any:
 
 
 def events_of(path: Path) -> list[dict[str, Any]]:
-    found = load(path.read_text(encoding="utf-8"))
-    assert problems(found) == []
-    return found
+    document = load(path.read_text(encoding="utf-8"))
+    assert problems(document) == []
+    return document
 
 
 def named(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

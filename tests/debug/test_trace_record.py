@@ -72,8 +72,8 @@ def test_objects_have_their_parents(record: Path) -> None:
         ("vm1/vcpu0", "vm1", ObjectKind.VCPU),
         ("vm0/vcpu5", "vm0", ObjectKind.VCPU),
     }
-    made = {frame.order: said for frame in reader_of(record) if isinstance(said := unpack(frame), Ioctl)}
-    assert all(made[each.made_by].result == each.fd for each in objects if each.made_by)
+    opened = {frame.order: said for frame in reader_of(record) if isinstance(said := unpack(frame), Ioctl)}
+    assert all(opened[each.made_by].result == each.fd for each in objects if each.made_by)
 
 
 def memory_of(path: Path) -> dict[int, bytes]:
@@ -89,7 +89,12 @@ def memory_of(path: Path) -> dict[int, bytes]:
             held |= {said.address + 4096 * number: pages[ident] for number, ident in enumerate(said.ids)}
         elif isinstance(said, Ioctl) and said.request == 0x4020AE46:
             bases.append(int.from_bytes((said.argument_in or b"")[24:32], "little"))
-    return {at - base: page for base in bases for at, page in held.items() if 0 <= at - base < 0x108000}
+    return {
+        address - base: page
+        for base in bases
+        for address, page in held.items()
+        if 0 <= address - base < 0x108000
+    }
 
 
 def test_guest_memory_is_in_the_record(record: Path) -> None:

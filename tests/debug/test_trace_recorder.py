@@ -47,7 +47,7 @@ def test_the_plan_is_that_of_the_table() -> None:
     assert (
         len(raw) == plan.HEAD.size + roots * plan.ROOT.size + nodes * plan.NODE.size + cases * plan.CASE.size
     )
-    table = [plan.ROOT.unpack_from(raw, plan.HEAD.size + at * plan.ROOT.size) for at in range(roots)]
+    table = [plan.ROOT.unpack_from(raw, plan.HEAD.size + offset * plan.ROOT.size) for offset in range(roots)]
     assert [nr for nr, _ in table] == sorted(BUFFERS)
 
     def node(index: int) -> tuple[int, ...]:
@@ -67,28 +67,30 @@ def make_ring(path: Path, size: int = 4096) -> None:
     path.write_bytes(head.ljust(shared.RING_HEADER, b"\0") + bytes(size))
 
 
-def put(path: Path, at: int, kind: int, payload: bytes, *, complete: bool = True) -> int:
+def put(path: Path, start: int, kind: int, payload: bytes, *, complete: bool = True) -> int:
     """Write a frame as a process does, and move the head; return where the next one goes."""
-    raw = bytearray(FRAME_HEADER.pack(FRAME_MAGIC if complete else 0, 0, len(payload), kind, 0, 7, 8, at, 9))
+    raw = bytearray(
+        FRAME_HEADER.pack(FRAME_MAGIC if complete else 0, 0, len(payload), kind, 0, 7, 8, start, 9)
+    )
     raw += payload + bytes(-len(payload) % 8)
     size = path.stat().st_size - shared.RING_HEADER
     with path.open("r+b") as file:
         for number, byte in enumerate(raw):
-            file.seek(shared.RING_HEADER + (at + number) % size)
+            file.seek(shared.RING_HEADER + (start + number) % size)
             file.write(bytes([byte]))
         file.seek(shared.HEAD_AT)
-        file.write((at + len(raw)).to_bytes(8, "little"))
-    return at + len(raw)
+        file.write((start + len(raw)).to_bytes(8, "little"))
+    return start + len(raw)
 
 
 def test_frames_wrap_around_and_leave_zeros(tmp_path: Path) -> None:
     path = tmp_path / "ring.1.0"
     make_ring(path)
     ring = Ring(path, 4096)
-    at = 0
+    position = 0
     for number in range(40):
         payload = bytes([number]) * (number * 7)
-        at = put(path, at, FrameType.NOTE, payload)
+        position = put(path, position, FrameType.NOTE, payload)
         ((frame,), _) = ring.take()
         assert (frame.payload, frame.tid, frame.pid) == (payload, 7, 8)
     assert path.read_bytes()[shared.RING_HEADER :] == bytes(4096)

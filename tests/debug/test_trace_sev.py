@@ -43,8 +43,8 @@ def told(trace: Trace) -> list[str]:
     assert trace.status == 0, trace.other
     texts = [row["text"] for row in trace.rows if not row["ioctl"].startswith("0x")]
     print("\n".join(texts))
-    found = [re.match(r"KVM_MEMORY_ENCRYPT_OP \{id=(\w+)", text) for text in texts]
-    return [match[1] if match else text.split()[0] for match, text in zip(found, texts, strict=True)]
+    matched = [re.match(r"KVM_MEMORY_ENCRYPT_OP \{id=(\w+)", text) for text in texts]
+    return [match[1] if match else text.split()[0] for match, text in zip(matched, texts, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def told(trace: Trace) -> list[str]:
 def test_the_commands_of_a_launch(name: str, way: str) -> None:
     """They come by name, in the documented order."""
     trace = Trace(*([way] if way else []), "--", sys.executable, "-c", LAUNCH, name, timeout=LONG)
-    found = told(trace)
-    assert found[found.index("KVM_CREATE_VM") :] == [
+    result = told(trace)
+    assert result[result.index("KVM_CREATE_VM") :] == [
         line for line in documented(name) if not line.startswith(" ")
     ]
 

@@ -211,12 +211,12 @@ def test_threads_of_a_process() -> None:
 def real() -> Iterator[Tracefs]:
     """The kernel's tracefs; skipped where it cannot be used."""
     try:
-        made = Tracefs()
-        made.instance().close()
+        fake_tracefs = Tracefs()
+        fake_tracefs.instance().close()
     except TracefsError as error:
         pytest.skip(str(error))
-    with made:
-        yield made
+    with fake_tracefs:
+        yield fake_tracefs
 
 
 def rename(name: str) -> int:

@@ -42,36 +42,39 @@ def test_layout_with_other_words() -> None:
 
 def test_short_and_long_records() -> None:
     """Both forms of a length give the payload, in time."""
-    made = fake.page(1000, fake.short(5, b"abcdefgh"), fake.long(7, b"x" * 200), fake.short(0, b"wxyz"))
-    assert LAYOUT.read(made).records == [(1005, b"abcdefgh"), (1012, b"x" * 200), (1012, b"wxyz")]
+    page = fake.page(1000, fake.short(5, b"abcdefgh"), fake.long(7, b"x" * 200), fake.short(0, b"wxyz"))
+    assert LAYOUT.read(page).records == [(1005, b"abcdefgh"), (1012, b"x" * 200), (1012, b"wxyz")]
 
 
 def test_times_beyond_27_bits() -> None:
     """Time extends add, absolute stamps replace the low 59 bits."""
     base = 1 << 61
-    made = fake.page(
+    ring_page = fake.page(
         base,
         fake.extend((1 << 30) + 3),
         fake.short(1, b"aaaa"),
         fake.absolute(base + (1 << 40) + 9),
         fake.short(2, b"bbbb"),
     )
-    assert LAYOUT.read(made).records == [(base + (1 << 30) + 4, b"aaaa"), (base + (1 << 40) + 11, b"bbbb")]
+    assert LAYOUT.read(ring_page).records == [
+        (base + (1 << 30) + 4, b"aaaa"),
+        (base + (1 << 40) + 11, b"bbbb"),
+    ]
 
 
 def test_discarded_records() -> None:
     """What was taken back is passed over, its time counts; the rest of a page behind padding is nothing."""
-    made = fake.page(
+    page = fake.page(
         50, fake.discarded(3, 24), fake.short(4, b"real"), fake.head(29, 0), fake.short(1, b"gone")
     )
-    assert LAYOUT.read(made).records == [(57, b"real")]
+    assert LAYOUT.read(page).records == [(57, b"real")]
 
 
 @pytest.mark.parametrize(("lost", "number", "expected"), [(None, False, 0), (17, True, 17), (1, False, -1)])
 def test_lost_records(lost: int | None, number: bool, expected: int) -> None:
     """How many records were lost before the page, or that some were."""
-    made = LAYOUT.read(fake.page(0, fake.short(1, b"kept"), lost=lost, lost_number=number))
-    assert (made.records, made.lost) == ([(1, b"kept")], expected)
+    page = LAYOUT.read(fake.page(0, fake.short(1, b"kept"), lost=lost, lost_number=number))
+    assert (page.records, page.lost) == ([(1, b"kept")], expected)
 
 
 @pytest.mark.parametrize(
@@ -123,20 +126,25 @@ def test_format_file() -> None:
         "\tfield:char comm[8];\toffset:8;\tsize:8;\tsigned:0;\n"
         "\tfield:s16 x;\toffset:16;\tsize:2;\tsigned:1;\n",
     )
-    made = EventFormat.parse(text)
+    event_format = EventFormat.parse(text)
     payload = struct.pack("<HBBi8sh", 9, 0, 0, 77, b"thread\0\0", -5)
-    assert (made.name, made.id, made.number(payload, "common_pid"), made.number(payload, "x")) == (
+    assert (
+        event_format.name,
+        event_format.id,
+        event_format.number(payload, "common_pid"),
+        event_format.number(payload, "x"),
+    ) == (
         "sample",
         9,
         77,
         -5,
     )
-    assert made.fields["comm"].value(payload) == b"thread\0\0"
-    assert made.number(payload, "absent", 3) == 3
+    assert event_format.fields["comm"].value(payload) == b"thread\0\0"
+    assert event_format.number(payload, "absent", 3) == 3
     with pytest.raises(FormatError, match="array"):
-        made.number(payload, "comm")
+        event_format.number(payload, "comm")
     with pytest.raises(FormatError, match="comm"):
-        made.fields["comm"].value(payload[:12])
+        event_format.fields["comm"].value(payload[:12])
 
 
 @pytest.mark.parametrize("text", ["", "name: x\nformat:\n", "ID: 5\n", "name: x\nID: 3\nformat:\n"])
@@ -148,7 +156,7 @@ def test_not_a_format_file(text: str) -> None:
 
 def test_fields_that_are_needed() -> None:
     """An event of another kernel that lacks a field says which, and what it has."""
-    made = EventFormat.parse(fake.format_text("kvm_page_fault", *fake.FORMATS["kvm_page_fault"]))
-    made.need("guest_rip", "error_code")
+    parsed = EventFormat.parse(fake.format_text("kvm_page_fault", *fake.FORMATS["kvm_page_fault"]))
+    parsed.need("guest_rip", "error_code")
     with pytest.raises(FormatError, match=r"no field gpa, level.*fault_address"):
-        made.need("gpa", "level", "vcpu_id")
+        parsed.need("gpa", "level", "vcpu_id")

@@ -68,11 +68,11 @@ def recorder(fallback: Path) -> Path:
         target = fallback / TARGET
         _compile(target)
         return target
-    made = Path(name)
+    path = Path(name)
     try:
-        _compile(made)
-        made.chmod(0o755)
-        made.replace(target)
+        _compile(path)
+        path.chmod(0o755)
+        path.replace(target)
     finally:
-        made.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     return target

@@ -189,8 +189,8 @@ class Ring:
         fcntl.fcntl(self._file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         return False
 
-    def _read(self, at: int, size: int) -> bytes:
-        start = at & (self.size - 1)
+    def _read(self, offset: int, size: int) -> bytes:
+        start = offset & (self.size - 1)
         first = self._map[RING_HEADER + start : RING_HEADER + min(start + size, self.size)]
         return (
             first if len(first) == size else first + self._map[RING_HEADER : RING_HEADER + size - len(first)]
@@ -198,12 +198,12 @@ class Ring:
 
     def _free(self, end: int) -> None:
         # Writers rely on zeros where no frame has been written.
-        at, size = self._tail, end - self._tail
+        position, size = self._tail, end - self._tail
         while size > 0:
-            start = at & (self.size - 1)
+            start = position & (self.size - 1)
             part = min(size, self.size - start, len(_ZEROES))
             self._map[RING_HEADER + start : RING_HEADER + start + part] = _ZEROES[:part]
-            at += part
+            position += part
             size -= part
         self._tail = self._numbers[TAIL_AT // 8] = end & (1 << 64) - 1
 
@@ -230,52 +230,54 @@ class Ring:
         """Return how many bytes hold complete frames: a header is looked at before its payload is copied."""
         if abandoned:
             return used
-        at, mask, read, buffer = 0, self.size - 1, _MAGIC_AND_LENGTH.unpack_from, self._map
-        while at + FRAME_HEADER.size <= used:
+        offset, mask, read, buffer = 0, self.size - 1, _MAGIC_AND_LENGTH.unpack_from, self._map
+        while offset + FRAME_HEADER.size <= used:
             # Headers begin at multiples of 8: magic and length may lie on both sides of the end.
-            start = tail + at & mask
+            start = tail + offset & mask
             where = RING_HEADER + start
-            magic, size = read(buffer, where) if start + 12 <= self.size else read(self._read(tail + at, 12))
+            magic, size = (
+                read(buffer, where) if start + 12 <= self.size else read(self._read(tail + offset, 12))
+            )
             if magic == FRAME_MAGIC:
-                at += FRAME_HEADER.size + (size + 7 & ~7)
-                if at <= used:
+                offset += FRAME_HEADER.size + (size + 7 & ~7)
+                if offset <= used:
                     continue
-            elif not magic and not self._stands_still(tail + at, used):
-                return at
+            elif not magic and not self._stands_still(tail + offset, used):
+                return offset
             # Nothing here is a frame: what follows is lost, the ring goes on behind it.
             return used
-        return min(at, used)
+        return min(offset, used)
 
-    def _stands_still(self, at: int, used: int) -> bool:
+    def _stands_still(self, offset: int, used: int) -> bool:
         """Whether a frame that was begun holds up a full ring for too long."""
         if used * 2 < self.size:
             self._stalled = None
             return False
         now = time.monotonic()
-        if self._stalled is None or self._stalled[0] != at:
-            self._stalled = at, now
+        if self._stalled is None or self._stalled[0] != offset:
+            self._stalled = offset, now
         return now - self._stalled[1] > _STALLED_S
 
     def _parse(self, data: bytes, abandoned: bool) -> list[Raw]:
         frames = []
-        at, size_of_head, unpack, known = 0, FRAME_HEADER.size, FRAME_HEADER.unpack_from, _FROM_PROCESSES
+        offset, size_of_head, unpack, known = 0, FRAME_HEADER.size, FRAME_HEADER.unpack_from, _FROM_PROCESSES
         thread, end = FrameType.THREAD, len(data)
         damaged = gap = False
-        while at + size_of_head <= end:
-            magic, _, size, kind, flags, tid, pid, order, time_ns = unpack(data, at)
-            start = at + size_of_head
+        while offset + size_of_head <= end:
+            magic, _, size, kind, flags, tid, pid, order, time_ns = unpack(data, offset)
+            start = offset + size_of_head
             if magic == FRAME_MAGIC and start + size <= end and kind in known:
                 payload = data[start : start + size]
                 # A thread announces itself with its first frame, whose number may be an earlier one.
                 place = 0 if kind == thread else order
                 frames.append(Raw(place, kind, flags, tid, pid, order, time_ns, payload))
-                at = start + (size + 7 & ~7)
+                offset = start + (size + 7 & ~7)
                 gap = False
                 continue
             # What a process that died had begun is no damage: it lacks its magic number.
             damaged = damaged or (not gap and (bool(magic) or not abandoned))
             gap = True
-            at += 8
+            offset += 8
         self._damaged += damaged
         return frames
 
@@ -324,8 +326,8 @@ class Shared:
             self._map = mmap.mmap(file.fileno(), CONTROL_SIZE)
         self._lease = Lease(self._map)
 
-    def _number(self, at: int, size: int) -> int:
-        return int.from_bytes(self._map[at : at + size], "little")
+    def _number(self, offset: int, size: int) -> int:
+        return int.from_bytes(self._map[offset : offset + size], "little")
 
     @property
     def order(self) -> int:
@@ -341,20 +343,20 @@ class Shared:
         """Return what was recorded since the last call, in order."""
         self._discover()
         self.fill = 0.0
-        found: list[Raw] = []
+        results: list[Raw] = []
         for name, ring in list(self.rings.items()):
             # Asked before reading: what a process wrote before it ended is there afterwards.
             dead = not ring.alive
             frames, fill = ring.take(abandoned=dead)
-            found += frames
+            results += frames
             self.fill = max(self.fill, fill)
             if dead:
                 self._lost += ring.lost
                 self.damaged += ring.damaged
                 del self.rings[name]
                 ring.close()
-        found.sort(key=_place)
-        return found
+        results.sort(key=_place)
+        return results
 
     def _discover(self) -> None:
         if len(self._seen) == self._number(RINGS_AT, 4):

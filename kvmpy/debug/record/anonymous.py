@@ -20,11 +20,11 @@ def _blank(chunk: Chunk) -> Chunk:
     return replace(chunk, data=bytes(len(chunk.data))) if chunk.what == What.NESTED else chunk
 
 
-def _without_chip(what: Payload) -> Payload:
-    command = command_of(what)
-    if not isinstance(what, Ioctl) or command is None or command.name not in _NAMING:
-        return what
-    return replace(what, chunks=tuple(map(_blank, what.chunks)))
+def _without_chip(payload: Payload) -> Payload:
+    command = command_of(payload)
+    if not isinstance(payload, Ioctl) or command is None or command.name not in _NAMING:
+        return payload
+    return replace(payload, chunks=tuple(map(_blank, payload.chunks)))
 
 
 def anonymous(source: Path, target: Path, scrub: Callable[[str], str]) -> None:

@@ -26,10 +26,10 @@ SlotBytes = Callable[[int], int]
 Holds = Callable[[int], bool]
 
 
-def chunk(address: int, data: bytes, when: int, what: int, flags: int = 0) -> bytes:
+def chunk(address: int, data: bytes, when: int, kind: int, flags: int = 0) -> bytes:
     """Return a chunk as bytes."""
     size = len(data)
-    return _pack(address, size, when, what, flags) + data + PADDING[size & 7]
+    return _pack(address, size, when, kind, flags) + data + PADDING[size & 7]
 
 
 class Plan:

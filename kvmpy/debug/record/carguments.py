@@ -90,11 +90,11 @@ class CArguments:
     def _objects_used(self) -> set[int]:
         used: set[int] = set()
         for step in self.script.steps:
-            what = step.entry.what
-            if isinstance(what, Ioctl):
-                used |= {what.object, step.makes}
-            elif isinstance(what, Object):
-                used.add(what.id)
+            payload = step.entry.what
+            if isinstance(payload, Ioctl):
+                used |= {payload.object, step.makes}
+            elif isinstance(payload, Object):
+                used.add(payload.id)
         return used & self.script.objects.keys()
 
     def fd(self, ident: int) -> str:

@@ -36,32 +36,32 @@ def extents(content: list[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
             merged.append((offset, bytearray(data)))
     for offset, gathered in merged:
         data = bytes(gathered)
-        at = 0
-        while at < len(data):
-            if not data[at]:
-                rest = bytes(data[at:])
-                at += len(rest) - len(rest.lstrip(b"\0"))
+        position = 0
+        while position < len(data):
+            if not data[position]:
+                rest = bytes(data[position:])
+                position += len(rest) - len(rest.lstrip(b"\0"))
                 continue
-            end = data.find(bytes(_GAP), at)
+            end = data.find(bytes(_GAP), position)
             end = len(data) if end < 0 else end
-            first = (offset + at) // 8 * 8 - offset
+            first = (offset + position) // 8 * 8 - offset
             first = max(first, 0)
             yield offset + first, bytes(data[first:end])
-            at = end
+            position = end
 
 
 def pieces(name: str, content: list[tuple[int, bytes]], code: dict[int, Instruction]) -> Iterator[Piece]:
     """Yield how the region that is called *name* in C gets its content."""
     sparse: list[tuple[int, int]] = []
     for offset, data in extents(content):
-        if any(offset <= at < offset + len(data) for at in code):
+        if any(offset <= address < offset + len(data) for address in code):
             yield from _code(name, offset, data, code)
             continue
         padded = data.ljust(-(-len(data) // 8) * 8, b"\0")
         words = [
-            (offset + at, int.from_bytes(padded[at : at + 8], "little"))
-            for at in range(0, len(padded), 8)
-            if any(padded[at : at + 8])
+            (offset + address, int.from_bytes(padded[address : address + 8], "little"))
+            for address in range(0, len(padded), 8)
+            if any(padded[address : address + 8])
         ]
         if offset % 8 == 0 and (len(words) * _SPARSE <= len(padded) // 8 or len(words) <= 8):
             sparse += words
@@ -85,17 +85,17 @@ def _code(name: str, offset: int, data: bytes, code: dict[int, Instruction]) -> 
     label = f"{name}_code_{offset:x}"
     rows: list[str] = []
     end = offset + len(data)
-    at = plain_from = offset
+    start = plain_from = offset
     last: Instruction | None = None
-    while at < end:
-        found = code.get(at)
-        if found is None or at + len(found.raw) > end:
-            at += 1
+    while start < end:
+        known = code.get(start)
+        if known is None or start + len(known.raw) > end:
+            start += 1
             continue
-        rows += _between(data[plain_from - offset : at - offset], plain_from, found)
-        rows.append(_row(found))
-        at += len(found.raw)
-        plain_from, last = at, found
+        rows += _between(data[plain_from - offset : start - offset], plain_from, known)
+        rows.append(_row(known))
+        start += len(known.raw)
+        plain_from, last = start, known
     rest = data[plain_from - offset :]
     rows += _between(rest, plain_from, last) if last is not None else byte_rows(rest)
     yield Piece(
@@ -107,8 +107,8 @@ def _code(name: str, offset: int, data: bytes, code: dict[int, Instruction]) -> 
 def _between(raw: bytes, offset: int, near: Instruction) -> list[str]:
     # What no jump leads to may be code all the same: the target of a pointer, a handler.
     same_page = offset // PAGE_SIZE == near.offset // PAGE_SIZE
-    found = sweep(raw, offset, near) if raw and same_page else []
-    return [_row(each) for each in found] or byte_rows(raw)
+    result = sweep(raw, offset, near) if raw and same_page else []
+    return [_row(each) for each in result] or byte_rows(raw)
 
 
 def _row(each: Instruction) -> str:

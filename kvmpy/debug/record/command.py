@@ -20,12 +20,12 @@ _CARRIERS = {
 }
 
 
-def command_of(what: Payload) -> Command | None:
+def command_of(payload: Payload) -> Command | None:
     """Return the SEV command that an ioctl carries, None where it carries none that kvmpy knows."""
-    if not isinstance(what, Ioctl) or what.request not in _CARRIERS or not what.argument_in:
+    if not isinstance(payload, Ioctl) or payload.request not in _CARRIERS or not payload.argument_in:
         return None
-    struct, name, commands = _CARRIERS[what.request]
-    return commands.get(_number(what.argument_in, struct, name))
+    struct, name, commands = _CARRIERS[payload.request]
+    return commands.get(_number(payload.argument_in, struct, name))
 
 
 def status_of(request: int, after: bytes | None) -> int | None:

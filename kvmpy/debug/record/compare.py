@@ -51,11 +51,11 @@ class Outcome:
 
 def recorded_outcome(step: Step) -> Outcome:
     """Return what the record says of *step*, an ioctl."""
-    what = step.ioctl
-    if what is None:
+    ioctl = step.ioctl
+    if ioctl is None:
         raise ValueError(f"step {step.index} is not an ioctl")
     after = step.argument.node.after if step.argument is not None and step.argument.node else None
-    return Outcome(what.result, what.errno, after, step.run_out)
+    return Outcome(ioctl.result, ioctl.errno, after, step.run_out)
 
 
 def result_text(outcome: Outcome) -> str:
@@ -69,23 +69,23 @@ def differences(step: Step, then: Outcome, now: Outcome) -> list[Difference]:
     """Return where *now* differs from *then*, but for what may, and for what no program ever did."""
     if step.entry.frame.synthetic:
         return []
-    found: list[Difference] = []
+    results: list[Difference] = []
     same = then.errno == now.errno and (then.result >= 0) == (now.result >= 0)
     if same and not step.makes and "" not in volatile(step.request):
         same = then.result == now.result
     if not same:
-        found.append(Difference("result", result_text(then), result_text(now)))
+        results.append(Difference("result", result_text(then), result_text(now)))
     if step.request == ioctls.KVM_RUN.nr:
         if not (then.result < 0 and now.result < 0 and then.errno == errno.EINTR):
-            found += _run_differences(then, now)
+            results += _run_differences(then, now)
     elif (
         then.after is not None
         and now.after is not None
         and then.after != now.after
-        and not (found or step.unsteady)
+        and not (results or step.unsteady)
     ):
-        found += _struct_differences(step, then.after, now.after)
-    return found
+        results += _struct_differences(step, then.after, now.after)
+    return results
 
 
 def volatile(request: int) -> tuple[str, ...]:

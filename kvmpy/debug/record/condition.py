@@ -42,10 +42,10 @@ class Term:
 
     def holds(self, each: Replayed) -> bool:
         """Tell whether it is true of an ioctl that was replayed."""
-        found = {
+        results = {
             "errno": each.errno, "result": each.result, "exit": each.exit, "firmware": each.firmware,
         }[self.field]  # fmt: skip
-        return found is not None and self.compare(found, self.value)
+        return results is not None and self.compare(results, self.value)
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def parse(text: str) -> Expression:
         raise ConditionError(f"{name} is not an ioctl or SEV command that kvmpy knows")
     terms = []
     for part in re.split(r"\s+and\s+|&&", terms_text.strip()):
-        found = _TERM.match(part.strip())
-        if found is None:
+        matched = _TERM.match(part.strip())
+        if matched is None:
             raise ConditionError(
                 f"{part.strip()!r}: expected errno, result, exit or firmware, a comparison and a value, "
                 "as in 'errno==EINVAL at KVM_SET_SREGS' or 'exit==KVM_EXIT_SHUTDOWN'"
             )
-        terms.append(Term(found[1], _OPERATORS[found[2]], _value(found[3])))
+        terms.append(Term(matched[1], _OPERATORS[matched[2]], _value(matched[3])))
     return Expression(tuple(terms), name)
 
 
@@ -133,11 +133,11 @@ class SameOutcome(Condition):
         answer = self._player.play(path)
         if answer.failure or any(each.differs for each in answer.ioctls):
             return False
-        found = next((each for each in answer.ioctls if each.order == self._order), None)
-        if found is None:
+        index = next((each for each in answer.ioctls if each.order == self._order), None)
+        if index is None:
             return False
-        self._rip = found.rip if self._rip is None else self._rip
-        return found.rip == self._rip
+        self._rip = index.rip if self._rip is None else self._rip
+        return index.rip == self._rip
 
 
 class ShellTest(Condition):

@@ -124,9 +124,9 @@ def declaration(name: str) -> list[str]:
     """Return the lines of a struct's declaration, with the kernel's types; KeyError when there is none."""
     folder = Path(constants.__file__).parents[1] / "cdef"
     for path in sorted(folder.glob("*.h")):
-        found = re.search(rf"^struct {name} \{{.*?^\}};", path.read_text(), re.MULTILINE | re.DOTALL)
-        if found:
-            text = re.sub(r"\bu?int\d+_t\b", lambda match: _C_TYPES[match[0]], found[0])
+        matched = re.search(rf"^struct {name} \{{.*?^\}};", path.read_text(), re.MULTILINE | re.DOTALL)
+        if matched:
+            text = re.sub(r"\bu?int\d+_t\b", lambda match: _C_TYPES[match[0]], matched[0])
             return text.replace(name, _c_name(name), 1).splitlines()
     raise KeyError(name)
 
@@ -142,8 +142,8 @@ def number(value: int) -> str:
 def byte_rows(data: bytes, indent: str = "\t") -> list[str]:
     """Return *data* as rows of an initialiser, twelve bytes each."""
     return [
-        indent + ", ".join(f"0x{byte:02x}" for byte in data[at : at + 12]) + ","
-        for at in range(0, len(data), 12)
+        indent + ", ".join(f"0x{byte:02x}" for byte in data[offset : offset + 12]) + ","
+        for offset in range(0, len(data), 12)
     ]
 
 
@@ -168,20 +168,20 @@ class _Initializer:
     reference: Reference
     covered: bytearray
 
-    def _cover(self, at: int, size: int) -> None:
-        self.covered[at : at + size] = b"\1" * len(self.covered[at : at + size])
+    def _cover(self, start: int, size: int) -> None:
+        self.covered[start : start + size] = b"\1" * len(self.covered[start : start + size])
 
     def fields(self, value: Struct, indent: str, base: int = 0, inner: str | None = None) -> Iterator[str]:
         for field in _chosen(value, inner):
-            at, content = base + field.offset, getattr(value, field.attribute)
+            address, content = base + field.offset, getattr(value, field.attribute)
             head = f"{indent}.{field.name} = "
             if not isinstance(content, int):
-                yield from self._compound(value, field, content, indent, at)
+                yield from self._compound(value, field, content, indent, address)
                 continue
-            expression, kind = self.reference(at), FIELDS.get((value.NAME, field.name))
+            expression, kind = self.reference(address), FIELDS.get((value.NAME, field.name))
             named = kind is not None and field.name in ("id", "type", "chip_id")
             if expression is not None or content:
-                self._cover(at, field.size)
+                self._cover(address, field.size)
             if expression is not None:
                 number_ = expression.startswith(("(uint32_t)", "(uint64_t)")) or expression[0].isdigit()
                 cast = "(void *)" if (value.NAME, field.name) in _POINTERS else "(uintptr_t)"
@@ -189,19 +189,21 @@ class _Initializer:
             elif content or named:
                 yield f"{head}{self.words.words(kind, content) if kind is not None else number(content)},"
 
-    def _compound(self, value: Struct, field: Field, content: Any, indent: str, at: int) -> Iterator[str]:
+    def _compound(
+        self, value: Struct, field: Field, content: Any, indent: str, position: int
+    ) -> Iterator[str]:
         head, deeper = f"{indent}.{field.name} = ", indent + "\t"
         if isinstance(content, Struct):
             member = active_member(value) if content.IS_UNION else None
-            lines = list(self.fields(content, deeper, at, member))
+            lines = list(self.fields(content, deeper, position, member))
             yield from braces(head, lines, indent) if lines else []
             return
         if isinstance(content, StructArray):
-            rows = list(self._structs(value, content, deeper, at, flexible=field.size == 0))
+            rows = list(self._structs(value, content, deeper, position, flexible=field.size == 0))
             yield from [head + "{", *rows, indent + "},"] if rows else []
             return
         raw = content.to_bytes()
-        self._cover(at, len(raw))
+        self._cover(position, len(raw))
         if not any(raw):
             return
         if isinstance(content, NestedArray):
@@ -214,27 +216,27 @@ class _Initializer:
                 return
             items = [f"[{place}] = 0x{raw[place]:02x}," for place in range(first, end) if raw[place]]
         else:
-            items = list(self._numbers(value, field, content, len(raw) // max(1, len(content)), at))
+            items = list(self._numbers(value, field, content, len(raw) // max(1, len(content)), position))
         yield from braces(head, [deeper + item for item in items], indent)
 
-    def _numbers(self, value: Struct, field: Field, content: Any, size: int, at: int) -> Iterator[str]:
+    def _numbers(self, value: Struct, field: Field, content: Any, size: int, offset: int) -> Iterator[str]:
         capability = value.NAME == "kvm_enable_cap" and field.name == "args"
         kind = CAP_ARGUMENTS.get(value.cap) if capability else None  # type: ignore[attr-defined]
         for place, item in enumerate(content):
-            expression = self.reference(at + place * size)
+            expression = self.reference(offset + place * size)
             if item or expression is not None:
                 words = self.words.words(kind, item) if kind is not None and place == 0 else number(item)
                 yield f"[{place}] = {expression or words},"
 
     def _structs(
-        self, value: Struct, content: StructArray[Any], indent: str, at: int, *, flexible: bool
+        self, value: Struct, content: StructArray[Any], indent: str, offset: int, *, flexible: bool
     ) -> Iterator[str]:
         count = len(content)
         if flexible and isinstance(value, FlexStruct):
             count = min(len(value), value.room)
         for place in range(count):
             item = content[place]
-            lines = list(self.fields(item, indent + "\t", at + place * item.nbytes))
+            lines = list(self.fields(item, indent + "\t", offset + place * item.nbytes))
             if lines or flexible:
                 yield from braces(indent if flexible else f"{indent}[{place}] = ", lines, indent)
 

@@ -92,13 +92,13 @@ class CSteps(CArguments):
         self._awaited = {other for step in script.steps for other in step.after}
         self._code = discover(script.steps)
         for step in script.steps:
-            what = step.entry.what
-            if isinstance(what, Kick) or (isinstance(what, Ioctl) and what.request == _RUN):
-                self.runs[what.object] = f"{self.fd(what.object)}_run"
-                if isinstance(what, Kick):
-                    self._kicks.append((what.object, step.entry.order))
+            payload = step.entry.what
+            if isinstance(payload, Kick) or (isinstance(payload, Ioctl) and payload.request == _RUN):
+                self.runs[payload.object] = f"{self.fd(payload.object)}_run"
+                if isinstance(payload, Kick):
+                    self._kicks.append((payload.object, step.entry.order))
                 elif step.interrupted and step.unsteady:
-                    self.early[what.object] = f"{self.fd(what.object)}_early"
+                    self.early[payload.object] = f"{self.fd(payload.object)}_early"
 
     def block(self, step: Step) -> Block:
         """Return the block of *step*."""
@@ -109,60 +109,60 @@ class CSteps(CArguments):
             block.begins, block.ends = step.index in self._watched, step.index in self._awaited
             self.uses |= {"begun"} if block.begins else set()
             self.uses |= {"ended"} if block.ends else set()
-        what = step.entry.what
-        if isinstance(what, Ioctl):
+        event = step.entry.what
+        if isinstance(event, Ioctl):
             block.final = step is self.target
             block.call = (
-                self._run(step, what, block) if what.request == _RUN else self._ioctl(step, what, block)
+                self._run(step, event, block) if event.request == _RUN else self._ioctl(step, event, block)
             )
-        elif isinstance(what, FileCall) and what.call == FILE_FALLOCATE:
-            arguments = f"{self.fd(what.object)}, {what.mode:#x}, {what.offset:#x}, {what.length:#x}"
-            block.call = Call("fallocate", f"fallocate({arguments})", str(what.result), _errno(what.errno))
+        elif isinstance(event, FileCall) and event.call == FILE_FALLOCATE:
+            arguments = f"{self.fd(event.object)}, {event.mode:#x}, {event.offset:#x}, {event.length:#x}"
+            block.call = Call("fallocate", f"fallocate({arguments})", str(event.result), _errno(event.errno))
         else:
             block.statements += self._plain_step(step)
         return block
 
     def _plain_step(self, step: Step) -> Iterator[str]:
-        what = step.entry.what
-        if isinstance(what, Object):
-            yield from self._open(what)
+        payload = step.entry.what
+        if isinstance(payload, Object):
+            yield from self._open(payload)
         elif step.region is not None and not step.data:
             yield from self._map(step.region)
-        elif isinstance(what, (Write, Memory)) and step.region is not None:
-            place = f"{self.region(step.region)} + {what.address - step.region.start:#x}"
-            if isinstance(what, Memory) and not any(step.data):
+        elif isinstance(payload, (Write, Memory)) and step.region is not None:
+            place = f"{self.region(step.region)} + {payload.address - step.region.start:#x}"
+            if isinstance(payload, Memory) and not any(step.data):
                 yield f"memset({place}, 0, {len(step.data):#x});"
             else:
                 yield from self._store(place, step.data, "The host writes guest memory.")
-        elif isinstance(what, Kick):
-            self._flags[what.object] = None
-            name = self.fd(what.object)
-            if self.threaded and what.how & KICK_SIGNAL:
+        elif isinstance(payload, Kick):
+            self._flags[payload.object] = None
+            name = self.fd(payload.object)
+            if self.threaded and payload.how & KICK_SIGNAL:
                 self.uses |= {"kick", "signals"}
                 yield f"kick({name}_run, {name}_thread);"
             else:
                 yield f"{name}_run->immediate_exit = 1;"
-        elif isinstance(what, Close):
-            yield f"close({self.fd(what.object)});"
-        elif isinstance(what, Event) and what.what == EVENT_WRITTEN:
-            yield f"eventfd_write({self.fd(what.object)}, {what.value});"
+        elif isinstance(payload, Close):
+            yield f"close({self.fd(payload.object)});"
+        elif isinstance(payload, Event) and payload.what == EVENT_WRITTEN:
+            yield f"eventfd_write({self.fd(payload.object)}, {payload.value});"
 
-    def _open(self, what: Object) -> Iterator[str]:
-        name = self.fd(what.id)
-        if what.kind == ObjectKind.EVENTFD:
+    def _open(self, payload: Object) -> Iterator[str]:
+        name = self.fd(payload.id)
+        if payload.kind == ObjectKind.EVENTFD:
             yield f"{name} = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);"
-        elif what.kind == ObjectKind.GMEM:
-            yield f"{name} = dup({self.fd(what.parent)});"
-        elif what.kind == ObjectKind.MEMFD:
+        elif payload.kind == ObjectKind.GMEM:
+            yield f"{name} = dup({self.fd(payload.parent)});"
+        elif payload.kind == ObjectKind.MEMFD:
             yield f'{name} = memfd_create("memory", MFD_CLOEXEC);'
         else:
             self.uses.add("open_device")
-            named = what.name if what.name.startswith("/dev/") else "/dev/null"
+            named = payload.name if payload.name.startswith("/dev/") else "/dev/null"
             path = {ObjectKind.SYSTEM: "/dev/kvm", ObjectKind.SEV: "/dev/sev"}.get(
-                ObjectKind(what.kind), named
+                ObjectKind(payload.kind), named
             )
             yield f'{name} = open_device("{path}");'
-            if what.kind == ObjectKind.SYSTEM and self.runs:
+            if payload.kind == ObjectKind.SYSTEM and self.runs:
                 yield f"run_size = ioctl({name}, KVM_GET_VCPU_MMAP_SIZE, 0);"
 
     def _map(self, region: Region) -> Iterator[str]:
@@ -201,34 +201,34 @@ class CSteps(CArguments):
 
     # Ioctls.
 
-    def _ioctl(self, step: Step, what: Ioctl, block: Block) -> Call:
-        op = ioctls.BY_NR.get(what.request)
-        name = self.words.request(op) if op is not None else number(what.request)
-        known = command_of(what) or op
+    def _ioctl(self, step: Step, ioctl: Ioctl, block: Block) -> Call:
+        op = ioctls.BY_NR.get(ioctl.request)
+        name = self.words.request(op) if op is not None else number(ioctl.request)
+        known = command_of(ioctl) or op
         about = known.doc.rstrip(".") if known is not None else "an ioctl that kvmpy does not know"
-        ended = "" if what.result >= 0 else f" Recorded: {result_text(recorded_outcome(step))[3:]}."
-        block.comment = f"{step.index}: {self.fd(what.object)}: {about}.{ended}"
+        ended = "" if ioctl.result >= 0 else f" Recorded: {result_text(recorded_outcome(step))[3:]}."
+        block.comment = f"{step.index}: {self.fd(ioctl.object)}: {about}.{ended}"
         node = step.argument.node if step.argument is not None else None
         variable = self.node(node, block.scope) if node is not None else None
-        argument = variable.address if variable is not None else self._number(step, what, block.scope)
-        if step.unsteady and what.object in self.early and not is_question(step):
+        argument = variable.address if variable is not None else self._number(step, ioctl, block.scope)
+        if step.unsteady and ioctl.object in self.early and not is_question(step):
             # The recorded state takes the place of what the guest has done since it was interrupted.
-            block.statements.append(f"{self.early[what.object]}.come = 0;")
-        if what.request == ioctls.KVM_RESET_DIRTY_RINGS.nr:
+            block.statements.append(f"{self.early[ioctl.object]}.come = 0;")
+        if ioctl.request == ioctls.KVM_RESET_DIRTY_RINGS.nr:
             self.uses.add("collect")
-            block.statements.append(f"collected = {what.result};")
+            block.statements.append(f"collected = {ioctl.result};")
             block.statements += [f"collect({ring}, {r.size:#x});" for r, ring in self.rings.items()]
-        any_result = step.makes or ("" in volatile(what.request) and what.result >= 0)
+        any_result = step.makes or ("" in volatile(ioctl.request) and ioctl.result >= 0)
         call = Call(
-            str(command_of(what) or name),
-            f"ioctl({self.fd(what.object)}, {name}, {argument})",
-            "ANY" if any_result else str(what.result),
-            _errno(what.errno),
+            str(command_of(ioctl) or name),
+            f"ioctl({self.fd(ioctl.object)}, {name}, {argument})",
+            "ANY" if any_result else str(ioctl.result),
+            _errno(ioctl.errno),
         )
         if block.final:
             call.function = "same"
-            call.checks = self._argument_checks(step, what, variable)
-        elif step.makes and what.request == ioctls.KVM_CREATE_DEVICE.nr and variable is not None:
+            call.checks = self._argument_checks(step, ioctl, variable)
+        elif step.makes and ioctl.request == ioctls.KVM_CREATE_DEVICE.nr and variable is not None:
             block.behind.append(f"{self.fd(step.makes)} = {variable.member('fd')};")
         elif step.makes:
             call.gives = self.fd(step.makes)
@@ -237,22 +237,22 @@ class CSteps(CArguments):
             block.behind.append(f"{self.runs[step.makes]} = map_fd({self.fd(step.makes)}, run_size, 0);")
         return call
 
-    def _number(self, step: Step, what: Ioctl, scope: Scope) -> str:
+    def _number(self, step: Step, ioctl: Ioctl, scope: Scope) -> str:
         if step.argument is not None:
             return self.value(step.argument, scope)
-        op = ioctls.BY_NR.get(what.request)
+        op = ioctls.BY_NR.get(ioctl.request)
         kind = ARGUMENTS.get(op.name) if op is not None else None
         if kind is not None:
-            return self.words.words(kind, what.arg)
-        return number(what.arg) if what.arg else "NULL" if op and op.arg != "int" else "0"
+            return self.words.words(kind, ioctl.arg)
+        return number(ioctl.arg) if ioctl.arg else "NULL" if op and op.arg != "int" else "0"
 
-    def _argument_checks(self, step: Step, what: Ioctl, variable: Variable | None) -> list[str]:
+    def _argument_checks(self, step: Step, ioctl: Ioctl, variable: Variable | None) -> list[str]:
         node = step.argument.node if step.argument is not None else None
         if variable is None or node is None or node.after is None or node.struct is None or step.unsteady:
             return []
         # Of what failed, the argument says no more than the status of the secure processor.
-        failed = what.result < 0
-        if "" in volatile(what.request) or (failed and status_of(what.request, node.after) is None):
+        failed = ioctl.result < 0
+        if "" in volatile(ioctl.request) or (failed and status_of(ioctl.request, node.after) is None):
             return []
         return [
             self._value(step, path, variable.member(path), number(value))
@@ -266,33 +266,35 @@ class CSteps(CArguments):
 
     # KVM_RUN.
 
-    def _run(self, step: Step, what: Ioctl, block: Block) -> Call:
-        vcpu, run = self.fd(what.object), self.runs[what.object]
+    def _run(self, step: Step, ioctl: Ioctl, block: Block) -> Call:
+        vcpu, run = self.fd(ioctl.object), self.runs[ioctl.object]
         outcome = recorded_outcome(step)
         reason = exit_reason(outcome)
-        ending = f"ends with {reason_text(reason)}" if what.result >= 0 else result_text(outcome)[3:]
+        ending = f"ends with {reason_text(reason)}" if ioctl.result >= 0 else result_text(outcome)[3:]
         block.comment = f"{step.index}: {vcpu} runs; {ending}."
-        if self._flags.get(what.object, False) != step.immediate_exit:
+        if self._flags.get(ioctl.object, False) != step.immediate_exit:
             block.statements.append(f"{run}->immediate_exit = {int(step.immediate_exit)};")
         # Who kicks it or ends its run leaves the flag as the machine pleases.
         unknown = step.interrupted or self._kicked(step)
-        self._flags[what.object] = None if unknown else step.immediate_exit
+        self._flags[ioctl.object] = None if unknown else step.immediate_exit
         for offset, data in step.run_in:
             block.statements += self._store(f"(unsigned char *){run} + {offset:#x}", data)
         if self.threaded:
             block.statements.append(f"{vcpu}_thread = pthread_self();")
-        call = Call("KVM_RUN", f"ioctl({vcpu}, KVM_RUN, NULL)", str(what.result), _errno(what.errno), "same")
-        early = f"&{self.early[what.object]}" if what.object in self.early else ""
+        call = Call(
+            "KVM_RUN", f"ioctl({vcpu}, KVM_RUN, NULL)", str(ioctl.result), _errno(ioctl.errno), "same"
+        )
+        early = f"&{self.early[ioctl.object]}" if ioctl.object in self.early else ""
         if step.interrupted or (step.ended_by_signal and step.unsteady):
             self.uses |= {"run_for", "signals"}
-            took = (what.end_ns - step.entry.frame.time_ns) // 1000
+            took = (ioctl.end_ns - step.entry.frame.time_ns) // 1000
             us = 0 if step.immediate_exit or self._kicked(step) else max(_SHORTEST_US, min(_LONGEST_US, took))
             call.expression = f"run_for({vcpu}, {run}, {us}, {early if early and step.unsteady else 'NULL'})"
-        elif not step.ended_by_signal and (early or any(kicked == what.object for kicked, _ in self._kicks)):
+        elif not step.ended_by_signal and (early or any(kicked == ioctl.object for kicked, _ in self._kicks)):
             self.uses.add("run_on")
             call.expression = f"run_on({vcpu}, {run}, {early or 'NULL'})"
-        fault = what.result < 0 and reason == ExitReason.KVM_EXIT_MEMORY_FAULT
-        if reason is not None and (what.result >= 0 or fault):
+        fault = ioctl.result < 0 and reason == ExitReason.KVM_EXIT_MEMORY_FAULT
+        if reason is not None and (ioctl.result >= 0 or fault):
             words = self.words.words(ExitReason, reason) if reason in set(ExitReason) else number(reason)
             call.guard = self._value(step, "exit_reason", f"{run}->exit_reason", words)
             call.checks = [
@@ -303,9 +305,9 @@ class CSteps(CArguments):
         return call
 
     def _kicked(self, step: Step) -> bool:
-        what = step.ioctl
-        return what is not None and any(
-            kicked == what.object and step.entry.order < order < what.end_order
+        ioctl = step.ioctl
+        return ioctl is not None and any(
+            kicked == ioctl.object and step.entry.order < order < ioctl.end_order
             for kicked, order in self._kicks
         )
 

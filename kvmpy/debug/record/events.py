@@ -117,23 +117,23 @@ class Ioctl:
         """Return the ioctl in *payload*."""
         ident, fd, request, arg, result, errno, count, _, end_order, end_ns = IOCTL.unpack_from(payload)
         chunks = []
-        at = IOCTL.size
+        start = IOCTL.size
         for _ in range(count):
-            address, size, when, what, flags = CHUNK.unpack_from(payload, at)
-            at += CHUNK.size
-            if at + size > len(payload):
+            address, size, when, source, flags = CHUNK.unpack_from(payload, start)
+            start += CHUNK.size
+            if start + size > len(payload):
                 raise ValueError(f"a chunk of {size} bytes reaches beyond its frame")
-            chunks.append(Chunk(address, payload[at : at + size], when, what, flags))
-            at += padded(size)
+            chunks.append(Chunk(address, payload[start : start + size], when, source, flags))
+            start += padded(size)
         return cls(ident, fd, request, arg, result, errno, end_order, end_ns, tuple(chunks))
 
     def chunk(self, address: int, when: int) -> bytes | None:
         """Return the content at *address* before (IN) or after (OUT), None where it is not told."""
-        found = None
+        match = None
         for each in self.chunks:
             if each.address == address and each.when & when:
-                found = each.data
-        return found
+                match = each.data
+        return match
 
     @property
     def argument_in(self) -> bytes | None:
@@ -200,8 +200,8 @@ class Thread:
         return cls(tid, pid, ppid, _text(payload, THREAD.size))
 
 
-def _text(payload: bytes, at: int) -> str:
-    return payload[at:].rstrip(b"\0").decode("utf-8", "replace")
+def _text(payload: bytes, position: int) -> str:
+    return payload[position:].rstrip(b"\0").decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,9 @@ class Pages:
             raise ValueError(f"codec {codec} is not known")
         if len(body) != count * PAGE_SIZE:
             raise ValueError(f"{len(body)} bytes for {count} pages")
-        return cls(first, tuple(body[at : at + PAGE_SIZE] for at in range(0, len(body), PAGE_SIZE)))
+        return cls(
+            first, tuple(body[offset : offset + PAGE_SIZE] for offset in range(0, len(body), PAGE_SIZE))
+        )
 
 
 @dataclass(frozen=True)

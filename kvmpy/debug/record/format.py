@@ -257,48 +257,50 @@ class FrameReader:
         return parse_lines(first.payload) if first is not None and first.type == FrameType.HOST else {}
 
     def __iter__(self) -> Iterator[Frame]:
-        at = FILE_HEADER.size
+        position = FILE_HEADER.size
         self.problems = []
-        while at < len(self.data):
-            found = self._frame(at)
-            if isinstance(found, Frame):
-                yield found
-                at = self.end = at + padded(FRAME_HEADER.size + len(found.payload))
+        while position < len(self.data):
+            frame = self._frame(position)
+            if isinstance(frame, Frame):
+                yield frame
+                position = self.end = position + padded(FRAME_HEADER.size + len(frame.payload))
                 continue
-            if found is None:
+            if frame is None:
                 return
-            self.problems.append(found)
-            following = self._next(at + 1) if self.resync else None
+            self.problems.append(frame)
+            following = self._next(position + 1) if self.resync else None
             if following is None:
                 return
-            at = following
+            position = following
 
-    def _frame(self, at: int) -> Frame | Problem | None:
-        rest = len(self.data) - at
-        if self.data[at : at + 8] == bytes(min(8, rest)):
+    def _frame(self, offset: int) -> Frame | Problem | None:
+        rest = len(self.data) - offset
+        if self.data[offset : offset + 8] == bytes(min(8, rest)):
             return None
         if rest < FRAME_HEADER.size:
-            return Problem(at, f"the record ends within a frame header ({rest} bytes of {FRAME_HEADER.size})")
-        magic, crc, size, kind, flags, tid, pid, order, time_ns = FRAME_HEADER.unpack_from(self.data, at)
+            return Problem(
+                offset, f"the record ends within a frame header ({rest} bytes of {FRAME_HEADER.size})"
+            )
+        magic, crc, size, kind, flags, tid, pid, order, time_ns = FRAME_HEADER.unpack_from(self.data, offset)
         if magic != FRAME_MAGIC:
-            return Problem(at, f"no frame begins here ({magic:#010x} is not its magic number)")
+            return Problem(offset, f"no frame begins here ({magic:#010x} is not its magic number)")
         if size > MAX_PAYLOAD:
-            return Problem(at, f"a frame of {size} bytes: its length is damaged")
+            return Problem(offset, f"a frame of {size} bytes: its length is damaged")
         if size > rest - FRAME_HEADER.size:
             have = rest - FRAME_HEADER.size
-            return Problem(at, f"the record ends within a frame ({have} of {size} bytes are there)")
-        start = at + FRAME_HEADER.size
-        if zlib.crc32(self.data[at + CHECKED_FROM : start + size]) != crc:
-            return Problem(at, f"a frame of type {kind} is damaged: its checksum does not match")
-        return Frame(kind, bytes(self.data[start : start + size]), tid, pid, order, time_ns, flags, at)
+            return Problem(offset, f"the record ends within a frame ({have} of {size} bytes are there)")
+        start = offset + FRAME_HEADER.size
+        if zlib.crc32(self.data[offset + CHECKED_FROM : start + size]) != crc:
+            return Problem(offset, f"a frame of type {kind} is damaged: its checksum does not match")
+        return Frame(kind, bytes(self.data[start : start + size]), tid, pid, order, time_ns, flags, offset)
 
-    def _next(self, at: int) -> int | None:
-        raw = bytes(self.data[at:])
-        found = raw.find(b"KVMR")
-        while found >= 0:
-            if isinstance(self._frame(at + found), Frame):
-                return at + found
-            found = raw.find(b"KVMR", found + 1)
+    def _next(self, offset: int) -> int | None:
+        raw = bytes(self.data[offset:])
+        position = raw.find(b"KVMR")
+        while position >= 0:
+            if isinstance(self._frame(offset + position), Frame):
+                return offset + position
+            position = raw.find(b"KVMR", position + 1)
         return None
 
 

@@ -54,10 +54,10 @@ class GuestView:
         """Return the region and offset of *gpa*, which may carry an encryption bit."""
         # No memory lies where that bit is, unless it is an emulated one.
         end = max((slot.gpa + slot.size for slot in self.slots), default=0)
-        for at in dict.fromkeys((gpa, gpa & (1 << end.bit_length()) - 1)):
+        for position in dict.fromkeys((gpa, gpa & (1 << end.bit_length()) - 1)):
             for slot in self.slots:
-                if slot.gpa <= at < slot.gpa + slot.size:
-                    return slot.region, slot.offset + at - slot.gpa
+                if slot.gpa <= position < slot.gpa + slot.size:
+                    return slot.region, slot.offset + position - slot.gpa
         return None
 
     def hold(self, slot: Slot, *, first: bool = False) -> None:
@@ -125,12 +125,14 @@ def view_of(steps: Iterable[Step]) -> GuestView:
     """Return guest memory as *steps* set it up, with the content that it began with."""
     view = GuestView()
     for step in steps:
-        what = step.ioctl
+        ioctl = step.ioctl
         node = step.argument.node if step.argument is not None else None
-        if what is None or node is None or what.result < 0:
+        if ioctl is None or node is None or ioctl.result < 0:
             continue
         if step.request in ioctls.SETS_SLOT:
-            gpa, size, address = (int.from_bytes(node.data[at : at + 8], "little") for at in (8, 16, 24))
+            gpa, size, address = (
+                int.from_bytes(node.data[offset : offset + 8], "little") for offset in (8, 16, 24)
+            )
             region = next((ref.region for ref in node.refs if ref.region is not None), None)
             if region is not None and size:
                 view.hold(Slot(gpa, size, region, address - region.start))
@@ -146,7 +148,7 @@ def _launched(node: Node) -> Iterator[tuple[int, int, Ref]]:
         inner = ref.node
         if inner is None or inner.struct != "kvm_sev_snp_launch_update":
             continue
-        gfn, _, size = (int.from_bytes(inner.data[at : at + 8], "little") for at in (0, 8, 16))
+        gfn, _, size = (int.from_bytes(inner.data[offset : offset + 8], "little") for offset in (0, 8, 16))
         for source in inner.refs:
             yield gfn * PAGE_SIZE, size, source
 
@@ -155,34 +157,34 @@ def cpus_of(steps: Iterable[Step]) -> list[Cpu]:
     """Return the state in which each vCPU first ran."""
     sregs: dict[int, kvm_sregs] = {}
     regs: dict[int, kvm_regs] = {}
-    found: dict[int, Cpu] = {}
+    results: dict[int, Cpu] = {}
     for step in steps:
-        what = step.ioctl
-        if what is None:
+        call = step.ioctl
+        if call is None:
             continue
         node = step.argument.node if step.argument is not None else None
-        if node is not None and what.result >= 0:
+        if node is not None and call.result >= 0:
             # kvm_sregs2 begins like kvm_sregs, as far as is looked at here.
             if node.struct in ("kvm_sregs", "kvm_sregs2"):
                 data = node.after if node.after is not None else node.data
-                sregs[what.object] = kvm_sregs.from_bytes(data[: kvm_sregs.SIZE].ljust(kvm_sregs.SIZE, b"\0"))
+                sregs[call.object] = kvm_sregs.from_bytes(data[: kvm_sregs.SIZE].ljust(kvm_sregs.SIZE, b"\0"))
             elif step.request == ioctls.KVM_SET_REGS.nr:
-                regs[what.object] = kvm_regs.from_bytes(node.data[: kvm_regs.SIZE])
-        elif step.request == ioctls.KVM_RUN.nr and what.object not in found and what.object in sregs:
-            found[what.object] = Cpu(sregs[what.object], regs.get(what.object, kvm_regs(rflags=2)))
-    return list(found.values())
+                regs[call.object] = kvm_regs.from_bytes(node.data[: kvm_regs.SIZE])
+        elif step.request == ioctls.KVM_RUN.nr and call.object not in results and call.object in sregs:
+            results[call.object] = Cpu(sregs[call.object], regs.get(call.object, kvm_regs(rflags=2)))
+    return list(results.values())
 
 
 def discover(steps: list[Step]) -> dict[Region, dict[int, Instruction]]:
     """Return the instructions that can be reached from where the vCPUs begin, by region and offset."""
     view = view_of(steps)
-    found: dict[Region, dict[int, Instruction]] = {}
+    by_name: dict[Region, dict[int, Instruction]] = {}
     for cpu in cpus_of(steps):
-        _follow(view, cpu, found)
-    return found
+        _follow(view, cpu, by_name)
+    return by_name
 
 
-def _follow(view: GuestView, cpu: Cpu, found: dict[Region, dict[int, Instruction]]) -> None:
+def _follow(view: GuestView, cpu: Cpu, results: dict[Region, dict[int, Instruction]]) -> None:
     decoder = _decoder(cpu.bits)
     work = [cpu.start]
     seen: set[int] = set()
@@ -198,7 +200,7 @@ def _follow(view: GuestView, cpu: Cpu, found: dict[Region, dict[int, Instruction
             if decoded is None:
                 break
             text = f"{decoded.mnemonic} {decoded.op_str}".strip()
-            found.setdefault(region, {})[offset] = Instruction(
+            results.setdefault(region, {})[offset] = Instruction(
                 offset, raw[: decoded.size], linear, text, cpu.bits
             )
             target = _TARGET.fullmatch(decoded.op_str)
@@ -213,13 +215,17 @@ def _follow(view: GuestView, cpu: Cpu, found: dict[Region, dict[int, Instruction
 def sweep(raw: bytes, offset: int, near: Instruction) -> list[Instruction]:
     """Return the instructions in *raw*, which lies at *offset*; none where they do not fill it."""
     start = near.gva + offset - near.offset
-    found = []
-    at = 0
+    rows = []
+    position = 0
     for each in _decoder(near.bits).disasm(raw, start):
         text = f"{each.mnemonic} {each.op_str}".strip()
-        found.append(Instruction(offset + at, raw[at : at + each.size], start + at, text, near.bits))
-        at += each.size
-    return found if at == len(raw) else []
+        rows.append(
+            Instruction(
+                offset + position, raw[position : position + each.size], start + position, text, near.bits
+            )
+        )
+        position += each.size
+    return rows if position == len(raw) else []
 
 
 def _fetch(view: GuestView, cpu: Cpu, linear: int) -> tuple[Region, int, bytes] | None:

@@ -44,9 +44,9 @@ class Entry:
         """When it ended; 0 where it never did."""
         return self.what.end_order if isinstance(self.what, Ioctl) else self.frame.order
 
-    def but(self, what: Payload) -> Entry:
+    def but(self, payload: Payload) -> Entry:
         """Return the same event with another content."""
-        return replace(self, what=what)
+        return replace(self, what=payload)
 
 
 @dataclass
@@ -78,31 +78,31 @@ class Record:
         entered: dict[tuple[int, int], Entry] = {}
         for frame in reader:
             try:
-                what = unpack(frame)
+                event = unpack(frame)
             except RecordError as error:
                 record.problems.append(Problem(frame.offset, str(error).partition(": ")[2]))
                 break
-            record._take(frame, what, entered)
+            record._take(frame, event, entered)
         record.problems += reader.problems
         record.in_flight = sorted(entered.values(), key=lambda each: each.order)
         record.entries.sort(key=lambda each: each.order)
         return record
 
-    def _take(self, frame: Frame, what: Payload | None, entered: dict[tuple[int, int], Entry]) -> None:
-        entry = Entry(frame, what) if what is not None else None
+    def _take(self, frame: Frame, payload: Payload | None, entered: dict[tuple[int, int], Entry]) -> None:
+        entry = Entry(frame, payload) if payload is not None else None
         if entry is None:
             return
-        if isinstance(what, Enter):
+        if isinstance(payload, Enter):
             entered[frame.pid, frame.order] = entry
             return
-        if isinstance(what, Ioctl):
+        if isinstance(payload, Ioctl):
             entered.pop((frame.pid, frame.order), None)
-        if isinstance(what, Pages):
-            for number, page in enumerate(what.pages):
-                self.pages[what.first + number] = page
-        elif isinstance(what, Lines) and not isinstance(what, Note):
-            self.host.update(what.values)
-        elif isinstance(what, End):
+        if isinstance(payload, Pages):
+            for number, page in enumerate(payload.pages):
+                self.pages[payload.first + number] = page
+        elif isinstance(payload, Lines) and not isinstance(payload, Note):
+            self.host.update(payload.values)
+        elif isinstance(payload, End):
             self.complete = True
         else:
             self.entries.append(entry)
@@ -120,11 +120,11 @@ class Record:
     @property
     def notes(self) -> dict[str, str]:
         """All remarks; later ones win."""
-        found: dict[str, str] = {}
+        results: dict[str, str] = {}
         for each in self.entries:
             if isinstance(each.what, Note):
-                found.update(each.what.values)
-        return found
+                results.update(each.what.values)
+        return results
 
     def page(self, ident: int) -> bytes:
         """Return the content of a page; RecordError when the record lacks it."""
@@ -148,16 +148,16 @@ class Record:
         out: list[tuple[Frame, Payload]] = [(head, Lines({**self.host, **(about or {})}))]
         numbers: dict[int, int] = {0: 0}
         for entry in self.entries:
-            what = entry.what
-            if isinstance(what, Memory):
-                fresh = [ident for ident in dict.fromkeys(what.ids) if ident not in numbers]
-                for at in range(0, len(fresh), _BATCH):
-                    part = fresh[at : at + _BATCH]
+            payload = entry.what
+            if isinstance(payload, Memory):
+                fresh = [ident for ident in dict.fromkeys(payload.ids) if ident not in numbers]
+                for offset in range(0, len(fresh), _BATCH):
+                    part = fresh[offset : offset + _BATCH]
                     first = len(numbers)
                     numbers.update({ident: first + number for number, ident in enumerate(part)})
                     out.append((entry.frame, Pages(first, tuple(map(self.page, part)))))
-                what = replace(what, ids=tuple(numbers[ident] for ident in what.ids))
-            out.append((entry.frame, what))
+                payload = replace(payload, ids=tuple(numbers[ident] for ident in payload.ids))
+            out.append((entry.frame, payload))
         out.append((head, End(len(out))))
         staged = f"{os.fspath(path)}.{os.getpid()}"
         with open(staged, "wb", opener=private) as stream:
@@ -177,7 +177,7 @@ class Record:
         return text
 
 
-def request_name(what: Payload) -> str:
+def request_name(payload: Payload) -> str:
     """Return the name of an ioctl, or its number where kvmpy does not know it."""
-    request = what.request if isinstance(what, Ioctl) else 0
+    request = payload.request if isinstance(payload, Ioctl) else 0
     return BY_NR[request].name if request in BY_NR else f"ioctl {request:#x}"

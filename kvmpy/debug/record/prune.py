@@ -12,11 +12,11 @@ from kvmpy.uapi import ioctls
 
 def is_question(step: Step) -> bool:
     """Tell whether *step* only asks, so that leaving it out changes nothing for the others."""
-    what = step.ioctl
-    if what is None:
+    ioctl = step.ioctl
+    if ioctl is None:
         return False
-    op = ioctls.BY_NR.get(what.request)
-    carried = command.command_of(what)
+    op = ioctls.BY_NR.get(ioctl.request)
+    carried = command.command_of(ioctl)
     return (op is not None and op.asks) or (carried is not None and carried.asks)
 
 
@@ -29,12 +29,12 @@ def target_of(script: Script) -> Step:
     """
     asked = None
     for step in reversed(script.steps):
-        what = step.ioctl
-        if what is None:
+        call = step.ioctl
+        if call is None:
             continue
         asked = asked or step
-        beside = is_question(step) or what.request == ioctls.KVM_GET_STATS_FD.nr or step.ended_by_signal
-        if (what.result < 0 and not step.ended_by_signal) or step.interrupted or not beside:
+        beside = is_question(step) or call.request == ioctls.KVM_GET_STATS_FD.nr or step.ended_by_signal
+        if (call.result < 0 and not step.ended_by_signal) or step.interrupted or not beside:
             return step
     if asked is None:
         raise ValueError("the record holds no ioctl that returned")
@@ -43,12 +43,12 @@ def target_of(script: Script) -> Step:
 
 def references(node: Node | None) -> set[int]:
     """Return the ids of the objects that an argument names."""
-    found: set[int] = set()
+    names: set[int] = set()
     for ref in node.refs if node is not None else ():
         if ref.object:
-            found.add(ref.object)
-        found |= references(ref.node)
-    return found
+            names.add(ref.object)
+        names |= references(ref.node)
+    return names
 
 
 def prune(script: Script, target: Step) -> Script:
@@ -56,17 +56,17 @@ def prune(script: Script, target: Step) -> Script:
     family = _family(script, target)
     kept = []
     for step in script.steps:
-        what = step.entry.what
-        if step.index > target.index or isinstance(what, Deadline):
+        payload = step.entry.what
+        if step.index > target.index or isinstance(payload, Deadline):
             continue
-        if isinstance(what, Close) and not _matters(script, what.object, family):
+        if isinstance(payload, Close) and not _matters(script, payload.object, family):
             continue
         if step.ioctl is not None:
             if step.ioctl.object not in family or (is_question(step) and step is not target):
                 continue
             if step.ioctl.result < 0 and step is not target and step.request != ioctls.KVM_RUN.nr:
                 continue
-        elif isinstance(what, Kick) and what.object not in family:
+        elif isinstance(payload, Kick) and payload.object not in family:
             continue
         kept.append(step)
     used = {step.ioctl.object for step in kept if step.ioctl is not None}
@@ -76,8 +76,8 @@ def prune(script: Script, target: Step) -> Script:
 
 def _spare(step: Step, used: set[int]) -> bool:
     # A /dev/sev that was opened for questions alone.
-    what = step.entry.what
-    return isinstance(what, Object) and what.kind == ObjectKind.SEV and what.id not in used
+    event = step.entry.what
+    return isinstance(event, Object) and event.kind == ObjectKind.SEV and event.id not in used
 
 
 def _matters(script: Script, ident: int, family: set[int]) -> bool:

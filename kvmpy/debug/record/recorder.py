@@ -376,13 +376,13 @@ class Recorder:
         if isinstance(arg, int):
             if not plan.size or not arg:
                 return
-            found = self._follow.raw(arg, plan, _OUT)
+            pieces = self._follow.raw(arg, plan, _OUT)
         else:
-            found = [struct_chunk(arg, _OUT)]
+            pieces = [struct_chunk(arg, _OUT)]
         if plan.after:
-            chunks += found
-        if plan.deep and found and plan.buffer is not None:
-            content = content_of(chunks[0] if plan.before and chunks else found[0])
+            chunks += pieces
+        if plan.deep and pieces and plan.buffer is not None:
+            content = content_of(chunks[0] if plan.before and chunks else pieces[0])
             chunks.extend(self._follow.nested(plan.buffer, content, _OUT, self._slot_bytes(fd)))
 
     def _special_after(
@@ -402,7 +402,9 @@ class Recorder:
         elif nr in ioctls.SETS_SLOT and chunks:
             content = content_of(chunks[0])
             slot = int.from_bytes(content[:4], "little")
-            size, address = (int.from_bytes(content[at : at + 8], "little") for at in (16, 24))
+            size, address = (
+                int.from_bytes(content[position : position + 8], "little") for position in (16, 24)
+            )
             self.memory.slot_set(fd, slot, address, size, tid)
 
     # What else the host does.
@@ -425,8 +427,8 @@ class Recorder:
 
     def kicked(self, vcpu: KvmFd, tid: int, signal: int) -> None:
         """Write the kick."""
-        how = KICK_IMMEDIATE_EXIT | (KICK_SIGNAL if tid else 0)
-        self.writer.put(Kick(self._object(vcpu), how, signal, tid), tid=self._tid())
+        flags = KICK_IMMEDIATE_EXIT | (KICK_SIGNAL if tid else 0)
+        self.writer.put(Kick(self._object(vcpu), flags, signal, tid), tid=self._tid())
 
     def deadline_set(self, vcpu: KvmFd, ns: int) -> None:
         """Write the deadline where it is another than before."""

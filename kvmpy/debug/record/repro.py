@@ -77,9 +77,9 @@ def write_c(script: Script, target: Step, limit: int = LIMIT) -> str:
 
 def _about(writer: CSteps) -> list[tuple[str, str]]:
     host, target = writer.script.record.host, writer.target
-    what, outcome = target.ioctl, recorded_outcome(target)
+    ioctl, outcome = target.ioctl, recorded_outcome(target)
     point = f"{command_of(target.entry.what) or request_name(target.entry.what)}"
-    point += f" on {writer.fd(what.object if what else 0)}"
+    point += f" on {writer.fd(ioctl.object if ioctl else 0)}"
     status = status_of(target.request, outcome.after)
     if outcome.result < 0:
         point += f" fails with {errno.errorcode.get(outcome.errno, outcome.errno)}"

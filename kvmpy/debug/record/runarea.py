@@ -48,24 +48,24 @@ class RunArea:
         """Return chunks for what the host changed since the last run."""
         area = self._area
         now = area[:HEAD]
-        found = []
+        results = []
         last = self._last
         if now[_SYNC] != _NO_SYNC:
             now = area[:WHOLE]
             last = last.ljust(WHOLE, b"\0")
         if now != last[: len(now)]:
             low, high = differing(last[: len(now)], now)
-            found.append(chunk(self.address + low, now[low:high], _IN, _RUN))
+            results.append(chunk(self.address + low, now[low:high], _IN, _RUN))
         if self._io is not None:
             offset, data = self._io
             answer = area[offset : offset + len(data)]
             if answer != data:
-                found.append(chunk(self.address + offset, answer, _IN, _RUN))
+                results.append(chunk(self.address + offset, answer, _IN, _RUN))
         first = self._first()
         if first != self._ring:
             self._ring = first
-            found.append(chunk(self.address + _RING, first, _IN, _RUN))
-        return found
+            results.append(chunk(self.address + _RING, first, _IN, _RUN))
+        return results
 
     def after(self) -> list[bytes]:
         """Return chunks for what KVM_RUN left."""
@@ -73,9 +73,9 @@ class RunArea:
         now = area[:HEAD]
         if now[_SYNC] != _NO_SYNC:
             now = area[:WHOLE]
-            found = [chunk(self.address, now, _OUT, _RUN)]
+            chunks = [chunk(self.address, now, _OUT, _RUN)]
         else:
-            found = [chunk(self.address, now[:UNION_END], _OUT, _RUN)]
+            chunks = [chunk(self.address, now[:UNION_END], _OUT, _RUN)]
         self._last = now
         self._io = None
         if now[_REASON : _REASON + 4] == _EXIT_IO:
@@ -84,5 +84,5 @@ class RunArea:
             if 0 < size <= _MOST_IO and offset + size <= self.size:
                 data = area[offset : offset + size]
                 self._io = (offset, data)
-                found.append(chunk(self.address + offset, data, _OUT, _RUN))
-        return found
+                chunks.append(chunk(self.address + offset, data, _OUT, _RUN))
+        return chunks

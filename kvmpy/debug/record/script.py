@@ -130,8 +130,8 @@ class Step:
     @property
     def ended_by_signal(self) -> bool:
         """Whether it is a KVM_RUN that failed with EINTR, interrupted or because of immediate_exit."""
-        what = self.ioctl
-        return what is not None and what.request == _RUN and what.result < 0 and what.errno == EINTR
+        call = self.ioctl
+        return call is not None and call.request == _RUN and call.result < 0 and call.errno == EINTR
 
     @property
     def interrupted(self) -> bool:
@@ -167,30 +167,34 @@ class _Builder:
     def find_regions(self) -> None:
         """Collect the memory that is mapped or that slots use, with the time in which it exists."""
         for entry in self.record.entries:
-            what = entry.what
-            if isinstance(what, Unmap):
+            payload = entry.what
+            if isinstance(payload, Unmap):
                 for region in self.regions:
                     if (
                         region.until > entry.order
                         and region.pid == entry.frame.pid
-                        and what.address <= region.start < what.address + what.length
+                        and payload.address <= region.start < payload.address + payload.length
                     ):
                         region.until = entry.order
-            elif isinstance(what, Map):
-                self._claim(entry, what.address, what.length, what.object, what.offset, what.flags)
-            elif isinstance(what, Ioctl) and what.request in ioctls.SETS_SLOT and what.argument_in:
-                raw = what.argument_in
-                size, address = (int.from_bytes(raw[at : at + 8], "little") for at in (16, 24))
+            elif isinstance(payload, Map):
+                self._claim(
+                    entry, payload.address, payload.length, payload.object, payload.offset, payload.flags
+                )
+            elif isinstance(payload, Ioctl) and payload.request in ioctls.SETS_SLOT and payload.argument_in:
+                raw = payload.argument_in
+                size, address = (
+                    int.from_bytes(raw[position : position + 8], "little") for position in (16, 24)
+                )
                 if 0 < size <= _LARGEST and address >= 0x10000 and address + size < _USER_END:
                     region = self._claim(entry, address & ~0xFFF, size + (address & 0xFFF))
-                    region.vms.add(what.object)
-            elif isinstance(what, Close):
-                self._release(what.object, entry.order)
-            elif isinstance(what, Memory) and what.flags & MEMORY_INITIAL:
+                    region.vms.add(payload.object)
+            elif isinstance(payload, Close):
+                self._release(payload.object, entry.order)
+            elif isinstance(payload, Memory) and payload.flags & MEMORY_INITIAL:
                 # Content that a VM begins with is there as soon as the memory is.
-                place = self.region_at(what.address, entry)
+                place = self.region_at(payload.address, entry)
                 if place is not None:
-                    place.initial.append((what.address - place.start, self.record.content(what)))
+                    place.initial.append((payload.address - place.start, self.record.content(payload)))
         for region in self.regions:
             if region.object and not region.offset:
                 self.areas.setdefault(region.object, []).append(region)
@@ -208,7 +212,7 @@ class _Builder:
                     continue
                 return region
             added = region.start - min(region.start, start)
-            region.initial = [(at + added, data) for at, data in region.initial]
+            region.initial = [(piece + added, data) for piece, data in region.initial]
             region.start, region.end = min(region.start, start), max(region.end, end)
             # The slot's ioctl comes first, what the memory is like behind it.
             region.flags |= flags
@@ -236,27 +240,27 @@ class _Builder:
 
     # Arguments.
 
-    def argument(self, entry: Entry, what: Ioctl) -> Ref | None:
+    def argument(self, entry: Entry, ioctl: Ioctl) -> Ref | None:
         """Return the reference that is the argument, None where it is a plain number."""
-        buffer = BUFFERS.get(what.request)
-        before, after = what.argument_in, what.argument_out
+        buffer = BUFFERS.get(ioctl.request)
+        before, after = ioctl.argument_in, ioctl.argument_out
         if before is None and after is None:
-            if buffer is None or not what.arg:
+            if buffer is None or not ioctl.arg:
                 return None
-            return Ref(0, 8, what.arg, bad=True)
+            return Ref(0, 8, ioctl.arg, bad=True)
         if not (before or after):
-            return Ref(0, 8, what.arg, bad=True)
-        node = self._node(entry, what, buffer, before, after)
-        op = ioctls.BY_NR.get(what.request)
+            return Ref(0, 8, ioctl.arg, bad=True)
+        node = self._node(entry, ioctl, buffer, before, after)
+        op = ioctls.BY_NR.get(ioctl.request)
         if op is not None and op.struct is not None:
             for name in op.addresses:
                 self._address(entry, node, *field_place(op.struct, name))
             for place in descriptors_in(op, node.data):
                 self._descriptor(entry, node, *place)
-        return Ref(0, 8, what.arg, node=node)
+        return Ref(0, 8, ioctl.arg, node=node)
 
     def _node(
-        self, entry: Entry, what: Ioctl, buffer: Buffer | None, before: bytes | None, after: bytes | None
+        self, entry: Entry, ioctl: Ioctl, buffer: Buffer | None, before: bytes | None, after: bytes | None
     ) -> Node:
         data = before if before is not None else bytes(len(after or b""))
         if after is not None:
@@ -267,10 +271,10 @@ class _Builder:
             data = data.ljust(min(room, MOST), b"\0")
         node = Node(data, None if buffer is None else buffer.struct, after=after, what=buffer)
         if buffer is not None:
-            self._pointers(entry, what, buffer, node)
+            self._pointers(entry, ioctl, buffer, node)
         return node
 
-    def _pointers(self, entry: Entry, what: Ioctl, buffer: Buffer, node: Node) -> None:
+    def _pointers(self, entry: Entry, ioctl: Ioctl, buffer: Buffer, node: Node) -> None:
         selected = None
         if buffer.select:
             offset, size = buffer.place(buffer.select)
@@ -281,11 +285,11 @@ class _Builder:
             if not value or offset + size > len(node.data):
                 continue
             region = self.region_at(value, entry)
-            before, after = what.chunk(value, When.IN), what.chunk(value, When.OUT)
+            before, after = ioctl.chunk(value, When.IN), ioctl.chunk(value, When.OUT)
             if region is not None:
                 node.refs.append(Ref(offset, size, value, region=region))
             elif before or after:
-                inner = self._node(entry, what, child, before, after)
+                inner = self._node(entry, ioctl, child, before, after)
                 node.refs.append(Ref(offset, size, value, node=inner))
             else:
                 node.refs.append(Ref(offset, size, value, bad=True))
@@ -310,51 +314,51 @@ class _Builder:
         """Yield the steps without their order between threads."""
         index = 0
         for entry in self.record.entries:
-            what = entry.what
+            event = entry.what
             step = Step(index, entry, 0)
-            if isinstance(what, Object):
-                self._opened(entry, what)
-                if what.made_by:
+            if isinstance(event, Object):
+                self._opened(entry, event)
+                if event.made_by:
                     continue
-            elif isinstance(what, Ioctl):
-                self._ioctl_step(step, what)
-            elif isinstance(what, (Write, Memory)):
-                step.region = self.region_at(what.address, entry)
-                step.data = what.data if isinstance(what, Write) else self.record.content(what)
-                initial = isinstance(what, Memory) and what.flags & MEMORY_INITIAL
+            elif isinstance(event, Ioctl):
+                self._ioctl_step(step, event)
+            elif isinstance(event, (Write, Memory)):
+                step.region = self.region_at(event.address, entry)
+                step.data = event.data if isinstance(event, Write) else self.record.content(event)
+                initial = isinstance(event, Memory) and event.flags & MEMORY_INITIAL
                 if step.region is None or initial:
                     continue
-            elif isinstance(what, Map):
-                if isinstance(what, Unmap) or not what.object:
+            elif isinstance(event, Map):
+                if isinstance(event, Unmap) or not event.object:
                     continue
                 step.region = next(
-                    (r for r in self.regions if r.since == entry.order and r.object == what.object), None
+                    (r for r in self.regions if r.since == entry.order and r.object == event.object), None
                 )
-            elif not isinstance(what, (Close, Kick, Deadline, FileCall, Event)):
+            elif not isinstance(event, (Close, Kick, Deadline, FileCall, Event)):
                 continue
             yield step
             index += 1
 
-    def _opened(self, entry: Entry, what: Object) -> None:
-        self.numbers[entry.frame.pid, what.fd] = self.numbers[0, what.fd] = what.id
+    def _opened(self, entry: Entry, payload: Object) -> None:
+        self.numbers[entry.frame.pid, payload.fd] = self.numbers[0, payload.fd] = payload.id
 
-    def _ioctl_step(self, step: Step, what: Ioctl) -> None:
+    def _ioctl_step(self, step: Step, ioctl: Ioctl) -> None:
         step.makes = self.made.get(step.entry.order, 0)
         if step.makes:
             self._opened(step.entry, self.objects[step.makes])
-        if what.request == _RUN:
-            self._run_step(step, what)
+        if ioctl.request == _RUN:
+            self._run_step(step, ioctl)
         else:
-            step.argument = self.argument(step.entry, what)
+            step.argument = self.argument(step.entry, ioctl)
 
-    def _run_step(self, step: Step, what: Ioctl) -> None:
-        chunks = [each for each in what.chunks if each.what == What.RUN]
-        mapped = self.areas.get(what.object, ())
-        begins = [each.start for each in mapped if each.since <= what.end_order]
+    def _run_step(self, step: Step, ioctl: Ioctl) -> None:
+        chunks = [each for each in ioctl.chunks if each.what == What.RUN]
+        mapped = self.areas.get(ioctl.object, ())
+        begins = [each.start for each in mapped if each.since <= ioctl.end_order]
         # Where nobody saw the mapping: what KVM_RUN left begins where the area does.
         begins += [each.address for each in chunks if each.when & _OUT and len(each.data) >= _RUN_HEAD]
         start = begins[0] if begins else 0
-        area = self.run_areas.setdefault(what.object, bytearray(_RUN_HEAD))
+        area = self.run_areas.setdefault(ioctl.object, bytearray(_RUN_HEAD))
         placed = [(c.when, c.address - start, c.data) for c in chunks if start and c.address >= start]
         for when, offset, data in placed:
             if when & _IN:
@@ -374,7 +378,9 @@ def _put(area: bytearray, offset: int, data: bytes) -> None:
 def _changed(area: bytearray, offset: int, data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield where *data* differs from the head of *area*, but for immediate_exit, and all behind the head."""
     head = max(0, min(len(data), len(area) - offset))
-    differs = [area[offset + at] != data[at] and offset + at != _IMMEDIATE_EXIT for at in range(head)]
+    differs = [
+        area[offset + start] != data[start] and offset + start != _IMMEDIATE_EXIT for start in range(head)
+    ]
     for changed, group in groupby(range(head), key=differs.__getitem__):
         places = list(group)
         if changed:
@@ -419,24 +425,24 @@ def _progress(steps: list[Step]) -> None:
     behind: dict[int, list[Step]] = {}
     for step in steps:
         step.unsteady = False
-        what = step.ioctl
-        if what is None:
+        ioctl = step.ioctl
+        if ioctl is None:
             continue
-        if what.request == _RUN and not step.ended_by_signal:
-            for each in behind.pop(what.object, ()):
+        if ioctl.request == _RUN and not step.ended_by_signal:
+            for each in behind.pop(ioctl.object, ()):
                 each.unsteady = True
-        elif what.object in behind or step.interrupted:
-            behind.setdefault(what.object, []).append(step)
+        elif ioctl.object in behind or step.interrupted:
+            behind.setdefault(ioctl.object, []).append(step)
 
 
 def _refuse_shared(steps: list[Step], objects: dict[int, Object]) -> None:
     """ProcessesError where a process uses what another one made."""
     owners: dict[int, int] = {}
     for step in steps:
-        what, pid = step.ioctl, step.entry.frame.pid
+        ioctl, pid = step.ioctl, step.entry.frame.pid
         if step.makes:
             owners[step.makes] = pid
-        each = objects.get(what.object) if what is not None else None
+        each = objects.get(ioctl.object) if ioctl is not None else None
         if each is not None and each.kind in _OWNED and owners.get(each.id, pid) != pid:
             raise ProcessesError(
                 f"process {pid} issued {request_name(step.entry.what)} on {each.name}, which process "

@@ -50,7 +50,7 @@ def ddmin(items: Sequence[_T], needed: Callable[[list[_T]], bool]) -> list[_T]:
     parts = 2
     while len(kept) >= 2:
         size = -(-len(kept) // parts)
-        chunks = [kept[at : at + size] for at in range(0, len(kept), size)]
+        chunks = [kept[offset : offset + size] for offset in range(0, len(kept), size)]
         for number in range(len(chunks)):
             rest = [item for other, chunk in enumerate(chunks) if other != number for item in chunk]
             if rest and needed(rest):
@@ -66,17 +66,17 @@ def ddmin(items: Sequence[_T], needed: Callable[[list[_T]], bool]) -> list[_T]:
 
 def consistent(entries: list[Entry]) -> list[Entry]:
     """Return *entries* without those that act on objects which nothing makes any more."""
-    made = {each.order for each in entries if isinstance(each.what, Ioctl) and each.what.result >= 0}
+    opened = {each.order for each in entries if isinstance(each.what, Ioctl) and each.what.result >= 0}
     alive: set[int] = {0}
     kept = []
     for each in sorted(entries, key=_creation_first):
-        what = each.what
-        if isinstance(what, Object):
-            if what.made_by and what.made_by not in made:
+        payload = each.what
+        if isinstance(payload, Object):
+            if payload.made_by and payload.made_by not in opened:
                 continue
-            alive.add(what.id)
-        elif isinstance(what, _ON_OBJECTS) and what.object not in alive:
-            made.discard(each.order)
+            alive.add(payload.id)
+        elif isinstance(payload, _ON_OBJECTS) and payload.object not in alive:
+            opened.discard(each.order)
             continue
         kept.append(each)
     return sorted(kept, key=lambda each: each.order)
@@ -135,9 +135,9 @@ class Shrinker:
         self.best = candidate
         return True
 
-    def _say(self, what: str) -> None:
+    def _say(self, action: str) -> None:
         if self._progress is not None:
-            self._progress(f"{what}: {size_text(self.best)}, {self.attempts} attempts")
+            self._progress(f"{action}: {size_text(self.best)}, {self.attempts} attempts")
 
     def run(self) -> Record:
         """Cut down everything that can be cut down and return the result."""
@@ -173,10 +173,10 @@ class Shrinker:
     def pages(self) -> None:
         """Clear pages whose content is not needed."""
         places = [
-            (number, at)
+            (number, index)
             for number, entry in enumerate(self.best.entries)
             if isinstance(entry.what, Memory)
-            for at, ident in enumerate(entry.what.ids)
+            for index, ident in enumerate(entry.what.ids)
             if ident
         ]
         base = self.best
@@ -187,7 +187,7 @@ class Shrinker:
             for number, entry in enumerate(entries):
                 if isinstance(entry.what, Memory):
                     ids = tuple(
-                        ident if (number, at) in kept else 0 for at, ident in enumerate(entry.what.ids)
+                        ident if (number, index) in kept else 0 for index, ident in enumerate(entry.what.ids)
                     )
                     entries[number] = entry.but(replace(entry.what, ids=ids))
             return self._try(base.with_entries(_without_empty(entries)))
@@ -203,19 +203,19 @@ class Shrinker:
         base = self.best
         used = sorted({i for e in base.entries if isinstance(e.what, Memory) for i in e.what.ids if i})
         places = [
-            (ident, at)
+            (ident, start)
             for ident in used
-            for at in range(0, PAGE_SIZE, block)
-            if any(base.pages[ident][at : at + block])
+            for start in range(0, PAGE_SIZE, block)
+            if any(base.pages[ident][start : start + block])
         ]
 
         def needed(part: list[tuple[int, int]]) -> bool:
             pages = dict(base.pages)
             for ident in used:
                 content = bytearray(PAGE_SIZE)
-                for owner, at in part:
+                for owner, offset in part:
                     if owner == ident:
-                        content[at : at + block] = base.pages[ident][at : at + block]
+                        content[offset : offset + block] = base.pages[ident][offset : offset + block]
                 pages[ident] = bytes(content)
             return self._try(replace(base, pages=pages))
 
@@ -236,29 +236,31 @@ class Shrinker:
         return None
 
     def _with_argument(self, order: int, data: bytes) -> bool:
-        found = self._argument(order)
-        if found is None:
+        argument = self._argument(order)
+        if argument is None:
             return False
-        number, what, _ = found
+        number, ioctl, _ = argument
         chunks = tuple(
             Chunk(c.address, data, When.IN if c.when == When.BOTH else c.when, c.what, c.flags)
-            if c.address == what.arg and c.when & When.IN
+            if c.address == ioctl.arg and c.when & When.IN
             else c
-            for c in what.chunks
+            for c in ioctl.chunks
         )
         entries = list(self.best.entries)
-        entries[number] = entries[number].but(replace(what, chunks=chunks))
+        entries[number] = entries[number].but(replace(ioctl, chunks=chunks))
         return self._try(self.best.with_entries(entries))
 
     def _struct(self, order: int) -> Struct | None:
-        found = self._argument(order)
-        buffer = BUFFERS.get(found[1].request) if found is not None else None
-        if found is None or buffer is None or buffer.struct is None:
+        argument = self._argument(order)
+        buffer = BUFFERS.get(argument[1].request) if argument is not None else None
+        if argument is None or buffer is None or buffer.struct is None:
             return None
         kind = struct_class(buffer.struct)
-        if len(found[2]) < kind.SIZE or (not issubclass(kind, FlexStruct) and len(found[2]) != kind.SIZE):
+        if len(argument[2]) < kind.SIZE or (
+            not issubclass(kind, FlexStruct) and len(argument[2]) != kind.SIZE
+        ):
             return None
-        return kind.from_bytes(found[2])
+        return kind.from_bytes(argument[2])
 
     def _entries_of(self, order: int) -> None:
         value = self._struct(order)
@@ -271,9 +273,9 @@ class Shrinker:
         items = [raw[value.OPEN_OFFSET + n * size :][:size] for n in range(min(len(value), value.room))]
 
         def needed(part: list[bytes]) -> bool:
-            made = kind.from_bytes(head + b"".join(part))
-            setattr(made._holder(), str(kind.COUNT), len(part))
-            return self._with_argument(order, made.to_bytes())
+            output = kind.from_bytes(head + b"".join(part))
+            setattr(output._holder(), str(kind.COUNT), len(part))
+            return self._with_argument(order, output.to_bytes())
 
         ddmin(items, needed)
 
@@ -288,8 +290,8 @@ class Shrinker:
             content = bytearray(len(raw))
             if isinstance(value, FlexStruct):
                 content[value.OPEN_OFFSET :] = raw[value.OPEN_OFFSET :]
-            for at, size in part:
-                content[at : at + size] = raw[at : at + size]
+            for position, size in part:
+                content[position : position + size] = raw[position : position + size]
             return self._with_argument(order, bytes(content))
 
         ddmin(places, needed)
@@ -297,19 +299,19 @@ class Shrinker:
 
 def leaves(value: Struct, base: int = 0) -> list[tuple[int, int]]:
     """Return offset and size of every number in *value* ahead of its open array."""
-    found: list[tuple[int, int]] = []
+    results: list[tuple[int, int]] = []
     for field in value.FIELDS.values():
         content = getattr(value, field.attribute)
         if field.size == 0:
             continue
         if isinstance(content, Struct):
-            found += leaves(content, base + field.offset)
+            results += leaves(content, base + field.offset)
         elif isinstance(content, int):
-            found.append((base + field.offset, field.size))
+            results.append((base + field.offset, field.size))
         else:
             size = max(1, field.size // max(1, len(content)))
-            found += [(base + field.offset + at, size) for at in range(0, field.size, size)]
-    return sorted(set(found))
+            results += [(base + field.offset + offset, size) for offset in range(0, field.size, size)]
+    return sorted(set(results))
 
 
 def _without_empty(entries: list[Entry]) -> list[Entry]:

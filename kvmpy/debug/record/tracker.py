@@ -155,12 +155,12 @@ class MemoryTracker:
         with self._lock:
             state = self._vms.setdefault(vm, VmMemory())
             size = min(size, max((s for _, s in state.slots.values()), default=PAGE_SIZE))
-            for at in range(address, address + size, _RUN_PAGES * PAGE_SIZE):
-                data = self.peek(at, min(_RUN_PAGES * PAGE_SIZE, address + size - at))
+            for offset in range(address, address + size, _RUN_PAGES * PAGE_SIZE):
+                data = self.peek(offset, min(_RUN_PAGES * PAGE_SIZE, address + size - offset))
                 pages = [data[n : n + PAGE_SIZE] for n in range(0, len(data) - PAGE_SIZE + 1, PAGE_SIZE)]
                 if not pages:
                     break
-                self._source_pages(state, at, pages, tid)
+                self._source_pages(state, offset, pages, tid)
 
     def _source_pages(self, state: VmMemory, address: int, pages: list[bytes], tid: int) -> None:
         ids = self._writer.page_ids(pages, tid)
@@ -196,14 +196,16 @@ class MemoryTracker:
             )
             for run in _POPULATED.finditer(entries[7::8]):
                 first = address + (start + run.start()) * PAGE_SIZE
-                for at in range(0, run.end() - run.start(), _RUN_PAGES):
-                    pages = min(_RUN_PAGES, run.end() - run.start() - at)
-                    self._write_pages(first + at * PAGE_SIZE, pages, flags, tid)
+                for position in range(0, run.end() - run.start(), _RUN_PAGES):
+                    pages = min(_RUN_PAGES, run.end() - run.start() - position)
+                    self._write_pages(first + position * PAGE_SIZE, pages, flags, tid)
 
     def _write_pages(self, address: int, count: int, flags: int, tid: int) -> None:
         data = self.peek(address, count * PAGE_SIZE)
         whole = len(data) // PAGE_SIZE * PAGE_SIZE
-        ids = self._writer.page_ids([data[at : at + PAGE_SIZE] for at in range(0, whole, PAGE_SIZE)], tid)
+        ids = self._writer.page_ids(
+            [data[offset : offset + PAGE_SIZE] for offset in range(0, whole, PAGE_SIZE)], tid
+        )
         # Pages of zeroes at either end go without saying.
         low, high = 0, len(ids)
         while low < high and ids[low] == 0:
@@ -255,9 +257,9 @@ class MemoryTracker:
             span, rights = line.split(" ", 2)[:2]
             start, _, end = span.partition("-")
             if int(start, 16) <= address < int(end, 16):
-                found = 0 if rights[0] == "r" else MAP_NO_READ
-                found |= 0 if rights[1] == "w" else MAP_NO_WRITE
-                return found | (MAP_SHARED if rights[3] == "s" else 0)
+                result = 0 if rights[0] == "r" else MAP_NO_READ
+                result |= 0 if rights[1] == "w" else MAP_NO_WRITE
+                return result | (MAP_SHARED if rights[3] == "s" else 0)
         return MAP_NO_READ | MAP_NO_WRITE
 
     # What the host writes after the first run.

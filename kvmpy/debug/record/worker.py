@@ -113,8 +113,8 @@ class Player:
         if not line:
             self.close()
             return Answer((), "the replaying process died" if ready else f"no end after {self.timeout:g} s")
-        found = json.loads(line)
-        return Answer(tuple(Replayed(*each) for each in found["ioctls"]), found["failure"])
+        document = json.loads(line)
+        return Answer(tuple(Replayed(*each) for each in document["ioctls"]), document["failure"])
 
     def close(self) -> None:
         """End the child."""

@@ -98,29 +98,29 @@ class World:
 
     def do(self, step: Step) -> Outcome | None:
         """Carry *step* out; the outcome where it is an ioctl."""
-        what = step.entry.what
+        payload = step.entry.what
         if step.ioctl is not None:
             return self._run(step) if step.request == ioctls.KVM_RUN.nr else self._ioctl(step)
-        if isinstance(what, Object):
-            self._open(what)
+        if isinstance(payload, Object):
+            self._open(payload)
         elif step.region is not None and not step.data:
             if step.region.object in self.fds:
                 with contextlib.suppress(OSError):
                     self._map(step.region, self.fds[step.region.object])
         elif step.region is not None:
             self._write(step)
-        elif isinstance(what, Kick):
-            vcpu = self._vcpus.get(what.object)
+        elif isinstance(payload, Kick):
+            vcpu = self._vcpus.get(payload.object)
             if vcpu is not None:
                 lib.kvmpy_vcpu_kick(vcpu)
-        elif isinstance(what, FileCall):
-            if what.call == FILE_FALLOCATE and what.object in self.fds:
-                lib.kvmpy_fallocate(self.fds[what.object], what.mode, what.offset, what.length)
-        elif isinstance(what, Event):
-            if what.object in self.fds:
-                os.eventfd_write(self.fds[what.object], what.value)
-        elif isinstance(what, Close):
-            self._close(what.object)
+        elif isinstance(payload, FileCall):
+            if payload.call == FILE_FALLOCATE and payload.object in self.fds:
+                lib.kvmpy_fallocate(self.fds[payload.object], payload.mode, payload.offset, payload.length)
+        elif isinstance(payload, Event):
+            if payload.object in self.fds:
+                os.eventfd_write(self.fds[payload.object], payload.value)
+        elif isinstance(payload, Close):
+            self._close(payload.object)
         return None
 
     def _write(self, step: Step) -> None:
@@ -131,45 +131,45 @@ class World:
         offset = step.entry.what.address - region.start  # type: ignore[union-attr]
         area[offset : offset + len(step.data)] = step.data
 
-    def _open(self, what: Object) -> None:
-        if what.kind == ObjectKind.SYSTEM:
-            self.fds[what.id] = os.open(self._device, os.O_RDWR | os.O_CLOEXEC)
-        elif what.kind == ObjectKind.EVENTFD:
-            self.fds[what.id] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        elif what.kind == ObjectKind.SEV:
+    def _open(self, event: Object) -> None:
+        if event.kind == ObjectKind.SYSTEM:
+            self.fds[event.id] = os.open(self._device, os.O_RDWR | os.O_CLOEXEC)
+        elif event.kind == ObjectKind.EVENTFD:
+            self.fds[event.id] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        elif event.kind == ObjectKind.SEV:
             with contextlib.suppress(OSError):
-                self.fds[what.id] = os.open("/dev/sev", os.O_RDWR | os.O_CLOEXEC)
-        elif what.kind == ObjectKind.GMEM and what.parent in self.fds:
-            self.fds[what.id] = os.dup(self.fds[what.parent])
-        elif what.kind == ObjectKind.MEMFD:
-            self.fds[what.id] = os.memfd_create("kvmpy", os.MFD_CLOEXEC)
-        elif what.kind == ObjectKind.OTHER and what.name.startswith("/dev/"):
+                self.fds[event.id] = os.open("/dev/sev", os.O_RDWR | os.O_CLOEXEC)
+        elif event.kind == ObjectKind.GMEM and event.parent in self.fds:
+            self.fds[event.id] = os.dup(self.fds[event.parent])
+        elif event.kind == ObjectKind.MEMFD:
+            self.fds[event.id] = os.memfd_create("kvmpy", os.MFD_CLOEXEC)
+        elif event.kind == ObjectKind.OTHER and event.name.startswith("/dev/"):
             with contextlib.suppress(OSError):
-                self.fds[what.id] = os.open(what.name, os.O_RDWR | os.O_CLOEXEC)
-        elif what.kind in (ObjectKind.VM, ObjectKind.VCPU):
+                self.fds[event.id] = os.open(event.name, os.O_RDWR | os.O_CLOEXEC)
+        elif event.kind in (ObjectKind.VM, ObjectKind.VCPU):
             raise ReplayError(
-                f"{what.name} existed before recording began: the record does not say how it was made"
+                f"{event.name} existed before recording began: the record does not say how it was made"
             )
 
     def _ioctl(self, step: Step) -> Outcome:
-        what = step.ioctl
-        if what is None or what.object not in self.fds:
+        ioctl = step.ioctl
+        if ioctl is None or ioctl.object not in self.fds:
             raise ReplayError(f"step {step.index}: its file descriptor does not exist here")
         if step.unsteady and not is_question(step):
             # The recorded state takes the place of what the guest has done since.
-            self._early.pop(what.object, None)
+            self._early.pop(ioctl.object, None)
         keep: list[Any] = []
         place: Any = None
         if step.argument is None:
-            value = what.arg
+            value = ioctl.arg
         elif step.argument.node is not None:
             place = self._fill(step.argument.node, keep)
             value = int(ffi.cast("uintptr_t", place))
         else:
             value = self._value(step.argument, keep)
         if step.request == ioctls.KVM_RESET_DIRTY_RINGS.nr:
-            self._harvest(what.result)
-        result = lib.kvmpy_ioctl(self.fds[what.object], what.request, value)
+            self._harvest(ioctl.result)
+        result = lib.kvmpy_ioctl(self.fds[ioctl.object], ioctl.request, value)
         number = ffi.errno if result < 0 else 0
         after = None
         if place is not None and step.argument is not None and step.argument.node is not None:
@@ -212,8 +212,8 @@ class World:
         return self.bad_address() + (ref.value & 0xFFF) if 0x1000 <= ref.value < 1 << 47 else ref.value
 
     def _vcpu(self, step: Step) -> tuple[Any, mmap.mmap]:
-        what = step.ioctl
-        ident = what.object if what is not None else 0
+        call = step.ioctl
+        ident = call.object if call is not None else 0
         region = next((r for r in self._areas if r.object == ident and not r.offset), None)
         if region is None:
             region = Region(0, self._mmap_size(), ident)
@@ -241,29 +241,29 @@ class World:
 
     def _run(self, step: Step) -> Outcome:
         vcpu, area = self._vcpu(step)
-        what = step.ioctl
-        if what is None:
+        ioctl = step.ioctl
+        if ioctl is None:
             raise ReplayError(f"step {step.index} is not an ioctl")
-        if what.object in self._early:
+        if ioctl.object in self._early:
             if step.ended_by_signal:
                 return _INTERRUPTED
             for offset, data in step.run_in:
                 if offset + len(data) <= _INPUTS:
                     area[offset : offset + len(data)] = data
-            return self._early.pop(what.object)
+            return self._early.pop(ioctl.object)
         for offset, data in step.run_in:
             if offset + len(data) <= len(area):
                 area[offset : offset + len(data)] = data
         area[_IMMEDIATE_EXIT] = step.immediate_exit
-        outcome = self._enter(step, what, vcpu, area)
+        outcome = self._enter(step, ioctl, vcpu, area)
         if step.interrupted and step.unsteady and outcome.errno != errno.EINTR:
             # The guest was faster than it was: this is what the next run came to.
-            self._early[what.object] = outcome
+            self._early[ioctl.object] = outcome
             return _INTERRUPTED
         return outcome
 
-    def _enter(self, step: Step, what: Ioctl, vcpu: Any, area: mmap.mmap) -> Outcome:
-        took = max(1, what.end_ns - step.entry.frame.time_ns)
+    def _enter(self, step: Step, ioctl: Ioctl, vcpu: Any, area: mmap.mmap) -> Outcome:
+        took = max(1, ioctl.end_ns - step.entry.frame.time_ns)
         patience = self._patience + 20 * took
         if step.interrupted:
             patience = took + (self._patience if self._will_be_kicked(step) else 0)
@@ -271,15 +271,15 @@ class World:
         lib.kvmpy_vcpu_deadline(vcpu, 0 if step.immediate_exit else patience)
         ran = ffi.new("struct kvmpy_ran *")
         while True:
-            how = int(lib.kvmpy_vcpu_run(vcpu, ran))
+            ending = int(lib.kvmpy_vcpu_run(vcpu, ran))
             number = int(ran.error if ran.issued else vcpu.err)
             # A kick or a timer of an earlier run may come late: no program ever saw that.
-            late = number == errno.EINTR and how in (lib.KVMPY_RUN_EINTR, lib.KVMPY_RUN_KICKED)
+            late = number == errno.EINTR and ending in (lib.KVMPY_RUN_EINTR, lib.KVMPY_RUN_KICKED)
             if not late or step.ended_by_signal:
                 break
         if step.interrupted:
             area[_IMMEDIATE_EXIT] = 0
-        rip = self._rip(what.object) if self._probe and not step.ended_by_signal else None
+        rip = self._rip(ioctl.object) if self._probe and not step.ended_by_signal else None
         return Outcome(-1 if number else 0, number, None, tuple(self._pieces(area)), rip)
 
     def _rip(self, ident: int) -> int | None:
@@ -289,26 +289,26 @@ class World:
         return int(regs.rip)
 
     def _will_be_kicked(self, step: Step) -> bool:
-        what = step.ioctl
-        if what is None:
+        ioctl = step.ioctl
+        if ioctl is None:
             return False
         return any(
             isinstance(each.entry.what, Kick)
-            and each.entry.what.object == what.object
-            and step.entry.order < each.entry.order < what.end_order
+            and each.entry.what.object == ioctl.object
+            and step.entry.order < each.entry.order < ioctl.end_order
             for each in self.script.steps
         )
 
     @staticmethod
     def _pieces(area: mmap.mmap) -> list[tuple[int, bytes]]:
         head = area[:_UNION_END]
-        found = [(0, head)]
+        matches = [(0, head)]
         if head[8:12] == b"\2\0\0\0":
             size = head[_IO + 1] * int.from_bytes(head[_IO + 4 : _IO + 8], "little")
             offset = int.from_bytes(head[_IO + 8 : _IO + 16], "little")
             if offset + size <= len(area):
-                found.append((offset, area[offset : offset + size]))
-        return found
+                matches.append((offset, area[offset : offset + size]))
+        return matches
 
     def _harvest(self, count: int) -> None:
         # The program marked entries of the dirty rings as collected: as many as were reset.
@@ -316,12 +316,12 @@ class World:
             owner = self.script.objects.get(region.object)
             if owner is None or owner.kind != ObjectKind.VCPU:
                 continue
-            at = max(0, _DIRTY_RING - region.offset)
-            while at + 16 <= len(area) and count > 0:
-                if area[at] & 3 == 1:
-                    area[at] = area[at] | 2
+            position = max(0, _DIRTY_RING - region.offset)
+            while position + 16 <= len(area) and count > 0:
+                if area[position] & 3 == 1:
+                    area[position] = area[position] | 2
                     count -= 1
-                at += 16
+                position += 16
 
     # The end.
 

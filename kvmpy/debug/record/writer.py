@@ -54,13 +54,13 @@ def host_summary() -> dict[str, str]:
 
 
 def _params(folder: Path, prefix: str = "") -> list[str]:
-    found = []
+    results = []
     for path in sorted((folder / "parameters").glob("*")):
         try:
-            found.append(f"{prefix}{path.name}={path.read_text().strip()}")
+            results.append(f"{prefix}{path.name}={path.read_text().strip()}")
         except (OSError, UnicodeDecodeError):
             continue
-    return found
+    return results
 
 
 def _cpu() -> str:
@@ -146,17 +146,17 @@ class RecordWriter:
         """Return the ids of these page contents; those that are new are written first."""
         known = self._ids
         fresh: list[bytes] = []
-        found = []
+        rows = []
         for page in pages:
             ident = known.get(page)
             if ident is None:
                 ident = known[page] = len(known)
                 fresh.append(page)
-            found.append(ident)
+            rows.append(ident)
         first = len(known) - len(fresh)
-        for at in range(0, len(fresh), _BATCH):
-            self.put(Pages(first + at, tuple(fresh[at : at + _BATCH])), tid=tid)
-        return tuple(found)
+        for offset in range(0, len(fresh), _BATCH):
+            self.put(Pages(first + offset, tuple(fresh[offset : offset + _BATCH])), tid=tid)
+        return tuple(rows)
 
     def close(self) -> None:
         """Write the end and close the file; harmless a second time."""
