@@ -11,7 +11,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Names are imported at first use: the pytest plugin and `kvmpy --help` come without the native part.
 _DECLARED = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
