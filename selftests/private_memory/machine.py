@@ -119,7 +119,7 @@ class Sequences(RuleBasedStateMachine):
         self.step("punch", *where)
         self.words[True][where[0] : sum(where)] = [0] * where[1]
 
-    @rule(where=_RANGES, how=st.sampled_from(["allocate", "pre_fault"]))
+    @rule(where=_RANGES, mode=st.sampled_from(["allocate", "pre_fault"]))
     def in_advance(self, where: tuple[int, int], mode: str) -> None:
         """Allocate private memory, or map a range, before anybody needs it."""
         self.step(mode, *where)
