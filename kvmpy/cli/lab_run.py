@@ -49,12 +49,12 @@ def machine(
     from kvmpy.lab.qemu import Options
     from kvmpy.lab.runs import accelerator
 
-    kernel_found = kernels.find(kernel, soft_sev=bool(soft_sev))
-    if not kernel_found.soft_sev or soft_sev is False:
-        return Options(kernel_found, cpus, memory, accelerator(accel), parameters)
+    booted = kernels.find(kernel, soft_sev=bool(soft_sev))
+    if not booted.soft_sev or soft_sev is False:
+        return Options(booted, cpus, memory, accelerator(accel), parameters)
     # It stands for a processor without SEV: it has been tried on an emulated one only.
     chosen = "tcg" if accel == "auto" else accel
-    return Options(kernel_found, cpus, memory, chosen, (softsev.PARAMETER, *parameters))
+    return Options(booted, cpus, memory, chosen, (softsev.PARAMETER, *parameters))
 
 
 def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
@@ -74,10 +74,10 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
         from kvmpy.lab.matrix import run_matrix
 
         names = [name.strip() for name in values["matrix"].split(",") if name.strip()]
-        kernel_found = [kernels.find(name, soft_sev=bool(values["soft_sev"])) for name in names]
+        wanted = [kernels.find(name, soft_sev=bool(values["soft_sev"])) for name in names]
         targets = {name: values[name] for name in ("json", "ktap", "junit") if values[name] is not None}
         at_once = values["machines"] or machines(values["memory"])
-        return run_matrix(kernel_found, matrix_arguments(paths, values), extra, targets, at_once, say)
+        return run_matrix(wanted, matrix_arguments(paths, values), extra, targets, at_once, say)
     records = Path(values["record_dir"] or RECORD_FOLDER).absolute() if values["record"] else None
     inside = pytest_args(paths, {**values, "record_dir": records}, say, "inside")
     vm = machine(**{option.name: values[option.name] for option in option_table.of("lab shell")})

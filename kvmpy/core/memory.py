@@ -185,16 +185,16 @@ class GuestMemory:
         if (address | size) & (PAGE_SIZE - 1) or size <= 0:
             raise ValueError(f"gpa {address:#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
         end = address + size
-        results: list[Segment] = []
+        covering: list[Segment] = []
         while address < end:
             index = bisect_right(self._starts, address) - 1
             segment = self._segments[index] if index >= 0 else self.find(Gpa(address))
             after = self._starts[index] + segment.size
             if after <= address:
                 segment = self.find(Gpa(address))  # which says what there is
-            results.append(segment)
+            covering.append(segment)
             address = after
-        return results
+        return covering
 
     def runs(self, gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int, bool]]:
         """Split *size* bytes at *gpa* into runs ``(gpa, size, private)`` of pages that agree."""

@@ -19,19 +19,20 @@ from kvmpy.uapi.structs import kvm_run
 if TYPE_CHECKING:
     from kvmpy.core.vm import Vm
 
-RUN_EXIT = 0
-RUN_UCALL = 1
-RUN_KICKED = 2
-RUN_DEADLINE = 3
-RUN_EINTR = 4
-RUN_BUSY = 5
-RUN_STOPPED = 6
-RUN_CLOSED = 7
-RUN_NO_TIMER = 8
-RUN_ERROR = -1
+RUN_EXIT = lib.KVMPY_RUN_EXIT
+RUN_UCALL = lib.KVMPY_RUN_UCALL
+RUN_KICKED = lib.KVMPY_RUN_KICKED
+RUN_DEADLINE = lib.KVMPY_RUN_DEADLINE
+RUN_EINTR = lib.KVMPY_RUN_EINTR
+RUN_BUSY = lib.KVMPY_RUN_BUSY
+RUN_STOPPED = lib.KVMPY_RUN_STOPPED
+RUN_CLOSED = lib.KVMPY_RUN_CLOSED
+RUN_NO_TIMER = lib.KVMPY_RUN_NO_TIMER
+RUN_ERROR = lib.KVMPY_RUN_ERROR
 
 _EXIT_NAMES = {int(reason): reason.name.removeprefix("KVM_EXIT_") for reason in ExitReason}
 _IO, _MMIO = int(ExitReason.KVM_EXIT_IO), int(ExitReason.KVM_EXIT_MMIO)
+_MEMORY_FAULT = int(ExitReason.KVM_EXIT_MEMORY_FAULT)
 EHWPOISON = 133  # not in the errno module before Python 3.14
 
 
@@ -175,8 +176,8 @@ class Vcpu(VcpuState):
                 f"no timer for the deadline of {self.name} (timer_create: {errno_name(number)})",
                 "signals that wait and timers have used RLIMIT_SIGPENDING up: ulimit -i, LimitSIGPENDING=",
             )
-        # 39 is KVM_EXIT_MEMORY_FAULT: KVM fills the exit in and fails with EFAULT or EHWPOISON.
-        if number in (errno.EFAULT, EHWPOISON) and run.exit_reason == 39:
+        # KVM fills the exit in and fails with EFAULT or EHWPOISON.
+        if number in (errno.EFAULT, EHWPOISON) and run.exit_reason == _MEMORY_FAULT:
             return read_exit(run, number)
         raise self.error(ioctls.KVM_RUN, number)
 
