@@ -98,9 +98,9 @@ def entries(taken: list[Call]) -> list[dict[str, Any]]:
 
 
 def line(entry: dict[str, Any]) -> str:
-    """Return an entry as a line of text."""
+    """Return an entry as a line of text, with ``-1`` before an errno as in a trace."""
     argument = f" {entry['arg']}" if entry["arg"] else ""
-    return f"{entry['fd']} {entry['ioctl']}{argument} = {entry['result']}"
+    return f"{entry['fd']} {entry['ioctl']}{argument} = {'-1 ' if entry['failed'] else ''}{entry['result']}"
 
 
 def _argument(op: Ioctl, kind: str, arg: Argument, result: int) -> str:

@@ -195,7 +195,7 @@ def test_last_ioctls(make_vm: MakeVm) -> None:
     last = re.search(rf"last ioctls of {vm.name} .*?\n(.*?)---", error.postmortem, re.DOTALL)
     assert last is not None
     lines = [line.strip() for line in last.group(1).splitlines()]
-    assert f"{vm.name} KVM_CREATE_VCPU 0x0 = -1 EEXIST" in lines
+    assert f"{vm.name} KVM_CREATE_VCPU 0 = -1 EEXIST" in lines
     assert all(line.split()[0].split("/")[0] == vm.name for line in lines)
     # The post-mortem's own questions come after the failure.
     assert not any("KVM_GET_STATS_FD" in line for line in lines)

@@ -101,7 +101,7 @@ def test_the_lines_of_a_vm_are_those_of_its_entries() -> None:
     recent.remember(vcpu, ioctls.KVM_GET_MP_STATE, None, 0, 0)
     taken = recent.of_vm("vm0", list(recent.calls))
     assert [recent.line(entry) for entry in recent.entries(taken)] == [
-        "vm0 KVM_ENABLE_CAP {cap=KVM_CAP_SPLIT_IRQCHIP} = EINVAL",
+        "vm0 KVM_ENABLE_CAP {cap=KVM_CAP_SPLIT_IRQCHIP} = -1 EINVAL",
         "vm0/vcpu0 KVM_GET_MP_STATE = 0",
     ]
     assert [call[2] for call in recent.of_vm("vm0", list(recent.calls), 1)] == ["vm0/vcpu0"]
@@ -112,4 +112,4 @@ def test_the_funnel_keeps_what_it_issued() -> None:
     with KvmFd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), "null") as fd:
         fd.ioctl_raw(ioctls.KVM_CREATE_VCPU, 3)
     (entry,) = recent.entries(list(recent.calls))
-    assert recent.line(entry) == "null KVM_CREATE_VCPU 3 = ENOTTY"
+    assert recent.line(entry) == "null KVM_CREATE_VCPU 3 = -1 ENOTTY"
