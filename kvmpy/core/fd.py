@@ -55,7 +55,10 @@ class KvmFd(Closing):
         *arg* is passed by value when it is an int (None means 0) and by address when it is a struct,
         whatever the ioctl table says: negative tests need the wrong ones too.
         """
-        result, number = self._observed(op, arg) if observe.active else self._issue(op, arg)
+        if observe.active:
+            result, number = self._observed(op, arg)
+        else:
+            result, number = self._issue(op, arg)
         _remember(self, op, arg, result, number)
         if op.nr in LASTING and result >= 0:
             self.settings.remember(op, arg)
@@ -100,12 +103,16 @@ class KvmFd(Closing):
         return KvmError(op, number, self.name, arg)
 
     def mmap(self, size: int, offset: int = 0) -> mmap.mmap:
-        """Map *size* bytes of the file descriptor, shared, readable and writable."""
-        area = mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
-        if observe.host:
-            address = int(ffi.cast("uintptr_t", ffi.from_buffer(area)))
-            for observer in observe.host:
-                observer.mapped(self, address, size, offset)
+        """Map *size* bytes of the file descriptor, shared, readable and writable; OSError if KVM refuses."""
+        # mmap.mmap(fd) would keep a duplicate of the descriptor for as long as a view of the mapping is held.
+        area = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        place = ffi.from_buffer(area)
+        address = int(ffi.cast("uintptr_t", place))
+        if lib.kvmpy_map_over(place, size, self.fd, offset):
+            number = ffi.errno
+            raise OSError(number, os.strerror(number), f"mmap of {self.name}")
+        for observer in observe.host:
+            observer.mapped(self, address, size, offset)
         return area
 
     def close(self) -> None:

@@ -19,6 +19,8 @@ from kvmpy.core.backing import Mapping
 from kvmpy.core.errors import PrivateMemoryError
 from kvmpy.core.frames import GFN_LIMIT, mark
 
+_PRIVATE_LIMIT = GFN_LIMIT << PAGE_SHIFT
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -141,21 +143,22 @@ class GuestMemory:
         """
         self._assign(gpa, size, False, discard)
 
-    def _check_convertible(self, gpa: Gpa, size: int, private: bool) -> None:
-        segments = self._covering(gpa, size)
+    def _check_convertible(self, address: int, size: int, private: bool) -> None:
+        segments = self._covering(address, size)
         if not private:
             return
-        limit = GFN_LIMIT << PAGE_SHIFT
-        if int(gpa) + size > limit:
-            raise ValueError(f"gpa {int(gpa):#x}, size {size:#x}: private memory lies below {limit:#x}")
+        if address + size > _PRIVATE_LIMIT:
+            raise ValueError(
+                f"gpa {address:#x}, size {size:#x}: private memory lies below {_PRIVATE_LIMIT:#x}"
+            )
         for segment in segments:
             if segment.always_shared:
                 raise ValueError(
-                    f"gpa {int(gpa):#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
+                    f"gpa {address:#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
                 )
 
     def _assign(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
-        self._check_convertible(gpa, size, private)
+        self._check_convertible(int(gpa), size, private)
         with self.lock:
             if self.convert is not None:
                 self.convert(gpa, size, private, discard)
@@ -179,9 +182,8 @@ class GuestMemory:
                 view = self.view(gpa, size)
                 view[:] = bytes(len(view))
 
-    def _covering(self, gpa: Gpa, size: int) -> Sequence[Segment]:
+    def _covering(self, address: int, size: int) -> Sequence[Segment]:
         """Return the ranges that hold whole pages; ValueError for others, and where one is outside."""
-        address = int(gpa)
         if (address | size) & (PAGE_SIZE - 1) or size <= 0:
             raise ValueError(f"gpa {address:#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
         end = address + size

@@ -72,7 +72,8 @@ class _Inspection(threading.local):
     depth = 0
 
 
-_inspection = _Inspection()
+inspection = _Inspection()
+"""``depth`` is not 0 while the calling thread is inside :func:`inspecting`."""
 
 
 @contextmanager
@@ -81,16 +82,16 @@ def inspecting() -> Iterator[None]:
 
     Observers hear of them all the same; those that show what led to a failure leave them out.
     """
-    _inspection.depth += 1
+    inspection.depth += 1
     try:
         yield
     finally:
-        _inspection.depth -= 1
+        inspection.depth -= 1
 
 
 def is_inspecting() -> bool:
     """Whether the calling thread is inside :func:`inspecting`."""
-    return _inspection.depth > 0
+    return inspection.depth > 0
 
 
 active: list[Observer] = []

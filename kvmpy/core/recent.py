@@ -9,7 +9,7 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from kvmpy.core.errors import errno_name
-from kvmpy.core.observe import is_inspecting
+from kvmpy.core.observe import inspection
 from kvmpy.uapi import ffi
 from kvmpy.uapi.error_hints import hint
 from kvmpy.uapi.ioctls import KVM_RUN, Ioctl
@@ -47,14 +47,15 @@ keeps_runs = False
 
 def remember(fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno: int) -> None:
     """Keep an ioctl that returned, unless a tool's own look at a VM issued it."""
-    if not is_inspecting():
-        kept = arg if arg is None or isinstance(arg, int) else (type(arg), _buffer(arg.cdata, arg.nbytes)[:])
+    # Every ioctl comes by here: no call that can be spared.
+    if not inspection.depth:
+        kept = (arg.__class__, _buffer(arg.cdata, arg.nbytes)[:]) if isinstance(arg, Struct) else arg
         calls.append((monotonic_ns(), get_ident(), fd.name, fd.kind, op, kept, result, errno))
 
 
 def remember_run(fd: KvmFd, run: Any, result: int, errno: int) -> None:
     """Keep a KVM_RUN, with those before it where they are of the same vCPU and ended for the same reason."""
-    if is_inspecting():
+    if inspection.depth:
         return
     head: bytes = _buffer(run, _RUN_HEAD)[:]
     last = calls[-1] if calls else None

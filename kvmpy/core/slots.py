@@ -11,7 +11,7 @@ from pyroaring import BitMap
 from kvmpy.core.address import Gpa
 from kvmpy.core.backing import Anonymous, Backing, MappedGuestMemfd, Mapping
 from kvmpy.core.fd import KvmFd
-from kvmpy.core.frames import mark
+from kvmpy.core.frames import NotedFrames
 from kvmpy.core.gmem import GuestMemfd
 from kvmpy.core.memory import GuestMemory, Segment
 from kvmpy.uapi import ioctls
@@ -105,7 +105,7 @@ class VmSlots(KvmFd):
         super().__init__(fd, name)
         self.memory = GuestMemory()
         self.slots: dict[int, MemorySlot] = {}
-        self._attributes = BitMap()
+        self._attributes = NotedFrames()
         self._mappings: list[Mapping] = []
         self._gmems: list[GuestMemfd] = []
 
@@ -161,12 +161,13 @@ class VmSlots(KvmFd):
         arg = kvm_memory_attributes.of_values(gpa, size, attributes, flags)
         with self.memory.lock:
             self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
-            mark(self._attributes, gpa, size, int(attributes) & _PRIVATE != 0)
+            self._attributes.note(gpa, size, int(attributes) & _PRIVATE != 0)
 
     @property
     def private_attributes(self) -> BitMap:
         """Frames whose last accepted attributes have KVM_MEMORY_ATTRIBUTE_PRIVATE, as of now."""
-        return self._attributes.copy()
+        with self.memory.lock:
+            return self._attributes.frames().copy()
 
     def own(self, mapping: Mapping) -> Mapping:
         """Let the VM keep *mapping* alive until it is closed, and return it."""

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from kvmpy.guest.vm import GuestVm
     from kvmpy.uapi.structs import kvm_cpuid2
 
-DEFAULT_MEMORY = 64 << 20
-DEFAULT_DEADLINE = 20.0
-
 
 class VmOptions(TypedDict, total=False):
     """What a VM with a guest program is made of; every keyword may be left out.

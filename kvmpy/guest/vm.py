@@ -22,8 +22,9 @@ from kvmpy.core.vcpu import Vcpu
 from kvmpy.core.vm import Vm
 from kvmpy.guest import layout
 from kvmpy.guest.boot import guest_cpuid, initial_regs, initial_sregs, system_tables, tss_page
+from kvmpy.guest.defaults import DEFAULT_DEADLINE, DEFAULT_MEMORY
 from kvmpy.guest.errors import LaunchError
-from kvmpy.guest.options import DEFAULT_DEADLINE, DEFAULT_MEMORY, SlotOptions, VmOptions, check_known
+from kvmpy.guest.options import SlotOptions, VmOptions, check_known
 from kvmpy.guest.postmortem import postmortem
 from kvmpy.guest.private import Private
 from kvmpy.guest.program import GuestProgram

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Union
 
-DEFAULT_DEADLINE = 20.0
+from kvmpy.guest.defaults import DEFAULT_DEADLINE
+
 RECORD_FOLDER = "kvmpy-records"
 RECORD_MODES = ("failures", "all")
 SEED_BITS = 32

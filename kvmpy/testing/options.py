@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from kvmpy.guest.defaults import DEFAULT_DEADLINE
 from kvmpy.testing.host import platform_name
-from kvmpy.testing.option_table import DEFAULT_DEADLINE, OF_PYTEST, OPTIONS, SEED_BITS
+from kvmpy.testing.option_table import OF_PYTEST, OPTIONS, SEED_BITS
 
 LEAK_MODES = ("all", "kvm", "off")
 # Seconds.

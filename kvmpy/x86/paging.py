@@ -19,6 +19,7 @@ from pyroaring import BitMap
 from kvmpy.core import observe
 from kvmpy.core.address import PAGE_SHIFT, PAGE_SIZE, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
 from kvmpy.core.errors import PrivateMemoryError
+from kvmpy.core.frames import GFN_LIMIT
 from kvmpy.core.memory import GuestMemory, OutOfGuestMemoryError, PageAllocator
 from kvmpy.uapi.paging import Chunk, Leaves, NativeTables, Op, Survey, TableReachError
 from kvmpy.x86.entry import (
@@ -55,7 +56,6 @@ from kvmpy.x86.paging_errors import (
 )
 
 _LEVELS = {size: level for level, size in PAGE_SIZES.items()}
-_GFN_LIMIT = 1 << 32  # what a BitMap of frame numbers can hold
 _Plan = Callable[[], list[Chunk]]
 
 
@@ -422,7 +422,7 @@ class PageTables:
             yield start, start + size, 0 if self.encryption is None else self.encryption.bits(bool(private))
             return
         shared, hidden = self.encryption.bits(False), self.encryption.bits(True)
-        first, last = start >> PAGE_SHIFT, min((start + size) >> PAGE_SHIFT, _GFN_LIMIT)
+        first, last = start >> PAGE_SHIFT, min((start + size) >> PAGE_SHIFT, GFN_LIMIT)
         count = self.memory.private.range_cardinality(first, last) if first < last else 0
         if count in (0, last - first) and (not count or start + size == last << PAGE_SHIFT):
             yield start, start + size, hidden if count else shared

@@ -87,9 +87,22 @@ def test_sigkill_leaves_nothing_behind() -> None:
         vm.vcpus[0].run_to_done()
 
 
+def test_a_held_exit_holds_no_descriptor(kvm: Kvm) -> None:
+    """A vCPU is one file descriptor; close() gives it back, also while somebody holds a view of kvm_run."""
+    gc.collect()
+    before = kvm_fds(os.getpid())
+    with kvm.create_vm(GuestProgram.from_c(NOTHING), protection="none") as vm:
+        assert sorted(kvm_fds(os.getpid())) == sorted([*before, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vm"])
+        held = vm.vcpus[0].run_area
+        reason = held.exit_reason
+    assert kvm_fds(os.getpid()) == before
+    assert held.exit_reason == reason
+
+
 def test_too_many_open_files(kvm: Kvm) -> None:
     """Running out of file descriptors (EMFILE) is a KvmError that names RLIMIT_NOFILE, and leaks no other."""
     program = GuestProgram.from_c(NOTHING)
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))

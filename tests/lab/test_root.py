@@ -120,7 +120,8 @@ for path in /etc/shadow {home}/.ssh {home}/.bash_history /var/log /work/shared; 
 	[ -e "$path" ] && echo "SEEN $path"
 done
 grep -c . /proc/mounts >/dev/null && echo "HOME" $(ls -A {home})
-grep -l {wanted} -r {home} / --include='*.secret' 2>/dev/null | sed 's/^/SEEN /'
+find / -maxdepth 6 '(' -path /proc -o -path /sys -o -path /usr ')' -prune -o -name '*.secret' -print |
+	sed 's/^/SEEN /'
 {python} -c 'import kvmpy, pytest, sys; print("PYTHON", sys.prefix)'
 printf 'int main(void) {{ return 0; }}' | gcc -x c -o /tmp/a.out - && /tmp/a.out && echo COMPILED
 cat {file}
@@ -140,7 +141,7 @@ def test_a_look_from_inside(
     (here / "file").write_text("MY FILE\n")
     (tmp_path / "beside.secret").write_text("not for you")
     monkeypatch.chdir(here)
-    script = LOOK.format(home=Path.home(), python=sys.executable, file=here / "file", wanted="'not for you'")
+    script = LOOK.format(home=Path.home(), python=sys.executable, file=here / "file")
     status = runs.shell(Options(kernels.find(), memory=1024), ["sh", "-c", script])
     text = capfd.readouterr().out
     assert status == 0

@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -57,6 +58,14 @@ uint64_t kvmpy_monotonic_ns(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (uint64_t)ts.tv_sec * 1000000000ULL + (uint64_t)ts.tv_nsec;
+}
+
+/* Map @fd in place of what is mapped at @place now; -1 with errno, and that is as it was, where it cannot be. */
+int kvmpy_map_over(void *place, uint64_t size, int fd, int64_t offset)
+{
+	void *map = mmap(place, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, offset);
+
+	return map == MAP_FAILED ? -1 : 0;
 }
 
 /*
