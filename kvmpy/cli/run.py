@@ -71,6 +71,9 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None
     from kvmpy.testing.supervisor import guarded, supervise
 
     if not values["listing"] and (why := why_lab(str(values["lab"]))):
+        if values["timeline"] is not None:
+            # Each VM has a clock of its own.
+            raise click.UsageError(f"--timeline cannot be written in the lab, and {why}")
         _say(f"kvmpy run: {why}: the selftests run in the lab")
         sys.exit(_in_lab(paths, values, extra_arguments(ctx)))
     kept = values.pop("journal")

@@ -109,3 +109,10 @@ def test_a_kernel_that_cannot_be_built_is_a_failure(monkeypatch: pytest.MonkeyPa
     result = CliRunner().invoke(run, ["memory"])
     assert result.exit_code == 3
     assert "x.c:1: error: no" in result.output
+
+
+@pytest.mark.usefixtures("no_kvm")
+def test_a_timeline_is_refused_and_not_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result, calls = invoke(monkeypatch, "memory", "--timeline", str(tmp_path / "t.json"))
+    assert (result.exit_code, calls) == (2, [])
+    assert "--timeline cannot be written in the lab, and KVM cannot be used here" in result.output
