@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from kvmpy.core.errors import MissingError
+from kvmpy.core.errors import DeadProcessorError, MissingError
 from kvmpy.core.kernel import (
     Option,
     command_line,
@@ -99,7 +99,7 @@ def read(kvm: Kvm) -> SevHost:
             try:
                 status = sev.platform_status()
                 snp = _snp(sev, family)
-            except SevError as error:
+            except (SevError, DeadProcessorError) as error:
                 silent = str(error).splitlines()[0]
     except MissingError as error:
         device = error

@@ -130,8 +130,13 @@ class GuestMemory:
     def set_private(self, gpa: Gpa, size: int, *, discard: bool = False) -> None:
         """Make *size* bytes (whole pages, also of several ranges) at *gpa* private.
 
-        *discard* gives back what the shared pages held, where :attr:`convert` can.  ValueError above 16 TiB
-        and where a page is outside guest memory.
+        Where private pages live in a guest_memfd, the guest finds there what the guest_memfd holds: zeroes
+        in a page that was never private or was discarded, unless the guest's key encrypts it.  Then, as under
+        SNP, these are the host's zeroes decrypted (Linux: sev_gmem_prepare()), and undefined.  So is the
+        content elsewhere, and the guest must change its page tables.
+
+        *discard* gives back what the shared pages held, where :attr:`convert` can: they are zeroes when they
+        are shared again.  ValueError above 16 TiB and where a page is outside guest memory.
         """
         self._assign(gpa, size, True, discard)
 
@@ -167,6 +172,7 @@ class GuestMemory:
     def hand_out(self, gpa: Gpa, size: int, *, private: bool, clear: bool) -> None:
         """Make pages that an allocator gives away private or shared, and with *clear* zero.
 
+        Private pages that the guest's key encrypts are not: see :meth:`set_private`.
         PrivateMemoryError where neither the host nor :attr:`convert` can clear private pages.
         """
         first, last = gpa.gfn, gpa.gfn + (size >> PAGE_SHIFT)
@@ -174,7 +180,7 @@ class GuestMemory:
             if clear and private and self.seal is not None:
                 if self.convert is None:
                     raise PrivateMemoryError(f"gpa {gpa}, {size:#x} bytes, was used before: {self.seal}")
-                # What was given back comes as zeroes when it is private again.
+                # What was given back comes as the host's zeroes when it is private again.
                 self._assign(gpa, size, False, True)
             if self.private.range_cardinality(first, last) != (last - first if private else 0):
                 self._assign(gpa, size, private, False)

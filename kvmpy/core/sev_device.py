@@ -113,9 +113,14 @@ class SevDevice(KvmFd):
         return SevResult(result, failure, int(call.error))
 
     def command(self, command: SevPlatformCommand | str | int, arg: Struct | int | None = None) -> None:
-        """Issue a platform command; SevError when the ioctl or the firmware reports an error."""
+        """Issue a platform command; SevError when the ioctl or the firmware reports an error.
+
+        DeadProcessorError where it came back as every command does after one that timed out.
+        """
         op = self._find(command)
         result = self.command_raw(op, arg)
+        if result.errno in _UNANSWERED:
+            check_processor(f"{op} came back with {errno_name(result.errno)}")
         if not result.ok:
             raise SevError(
                 ioctls.SEV_ISSUE_CMD, op, result, self.path, arg if isinstance(arg, Struct) else None

@@ -24,6 +24,8 @@ _ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
 # busy. KVM takes that for a wish to scale the TSC, which emulated SVM cannot: guests' TSCs have no offset.
 # On such a host its watchdog would distrust the TSC, too, which cannot go wrong: it is the host's.
 _TSC = "kvm.tsc_tolerance_ppm=100000 tsc=nowatchdog"
+# A busy host's emulated timer ticks too late for the check: "IO-APIC + timer doesn't work", and a panic.
+_TIMER = "no_timer_check"
 _TROUBLE = re.compile(
     r"Kernel panic|\bBUG: |\bOops\b|\bWARNING: |general protection fault|\bKASAN: |\bUBSAN: |\bKMSAN: "
     r"|INFO: possible |INFO: suspicious |possible circular locking|self-detected stall|blocked for more than"
@@ -103,7 +105,7 @@ def command_line(options: Options, folder: Path, root: Root, *, interactive: boo
     """Return the command that boots; *folder* holds the job, and gets console, journal and output."""
     append = (
         f"console=ttyS0 root=/dev/root rootfstype=9p rootflags={MOUNT_FLAGS} ro init=/init "
-        f"panic=-1 oops=panic loglevel=5 {_TSC}"
+        f"panic=-1 oops=panic loglevel=5 {_TSC} {_TIMER}"
     )
     append = " ".join([append, *options.parameters])
     command = [

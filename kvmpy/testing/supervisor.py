@@ -127,6 +127,19 @@ class _Watch:
 # ---- one child
 
 
+def _dead_processor(lost: str) -> str:
+    """Return why no other test can say anything after *lost*: its command was the secure processor's last."""
+    # Here: runs in which nothing is lost need none of it.
+    from kvmpy.core.errors import DeadProcessorError
+    from kvmpy.core.sev_device import check_processor
+
+    try:
+        check_processor(f"{lost} did not end")
+    except DeadProcessorError as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
 class _Child:
     """One process that runs pytest; the signals that this one gets end its session in order."""
 
@@ -142,6 +155,8 @@ class _Child:
         self.orphaned = False
         # The test in which it hung.
         self.hung: str | None = None
+        # Why nothing can be said after the test in which a worker of it hung.
+        self.dead = ""
         environment = os.environ | {SUPERVISOR_VARIABLE: str(os.getpid())}
         command = [sys.executable, "-m", "pytest", *args, *pytest_arguments({"journal": path})]
         self._process = subprocess.Popen(
@@ -171,9 +186,12 @@ class _Child:
         if self.orphaned or self._signals > _SIGNALS:
             self._process.kill()
         else:
-            self._until = now + END_GRACE
-            # Not SIGINT, which jobs in a shell's background ignore.
-            self._process.send_signal(signal.SIGTERM)
+            self._end()
+
+    def _end(self) -> None:
+        self._until = time.monotonic() + END_GRACE
+        # Not SIGINT, which jobs in a shell's background ignore.
+        self._process.send_signal(signal.SIGTERM)
 
     def _kill(self, pid: int) -> list[str]:
         if pid == self._process.pid:
@@ -204,6 +222,9 @@ class _Child:
                     if path == self._path:
                         self.hung = history.running
                         return self._process.poll() or -signal.SIGKILL
+                    self.dead = self.dead or _dead_processor(str(history.running))
+                    if self.dead and self._until is None:
+                        self._end()
 
 
 # ---- the run
@@ -251,6 +272,8 @@ class _Run:
             history = journal.read(self._path)
             if child.orphaned:
                 return INTERRUPTED
+            if child.dead:
+                self._say(f"kvmpy run: {child.dead}")
             if code >= 0 and (history.finished or history.sessions == known.sessions):
                 return code
             reason = _death(code)
@@ -264,6 +287,10 @@ class _Run:
             history = self._died(child, reason)
             status = 128 - code if code < 0 else INTERNAL
             if history.finished:
+                return status
+            if dead := _dead_processor(next(reversed(history.lost), "a test")):
+                self._say(f"kvmpy run: {dead}")
+                self._report(history, dead)
                 return status
             vain = vain + 1 if history.judged == known.judged else 0
             if vain == _VAIN:

@@ -197,14 +197,22 @@ def _launch_secret(scene: Scene) -> Fields:
     return _copy(scene, handle, {"guest": "firmware"}, header, data)
 
 
+def _forged(certificate: bytes) -> bytes:
+    """Return it with another last byte of the first signature, and what follows it."""
+    last = 0x41C
+    return certificate[:last] + bytes([certificate[last] ^ 1]) + certificate[last + 1 :]
+
+
 def _send_start(scene: Scene) -> Fields:
     handle = scene.guest("RUNNING")
     pdh, chain = scene.pdh()
     wrong = scene.word("chain_of", "own")
     if wrong == "forged":
-        # The last byte of the OCA's signature.
-        last = CERTIFICATE_SIZE + 0x41C
-        chain = chain[:last] + bytes([chain[last] ^ 1]) + chain[last + 1 :]
+        chain = chain[:CERTIFICATE_SIZE] + _forged(chain[CERTIFICATE_SIZE:])
+    elif wrong == "forged-pek":
+        chain = _forged(chain)
+    elif wrong == "forged-pdh":
+        pdh = _forged(pdh)
     elif wrong == "other":
         key = ec.generate_private_key(ec.SECP384R1())
         pek = sign(chain[:CERTIFICATE_SIZE], key)
@@ -311,7 +319,13 @@ def _snp_launch_start(scene: Scene) -> Fields:
     ma = bench.address(PLACES["ma"], scene.number("agent_offset", 0))
     if agent in ("plain", "bound"):
         bench.page(PLACES["ma"], "context")
-        bench.must("SNP_LAUNCH_START", gctx=bench.address(PLACES["ma"]), policy=int(SnpPolicy()))
+        bound = {}
+        if agent == "bound":
+            bench.page(PLACES["out"], "context")
+            bound = {"ma_gctx": bench.address(PLACES["out"]), "bits": 1}
+            bench.must("SNP_LAUNCH_START", gctx=bound["ma_gctx"], policy=int(SnpPolicy()))
+        policy = int(SnpPolicy(migrate_ma=agent == "bound"))
+        bench.must("SNP_LAUNCH_START", gctx=bench.address(PLACES["ma"]), policy=policy, **bound)
     elif agent == "absent":
         bench.page(PLACES["ma"], "firmware")
     return {

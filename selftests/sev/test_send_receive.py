@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SEND and RECEIVE: guest memory that leaves and enters in packets (SEV API, chapter 6).
 
-The other platform is the test itself: it has the keys of the session and opens and seals packets.
+The other platform is the test itself: it has the keys of the session and opens and seals packets.  Its
+certificates need AMD's signature only where the policy has SEV, and the owner's only where it has DOMAIN:
+sev_mcmd_send_start() in AMD-ASPFW.
 """
 
 from __future__ import annotations

@@ -211,6 +211,7 @@ def test_vmsa_without_es(bare: BareMaker) -> None:
 
 
 @needs_es
+@pytest.mark.dangerous(unless="snp-finish-twice")
 def test_vmsa_twice(bare: BareMaker) -> None:
     """A vCPU's state is encrypted once: EINVAL afterwards."""
     guest = bare("sev-es", vcpus=2)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which command the firmware takes in which state of an SEV or SEV-ES guest (SEV API, chapter 5 and 6)."""
+"""Which command the firmware takes in which state of an SEV or SEV-ES guest (SEV API, chapter 5 and 6).
+
+Their order of checks is the firmware's (AMD-ASPFW); sev_mcmd_attestation() takes SUPDATE and SENT, too.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ import pytest
 from kvmpy.core.errors import DeadProcessorError
 from kvmpy.core.fd import KvmFd
 from kvmpy.core.sev import VmSev
+from kvmpy.core.sev_device import SevDevice
+from kvmpy.core.sev_errors import SevError
 from kvmpy.core.topic import topic
 from kvmpy.uapi import ioctls
 
@@ -93,6 +95,20 @@ def test_other_answers_raise_no_doubt(kernel: Kernel, vm: BareVm, command: str, 
     kernel.answer, kernel.status = number, EBUSY
     assert vm.sev.command_raw(command).errno == number
     assert kernel.asked == 0
+
+
+@pytest.mark.parametrize("number", [EBUSY, ETIMEDOUT])
+def test_commands_of_the_platform(kernel: Kernel, number: int) -> None:
+    """Nor does /dev/sev itself read as refused: SNP_CONFIG or a certificate that nobody answers."""
+    kernel.status = number
+    with SevDevice() as device:
+        with pytest.raises(DeadProcessorError, match=f"came back with {errno.errorcode[number]}"):
+            device.command("SNP_SET_CONFIG")
+        assert kernel.asked == 2
+        kernel.status = errno.EIO
+        with pytest.raises(SevError):
+            device.command("SNP_SET_CONFIG")
+        assert kernel.asked == 3
 
 
 def test_without_a_device_nobody_can_be_asked(

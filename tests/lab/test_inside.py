@@ -167,6 +167,31 @@ def test_growth_is_that_of_tests_not_of_files(inside: Inside, leak: str, grows: 
     assert (steady_growth(inside.resident()) >= GROWTH_NOTED) is grows
 
 
+IMPORTED = """
+import sys
+from kvmpy.guest.postmortem import IMPORTED_LATER
+
+def missing():
+    return [name for name in IMPORTED_LATER if name not in sys.modules]
+
+def test_first():
+    assert missing(), "nothing is left to import: this file would show nothing"
+
+def test_second():
+    assert missing() == []
+"""
+
+
+def test_the_second_test_finds_what_a_post_mortem_imports(inside: Inside) -> None:
+    """Its failure then takes no 7 to 27 s; that of a boot's first test still does."""
+    (inside.folder / "suite" / "one" / "test_one.py").write_text(IMPORTED)
+    both = {
+        "args": [str(inside.folder / "suite/one/test_one.py")],
+        "only": ["suite/one/test_one.py::test_first", "suite/one/test_one.py::test_second"],
+    }
+    assert list(inside.run_shares(["suite"], [both]).values()) == ["passed", "passed"]
+
+
 def test_the_first_test_waits_for_no_import_of_later_ones() -> None:
     """Emulated, an import takes 30 times as long: what only a launch or the host's end needs comes later."""
     code = (

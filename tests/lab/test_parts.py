@@ -472,7 +472,9 @@ def test_parameters_of_modules(image: Path, cache: Path) -> None:
     parameters = ("kvm_amd.npt=0", "kvm.ignore_msrs=Y")
     options = lab_run.machine(**{**values, "parameters": parameters})
     append = qemu.command_line(options, Path("/x"), Root(Path("/y"), ()))
-    assert append[append.index("-append") + 1].endswith(" kvm_amd.npt=0 kvm.ignore_msrs=Y")
+    words = append[append.index("-append") + 1]
+    assert words.endswith(" kvm_amd.npt=0 kvm.ignore_msrs=Y")
+    assert "no_timer_check" in words.split()
     args = lab_run.matrix_arguments((), {**defaults("lab run"), "parameters": parameters})
     assert args[args.index("--param") :][:4] == ["--param", parameters[0], "--param", parameters[1]]
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import kvmpy
 from kvmpy.cli.main import COMMANDS, LazyGroup, main
+from kvmpy.testing.host import kvm_missing
 from kvmpy.testing.option_table import OF_PYTEST
 from tests.testing.support import NO_KVM
 
@@ -114,6 +115,35 @@ def test_strict_private_reaches_the_session(own: Path) -> None:
     )
     assert kvmpy_command(own, "run", "test_own.py", "--strict-private").returncode == 0
     assert kvmpy_command(own, "run", "test_own.py").returncode == 1
+
+
+STRICT = """
+import pytest
+from kvmpy import GuestProgram, PrivateMemoryError
+
+PROGRAM = GuestProgram.from_c('''
+#include <kvmpy/guest.h>
+u64 secret = 7;
+void guest_main(void) { }
+''')
+
+@pytest.mark.protections("cbit")
+def test_secret(make_vm):
+    with pytest.raises(PrivateMemoryError, match="strict_private"):
+        make_vm.start(PROGRAM).symbol("secret").u64
+"""
+
+
+def test_strict_private_keeps_the_host_out(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private pages of the emulated bit, which the host reads without the option."""
+    monkeypatch.delenv("KVMPY_DEV_KVM")
+    if kvm_missing() is not None:
+        pytest.skip("needs KVM")
+    (own / "test_own.py").write_text(STRICT)
+    assert kvmpy_command(own, "run", "test_own.py", "--strict-private").returncode == 0
+    plain = kvmpy_command(own, "run", "test_own.py")
+    assert plain.returncode == 1
+    assert "DID NOT RAISE" in plain.stdout
 
 
 def documented_commands() -> list[str]:

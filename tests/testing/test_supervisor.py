@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvmpy.core import sev_device
+from kvmpy.core.errors import DeadProcessorError
 from kvmpy.owned import OwnedFolder
 from kvmpy.testing import journal
 from kvmpy.testing.supervisor import supervise
@@ -28,7 +30,7 @@ def here(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> Suite:
 
 # Blocked signals keep pytest-timeout out, as a process stuck in the kernel does.
 HANGS = """
-import signal, threading
+import signal, threading, time
 import pytest
 
 def test_before():
@@ -66,6 +68,26 @@ def test_a_hung_process_is_killed_and_its_test_lost(
     assert re.search(place, outcome.test("test_hangs")["details"])
     assert outcome.status == 1
     assert len(said) == (0 if workers else 1)
+
+
+@pytest.mark.parametrize("workers", [[], ["-n1"]], ids=["one process", "xdist"])
+def test_a_secure_processor_that_died_with_a_test_ends_the_run(
+    here: Suite, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workers: list[str]
+) -> None:
+    def check_processor(because: str) -> None:
+        raise DeadProcessorError(because)
+
+    monkeypatch.setattr(sev_device, "check_processor", check_processor)
+    # Workers that know the test but not yet that the run ends take one more, at most.
+    here.add("test_a.py", HANGS + "".join(f"\ndef test_{n}():\n    time.sleep(1)\n" for n in range(40)))
+    said: list[str] = []
+    status = supervise([*here.arguments(), *workers], said.append, grace=2.0)
+    outcome = here.outcome(status, capfd.readouterr().out)
+    assert said[-1] == "kvmpy run: the secure processor does not answer; reboot"
+    assert outcome.status != 0
+    verdicts = outcome.verdicts()
+    assert verdicts["test_hangs"] == "lost"
+    assert len(verdicts) < 40, verdicts
 
 
 @pytest.mark.parametrize("workers", [[], ["-n1"]], ids=["one process", "xdist"])

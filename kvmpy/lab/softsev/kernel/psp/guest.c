@@ -435,7 +435,7 @@ static u32 debug_copy(struct sev_data_dbg *d)
 		return SEV_RET_INVALID_PLATFORM_STATE;
 	if (d->src_addr % 16 || d->dst_addr % 16)
 		return SEV_RET_INVALID_ADDRESS;
-	if (!d->len || d->len % 16)
+	if (d->len % 16)
 		return SEV_RET_INVALID_LEN;
 	ret = softsev_guest_find(d->handle, &g);
 	if (ret)
