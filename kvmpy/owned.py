@@ -135,11 +135,11 @@ class OwnedFolder:
         self.close()
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
+def write_atomically(path: Path, data: str | bytes, opener: Callable[[str, int], int] | None = None) -> None:
     """Write a file that is whole or not there, making its folder; what cannot be UTF-8 is escaped.
 
-    An older file stays until the new one is complete. What is no regular file is written as it is.
-    OSError where that fails.
+    An older file stays until the new one is complete. What is no regular file is written as it is.  *opener*
+    is that of ``open``: without one a new file has an older one's mode.  OSError where that fails.
     """
     raw = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +149,9 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     target = path.resolve()
     fresh = target.with_name(f".{target.name[:200]}.{os.getpid()}.new")
     try:
-        fresh.write_bytes(raw)
-        if target.exists():
+        with open(fresh, "wb", opener=opener) as stream:
+            stream.write(raw)
+        if opener is None and target.exists():
             shutil.copymode(target, fresh)
         fresh.replace(target)
     except BaseException:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -18,6 +20,21 @@ class OneProcessOnly(click.ClickException):
     """A record that takes more than one process."""
 
     exit_code = PROCESSES
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], int]]:
+    """Let Ctrl-C, SIGTERM and SIGHUP end the block alone: what it came to so far can be written.
+
+    Yields what returns the exit status of that signal once the block is over, 0 where none came.
+    """
+    status = 0
+    try:
+        yield lambda: status
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as ended:
+        status = int(ended.code or 0)
 
 
 def load(path: str) -> Record:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from kvmpy.cli.records import load, script_of, step_index
+from kvmpy.cli.records import interruptible, load, script_of, step_index
 
 if TYPE_CHECKING:
     from kvmpy.debug.record.model import Entry, Record
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("record", type=click.Path())
-@click.option("-o", "--output", metavar="FILE", default="-", help="The C file (default: standard output).")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    default="-",
+    help="The C file (default: standard output).",
+)
 @click.option(
     "--at", type=int, metavar="N", help="Reproduce ioctl N (default: the last that failed or changed state)."
 )
@@ -45,6 +53,7 @@ def repro(
     loaded = load(record)
     script = script_of(loaded, record)
     target = script.steps[step_index(script, at)] if at is not None else target_of(script)
+    status = 0
     if everything:
         chosen = select(script, script.steps[: target.index + 1])
     else:
@@ -53,7 +62,7 @@ def repro(
         if shrink is not False and os.access(
             os.environ.get("KVMPY_DEV_KVM") or "/dev/kvm", os.R_OK | os.W_OK
         ):
-            loaded = _cut(loaded, target.entry.order, attempts, insist=bool(shrink))
+            loaded, status = _cut(loaded, target.entry.order, attempts, insist=bool(shrink))
         elif shrink:
             raise click.ClickException("--shrink needs access to /dev/kvm")
         script = script_of(loaded, record)
@@ -63,13 +72,14 @@ def repro(
     text = write_c(chosen, final)
     if output == "-":
         click.echo(text, nl=False)
-        return
+        sys.exit(status)
     try:
         Path(output).write_text(text)
     except OSError as error:
         raise click.ClickException(str(error)) from error
     name = Path(output).stem
     click.echo(f"gcc -O2 -Wall -Wextra -Werror -o {name} {output} -pthread && ./{name}")
+    sys.exit(status)
 
 
 def chosen_entries(record: Record, chosen: Script) -> list[Entry]:
@@ -80,7 +90,8 @@ def chosen_entries(record: Record, chosen: Script) -> list[Entry]:
     return [e for e in record.entries if id(e) in kept or isinstance(e.what, (Map, Memory, Object))]
 
 
-def _cut(record: Record, order: int, attempts: int, *, insist: bool) -> Record:
+def _cut(record: Record, order: int, attempts: int, *, insist: bool) -> tuple[Record, int]:
+    """Return the smallest record, and the exit status of the signal that ended the search for it, or 0."""
     from kvmpy.debug.record.condition import SameOutcome
     from kvmpy.debug.record.shrink import Shrinker, consistent
     from kvmpy.debug.record.worker import Player
@@ -99,8 +110,7 @@ def _cut(record: Record, order: int, attempts: int, *, insist: bool) -> Record:
             if insist:
                 raise click.ClickException("the record does not reproduce on this host's KVM")
             click.echo("the record does not reproduce on this host's KVM: not minimised", err=True)
-            return record
-        try:
-            return shrinker.run()
-        except KeyboardInterrupt:
-            return shrinker.best
+            return record, 0
+        with interruptible() as ended:
+            shrinker.run()
+        return shrinker.best, ended()

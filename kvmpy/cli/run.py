@@ -84,8 +84,10 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None
     else:
         os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "1")
     if values["timeline"] is not None:
+        from kvmpy.testing.timelines import renew
+
         # Test processes add to it, one after another.
-        Path(str(values["timeline"])).unlink(missing_ok=True)
+        renew(Path(str(values["timeline"])))
     if values["listing"]:
         code = _list([*args, "--collect-only", "-q"])
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from kvmpy.cli.records import load, script_of, step_index
+from kvmpy.cli.records import interruptible, load, script_of, step_index
 
 
 @click.command()
@@ -18,15 +18,21 @@ from kvmpy.cli.records import load, script_of, step_index
 )
 @click.option("--test", metavar="CMD", help="A command that exits with 0 while the record still reproduces.")
 @click.option("--at", type=int, metavar="N", help="Keep ioctl N and its recorded result.")
-@click.option("-o", "--output", metavar="FILE", help="The minimised record (default: RECORD with .small).")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="The minimised record (default: RECORD with .small).",
+)
 @click.option("--attempts", type=int, default=5000, show_default=True, help="Stop after this many attempts.")
 def shrink(
     record: str, until: str | None, test: str | None, at: int | None, output: str | None, attempts: int
 ) -> None:
     """Minimise RECORD: remove ioctls, pages, bytes of memory and struct fields that are not needed.
 
-    By default the last ioctl that failed or changed state must keep its recorded result.  Ctrl-C keeps the
-    smallest record so far.
+    By default the last ioctl that failed or changed state must keep its recorded result.  Ctrl-C or a
+    signal that ends it keeps the smallest record so far.
     """
     from kvmpy.debug.record.condition import (
         Condition,
@@ -63,13 +69,13 @@ def shrink(
             click.echo(f"before: {size_text(loaded)}", err=True)
             if not shrinker.holds():
                 raise click.ClickException(f"{record} does not reproduce here, so it cannot be minimised")
-            stopped = False
-            try:
+            with interruptible() as ended:
                 shrinker.run()
-            except KeyboardInterrupt:
-                stopped = True
-            save(shrinker.best, target)
+            try:
+                save(shrinker.best, target)
+            except OSError as error:
+                raise click.ClickException(f"{target} cannot be written: {error.strerror}") from None
             click.echo(f"{target}: {size_text(shrinker.best)}, {shrinker.attempts} attempts")
-            if stopped:
+            if ended():
                 click.echo("interrupted: wrote the smallest record so far", err=True)
-                sys.exit(130)
+                sys.exit(ended())

@@ -33,4 +33,6 @@ def timeline(record: Path, output: str) -> None:
         count = write_timeline(loaded, output)
     except TimelineError as error:
         raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
     click.echo(f"{output}: {count} events of {loaded.describe()}")

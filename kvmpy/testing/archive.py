@@ -6,13 +6,13 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kvmpy.debug.record.anonymous import anonymous
 from kvmpy.debug.record.format import RecordError
+from kvmpy.owned import OwnedFolder
 from kvmpy.testing.recording import SUFFIX
 from kvmpy.testing.scrub import Scrubber
 
@@ -66,8 +66,8 @@ def _content(path: Path, scrubber: Scrubber) -> bytes | None:
 
 def _record(path: Path, scrubber: Scrubber) -> bytes | None:
     """Return a record that names neither the machine nor anybody; None where it cannot be read."""
-    with tempfile.TemporaryDirectory(prefix="kvmpy-archive-") as folder:
-        target = Path(folder) / "record"
+    with OwnedFolder("archive") as folder:
+        target = folder / "record"
         try:
             anonymous(path, target, scrubber.string)
         except RecordError:

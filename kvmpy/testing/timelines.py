@@ -53,15 +53,21 @@ def _complete(path: Path) -> None:
         print(f"kvmpy: timeline: {path} is not complete: {why(error)}", file=sys.stderr)
 
 
+def renew(path: Path) -> None:
+    """Remove an older timeline; what is no regular file stays."""
+    if path.is_file():
+        path.unlink()
+
+
 def attach(config: pytest.Config, path: Path) -> None:
     """Begin the file, or go on with that of the session's other processes, until the end of this process."""
     worker = hasattr(config, "workerinput")
     if not worker:
-        # Whoever supervises this process has removed an older file, and may start a second process.
-        if not supervised():
-            path.unlink(missing_ok=True)
         config.add_cleanup(lambda: _complete(path))
     try:
+        # Whoever supervises this process has removed an older file, and may start a second process.
+        if not worker and not supervised():
+            renew(path)
         plugin = Timelines(path)
     except OSError as error:
         raise pytest.UsageError(f"--timeline: {error}") from error

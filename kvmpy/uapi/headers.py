@@ -12,12 +12,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pycparser import c_ast, c_parser
+
+from kvmpy.owned import OwnedFolder
 
 MAIN = "linux/kvm.h"
 FILES = (MAIN, "linux/kvm_para.h", "linux/psp-sev.h", "linux/userfaultfd.h")
@@ -226,11 +227,11 @@ def measure(headers: Headers, questions: Iterable[Question]) -> dict[str, int | 
     HeaderError when the probe cannot be built at all.
     """
     wanted = list(questions)
-    with tempfile.TemporaryDirectory(prefix="kvmpy-abi-") as folder:
+    with OwnedFolder("abi") as folder:
         while True:
-            source = Path(folder) / "probe.c"
+            source = folder / "probe.c"
             source.write_text(_probe(headers, wanted))
-            program = Path(folder) / "probe"
+            program = folder / "probe"
             gcc = [*compiler(), "-w", "-std=gnu11", "-fmax-errors=0", *_flags(headers), "-DPAGE_SIZE=4096"]
             done = _run([*gcc, "-o", str(program), str(source)])
             if done.returncode == 0:

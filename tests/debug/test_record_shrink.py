@@ -4,14 +4,26 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy import Kvm
+from kvmpy.cli.main import main
 from kvmpy.core.address import Gpa
 from kvmpy.debug.record.command import command_of
 from kvmpy.debug.record.condition import (
@@ -23,12 +35,14 @@ from kvmpy.debug.record.condition import (
     parse,
 )
 from kvmpy.debug.record.events import Ioctl, Memory
+from kvmpy.debug.record.format import MAGIC
 from kvmpy.debug.record.model import Record, request_name
 from kvmpy.debug.record.prune import target_of
 from kvmpy.debug.record.recorder import Recorder
 from kvmpy.debug.record.script import build
 from kvmpy.debug.record.shrink import Shrinker, ddmin, leaves
 from kvmpy.debug.record.worker import Answer, Player, Replayed
+from kvmpy.owned import sweep
 from kvmpy.uapi.structs import kvm_sregs
 from tests.debug.record_scenarios import machine
 from tests.debug.scenarios import SCENARIOS
@@ -133,6 +147,83 @@ def test_interrupted(kvm: Kvm, tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             shrinker.run()
         assert len(shrinker.best.entries) < len(record.entries)
+
+
+ENDS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
+
+@contextmanager
+def searching(*arguments: str | Path, **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """Give a command that has begun to minimise."""
+    command = [sys.executable, "-m", "kvmpy", *map(str, arguments)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **more
+    ) as child:
+        try:
+            assert child.stderr is not None
+            next(line for line in child.stderr if "attempts" in line)
+            yield child
+        finally:
+            child.kill()
+
+
+@ENDS
+def test_a_signal_keeps_the_smallest_record_so_far(kvm: Kvm, tmp_path: Path, number: int) -> None:
+    del kvm
+    record, small = record_with_noise(tmp_path), tmp_path / "small.rec"
+    # Each attempt takes long enough to be in the middle of one.
+    with searching("shrink", record, "-o", small, "--test", "sleep 0.2; test -s {}") as child:
+        child.send_signal(number)
+        assert child.wait(60) == 128 + number
+    assert len(Record.load(small).entries) < len(Record.load(record).entries)
+    assert not list(tmp_path.glob(".small*"))
+
+
+@ENDS
+def test_a_signal_keeps_the_reproducer(kvm: Kvm, tmp_path: Path, number: int) -> None:
+    del kvm
+    with searching("repro", record_with_noise(tmp_path), "-o", tmp_path / "bug.c") as child:
+        child.send_signal(number)
+        assert child.wait(60) in (128 + number, 0)  # 0: it was through already
+    assert "KVM_SET_SREGS" in (tmp_path / "bug.c").read_text()
+
+
+def test_a_target_that_is_no_file(kvm: Kvm, tmp_path: Path) -> None:
+    """A folder is refused before the work; what is no regular file is written, and stays what it is."""
+    del kvm
+    record = record_with_noise(tmp_path)
+    for command in ("shrink", "repro"):
+        refusal = CliRunner().invoke(main, [command, str(record), "-o", str(tmp_path)])
+        assert refusal.exit_code == 2
+        assert "is a directory" in refusal.output
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()), daemon=True)
+    reader.start()
+    Record.load(record).save(fifo)
+    reader.join(30)
+    assert fifo.is_fifo()
+    assert read[0].startswith(MAGIC)
+
+
+def test_a_search_that_was_killed_leaves_its_folder_to_the_next(
+    kvm: Kvm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del kvm
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    with searching(
+        "shrink", record_with_noise(tmp_path), "--test", "sleep 0.2; test -s {}", env=environment
+    ) as child:
+        child.kill()
+        child.wait(60)
+    assert list((tmp_path / "tmp").glob("kvmpy-shrink-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    end = time.monotonic() + 30
+    while list((tmp_path / "tmp").glob("kvmpy-shrink-*")):
+        assert time.monotonic() < end
+        sweep()  # its children, which hold the lock, end a moment later
 
 
 def test_shell_test(tmp_path: Path) -> None:

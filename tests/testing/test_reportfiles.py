@@ -116,7 +116,7 @@ def test_a_record_that_cannot_be_written_costs_no_test(suite: Suite) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("option", ["--kvmpy-json", "--ktap", "--kvmpy-html"])
+@pytest.mark.parametrize("option", ["--kvmpy-json", "--ktap", "--kvmpy-html", "--kvmpy-timeline"])
 def test_a_folder_is_told_before_any_test(suite: Suite, option: str) -> None:
     suite.add("test_a.py", "def test_a(): open('ran', 'w').close()\n")
     (suite.folder / "made").mkdir()

@@ -146,6 +146,13 @@ def test_strict_private_keeps_the_host_out(own: Path, monkeypatch: pytest.Monkey
     assert "DID NOT RAISE" in plain.stdout
 
 
+def test_a_timeline_in_place_of_a_folder(own: Path) -> None:
+    (own / "test_own.py").write_text("def test_a(): pass\n")
+    result = kvmpy_command(own, "run", "test_own.py", "--timeline", str(own))
+    assert result.returncode == 4
+    assert "is a folder; a file is expected" in result.stderr
+
+
 def documented_commands() -> list[str]:
     """Every command of kvmpy that the documentation shows, as one line each."""
     results = []

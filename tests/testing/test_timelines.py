@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvmpy.testing.supervisor import supervise
+from kvmpy.testing.timelines import renew
 from tests.debug.trace_rules import problems
 from tests.testing.support import Suite
 
@@ -55,3 +58,15 @@ def test_a_process_that_dies(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> N
     before, after = shown["test_1.py::test_a"], shown["test_3.py::test_a"]
     assert len(before) == len(after) == 1
     assert before != after
+
+
+def test_only_an_older_file_is_removed(tmp_path: Path) -> None:
+    """And no device or pipe that somebody names."""
+    pipe, older = tmp_path / "pipe", tmp_path / "older"
+    os.mkfifo(pipe)
+    older.write_text("x")
+    for path in (pipe, older, tmp_path, tmp_path / "none"):
+        renew(path)
+    assert pipe.is_fifo()
+    assert tmp_path.is_dir()
+    assert not older.exists()

@@ -22,6 +22,7 @@ from kvmpy.debug.record.events import (
     unpack,
 )
 from kvmpy.debug.record.format import Frame, FrameReader, FrameType, Problem, RecordError, private
+from kvmpy.owned import write_atomically
 from kvmpy.uapi.ioctls import BY_NR
 
 _BATCH = 256
@@ -159,10 +160,7 @@ class Record:
                 payload = replace(payload, ids=tuple(numbers[ident] for ident in payload.ids))
             out.append((entry.frame, payload))
         out.append((head, End(len(out))))
-        staged = f"{os.fspath(path)}.{os.getpid()}"
-        with open(staged, "wb", opener=private) as stream:
-            stream.write(pack_all(out))
-        os.replace(staged, path)
+        write_atomically(Path(path), pack_all(out), private)
 
     def describe(self) -> str:
         """Return in a line what can be read of it and why not more."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -25,6 +24,7 @@ from kvmpy.debug.record.events import (
 )
 from kvmpy.debug.record.format import PAGE_SIZE, When
 from kvmpy.debug.record.model import Entry, Record
+from kvmpy.owned import OwnedFolder
 from kvmpy.uapi.buffers import BUFFERS, struct_class
 from kvmpy.uapi.struct_base import FlexStruct, Struct
 
@@ -106,12 +106,12 @@ class Shrinker:
         self._condition = condition
         self._limit = limit
         self._progress = progress
-        self._folder = tempfile.TemporaryDirectory(prefix="kvmpy-shrink-")
-        self._path = os.path.join(self._folder.name, "candidate.rec")
+        self._folder = OwnedFolder("shrink")
+        self._path = str(self._folder.path / "candidate.rec")
 
     def close(self) -> None:
         """Remove what lies on disk."""
-        self._folder.cleanup()
+        self._folder.close()
 
     def __enter__(self) -> Shrinker:
         return self

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvmpy.coco.snp_digest import PAGE_SIZE, PageType, SnpDigest, file_page_digests
+from kvmpy.owned import OwnedFolder
 from kvmpy.testing.bench.bare import Bare, BareError, OpenSsl
 from kvmpy.testing.bench.samples import Figure, Samples
 
@@ -58,8 +57,8 @@ def measure(rounds: int) -> Iterator[Figure]:
     bare = Bare()
     cores = len(os.sched_getaffinity(0))
     pages = SIZE // PAGE_SIZE
-    with tempfile.TemporaryDirectory(prefix="kvmpy-bench-") as folder:
-        file = Path(folder) / "image"
+    with OwnedFolder("bench") as folder:
+        file = folder / "image"
         file.write_bytes(data)
         for _ in range(rounds):
             taken = _in_turn(bare.openssl(), data)

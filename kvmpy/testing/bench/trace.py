@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvmpy.owned import OwnedFolder
 from kvmpy.testing.bench.bare import BareError
 from kvmpy.testing.bench.samples import Figure, Samples
 
@@ -32,8 +32,7 @@ def _run(command: list[str]) -> dict[str, list[float]]:
 def measure(rounds: int, count: int = COUNT) -> Iterator[Figure]:
     """Measure the program plain and traced, in turn in each round; BareError where it does not run."""
     pairs, sustained = Samples(), {mode: Samples() for mode in MODES}
-    with tempfile.TemporaryDirectory(prefix="kvmpy-bench-") as name:
-        folder = Path(name)
+    with OwnedFolder("bench") as folder:
         program = folder / "trace_load"
         built = subprocess.run(
             ["gcc", "-O2", "-o", program, SOURCE], capture_output=True, text=True, check=False, timeout=120
