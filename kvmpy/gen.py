@@ -20,7 +20,7 @@ from kvmpy.debug.record.format import object_kind
 from kvmpy.guest import layout
 from kvmpy.guest.toolchain import runtime_dir
 from kvmpy.uapi import constants, gen, ioctls, plan
-from kvmpy.uapi.buffers import field_place, struct_class
+from kvmpy.uapi.buffers import field_place
 from kvmpy.uapi.links import LINKS, Link
 from kvmpy.uapi.structs import kvm_run
 
@@ -98,12 +98,12 @@ def tables() -> str:
         )
     )
     lines.append(
-        "\n/* Where an argument of size bytes holds a descriptor, if the u32 at where, masked, is value. */\n"
+        "\n/* Where an argument holds a descriptor, if the u32 at where, masked, is value. */\n"
         + _rows(
             "kvmpy_fd_field",
-            _members("request", "size", "offset", "where", "mask", "value"),
+            _members("request", "offset", "where", "mask", "value"),
             [
-                f"{op.name}, {struct_class(op.struct).SIZE}, {field_place(op.struct, each.name)[0]}, "
+                f"{op.name}, {field_place(op.struct, each.name)[0]}, "
                 f"{field_place(op.struct, each.where)[0] if each.mask else 0}, {each.mask}, {each.value}"
                 for op in ops
                 for each in op.fd_fields

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from errno import EINTR
 from itertools import groupby
 
-from kvmpy.debug.record.arguments import MOST
 from kvmpy.debug.record.events import (
     Close,
     Deadline,
@@ -27,7 +26,7 @@ from kvmpy.debug.record.events import (
 )
 from kvmpy.debug.record.format import MEMORY_INITIAL, ObjectKind, What, When
 from kvmpy.debug.record.model import Entry, Record, request_name
-from kvmpy.uapi import ioctls
+from kvmpy.uapi import ioctls, lib
 from kvmpy.uapi.buffers import BUFFERS, Buffer, children_of, descriptors_in, field_place
 from kvmpy.uapi.structs import kvm_run
 
@@ -268,7 +267,7 @@ class _Builder:
         if buffer is not None and buffer.size.own and buffer.size.count:
             # Another KVM may fill more of the room than this one did.
             room = buffer.size.bytes(_number(data, *buffer.place(buffer.size.count)))
-            data = data.ljust(min(room, MOST), b"\0")
+            data = data.ljust(min(room, lib.KVMPY_CAPTURE_MOST), b"\0")
         node = Node(data, None if buffer is None else buffer.struct, after=after, what=buffer)
         if buffer is not None:
             self._pointers(entry, ioctl, buffer, node)

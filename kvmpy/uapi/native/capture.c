@@ -23,7 +23,6 @@
 
 #define CAPTURE_PAGE 4096UL
 #define CAPTURE_ROWS(table) (sizeof(table) / sizeof *(table))
-#define CAPTURE_MOST (1UL << 20) /* bytes of one chunk; what is longer is cut */
 #define NO_OPERATION 99
 #define PROBE_PAGES 16
 #define RUN_RING (2 * CAPTURE_PAGE) /* struct kvm_coalesced_mmio_ring: first, last, both modulo its size */
@@ -182,7 +181,7 @@ static uint64_t slot_pages(const struct kvmpy_object *vm, uint32_t id)
 	return slots && index < vm->nr_slots ? slots[index].size / CAPTURE_PAGE : 0;
 }
 
-/* Learn from an ioctl that succeeded; return whether it made an object. @vms counts the VMs that got a name. */
+/* Learn from an ioctl that succeeded; return whether it made an object. @vms counts the VMs that got a name, NULL for those of @c->object. */
 int kvmpy_capture_made(const struct kvmpy_capture *c, int64_t result, uint32_t *vms, struct kvmpy_made *made)
 {
 	struct kvmpy_object *object = c->object;
@@ -212,7 +211,7 @@ int kvmpy_capture_made(const struct kvmpy_capture *c, int64_t result, uint32_t *
 		snprintf(number, sizeof number, "%u", (uint32_t)c->arg);
 		break;
 	case KVMPY_MADE_COUNT:
-		count = maker->kind == KVMPY_REC_KIND_VM ? vms : &object->made;
+		count = maker->kind == KVMPY_REC_KIND_VM && vms ? vms : &object->made;
 		snprintf(number, sizeof number, "%u", __atomic_fetch_add(count, 1, __ATOMIC_SEQ_CST));
 		break;
 	default:
@@ -284,8 +283,8 @@ static uint64_t length_of(const struct kvmpy_plan_node *node, uint64_t count)
 {
 	uint64_t length;
 
-	if (count > CAPTURE_MOST * 8)
-		count = CAPTURE_MOST * 8;
+	if (count > KVMPY_CAPTURE_MOST * 8)
+		count = KVMPY_CAPTURE_MOST * 8;
 	length = node->base + (count * node->unit + node->per - 1) / node->per;
 	length = (length + node->round - 1) / node->round * node->round;
 	return length < node->least ? node->least : length;
@@ -309,7 +308,7 @@ static uint64_t special_length(const struct kvmpy_plan_node *node, const uint8_t
 
 static uint64_t cut(uint64_t length)
 {
-	return length < CAPTURE_MOST ? length : CAPTURE_MOST;
+	return length < KVMPY_CAPTURE_MOST ? length : KVMPY_CAPTURE_MOST;
 }
 
 static uint64_t padded(uint64_t length)
@@ -576,7 +575,8 @@ void kvmpy_capture_exit(struct kvmpy_capture *c, int64_t result)
 		struct kvmpy_piece piece = c->out[i];
 		const struct kvmpy_plan_node *node = piece.node;
 
-		if (result < 0 && !(node->direction & KVMPY_PLAN_IN))
+		/* What failed wrote nothing; but that a pointer led somewhere is part of what was asked. */
+		if (result < 0 && !(node->direction & KVMPY_PLAN_IN) && piece.what == KVMPY_REC_WHAT_ARGUMENT)
 			continue;
 		if (node->flags & KVMPY_PLAN_OWN) {
 			uint64_t count = read_number(c->source, piece.address + node->count, node->count_size);

@@ -73,12 +73,17 @@ struct kvmpy_piece {
 };
 
 #define KVMPY_MOST_PIECES 24
+#define KVMPY_CAPTURE_MOST 1048576 /* bytes of one chunk; what is longer is cut */
 
-/* One ioctl: between kvmpy_capture_enter() and kvmpy_capture_end(). Source and scratch are its owner's. */
+/* One ioctl: between kvmpy_capture_enter() and kvmpy_capture_end(). Source and scratch are its owner's, and where
+ * the frame goes (record.c): the record and the thread.
+ */
 struct kvmpy_capture {
 	const struct kvmpy_source *source;
 	uint8_t *scratch;
 	uint64_t scratch_size;
+	struct kvmpy_record *record;
+	uint32_t tid;
 	uint64_t order;
 	uint64_t start_ns;
 	struct kvmpy_object *object;
