@@ -11,6 +11,7 @@ from kvmpy.uapi.structs import Struct
 
 # More than most ioctls take: what they copy before they are issued.
 _SCRATCH = 8192
+_THIS = -1
 
 
 class Source:
@@ -19,7 +20,8 @@ class Source:
     What pointers in arguments lead to in *held*, addresses and sizes, is not copied.
     """
 
-    def __init__(self, mem: int = -1, held: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(self, mem: int = _THIS, held: Sequence[tuple[int, int]] = ()) -> None:
+        self.mem = mem
         self._held = ffi.new("struct kvmpy_range[]", list(held))
         # lifetime: the struct holds the address of the ranges, this object both.
         self.native = ffi.new(

@@ -74,7 +74,7 @@ uint64_t kvmpy_source_read(const struct kvmpy_source *source, void *to, uint64_t
 
 	if (source->fd < 0)
 		return read_own(to, address, length);
-	while (done < length && address + done < 1ULL << 63) {
+	while (done < length) {
 		long got = raw(SYS_pread64, source->fd, (uint8_t *)to + done, length - done, address + done);
 
 		if (got == -EINTR)
