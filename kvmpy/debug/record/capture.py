@@ -12,6 +12,7 @@ from kvmpy.uapi.structs import Struct
 # More than most ioctls take: what they copy before they are issued.
 _SCRATCH = 8192
 _THIS = -1
+_room = ffi.new_allocator(should_clear_after_alloc=False)
 
 
 class Source:
@@ -30,7 +31,7 @@ class Source:
 
     def read(self, address: int, size: int) -> bytes:
         """Return up to *size* bytes at *address*; what cannot be read is left out."""
-        data = ffi.new("uint8_t[]", size)
+        data = _room("uint8_t[]", size)
         return bytes(ffi.buffer(data, lib.kvmpy_source_read(self.native, data, address, size)))
 
     def foreign_fds(self, nr: int, arg: int) -> list[int]:
@@ -115,7 +116,7 @@ class Capture:
 
     def payload(self, result: int = 0, errno: int = 0, end_order: int = 0, end_ns: int = 0) -> bytes:
         """Return the payload of the frame; without an end it is that of an ioctl in flight."""
-        data = ffi.new("uint8_t[]", lib.kvmpy_capture_size(self.native))
+        data = _room("uint8_t[]", lib.kvmpy_capture_size(self.native))
         size = lib.kvmpy_capture_fill(self.native, data, result, errno, end_order, end_ns)
         return bytes(ffi.buffer(data, size))
 

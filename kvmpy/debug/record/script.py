@@ -35,7 +35,7 @@ _USER_END = 1 << 47
 _LARGEST = 1 << 42
 _IN, _OUT = int(When.IN), int(When.OUT)
 _IMMEDIATE_EXIT = kvm_run.fields()["immediate_exit"][0]
-_RUN_HEAD = kvm_run.fields()["kvm_valid_regs"][0]
+_RUN_HEAD = lib.KVMPY_RUN_HEAD
 # What KVM serves to the process alone that made it: its ioctls compare the caller's memory with the VM's.
 _OWNED = (ObjectKind.VM, ObjectKind.VCPU, ObjectKind.DEVICE)
 

@@ -70,6 +70,7 @@ class MemoryTracker:
             out_of_the_way(os.open(f"/proc/self/{name}", os.O_RDONLY | os.O_CLOEXEC))
             for name in ("pagemap", "mem", "maps")
         )
+        self._everything = Source(self._mem)
 
     # Slots.
 
@@ -221,20 +222,7 @@ class MemoryTracker:
 
     def peek(self, address: int, size: int) -> bytes:
         """Return up to *size* bytes at *address*; what cannot be read is left out, and nothing faults."""
-        if not 0 < address < 1 << 63 or size <= 0:
-            return b""
-        parts = []
-        while size:
-            try:
-                part = os.pread(self._mem, size, address)
-            except (OSError, OverflowError):
-                break
-            if not part:
-                break
-            parts.append(part)
-            address += len(part)
-            size -= len(part)
-        return b"".join(parts)
+        return self._everything.read(address, size) if size > 0 else b""
 
     def look(self, address: int, size: int) -> bytes:
         """Return *size* bytes at *address*, as zeroes where nobody touched a page yet or it cannot be read.
