@@ -113,7 +113,8 @@ def source(request: pytest.FixtureRequest) -> Iterator[Source]:
 
 def test_what_cannot_be_read_is_left_out(source: Source, edge: int) -> None:
     """Wrong addresses are no crash; what lies before the first bad page is there."""
-    assert source.read(8, 16) == b""
+    for address in (0, 4, 8):
+        assert source.read(address, 16) == b""
     assert source.read(1 << 63, 16) == b""
     assert source.read((1 << 64) - 8, 16) == b""
     assert source.read(edge, 1) == b""
@@ -234,6 +235,16 @@ def test_what_is_in_the_record_already() -> None:
         ranges = [(1, 1), (ctypes.addressof(owner) + held[0], held[1])]
         event = captured(ioctls.KVM_MEMORY_ENCRYPT_OP, command, source=Source(held=ranges))
         assert len(event.chunks) == number
+
+
+def test_room_of_a_closed_vm_that_was_used_again() -> None:
+    """A preloaded recorder may keep the statistics of a vCPU where its VM was: the search for one ends."""
+    vcpu = Known(2, ObjectKind.VCPU)
+    stats = Known(3, ObjectKind.STATS, vcpu)
+    vcpu.native.vm = stats.native
+    assert shape(captured(ioctls.KVM_GET_REGS, kvm_regs(), vcpu)) == [(OUT, ARGUMENT, kvm_regs.SIZE)]
+    log = kvm_dirty_log(dirty_bitmap=1)
+    assert len(captured(ioctls.KVM_GET_DIRTY_LOG, log, vcpu).chunks) == 2
 
 
 def test_names_and_descriptors_of_what_is_made() -> None:

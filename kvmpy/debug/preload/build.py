@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = ("recorder.c", "capture.c", "memory.c", "objects.c", "frames.c")
 HEADERS = (
     "recorder.h", "rawcall.h", "ring.h", "tables.h", "../record/format.h", "../../uapi/native/capture.h",
-    "../../uapi/native/capture.c",
+    "../../uapi/native/capture.c", "../../uapi/native/objects.c",
 )  # fmt: skip
 FLAGS = ("-shared", "-fPIC", "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden")
 LIBRARIES = ("-ldl", "-pthread")

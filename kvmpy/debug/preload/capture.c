@@ -4,6 +4,7 @@
 #include "recorder.h"
 
 #include "../../uapi/native/capture.c"
+#include "../../uapi/native/objects.c"
 
 #define SCRATCH (64UL << 10)
 

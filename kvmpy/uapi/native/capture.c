@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What an ioctl reads and writes, as the chunks of a record (kvmpy/debug/record/format.h), and what it means for the
- * objects of KVM: the engine of the preloaded recorder, of the one inside kvmpy, and of ptrace. It allocates nothing
- * and takes no locks, for it may run in a signal handler; it holds no file descriptor, and leaves errno alone.
+ * What an ioctl reads and writes, as the chunks of a record (kvmpy/debug/record/format.h): with objects.c, which it
+ * comes before, the engine of the preloaded recorder, of the one inside kvmpy, and of ptrace. It allocates nothing and
+ * takes no locks, for it may run in a signal handler; it holds no file descriptor, and leaves errno alone.
  *
  * Pointers may be wrong. In this process rt_sigprocmask() with an operation that does not exist tells: it reads 8 bytes
  * at an address, changes nothing, and says EFAULT where it could not.
@@ -11,7 +11,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -28,8 +27,6 @@
 #define RUN_RING (2 * CAPTURE_PAGE) /* struct kvm_coalesced_mmio_ring: first, last, both modulo its size */
 #define RUN_SYNC_OFFSET AT_kvm_run_kvm_valid_regs
 #define RUN_SYNC_SIZE (SIZE_kvm_run - RUN_SYNC_OFFSET)
-/* KVM has fewer than 32768 slots in each of two address spaces: those of one number lie side by side. */
-#define MOST_SLOTS 65536U
 
 _Static_assert(KVMPY_RUN_HEAD == RUN_SYNC_OFFSET, "struct kvmpy_object");
 
@@ -37,7 +34,8 @@ _Static_assert(KVMPY_RUN_HEAD == RUN_SYNC_OFFSET, "struct kvmpy_object");
 
 static bool page_readable(uint64_t address)
 {
-	return raw(SYS_rt_sigprocmask, NO_OPERATION, address & ~7ULL, NULL, 8) != -EFAULT;
+	/* A null pointer means to it that there is no operation. */
+	return address >= 8 && raw(SYS_rt_sigprocmask, NO_OPERATION, address & ~7ULL, NULL, 8) != -EFAULT;
 }
 
 /* How many of the bytes can be read in this process. */
@@ -109,37 +107,6 @@ static uint64_t read_number(const struct kvmpy_source *source, uint64_t address,
 	return kvmpy_source_read(source, bytes, address, size) == size ? number_at(bytes, size) : 0;
 }
 
-/* Objects. */
-
-static struct kvmpy_object *owner(struct kvmpy_object *object)
-{
-	while (object && object->vm)
-		object = object->vm;
-	return object;
-}
-
-void kvmpy_object_init(struct kvmpy_object *object, uint32_t id, uint32_t kind, struct kvmpy_object *maker,
-		       uint32_t vm_type, const char *name)
-{
-	*object = (struct kvmpy_object){
-		.id = id,
-		.kind = kind,
-		.vm = kind == KVMPY_REC_KIND_VM ? NULL : maker,
-		.vm_type = vm_type,
-		.xsave_size = maker ? maker->xsave_size : 0,
-	};
-	snprintf(object->name, sizeof object->name, "%s", name);
-}
-
-void kvmpy_object_end(struct kvmpy_object *object)
-{
-	struct kvmpy_slot *slots = __atomic_exchange_n(&object->slots, NULL, __ATOMIC_ACQ_REL);
-
-	if (slots)
-		raw(SYS_munmap, slots, MOST_SLOTS * sizeof *slots, 0, 0);
-	__atomic_store_n(&object->run, 0, __ATOMIC_RELEASE);
-}
-
 static void *map_anonymous(uint64_t size)
 {
 	long made = raw6(SYS_mmap, 0, (long)size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
@@ -148,107 +115,13 @@ static void *map_anonymous(uint64_t size)
 	return made < 0 && made > -4096 ? NULL : (void *)made;
 }
 
-static uint32_t slot_index(uint32_t id)
-{
-	return (id & 0x7fff) << 1 | (id >> 16 & 1);
-}
-
-static void slot_set(struct kvmpy_object *vm, uint32_t id, struct kvmpy_slot slot)
-{
-	struct kvmpy_slot *slots = __atomic_load_n(&vm->slots, __ATOMIC_ACQUIRE), *none = NULL;
-	uint32_t index = slot_index(id), most = __atomic_load_n(&vm->nr_slots, __ATOMIC_RELAXED);
-
-	if (!slots) {
-		slots = map_anonymous(MOST_SLOTS * sizeof *slots);
-		if (!slots)
-			return;
-		if (!__atomic_compare_exchange_n(&vm->slots, &none, slots, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-			raw(SYS_munmap, slots, MOST_SLOTS * sizeof *slots, 0, 0);
-			slots = none;
-		}
-	}
-	slots[index] = slot;
-	while (most <= index && !__atomic_compare_exchange_n(&vm->nr_slots, &most, index + 1, false, __ATOMIC_RELEASE,
-							     __ATOMIC_RELAXED))
-		;
-}
-
-static uint64_t slot_pages(const struct kvmpy_object *vm, uint32_t id)
-{
-	const struct kvmpy_slot *slots = vm ? __atomic_load_n(&vm->slots, __ATOMIC_ACQUIRE) : NULL;
-	uint32_t index = slot_index(id);
-
-	return slots && index < vm->nr_slots ? slots[index].size / CAPTURE_PAGE : 0;
-}
-
-/* Learn from an ioctl that succeeded; return whether it made an object. @vms counts the VMs that got a name, NULL for those of @c->object. */
-int kvmpy_capture_made(const struct kvmpy_capture *c, int64_t result, uint32_t *vms, struct kvmpy_made *made)
-{
-	struct kvmpy_object *object = c->object;
-	const struct kvmpy_maker *maker = NULL;
-	char above[sizeof object->name + 1] = "", number[12] = "";
-	uint32_t *count;
-
-	for (size_t i = 0; i < CAPTURE_ROWS(kvmpy_slot_setter_table); i++)
-		if (kvmpy_slot_setter_table[i].request == c->request)
-			slot_set(owner(object),
-				 (uint32_t)read_number(c->source, c->arg + AT_kvm_userspace_memory_region_slot, 4),
-				 (struct kvmpy_slot){
-					 read_number(c->source, c->arg + AT_kvm_userspace_memory_region_userspace_addr, 8),
-					 read_number(c->source, c->arg + AT_kvm_userspace_memory_region_memory_size, 8),
-				 });
-	if (c->request == KVM_CHECK_EXTENSION && c->arg == KVM_CAP_XSAVE2)
-		object->xsave_size = (uint64_t)result;
-	for (size_t i = 0; i < CAPTURE_ROWS(kvmpy_maker_table) && !maker; i++)
-		if (kvmpy_maker_table[i].request == c->request)
-			maker = &kvmpy_maker_table[i];
-	if (!maker || (maker->mask && read_number(c->source, c->arg + maker->unless, 4) & maker->mask))
-		return 0;
-	switch (maker->number) {
-	case KVMPY_MADE_ALONE:
-		break;
-	case KVMPY_MADE_ARG:
-		snprintf(number, sizeof number, "%u", (uint32_t)c->arg);
-		break;
-	case KVMPY_MADE_COUNT:
-		count = maker->kind == KVMPY_REC_KIND_VM && vms ? vms : &object->made;
-		snprintf(number, sizeof number, "%u", __atomic_fetch_add(count, 1, __ATOMIC_SEQ_CST));
-		break;
-	default:
-		snprintf(number, sizeof number, "%u", (uint32_t)read_number(c->source, c->arg + (uint32_t)maker->number, 4));
-	}
-	if (object->kind != KVMPY_REC_KIND_SYSTEM)
-		snprintf(above, sizeof above, "%s/", object->name);
-	made->kind = maker->kind;
-	made->fd = maker->offset < 0 ? (int32_t)result :
-				       (int32_t)read_number(c->source, c->arg + (uint32_t)maker->offset, 4);
-	snprintf(made->name, sizeof made->name, "%s%s%s", above, maker->name, number);
-	return 1;
-}
-
-/* The descriptors in an argument whose objects no recorder saw being opened or made. */
-uint32_t kvmpy_foreign_fds(const struct kvmpy_source *source, uint32_t request, uint64_t arg, int32_t *fds,
-			   uint32_t most)
-{
-	uint32_t number = 0;
-
-	for (size_t i = 0; i < CAPTURE_ROWS(kvmpy_fd_field_table) && number < most; i++) {
-		const struct kvmpy_fd_field *row = &kvmpy_fd_field_table[i];
-
-		if (row->request == request && (read_number(source, arg + row->where, 4) & row->mask) == row->value &&
-		    kvmpy_source_read(source, &fds[number], arg + row->offset, 4) == 4)
-			number++;
-	}
-	return number;
-}
-
 /* The plan. */
 
 static const struct kvmpy_plan_node *plan_find(uint32_t request, struct kvmpy_object *object)
 {
 	size_t low = 0, high = CAPTURE_ROWS(kvmpy_plan_root_table);
 
-	if (request == KVM_MEMORY_ENCRYPT_OP && object && owner(object)->vm_type == KVM_X86_TDX_VM)
+	if (request == KVM_MEMORY_ENCRYPT_OP && object && kvmpy_object_owner(object)->vm_type == KVM_X86_TDX_VM)
 		return &kvmpy_plan_node_table[KVMPY_PLAN_TDX];
 	while (low < high) {
 		size_t middle = (low + high) / 2;
@@ -292,11 +165,11 @@ static uint64_t length_of(const struct kvmpy_plan_node *node, uint64_t count)
 
 static uint64_t special_length(const struct kvmpy_plan_node *node, const uint8_t *parent, struct kvmpy_object *object)
 {
-	const struct kvmpy_object *vm = owner(object);
+	const struct kvmpy_object *vm = kvmpy_object_owner(object);
 
 	switch (node->special) {
 	case KVMPY_PLAN_SLOT_BITMAP:
-		return (slot_pages(vm, (uint32_t)number_at(parent, 4)) + 63) / 64 * 8;
+		return (kvmpy_slot_pages(vm, (uint32_t)number_at(parent, 4)) + 63) / 64 * 8;
 	case KVMPY_PLAN_XSAVE:
 		return vm && vm->xsave_size > node->base ? vm->xsave_size : node->base;
 	default:

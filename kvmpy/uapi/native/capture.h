@@ -104,6 +104,8 @@ struct kvmpy_capture {
 };
 
 uint64_t kvmpy_source_read(const struct kvmpy_source *source, void *to, uint64_t address, uint64_t length);
+struct kvmpy_object *kvmpy_object_owner(struct kvmpy_object *object);
+uint64_t kvmpy_slot_pages(const struct kvmpy_object *vm, uint32_t id);
 void kvmpy_object_init(struct kvmpy_object *object, uint32_t id, uint32_t kind, struct kvmpy_object *maker,
 		       uint32_t vm_type, const char *name);
 void kvmpy_object_end(struct kvmpy_object *object);
