@@ -84,6 +84,8 @@ int kvmpy_capture_made(const struct kvmpy_capture *c, int64_t result, uint32_t *
 	char above[sizeof object->name + 1] = "", number[12] = "";
 	uint32_t *count;
 
+	if (!object)
+		return 0;
 	for (size_t i = 0; i < CAPTURE_ROWS(kvmpy_slot_setter_table); i++)
 		if (kvmpy_slot_setter_table[i].request == c->request)
 			slot_set(kvmpy_object_owner(object),
