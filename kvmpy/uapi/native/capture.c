@@ -55,7 +55,8 @@ static uint64_t read_own(void *to, uint64_t address, uint64_t length)
 {
 	if (length > PROBE_PAGES * CAPTURE_PAGE) {
 		struct iovec local = { to, length }, remote = { (void *)address, length };
-		long got = raw6(SYS_process_vm_readv, raw(SYS_getpid, 0, 0, 0, 0), (long)&local, 1, (long)&remote, 1, 0);
+		long pid = raw(SYS_getpid, 0, 0, 0, 0);
+		long got = raw6(SYS_process_vm_readv, pid, (long)&local, 1, (long)&remote, 1, 0);
 
 		if (got >= 0 || got == -EFAULT)
 			return got < 0 ? 0 : (uint64_t)got;
@@ -210,8 +211,8 @@ static bool make_room(struct kvmpy_capture *c, uint64_t length)
 }
 
 /* Write a chunk to @place; return its length with padding. */
-static uint64_t put_chunk(const struct kvmpy_capture *c, uint8_t *place, uint64_t address, uint64_t length, uint8_t when,
-			  uint8_t what)
+static uint64_t put_chunk(const struct kvmpy_capture *c, uint8_t *place, uint64_t address, uint64_t length,
+			  uint8_t when, uint8_t what)
 {
 	struct kvmpy_rec_chunk *chunk = (struct kvmpy_rec_chunk *)place;
 	uint8_t *data = place + sizeof *chunk;
@@ -259,9 +260,10 @@ static void walk(struct kvmpy_capture *c, const struct kvmpy_plan_node *node, ui
 	if (node->special) {
 		length = depth || !c->sure ? special_length(node, parent, c->object) : c->sure;
 	} else {
-		if (node->count != KVMPY_PLAN_NO_FIELD)
-			count = node->flags & KVMPY_PLAN_OWN ? read_number(c->source, address + node->count, node->count_size) :
-							       number_at(parent + node->count, node->count_size);
+		if (node->flags & KVMPY_PLAN_OWN)
+			count = read_number(c->source, address + node->count, node->count_size);
+		else if (node->count != KVMPY_PLAN_NO_FIELD)
+			count = number_at(parent + node->count, node->count_size);
 		length = length_of(node, count);
 	}
 	/* A count may promise more than there is. */
@@ -317,7 +319,9 @@ static uint64_t io_data(const struct kvmpy_object *vcpu, uint64_t *offset, bool 
 	length = number_at(head + AT_kvm_run_io_size, 1) * number_at(head + AT_kvm_run_io_count, 4);
 	*offset = number_at(head + AT_kvm_run_io_data_offset, 8);
 	*out = head[AT_kvm_run_io_direction];
-	return *offset >= CAPTURE_PAGE && *offset < vcpu->run_length && length <= vcpu->run_length - *offset ? length : 0;
+	if (*offset < CAPTURE_PAGE || *offset >= vcpu->run_length || length > vcpu->run_length - *offset)
+		return 0;
+	return length;
 }
 
 /* The head of the run area, and the two bitmaps of synchronised registers behind it: kvm_valid_regs asks,
@@ -387,8 +391,11 @@ static void run_after(struct kvmpy_capture *c)
 
 	if (run) {
 		memcpy(vcpu->shadow, now.head, KVMPY_RUN_HEAD);
-		if (has_ring(vcpu))
-			__atomic_store_n(&vcpu->vm->coalesced, read_number(c->source, run + RUN_RING, 8), __ATOMIC_SEQ_CST);
+		if (has_ring(vcpu)) {
+			uint64_t ring = read_number(c->source, run + RUN_RING, 8);
+
+			__atomic_store_n(&vcpu->vm->coalesced, ring, __ATOMIC_SEQ_CST);
+		}
 		tell_after(c, NULL, run, KVMPY_RUN_HEAD, KVMPY_REC_WHAT_RUN);
 		length = io_data(vcpu, &offset, &out);
 		if (length)
@@ -502,7 +509,10 @@ uint64_t kvmpy_capture_fill(const struct kvmpy_capture *c, uint8_t *place, int64
 	if (c->length)
 		memcpy(at, c->data, c->length);
 	at += c->length;
-	for (uint32_t i = 0; i < number; i++)
-		at += put_chunk(c, at, c->out[i].address, c->out[i].length, KVMPY_REC_WHEN_OUT, (uint8_t)c->out[i].what);
+	for (uint32_t i = 0; i < number; i++) {
+		const struct kvmpy_piece *piece = &c->out[i];
+
+		at += put_chunk(c, at, piece->address, piece->length, KVMPY_REC_WHEN_OUT, (uint8_t)piece->what);
+	}
 	return (uint64_t)(at - place);
 }

@@ -76,7 +76,24 @@ uint64_t kvmpy_slot_pages(const struct kvmpy_object *vm, uint32_t id)
 	return slots && index < vm->nr_slots ? slots[index].size / CAPTURE_PAGE : 0;
 }
 
-/* Learn from an ioctl that succeeded; return whether it made an object. @vms counts the VMs that got a name, NULL for those of @c->object. */
+static uint32_t word(const struct kvmpy_capture *c, uint32_t offset)
+{
+	return (uint32_t)read_number(c->source, c->arg + offset, 4);
+}
+
+static void learn_slot(const struct kvmpy_capture *c)
+{
+	uint64_t hva = read_number(c->source, c->arg + AT_kvm_userspace_memory_region_userspace_addr, 8);
+	uint64_t size = read_number(c->source, c->arg + AT_kvm_userspace_memory_region_memory_size, 8);
+
+	slot_set(kvmpy_object_owner(c->object), word(c, AT_kvm_userspace_memory_region_slot),
+		 (struct kvmpy_slot){ hva, size });
+}
+
+/*
+ * Learn from an ioctl that succeeded; return whether it made an object. @vms counts the VMs that got a name, NULL for
+ * those that @c->object made.
+ */
 int kvmpy_capture_made(const struct kvmpy_capture *c, int64_t result, uint32_t *vms, struct kvmpy_made *made)
 {
 	struct kvmpy_object *object = c->object;
@@ -88,18 +105,13 @@ int kvmpy_capture_made(const struct kvmpy_capture *c, int64_t result, uint32_t *
 		return 0;
 	for (size_t i = 0; i < CAPTURE_ROWS(kvmpy_slot_setter_table); i++)
 		if (kvmpy_slot_setter_table[i].request == c->request)
-			slot_set(kvmpy_object_owner(object),
-				 (uint32_t)read_number(c->source, c->arg + AT_kvm_userspace_memory_region_slot, 4),
-				 (struct kvmpy_slot){
-					 read_number(c->source, c->arg + AT_kvm_userspace_memory_region_userspace_addr, 8),
-					 read_number(c->source, c->arg + AT_kvm_userspace_memory_region_memory_size, 8),
-				 });
+			learn_slot(c);
 	if (c->request == KVM_CHECK_EXTENSION && c->arg == KVM_CAP_XSAVE2)
 		object->xsave_size = (uint64_t)result;
 	for (size_t i = 0; i < CAPTURE_ROWS(kvmpy_maker_table) && !maker; i++)
 		if (kvmpy_maker_table[i].request == c->request)
 			maker = &kvmpy_maker_table[i];
-	if (!maker || (maker->mask && read_number(c->source, c->arg + maker->unless, 4) & maker->mask))
+	if (!maker || (maker->mask && word(c, maker->unless) & maker->mask))
 		return 0;
 	switch (maker->number) {
 	case KVMPY_MADE_ALONE:
@@ -112,13 +124,12 @@ int kvmpy_capture_made(const struct kvmpy_capture *c, int64_t result, uint32_t *
 		snprintf(number, sizeof number, "%u", __atomic_fetch_add(count, 1, __ATOMIC_SEQ_CST));
 		break;
 	default:
-		snprintf(number, sizeof number, "%u", (uint32_t)read_number(c->source, c->arg + (uint32_t)maker->number, 4));
+		snprintf(number, sizeof number, "%u", word(c, (uint32_t)maker->number));
 	}
 	if (object->kind != KVMPY_REC_KIND_SYSTEM)
 		snprintf(above, sizeof above, "%s/", object->name);
 	made->kind = maker->kind;
-	made->fd = maker->offset < 0 ? (int32_t)result :
-				       (int32_t)read_number(c->source, c->arg + (uint32_t)maker->offset, 4);
+	made->fd = maker->offset < 0 ? (int32_t)result : (int32_t)word(c, (uint32_t)maker->offset);
 	snprintf(made->name, sizeof made->name, "%s%s%s", above, maker->name, number);
 	return 1;
 }
