@@ -9,9 +9,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvmpy.debug.record.capture import Capture, Known, Source
 from kvmpy.debug.record.events import Ioctl, Object
@@ -19,6 +22,7 @@ from kvmpy.debug.record.format import CUT, ObjectKind, What, When
 from kvmpy.debug.record.model import Record, request_name
 from kvmpy.debug.record.tracker import address_of
 from kvmpy.uapi import ioctls, lib
+from kvmpy.uapi.buffers import BUFFERS
 from kvmpy.uapi.constants import KVM_CREATE_DEVICE_TEST, KVM_EXIT_IO, SevCmd, TdxCmd, VmType
 from kvmpy.uapi.ioctls import Ioctl as Op
 from kvmpy.uapi.structs import (
@@ -224,6 +228,33 @@ def test_a_trust_domains_commands_are_others() -> None:
         assert event.chunks[1].address == init.host_address
     event = captured(ioctls.KVM_MEMORY_ENCRYPT_OP, command, Known(1, ObjectKind.VM))
     assert len(event.chunks[0].data) == kvm_sev_cmd.SIZE
+
+
+@given(st.integers(0, 1 << 64))
+@settings(max_examples=60, deadline=None)
+def test_any_content_of_any_argument(seed: int) -> None:
+    """Whatever a program passes: the frame can be read, is no longer than said, and is what lies there."""
+    random = Random(seed)
+    area = (ctypes.c_uint8 * 8192)()
+    address = ctypes.addressof(area)
+    for nr in random.sample(sorted(BUFFERS), 40):
+        words = [random.choice([0, 1, random.getrandbits(3), random.getrandbits(64)]) for _ in range(64)]
+        words = [address + word % 8000 if random.random() < 0.3 else word for word in words]
+        ctypes.memmove(area, b"".join(word.to_bytes(8, "little") for word in words), 512)
+        selects = [command.id for command in ioctls.BY_NR[nr].commands]
+        if selects:
+            ctypes.memmove(area, random.choice(selects).to_bytes(4, "little"), 4)
+        capture = Capture()
+        capture.enter(vm_with(random.getrandbits(3), random.getrandbits(12)), 3, nr, address)
+        capture.exit(random.choice([0, -1]))
+        most = lib.kvmpy_capture_size(capture.native)
+        payload = capture.payload(0, 0, 1)
+        capture.end()
+        assert len(payload) <= most
+        for chunk in Ioctl.unpack(payload).chunks:
+            assert len(chunk.data) <= MOST
+            if address <= chunk.address and chunk.address + len(chunk.data) <= address + 8192:
+                assert chunk.data == ctypes.string_at(chunk.address, len(chunk.data))
 
 
 def test_what_is_in_the_record_already() -> None:
