@@ -14,13 +14,13 @@ from pathlib import Path
 from types import ModuleType
 
 from kvmpy.debug import layouts
-from kvmpy.debug.preload import plan, shared
+from kvmpy.debug.preload import shared
 from kvmpy.debug.record import events, format  # noqa: A004
 from kvmpy.debug.record.format import object_kind
 from kvmpy.guest import layout
 from kvmpy.guest.toolchain import runtime_dir
-from kvmpy.uapi import constants, gen, ioctls
-from kvmpy.uapi.buffers import field_place, struct_class
+from kvmpy.uapi import constants, gen, ioctls, plan
+from kvmpy.uapi.buffers import field_place
 from kvmpy.uapi.links import LINKS, Link
 from kvmpy.uapi.structs import kvm_run
 
@@ -31,13 +31,12 @@ _HEAD = (
     "#ifndef {guard}\n#define {guard}\n\n{body}\n#endif\n"
 )
 _CONSTANT = re.compile(r"([A-Z][A-Z0-9_]*) = (.*)")
-# Fields that the preloaded recorder looks at.
+# Fields that the capture engine looks at.
 _FIELDS = (
     ("kvm_run", "exit_reason"), ("kvm_run", "io.direction"), ("kvm_run", "io.size"), ("kvm_run", "io.count"),
     ("kvm_run", "io.data_offset"), ("kvm_run", "kvm_valid_regs"), ("kvm_run", "kvm_dirty_regs"),
     ("kvm_userspace_memory_region", "slot"), ("kvm_userspace_memory_region", "memory_size"),
-    ("kvm_userspace_memory_region", "userspace_addr"), ("kvm_create_device", "type"),
-    ("kvm_create_device", "flags"),
+    ("kvm_userspace_memory_region", "userspace_addr"),
 )  # fmt: skip
 
 
@@ -99,12 +98,12 @@ def tables() -> str:
         )
     )
     lines.append(
-        "\n/* Where an argument of size bytes holds a descriptor, if the u32 at where, masked, is value. */\n"
+        "\n/* Where an argument holds a descriptor, if the u32 at where, masked, is value. */\n"
         + _rows(
             "kvmpy_fd_field",
-            _members("request", "size", "offset", "where", "mask", "value"),
+            _members("request", "offset", "where", "mask", "value"),
             [
-                f"{op.name}, {struct_class(op.struct).SIZE}, {field_place(op.struct, each.name)[0]}, "
+                f"{op.name}, {field_place(op.struct, each.name)[0]}, "
                 f"{field_place(op.struct, each.where)[0] if each.mask else 0}, {each.mask}, {each.value}"
                 for op in ops
                 for each in op.fd_fields
@@ -129,6 +128,16 @@ def tables() -> str:
         + _rows(
             "kvmpy_slot_setter", "\tuint32_t request;\n", [op.name for op in ops if op.nr in ioctls.SETS_SLOT]
         )
+    )
+    tree = plan.Plan()
+    lines.append(
+        f"\n{_defines(plan, 'KVMPY_PLAN_')}#define KVMPY_PLAN_TDX {tree.tdx}\n\n"
+        "/* What each ioctl that takes an address reads and writes: trees of nodes. */\n"
+        + _rows("kvmpy_plan_root", _members("request", "node"), tree.roots)
+        + _rows("kvmpy_plan_case", _members("value", "children", "nr_children"), tree.cases)
+        + "static const struct kvmpy_plan_node kvmpy_plan_node_table[] = {\n"
+        + "".join(f"\t{{ {row} }},\n" for row in tree.nodes)
+        + "};\n"
     )
     return _HEAD.format(
         about="From kvmpy/uapi/ioctls.py and links.py.", guard="KVMPY_TABLES_H", body="".join(lines)
@@ -173,10 +182,8 @@ def record_format() -> str:
 def ring() -> str:
     """Return the content of preload/ring.h."""
     body = "#include <stdatomic.h>\n#include <stdint.h>\n\n" + _defines(shared, "KVMPY_")
-    body += "\n" + _defines(plan, "KVMPY_PLAN_")
-    body += _structs("control", "ring", "plan_node", "plan_case", "plan_root", "plan")
-    about = f"From {shared.__name__} and {plan.__name__}."
-    return _HEAD.format(about=about, guard="KVMPY_PRELOAD_RING_H", body=body)
+    body += _structs("control", "ring")
+    return _HEAD.format(about=f"From {shared.__name__}.", guard="KVMPY_PRELOAD_RING_H", body=body)
 
 
 def guest_layout() -> str:

@@ -33,8 +33,6 @@ from kvmpy.x86.cpuid_features import BITS
 from kvmpy.x86.save_area import Layout
 from kvmpy.x86.vmsa import SEGMENTS, VMSA, SegmentAttribute
 
-_RUN_HEAD = 32 + 256
-
 
 class DecodeError(ValueError):
     """Something that cannot be decoded; the text says why and what is expected."""

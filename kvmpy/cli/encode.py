@@ -49,13 +49,14 @@ def _cpuid(args: Sequence[str]) -> Encoded:
 def _exit(args: Sequence[str]) -> Encoded:
     from kvmpy.cli.decoding import DecodeError
     from kvmpy.debug.encode import build
+    from kvmpy.uapi import lib
     from kvmpy.uapi.constants import ExitReason
 
     name = args[0].upper()
     for each in (name, f"KVM_EXIT_{name}"):
         if each in ExitReason.__members__:
             reason = ExitReason[each]
-            data = build("kvm_run", [f"exit_reason={each}", *args[1:]]).to_bytes()[: 32 + 256]
+            data = build("kvm_run", [f"exit_reason={each}", *args[1:]]).to_bytes()[: lib.KVMPY_RUN_HEAD]
             return str(int(reason)), data if args[1:] else b""
     raise DecodeError(f"{args[0]!r} is not an exit reason")
 

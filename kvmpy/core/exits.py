@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from kvmpy.uapi import ffi
-from kvmpy.uapi.constants import ExitReason, InternalError
+from kvmpy.uapi.constants import ExitReason, InternalError, InternalErrorFlag, IoDirection, MemoryFaultFlag
+
+_HAS_INSTRUCTION = InternalErrorFlag.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
 
 CData = Any  # a cffi pointer to struct kvm_run; cdata has no static type
 
@@ -104,7 +106,7 @@ class IoExit(Exit):
     @classmethod
     def read(cls, run: CData, errno: int) -> Exit:
         io = run.io
-        out = io.direction == 1
+        out = io.direction == IoDirection.KVM_EXIT_IO_OUT
         where = ffi.cast("uint8_t *", run) + io.data_offset
         data = bytes(ffi.buffer(where, io.size * io.count)) if out else b""
         return cls(io.port, "out" if out else "in", io.size, io.count, data, run=run, errno=errno)
@@ -213,8 +215,8 @@ class InternalErrorExit(Exit):
         data = tuple(internal.data[i] for i in range(min(internal.ndata, 16)))
         instruction = b""
         failure = run.emulation_failure
-        # suberror 1 is KVM_INTERNAL_ERROR_EMULATION; flag 0 says that the instruction bytes are valid.
-        if internal.suberror == 1 and internal.ndata >= 3 and failure.flags & 1:
+        emulation = internal.suberror == InternalError.KVM_INTERNAL_ERROR_EMULATION
+        if emulation and internal.ndata >= 3 and failure.flags & _HAS_INSTRUCTION:
             instruction = bytes(failure.insn_bytes[0 : min(failure.insn_size, 15)])
         return cls(internal.suberror, data, instruction, run=run, errno=errno)
 
@@ -343,7 +345,7 @@ class MemoryFaultExit(Exit):
     @property
     def private(self) -> bool:
         """Whether the guest meant the private page (KVM_MEMORY_EXIT_FLAG_PRIVATE)."""
-        return bool(self.flags & 1 << 3)
+        return bool(self.flags & MemoryFaultFlag.KVM_MEMORY_EXIT_FLAG_PRIVATE)
 
     @classmethod
     def read(cls, run: CData, errno: int) -> Exit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -96,21 +96,16 @@ def is_inspecting() -> bool:
 
 active: list[Observer] = []
 host: list[HostObserver] = []
-# ``ioctl_issue`` of the only observer, where it has one: issue an ioctl and note it in one go, and return
-# ``(result, errno)``; None leaves it to the funnel.
-issuer: Callable[[KvmFd, Ioctl, Struct | int | None], tuple[int, int] | None] | None = None
 
 
 def add(observer: Observer) -> None:
     """Attach *observer* to every KVM object of this process."""
     active.append(observer)
-    _choose()
 
 
 def remove(observer: Observer) -> None:
     """Detach *observer*; ValueError when it is not attached."""
     active.remove(observer)
-    _choose()
 
 
 def _in_child() -> None:
@@ -122,11 +117,6 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
-
-
-def _choose() -> None:
-    global issuer  # noqa: PLW0603 - the funnel looks at it for every ioctl
-    issuer = getattr(active[0], "ioctl_issue", None) if len(active) == 1 else None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmpy.core.errors import errno_name
 from kvmpy.core.observe import inspection
-from kvmpy.uapi import ffi
+from kvmpy.uapi import ffi, lib
 from kvmpy.uapi.error_hints import hint
 from kvmpy.uapi.ioctls import KVM_RUN, Ioctl
 from kvmpy.uapi.structs import Struct
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MOST = 64
 # Bytes of kvm_run that hold the exit reason and what belongs to it.
-_RUN_HEAD = 32 + 256
+_RUN_HEAD = lib.KVMPY_RUN_HEAD
 _REASON = slice(8, 12)
 _buffer = ffi.buffer
 

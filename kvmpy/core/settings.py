@@ -36,20 +36,20 @@ class Settings:
         """Note a call of an ioctl in :data:`LASTING` that succeeded."""
         if isinstance(arg, Struct) != (op.arg != "none" and op.struct is not None):
             return  # an argument of another kind than KVM takes: nobody can say what it did
-        if op is ioctls.KVM_UNREGISTER_COALESCED_MMIO:
-            self._forget_zones(arg)
-            return
         lasting = op.lasting or Lasting()
+        if lasting.removes:
+            self._forget_zones(ioctls.IOCTLS[lasting.removes], arg)
+            return
         key = _key(op, lasting, arg)
         self._calls.pop(key, None)
         if not (lasting.undo and arg.flags & lasting.undo):
             self._calls[key] = op, arg.copy() if isinstance(arg, Struct) else arg
 
-    def _forget_zones(self, gone: Any) -> None:
+    def _forget_zones(self, setter: Ioctl, gone: Any) -> None:
         """Every zone that contains the whole range goes (api.rst, section 4.116)."""
         zone: Any
         for key, (op, zone) in list(self._calls.items()):
-            if op is ioctls.KVM_REGISTER_COALESCED_MMIO:
+            if op is setter:
                 within = zone.addr <= gone.addr and gone.addr + gone.size <= zone.addr + zone.size
                 if zone.pio == gone.pio and within:
                     del self._calls[key]

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvmpy.debug.record.events import CHUNK, IOCTL, Chunk, Ioctl
 from kvmpy.debug.record.format import CUT, What, When
-from kvmpy.uapi import ffi
+from kvmpy.uapi import ffi, lib
 from kvmpy.uapi.argument_text import bytes_text, exit_words, run_of, struct_words
 from kvmpy.uapi.buffers import BUFFERS, TDX_BUFFER, Buffer, children_of, field_place, struct_class
 from kvmpy.uapi.constants import ExitReason, MemFlag, VmType
@@ -287,7 +287,7 @@ class Decoder:
         return exit_words(run, data, self.style)
 
 
-_HEAD = 32 + 256
+_HEAD = lib.KVMPY_RUN_HEAD
 _RUN, _OUT = int(What.RUN), int(When.OUT)
 _MSRS_AT, _MSR_SIZE = 8, 16
 

@@ -7,8 +7,8 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
+from kvmpy.debug.record.capture import Known, Source
 from kvmpy.debug.record.format import PAGE_SIZE, ObjectKind
 from kvmpy.uapi.links import Link, link_of
 
@@ -17,30 +17,30 @@ RUN_PAGES = 64
 _NAMED = {"/dev/kvm": (ObjectKind.SYSTEM, "kvm"), "/dev/sev": (ObjectKind.SEV, "sev")}
 
 
-@dataclass
-class Known:
-    """An object: its number in the record, what it is, and what is remembered of it."""
+# A descriptor that no process has: nothing can be read through it.
+_NO_FILE = (1 << 31) - 1
 
-    ident: int
-    kind: ObjectKind
-    name: str
-    vm: Known | None = None
-    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Address and bytes of memory by slot number."""
-    dumped: bool = False
-    """Whether its initial memory was told."""
-    xsave: int = 0
-    run: int = 0
-    run_length: int = 0
-    shadow: bytes = b""
-    answer: tuple[int, int] = (0, 0)
-    """Address and size of the data that the guest reads from a port with its next run."""
-    gmems: int = 0
+
+class Traced(Known):
+    """An object of a traced process."""
+
+    __slots__ = ("dumped", "kind", "name", "vm")
+
+    def __init__(self, ident: int, kind: ObjectKind, name: str, maker: Traced | None, vm_type: int) -> None:
+        super().__init__(ident, kind, maker, vm_type=vm_type, name=name)
+        self.kind = kind
+        self.name = name
+        self.vm: Traced = self if maker is None or kind == ObjectKind.VM else maker.vm
+        self.dumped = False
+        """Whether its initial memory was told."""
 
     @property
-    def owner(self) -> Known:
-        """The VM, for what belongs to one."""
-        return self.vm if self.vm is not None else self
+    def slots(self) -> Iterator[tuple[int, int]]:
+        """Address and bytes of each memory slot."""
+        for index in range(self.native.nr_slots):
+            slot = self.native.slots[index]
+            if slot.size:
+                yield int(slot.hva), int(slot.size)
 
 
 class Process:
@@ -48,22 +48,18 @@ class Process:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.objects: dict[int, Known] = {}
-        self._memory = -1
+        self.objects: dict[int, Traced] = {}
+        self._source: Source | None = None
 
-    def peek(self, address: int, size: int) -> bytes:
-        """Return what can be read of *size* bytes at *address*."""
-        if self._memory < 0:
+    @property
+    def source(self) -> Source:
+        """The process's memory."""
+        if self._source is None:
+            memory = _NO_FILE
             with contextlib.suppress(OSError):
-                self._memory = os.open(f"/proc/{self.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        if self._memory < 0 or not 0 <= address < 1 << 63:
-            return b""
-        try:
-            return os.pread(self._memory, size, address)
-        except OSError:
-            # All or nothing above: what lies before the first bad page is told.
-            left = 4096 - address % 4096
-            return self.peek(address, left) if left < size else b""
+                memory = os.open(f"/proc/{self.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self._source = Source(memory)
+        return self._source
 
     def populated(self, address: int, size: int) -> Iterator[tuple[int, bytes]]:
         """Yield address and content of the runs of whole pages that have content, without populating any.
@@ -103,7 +99,7 @@ class Process:
             for page in pages[:run]:
                 where = start + page * PAGE_SIZE
                 if here[page]:
-                    part = self.peek(where, PAGE_SIZE)
+                    part = self.source.read(where, PAGE_SIZE)
                 else:
                     part = _read(backing, offset + page * PAGE_SIZE)
                 content += part.ljust(PAGE_SIZE, b"\0")
@@ -128,9 +124,9 @@ class Process:
 
     def close(self) -> None:
         """Let go of the process's memory."""
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
+        if self._source is not None and self._source.mem != _NO_FILE:
+            os.close(self._source.mem)
+        self._source = None
 
     def link(self, fd: int) -> Link:
         """Return what /proc says of a file descriptor."""

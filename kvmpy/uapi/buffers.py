@@ -65,14 +65,12 @@ TDX_BUFFER = struct_at("kvm_tdx_cmd", "inout", select="id", cases=_cases(TDX_COM
 """The argument of KVM_MEMORY_ENCRYPT_OP on VMs of type KVM_X86_TDX_VM and their vCPUs."""
 
 
-def descriptors_in(op: Ioctl, content: bytes, *, seen: bool = True) -> Iterator[tuple[int, int]]:
-    """Yield offset and size of each field of the argument *content* that holds a file descriptor.
-
-    Without *seen* those are left out that a recorder saw being opened or made.
-    """
-    for struct, each in ((op.struct, each) for each in op.fd_fields if seen or not each.seen):
-        if struct is None or len(content) < struct_class(struct).SIZE:
-            continue
+def descriptors_in(op: Ioctl, content: bytes) -> Iterator[tuple[int, int]]:
+    """Yield offset and size of each field of the argument *content* that holds a file descriptor."""
+    struct = op.struct
+    if struct is None or len(content) < struct_class(struct).SIZE:
+        return
+    for each in op.fd_fields:
         offset, size = field_place(struct, each.where) if each.mask else (0, 0)
         if int.from_bytes(content[offset : offset + size], "little") & each.mask == each.value:
             yield field_place(struct, each.name)

@@ -64,12 +64,14 @@ class Lasting(NamedTuple):
     """A setting that KVM keeps and cannot be asked about.
 
     Calls with the same *key* (names of fields) replace each other; one with the flag *undo* takes the setting
-    back.  *late*: it refers to vCPUs, or would act while they are made.
+    back.  *late*: it refers to vCPUs, or would act while they are made.  *removes*: it is no setting, but
+    takes back those of the ioctl of this name whose range contains the whole of its own.
     """
 
     key: tuple[str, ...] = ()
     undo: int = 0
     late: bool = False
+    removes: str = ""
 
 
 @dataclass(frozen=True, slots=True)

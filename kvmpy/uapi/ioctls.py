@@ -173,7 +173,8 @@ KVM_REGISTER_COALESCED_MMIO = _io("KVM_REGISTER_COALESCED_MMIO", "vm", "in", 0x6
     "KVM_CAP_COALESCED_MMIO", "Queue the writes of a range in a ring.",
     lasting=Lasting(("addr", "size", "pio")))
 KVM_UNREGISTER_COALESCED_MMIO = _io("KVM_UNREGISTER_COALESCED_MMIO", "vm", "in", 0x68,
-    "kvm_coalesced_mmio_zone", "KVM_CAP_COALESCED_MMIO", "Undo that.", lasting=Lasting())
+    "kvm_coalesced_mmio_zone", "KVM_CAP_COALESCED_MMIO", "Undo that.",
+    lasting=Lasting(removes="KVM_REGISTER_COALESCED_MMIO"))
 KVM_SET_GSI_ROUTING = _io("KVM_SET_GSI_ROUTING", "vm", "in", 0x6A, "kvm_irq_routing", "KVM_CAP_IRQ_ROUTING",
     "Replace the interrupt routing table.", lasting=Lasting(late=True))
 KVM_REINJECT_CONTROL = _io("KVM_REINJECT_CONTROL", "vm", "none", 0x71, "kvm_reinject_control",

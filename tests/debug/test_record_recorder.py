@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,29 @@ def test_what_kvm_was_not_asked_is_not_recorded(kvm: Kvm, tmp_path: Path) -> Non
         vm.vcpus[0].regs.get()
     assert seen == [f"{vm.name}/vcpu0 KVM_RUN", f"{vm.name}/vcpu0 KVM_RUN dropped"]
     assert names(Record.load(path))[-2:] == ["KVM_RUN", "KVM_GET_REGS"]
+
+
+def test_recorded_beside_another_observer(kvm: Kvm, tmp_path: Path) -> None:
+    """Who else observes changes nothing: the funnel issues every ioctl, whoever looks."""
+    shapes = []
+    for beside in (0, 1, 2):
+        path = tmp_path / f"{beside}.rec"
+        with ExitStack() as stack:
+            if beside:
+                stack.enter_context(observe.observing(Watcher()))
+            if beside > 1:
+                stack.enter_context(Recorder(tmp_path / "other.rec"))
+            stack.enter_context(Recorder(path))
+            own = stack.enter_context(Kvm())
+            for name in ("registers", "bad_pointer", "dirty_log", "pio_in", "ioeventfd_twice"):
+                SCENARIOS[name](own)
+        calls = (each.what for each in Record.load(path).ioctls)
+        shapes.append([
+            (request_name(e), e.result, e.errno, [(c.when, c.what, len(c.data)) for c in e.chunks])
+            for e in calls if isinstance(e, Ioctl)
+        ])  # fmt: skip
+    assert len(shapes[0]) > 30
+    assert shapes[0] == shapes[1] == shapes[2]
 
 
 KILLED = """

@@ -50,7 +50,7 @@ def test_a_look_populates_nothing(tracker: MemoryTracker, area: Mapping) -> None
 def test_memory_that_lost_its_access(tracker: MemoryTracker, area: Mapping) -> None:
     """A view may be of memory that is PROT_NONE by now: whoever reads it dies of SIGSEGV."""
     with Recorder(tracker._writer.path + "2") as recorder:
-        recorder.memory.slot_set("vm", 0, area.hva, area.size, 1)
+        recorder.memory.slot_set("vm", area.hva, area.size, 1)
         recorder.memory_shown(area.look(0, area.size), False)
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mprotect(ctypes.c_void_p(area.hva), ctypes.c_size_t(area.size), 0) == 0

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.debug.preload import build, plan, shared
+from kvmpy.debug.preload import build, shared
 from kvmpy.debug.preload.build import RecorderBuildError, recorder
 from kvmpy.debug.preload.shared import Lease, Ring, Shared
 from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, FrameType
 from kvmpy.uapi.buffers import BUFFERS
 from kvmpy.uapi.ioctls import KVM_GET_MSRS, KVM_MEMORY_ENCRYPT_OP
+from kvmpy.uapi.plan import Plan
 from tests.debug.tracing import compile_program, need_gcc, need_kvm
 
 LIMIT_NS = 2000
@@ -41,25 +42,17 @@ def run_recorded(folder: Path, library: Path, *command: str | Path) -> subproces
 
 
 def test_the_plan_is_that_of_the_table() -> None:
-    raw = plan.compile_plan()
-    _, roots, nodes, cases, tdx = plan.HEAD.unpack_from(raw)
-    assert roots == len(BUFFERS)
-    assert (
-        len(raw) == plan.HEAD.size + roots * plan.ROOT.size + nodes * plan.NODE.size + cases * plan.CASE.size
-    )
-    table = [plan.ROOT.unpack_from(raw, plan.HEAD.size + offset * plan.ROOT.size) for offset in range(roots)]
-    assert [nr for nr, _ in table] == sorted(BUFFERS)
-
-    def node(index: int) -> tuple[int, ...]:
-        return plan.NODE.unpack_from(raw, plan.HEAD.size + roots * plan.ROOT.size + index * plan.NODE.size)
-
-    msrs = node(dict(table)[KVM_GET_MSRS.nr])
+    made = Plan()
+    table = {int(nr, 16): int(node) for nr, node in (root.split(", ") for root in made.roots)}
+    assert list(table) == sorted(BUFFERS)
     # Both ways, its own count of 4 bytes at 0, 16 bytes an entry behind a head of 8.
-    assert msrs[1:12] == (3, 1, 0, 8, 0, 4, 16, 1, 0, 1, plan.NO_FIELD)
-    sev = node(dict(table)[KVM_MEMORY_ENCRYPT_OP.nr])
-    assert sev[13] == 0
-    assert sev[17] == len(BUFFERS[KVM_MEMORY_ENCRYPT_OP.nr].cases)
-    assert node(tdx)[17] == 6
+    assert made.nodes[table[KVM_GET_MSRS.nr]] == (
+        ".direction = 3, .flags = 1, .base = 8, .count_size = 4, .unit = 16, .per = 1, .round = 1, "
+        ".reads = 4294967295, .when = 4294967295, .select = 4294967295"
+    )
+    cases = len(BUFFERS[KVM_MEMORY_ENCRYPT_OP.nr].cases)
+    assert made.nodes[table[KVM_MEMORY_ENCRYPT_OP.nr]].endswith(f".nr_cases = {cases}")
+    assert made.nodes[made.tdx].endswith(".nr_cases = 6")
 
 
 def make_ring(path: Path, size: int = 4096) -> None:

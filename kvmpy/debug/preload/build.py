@@ -14,7 +14,10 @@ from kvmpy import caches
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("recorder.c", "capture.c", "memory.c", "objects.c", "frames.c")
-HEADERS = ("recorder.h", "ring.h", "tables.h", "../record/format.h")
+HEADERS = (
+    "recorder.h", "rawcall.h", "ring.h", "tables.h", "../record/format.h", "../../uapi/native/capture.h",
+    "../../uapi/native/capture.c", "../../uapi/native/objects.c",
+)  # fmt: skip
 FLAGS = ("-shared", "-fPIC", "-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden")
 LIBRARIES = ("-ldl", "-pthread")
 TARGET = "kvmpy-recorder.so"

@@ -42,13 +42,12 @@ static bool page_has_content(uint64_t entry, uint64_t address)
 /* Call *function* for each run of pages of the VM's slots that have content. */
 static void each_run(struct object *vm, run_function function)
 {
-	const struct slot *slots = atomic_load(&vm->slots);
+	const struct kvmpy_slot *slots = __atomic_load_n(&vm->known.slots, __ATOMIC_ACQUIRE);
+	uint32_t most = __atomic_load_n(&vm->known.nr_slots, __ATOMIC_ACQUIRE);
 	uint64_t entries[RUN_PAGES];
 	int map = (int)raw(SYS_openat, AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0);
 
-	for (size_t i = 0; slots && map >= 0 && i < MAX_SLOTS; i++) {
-		if (!slots[i].used)
-			continue;
+	for (uint32_t i = 0; slots && map >= 0 && i < most; i++) {
 		uint64_t end = slots[i].hva + (slots[i].size & ~(PAGE - 1));
 
 		for (uint64_t page = slots[i].hva; page < end; page += RUN_PAGES * PAGE) {
@@ -74,7 +73,7 @@ static void each_run(struct object *vm, run_function function)
 /* Copy *count* pages; what cannot be read is zero. */
 static void copy_pages(uint8_t *to, uint64_t address, uint32_t count)
 {
-	uint64_t got = copy_from(to, address, count * PAGE);
+	uint64_t got = kvmpy_source_read(&this_process, to, address, count * PAGE);
 
 	memset(to + got, 0, count * PAGE - got);
 }

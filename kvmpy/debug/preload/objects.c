@@ -49,16 +49,12 @@ static struct object *object_take(void)
 
 static void object_release(struct object *object)
 {
-	struct kvmpy_rec_close payload = { .object = object->id };
+	struct kvmpy_rec_close payload = { .object = object->known.id };
 
 	if (atomic_load(&object->refs) == 1) {
 		frame_simple(KVMPY_REC_CLOSE, &payload, sizeof payload, NULL, 0);
-		struct slot *slots = atomic_exchange(&object->slots, NULL);
-
-		if (slots)
-			raw(SYS_munmap, slots, MAX_SLOTS * sizeof *slots, 0, 0);
+		kvmpy_object_end(&object->known);
 		memory_forget(object);
-		atomic_store(&object->run, NULL);
 	}
 	atomic_fetch_sub(&object->refs, 1);
 }
@@ -71,32 +67,20 @@ static void fd_set_object(int fd, uint16_t index)
 		object_release(&objects[old - 1]);
 }
 
-struct object *object_new(int fd, uint32_t kind, struct object *vm, uint64_t order, const char *name)
+static void object_new(int fd, uint32_t kind, struct kvmpy_object *maker, uint32_t vm_type, uint64_t order,
+		       const char *name)
 {
 	struct object *object = in_table(fd) ? object_take() : NULL;
 	struct kvmpy_rec_object payload = { .fd = fd, .kind = kind, .made_by = order };
 
 	payload.id = atomic_fetch_add(&control->objects, 1) + 1;
-	payload.parent = vm ? vm->id : 0;
+	payload.parent = maker ? maker->id : 0;
 	if (object) {
-		object->id = payload.id;
-		object->kind = kind;
-		object->vm = vm;
-		object->vm_type = vm ? vm->vm_type : 0;
-		object->next_gmem = 0;
+		kvmpy_object_init(&object->known, payload.id, kind, maker, vm_type, name);
 		atomic_store(&object->dumped, 0);
-		object->xsave_size = vm ? vm->xsave_size : 0;
-		atomic_store(&object->run, NULL);
-		object->run_length = 0;
-		memset(object->shadow, 0, sizeof object->shadow);
-		object->coalesced = 0;
-		object->entered = 0;
-		object->valid_regs = 0;
-		snprintf(object->name, sizeof object->name, "%s", name);
 		fd_set_object(fd, (uint16_t)(object - objects + 1));
 	}
 	frame_simple(KVMPY_REC_OBJECT, &payload, sizeof payload, name, strlen(name));
-	return object;
 }
 
 /* Read what /proc says of a descriptor; return the row of the table, NULL for another file. */
@@ -136,12 +120,13 @@ struct object *object_find(int fd, bool foreign)
 		return NULL;
 	}
 	if (!row)
-		return object_new(fd, KVMPY_REC_KIND_OTHER, NULL, 0, target);
-	if (row->kind == KVMPY_REC_KIND_VM)
+		snprintf(name, sizeof name, "%s", target);
+	else if (row->kind == KVMPY_REC_KIND_VM)
 		snprintf(name, sizeof name, "vm%u", atomic_fetch_add(&control->vms, 1));
 	else
 		snprintf(name, sizeof name, "%s%s%s", row->of_vm ? "vm?/" : "", row->name, target + row->length);
-	return object_new(fd, row->kind, NULL, 0, name);
+	object_new(fd, row ? row->kind : KVMPY_REC_KIND_OTHER, NULL, 0, 0, name);
+	return object_of(fd);
 }
 
 void objects_inherited(void)
@@ -161,10 +146,10 @@ void object_opened(int fd, const char *path)
 		return;
 	if (!strcmp(path, "/dev/kvm")) {
 		if (recording())
-			object_new(fd, KVMPY_REC_KIND_SYSTEM, NULL, 0, "kvm");
+			object_new(fd, KVMPY_REC_KIND_SYSTEM, NULL, 0, 0, "kvm");
 	} else if (!strcmp(path, "/dev/sev")) {
 		if (recording())
-			object_new(fd, KVMPY_REC_KIND_SEV, NULL, 0, "sev");
+			object_new(fd, KVMPY_REC_KIND_SEV, NULL, 0, 0, "sev");
 	} else if (in_table(fd) && atomic_load_explicit(&fds[fd], memory_order_relaxed)) {
 		/* The number was closed behind our back. */
 		fd_set_object(fd, 0);
@@ -188,86 +173,12 @@ void object_close(int fd)
 		fd_set_object(fd, 0);
 }
 
-void slot_set(struct object *vm, uint32_t id, uint64_t hva, uint64_t size)
+void note_created(struct kvmpy_capture *c, int64_t result)
 {
-	struct slot *slots = atomic_load(&vm->slots), *place = NULL;
+	struct kvmpy_made made;
 
-	if (!slots) {
-		struct slot *none = NULL, *made = mmap(NULL, MAX_SLOTS * sizeof *slots, PROT_READ | PROT_WRITE,
-						       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-		if (made == MAP_FAILED)
-			return;
-		if (!atomic_compare_exchange_strong(&vm->slots, &none, made))
-			raw(SYS_munmap, made, MAX_SLOTS * sizeof *slots, 0, 0);
-		slots = atomic_load(&vm->slots);
-	}
-	for (size_t i = 0; i < MAX_SLOTS; i++) {
-		if (slots[i].used && slots[i].id == id) {
-			place = &slots[i];
-			break;
-		}
-		if (!slots[i].used && !place)
-			place = &slots[i];
-	}
-	if (place)
-		*place = (struct slot){ .id = id, .used = size != 0, .hva = hva, .size = size };
-}
-
-uint64_t slot_pages(const struct object *object, uint32_t id)
-{
-	const struct slot *slots = object ? atomic_load(&object->slots) : NULL;
-
-	for (size_t i = 0; slots && i < MAX_SLOTS; i++)
-		if (slots[i].used && slots[i].id == id)
-			return slots[i].size / PAGE;
-	return 0;
-}
-
-void note_created(struct object *object, uint64_t request, uint64_t arg, long result, uint64_t order)
-{
-	struct object *vm = object->kind == KVMPY_REC_KIND_VM ? object : object->vm;
-	const uint8_t *argument = (const uint8_t *)arg;
-	const struct kvmpy_maker *maker = NULL;
-	char name[64];
-
-	if (vm && (request == KVM_SET_USER_MEMORY_REGION || request == KVM_SET_USER_MEMORY_REGION2))
-		slot_set(vm, *(const uint32_t *)(argument + AT_kvm_userspace_memory_region_slot),
-			 *(const uint64_t *)(argument + AT_kvm_userspace_memory_region_userspace_addr),
-			 *(const uint64_t *)(argument + AT_kvm_userspace_memory_region_memory_size));
-	if (request == KVM_CHECK_EXTENSION && arg == KVM_CAP_XSAVE2)
-		object->xsave_size = (uint64_t)result;
-	for (size_t i = 0; i < ROWS(kvmpy_maker_table) && !maker; i++)
-		if (kvmpy_maker_table[i].request == request)
-			maker = &kvmpy_maker_table[i];
-	if (!maker)
-		return;
-	switch (maker->kind) {
-	case KVMPY_REC_KIND_VM:
-		snprintf(name, sizeof name, "vm%u", atomic_fetch_add(&control->vms, 1));
-		break;
-	case KVMPY_REC_KIND_VCPU:
-		snprintf(name, sizeof name, "%s/vcpu%lu", object->name, (unsigned long)arg);
-		break;
-	case KVMPY_REC_KIND_GMEM:
-		snprintf(name, sizeof name, "%s/gmem%u", object->name, object->next_gmem++);
-		break;
-	case KVMPY_REC_KIND_DEVICE:
-		if (*(const uint32_t *)(argument + AT_kvm_create_device_flags) & KVM_CREATE_DEVICE_TEST)
-			return;
-		snprintf(name, sizeof name, "%s/device%u", object->name,
-			 *(const uint32_t *)(argument + AT_kvm_create_device_type));
-		break;
-	default:
-		snprintf(name, sizeof name, "%s/stats", object->name);
-	}
-	if (maker->offset >= 0)
-		result = *(const int *)(argument + maker->offset);
-	object = object_new((int)result, maker->kind, object, order, name);
-	if (object && maker->kind == KVMPY_REC_KIND_VM) {
-		object->vm = NULL;
-		object->vm_type = (uint32_t)arg;
-	}
+	if (kvmpy_capture_made(c, result, (uint32_t *)&control->vms, &made))
+		object_new(made.fd, made.kind, c->object, (uint32_t)c->arg, c->order, made.name);
 }
 
 void run_mapped(int fd, void *address, uint64_t length, uint64_t offset, int flags)
@@ -277,25 +188,25 @@ void run_mapped(int fd, void *address, uint64_t length, uint64_t offset, int fla
 
 	if (!object || !recording())
 		return;
-	payload.object = object->id;
+	payload.object = object->known.id;
 	payload.flags = flags & MAP_SHARED ? KVMPY_REC_MAP_SHARED : 0;
 	frame_simple(KVMPY_REC_MAP, &payload, sizeof payload, NULL, 0);
-	if (object->kind == KVMPY_REC_KIND_VCPU && offset == 0 && length >= RUN_SYNC_OFFSET + RUN_SYNC_SIZE) {
-		object->run_length = length;
-		atomic_store_explicit(&object->run, address, memory_order_release);
+	if (object->known.kind == KVMPY_REC_KIND_VCPU && offset == 0 && length >= SIZE_kvm_run) {
+		object->known.run_length = length;
+		__atomic_store_n(&object->known.run, (uint64_t)address, __ATOMIC_RELEASE);
 	}
 }
 
 void run_unmapped(void *address, uint64_t length)
 {
 	for (size_t i = 0; i < atomic_load_explicit(&nr_objects, memory_order_relaxed); i++) {
-		uint8_t *run = atomic_load_explicit(&objects[i].run, memory_order_relaxed);
+		uint64_t run = __atomic_load_n(&objects[i].known.run, __ATOMIC_RELAXED);
 
-		if (!run || run < (uint8_t *)address || run >= (uint8_t *)address + length)
+		if (!run || run - (uint64_t)address >= length)
 			continue;
 		struct kvmpy_rec_map payload = { .address = (uint64_t)address, .length = length };
 
-		atomic_store(&objects[i].run, NULL);
+		__atomic_store_n(&objects[i].known.run, 0, __ATOMIC_RELEASE);
 		if (recording())
 			frame_simple(KVMPY_REC_UNMAP, &payload, sizeof payload, NULL, 0);
 	}

@@ -58,7 +58,7 @@ __attribute__((constructor)) static void start(void)
 
 		memcpy(own_preload, preload, first);
 		strcpy(own_directory, directory);
-		ready = capture_start(directory) && frames_start(directory);
+		ready = frames_start(directory);
 		if (ready)
 			objects_inherited();
 	}
@@ -74,65 +74,49 @@ static bool watched(int fd, uint64_t request, struct object **object)
 }
 
 /* A descriptor that is none of KVM's becomes an object when it is given to KVM first. */
-static void name_descriptors(uint64_t request, uint64_t arg)
+static void name_descriptors(uint32_t request, uint64_t arg)
 {
-	for (size_t i = 0; i < ROWS(kvmpy_fd_field_table); i++) {
-		const struct kvmpy_fd_field *row = &kvmpy_fd_field_table[i];
-		const uint8_t *argument = (const uint8_t *)arg;
+	int32_t fds[4];
+	uint32_t number = kvmpy_foreign_fds(&this_process, request, arg, fds, ROWS(fds));
 
-		if (row->request != request || readable(argument, row->size) < row->size)
-			continue;
-		int fd = *(const int *)(argument + row->offset);
-
-		if ((*(const uint32_t *)(argument + row->where) & row->mask) == row->value && !object_of(fd))
-			object_find(fd, true);
-	}
+	for (uint32_t i = 0; i < number; i++)
+		if (!object_of(fds[i]))
+			object_find(fds[i], true);
 }
 
-static long watched_ioctl(int fd, uint64_t request, uint64_t arg, struct object *object)
+static long watched_ioctl(int fd, uint32_t request, uint64_t arg, struct object *object)
 {
-	struct object *vcpu = request == KVM_RUN && object->kind == KVMPY_REC_KIND_VCPU ? object : NULL;
-	const struct kvmpy_plan_node *node = vcpu ? NULL : plan_find(request, object);
-	struct kvmpy_plan_node unknown;
-	struct capture capture;
-	uint64_t order, start;
+	bool running = request == KVM_RUN && object->known.kind == KVMPY_REC_KIND_VCPU;
+	struct object *vm = running ? vm_of(object) : NULL;
+	struct kvmpy_capture capture;
 	long result;
 
-	if (!node && !vcpu && plan_guess(request, &unknown))
-		node = &unknown;
-	if (vcpu && vcpu->vm)
-		memory_before_run(vcpu->vm);
+	if (vm)
+		memory_before_run(vm);
 	name_descriptors(request, arg);
-	capture_begin(&capture);
-	if (node)
-		capture_in(&capture, node, arg, object);
-	order = next_order();
-	start = now_ns();
-	if (vcpu) {
-		capture_run_in(&capture, vcpu);
-		record_ioctl(KVMPY_REC_ENTER, object, fd, request, arg, 0, 0, order, start, &capture, vcpu);
-	}
+	capture_begin(&capture, object, fd, request, arg);
+	if (running)
+		record_ioctl(&capture, KVMPY_REC_ENTER, 0, 0);
 	result = raw(SYS_ioctl, fd, request, arg, 0);
-	if (vcpu && vcpu->vm)
-		memory_after_run(vcpu->vm);
-	record_ioctl(KVMPY_REC_IOCTL, object, fd, request, arg, result < 0 ? -1 : result, result < 0 ? (int)-result : 0,
-		     order, start, &capture, vcpu);
+	if (vm)
+		memory_after_run(vm);
+	record_ioctl(&capture, KVMPY_REC_IOCTL, result < 0 ? -1 : result, result < 0 ? (int)-result : 0);
 	if (result >= 0)
-		note_created(object, request, arg, result, order);
-	capture_end(&capture);
+		note_created(&capture, result);
+	capture_finish(&capture);
 	return result;
 }
 
 /* An ioctl of KVM's on what is none of its file descriptors, or on none at all. */
-static long stray_ioctl(int fd, uint64_t request, uint64_t arg)
+static long stray_ioctl(int fd, uint32_t request, uint64_t arg)
 {
-	struct capture capture = { .nr_out = 0 };
-	uint64_t start = now_ns();
+	struct kvmpy_capture capture = { .fd = fd, .request = request, .arg = arg, .start_ns = now_ns() };
 	long result = raw(SYS_ioctl, fd, request, arg, 0);
 
-	if ((result == -EBADF || result == -ENOTTY) && recording())
-		record_ioctl(KVMPY_REC_IOCTL, NULL, fd, request, arg, -1, (int)-result, next_order(), start, &capture,
-			     NULL);
+	if ((result == -EBADF || result == -ENOTTY) && recording()) {
+		capture.order = next_order();
+		record_ioctl(&capture, KVMPY_REC_IOCTL, -1, (int)-result);
+	}
 	return result;
 }
 
@@ -387,7 +371,7 @@ EXPORT int fallocate(int fd, int mode, off_t offset, off_t length)
 
 	if (object && recording()) {
 		struct kvmpy_rec_file payload = {
-			.object = object->id,
+			.object = object->known.id,
 			.call = KVMPY_REC_FILE_FALLOCATE,
 			.mode = (uint64_t)mode,
 			.offset = (uint64_t)offset,
@@ -497,7 +481,7 @@ static long raw_exec(long call, const long *a)
 	const char *path = (const char *)a[at - 2];
 
 	if (ready)
-		note_exec(readable(path, 1) ? path : "(bad address)");
+		note_exec(string_readable(path) ? path : "(bad address)");
 	return WITH_ENVIRONMENT((char *const *)a[at],
 				at == 2 ? raw(call, a[0], a[1], environment, 0) :
 					  raw6(call, a[0], a[1], a[2], (long)environment, a[4], 0));

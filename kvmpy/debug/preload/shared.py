@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvmpy.debug.layouts import OFFSETS, layout
-from kvmpy.debug.preload.plan import compile_plan
 from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, Frame, FrameType
 
 CONTROL_SIZE = 4096
@@ -318,7 +317,6 @@ class Shared:
         """Processes whose rings held something else than frames."""
         self._lost = 0
         self._seen: set[str] = set()
-        (folder / "plan").write_bytes(compile_plan())
         flags = (FLAG_MEMORY if memory or writes else 0) | (FLAG_WRITES if writes else 0)
         content = CONTROL.pack(FIRST_ORDER, 0, 0, 0, 0, flags, 0, ring_size, 0, b"")
         (folder / "control").write_bytes(content.ljust(CONTROL_SIZE, b"\0"))

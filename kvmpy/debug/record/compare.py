@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from kvmpy.debug.record.script import Step
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.buffers import struct_class
-from kvmpy.uapi.constants import KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_INTERNAL_ERROR_EMULATION, ExitReason
+from kvmpy.uapi.constants import (
+    KVM_EXIT_IO,
+    KVM_EXIT_IO_OUT,
+    KVM_EXIT_MMIO,
+    KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+    ExitReason,
+)
 from kvmpy.uapi.struct_base import FlexStruct, Struct
 from kvmpy.uapi.struct_text import EXIT_MEMBERS
 from kvmpy.uapi.structs import kvm_run
@@ -122,7 +129,7 @@ def exit_payload(outcome: Outcome) -> dict[str, str]:
     fields = dict(_flat(getattr(run, member), member))
     if reason == KVM_EXIT_IO:
         fields.pop("io.data_offset", None)
-        if run.io.direction == 1:
+        if run.io.direction == KVM_EXIT_IO_OUT:
             data = next((part for offset, part in outcome.run if offset == run.io.data_offset), b"")
             fields["io.data"] = data.hex()
     elif reason == KVM_EXIT_MMIO and not run.mmio.is_write:
@@ -131,7 +138,8 @@ def exit_payload(outcome: Outcome) -> dict[str, str]:
         # The words behind the suberror are for people; some of them are addresses of this boot.
         fields = {name: text for name, text in fields.items() if name == "internal.suberror"}
         failure = run.emulation_failure
-        if run.internal.suberror == KVM_INTERNAL_ERROR_EMULATION and failure.flags & 1:
+        has_bytes = failure.flags & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        if run.internal.suberror == KVM_INTERNAL_ERROR_EMULATION and has_bytes:
             fields["emulation_failure.insn_bytes"] = failure.insn_bytes[: failure.insn_size].hex()
     fields.pop("fail_entry.cpu", None)
     return {name: text for name, text in fields.items() if not _PAD.search(name)}

@@ -33,12 +33,16 @@ def target_of(script: Script) -> Step:
         if call is None:
             continue
         asked = asked or step
-        beside = is_question(step) or call.request == ioctls.KVM_GET_STATS_FD.nr or step.ended_by_signal
+        beside = is_question(step) or _of_statistics(call.request) or step.ended_by_signal
         if (call.result < 0 and not step.ended_by_signal) or step.interrupted or not beside:
             return step
     if asked is None:
         raise ValueError("the record holds no ioctl that returned")
     return asked
+
+
+def _of_statistics(request: int) -> bool:
+    return ioctls.MAKERS.get(request) == "stats"
 
 
 def references(node: Node | None) -> set[int]:

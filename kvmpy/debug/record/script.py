@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from errno import EINTR
 from itertools import groupby
 
-from kvmpy.debug.record.arguments import MOST
 from kvmpy.debug.record.events import (
     Close,
     Deadline,
@@ -27,7 +26,7 @@ from kvmpy.debug.record.events import (
 )
 from kvmpy.debug.record.format import MEMORY_INITIAL, ObjectKind, What, When
 from kvmpy.debug.record.model import Entry, Record, request_name
-from kvmpy.uapi import ioctls
+from kvmpy.uapi import ioctls, lib
 from kvmpy.uapi.buffers import BUFFERS, Buffer, children_of, descriptors_in, field_place
 from kvmpy.uapi.structs import kvm_run
 
@@ -36,7 +35,7 @@ _USER_END = 1 << 47
 _LARGEST = 1 << 42
 _IN, _OUT = int(When.IN), int(When.OUT)
 _IMMEDIATE_EXIT = kvm_run.fields()["immediate_exit"][0]
-_RUN_HEAD = kvm_run.fields()["kvm_valid_regs"][0]
+_RUN_HEAD = lib.KVMPY_RUN_HEAD
 # What KVM serves to the process alone that made it: its ioctls compare the caller's memory with the VM's.
 _OWNED = (ObjectKind.VM, ObjectKind.VCPU, ObjectKind.DEVICE)
 
@@ -268,7 +267,7 @@ class _Builder:
         if buffer is not None and buffer.size.own and buffer.size.count:
             # Another KVM may fill more of the room than this one did.
             room = buffer.size.bytes(_number(data, *buffer.place(buffer.size.count)))
-            data = data.ljust(min(room, MOST), b"\0")
+            data = data.ljust(min(room, lib.KVMPY_CAPTURE_MOST), b"\0")
         node = Node(data, None if buffer is None else buffer.struct, after=after, what=buffer)
         if buffer is not None:
             self._pointers(entry, ioctl, buffer, node)

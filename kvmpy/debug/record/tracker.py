@@ -12,6 +12,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 
+from kvmpy.debug.record.capture import Source
 from kvmpy.debug.record.events import Map, Memory, Unmap, Write
 from kvmpy.debug.record.format import MAP_NO_READ, MAP_NO_WRITE, MAP_SHARED, MEMORY_INITIAL, PAGE_SIZE
 from kvmpy.debug.record.writer import RecordWriter, out_of_the_way
@@ -42,9 +43,10 @@ class Shown:
 
 @dataclass
 class VmMemory:
-    """The memory of one VM: slot -> (host address, size), and what is copied into it at launch."""
+    """The memory of one VM, and what is copied into it at launch."""
 
-    slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    largest: int = PAGE_SIZE
+    """Bytes of its largest slot."""
     ran: bool = False
     # What KVM was given to copy into the guest: ranges, and the id of each page's content.
     sources: list[tuple[int, int]] = field(default_factory=list)
@@ -61,28 +63,30 @@ class MemoryTracker:
         self._regions: dict[tuple[int, int], set[object]] = {}
         self._fresh: list[tuple[int, int]] = []
         self._mapped: set[int] = set()
+        self._source: Source | None = None
         self.shown: list[Shown] = []
         self._lock = threading.RLock()
         self._pagemap, self._mem, self._maps = (
             out_of_the_way(os.open(f"/proc/self/{name}", os.O_RDONLY | os.O_CLOEXEC))
             for name in ("pagemap", "mem", "maps")
         )
+        self._everything = Source(self._mem)
 
     # Slots.
 
-    def slot_set(self, vm: object, slot: int, address: int, size: int, tid: int) -> None:
+    def slot_set(self, vm: object, address: int, size: int, tid: int) -> None:
         """A slot was set; *size* 0 deletes it."""
+        if size == 0:
+            return
         with self._lock:
             state = self._vms.setdefault(vm, VmMemory())
-            if size == 0:
-                state.slots.pop(slot, None)
-                return
-            state.slots[slot] = (address, size)
+            state.largest = max(state.largest, size)
             region = (address, size)
             if region in self._regions:
                 self._regions[region].add(vm)
             elif not any(a <= address and address + size <= a + s for a, s in self._regions):
                 self._regions[region] = {vm}
+                self._source = None
                 self._fresh.append(region)
                 if address not in self._mapped:
                     self._writer.put(Map(address, size, flags=self._protection(address)), tid=tid)
@@ -95,27 +99,26 @@ class MemoryTracker:
         """Tell whether a MAP frame told of *address*."""
         return address in self._mapped
 
-    def slot_bytes(self, vm: object, slot: int) -> int:
-        """Return the size of a slot's dirty bitmap in bytes, 0 where the slot is not known."""
-        state = self._vms.get(vm)
-        size = state.slots.get(slot & 0xFFFF_FFFF, (0, 0))[1] if state is not None else 0
-        return (size // PAGE_SIZE + 63) // 64 * 8
-
     def holds(self, address: int) -> bool:
         """Tell whether *address* is guest memory."""
         return any(a <= address < a + s for a, s in self._regions)
 
-    def in_record(self, address: int) -> bool:
-        """Tell whether what lies at *address* is in the record without being copied with an argument."""
-        return self.holds(address) or any(
-            a <= address < a + s for state in self._vms.values() for a, s in state.sources
-        )
+    @property
+    def source(self) -> Source:
+        """This process's memory, but for what is in the record without being copied with an argument."""
+        source = self._source
+        if source is None:
+            with self._lock:
+                copied = (each for state in self._vms.values() for each in state.sources)
+                source = self._source = Source(held=[*self._regions, *copied])
+        return source
 
     def vm_closed(self, vm: object, tid: int) -> None:
         """A VM is about to be closed: its memory may go, and its addresses may come again."""
         with self._lock:
             self.sources_done(vm, tid)
             self._vms.pop(vm, None)
+            self._source = None
             for region, users in list(self._regions.items()):
                 users.discard(vm)
                 if users:
@@ -145,7 +148,7 @@ class MemoryTracker:
             state.ran = True
             self.look_again()
 
-    def source(self, vm: object, address: int, size: int, tid: int) -> None:
+    def copied(self, vm: object, address: int, size: int, tid: int) -> None:
         """Write what lies at *address*, whole pages that *vm* is about to copy into its guest.
 
         A length that no slot has is a mistake: no more is read than the largest one.
@@ -154,7 +157,7 @@ class MemoryTracker:
             return
         with self._lock:
             state = self._vms.setdefault(vm, VmMemory())
-            size = min(size, max((s for _, s in state.slots.values()), default=PAGE_SIZE))
+            size = min(size, state.largest)
             for offset in range(address, address + size, _RUN_PAGES * PAGE_SIZE):
                 data = self.peek(offset, min(_RUN_PAGES * PAGE_SIZE, address + size - offset))
                 pages = [data[n : n + PAGE_SIZE] for n in range(0, len(data) - PAGE_SIZE + 1, PAGE_SIZE)]
@@ -168,6 +171,7 @@ class MemoryTracker:
         places = range(address, address + len(ids) * PAGE_SIZE, PAGE_SIZE)
         if any(place not in known for place in places):
             state.sources.append((address, len(places) * PAGE_SIZE))
+            self._source = None
             self._writer.put(Map(address, len(places) * PAGE_SIZE, flags=self._protection(address)), tid=tid)
         for fresh, flags in ((True, MEMORY_INITIAL), (False, 0)):
             for place, ident in zip(places, ids, strict=True):
@@ -186,6 +190,7 @@ class MemoryTracker:
             for address, size in state.sources:
                 self._writer.put(Unmap(address, size), tid=tid)
             state.sources.clear()
+            self._source = None
             state.source_pages.clear()
 
     def _read(self, address: int, size: int, flags: int, tid: int) -> None:
@@ -217,20 +222,7 @@ class MemoryTracker:
 
     def peek(self, address: int, size: int) -> bytes:
         """Return up to *size* bytes at *address*; what cannot be read is left out, and nothing faults."""
-        if not 0 < address < 1 << 63 or size <= 0:
-            return b""
-        parts = []
-        while size:
-            try:
-                part = os.pread(self._mem, size, address)
-            except (OSError, OverflowError):
-                break
-            if not part:
-                break
-            parts.append(part)
-            address += len(part)
-            size -= len(part)
-        return b"".join(parts)
+        return self._everything.read(address, size) if size > 0 else b""
 
     def look(self, address: int, size: int) -> bytes:
         """Return *size* bytes at *address*, as zeroes where nobody touched a page yet or it cannot be read.

@@ -1,15 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Frames of a record (kvmpy/debug/record/format.h), each with one write(2), and an ioctl that is recorded as it is
- * issued. The copies are made here since some KVM ioctls leave the caches cold: behind them the interpreter
- * takes several times as long for the same work.
+ * Frames of a record (kvmpy/debug/record/format.h), each with one write(2). Those of ioctls are made here since some
+ * leave the caches cold: behind them the interpreter takes several times as long for the same work.
  */
-#include <errno.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "../../debug/record/format.h"
@@ -86,19 +83,27 @@ static bool record_put(struct kvmpy_record *r, uint8_t *raw, uint32_t type, uint
 	return written;
 }
 
+/* Room for a frame with @length bytes of payload: @small where they fit, NULL where the frame is lost. */
+static uint8_t *record_room(struct kvmpy_record *r, uint8_t *small, uint64_t length)
+{
+	if (length <= KVMPY_RECORD_SMALL)
+		return small;
+	uint8_t *raw = malloc(sizeof(struct kvmpy_rec_frame) + RECORD_ROUND(length));
+
+	if (!raw)
+		__atomic_fetch_add(&r->lost, 1, __ATOMIC_SEQ_CST);
+	return raw;
+}
+
 /* Returns 0, or -1 where the frame is lost: no space left, no memory, or the record was closed meanwhile. */
 int kvmpy_record_frame(struct kvmpy_record *r, uint32_t type, uint32_t flags, uint32_t tid, uint64_t order,
 		       uint64_t time_ns, const void *payload, uint32_t length)
 {
 	uint8_t small[sizeof(struct kvmpy_rec_frame) + KVMPY_RECORD_SMALL];
-	uint8_t *raw = length <= KVMPY_RECORD_SMALL ?
-			       small :
-			       malloc(sizeof(struct kvmpy_rec_frame) + RECORD_ROUND((size_t)length));
+	uint8_t *raw = record_room(r, small, length);
 
-	if (!raw) {
-		__atomic_fetch_add(&r->lost, 1, __ATOMIC_SEQ_CST);
+	if (!raw)
 		return -1;
-	}
 	memcpy(raw + sizeof(struct kvmpy_rec_frame), payload, length);
 	bool written = record_put(r, raw, type, flags, tid, order, time_ns, length);
 
@@ -107,62 +112,35 @@ int kvmpy_record_frame(struct kvmpy_record *r, uint32_t type, uint32_t flags, ui
 	return written ? 0 : -1;
 }
 
-static uint8_t *record_chunk(uint8_t *at, const void *arg, uint32_t size, uint32_t when)
+/* Begin to record an ioctl: copy what the kernel is about to read (see kvmpy_capture_enter()). */
+void kvmpy_record_enter(struct kvmpy_capture *c, struct kvmpy_object *object, int fd, uint32_t request,
+			const void *place, uint64_t number)
 {
-	struct kvmpy_rec_chunk chunk = {
-		.address = (uintptr_t)arg,
-		.length = size,
-		.when = when,
-		.what = KVMPY_REC_WHAT_ARGUMENT,
-	};
-
-	memcpy(at, &chunk, sizeof chunk);
-	memcpy(at + sizeof chunk, arg, size);
-	memset(at + sizeof chunk + size, 0, RECORD_ROUND(size) - size);
-	return at + sizeof chunk + RECORD_ROUND(size);
+	kvmpy_capture_enter(c, object, fd, request, place, number);
+	c->order = kvmpy_record_order(c->record);
+	c->start_ns = kvmpy_monotonic_ns();
 }
 
-/*
- * Issue an ioctl, with errno as it leaves it, and write the frame. @size bytes of memory at @arg are copied
- * before it (1 in @when), after it (2), or once for both (4); at most KVMPY_RECORD_SMALL.
- */
-int kvmpy_record_ioctl(struct kvmpy_record *r, uint32_t object, uint32_t tid, int fd, unsigned long request,
-		       void *arg, uint32_t size, uint32_t when)
+/* Write its frame: KVMPY_REC_ENTER as it is in flight, or KVMPY_REC_IOCTL once it returned, and that is its end. */
+void kvmpy_record_ioctl(struct kvmpy_capture *c, uint32_t type, int64_t result, int error)
 {
-	uint8_t raw[sizeof(struct kvmpy_rec_frame) + sizeof(struct kvmpy_rec_ioctl) +
-		    2 * (sizeof(struct kvmpy_rec_chunk) + KVMPY_RECORD_SMALL)];
-	uint8_t *payload = raw + sizeof(struct kvmpy_rec_frame);
-	uint8_t *at = payload + sizeof(struct kvmpy_rec_ioctl);
-	struct kvmpy_rec_ioctl what = {
-		.object = object,
-		.fd = fd,
-		.request = request,
-		.arg = (uintptr_t)arg,
-	};
+	struct kvmpy_record *r = c->record;
+	bool done = type == KVMPY_REC_IOCTL;
+	uint64_t end_ns = done ? kvmpy_monotonic_ns() : 0;
 
-	if (size > KVMPY_RECORD_SMALL) {
-		errno = E2BIG;
-		return -1;
-	}
-	if (size && when & 5) {
-		at = record_chunk(at, arg, size, when & 4 ? KVMPY_REC_WHEN_BOTH : KVMPY_REC_WHEN_IN);
-		what.chunks++;
-	}
-	uint64_t order = kvmpy_record_order(r);
-	uint64_t begin = kvmpy_monotonic_ns();
-	int result = ioctl(fd, request, arg);
-	int error = errno;
+	if (done)
+		kvmpy_capture_exit(c, result);
+	uint64_t size = kvmpy_capture_size(c);
+	uint64_t end_order = done ? kvmpy_record_order(r) : 0;
+	uint8_t small[sizeof(struct kvmpy_rec_frame) + KVMPY_RECORD_SMALL];
+	uint8_t *raw = record_room(r, small, size);
 
-	what.end_ns = kvmpy_monotonic_ns();
-	if (size && when & 2) {
-		at = record_chunk(at, arg, size, KVMPY_REC_WHEN_OUT);
-		what.chunks++;
+	if (raw) {
+		size = kvmpy_capture_fill(c, raw + sizeof(struct kvmpy_rec_frame), result, error, end_order, end_ns);
+		record_put(r, raw, type, r->flags, c->tid, c->order, c->start_ns, (uint32_t)size);
 	}
-	what.result = result;
-	what.error = result < 0 ? (uint32_t)error : 0;
-	what.end_order = kvmpy_record_order(r);
-	memcpy(payload, &what, sizeof what);
-	record_put(r, raw, KVMPY_REC_IOCTL, 0, tid, order, begin, at - payload);
-	errno = error;
-	return result;
+	if (raw != small)
+		free(raw);
+	if (done)
+		kvmpy_capture_end(c);
 }

@@ -2,6 +2,7 @@
 struct kvmpy_record {
 	int32_t fd;
 	uint32_t pid;
+	uint32_t flags; /* of ioctls */
 	uint64_t order;
 	uint64_t frames;
 	uint64_t lost;
@@ -12,5 +13,6 @@ struct kvmpy_record {
 uint64_t kvmpy_record_order(struct kvmpy_record *r);
 int kvmpy_record_frame(struct kvmpy_record *r, uint32_t type, uint32_t flags, uint32_t tid, uint64_t order,
 		       uint64_t time_ns, const void *payload, uint32_t length);
-int kvmpy_record_ioctl(struct kvmpy_record *r, uint32_t object, uint32_t tid, int fd, unsigned long request,
-		       void *arg, uint32_t size, uint32_t when);
+void kvmpy_record_enter(struct kvmpy_capture *c, struct kvmpy_object *object, int fd, uint32_t request,
+			const void *place, uint64_t number);
+void kvmpy_record_ioctl(struct kvmpy_capture *c, uint32_t type, int64_t result, int error);
