@@ -9,7 +9,7 @@ ARGS ?=
 NATIVE := kvmpy/uapi/_native.abi3.so
 NATIVE_SOURCES := kvmpy/build.py kvmpy/gen.py kvmpy/guest/layout.py $(wildcard \
 	kvmpy/uapi/*.py kvmpy/uapi/constants/*.py kvmpy/uapi/cdef/* kvmpy/uapi/native/* \
-	kvmpy/debug/layouts.py kvmpy/debug/preload/*.[cp]* kvmpy/debug/preload/rawcall.h kvmpy/debug/record/events.py kvmpy/debug/record/format.py)
+	kvmpy/debug/record/layouts.py kvmpy/debug/preload/*.[cp]* kvmpy/debug/preload/rawcall.h kvmpy/debug/record/events.py kvmpy/debug/record/format.py)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 SECONDS ?= 60

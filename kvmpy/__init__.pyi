@@ -128,7 +128,7 @@ from kvmpy.x86 import segments as segments
 
 # What a VM did
 from kvmpy.coco.recording import record as record
-from kvmpy.debug.timeline import timeline as timeline
+from kvmpy.debug.decode.timeline import timeline as timeline
 
 # Encrypted VMs
 from kvmpy.coco.policy import SevPolicy as SevPolicy

@@ -13,9 +13,8 @@ from enum import Enum, EnumMeta
 from pathlib import Path
 from types import ModuleType
 
-from kvmpy.debug import layouts
 from kvmpy.debug.preload import shared
-from kvmpy.debug.record import events, format  # noqa: A004
+from kvmpy.debug.record import events, format, layouts  # noqa: A004
 from kvmpy.debug.record.format import object_kind
 from kvmpy.guest import layout
 from kvmpy.guest.toolchain import runtime_dir

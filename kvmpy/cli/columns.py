@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from kvmpy.debug.counters import Unseen
+    from kvmpy.debug.watch.counters import Unseen
 
 _COMMAND_LENGTH = 48
 

@@ -30,7 +30,7 @@ def decode(full: bool, as_words: bool, what: str, args: tuple[str, ...]) -> None
     BYTES are hexadecimal digits, @FILE, or - for standard input.
     """
     from kvmpy.cli.decoding import DecodeError, lines_of
-    from kvmpy.debug.encode import EncodeError
+    from kvmpy.debug.decode.encoder import EncodeError
 
     try:
         lines = lines_of(what, args, full=full, as_words=as_words)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from kvmpy.cli.names import decoder, feature_words, sev_policy_words, snp_policy_words
 from kvmpy.core.sev_errors import firmware_meaning
-from kvmpy.debug.decode import (
+from kvmpy.debug.decode.decoder import (
     decode_argument,
     relative,
     relatives,
     request_words,
     struct_of,
 )
-from kvmpy.debug.encode import EncodeError, assignments, parse_hex, parse_number
+from kvmpy.debug.decode.encoder import EncodeError, assignments, parse_hex, parse_number
 from kvmpy.uapi.argument_text import bytes_text, run_of
 from kvmpy.uapi.buffers import struct_class
 from kvmpy.uapi.constants import ExitReason, SevRet

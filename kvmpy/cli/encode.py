@@ -48,7 +48,7 @@ def _cpuid(args: Sequence[str]) -> Encoded:
 
 def _exit(args: Sequence[str]) -> Encoded:
     from kvmpy.cli.decoding import DecodeError
-    from kvmpy.debug.encode import build
+    from kvmpy.debug.decode.encoder import build
     from kvmpy.uapi import lib
     from kvmpy.uapi.constants import ExitReason
 
@@ -82,7 +82,7 @@ def _policy(args: Sequence[str]) -> Encoded:
 
     from kvmpy.cli.decoding import DecodeError
     from kvmpy.coco.policy import SevPolicy, SnpPolicy
-    from kvmpy.debug.encode import parse_number, split
+    from kvmpy.debug.decode.encoder import parse_number, split
 
     if args[0] not in ("sev", "snp"):
         raise DecodeError("expected policy sev|snp [NAME...] [api_major=N|abi_major=N ...]")
@@ -98,7 +98,7 @@ def _policy(args: Sequence[str]) -> Encoded:
 
 
 def _page(layout: Layout, args: Sequence[str]) -> Encoded:
-    from kvmpy.debug.encode import parse_hex, parse_number, split
+    from kvmpy.debug.decode.encoder import parse_hex, parse_number, split
 
     values: dict[str, int | bytes] = {}
     for text in args:
@@ -139,7 +139,7 @@ _DOMAINS: dict[str, Callable[[Sequence[str]], Encoded]] = {
 
 def _ioctl(what: str, args: Sequence[str]) -> Encoded | None:
     from kvmpy.cli.decoding import DecodeError, find_ioctl
-    from kvmpy.debug.encode import build, parse_number
+    from kvmpy.debug.decode.encoder import build, parse_number
     from kvmpy.uapi.field_words import ARGUMENTS, parse_words
     from kvmpy.uapi.ioctls import Ioctl
 
@@ -164,7 +164,7 @@ def _ioctl(what: str, args: Sequence[str]) -> Encoded | None:
 
 def _encode(what: str, args: Sequence[str]) -> Encoded:
     from kvmpy.cli.decoding import DecodeError
-    from kvmpy.debug.encode import build
+    from kvmpy.debug.decode.encoder import build
     from kvmpy.uapi.ioctls import IOCTLS, SEV_COMMANDS, SEV_PLATFORM_COMMANDS, TDX_COMMANDS
     from kvmpy.uapi.structs import STRUCTS
 
@@ -213,7 +213,7 @@ def encode(raw: bool, what: str, args: tuple[str, ...]) -> None:
     kvmpy encode ghcb sw_exit_code=0x72 rax=1
     """
     from kvmpy.cli.decoding import DecodeError
-    from kvmpy.debug.encode import EncodeError
+    from kvmpy.debug.decode.encoder import EncodeError
 
     try:
         head, data = _encode(what, args)

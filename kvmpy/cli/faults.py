@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from kvmpy.debug.faults import FaultEvent, FaultTracer
+    from kvmpy.debug.watch.faults import FaultEvent, FaultTracer
 
 # Waits until its threads are watched, and becomes the command.
 _WAIT = """
@@ -57,9 +57,9 @@ def faults(
     Needs root and tracefs, which is mounted for this command alone where it is not mounted.  With COMMAND
     the exit status is the command's.
     """
-    from kvmpy.debug.faults import FaultTracer, PageFaultEvent, threads_of
-    from kvmpy.debug.tracefs import TracefsError
-    from kvmpy.debug.tracering import FormatError
+    from kvmpy.debug.watch.faults import FaultTracer, PageFaultEvent, threads_of
+    from kvmpy.debug.watch.tracefs import TracefsError
+    from kvmpy.debug.watch.tracering import FormatError
 
     if (pid is None) == (not command):
         raise click.UsageError("give either a process (--pid N) or a command (-- COMMAND...)")

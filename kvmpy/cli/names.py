@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from kvmpy.coco.policy import SevPolicy, SnpPolicy
 from kvmpy.core.sev_errors import firmware_meaning
-from kvmpy.debug.decode import Decoder
+from kvmpy.debug.decode.decoder import Decoder
 from kvmpy.x86 import apic, msrs
 from kvmpy.x86.bits import bit_words, cr0_words, cr4_words, efer_words, rflags_words
 from kvmpy.x86.vmsa import SevFeature

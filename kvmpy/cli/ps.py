@@ -14,7 +14,7 @@ from kvmpy.cli.columns import explain, numbers, per_second, shorten, size, span
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvmpy.debug.processes import Survey, VcpuInfo, VmInfo
+    from kvmpy.debug.watch.processes import Survey, VcpuInfo, VmInfo
 
 
 def _vcpu_row(vcpu: VcpuInfo) -> list[str]:
@@ -78,7 +78,7 @@ def ps(as_json: bool, interval: float) -> None:
 
     Exits per second come from debugfs, or from statistics files that the VMM has open; both need root.
     """
-    from kvmpy.debug.processes import survey_twice
+    from kvmpy.debug.watch.processes import survey_twice
     from kvmpy.testing.table import plain_console
 
     snapshot = survey_twice(interval)

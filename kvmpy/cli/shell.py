@@ -57,7 +57,7 @@ def namespace() -> dict[str, Any]:
     import kvmpy
     from kvmpy.core import exits
     from kvmpy.core.address import Gpa, Gva
-    from kvmpy.debug.live import LivePrinter
+    from kvmpy.debug.decode.live import LivePrinter
     from kvmpy.guest import GuestProgram
     from kvmpy.uapi import constants, ioctls, structs
     from kvmpy.uapi.struct_base import Struct

@@ -18,10 +18,10 @@ def timeline(record: Path, output: str) -> None:
 
     Open it in the Perfetto UI ("Open trace file") or in chrome://tracing.
     """
+    from kvmpy.debug.decode.timeline import TimelineError
+    from kvmpy.debug.decode.timeline_record import write_timeline
     from kvmpy.debug.record.format import RecordError
     from kvmpy.debug.record.model import Record
-    from kvmpy.debug.timeline import TimelineError
-    from kvmpy.debug.timeline_record import write_timeline
 
     try:
         loaded = Record.load(record)

@@ -17,7 +17,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvmpy.debug.processes import Survey
+    from kvmpy.debug.watch.processes import Survey
 
 _BAR = 12
 _CHROME_LINES = 6
@@ -58,7 +58,7 @@ def render(snapshot: Survey, everything: bool, lines: int | None) -> RenderableT
     from rich.text import Text
 
     from kvmpy.cli.columns import per_second, shorten
-    from kvmpy.debug.hottest import hottest
+    from kvmpy.debug.watch.hottest import hottest
 
     total = sum(vm.exits_per_second or 0 for vm in snapshot.vms)
     head = Text(f"{len(snapshot.vms)} VM{'s' if len(snapshot.vms) != 1 else ''}, {per_second(total)} exits/s")
@@ -90,7 +90,7 @@ def render(snapshot: Survey, everything: bool, lines: int | None) -> RenderableT
 
 def document(survey: Survey, everything: bool, interval: float) -> dict[str, Any]:
     """Return the same as JSON-ready values."""
-    from kvmpy.debug.hottest import hottest
+    from kvmpy.debug.watch.hottest import hottest
 
     return {
         "schema": "kvmpy-top/1",
@@ -131,7 +131,7 @@ def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
     Run it as root: the counters come from debugfs, or from statistics files that a VMM has open.
     """
     from kvmpy.cli.columns import explain
-    from kvmpy.debug.processes import survey, survey_twice, with_rates
+    from kvmpy.debug.watch.processes import survey, survey_twice, with_rates
     from kvmpy.testing.table import plain_console
 
     if once:
@@ -160,7 +160,7 @@ def top(once: bool, as_json: bool, everything: bool, interval: float) -> None:
 def _live(before: Survey, everything: bool, interval: float) -> None:
     from rich.live import Live
 
-    from kvmpy.debug.processes import survey, with_rates
+    from kvmpy.debug.watch.processes import survey, with_rates
     from kvmpy.testing.table import plain_console
 
     screen = plain_console()

@@ -14,9 +14,9 @@ import click
 
 if TYPE_CHECKING:
     from kvmpy.debug.record.writer import RecordWriter
-    from kvmpy.debug.trace import Sink
-    from kvmpy.debug.trace_events import Event, Stream
-    from kvmpy.debug.trace_output import Filter, Summary
+    from kvmpy.debug.watch.trace import Sink
+    from kvmpy.debug.watch.trace_events import Event, Stream
+    from kvmpy.debug.watch.trace_output import Filter, Summary
 
 
 LOST_STATUS = 125
@@ -149,9 +149,9 @@ def trace(
     if host_writes and (no_memory or pid is not None or ptrace or record is None):
         raise click.UsageError("--host-writes needs -o, and excludes --no-memory, -p and --ptrace")
     from kvmpy.cli.names import decoder
-    from kvmpy.debug.trace import Sink
-    from kvmpy.debug.trace_events import Stream
-    from kvmpy.debug.trace_output import Filter, FilterError, Summary
+    from kvmpy.debug.watch.trace import Sink
+    from kvmpy.debug.watch.trace_events import Stream
+    from kvmpy.debug.watch.trace_output import Filter, FilterError, Summary
 
     try:
         chosen = Filter(filters)
@@ -194,7 +194,7 @@ def _warnings(output: _Output) -> Callable[[Event], None]:
 
 def _read(source: str, stream: Stream, emit: Callable[[Event], None]) -> None:
     from kvmpy.debug.record.format import RecordError
-    from kvmpy.debug.trace import read_record
+    from kvmpy.debug.watch.trace import read_record
 
     try:
         read_record(source, stream, emit)
@@ -205,7 +205,7 @@ def _read(source: str, stream: Stream, emit: Callable[[Event], None]) -> None:
 
 
 def _open(record: str | None, mode: str, command: tuple[str, ...], pid: int = 0) -> RecordWriter | None:
-    from kvmpy.debug.trace import open_record
+    from kvmpy.debug.watch.trace import open_record
 
     if record is None:
         return None
@@ -226,9 +226,9 @@ def _trace(
     writes: bool,
 ) -> int:
     from kvmpy.debug.preload.build import RecorderBuildError
-    from kvmpy.debug.ptrace import PtraceError, attach, launch
-    from kvmpy.debug.trace import PreloadTracer, reason
-    from kvmpy.debug.trace_program import ProgramError, examine
+    from kvmpy.debug.watch.ptrace import PtraceError, attach, launch
+    from kvmpy.debug.watch.trace import PreloadTracer, reason
+    from kvmpy.debug.watch.trace_program import ProgramError, examine
 
     recorded = memory and record is not None
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from kvmpy.debug.uevents import KvmUevent
+    from kvmpy.debug.watch.uevents import KvmUevent
 
 _POLL = 0.5
 
@@ -66,7 +66,7 @@ def watch(as_json: bool, count: int | None, timeout: float | None) -> None:
 
     Needs no privilege: the kernel sends these events to everybody in its initial network namespace.
     """
-    from kvmpy.debug.uevents import UeventListener, UeventsLostError, why_unreachable
+    from kvmpy.debug.watch.uevents import UeventListener, UeventsLostError, why_unreachable
 
     reason = why_unreachable()
     if reason is not None:

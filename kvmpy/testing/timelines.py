@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.debug.timeline import Timeline, complete
+from kvmpy.debug.decode.timeline import Timeline, complete
 from kvmpy.testing.reportfiles import UNWRITTEN, why
 from kvmpy.testing.testprocess import supervised
 from kvmpy.testing.verdicts import suite_id

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvmpy import Kvm, KvmFd
-from kvmpy.debug.uevents import KvmUevent, UeventKind, UeventListener, why_unreachable
+from kvmpy.debug.watch.uevents import KvmUevent, UeventKind, UeventListener, why_unreachable
 
 TIMEOUT = 5.0
 # Kernel: PROC_PID_INIT_INO, the same on every machine.

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M, Gva, KvmError, MemoryFaultExit, MissingError, PfErr, VcpuThread
-from kvmpy.debug.faults import AttributesEvent, ExitEvent, FaultTracer, MappingEvent, PageFaultEvent
-from kvmpy.debug.tracefs import TracefsError
+from kvmpy.debug.watch.faults import AttributesEvent, ExitEvent, FaultTracer, MappingEvent, PageFaultEvent
+from kvmpy.debug.watch.tracefs import TracefsError
 from selftests.private_memory.conftest import ADD_RETURN, PRIVATE, MakeRegion, Region
 
 pytestmark = [pytest.mark.protections("sw-protected"), pytest.mark.requires("root")]
@@ -208,7 +208,7 @@ def test_sizes_of_mappings(make_region: MakeRegion, trace: MakeTracer) -> None:
 def test_faults_of_another_vm_are_not_seen(make_region: MakeRegion, trace: MakeTracer) -> None:
     """A VM's events are those of the threads that run its vCPUs.
 
-    kvmpy.debug.faults; Linux: Documentation/trace/ftrace.rst, set_event_pid.
+    kvmpy.debug.watch.faults; Linux: Documentation/trace/ftrace.rst, set_event_pid.
     """
     mine, other = make_region(), make_region()
     mine.launch()

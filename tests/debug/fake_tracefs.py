@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.debug import tracefs
+from kvmpy.debug.watch import tracefs
 
 HEADER_PAGE = """\
 \tfield: u64 timestamp;\toffset:0;\tsize:8;\tsigned:0;

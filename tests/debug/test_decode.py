@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvmpy.cli import names
-from kvmpy.debug.decode import Decoder, Place, as_json, relative, request_words
+from kvmpy.debug.decode.decoder import Decoder, Place, as_json, relative, request_words
 from kvmpy.debug.record.events import Chunk, Ioctl
 from kvmpy.debug.record.format import CUT, What, When
 from kvmpy.uapi import ioctls

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvmpy.cli.decode import decode
 from kvmpy.cli.encode import encode
-from kvmpy.debug.encode import EncodeError, assignments, build, parse_hex
+from kvmpy.debug.decode.encoder import EncodeError, assignments, build, parse_hex
 from kvmpy.uapi import ffi
 from kvmpy.uapi.ioctls import IOCTLS
 from kvmpy.uapi.struct_base import FlexStruct, Struct, flat_fields

@@ -15,9 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from kvmpy.cli.faults import faults
-from kvmpy.debug import faults as events
-from kvmpy.debug import tracefs
-from kvmpy.debug.tracefs import Tracefs, TracefsError
+from kvmpy.debug.watch import faults as events
+from kvmpy.debug.watch import tracefs
+from kvmpy.debug.watch.tracefs import Tracefs, TracefsError
 from tests.debug import fake_tracefs as fake
 from tests.debug.fake_tracefs import FakeTracefs
 

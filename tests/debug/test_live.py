@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvmpy.core import observe
-from kvmpy.debug.live import LivePrinter
+from kvmpy.debug.decode.live import LivePrinter
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.structs import kvm_msr_entry, kvm_msrs, kvm_regs
 

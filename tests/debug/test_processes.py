@@ -23,10 +23,10 @@ from click.testing import CliRunner
 from kvmpy.cli import columns
 from kvmpy.cli import ps as ps_command
 from kvmpy.cli.main import main
-from kvmpy.debug import counters, processes
-from kvmpy.debug.counters import StatsFolder, Unseen, debugfs, rates
-from kvmpy.debug.hottest import hottest
-from kvmpy.debug.processes import Survey, VcpuInfo, VmInfo, guess_type, survey, with_rates
+from kvmpy.debug.watch import counters, processes
+from kvmpy.debug.watch.counters import StatsFolder, Unseen, debugfs, rates
+from kvmpy.debug.watch.hottest import hottest
+from kvmpy.debug.watch.processes import Survey, VcpuInfo, VmInfo, guess_type, survey, with_rates
 
 # A VM whose vCPU 1 waits for a line of standard input between two rounds of exits.
 CHILD = """
@@ -258,7 +258,7 @@ def test_top_without_a_terminal() -> None:
 @pytest.mark.timeout(60)
 def test_watch() -> None:
     """`kvmpy watch` names the process that creates a VM, and says how long the VM lived."""
-    from kvmpy.debug.uevents import why_unreachable
+    from kvmpy.debug.watch.uevents import why_unreachable
 
     reason = why_unreachable()
     if reason:
@@ -460,7 +460,7 @@ def test_without_privilege() -> None:
     source = textwrap.dedent(
         """
         import os, kvmpy.uapi.ioctls
-        from kvmpy.debug.processes import survey
+        from kvmpy.debug.watch.processes import survey
         os.setgroups([]); os.setgid(65534); os.setuid(65534)
         for entry in survey().unseen:
             print(entry)

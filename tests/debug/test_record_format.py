@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmpy.debug import layouts
 from kvmpy.debug.preload import shared
-from kvmpy.debug.record import events, format  # noqa: A004 - the module's name
+from kvmpy.debug.record import events, format, layouts  # noqa: A004 - the module's name
 from kvmpy.debug.record.events import (
     Chunk,
     Close,

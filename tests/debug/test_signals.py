@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from kvmpy.debug.record.format import FrameReader, FrameType
-from kvmpy.debug.uevents import why_unreachable
+from kvmpy.debug.watch.uevents import why_unreachable
 from tests.debug.tracing import ROOT, compile_program, kvmpy_command, need_kvm
 
 TIMEOUT = 60

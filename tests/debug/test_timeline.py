@@ -17,8 +17,8 @@ from click.testing import CliRunner
 
 from kvmpy.cli.main import main
 from kvmpy.core import observe
-from kvmpy.debug import timeline as module
-from kvmpy.debug.timeline import Timeline, TimelineError, TraceFile, complete
+from kvmpy.debug.decode import timeline as module
+from kvmpy.debug.decode.timeline import Timeline, TimelineError, TraceFile, complete
 from kvmpy.uapi import ioctls
 from tests.debug.trace_rules import load, problems
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from kvmpy.cli.trace import LOST_STATUS
-from kvmpy.debug.decode import Decoder
+from kvmpy.debug.decode.decoder import Decoder
 from kvmpy.debug.record.events import Ioctl, Memory, Object, Pages, unpack
 from kvmpy.debug.record.format import Frame, FrameReader, FrameType, ObjectKind, parse_lines
 from kvmpy.debug.record.model import Record, request_name
 from kvmpy.debug.record.replay import Replay
 from kvmpy.debug.record.script import build
-from kvmpy.debug.trace import Sink, open_record
-from kvmpy.debug.trace_events import Stream
+from kvmpy.debug.watch.trace import Sink, open_record
+from kvmpy.debug.watch.trace_events import Stream
 from tests.debug.tracing import ROOT, Trace, compile_program, kvmpy, kvmpy_command, need_kvm
 
 CODE = bytes.fromhex("b042e610e411f4")
@@ -307,13 +307,13 @@ def test_attach_is_refused_with_the_reason(looping: subprocess.Popen[str]) -> No
         pytest.skip("needs root to become another user")
     script = (
         "import os\nos.setgid(65534)\nos.setuid(65534)\n"
-        "from kvmpy.debug.ptrace import PtraceError, attach\n"
+        "from kvmpy.debug.watch.ptrace import PtraceError, attach\n"
         "try:\n"
         f"    attach({looping.pid}, None, None)\n"
         "except PtraceError as error:\n"
         "    print(error)\n"
     )
-    preload = "import kvmpy.debug.ptrace\n"
+    preload = "import kvmpy.debug.watch.ptrace\n"
     done = subprocess.run(
         [kvmpy_command()[0], "-c", preload + script],
         capture_output=True,

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.debug import tracefs
-from kvmpy.debug.faults import AttributesEvent, FaultTracer, PageFaultEvent, threads_of
-from kvmpy.debug.tracefs import Tracefs, TracefsError
+from kvmpy.debug.watch import tracefs
+from kvmpy.debug.watch.faults import AttributesEvent, FaultTracer, PageFaultEvent, threads_of
+from kvmpy.debug.watch.tracefs import Tracefs, TracefsError
 from kvmpy.x86.pferr import PfErr
 from tests.debug import fake_tracefs as fake
 from tests.debug.fake_tracefs import FakeTracefs
@@ -334,7 +334,7 @@ def test_a_real_instance_goes(real: Tracefs) -> None:
 
 CHILD = """
 import os, sys
-from kvmpy.debug.tracefs import Tracefs
+from kvmpy.debug.watch.tracefs import Tracefs
 with Tracefs() as t, t.instance(64) as i:
     print(i.path.name, flush=True)
     sys.stdin.read()

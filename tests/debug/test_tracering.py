@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpy.debug.tracering import EventFormat, FormatError, PageLayout
+from kvmpy.debug.watch.tracering import EventFormat, FormatError, PageLayout
 from tests.debug import fake_tracefs as fake
 
 LAYOUT = PageLayout.parse(fake.HEADER_PAGE, fake.HEADER_EVENT)

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from kvmpy.debug.uevents import KvmUevent, UeventKind, why_unreachable
+from kvmpy.debug.watch.uevents import KvmUevent, UeventKind, why_unreachable
 
 CREATED = {
     "ACTION": "change",

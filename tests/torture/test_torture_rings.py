@@ -9,15 +9,15 @@ import subprocess
 import time
 from pathlib import Path
 
-from kvmpy.debug.decode import Decoder
+from kvmpy.debug.decode.decoder import Decoder
 from kvmpy.debug.preload import shared
 from kvmpy.debug.preload.shared import Shared
 from kvmpy.debug.record.events import Ioctl
 from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, FrameType
 from kvmpy.debug.record.writer import RecordWriter
-from kvmpy.debug.trace import Sink
-from kvmpy.debug.trace_events import Event, Stream
-from kvmpy.debug.uevents import DEVPATH, KvmUevent, variables
+from kvmpy.debug.watch.trace import Sink
+from kvmpy.debug.watch.trace_events import Event, Stream
+from kvmpy.debug.watch.uevents import DEVPATH, KvmUevent, variables
 from kvmpy.uapi.ioctls import KVM_RUN, KVM_SET_MSRS
 from tests.debug.tracing import compile_program, kvmpy_command, need_kvm
 from tests.torture.conftest import Torture

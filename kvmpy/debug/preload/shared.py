@@ -22,8 +22,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from kvmpy.debug.layouts import OFFSETS, layout
 from kvmpy.debug.record.format import FRAME_HEADER, FRAME_MAGIC, Frame, FrameType
+from kvmpy.debug.record.layouts import OFFSETS, layout
 
 CONTROL_SIZE = 4096
 RING_HEADER = 4096

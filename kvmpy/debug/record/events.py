@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from kvmpy.debug.layouts import layout
 from kvmpy.debug.record.format import (
     CODEC_RAW,
     CODEC_ZLIB,
@@ -33,6 +32,7 @@ from kvmpy.debug.record.format import (
     padded,
     parse_lines,
 )
+from kvmpy.debug.record.layouts import layout
 
 THREAD = layout("rec_thread", "uint32_t tid; uint32_t pid; uint32_t ppid; uint32_t reserved;")
 OBJECT = layout("rec_object", "uint32_t id; uint32_t parent; int32_t fd; uint32_t kind; uint64_t made_by;")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 
-from kvmpy.debug.layouts import layout
+from kvmpy.debug.record.layouts import layout
 
 MAGIC = b"kvmpyrec"
 MAJOR = 1

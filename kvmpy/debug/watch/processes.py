@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from kvmpy.debug.counters import (
+from kvmpy.debug.watch.counters import (
     MOUNTS,
     Counters,
     StatsFolder,

@@ -7,9 +7,9 @@ import fnmatch
 from collections import Counter
 from dataclasses import dataclass, field
 
-from kvmpy.debug.decode import PARTIAL, exit_name, request_name, was_partial
+from kvmpy.debug.decode.decoder import PARTIAL, exit_name, request_name, was_partial
 from kvmpy.debug.record.events import IOCTL
-from kvmpy.debug.trace_events import AnyFrame, Event
+from kvmpy.debug.watch.trace_events import AnyFrame, Event
 from kvmpy.uapi.error_hints import errno_name
 from kvmpy.uapi.ioctls import KVM_RUN
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmpy.debug.mounts import mount_detached
+from kvmpy.debug.watch.mounts import mount_detached
 from kvmpy.uapi.constants import StatsType
 from kvmpy.uapi.stats import StatsFile
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Union
 
-from kvmpy.debug.tracefs import BUFFER_KIB, Tracefs, TraceInstance
-from kvmpy.debug.tracering import EventFormat, Record
+from kvmpy.debug.watch.tracefs import BUFFER_KIB, Tracefs, TraceInstance
+from kvmpy.debug.watch.tracering import EventFormat, Record
 from kvmpy.x86.pferr import PageFault, decode
 
 PAGE_SHIFT = 12

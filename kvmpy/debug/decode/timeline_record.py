@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 from errno import EINTR, errorcode
 
-from kvmpy.debug.decode import Decoder, Place
+from kvmpy.debug.decode.decoder import Decoder, Place
+from kvmpy.debug.decode.timeline import Event, TraceFile, Tracks
 from kvmpy.debug.record.events import Ioctl, Kick, Object, Thread
 from kvmpy.debug.record.format import ObjectKind
 from kvmpy.debug.record.model import Entry, Record, request_name
-from kvmpy.debug.timeline import Event, TraceFile, Tracks
 from kvmpy.uapi.ioctls import BY_NR
 
 _RUN = "KVM_RUN"

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from kvmpy.debug.mounts import mount_detached
-from kvmpy.debug.tracering import EventFormat, PageLayout, Record
+from kvmpy.debug.watch.mounts import mount_detached
+from kvmpy.debug.watch.tracering import EventFormat, PageLayout, Record
 
 MOUNTS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 FILESYSTEMS = Path("/proc/filesystems")

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from kvmpy.debug import ptrace_calls as pt
 from kvmpy.debug.preload.shared import FIRST_ORDER
-from kvmpy.debug.ptrace_ioctls import IoctlWatcher
-from kvmpy.debug.ptrace_state import Process
 from kvmpy.debug.record.events import Payload, Thread
 from kvmpy.debug.record.format import Frame, ObjectKind
 from kvmpy.debug.record.writer import RecordWriter
-from kvmpy.debug.trace import Sink
-from kvmpy.debug.trace_program import passed_on
+from kvmpy.debug.watch import ptrace_calls as pt
+from kvmpy.debug.watch.ptrace_ioctls import IoctlWatcher
+from kvmpy.debug.watch.ptrace_state import Process
+from kvmpy.debug.watch.trace import Sink
+from kvmpy.debug.watch.trace_program import passed_on
 
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

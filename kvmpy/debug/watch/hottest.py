@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvmpy.debug.processes import VmInfo
+from kvmpy.debug.watch.processes import VmInfo
 
 TOTAL = "exits"
 # Kernel: struct kvm_vcpu_stat and kvm_vm_stat of x86. What says why the guest was left comes first; the rest

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 
 from kvmpy.debug.preload.shared import RING_DUMP
-from kvmpy.debug.ptrace_calls import SyscallInfo
-from kvmpy.debug.ptrace_state import Process, Traced
 from kvmpy.debug.record.capture import Capture
 from kvmpy.debug.record.events import IOCTL, MEMORY, Close, Map, Object, Unmap
 from kvmpy.debug.record.format import (
@@ -20,6 +18,8 @@ from kvmpy.debug.record.format import (
     ObjectKind,
     object_kind,
 )
+from kvmpy.debug.watch.ptrace_calls import SyscallInfo
+from kvmpy.debug.watch.ptrace_state import Process, Traced
 from kvmpy.uapi import ffi, ioctls
 from kvmpy.uapi.links import Link
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Protocol
 
-from kvmpy.debug.decode import (
+from kvmpy.debug.decode.decoder import (
     PARTIAL,
     Decoded,
     Decoder,

@@ -17,8 +17,8 @@ from kvmpy.debug.record.events import MEMORY, Lost, Memory, Note, Object, Thread
 from kvmpy.debug.record.format import PAGE_SIZE, Frame, FrameReader, RecordError
 from kvmpy.debug.record.format import FrameType as Kind
 from kvmpy.debug.record.writer import RecordWriter
-from kvmpy.debug.trace_events import AnyFrame, Event, Stream
-from kvmpy.debug.trace_program import ProgramError, examine, passed_on
+from kvmpy.debug.watch.trace_events import AnyFrame, Event, Stream
+from kvmpy.debug.watch.trace_program import ProgramError, examine, passed_on
 from kvmpy.owned import OwnedFolder
 
 # A look at the rings costs as much as some twenty frames: it waits for that many where there is room.

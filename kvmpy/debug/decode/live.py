@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmpy.core import observe
-from kvmpy.debug.decode import Decoder, Place
+from kvmpy.debug.decode.decoder import Decoder, Place
 from kvmpy.debug.record.capture import Capture, Known
 from kvmpy.debug.record.events import Ioctl
 from kvmpy.debug.record.format import ObjectKind, object_kind
