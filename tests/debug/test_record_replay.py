@@ -39,6 +39,18 @@ def test_same_again(name: str, kvm: Kvm, tmp_path: Path) -> None:
     assert [each.differences for each in result.played if each.differences] == []
 
 
+def test_an_answer_that_counts_itself(kvm: Kvm, tmp_path: Path) -> None:
+    """What lies behind the entries that KVM_GET_CPUID2 filled is no difference; one that is another is."""
+    with Recorder(tmp_path / "a.rec"), Kvm() as own, machine(own, b"\xf4") as vm:
+        vm.vcpus[0].cpuid.set(kvm.get_supported_cpuid())
+        vm.vcpus[0].cpuid.get()
+    record = Record.load(tmp_path / "a.rec")
+    assert Replay(build(record)).run().first_difference is None
+    number = ioctls.KVM_GET_CPUID2.nr
+    for offset in (0, 8 + 40 + 4):  # nent, the index of the second entry
+        assert Replay(build(changed(record, number, offset, 0x55))).run().first_difference is not None
+
+
 def test_saved_and_loaded(kvm: Kvm, tmp_path: Path) -> None:
     """A record that was loaded and saved is the same record."""
     record = record_of("counter", tmp_path)
