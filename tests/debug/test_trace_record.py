@@ -305,6 +305,12 @@ def test_text_goes_to_a_file(program: Path, tmp_path: Path) -> None:
     assert target.read_text().count("KVM_RUN") == 3
 
 
+def test_a_run_on_no_vcpu_can_be_written_as_c(program: Path, tmp_path: Path) -> None:
+    """The fixture of this folder compiles it: KVM_RUN on descriptor -1 has no run area."""
+    done = kvmpy("trace", "-q", "-o", tmp_path / "refusals.rec", "--", program, "refusals")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.fixture
 def looping(program: Path) -> Iterator[subprocess.Popen[str]]:
     """A program that runs a vCPU again and again."""
