@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from kvmpy.cli.names import decoder, feature_words, sev_policy_words, snp_policy_words
@@ -381,11 +381,9 @@ def lines_of(what: str, args: Sequence[str], *, full: bool, as_words: bool) -> l
         return ioctl_lines(command_of, args, full=full, as_words=as_words)
     if command_of is not None:
         return number_lines(command_of, args, full=full)
-    other = _elsewhere(what)
-    close = [] if other else difflib.get_close_matches(what, [*DOMAINS, *IOCTLS, *STRUCTS, *commands], 3, 0.6)
-    words = f"; did you mean {', '.join(close)}?" if close else other
     raise DecodeError(
-        f"{what!r} is not an ioctl (number or name), command, struct, or one of {', '.join(DOMAINS)}{words}"
+        f"{what!r} is not an ioctl (number or name), command, struct, or one of {', '.join(DOMAINS)}"
+        + guess(what, DOMAINS)
     )
 
 
@@ -406,3 +404,11 @@ def _elsewhere(name: str) -> str:
     part = name.upper().removeprefix("KVM_").partition("_")[0]
     arch = _ARCHITECTURES.get(part, "")
     return f"; it looks like {arch}'s, and kvmpy knows x86-64" if arch else ""
+
+
+def guess(what: str, domains: Iterable[str]) -> str:
+    """Return what an unknown word may be: another architecture's name, or a slip for one that is known."""
+    other = _elsewhere(what)
+    names = [*domains, *IOCTLS, *STRUCTS, *SEV_COMMANDS, *SEV_PLATFORM_COMMANDS, *TDX_COMMANDS]
+    close = [] if other else difflib.get_close_matches(what, names, 3, 0.6)
+    return f"; did you mean {', '.join(close)}?" if close else other

@@ -163,9 +163,9 @@ def _ioctl(what: str, args: Sequence[str]) -> Encoded | None:
 
 
 def _encode(what: str, args: Sequence[str]) -> Encoded:
-    from kvmpy.cli.decoding import DecodeError
+    from kvmpy.cli.decoding import DecodeError, guess
     from kvmpy.debug.decode.encoder import build
-    from kvmpy.uapi.ioctls import IOCTLS, SEV_COMMANDS, SEV_PLATFORM_COMMANDS, TDX_COMMANDS
+    from kvmpy.uapi.ioctls import SEV_COMMANDS, SEV_PLATFORM_COMMANDS, TDX_COMMANDS
     from kvmpy.uapi.structs import STRUCTS
 
     if what in _DOMAINS:
@@ -185,9 +185,9 @@ def _encode(what: str, args: Sequence[str]) -> Encoded:
     encoded = _ioctl(what, args)
     if encoded is not None:
         return encoded
-    close = difflib.get_close_matches(what, [*_DOMAINS, *IOCTLS, *STRUCTS, *commands], 3, 0.5)
-    hint = f"; did you mean {', '.join(close)}?" if close else ""
-    raise DecodeError(f"{what!r} is not an ioctl, command, struct, or one of {', '.join(_DOMAINS)}{hint}")
+    raise DecodeError(
+        f"{what!r} is not an ioctl, command, struct, or one of {', '.join(_DOMAINS)}{guess(what, _DOMAINS)}"
+    )
 
 
 @click.command()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ LOST_STATUS = 125
 
 
 class _Output:
-    """Lines or JSON to a stream that may go away."""
+    """Lines or JSON to a file, or to a stream that may go away."""
 
     def __init__(
         self,
@@ -42,8 +43,11 @@ class _Output:
         self.quiet = quiet
         self.file = open(path, "w") if path else None  # noqa: SIM115 - closed by close()
         self.stream = stream
+        self.name = path or ("standard output" if stream is sys.stdout else "standard error")
         self.start: float | None = None
         self.gone = False
+        self.missing = ""
+        """What became of the lines that could not be written, ``""`` where all were."""
 
     def write(self, text: str) -> None:
         if self.gone:
@@ -54,9 +58,14 @@ class _Output:
             stream.write(text + "\n")
             if self.file is None:
                 stream.flush()
-        except (OSError, ValueError):
-            # Whoever read us has enough; the program goes on.
-            self.gone = True
+        except (OSError, ValueError) as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError | ValueError) -> None:
+        # The program goes on.  Where a stream's reader left, it has enough.
+        self.gone = True
+        if isinstance(error, OSError) and (self.file is not None or error.errno != errno.EPIPE):
+            self.missing = f"lines are missing from {self.name}: {error.strerror}"
 
     def event(self, event: Event) -> None:
         if self.start is None:
@@ -70,25 +79,33 @@ class _Output:
 
     def flush(self) -> None:
         if self.file is not None and not self.gone:
-            with suppress(OSError):
+            try:
                 self.file.flush()
+            except OSError as error:
+                self._failed(error)
 
-    def close(self, lost: Sequence[str] = ()) -> None:
-        """Write the summary and, as the last line, what is missing."""
+    def close(self, lost: Sequence[str] = ()) -> bool:
+        """Write the summary and, as the last line, what is missing; return whether anything is."""
         if self.summary is not None:
             if self.as_json:
                 self.write(json.dumps({"summary": self.summary.json()}))
             else:
                 for line in self.summary.lines():
                     self.write(line)
-        if lost:
-            text = f"kvmpy trace: incomplete: {'; '.join(lost)}"
+        self.flush()
+        missing = [*lost, self.missing] if self.missing else lost
+        if missing:
+            text = f"kvmpy trace: incomplete: {'; '.join(missing)}"
             self.write(json.dumps({"note": text, "warning": True}) if self.as_json else text)
-            if self.file is not None:
-                click.echo(text, err=True)
+            self.flush()
+            if self.file is not None or self.stream is not sys.stderr:
+                with suppress(OSError):
+                    click.echo(text, err=True)
         if self.file is not None:
+            # What it could not take was said.
             with suppress(OSError):
                 self.file.close()
+        return bool(missing)
 
 
 @click.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
@@ -180,8 +197,8 @@ def trace(
         else:
             status = _trace(command, pid, ptrace, sink, record, memory=not no_memory, writes=host_writes)
     finally:
-        output.close(sink.lost)
-    sys.exit(LOST_STATUS if sink.lost else status)
+        incomplete = output.close(sink.lost)
+    sys.exit(LOST_STATUS if incomplete else status)
 
 
 def _warnings(output: _Output) -> Callable[[Event], None]:

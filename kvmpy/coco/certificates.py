@@ -44,6 +44,11 @@ class Chain:
     @classmethod
     def of(cls, certificates: Iterable[x509.Certificate]) -> Chain:
         """Order two or three certificates by who signs whom, each given once or more; raises ReportError."""
+        with _reading():
+            return cls._ordered(certificates)
+
+    @classmethod
+    def _ordered(cls, certificates: Iterable[x509.Certificate]) -> Chain:
         given = list(
             {certificate.public_bytes(Encoding.DER): certificate for certificate in certificates}.values()
         )

@@ -91,7 +91,7 @@ def entries(taken: list[Call]) -> list[dict[str, Any]]:
             "arg": _argument(op, kind, arg, result),
             "result": errno_name(errno) if result < 0 else str(result),
             "failed": result < 0,
-            "meaning": hint(op.name, errno) if result < 0 else "",
+            "meaning": hint(op.name, errno, arg[1] if isinstance(arg, tuple) else b"") if result < 0 else "",
             "count": arg.times if isinstance(arg, Runs) else 1,
         }
         for when, thread, fd, kind, op, arg, result, errno in taken

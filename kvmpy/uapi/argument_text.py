@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvmpy.uapi.constants import ExitReason, InternalError
-from kvmpy.uapi.field_words import CAP_ARGUMENTS, DEVICE_ATTRIBUTES, Words, number_words, simultaneous
+from kvmpy.uapi.constants import ExitReason
+from kvmpy.uapi.field_words import CAP_ARGUMENTS, DEVICE_ATTRIBUTES, Words, number_words
 from kvmpy.uapi.struct_base import Struct
 from kvmpy.uapi.struct_text import Style, active_member, describe
 from kvmpy.uapi.structs import kvm_run
@@ -65,8 +65,6 @@ def exit_words(run: kvm_run, data: bytes | None = None, style: Style = PLAIN_STY
     if member and member in run.FIELDS:
         payload = getattr(run, member)
         text += f" {{{describe(payload, None, style)}}}" if isinstance(payload, Struct) else f" {payload:#x}"
-        if member == "internal" and _is_simultaneous(run):
-            text += f" [{simultaneous(list(run.internal.data))}]"
     elif run.exit_reason not in ExitReason._value2member_map_:
         text += f" {bytes_text(bytes(run.padding[:256]), full=style.full)}"
     if run.flags and style.words is not None:
@@ -74,8 +72,3 @@ def exit_words(run: kvm_run, data: bytes | None = None, style: Style = PLAIN_STY
     if data is not None:
         text += f" data={bytes_text(data, full=style.full)}"
     return text
-
-
-def _is_simultaneous(run: kvm_run) -> bool:
-    found = run.internal.suberror == InternalError.KVM_INTERNAL_ERROR_SIMUL_EX and run.internal.ndata >= 2
-    return bool(found)

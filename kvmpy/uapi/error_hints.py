@@ -30,6 +30,7 @@ class Checked(NamedTuple):
 
 _DEAD = "the secure processor does not answer; reboot"
 _REFUSED = "the firmware refused: its status is in the field error"
+_UNNAMED = "each command has rules of its own: name the command, such as KVM_SEV_LAUNCH_MEASURE"
 _NOT_ASKED = (
     "not the firmware's refusal (its status is 0): the kernel refused, or the firmware did not answer"
 )
@@ -184,10 +185,25 @@ HINTS: Mapping[str, Mapping[str, str | Checked]] = {
         ),
         "ENOTTY": "no ASID is for guests of this kind: see `kvmpy doctor`",
     },
+    "KVM_SEV_LAUNCH_START": {"EINVAL": "dh_len or session_len is more than 16 KiB"},
     "KVM_SEV_LAUNCH_UPDATE_DATA": {"EINVAL": "len is 0, or the range wraps"},
     "KVM_SEV_LAUNCH_MEASURE": {"EINVAL": "len is more than 16 KiB"},
     "KVM_SEV_LAUNCH_SECRET": {"EINVAL": "the guest's range is not contiguous in host memory, or is empty"},
     "KVM_SEV_SEND_START": {"EINVAL": "len of a certificate or session is more than 16 KiB"},
+    "KVM_SEV_SEND_UPDATE_DATA": {
+        "EINVAL": (
+            "guest_uaddr + guest_len goes beyond a page, or an address or guest_len is 0 (hdr_len or "
+            "trans_len 0 asks for both lengths)"
+        ),
+    },
+    "KVM_SEV_RECEIVE_START": {"EINVAL": "pdh_uaddr or session_uaddr is 0, or a len is more than 16 KiB"},
+    "KVM_SEV_RECEIVE_UPDATE_DATA": {
+        "EINVAL": (
+            "guest_uaddr + guest_len goes beyond a page, an address or length is 0, or hdr_len or "
+            "trans_len is more than 16 KiB"
+        ),
+    },
+    "KVM_SEV_GET_ATTESTATION_REPORT": {"EINVAL": "len is more than 16 KiB"},
     "KVM_SEV_DBG_DECRYPT": {"EINVAL": "len is 0, or a range wraps"},
     "KVM_SEV_DBG_ENCRYPT": {"EINVAL": "len is 0, or a range wraps"},
     "KVM_SEV_SNP_LAUNCH_START": {
@@ -274,6 +290,8 @@ def hint(
             return hint(SevCmd(command.id).name, number, nested, status=command.error)
         if number == errno.EINVAL:
             return f"there is no command {command.id}"
+    elif name == "KVM_MEMORY_ENCRYPT_OP" and number == errno.EINVAL:
+        return _UNNAMED
     ioctl = _IOCTL_OF.get(name or "", "")
     if name in SEV_COMMANDS and number == errno.EPERM and SEV_COMMANDS[name].id < _FIRST_SNP:
         return f"an SNP VM takes the SNP commands only, not {name}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum, IntFlag
+from typing import Any
 
 from kvmpy.uapi import constants as c
 from kvmpy.uapi.ioctl_type import Ioctl
@@ -210,9 +211,14 @@ class Words:
         kind = FIELDS.get(key)
         if kind is None or (not number and not _tells_zero(kind)):
             return None
-        return number_words(kind, number)
+        text = number_words(kind, number)
+        if key == _SUBERROR and number == c.InternalError.KVM_INTERNAL_ERROR_SIMUL_EX:
+            internal: Any = value
+            text += f" ({simultaneous(list(internal.data))})" if internal.ndata >= 2 else ""
+        return text
 
 
+_SUBERROR = ("kvm_run__internal", "suberror")
 # What lacks a bit that must be set is wrong as 0, too.
 _TELLS_ZERO = frozenset({("kvm_sev_snp_launch_start", "policy")})
 

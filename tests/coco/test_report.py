@@ -159,6 +159,15 @@ def test_certificates_of_no_chain_are_listed() -> None:
         Chain.of([mine.leaf, Authority().leaf, mine.root])
 
 
+def test_a_name_that_cannot_be_read_is_told() -> None:
+    """The library looks at names when it is asked for them, long after it has read the certificate."""
+    mine = authority()
+    raw = [entry.public_bytes(Encoding.DER) for entry in (mine.leaf, mine.intermediate, mine.root)]
+    given = load([content.replace(b"ASK", b"\xff\xfe\xfd") for content in raw])
+    with pytest.raises(ReportError, match="no certificate that can be read"):
+        Chain.of(given)
+
+
 def test_certificates_are_read_from_pem_and_der() -> None:
     mine = authority()
     pem = mine.intermediate.public_bytes(Encoding.PEM) + mine.root.public_bytes(Encoding.PEM)

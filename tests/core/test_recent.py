@@ -15,8 +15,8 @@ import pytest
 from kvmpy.core import observe, recent
 from kvmpy.core.fd import KvmFd
 from kvmpy.uapi import ffi, ioctls
-from kvmpy.uapi.constants import Cap, ExitReason
-from kvmpy.uapi.structs import kvm_enable_cap, kvm_userspace_memory_region
+from kvmpy.uapi.constants import Cap, ExitReason, SevCmd
+from kvmpy.uapi.structs import kvm_enable_cap, kvm_sev_cmd, kvm_userspace_memory_region
 
 FD: Any = SimpleNamespace(name="vm0", kind="vm")
 
@@ -54,6 +54,13 @@ def test_an_ioctl_is_told() -> None:
     assert [bool(line["meaning"]) for line in recent.entries(list(recent.calls))] == [False, False, True]
     assert first["ms"] == 0
     assert second["ms"] >= 0
+
+
+def test_a_refused_command_has_its_own_meaning() -> None:
+    """KVM_MEMORY_ENCRYPT_OP is many commands, each with rules of its own."""
+    command = kvm_sev_cmd(id=SevCmd.KVM_SEV_LAUNCH_MEASURE)
+    recent.remember(FD, ioctls.KVM_MEMORY_ENCRYPT_OP, command, -1, errno.EINVAL)
+    assert recent.entries(list(recent.calls))[0]["meaning"] == "len is more than 16 KiB"
 
 
 def test_runs_that_end_alike_are_one_line() -> None:

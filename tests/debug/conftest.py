@@ -15,7 +15,7 @@ from kvmpy.debug.record.format import RecordError
 from kvmpy.debug.record.model import Record
 from kvmpy.debug.record.prune import target_of
 from kvmpy.debug.record.repro import write_c
-from kvmpy.debug.record.script import build
+from kvmpy.debug.record.script import ProcessesError, build
 
 GCC = ("gcc", "-O0", "-Wall", "-Wextra", "-Werror", "-pthread", "-fsyntax-only", "-x", "c", "-")
 # What was compiled already: the same ioctls with the same results are the same scenario.
@@ -31,7 +31,7 @@ def complaints(record: Record) -> str:
         return ""
     try:
         script = build(record)
-    except ValueError:  # it is refused, which tests of their own look at
+    except ProcessesError:  # it is refused, which tests of their own look at
         return ""
     text = write_c(script, target_of(script))
     done = subprocess.run(GCC, input=text, capture_output=True, text=True, timeout=60, check=False)

@@ -12,9 +12,9 @@ from kvmpy.debug.decode.decoder import Decoder, Place, as_json, relative, reques
 from kvmpy.debug.record.events import Chunk, Ioctl
 from kvmpy.debug.record.format import CUT, What, When
 from kvmpy.uapi import ioctls
-from kvmpy.uapi.argument_text import bytes_text
+from kvmpy.uapi.argument_text import bytes_text, exit_words
 from kvmpy.uapi.buffers import BUFFERS
-from kvmpy.uapi.constants import ExitReason, MemFlag
+from kvmpy.uapi.constants import ExitReason, InternalError, MemFlag
 from kvmpy.uapi.field_words import FIELDS, number_words, parse_words
 from kvmpy.uapi.ioctls import BY_NR, IOCTLS
 from kvmpy.uapi.struct_text import EXIT_MEMBERS
@@ -308,6 +308,23 @@ def test_what_a_decoder_says_where_no_values_are() -> None:
         with pytest.raises(DecodeError, match=f"looks like {arch}'s") as caught:
             lines_of(name, [], full=False, as_words=False)
         assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["exit", "kvm_run", "kvm_run__internal", "post-mortem"])
+def test_simultaneous_exceptions_are_told_wherever_a_run_is(what: str) -> None:
+    run = kvm_run(exit_reason=ExitReason.KVM_EXIT_INTERNAL_ERROR)
+    run.internal.suberror, run.internal.ndata = InternalError.KVM_INTERNAL_ERROR_SIMUL_EX, 3
+    run.internal.data[:3] = [0x8000_0B0D, 0x8000_0B0E, 2]
+    texts = {
+        "exit": names.decoder().exit_text(run),
+        "kvm_run": names.decoder().struct_text(run),
+        "kvm_run__internal": names.decoder().struct_text(run.internal),
+        "post-mortem": exit_words(run),
+    }
+    words = "exception PF_VECTOR while exception GP_VECTOR was delivered, error code 0x2"
+    assert f"suberror=KVM_INTERNAL_ERROR_SIMUL_EX ({words}), ndata=0x3" in texts[what]
+    run.internal.ndata = 1
+    assert words not in names.decoder().struct_text(run)
 
 
 def test_names_of_zero_and_of_many_registers() -> None:

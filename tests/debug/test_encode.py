@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click import Command
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -329,3 +330,15 @@ def test_what_cannot_be_encoded(arguments: tuple[str, ...], message: str) -> Non
     result = run(encode, *arguments)
     assert result.exit_code == 1, result.output
     assert message in result.output
+
+
+@pytest.mark.parametrize("command", [decode, encode], ids=["decode", "encode"])
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [("KVM_ARM_VCPU_INIT", "arm64"), ("KVM_S390_STORE_STATUS", "s390"), ("KVM_PPC_GET_PVINFO", "powerpc")],
+)
+def test_names_of_other_architectures_are_no_typing_errors(command: Command, name: str, arch: str) -> None:
+    done = CliRunner().invoke(command, [name])
+    assert done.exit_code == 1
+    assert f"it looks like {arch}'s, and kvmpy knows x86-64" in done.output
+    assert "did you mean" not in done.output

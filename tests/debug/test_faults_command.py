@@ -87,13 +87,17 @@ def test_lost(folder: FakeTracefs, run: Run) -> None:
     assert err == "kvmpy faults: 3 events, 12 lost\n"
 
 
-def test_no_fault_came(folder: FakeTracefs, run: Run) -> None:
-    """Silence is explained."""
+@pytest.mark.parametrize(
+    ("options", "advised"), [((), True), (("--mappings",), False)], ids=["plain", "mappings"]
+)
+def test_no_fault_came(folder: FakeTracefs, run: Run, options: tuple[str, ...], advised: bool) -> None:
+    """Silence is explained, and nobody is told to do what was done."""
     folder.pages[1] = []
-    status, out, err = run("--", "true")
+    status, out, err = run(*options, "--", "true")
     assert (status, out) == (0, "")
     assert "0 events" in err
     assert "has no kvm_page_fault event" in err
+    assert ("--mappings works with every KVM" in err) == advised
 
 
 def test_a_process_that_ends(folder: FakeTracefs, run: Run) -> None:

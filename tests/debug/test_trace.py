@@ -6,13 +6,18 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.debug.tracing import Trace, compile_program, kvmpy, need_kvm
+from kvmpy.core.kvm import Kvm
+from kvmpy.debug.record.events import Object
+from kvmpy.debug.record.format import ObjectKind
+from kvmpy.debug.watch.unseen import Unseen
+from tests.debug.tracing import ROOT, TIMEOUT, Trace, compile_program, kvmpy, kvmpy_command, need_kvm
 
 BASIC = [
     ("KVM_CREATE_VM", "kvm", ""),
@@ -160,6 +165,34 @@ def test_system_calls_past_the_c_library_are_hinted_at(program: Path) -> None:
     assert unseen.rows == []
     assert "traced with --ptrace" in unseen.notes[-1]["note"]
     assert simple(Trace("--ptrace", "--", program, "rawioctl")) == [("KVM_GET_API_VERSION", "kvm", "")]
+
+
+@pytest.mark.parametrize("options", [(), ("-q",), ("-s",)], ids=" ".join)
+def test_one_ioctl_of_the_c_library_hides_no_others(program: Path, options: tuple[str, ...]) -> None:
+    """While the program lives, and however little else is printed."""
+    command = [*kvmpy_command(), "trace", *options, "--", str(program), "rawvm"]
+    streams = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **streams) as tracer:  # type: ignore[call-overload]
+        line = next(line for line in tracer.stderr if "--ptrace" in line or not line)
+        tracer.stdin.close()
+        rest = tracer.stderr.read()
+        assert tracer.wait(TIMEOUT) == 0
+    assert "holds vm, vcpu0, which the recorder did not see made" in line
+    assert "--ptrace" not in rest
+
+
+def test_what_is_seen_once_is_judged_at_the_end() -> None:
+    """Also of a process that went before its frames had time to come; what they tell of is no finding."""
+    need_kvm()
+    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(3):
+        for known, hints in (((), ["vm, vcpu3"]), (("vm7",), ["vcpu3"]), (("vm7", "vm7/vcpu3"), [])):
+            unseen = Unseen()
+            assert unseen.look([os.getpid()]) == []
+            for name in known:
+                kind = ObjectKind.VCPU if "/" in name else ObjectKind.VM
+                unseen.known(Object(1, 0, 5, kind, name=name))
+            assert [text.partition("holds ")[2].partition(", which")[0] for text in unseen.rest()] == hints
+            assert unseen.rest() == []
 
 
 REFUSALS = [

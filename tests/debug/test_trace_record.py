@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -248,11 +249,66 @@ def test_a_record_on_a_full_disk_is_incomplete(tmp_path: Path) -> None:
     assert sink.lost == [f"3 frames could not be written to {tmp_path / 'record'}"]
 
 
+@pytest.mark.parametrize("options", [(), ("-s",), ("--json",), ("-s", "--json"), ("-f", "run")], ids=" ".join)
+def test_lines_on_a_full_disk_are_missed(program: Path, options: tuple[str, ...]) -> None:
+    """The program's own status would say that the lines are there."""
+    done = kvmpy("trace", *options, "-t", "/dev/full", "--", program, "basic")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        LOST_STATUS,
+        ["kvmpy trace: incomplete: lines are missing from /dev/full: No space left on device"],
+    )
+
+
+def test_lines_that_filled_the_disk(record: Path, tmp_path: Path) -> None:
+    """Some lines are there, the later ones are not."""
+    limit = "import resource, signal, sys; from kvmpy.cli.main import main"
+    limit += "; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    limit += "; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)); main()"
+    command = [sys.executable, "-c", limit, "trace", "--read", str(record), "-t", str(tmp_path / "lines")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == LOST_STATUS
+    assert done.stderr.endswith(f"incomplete: lines are missing from {tmp_path / 'lines'}: File too large\n")
+    assert (tmp_path / "lines").stat().st_size == 500
+
+
+@pytest.mark.parametrize("source", ["command", "record"])
+def test_a_stream_that_is_full_is_no_reader_who_left(program: Path, record: Path, source: str) -> None:
+    options = ["--read", record] if source == "record" else ["--", program, "basic"]
+    command = [*kvmpy_command(), "trace", *map(str, options)]
+    name = "stdout" if source == "record" else "stderr"
+    other = "stderr" if source == "record" else "stdout"
+    with open("/dev/full", "w") as full:
+        streams = {name: full, other: subprocess.PIPE}
+        done = subprocess.run(command, **streams, text=True, timeout=60, check=False, cwd=ROOT)  # type: ignore[call-overload]
+    assert done.returncode == LOST_STATUS
+    if source == "record":
+        text = "kvmpy trace: incomplete: lines are missing from standard output: No space left on device\n"
+        assert done.stderr == text
+
+
+@pytest.mark.parametrize("source", ["command", "record"])
+def test_a_reader_who_left_misses_nothing(program: Path, record: Path, source: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    options = ["--read", record] if source == "record" else ["--", program, "basic"]
+    command = [*kvmpy_command(), "trace", *map(str, options)]
+    name = "stdout" if source == "record" else "stderr"
+    done = subprocess.run(command, **{name: writing}, timeout=60, check=False, cwd=ROOT)  # type: ignore[call-overload]
+    os.close(writing)
+    assert done.returncode == 0
+
+
 def test_text_goes_to_a_file(program: Path, tmp_path: Path) -> None:
     target = tmp_path / "lines"
     done = kvmpy("trace", "-t", target, "--", program, "basic")
     assert done.stderr == ""
     assert target.read_text().count("KVM_RUN") == 3
+
+
+def test_a_run_on_no_vcpu_can_be_written_as_c(program: Path, tmp_path: Path) -> None:
+    """The fixture of this folder compiles it: KVM_RUN on descriptor -1 has no run area."""
+    done = kvmpy("trace", "-q", "-o", tmp_path / "refusals.rec", "--", program, "refusals")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture

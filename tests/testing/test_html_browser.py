@@ -270,18 +270,63 @@ def test_order(shown: Shown) -> None:
     assert shown.texts(NAMES)[0] == "test_x.py::test_fails"
 
 
+# For each line of the table its name and its highest part without text, or text beyond its edge.
+BLANKS = """[...document.querySelectorAll('.row')].filter((row) => row.offsetParent).map((row) => {
+  const nodes = document.createTreeWalker(row, NodeFilter.SHOW_TEXT), box = row.getBoundingClientRect();
+  const spans = [[box.bottom, box.bottom]];
+  while (nodes.nextNode()) {
+    const range = document.createRange();
+    range.selectNodeContents(nodes.currentNode);
+    for (const r of range.getClientRects()) if (r.width && r.height) spans.push([r.top, r.bottom]);
+  }
+  let at = box.top, blank = 0;
+  for (const [top, bottom] of spans.sort((a, b) => a[0] - b[0])) {
+    blank = Math.max(blank, top - at);
+    at = Math.max(at, bottom);
+  }
+  return [row.querySelector('.id').textContent, Math.max(blank, at - box.bottom)];
+})"""
+# The paddings of a line and of what is in it.
+MOST_BLANK = 16
+
+
 @pytest.mark.parametrize("width", [360, 768, 1280, 2560])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_widths(browser: Any, page_file: Path, width: int, dark: bool) -> None:
-    """No width needs sideways scrolling, in neither theme, with everything unfolded."""
+    """No width needs sideways scrolling or has blank lines, in neither theme, with everything unfolded."""
     page = Shown(browser, page_file, width, dark)
+    assert [name for name, blank in page.run(BLANKS) if blank > MOST_BLANK] == []
     assert page.run("document.documentElement.dataset.theme") == ("dark" if dark else "light")
     page.run("document.querySelectorAll('.name').forEach((e) => e.click())")
     page.run("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
     page.until(lambda: page.run("document.querySelectorAll('#attention .part').length") == 2)
     assert page.run("document.documentElement.scrollWidth") <= width
+    assert [name for name, blank in page.run(BLANKS) if blank > MOST_BLANK] == []
     assert len(page.texts(NAMES)) == 4
     assert browser.get_log("browser") == []
+
+
+def test_lines_below_the_window_are_not_blank(browser: Any, tmp_path: Path) -> None:
+    """Where lines differ in height each takes its own before it is near."""
+    path = tmp_path / "long.html"
+    tests = [a_test(f"test_{number}", promise="It holds. " * (number % 9)) for number in range(80)]
+    path.write_text(render([a_report(*tests)]), encoding="utf-8")
+    page = Shown(browser, path, 360)
+    page.keys("e")  # unfold all
+    blanks = page.run(BLANKS)
+    assert len(blanks) == 80
+    assert [name for name, blank in blanks if blank > MOST_BLANK] == []
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(
+    "rule", [".row { min-height: 20rem }", ".row { padding-bottom: 2rem }", ".row .name { margin-top: 2rem }"]
+)
+def test_a_blank_line_would_be_seen(browser: Any, page_file: Path, width: int, rule: str) -> None:
+    """What test_widths measures tells a line that is higher than its texts."""
+    page = Shown(browser, page_file, width)
+    page.run(f"document.head.appendChild(document.createElement('style')).textContent = {rule!r}")
+    assert [name for name, blank in page.run(BLANKS) if blank > MOST_BLANK] == page.texts(NAMES)
 
 
 # The ratio of the luminances of text and ground, by the definition of WCAG 2.

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from kvmpy.debug.record.model import Record
+from tests.debug.conftest import complaints
+
 # Where a recorder that reads memory would be noticed: views that lose their access, pages that a userfaultfd
 # serves, descriptors that run out, slots that come and go.
 AREAS = ["demand_paging", "memory", "irq", "private_memory"]
-
+# Records of each area whose reproducers are compiled, spread over all.
+COMPILED = 12
 
 SAME_VERDICTS = Path(__file__).resolve().parents[2] / "ci" / "same_verdicts.py"
 
@@ -50,6 +55,10 @@ def test_verdicts_under_record(tmp_path: Path, area: str) -> None:
     run(area, recorded, "--record=all", f"--record-dir={tmp_path / 'records'}")
     done = compared(plain, recorded)
     assert done.returncode == 0, done.stdout + done.stderr
+    records = sorted((tmp_path / "records").rglob("*.rec"))
+    assert records
+    for path in records[:: -(-len(records) // COMPILED)] if shutil.which("gcc") else ():
+        assert not complaints(Record.load(path)), f"the reproducer of all of {path.name} does not compile"
 
 
 def test_a_verdict_that_differs_or_is_missing_is_told(tmp_path: Path) -> None:

@@ -254,12 +254,12 @@ def test_the_exit_status_is_pytests(
 WAITS = "import threading\ndef test_a():\n    open('started', 'w').close()\n    threading.Event().wait(100)\n"
 
 
-def _start(here: Suite, *, background: bool = False) -> subprocess.Popen[bytes]:
+def _start(here: Suite, *workers: str, background: bool = False) -> subprocess.Popen[bytes]:
     os.mkfifo(here.folder / "started")
     here.add("test_a.py", WAITS)
     code = (
         "import sys\nfrom kvmpy.testing.supervisor import supervise\n"
-        f"sys.exit(supervise({here.arguments()!r}, print))\n"
+        f"sys.exit(supervise({[*here.arguments(), *workers]!r}, print))\n"
     )
     # A shell starts its background jobs with SIGINT ignored.
     interrupts = signal.SIG_IGN if background else signal.default_int_handler
@@ -275,11 +275,22 @@ def _start(here: Suite, *, background: bool = False) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("number", "background"),
-    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGINT, False)],
+    ("number", "background", "workers"),
+    [
+        (signal.SIGTERM, False, []),
+        (signal.SIGTERM, True, []),
+        (signal.SIGHUP, False, []),
+        (signal.SIGINT, False, []),
+        # The child gets SIGTERM for each; its workers inherit what the background ignores.
+        (signal.SIGHUP, False, ["-n1"]),
+        (signal.SIGINT, False, ["-n1"]),
+        (signal.SIGTERM, True, ["-n1"]),
+    ],
 )
-def test_a_signal_ends_the_session_in_order(here: Suite, number: signal.Signals, background: bool) -> None:
-    with _start(here, background=background) as process:
+def test_a_signal_ends_the_session_in_order(
+    here: Suite, number: signal.Signals, background: bool, workers: list[str]
+) -> None:
+    with _start(here, *workers, background=background) as process:
         process.send_signal(number)
         assert process.wait(100) == 2
     outcome = here.outcome(2, "")

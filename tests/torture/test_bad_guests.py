@@ -130,6 +130,8 @@ def test_every_hang_ends_at_its_deadline_and_names_its_place(kvm: Kvm, torture: 
     """Whatever a guest does for ever, it ends in time, and the error says in which function."""
     program = GuestProgram.from_c(HANGS)
     latest, hangs = 0.0, 0
+    hung: list[str] = []
+    misplaced: list[str] = []
     for _ in torture.rounds(least=len(WAYS)):
         ways = [torture.random.randrange(len(WAYS)) for _ in range(torture.random.choice((1, 1, 1, 2)))]
         if hangs < len(WAYS):
@@ -146,13 +148,17 @@ def test_every_hang_ends_at_its_deadline_and_names_its_place(kvm: Kvm, torture: 
         # Faults in faults come to the end of the stack, maybe before the deadline.
         assert isinstance(error, GuestTimeoutError) or "at_nested" in names, error
         for name in names:
-            if len(ways) == 1 or isinstance(error, GuestTimeoutError):
-                assert name in str(error), f"{names}: {error}"
-        assert late < LATEST, f"{names}: {late:.1f} s late"
+            if (len(ways) == 1 or isinstance(error, GuestTimeoutError)) and name not in str(error):
+                misplaced.append(f"{names}: {error}")
+        if late >= LATEST:
+            hung.append(f"{names}: {late:.1f} s late")
         latest = max(latest, late)
         hangs += 1
     torture.figure("hangs", hangs)
     torture.figure("latest end behind its deadline, with its post-mortem", latest, "s")
+    torture.figure("hung", len(hung))
+    torture.figure("wrong place", len(misplaced))
+    assert (hung, misplaced) == ([], [])
 
 
 def test_noise_in_ucalls_is_data(kvm: Kvm, torture: Torture) -> None:
@@ -184,7 +190,7 @@ def test_noise_in_ucalls_is_data(kvm: Kvm, torture: Torture) -> None:
             ).to_bytes(4, "little")
             vcpu._slots[:] = page
             try:
-                got = vcpu.next(5)
+                got = vcpu.next(1)
             except GuestError as error:
                 ends[type(error).__name__] += 1
                 told = str(error)

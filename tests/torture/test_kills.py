@@ -83,6 +83,8 @@ def test_killed_test_processes_cost_only_the_tests_they_run(
     """SIGKILL of a test process at a random time: every test has a verdict, at most one of them is lost."""
     (tmp_path / "test_a.py").write_text(SUITE)
     kills = lost = 0
+    wrong: list[str] = []
+    left: list[psutil.Process] = []
     for _ in torture.rounds():
         mark = uuid.uuid4().hex
         (tmp_path / "o.json").unlink(missing_ok=True)
@@ -94,16 +96,22 @@ def test_killed_test_processes_cost_only_the_tests_they_run(
                 torture.random.choice(victims).kill()
                 kills += 1
             process.wait(PATIENCE)
-        assert wait_gone(mark) == []
-        report = json.loads((tmp_path / "o.json").read_text())
-        assert len(report["tests"]) == TESTS, delay
-        assert report["not_run"] == []
-        assert report["summary"]["lost"] <= bool(victims)
-        assert report["summary"]["pass"] == TESTS - report["summary"]["lost"]
-        lost += report["summary"]["lost"]
+        left += wait_gone(mark)
+        try:
+            report = json.loads((tmp_path / "o.json").read_text())
+        except (OSError, ValueError) as error:
+            wrong += [f"{error}, after {delay:.2f} s"] * TESTS
+            continue
+        verdicts = [test["verdict"] for test in report["tests"]]
+        running = min(verdicts.count("lost"), bool(victims))
+        # Of each test the verdict is that it passed, but of the one that was killed.
+        wrong += [f"{verdicts}, after {delay:.2f} s"] * (TESTS - verdicts.count("pass") - running)
+        lost += running
     torture.figure("kills", kills)
     torture.figure("tests lost that were running", lost)
-    torture.figure("verdicts lost", 0)
+    torture.figure("verdicts lost", len(wrong))
+    torture.figure("processes left", len(left))
+    assert (wrong, left) == ([], [])
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "xdist"])
@@ -111,6 +119,7 @@ def test_a_signal_leaves_nothing_running(torture: Torture, tmp_path: Path, worke
     """SIGINT, SIGTERM, SIGHUP and SIGKILL of ``kvmpy run`` at a random time: no process outlives it."""
     (tmp_path / "test_a.py").write_text(SUITE)
     signals = 0
+    left: list[str] = []
     for _ in torture.rounds():
         mark = uuid.uuid4().hex
         chosen = torture.random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
@@ -118,7 +127,8 @@ def test_a_signal_leaves_nothing_running(torture: Torture, tmp_path: Path, worke
             threading.Event().wait(torture.random.uniform(0.0, 4.0))
             process.send_signal(chosen)
             process.wait(PATIENCE)
-        assert wait_gone(mark) == [], chosen
+        left += [f"{process} after {chosen.name}" for process in wait_gone(mark)]
         signals += 1
     torture.figure("signals", signals)
-    torture.figure("processes left", 0)
+    torture.figure("processes left", len(left))
+    assert left == []

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,17 @@ from kvmpy.coco import idblock
 from kvmpy.coco.certificates import Chain, certified_tcb, load
 from kvmpy.coco.manifest import Manifest, ManifestError
 from kvmpy.coco.report import ReportError
-from kvmpy.debug.record.events import unpack
+from kvmpy.debug.record.events import Ioctl, unpack
 from kvmpy.debug.record.format import FrameReader, RecordError
+from kvmpy.debug.record.model import Record
+from kvmpy.debug.record.prune import target_of
+from kvmpy.debug.record.repro import write_c
+from kvmpy.debug.record.script import ProcessesError, build
 from kvmpy.parsing import MalformedError, parse_json
 from kvmpy.testing import errata, html, journal
+from kvmpy.uapi.ioctls import KVM_SET_REGS
 from tests.coco.attestation import Authority
+from tests.torture import records
 from tests.torture.conftest import Torture
 
 # CPU seconds of one input.
@@ -245,6 +254,53 @@ def test_malformed_inputs_are_told(torture: Torture, tmp_path: Path) -> None:
     torture.figure("malformed inputs", inputs)
     torture.figure("refused", refused)
     torture.figure("slowest", slowest * 1000, "ms")
+
+
+GCC = ("gcc", "-O0", "-w", "-pthread", "-fsyntax-only", "-x", "c", "-")
+
+
+def test_a_record_that_says_something_else_is_told(torture: Torture) -> None:
+    """Frames with right checksums and other content: read, shown, written as C that compiles, or refused."""
+    valid = records.record()
+    assert records.use(valid)
+    inputs = refused = written = compiled = 0
+    for _ in torture.rounds(40):
+        data = records.repack(valid, mutate, torture.random)
+        started = time.process_time()
+        try:
+            text = records.use(data)
+        except (RecordError, ProcessesError):
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{error!r} for {data!r}") from error
+        else:
+            written += bool(text)
+            if text and written % 40 == 1 and shutil.which("gcc"):
+                done = subprocess.run(
+                    GCC, input=text, text=True, capture_output=True, timeout=60, check=False
+                )
+                assert not done.returncode, f"{done.stderr} for {data!r}"
+                compiled += 1
+        assert time.process_time() - started < LIMIT, data
+        inputs += 1
+    assert written
+    torture.figure("records with other content", inputs)
+    torture.figure("refused", refused)
+    torture.figure("written as C", written)
+    torture.figure("compiled of those", compiled)
+
+
+def test_an_argument_that_could_be_read_in_part_is_written_as_c() -> None:
+    """Of KVM_SET_REGS that lay at the end of readable memory a recorder has the begin."""
+    whole = Record.from_bytes(records.record())
+    entries = [
+        entry.but(replace(entry.what, chunks=(replace(entry.what.chunks[0], data=bytes(7)),)))
+        if isinstance(entry.what, Ioctl) and entry.what.request == KVM_SET_REGS.nr
+        else entry
+        for entry in whole.entries
+    ]
+    script = build(whole.with_entries(entries))
+    assert "KVM_SET_REGS" in write_c(script, target_of(script))
 
 
 COMMANDS = [

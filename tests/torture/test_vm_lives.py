@@ -37,7 +37,7 @@ def test_a_vm_is_stopped_and_closed_under_its_threads(kvm: Kvm, torture: Torture
     """
     program = GuestProgram.from_c(SYNCS)
     ends: collections.Counter[str] = collections.Counter()
-    closed = refused = 0
+    closed = refused = left = 0
 
     def run(vcpu: GuestVcpu) -> None:
         try:
@@ -66,14 +66,17 @@ def test_a_vm_is_stopped_and_closed_under_its_threads(kvm: Kvm, torture: Torture
         closed += 1
         for thread in threads:
             thread.join(20)
-            assert not thread.is_alive(), f"{thread} still runs"
+            left += thread.is_alive()
         for vcpu in vm.vcpus:
             for call in (vcpu.kick, vcpu.next, vcpu.run_once):
                 with pytest.raises(ClosedError):
                     call()
-    assert set(ends) <= EXPECTED, dict(ends)
+    other = {name: count for name, count in ends.items() if name not in EXPECTED}
     torture.figure("VMs closed under their threads", closed)
     torture.figure("closings refused in mid-run", refused)
+    torture.figure("threads left", left)
+    torture.figure("other errors", sum(other.values()))
+    assert (left, other) == (0, {})
 
 
 def rss_kib() -> int:
@@ -100,12 +103,14 @@ def test_lives_of_vms_leave_nothing(kvm: Kvm, torture: Torture, tmp_path: Path, 
     for _ in range(20):  # what is loaded and cached once
         live()
     before, descriptors, lives = rss_kib(), len(os.listdir("/proc/self/fd")), 0
-    for _ in torture.rounds(least=50):
+    for _ in torture.rounds(least=60):
         live()
         lives += 1
     grown = (rss_kib() - before) / lives
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    leaked = len(os.listdir("/proc/self/fd")) - descriptors
+    torture.figure("lives", lives)
+    torture.figure("descriptors leaked", leaked)
+    torture.figure("RSS for 1,000 VMs", grown * 1000, "KiB")
+    assert leaked == 0
     # A recorder that stays is 115 KiB, a vCPU's run area 12.
     assert grown < 10, f"{grown:.1f} KiB for each of {lives} VMs"
-    torture.figure("lives", lives)
-    torture.figure("RSS for 1,000 VMs", grown * 1000, "KiB")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy.uapi.constants import MemFlag, SevCmd
-from kvmpy.uapi.error_hints import HINTS, errno_name, hint
+from kvmpy.uapi.error_hints import HINTS, errno_name, error_words, hint
 from kvmpy.uapi.error_rules import Slot
 from kvmpy.uapi.field_words import entry_failure, simultaneous
 from kvmpy.uapi.ioctls import IOCTLS, SEV_COMMANDS, SEV_PLATFORM_COMMANDS
@@ -125,6 +125,30 @@ def test_sev_commands() -> None:
     assert "issued already" in sev(start, errno.EINVAL)
     unknown = kvm_sev_cmd(id=77).to_bytes()
     assert hint("KVM_MEMORY_ENCRYPT_OP", errno.EINVAL, unknown) == "there is no command 77"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (SevCmd.KVM_SEV_SEND_UPDATE_DATA, "guest_uaddr + guest_len goes beyond a page"),
+        (SevCmd.KVM_SEV_RECEIVE_UPDATE_DATA, "guest_uaddr + guest_len goes beyond a page"),
+        (SevCmd.KVM_SEV_RECEIVE_UPDATE_DATA, "an address or length is 0"),
+        (SevCmd.KVM_SEV_GET_ATTESTATION_REPORT, "len is more than 16 KiB"),
+        (SevCmd.KVM_SEV_LAUNCH_START, "more than 16 KiB"),
+        (SevCmd.KVM_SEV_RECEIVE_START, "more than 16 KiB"),
+    ],
+)
+def test_every_command_that_checks_its_ranges_says_so(command: SevCmd, words: str) -> None:
+    """arch/x86/kvm/svm/sev.c, by command; drivers/crypto/ccp/sev-dev.c, psp_copy_user_blob()."""
+    assert words in sev(command, errno.EINVAL)
+    assert words in hint(command.name, errno.EINVAL)
+
+
+def test_an_invalid_argument_of_no_command_asks_for_its_name() -> None:
+    """Each command has rules of its own; with a command there are those, or nothing."""
+    assert "name the command" in error_words("KVM_MEMORY_ENCRYPT_OP", errno.EINVAL)
+    assert sev(SevCmd.KVM_SEV_GUEST_STATUS, errno.EINVAL) == ""
+    assert hint("KVM_SEV_GUEST_STATUS", errno.EINVAL) == ""
 
 
 def test_what_the_tables_name_exists() -> None:

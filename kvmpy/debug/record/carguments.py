@@ -105,10 +105,14 @@ class CArguments:
         self.used[name] = None
         return name
 
+    def is_vcpu(self, ident: int) -> bool:
+        """Tell whether an object is a vCPU that has a variable."""
+        known = self.script.objects.get(ident)
+        return known is not None and known.kind == ObjectKind.VCPU and ident in self.names
+
     def region(self, region: Region) -> str:
         """Return the C variable of memory that is written or given to KVM."""
-        owner = self.script.objects.get(region.object)
-        if owner is None or owner.kind != ObjectKind.VCPU:
+        if not self.is_vcpu(region.object):
             return self.memory.setdefault(region, f"mem{len(self.memory)}")
         if region.offset:
             return self.rings.setdefault(region, f"{self.fd(region.object)}_ring")

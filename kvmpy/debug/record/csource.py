@@ -71,7 +71,12 @@ class Vocabulary:
         self.ioctls: dict[str, Ioctl] = {}
 
     def words(self, kind: Kind, value: int) -> str:
-        """Return *value* as names joined by ``|``; as a number where one of them is not the kernel's."""
+        """Return *value* as names joined by ``|``; as a number where one of them is not the kernel's.
+
+        A status of the firmware's is a number, too: its names are no macros, and headers differ in them.
+        """
+        if kind is constants.SevRet:
+            return number(value)
         parts = number_words(kind, value).split("|")
         names = [part for part in parts if not part[0].isdigit() and part[0] != "-"]
         if not names or not all(_NAME.match(name) and name in constants.ALL for name in names):
@@ -92,7 +97,9 @@ class Vocabulary:
 
     def definitions(self) -> Iterator[str]:
         """Yield the lines that make up for older headers."""
-        for name in sorted(self.structs & NEW_STRUCTS.keys()):
+        # An ioctl's number needs its struct, also where its argument could not be read.
+        needed = self.structs | {_NEW_IOCTLS[name] for name in self.ioctls if name in _NEW_IOCTLS}
+        for name in sorted(needed & NEW_STRUCTS.keys()):
             op = next(
                 (
                     self.ioctls[ioctl]

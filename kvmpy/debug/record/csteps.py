@@ -82,7 +82,8 @@ class CSteps(CArguments):
         self.target = target
         self.threaded = len(script.threads) > 1
         self.statics: list[str] = []
-        # vCPUs that run, and those of them that may come to an exit before the run that it belongs to.
+        # vCPUs that run or whose run area is named, and those of them that may come to an exit before the run
+        # that it belongs to.
         self.runs: dict[int, str] = {}
         self.early: dict[int, str] = {}
         self._kicks: list[tuple[int, int]] = []
@@ -90,10 +91,16 @@ class CSteps(CArguments):
         self._flags: dict[int, bool | None] = {}
         self._watched = {other for step in script.steps for other in step.during}
         self._awaited = {other for step in script.steps for other in step.after}
+        self._filled: set[Region] = set()
         self._code = discover(script.steps)
+        for ident in (ident for step in script.steps for ident in _run_areas(step) if self.is_vcpu(ident)):
+            self.runs[ident] = f"{self.fd(ident)}_run"
         for step in script.steps:
             payload = step.entry.what
-            if isinstance(payload, Kick) or (isinstance(payload, Ioctl) and payload.request == _RUN):
+            runs = isinstance(payload, Ioctl) and payload.request == _RUN
+            if isinstance(payload, (Ioctl, Kick)) and (runs or isinstance(payload, Kick)):
+                if not self.is_vcpu(payload.object):
+                    continue
                 self.runs[payload.object] = f"{self.fd(payload.object)}_run"
                 if isinstance(payload, Kick):
                     self._kicks.append((payload.object, step.entry.order))
@@ -134,7 +141,7 @@ class CSteps(CArguments):
                 yield f"memset({place}, 0, {len(step.data):#x});"
             else:
                 yield from self._store(place, step.data, "The host writes guest memory.")
-        elif isinstance(payload, Kick):
+        elif isinstance(payload, Kick) and payload.object in self.runs:
             self._flags[payload.object] = None
             name = self.fd(payload.object)
             if self.threaded and payload.how & KICK_SIGNAL:
@@ -191,8 +198,9 @@ class CSteps(CArguments):
 
     def fill(self, region: Region) -> Iterator[str]:
         """Yield the statements that give *region* the content that it begins with."""
-        if not any(step.request in _READS_MEMORY for step in self.script.steps):
+        if region in self._filled or not any(step.request in _READS_MEMORY for step in self.script.steps):
             return
+        self._filled.add(region)
         for piece in pieces(self.region(region), region.initial, self._code.get(region, {})):
             if piece.words:
                 self.uses.add("put_words")
@@ -267,11 +275,16 @@ class CSteps(CArguments):
     # KVM_RUN.
 
     def _run(self, step: Step, ioctl: Ioctl, block: Block) -> Call:
-        vcpu, run = self.fd(ioctl.object), self.runs[ioctl.object]
+        vcpu, run = self.fd(ioctl.object), self.runs.get(ioctl.object)
         outcome = recorded_outcome(step)
         reason = exit_reason(outcome)
         ending = f"ends with {reason_text(reason)}" if ioctl.result >= 0 else result_text(outcome)[3:]
         block.comment = f"{step.index}: {vcpu} runs; {ending}."
+        call = Call(
+            "KVM_RUN", f"ioctl({vcpu}, KVM_RUN, NULL)", str(ioctl.result), _errno(ioctl.errno), "same"
+        )
+        if run is None:  # no vCPU: KVM refuses it
+            return call
         if self._flags.get(ioctl.object, False) != step.immediate_exit:
             block.statements.append(f"{run}->immediate_exit = {int(step.immediate_exit)};")
         # Who kicks it or ends its run leaves the flag as the machine pleases.
@@ -281,9 +294,6 @@ class CSteps(CArguments):
             block.statements += self._store(f"(unsigned char *){run} + {offset:#x}", data)
         if self.threaded:
             block.statements.append(f"{vcpu}_thread = pthread_self();")
-        call = Call(
-            "KVM_RUN", f"ioctl({vcpu}, KVM_RUN, NULL)", str(ioctl.result), _errno(ioctl.errno), "same"
-        )
         early = f"&{self.early[ioctl.object]}" if ioctl.object in self.early else ""
         if step.interrupted or (step.ended_by_signal and step.unsteady):
             self.uses |= {"run_for", "signals"}
@@ -323,6 +333,16 @@ class CSteps(CArguments):
         return self._value(
             step, f"{path} differs", f"memcmp({shown}, {expected}, sizeof({expected})) != 0", "0"
         )
+
+
+def _run_areas(step: Step) -> Iterator[int]:
+    """Yield the objects whose mappings from the begin a step names."""
+    refs = [step.argument] if step.argument is not None else []
+    regions = [step.region] if step.region is not None and step.data else []
+    for ref in refs:
+        regions += [ref.region] if ref.region is not None else []
+        refs += ref.node.refs if ref.node is not None else []
+    yield from (region.object for region in regions if not region.offset)
 
 
 def _errno(value: int) -> str:

@@ -169,7 +169,9 @@ def cpus_of(steps: Iterable[Step]) -> list[Cpu]:
                 data = node.after if node.after is not None else node.data
                 sregs[call.object] = kvm_sregs.from_bytes(data[: kvm_sregs.SIZE].ljust(kvm_sregs.SIZE, b"\0"))
             elif step.request == ioctls.KVM_SET_REGS.nr:
-                regs[call.object] = kvm_regs.from_bytes(node.data[: kvm_regs.SIZE])
+                regs[call.object] = kvm_regs.from_bytes(
+                    node.data[: kvm_regs.SIZE].ljust(kvm_regs.SIZE, b"\0")
+                )
         elif step.request == ioctls.KVM_RUN.nr and call.object not in results and call.object in sregs:
             results[call.object] = Cpu(sregs[call.object], regs.get(call.object, kvm_regs(rflags=2)))
     return list(results.values())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +20,7 @@ from kvmpy.debug.record.format import FrameType as Kind
 from kvmpy.debug.record.writer import RecordWriter
 from kvmpy.debug.watch.trace_events import AnyFrame, Event, Stream
 from kvmpy.debug.watch.trace_program import ProgramError, examine, passed_on
+from kvmpy.debug.watch.unseen import Unseen
 from kvmpy.owned import OwnedFolder
 
 # A look at the rings costs as much as some twenty frames: it waits for that many where there is room.
@@ -27,6 +29,7 @@ _LONGEST_PAUSE_S = 0.02
 _FILL = 0.25
 _LAST_ORDER = 1 << 63
 _IOCTLS = (int(Kind.IOCTL), int(Kind.ENTER))
+_TOLD = (int(Kind.OBJECT), int(Kind.NOTE))
 
 Emit = Callable[[Event], None]
 
@@ -144,6 +147,8 @@ class PreloadTracer:
             self._owned.close()
             raise
         self._warned: set[str] = set()
+        self._unseen = Unseen()
+        self._root = 0
 
     def run(self) -> int:
         """Run the program, and its children that use KVM, to the end; return its status as a shell does.
@@ -172,12 +177,15 @@ class PreloadTracer:
             child = subprocess.Popen(self.command, env=environment)
         except OSError as error:
             raise ProgramError(f"{self.command[0]}: {error.strerror}") from None
+        self._root = child.pid
         with passed_on(child.send_signal) as ending:
             status = self._follow(child, ending)
         self._poll()
+        for hint in self._unseen.rest():
+            self.sink.remark(hint)
         if status is None:
             self.sink.remark(f"process {child.pid} runs on, no longer traced")
-        elif not self.sink.ioctls:
+        elif not self.sink.ioctls and not self._unseen.hinted:
             self.sink.remark(
                 "neither the program nor a child issued an ioctl of KVM that the recorder saw: programs that "
                 "issue system calls by themselves are traced with --ptrace"
@@ -212,10 +220,19 @@ class PreloadTracer:
 
     def _poll(self) -> int:
         frames = self.shared.poll()
+        others = [raw.frame() for raw in frames if raw.type in _TOLD]
+        for frame in others:
+            if frame.type == Kind.OBJECT:
+                # A damaged one is the sink's to report.
+                with suppress(RecordError):
+                    self._unseen.known(unpack(frame))
+        hints = self._unseen.look({self._root, *(ring.pid for ring in self.shared.rings.values())})
         count = self.sink.take(frames)
-        for raw in frames:
-            if raw.type == Kind.NOTE:
-                self._exec(raw.frame())
+        for frame in others:
+            if frame.type == Kind.NOTE:
+                self._exec(frame)
+        for hint in hints:
+            self.sink.remark(hint)
         return count
 
     def _exec(self, frame: Frame) -> None:

@@ -472,6 +472,14 @@ int main(int argc, char **argv)
 		/* As a program does that issues system calls by itself. */
 		int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 		check(bare(kvm, 0xae00, NULL) == 12, "KVM_GET_API_VERSION");
+	} else if (!strcmp(mode, "rawvm")) {
+		/* The C library's ioctl() once only; standard input says how long it lives. */
+		char byte;
+		int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+		int vm = (int)bare(kvm, KVM_CREATE_VM, NULL), vcpu = (int)bare(vm, KVM_CREATE_VCPU, NULL);
+		check(vm >= 0 && vcpu >= 0, "KVM_CREATE_VCPU");
+		check(ioctl(kvm, 0xae00, NULL) == 12, "KVM_GET_API_VERSION");
+		check(read(0, &byte, 1) == 0, "standard input");
 	} else if (!strcmp(mode, "closed")) {
 		for (int fd = 0; fd < 256; fd++)
 			close(fd);
