@@ -12,7 +12,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from rich.table import Table
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.owned import OwnedFolder, dies_with_parent
 from kvmpy.testing.option_table import command_arguments
+from kvmpy.testing.reportfiles import ReportFiles
 from kvmpy.testing.table import plain_console
+from kvmpy.testing.testprocess import handled
 
 SCHEMA = "kvmpy-lab-matrix/1"
 INTERRUPTED = 2
@@ -128,14 +130,11 @@ def _interrupts_passed_on(running: Sequence[_Run]) -> Iterator[list[int]]:
     def handler(number: int, _frame: object) -> None:
         seen.append(number)
         for entry in running:
-            entry.process.send_signal(signal.SIGINT)
+            # Not SIGINT, which jobs in a shell's background ignore.
+            entry.process.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(handler, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield seen
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 def run_matrix(
@@ -147,6 +146,8 @@ def run_matrix(
     say: Say,
 ) -> int:
     """Run ``kvmpy lab run`` for each kernel, print the table, and return the worst exit status.
+
+    INTERRUPTED after SIGINT, SIGTERM or SIGHUP, NO_REPORT where a report could not be written.
 
     *targets* has the files for the reports ``json``, ``ktap`` and ``junit``; *at_once* machines run at a
     time, shared by the kernels.
@@ -179,14 +180,19 @@ def run_matrix(
         }
     reports = {name: json.loads(text) if text else {} for name, text in texts["json"].items()}
     plain_console().print(table(names, merge(reports)))
-    whole = {
-        "json": json.dumps({"schema": SCHEMA, "reports": reports}, indent=2) + "\n",
-        "ktap": merged_ktap(texts["ktap"]),
-        "junit": merged_junit(texts["junit"]),
+    make: dict[str, Callable[[], str]] = {
+        "json": lambda: json.dumps({"schema": SCHEMA, "reports": reports}, indent=2) + "\n",
+        "ktap": lambda: merged_ktap(texts["ktap"]),
+        "junit": lambda: merged_junit(texts["junit"]),
     }
+    files = ReportFiles()
     for report, target in targets.items():
-        Path(target).write_text(whole[report], encoding="utf-8")
+        files.write(report, Path(target), make[report])
+    for line in files.failures:
+        say(line)
+    if interrupts:
+        return INTERRUPTED
     codes = [entry.process.returncode for entry in ended.values()]
-    if interrupts or len(ended) < len(kernels):
-        codes.append(INTERRUPTED)
+    if files.failures:
+        codes.append(NO_REPORT)
     return max((code if code >= 0 else NO_REPORT for code in codes), default=NO_REPORT)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -20,10 +22,12 @@ from tests.lab.conftest import FAKE, make_image
 ROOT = Path(__file__).resolve().parents[2]
 PASSES = [["test", "test_a", "passed"], ["end"]]
 FAILS = [["test", "test_a", "failed"], ["end"]]
+TESTS = ("test", "start")
+Plans = dict[str, list[list[list[Any]]]]
 
 
-def run(folder: Path, plans: dict[str, object], *args: str) -> subprocess.CompletedProcess[str]:
-    """Run the command for kernels whose QEMU plays the plan of their release."""
+def start(folder: Path, plans: Plans, *args: str, background: bool = False) -> subprocess.Popen[str]:
+    """Start the command for kernels whose QEMU plays the plan of their release."""
     (folder / "bin").mkdir()
     (folder / "bin" / "qemu-system-x86_64").write_text(
         f"#!/bin/sh\nfor plan in {folder}/plan-*; do\n"
@@ -36,23 +40,36 @@ def run(folder: Path, plans: dict[str, object], *args: str) -> subprocess.Comple
         (folder / f"plan-{release}" / "plan.json").write_text(json.dumps(plan))
         kernels.register(make_image(folder / "image", release), f"file {release}")
     (folder / "area").mkdir()
-    (folder / "area" / "test_a.py").write_text("def test_a():\n    raise RuntimeError('not on the host')\n")
+    names = sorted(
+        {step[1] for boots in plans.values() for boot in boots for step in boot if step[0] in TESTS}
+    )
+    source = "def {}():\n    raise RuntimeError('not on the host')\n"
+    (folder / "area" / "test_a.py").write_text("".join(map(source.format, names or ["test_a"])))
     environment = os.environ | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-        "FAKE_QEMU_TESTS": "1",
+        "FAKE_QEMU_TESTS": str(len(names) or 1),
         "FAKE_QEMU_FOLDER": "area",
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-m", "kvmpy", "lab", "run", "--matrix", ",".join(plans), "--accel", "tcg"]
-    return subprocess.run(
+    # A shell starts its background jobs with SIGINT ignored.
+    interrupts = signal.SIG_IGN if background else signal.default_int_handler
+    return subprocess.Popen(
         [*command, "area/test_a.py", *args],
         cwd=folder,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=100,
-        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts) and None,  # noqa: PLW1509 - one thread
     )
+
+
+def run(folder: Path, plans: Plans, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    with start(folder, plans, *args) as process:
+        out, err = process.communicate(timeout=100)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.mark.parametrize("at_once", ["1", "2"])
@@ -74,10 +91,46 @@ def test_one_table_and_reports_with_a_part_for_each_kernel(tmp_path: Path, warm:
 
 
 def test_a_kernel_without_a_report_is_no_success(tmp_path: Path, warm: Path) -> None:
-    never = [["silent"], ["console", "Kernel panic - not syncing: early"], ["die", 0]]
+    never: list[list[Any]] = [["silent"], ["console", "Kernel panic - not syncing: early"], ["die", 0]]
     result = run(tmp_path, {"6.12.9": [PASSES], "7.2.13": [never]}, "--json", "o.json")
     assert result.returncode == 3, result.stdout + result.stderr
     assert "Kernel panic - not syncing: early" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "background"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)],
+)
+def test_a_signal_keeps_what_has_come(
+    tmp_path: Path, warm: Path, number: signal.Signals, background: bool
+) -> None:
+    """The first kernel has ended, the second hangs in a test: both are in the reports, and no more begins."""
+    two: list[list[Any]] = [["test", "test_a", "passed"], ["test", "test_b", "passed"]]
+    passes, hangs = [*two, ["test", "test_c", "passed"], ["end"]], [*two, ["start", "test_c"], ["hang"]]
+    plans = {"6.12.9": [passes], "7.1.2": [hangs], "7.2.13": [passes]}
+    args = ("--json", "o.json", "--machines", "1", "--", "-v")
+    with start(tmp_path, plans, *args, background=background) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("[7.1.2]") and "test_b PASSED" in line)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == matrix.INTERRUPTED
+    reports = json.loads((tmp_path / "o.json").read_text())["reports"]
+    kept = [report["tests"][0]["verdict"] if report else None for report in reports.values()]
+    assert kept == ["pass", "pass", None]
+
+
+def test_a_report_that_cannot_be_written_costs_no_other(tmp_path: Path, warm: Path) -> None:
+    """Each is written on its own, and the last line says which is not there; it is no success."""
+    (tmp_path / "o.ktap").write_text("older")
+    # A folder that is a file.
+    reports = ["--json", "o.ktap/o.json", "--ktap", "o.ktap", "--junit", "o.xml"]
+    result = run(tmp_path, {"6.12.9": [PASSES]}, *reports)
+    assert result.returncode == matrix.NO_REPORT
+    assert "json: o.ktap/o.json is not written: " in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "o.ktap").read_text().startswith("KTAP version 1")
+    assert ElementTree.parse(tmp_path / "o.xml").getroot().tag == "testsuites"
 
 
 def test_reports_of_kernels_are_put_together() -> None:
