@@ -346,10 +346,15 @@ def fail_at(make_vm: MakeVm, program: str, entry: str, timeout: float | None = N
     return failure(vm, timeout)
 
 
+# Whoever may not read the guest's registers and stack can say no more than that.
+readable = pytest.mark.protections("all", host_sees_private=True)
+
+
 def backtrace_of(error: GuestError) -> str:
     return error.postmortem.partition("--- backtrace\n")[2].partition("\n--- page-table")[0]
 
 
+@readable
 def test_loop_of_faults(make_vm: MakeVm) -> None:
     """A fault that comes again after its handler is told with the function that faults, always."""
     for _ in range(5):  # the deadline finds it in the handler, in a stub, at the fault
@@ -359,6 +364,7 @@ def test_loop_of_faults(make_vm: MakeVm) -> None:
         assert re.search(r"(?s)\btoucher\+.*\bloop\+.*_start\+", backtrace_of(error)), backtrace_of(error)
 
 
+@readable
 def test_nested_exceptions(make_vm: MakeVm) -> None:
     """Exceptions in handlers are told with vector and place of the innermost and the outermost."""
     error = fail_at(make_vm, FAULTS, "nest", 10)
@@ -374,6 +380,7 @@ def test_nested_exceptions(make_vm: MakeVm) -> None:
     assert re.search(rf"(?s)--- {PAGE_FAULT} ---\n +#\d+  0x\w+ toucher\+.*nest\+.*_start\+", shown), shown
 
 
+@readable
 def test_exceptions_to_the_end_of_the_stack(make_vm: MakeVm) -> None:
     """A double fault after exceptions that filled the stack is told with the fault that was the first."""
     error = fail_at(make_vm, FAULTS, "fill_the_stack", 10)
@@ -405,6 +412,7 @@ void guest_main(void)
 """
 
 
+@readable
 def test_at_the_end_of_a_function(make_vm: MakeVm) -> None:
     """At a RET the frame pointer is the caller's already: the caller is in the backtrace all the same."""
     vm = make_vm(AT_RET)
@@ -437,6 +445,7 @@ void guest_main(void)
 """
 
 
+@readable
 def test_inlined_calls(make_vm: MakeVm) -> None:
     """Calls that the compiler inlined are frames of their own, as `addr2line -i` shows them."""
     shown = backtrace_of(failure(make_vm(INLINED)))
@@ -480,6 +489,7 @@ void ready(void)
 """
 
 
+@readable
 def test_who_waits_and_who_is_to_blame(make_vm: MakeVm) -> None:
     """A time-out of run_all() says where every vCPU stood, with a backtrace of each."""
     vm = make_vm(PEERS, vcpus=3)
