@@ -280,7 +280,10 @@ class Vcpu(VcpuState):
         self._run = None
         area, self._area = self._area, None
         if area is not None:
-            # Where a view of it is still held, the mapping goes with that.
-            with contextlib.suppress(BufferError):
+            try:
                 area.close()
+            except BufferError:
+                # Somebody holds a view, such as an exit.  A mapping would keep the vCPU in the kernel, and so
+                # the VM with its memory and its ASID.
+                lib.kvmpy_map_keep(ffi.from_buffer(area), len(area))
         super().close()

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvmpy import GuestProgram, Kvm, LaunchError, MakeVm, refused
+from kvmpy import GuestError, GuestProgram, HypercallExit, Kvm, LaunchError, MakeVm, refused
 
 NOTHING = """
 #include <kvmpy/guest.h>
@@ -87,16 +87,25 @@ def test_sigkill_leaves_nothing_behind() -> None:
         vm.vcpus[0].run_to_done()
 
 
-def test_a_held_exit_holds_no_descriptor(kvm: Kvm) -> None:
-    """A vCPU is one file descriptor; close() gives it back, also while somebody holds a view of kvm_run."""
+def test_a_held_exit_holds_no_vcpu(kvm: Kvm) -> None:
+    """close() gives back a vCPU's descriptor and its mapping; whoever holds a view of kvm_run keeps a copy.
+
+    A mapping alone would keep the VM in the kernel: kvm_vcpu_mmap(), kvm_vcpu_release() in Linux.
+    """
     gc.collect()
     before = kvm_fds(os.getpid())
     with kvm.create_vm(GuestProgram.from_c(NOTHING), protection="none") as vm:
         assert sorted(kvm_fds(os.getpid())) == sorted([*before, "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vm"])
         held = vm.vcpus[0].run_area
+        vm.launch()
+        with pytest.raises(GuestError):
+            vm.vcpus[0].expect(HypercallExit)
         reason = held.exit_reason
+        assert reason
     assert kvm_fds(os.getpid()) == before
+    assert "kvm-vcpu" not in Path("/proc/self/maps").read_text()
     assert held.exit_reason == reason
+    held.exit_reason = 7  # still memory, and nobody's
 
 
 def test_too_many_open_files(kvm: Kvm) -> None:

@@ -68,6 +68,20 @@ int kvmpy_map_over(void *place, uint64_t size, int fd, int64_t offset)
 	return map == MAP_FAILED ? -1 : 0;
 }
 
+/* Let what is mapped at @place go, and have its content there as memory of our own; -1 where there is none. */
+int kvmpy_map_keep(void *place, uint64_t size)
+{
+	void *copy = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (copy == MAP_FAILED)
+		return -1;
+	memcpy(copy, place, size);
+	if (mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, place) != MAP_FAILED)
+		return 0;
+	munmap(copy, size);
+	return -1;
+}
+
 /*
  * guest_memfd gives up when it sees a signal. What was interrupted is done again, in stretches that get done
  * between two signals.

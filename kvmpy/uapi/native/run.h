@@ -56,3 +56,4 @@ int kvmpy_kick_signal(void);
 uint64_t kvmpy_monotonic_ns(void);
 int kvmpy_fallocate(int fd, int mode, int64_t offset, int64_t length);
 int kvmpy_map_over(void *place, uint64_t size, int fd, int64_t offset);
+int kvmpy_map_keep(void *place, uint64_t size);
