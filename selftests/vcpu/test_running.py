@@ -153,8 +153,8 @@ def test_deadline(make_vm: MakeVm, entry: str) -> None:
     """
     vcpu = make_vm.start(GUEST, entry).vcpus[0]
     assert vcpu.sync().args == (ord("r"),)
-    vcpu.set_deadline(0.05)
     started, own = time.monotonic(), time.thread_time()
+    vcpu.set_deadline(0.05)
     with pytest.raises(VcpuTimeoutError):
         vcpu.run()
     # At a busy moment the thread waits for a CPU, as long as it takes; it may not use up much.
