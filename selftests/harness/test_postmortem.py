@@ -347,7 +347,7 @@ def fail_at(make_vm: MakeVm, program: str, entry: str, timeout: float | None = N
 
 
 # Whoever may not read the guest's registers and stack can say no more than that.
-readable = pytest.mark.protections("all", host_sees_private=True)
+readable = pytest.mark.requires("trait:host_sees_private")
 
 
 def backtrace_of(error: GuestError) -> str:
