@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
+import sys
 from types import FrameType
 
 import click
@@ -76,9 +78,25 @@ def main(context: click.Context) -> None:
             # What nohup had us ignore stays ignored.
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, _end)
+                sys.unraisablehook = _again
+
+
+class _Signalled(SystemExit):
+    """A signal ends the program; the code is its exit status."""
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     # As an exception: every block that has something to put in order does so.
     del frame
-    raise SystemExit(128 + number)
+    raise _Signalled(128 + number)
+
+
+def _again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Let a signal come again that was taken in a callback of the interpreter: no exception ends that."""
+    ended = unraisable.exc_value
+    if not isinstance(ended, _Signalled):
+        sys.__unraisablehook__(unraisable)
+        return
+    from threading import Timer
+
+    Timer(0.01, os.kill, (os.getpid(), int(ended.code or 0) - 128)).start()
