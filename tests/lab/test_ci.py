@@ -68,5 +68,5 @@ def test_the_prerequisites_of_the_lab_are_named(tmp_path: Path) -> None:
 
 
 def test_tests_of_kvmpy_itself_have_ids_of_their_own() -> None:
-    """A folder ``selftests`` in tests/ would give them ids of the suite, which ci/same_verdicts.py wants twice."""
+    """A folder ``selftests`` in tests/ would give them ids of the suite, for ci/same_verdicts.py, too."""
     assert [path for path in (ROOT / "tests").rglob("selftests") if path.is_dir()] == []
