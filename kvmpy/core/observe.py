@@ -108,6 +108,26 @@ def remove(observer: Observer) -> None:
     active.remove(observer)
 
 
+class FullObserver(Observer, HostObserver, Protocol):
+    """One that is told everything."""
+
+
+def attach(observer: FullObserver) -> None:
+    """Tell *observer* of ioctls and of the host; harmless a second time."""
+    if observer not in active:
+        active.append(observer)
+        host.append(observer)
+
+
+def detach(observer: FullObserver) -> bool:
+    """Take back :func:`attach`; return whether there was one."""
+    attached = observer in active
+    if attached:
+        active.remove(observer)
+        host.remove(observer)
+    return attached
+
+
 def _in_child() -> None:
     # Here and once: a hook of each observer's own would keep it, and all it holds, until the process ends.
     for observer in list(active):

@@ -232,36 +232,27 @@ class Timeline:
         self._local = threading.local()
         self._threads: list[_Thread] = []
         self.tracks = Tracks(os.getpid(), self._put)
-        self._attached = self._closed = False
+        self._closed = False
 
     # Life.
 
     def start(self) -> Timeline:
         """Attach to the KVM objects of this process."""
-        if not self._attached:
-            self._attached = True
-            observe.add(self)
-            observe.host.append(self)
+        observe.attach(self)
         return self
 
     def stop(self) -> None:
         """Detach and complete the file; harmless a second time."""
-        self._detach()
+        observe.detach(self)
         if not self._closed:
             self._closed = True
             self._unfinished(time.monotonic_ns())
             self.flush()
             self._file.close(finish=not self._append)
 
-    def _detach(self) -> None:
-        if self._attached:
-            self._attached = False
-            observe.remove(self)
-            observe.host.remove(self)
-
     def forked(self) -> None:
         """Detach in a child, which has the parent's buffer and file: it must write neither."""
-        self._detach()
+        observe.detach(self)
         self._closed = True
         self._events.clear()
 

@@ -100,35 +100,25 @@ class Recorder:
         self._deadlines: dict[KvmFd, int] = {}
         self._local = _Local()
         self._lock = threading.RLock()
-        self._attached = False
         self._flags = 0
 
     # Life.
 
     def start(self) -> Recorder:
         """Attach to this process's KVM objects."""
-        if not self._attached:
-            observe.add(self)
-            observe.host.append(self)
-            self._attached = True
+        observe.attach(self)
         return self
 
     def stop(self) -> None:
         """Detach and close the record; harmless a second time."""
-        self._detach()
+        observe.detach(self)
         self.writer.close()
         self.memory.close()
         self._known.clear()
 
-    def _detach(self) -> None:
-        if self._attached:
-            self._attached = False
-            observe.remove(self)
-            observe.host.remove(self)
-
     def forked(self) -> None:
         """Detach in a child, which shares the file: it must not write there."""
-        self._detach()
+        observe.detach(self)
 
     def __enter__(self) -> Recorder:
         return self.start()
@@ -152,10 +142,7 @@ class Recorder:
     @contextmanager
     def introducing(self) -> Iterator[None]:
         """Within the block nothing is recorded but what :meth:`tell` tells, as SYNTHETIC."""
-        observing, self._attached = self._attached, False
-        if observing:
-            observe.remove(self)
-            observe.host.remove(self)
+        observing = observe.detach(self)
         self._flags = self.writer.native.flags = SYNTHETIC
         try:
             yield
