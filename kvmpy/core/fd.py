@@ -8,7 +8,7 @@ import mmap
 import os
 from typing import ClassVar
 
-from kvmpy.core import observe, recent
+from kvmpy.core import observe
 from kvmpy.core.closing import Closing
 from kvmpy.core.errors import ClosedError, KvmError
 from kvmpy.core.settings import LASTING, Settings
@@ -18,7 +18,6 @@ from kvmpy.uapi.structs import Struct
 
 _ioctl_int = lib.kvmpy_ioctl
 _ioctl_ptr = lib.kvmpy_ioctl_ptr
-_remember = recent.remember
 
 
 class KvmFd(Closing):
@@ -29,6 +28,7 @@ class KvmFd(Closing):
     def __init__(self, fd: int, name: str) -> None:
         self._fd = fd
         self.name = name
+        self.label = ffi.new("char[]", f"{self.kind} {name}".encode())
         self.settings = Settings()
         for observer in observe.active:
             observer.fd_opened(self)
@@ -55,31 +55,26 @@ class KvmFd(Closing):
         *arg* is passed by value when it is an int (None means 0) and by address when it is a struct,
         whatever the ioctl table says: negative tests need the wrong ones too.
         """
-        if observe.active:
-            result, number = self._observed(op, arg)
-        else:
-            result, number = self._issue(op, arg)
-        _remember(self, op, arg, result, number)
-        if op.nr in LASTING and result >= 0:
-            self.settings.remember(op, arg)
-        return result, number
-
-    def _issue(self, op: Ioctl, arg: Struct | int | None) -> tuple[int, int]:
-        if arg is None or isinstance(arg, int):
-            result = _ioctl_int(self.fd, op.nr, arg or 0)
-        else:
-            result = _ioctl_ptr(self.fd, op.nr, arg.cdata)
-        return result, ffi.errno if result < 0 else 0
-
-    def _observed(self, op: Ioctl, arg: Struct | int | None) -> tuple[int, int]:
-        if self.closed:
+        if self._fd < 0:
             raise ClosedError(f"{self.name} is closed")
         for observer in observe.active:
             observer.ioctl_enter(self, op, arg)
         result, number = self._issue(op, arg)
         for observer in observe.active:
             observer.ioctl_exit(self, op, arg, result, number)
+        if op.nr in LASTING and result >= 0:
+            self.settings.remember(op, arg)
         return result, number
+
+    def _issue(self, op: Ioctl, arg: Struct | int | None) -> tuple[int, int]:
+        fd = self._fd
+        if fd < 0:
+            raise ClosedError(f"{self.name} is closed")
+        if arg is None or isinstance(arg, int):
+            result = _ioctl_int(self.label, fd, op.nr, arg or 0)
+        else:
+            result = _ioctl_ptr(self.label, fd, op.nr, arg.cdata, arg.nbytes, arg.INDEX)
+        return result, ffi.errno if result < 0 else 0
 
     def ioctl(self, op: Ioctl, arg: Struct | int | None = None) -> int:
         """Issue *op* and return its result; KvmError when it fails.

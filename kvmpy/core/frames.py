@@ -11,36 +11,16 @@ from kvmpy.core.address import PAGE_SHIFT
 GFN_LIMIT = 1 << 32
 
 
-_MOST_NOTED = 4096
-
-
-class NotedFrames:
-    """A set of frames that changes often and is looked at seldom: changes are noted, and made when it is."""
-
-    def __init__(self) -> None:
-        self._frames = BitMap()
-        self._noted: list[tuple[int, int, bool]] = []
-
-    def note(self, gpa: int, size: int, there: bool) -> None:
-        """Put a range into the set or take it out, as :func:`mark` does."""
-        self._noted.append((gpa, size, there))
-        if len(self._noted) > _MOST_NOTED:
-            self.frames()
-
-    def frames(self) -> BitMap:
-        """Return the set; no thread may note meanwhile."""
-        for gpa, size, there in self._noted:
-            mark(self._frames, gpa, size, there)
-        self._noted.clear()
-        return self._frames
-
-
 def mark(frames: BitMap, gpa: int, size: int, there: bool) -> None:
-    """Put the whole pages of *size* bytes at *gpa* into *frames*, or take them out; those above
-    :data:`GFN_LIMIT` are left out.
+    """Put the whole pages of *size* bytes at *gpa*, where a page begins, into *frames*, or take them out.
+
+    Those above :data:`GFN_LIMIT` are left out.
     """
-    gpa = int(gpa)  # what a Gpa adds is checked, which would be most of the time spent here
-    first, end = gpa >> PAGE_SHIFT, min(gpa + size >> PAGE_SHIFT, GFN_LIMIT)
+    # Every conversion comes by here, twice. A shift makes a plain int of a Gpa, whose sums are checked.
+    first = gpa >> PAGE_SHIFT
+    end = first + (size >> PAGE_SHIFT)
+    if end > GFN_LIMIT:
+        end = GFN_LIMIT
     if first < end:
         if there:
             frames.add_range(first, end)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pyroaring import BitMap
@@ -149,18 +149,27 @@ class GuestMemory:
         self._assign(gpa, size, False, discard)
 
     def _check_convertible(self, address: int, size: int, private: bool) -> None:
-        segments = self._covering(address, size)
-        if not private:
-            return
-        if address + size > _PRIVATE_LIMIT:
+        if (address | size) & (PAGE_SIZE - 1) or size <= 0:
+            raise ValueError(f"gpa {address:#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
+        end = address + size
+        place, barred = address, None
+        while place < end:
+            index = bisect_right(self._starts, place) - 1
+            segment = self._segments[index] if index >= 0 else self.find(Gpa(place))
+            after = self._starts[index] + segment.size
+            if after <= place:
+                self.find(Gpa(place))  # which says what there is
+            if segment.always_shared:
+                barred = segment
+            place = after
+        if private and end > _PRIVATE_LIMIT:
             raise ValueError(
                 f"gpa {address:#x}, size {size:#x}: private memory lies below {_PRIVATE_LIMIT:#x}"
             )
-        for segment in segments:
-            if segment.always_shared:
-                raise ValueError(
-                    f"gpa {address:#x}, size {size:#x}: the slot at {segment.gpa} holds shared pages only"
-                )
+        if private and barred is not None:
+            raise ValueError(
+                f"gpa {address:#x}, size {size:#x}: the slot at {barred.gpa} holds shared pages only"
+            )
 
     def _assign(self, gpa: Gpa, size: int, private: bool, discard: bool) -> None:
         self._check_convertible(int(gpa), size, private)
@@ -187,22 +196,6 @@ class GuestMemory:
             if clear and not (private and self.seal is not None):
                 view = self.view(gpa, size)
                 view[:] = bytes(len(view))
-
-    def _covering(self, address: int, size: int) -> Sequence[Segment]:
-        """Return the ranges that hold whole pages; ValueError for others, and where one is outside."""
-        if (address | size) & (PAGE_SIZE - 1) or size <= 0:
-            raise ValueError(f"gpa {address:#x}, size {size:#x}: private memory is made of whole 4 KiB pages")
-        end = address + size
-        covering: list[Segment] = []
-        while address < end:
-            index = bisect_right(self._starts, address) - 1
-            segment = self._segments[index] if index >= 0 else self.find(Gpa(address))
-            after = self._starts[index] + segment.size
-            if after <= address:
-                segment = self.find(Gpa(address))  # which says what there is
-            covering.append(segment)
-            address = after
-        return covering
 
     def runs(self, gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int, bool]]:
         """Split *size* bytes at *gpa* into runs ``(gpa, size, private)`` of pages that agree."""

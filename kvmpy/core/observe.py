@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
+
+from kvmpy.uapi import lib
 
 if TYPE_CHECKING:
     # By this name an observer outside of this room knows what it is told of.
@@ -68,30 +69,22 @@ class HostObserver(Protocol):
         """The host added *count* to the eventfd *fd*."""
 
 
-class _Inspection(threading.local):
-    depth = 0
-
-
-inspection = _Inspection()
-"""``depth`` is not 0 while the calling thread is inside :func:`inspecting`."""
-
-
 @contextmanager
 def inspecting() -> Iterator[None]:
     """Mark the ioctls of this thread in a with block as a tool's own look at a VM, such as a post-mortem's.
 
     Observers hear of them all the same; those that show what led to a failure leave them out.
     """
-    inspection.depth += 1
+    lib.kvmpy_inspect(1)
     try:
         yield
     finally:
-        inspection.depth -= 1
+        lib.kvmpy_inspect(-1)
 
 
 def is_inspecting() -> bool:
     """Whether the calling thread is inside :func:`inspecting`."""
-    return inspection.depth > 0
+    return bool(lib.kvmpy_inspect(0))
 
 
 active: list[Observer] = []

@@ -1,76 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last ioctls of this process: kept by the funnel, decoded when a report asks for them."""
+"""The last ioctls of this process: kept by the funnel's C, decoded when a report asks for them.
+
+What a tool asks of a VM itself (:func:`kvmpy.core.observe.inspecting`) is not kept.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from threading import get_ident
-from time import monotonic_ns
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from kvmpy.core.errors import errno_name
-from kvmpy.core.observe import inspection
 from kvmpy.uapi import ffi, lib
 from kvmpy.uapi.error_hints import hint
-from kvmpy.uapi.ioctls import KVM_RUN, Ioctl
-from kvmpy.uapi.structs import Struct
+from kvmpy.uapi.ioctls import BY_NR, KVM_RUN
+from kvmpy.uapi.struct_base import CLASSES
 
-if TYPE_CHECKING:
-    from kvmpy.core.fd import KvmFd
+_HEADER = ffi.sizeof("struct kvmpy_call")
 
-_MOST = 64
-# Bytes of kvm_run that hold the exit reason and what belongs to it.
-_RUN_HEAD = lib.KVMPY_RUN_HEAD
-_REASON = slice(8, 12)
-_buffer = ffi.buffer
-
-
-class Runs:
-    """KVM_RUNs of one vCPU in a row that ended for one reason: the begin of its run area, and how many."""
-
-    __slots__ = ("head", "times")
-
-    def __init__(self, head: bytes) -> None:
-        self.head = head
-        self.times = 1
-
-
-# Structs as class and content: the callers' own live on.
-Argument = tuple[type[Struct], bytes] | Runs | int | None
-# (time, thread, descriptor, its kind, ioctl, argument, result, errno)
-Call = tuple[int, int, str, str, Ioctl, Argument, int, int]
-
-calls: deque[Call] = deque(maxlen=_MOST)
 keeps_runs = False
 """Whether KVM_RUN is kept, too; it takes the loop out of C.  Without, each vCPU has its ``trail()``."""
 
 
-def remember(fd: KvmFd, op: Ioctl, arg: Struct | int | None, result: int, errno: int) -> None:
-    """Keep an ioctl that returned, unless a tool's own look at a VM issued it."""
-    # Every ioctl comes by here: no call that can be spared.
-    if not inspection.depth:
-        kept = (arg.__class__, _buffer(arg.cdata, arg.nbytes)[:]) if isinstance(arg, Struct) else arg
-        calls.append((monotonic_ns(), get_ident(), fd.name, fd.kind, op, kept, result, errno))
+class Call(NamedTuple):
+    """An ioctl that returned; *when* in ns, *kind* that of the descriptor.
+
+    *struct* numbers the class of the argument *data* (0: it was *value*); of *times* KVM_RUNs in a row that
+    ended for one reason *data* is the begin of the last one's kvm_run.
+    """
+
+    when: int
+    thread: int
+    kind: str
+    fd: str
+    request: int
+    value: int
+    struct: int
+    data: bytes
+    result: int
+    errno: int
+    times: int
 
 
-def remember_run(fd: KvmFd, run: Any, result: int, errno: int) -> None:
-    """Keep a KVM_RUN, with those before it where they are of the same vCPU and ended for the same reason."""
-    if inspection.depth:
-        return
-    head: bytes = _buffer(run, _RUN_HEAD)[:]
-    last = calls[-1] if calls else None
-    if last is not None and (last[2], *last[6:]) == (fd.name, result, errno):
-        runs = last[5]
-        if isinstance(runs, Runs) and runs.head[_REASON] == head[_REASON]:
-            runs.head = head
-            runs.times += 1
-            return
-    calls.append((monotonic_ns(), get_ident(), fd.name, fd.kind, KVM_RUN, Runs(head), result, errno))
+def taken() -> list[Call]:
+    """Return the last ioctls, the oldest first."""
+    size = 0
+    buffer = ffi.NULL
+    # Other threads go on meanwhile.
+    while (needed := lib.kvmpy_calls_read(buffer, size)) > size:
+        size = needed
+        buffer = ffi.new("char[]", size)
+    calls = []
+    place = 0
+    while place < needed:
+        call = ffi.cast("struct kvmpy_call *", buffer + place)
+        data = bytes(ffi.buffer(buffer + place + _HEADER, call.size))
+        kind, _, name = ffi.string(call.label).decode("utf-8", "replace").partition(" ")
+        calls.append(
+            Call(
+                call.ns, call.thread, kind, name, call.request, call.value, call.kind, data,
+                call.result, call.error, call.times,
+            )
+        )  # fmt: skip
+        place += _HEADER + (call.size + 7 & ~7)
+    return calls
+
+
+def clear() -> None:
+    """Forget all ioctls."""
+    lib.kvmpy_calls_clear()
+
+
+def remember_run(label: Any, run: Any, result: int, errno: int) -> None:
+    """Keep a KVM_RUN of the vCPU with *label*, with those before it that ended for the same reason."""
+    lib.kvmpy_call_note(label, KVM_RUN.nr, 0, run, lib.KVMPY_RUN_HEAD, lib.KVMPY_CALL_RUN, result, errno)
 
 
 def of_vm(vm: str, taken: list[Call], most: int = 12) -> list[Call]:
     """Return the last *most* calls of *taken* on the VM named *vm* and on what belongs to it, but KVM_RUN."""
-    own = [call for call in taken if call[4] is not KVM_RUN and f"{call[2]}/".startswith(f"{vm}/")]
+    own = [call for call in taken if call.request != KVM_RUN.nr and f"{call.fd}/".startswith(f"{vm}/")]
     return own[-most:]
 
 
@@ -84,17 +90,17 @@ def entries(taken: list[Call]) -> list[dict[str, Any]]:
     threads: dict[int, int] = {}
     return [
         {
-            "ms": round((when - taken[0][0]) / 1e6, 3),
-            "thread": threads.setdefault(thread, len(threads)),
-            "fd": fd,
-            "ioctl": op.name,
-            "arg": _argument(op, kind, arg, result),
-            "result": errno_name(errno) if result < 0 else str(result),
-            "failed": result < 0,
-            "meaning": hint(op.name, errno, arg[1] if isinstance(arg, tuple) else b"") if result < 0 else "",
-            "count": arg.times if isinstance(arg, Runs) else 1,
+            "ms": round((call.when - taken[0].when) / 1e6, 3),
+            "thread": threads.setdefault(call.thread, len(threads)),
+            "fd": call.fd,
+            "ioctl": _name(call.request),
+            "arg": _argument(call),
+            "result": errno_name(call.errno) if call.result < 0 else str(call.result),
+            "failed": call.result < 0,
+            "meaning": hint(_name(call.request), call.errno, call.data) if call.result < 0 else "",
+            "count": call.times,
         }
-        for when, thread, fd, kind, op, arg, result, errno in taken
+        for call in taken
     ]
 
 
@@ -104,18 +110,23 @@ def line(entry: dict[str, Any]) -> str:
     return f"{entry['fd']} {entry['ioctl']}{argument} = {'-1 ' if entry['failed'] else ''}{entry['result']}"
 
 
-def _argument(op: Ioctl, kind: str, arg: Argument, result: int) -> str:
+def _name(request: int) -> str:
+    return BY_NR[request].name if request in BY_NR else f"ioctl {request:#x}"
+
+
+def _argument(call: Call) -> str:
     # Here: what most programs never need would take time at every start.
     from kvmpy.uapi.argument_text import exit_words, run_of, struct_words
     from kvmpy.uapi.field_words import argument_words
 
+    op = BY_NR.get(call.request)
     try:
-        if isinstance(arg, Runs):
-            return exit_words(run_of(arg.head)) if result >= 0 else ""
-        if isinstance(arg, tuple):
-            return struct_words(arg[0].from_bytes(arg[1]), kind)
-        if op.arg == "int":
-            return argument_words(op, arg or 0)
-        return f"arg={arg:#x}" if arg else ""
+        if call.struct == lib.KVMPY_CALL_RUN:
+            return exit_words(run_of(call.data)) if call.result >= 0 else ""
+        if call.struct:
+            return struct_words(CLASSES[call.struct].from_bytes(call.data), call.kind)
+        if op is not None and op.arg == "int":
+            return argument_words(op, call.value)
+        return f"arg={call.value:#x}" if call.value else ""
     except Exception as error:  # noqa: BLE001 - evidence may not hide the failure it is about
         return f"not decoded: {type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from pyroaring import BitMap
 from kvmpy.core.address import Gpa
 from kvmpy.core.backing import Anonymous, Backing, MappedGuestMemfd, Mapping
 from kvmpy.core.fd import KvmFd
-from kvmpy.core.frames import NotedFrames
+from kvmpy.core.frames import mark
 from kvmpy.core.gmem import GuestMemfd
 from kvmpy.core.memory import GuestMemory, Segment
 from kvmpy.uapi import ioctls
@@ -105,7 +105,8 @@ class VmSlots(KvmFd):
         super().__init__(fd, name)
         self.memory = GuestMemory()
         self.slots: dict[int, MemorySlot] = {}
-        self._attributes = NotedFrames()
+        self._attributes = BitMap()
+        self._conversion = kvm_memory_attributes()
         self._mappings: list[Mapping] = []
         self._gmems: list[GuestMemfd] = []
 
@@ -158,16 +159,17 @@ class VmSlots(KvmFd):
 
         KVM has no way to read them back: :attr:`private_attributes` notes what it accepted.
         """
-        arg = kvm_memory_attributes.of_values(gpa, size, attributes, flags)
         with self.memory.lock:
-            self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, arg)
-            self._attributes.note(gpa, size, int(attributes) & _PRIVATE != 0)
+            fields = self._conversion.cdata
+            fields.address, fields.size, fields.attributes, fields.flags = gpa, size, attributes, flags
+            self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, self._conversion)
+            mark(self._attributes, gpa, size, int(attributes) & _PRIVATE != 0)
 
     @property
     def private_attributes(self) -> BitMap:
         """Frames whose last accepted attributes have KVM_MEMORY_ATTRIBUTE_PRIVATE, as of now."""
         with self.memory.lock:
-            return self._attributes.frames().copy()
+            return self._attributes.copy()
 
     def own(self, mapping: Mapping) -> Mapping:
         """Let the VM keep *mapping* alive until it is closed, and return it."""

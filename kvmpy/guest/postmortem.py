@@ -40,7 +40,7 @@ def postmortem(vm: GuestVm, vcpu: GuestVcpu, cause: str, call: Ucall | None = No
     """Return the post-mortem of *vcpu*, whose run ended with *cause* (and with the ucall *call*, where it
     was one).
     """
-    asked = list(recent.calls)  # before what is asked here
+    asked = recent.taken()  # before what is asked here
     with observe.inspecting():
         return _postmortem(vm, vcpu, cause, call, asked)
 

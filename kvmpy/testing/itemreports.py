@@ -210,7 +210,7 @@ class ItemReports:
         """Turn a MissingError that leaves a fixture into a skip with its reason."""
         recent = sys.modules.get("kvmpy.core.recent")
         if recent is not None:
-            recent.calls.clear()
+            recent.clear()
         return (yield from self._or_missing(item))
 
     @pytest.hookimpl(wrapper=True)
@@ -244,7 +244,7 @@ class ItemReports:
             if self._settings.evidence:
                 from kvmpy.core import recent
 
-                data["ioctls"] = recent.entries(list(recent.calls))
+                data["ioctls"] = recent.entries(recent.taken())
         if call.when == "call" and (report.failed or self._settings.evidence) and item.stash.get(VMS, []):
             from kvmpy.testing.evidence import maps_of
 

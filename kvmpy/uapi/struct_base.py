@@ -54,6 +54,8 @@ class Struct:
 
     NAME: ClassVar[str] = ""
     SIZE: ClassVar[int] = 0
+    INDEX: ClassVar[int] = 0
+    """The place of the class in :data:`CLASSES`."""
     IS_UNION: ClassVar[bool] = False
     FIELDS: ClassVar[dict[str, Field]] = {}
     _pointer: ClassVar[Any] = None
@@ -64,15 +66,6 @@ class Struct:
         self.cdata = self._owner = _new(self._pointer)
         if fields:
             self._fill(fields)
-
-    @classmethod
-    def of_values(cls: type[_S], *values: int) -> _S:
-        """Return a struct with its first fields in the order of the declaration, several times as fast as by
-        name; for structs of numbers.
-        """
-        made = cls.__new__(cls)
-        made.cdata = made._owner = _new(cls._pointer, values)
-        return made
 
     def _fill(self, fields: Mapping[str, object]) -> None:
         for name, value in fields.items():
@@ -410,6 +403,9 @@ def flat_fields(ctype: Any, base: int = 0) -> list[Field]:
     return found
 
 
+CLASSES: list[type[Struct]] = [Struct]
+
+
 def make_class(
     ctype: Any, counts: Mapping[str, str], struct_of: Callable[[Any], type[Struct]]
 ) -> type[Struct]:
@@ -447,4 +443,8 @@ def make_class(
                 space["OPEN_OFFSET"] = field.offset + kind.OPEN_OFFSET
                 space["ENTRY_SIZE"] = kind.ENTRY_SIZE
                 space["COUNT"] = kind.COUNT
-    return type(tag, (base,), space)
+    if base is Struct:
+        space["nbytes"] = space["SIZE"]  # as an attribute, since every ioctl asks
+    space["INDEX"] = len(CLASSES)
+    CLASSES.append(type(tag, (base,), space))
+    return CLASSES[-1]

@@ -128,7 +128,7 @@ def test_what_kvm_refuses_is_told_and_not_noted(slots: Slots, monkeypatch: pytes
         )
         assert (caught.value.errno, caught.value.arg) == (errno.ENOTTY, repr(wanted))
     assert slots.frames() == ([2], [2])
-    taken = recent.of_vm("vm-of-slots", list(recent.calls), 2)
+    taken = recent.of_vm("vm-of-slots", recent.taken(), 2)
     assert [entry["result"] for entry in recent.entries(taken)] == ["ENOTTY", "ENOTTY"]
 
 
@@ -150,10 +150,10 @@ def test_attributes_are_noted_when_they_were_accepted(vm: VmSlots, monkeypatch: 
 def test_what_is_no_word_is_not_issued(vm: VmSlots, place: int, word: int) -> None:
     words = [0, 0, 0, 0]
     words[place] = word
-    recent.calls.clear()
+    recent.clear()
     with pytest.raises(OverflowError):
         vm.set_memory_attributes(*words)
-    assert not recent.calls
+    assert not recent.taken()
     assert not vm.private_attributes
 
 

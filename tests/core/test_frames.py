@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pyroaring import BitMap
 
 from kvmpy.core.address import PAGE_SIZE, Gpa
-from kvmpy.core.frames import GFN_LIMIT, NotedFrames, mark
+from kvmpy.core.frames import GFN_LIMIT, mark
 
 FRAMES = 64
 
@@ -39,23 +39,3 @@ def test_frames_that_no_bitmap_holds_are_left_out() -> None:
     assert list(frames) == [GFN_LIMIT - 2, GFN_LIMIT - 1]
     mark(frames, (GFN_LIMIT - 1) * PAGE_SIZE, 9 * PAGE_SIZE, False)
     assert list(frames) == [GFN_LIMIT - 2]
-
-
-@given(st.lists(st.tuples(changes, st.booleans()), max_size=40))
-def test_noted_changes_are_made_in_their_order(taken: list[tuple[tuple[int, int, bool], bool]]) -> None:
-    noted, frames = NotedFrames(), BitMap()
-    for (first, count, there), look in taken:
-        noted.note(first * PAGE_SIZE, count * PAGE_SIZE, there)
-        mark(frames, first * PAGE_SIZE, count * PAGE_SIZE, there)
-        if look:
-            assert noted.frames() == frames
-    assert noted.frames() == frames
-
-
-def test_more_changes_than_are_kept() -> None:
-    noted = NotedFrames()
-    for n in range(10_000):
-        noted.note(n % FRAMES * PAGE_SIZE, PAGE_SIZE, n < 10_000 - FRAMES // 2)
-        assert len(noted._noted) < 5000
-    last = {n % FRAMES for n in range(10_000 - FRAMES // 2, 10_000)}
-    assert set(noted.frames()) == set(range(FRAMES)) - last

@@ -394,7 +394,7 @@ from tests.debug.scenarios import SCENARIOS
 
 def pointers(kvm):
     # What no plain VM does: that the recorders follow the pointers is what counts here.
-    data = ffi.new("uint8_t[]", b"0123456789")
+    data = ffi.new("uint8_t[4096]", b"0123456789")
     at = int(ffi.cast("uintptr_t", data))
     with kvm.create_vm() as vm:
         for name, *members in (

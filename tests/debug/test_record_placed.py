@@ -53,13 +53,13 @@ class Lib:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def kvmpy_ioctl(self, fd: int, request: int, value: int) -> int:
+    def kvmpy_ioctl(self, label: Any, fd: int, request: int, value: int) -> int:
         """Note the places in their pages of what the argument leads to."""
         if request & 0xFF == 0xBA:
             call = ffi.cast("struct kvm_sev_cmd *", value)
             arg = ffi.cast("struct kvm_sev_dbg *", call.data)
             self.places.append((arg.src_uaddr % PAGE_SIZE, arg.dst_uaddr % PAGE_SIZE))
-        return int(self._real.kvmpy_ioctl(fd, request, value))
+        return int(self._real.kvmpy_ioctl(label, fd, request, value))
 
 
 @pytest.mark.parametrize("command", ["DBG_ENCRYPT", "DBG_DECRYPT"])

@@ -169,7 +169,7 @@ class World:
             value = self._value(step.argument, keep)
         if step.request == ioctls.KVM_RESET_DIRTY_RINGS.nr:
             self._harvest(ioctl.result)
-        result = lib.kvmpy_ioctl(self.fds[ioctl.object], ioctl.request, value)
+        result = lib.kvmpy_ioctl(ffi.NULL, self.fds[ioctl.object], ioctl.request, value)
         number = ffi.errno if result < 0 else 0
         after = None
         if place is not None and step.argument is not None and step.argument.node is not None:
@@ -232,7 +232,7 @@ class World:
         fd = next(
             fd for ident, fd in self.fds.items() if self.script.objects[ident].kind == ObjectKind.SYSTEM
         )
-        return int(lib.kvmpy_ioctl(fd, ioctls.KVM_GET_VCPU_MMAP_SIZE.nr, 0))
+        return int(lib.kvmpy_ioctl(ffi.NULL, fd, ioctls.KVM_GET_VCPU_MMAP_SIZE.nr, 0))
 
     def prepare(self, step: Step) -> None:
         """Make what a KVM_RUN needs, before anybody may kick it."""
@@ -284,7 +284,7 @@ class World:
 
     def _rip(self, ident: int) -> int | None:
         regs = kvm_regs()
-        if lib.kvmpy_ioctl_ptr(self.fds[ident], ioctls.KVM_GET_REGS.nr, regs.cdata):
+        if lib.kvmpy_ioctl_ptr(ffi.NULL, self.fds[ident], ioctls.KVM_GET_REGS.nr, regs.cdata, 0, 0):
             return None
         return int(regs.rip)
 

@@ -103,16 +103,6 @@ int kvmpy_fallocate(int fd, int mode, int64_t offset, int64_t length)
 	return 0;
 }
 
-int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg)
-{
-	return ioctl(fd, request, arg);
-}
-
-int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg)
-{
-	return ioctl(fd, request, arg);
-}
-
 static void run_timer_at(struct run_node *n, uint64_t ns)
 {
 	struct itimerspec its = {

@@ -42,8 +42,6 @@ struct kvmpy_ran {
 #define KVMPY_RUN_NO_TIMER 8
 #define KVMPY_RUN_ERROR -1
 
-int kvmpy_ioctl(int fd, unsigned long request, uintptr_t arg);
-int kvmpy_ioctl_ptr(int fd, unsigned long request, void *arg);
 struct kvmpy_vcpu *kvmpy_vcpu_new(int fd, void *run);
 void kvmpy_vcpu_free(struct kvmpy_vcpu *v);
 int kvmpy_vcpu_close(struct kvmpy_vcpu *v);
