@@ -84,7 +84,7 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
     request = Request(
         vm,
         inside,
-        pytest_arguments(values, "host"),
+        pytest_arguments({**values, "brief": not values["verbose"]}, "host"),
         [*extra, *pytest_arguments({"evidence": bool(values["html"])})],
         values["seed"],
         Limits(total=values["timeout"]),

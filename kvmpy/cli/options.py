@@ -113,4 +113,5 @@ def pytest_args(
         say(remark)
     settings = Path(kvmpy.__file__).parent / "testing" / "suite.ini"
     args = ["-c", str(settings), "--rootdir", str(chosen.root), *chosen.arguments]
-    return args + option_table.pytest_arguments({**values, "ids_from": Path.cwd()}, side)
+    given = {**values, "ids_from": Path.cwd(), "brief": not values.get("verbose")}
+    return args + option_table.pytest_arguments(given, side)

@@ -22,8 +22,11 @@ from kvmpy.lab.lane import Lane, Limits, Running
 from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options
 from kvmpy.lab.work import MIN_SHARE, Queue, Share
+from kvmpy.testing import brief
+from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.host import HostSummary, platform_name
 from kvmpy.testing.journal import lost_report
+from kvmpy.testing.results import Results
 
 MAX_BOOTS = 50
 FAILED = 3
@@ -55,7 +58,8 @@ class LabSession:
 
     def __init__(self, setup: Setup, say: Say) -> None:
         self._setup = setup
-        self._say = say
+        self._tell = say
+        self._heartbeat: Heartbeat | None = None
         self._options = setup.options
         self._lanes: list[Lane] = []
         self._queue: Queue | None = None
@@ -71,6 +75,11 @@ class LabSession:
         self.first_test: float | None = None
         # Whether the terminal's summary says where the consoles are.
         self.told = False
+
+    def _say(self, text: str) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.clear()
+        self._tell(text)
 
     @property
     def host(self) -> HostSummary | None:
@@ -127,7 +136,8 @@ class LabSession:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Pass the reports on; boot again when a kernel is lost."""
-        del session
+        self._heartbeat = brief.heartbeat(session.config)
+        self._count()
         while True:
             for lane in list(self._lanes):
                 if not lane.retired:
@@ -135,6 +145,8 @@ class LabSession:
             if all(lane.retired for lane in self._lanes):
                 return True
             self._grow()
+            if self._heartbeat is not None:
+                self._heartbeat.tick()
             time.sleep(_POLL)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
@@ -311,6 +323,8 @@ class LabSession:
         if self.first_test is None:
             self.first_test = time.monotonic() - self._started
         lane.running = Running(event.nodeid, event.place, event.limit)
+        if self._heartbeat is not None:
+            self._heartbeat.begins(str(lane.number), event.nodeid)
         if self._setup.machines == 1:
             hook = self._session.config.hook
             hook.pytest_runtest_logstart(nodeid=event.nodeid, location=lane.running.location)
@@ -336,6 +350,7 @@ class LabSession:
         self._done.add(event.nodeid)
         hook = self._session.config.hook
         hook.pytest_runtest_logfinish(nodeid=running.nodeid, location=running.location)
+        self._show(lane, running.nodeid)
 
     def _on_record(self, lane: Lane, event: events.Record) -> None:
         if self._setup.records is None:
@@ -360,8 +375,20 @@ class LabSession:
 
     def _count(self) -> None:
         self._session.testscollected = len(self._selected)
-        results: Any = self._session.config.pluginmanager.get_plugin("kvmpy-results")
-        results.select(self._selected)
+        self._results().select(self._selected)
+        if self._heartbeat is not None:
+            self._heartbeat.selected(len(self._selected))
+
+    def _results(self) -> Results:
+        results: Results = self._session.config.pluginmanager.get_plugin("kvmpy-results")
+        return results
+
+    def _show(self, lane: Lane, nodeid: str, *, told: bool = False) -> None:
+        """Let the heartbeat know a verdict, if there is one; *told* where the user does already."""
+        if self._heartbeat is not None:
+            known = self._results().verdict(nodeid)
+            self._heartbeat.idle(str(lane.number))
+            self._heartbeat.judged(nodeid, known.verdict, known.reason, told=told)
 
     # ---- losses
 
@@ -389,6 +416,7 @@ class LabSession:
         hook.pytest_runtest_logreport(report=lost_report(victim.nodeid, victim.location, text))
         hook.pytest_runtest_logfinish(nodeid=victim.nodeid, location=victim.location)
         self._done.add(victim.nodeid)
+        self._show(lane, victim.nodeid, told=True)
         lane.running = None
         lane.progress += 1
 

@@ -24,7 +24,7 @@ from kvmpy.testing.fixtures import REQUIREMENTS, VMS
 from kvmpy.testing.leakcheck import FAILED, RSS
 from kvmpy.testing.options import Settings
 from kvmpy.testing.reportfiles import UNWRITTEN
-from kvmpy.testing.verdicts import Missing, printable, suite_id
+from kvmpy.testing.verdicts import Missing, once, printable, suite_id
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 # Names inside a MissingError's text by which KVMPY_REQUIRE can insist.
@@ -36,7 +36,7 @@ def named_on_command_line(item: pytest.Item) -> bool:
     path = str(item.path)
     for arg in item.config.args:
         file, separator, name = str(arg).partition("::")
-        tail = item.nodeid.partition("::")[2]
+        tail = once(item.nodeid).partition("::")[2]
         if separator and path.endswith(file.lstrip("./")) and (tail == name or tail.startswith(f"{name}[")):
             return True
     return False
@@ -305,7 +305,7 @@ class ItemReports:
     def _apply_errata(self, item: pytest.Item, report: pytest.TestReport) -> None:
         if report.skipped or (report.passed and report.when != "call"):
             return
-        entry = find(self._errata, suite_id(item.nodeid), self._facts, protections.of_item(item))
+        entry = find(self._errata, once(suite_id(item.nodeid)), self._facts, protections.of_item(item))
         if entry is None:
             return
         if report.passed:

@@ -8,9 +8,10 @@ smaller one beside it that says which test runs.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,12 +20,15 @@ import pytest
 
 from kvmpy.parsing import MalformedError, conform, parse_json
 from kvmpy.testing.results import Results, is_lost
+from kvmpy.testing.verdicts import Verdict
 
 # What the controlling process hands to its xdist workers.
 WORKER_JOURNAL = "kvmpy_journal"
 WORKER_DONE = "kvmpy_done"
 
 Location = tuple[str, "int | None", str]
+# How the line of a report begins.
+_REPORT = b'{"event": "report"'
 
 
 @dataclass
@@ -57,10 +61,9 @@ class History:
         return len(self.done.keys() | self.lost.keys())
 
 
-def _events(path: Path) -> Iterator[Mapping[str, Any]]:
-    # A device is a channel to somebody else: what was written cannot be read again.
-    if not path.is_file():
-        return
+@functools.lru_cache(maxsize=1)
+def _event() -> type[Any]:
+    # Here: test processes write, and do not read.
     import msgspec
 
     class Event(msgspec.Struct):
@@ -71,15 +74,49 @@ def _events(path: Path) -> Iterator[Mapping[str, Any]]:
         seed: int = 0
         pid: int = 0
         workers: bool = False
+        heartbeat: bool = False
+        verdict: Verdict | None = None
         location: tuple[str, int | None, str] = ("", None, "")
         ids: list[str] = []
         data: dict[str, Any] = {}
 
-    for line in path.read_bytes().split(b"\n"):
+    return Event
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
+    import msgspec
+
+    for line in lines:
         try:
-            yield msgspec.structs.asdict(conform(parse_json(line), Event))
+            yield msgspec.structs.asdict(conform(parse_json(line), _event()))
         except MalformedError:
             continue  # an empty line, or half a line: the process died while it wrote
+
+
+def _events(path: Path) -> Iterator[Mapping[str, Any]]:
+    # A device is a channel to somebody else: what was written cannot be read again.
+    if path.is_file():
+        yield from _parsed(path.read_bytes().split(b"\n"))
+
+
+class Follower:
+    """Reads a journal while it is written; reports are left out."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+
+    def events(self) -> list[Mapping[str, Any]]:
+        """Return what has come since the last call, whole lines only."""
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._read)
+                data = stream.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return list(_parsed(line for line in whole.split(b"\n") if not line.startswith(_REPORT)))
 
 
 def read(path: Path) -> History:
@@ -214,10 +251,18 @@ class Journal(Running):
     """Plugin object of the controlling process: keeps all reports, and replays those of an earlier one.
 
     With *only* nothing runs: reports are made of what the journal holds, and *only* says why the run is over.
+    *heartbeat*: who supervises the session is to show how far it is.
     """
 
     def __init__(
-        self, config: pytest.Config, path: Path, seed: int, results: Results, only: str | None = None
+        self,
+        config: pytest.Config,
+        path: Path,
+        seed: int,
+        results: Results,
+        only: str | None = None,
+        *,
+        heartbeat: bool = False,
     ) -> None:
         self._path = path
         self._results = results
@@ -229,7 +274,7 @@ class Journal(Running):
         self._selected = history.selected
         self._uncollected = history.uncollected
         self._controls = config.getoption("dist", "no") != "no" and only is None
-        about = {"seed": seed, "workers": self._controls}
+        about = {"seed": seed, "workers": self._controls, "heartbeat": heartbeat and only is None}
         super().__init__(config, path, about, kept=history.kept)
 
     @staticmethod
@@ -334,13 +379,20 @@ class Journal(Running):
                 self._judged.add(report.nodeid)
             if is_lost(report):
                 # Nobody else says that it has ended.
-                self.write({"event": "finish", "nodeid": report.nodeid})
+                self._finish(report.nodeid)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Write down that a test has ended."""
         if not self._replaying:
-            self.write({"event": "finish", "nodeid": nodeid})
+            self._finish(nodeid)
+
+    def _finish(self, nodeid: str) -> None:
+        event = {"event": "finish", "nodeid": nodeid}
+        if self._path.is_file():
+            known = self._results.verdict(nodeid)
+            event |= {"verdict": known.verdict.value, "reason": known.reason if known.verdict.bad else ""}
+        self.write(event)
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -367,10 +419,10 @@ class Journal(Running):
     def _journal_of(self, node: Any) -> Path:
         return Path(f"{self._path}.{node.gateway.id}")
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        """Tell who listens at the other end that there are no more tests."""
-        if not self._path.is_file():
-            self.write({"event": "end"})
+        """Tell who listens that there are no more tests."""
+        self.write({"event": "over" if self._path.is_file() else "end"})
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:

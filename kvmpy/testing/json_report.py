@@ -9,7 +9,7 @@ from typing import Any
 
 from kvmpy import __version__
 from kvmpy.testing.host import HostSummary
-from kvmpy.testing.verdicts import TestVerdict, skips_by_reason, tally
+from kvmpy.testing.verdicts import TestVerdict, flaky, skips_by_reason, tally
 
 SCHEMA = "kvmpy-report/1"
 
@@ -42,6 +42,7 @@ def document(
         "tests": tests,
         "memory_maps": [json.loads(text) for text in maps],
         "not_run": list(not_run),
+        "flaky": [{"id": test, "verdicts": counts} for test, counts in flaky(verdicts).items()],
         "skips": [
             {"missing": what, "how": how, "tests": tests} for what, how, tests in skips_by_reason(verdicts)
         ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from kvmpy.testing.verdicts import TestVerdict, Verdict
+from kvmpy.testing.verdicts import TestVerdict, Verdict, counted, flaky
 
 INDENT = "  "
 
@@ -59,6 +59,7 @@ def _file(verdicts: Sequence[TestVerdict]) -> Iterator[str]:
 def lines(verdicts: Iterable[TestVerdict], header: Sequence[str] = (), not_run: int = 0) -> Iterator[str]:
     """Yield a KTAP document; *header* becomes diagnostic lines, *not_run* counts tests never started."""
     files: dict[str, list[TestVerdict]] = {}
+    verdicts = list(verdicts)
     for entry in verdicts:
         files.setdefault(entry.file, []).append(entry)
     yield "KTAP version 1"
@@ -74,6 +75,8 @@ def lines(verdicts: Iterable[TestVerdict], header: Sequence[str] = (), not_run: 
             yield f"ok {number} {_description(name)} # SKIP all of its tests were skipped"
         else:
             yield f"ok {number} {_description(name)}"
+    for test, counts in flaky(verdicts).items():
+        yield f"# flaky: {_one_line(test)}: {counted(counts)}"
     if not_run:
         yield f"# {not_run} selected tests were not started"
 

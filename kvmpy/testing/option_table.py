@@ -80,6 +80,14 @@ def seed(text: str) -> int:
     return value
 
 
+def times(text: str) -> int:
+    """Return how often something is done: 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{text} times are none")
+    return value
+
+
 def mebibytes(text: str) -> int:
     """Return a size such as ``512M`` or ``4G`` in MiB; a plain number is MiB."""
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "M")
@@ -116,13 +124,18 @@ OPTIONS: tuple[Option, ...] = (
     # How they run.
     Option("seed", _BOTH, "--seed", "Repeat the random choices of a run.", "N", kind=seed,
            pytest="--kvmpy-seed", each=True),
+    Option("repeat", _BOTH, "--repeat", "Run each test N times, and tell the flaky ones.", "N", kind=times,
+           pytest="--kvmpy-repeat", side="inside", each=True),
     Option("deadline", _BOTH, "--deadline",
            f"Time limit for a guest to run without an expected exit (default: {DEFAULT_DEADLINE:g}).",
            "SECONDS", kind=positive_seconds, pytest="--deadline", side="inside", each=True),
     Option("strict_private", _BOTH, "--strict-private",
            "Refuse host access to private pages under every protection, as SEV-SNP does.", kind="flag",
            pytest="--strict-private", side="inside", each=True),
-    # What is written.
+    # What is shown and written.
+    Option("verbose", _BOTH, "-v --verbose",
+           "Show pytest's own progress, and every row, reason and name in the summary.", kind="flag",
+           each=True),
     Option("json", _BOTH, "--json", "Write the verdicts as JSON.", "FILE", pytest="--kvmpy-json",
            side="host"),
     Option("ktap", _BOTH, "--ktap", "Write the verdicts as KTAP version 1.", "FILE", pytest="--ktap",
@@ -144,6 +157,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("evidence", (), "",
            "Keep memory maps of all tests' VMs and the last ioctls of failures (--kvmpy-html does so, too).",
            kind="flag", pytest="--kvmpy-evidence"),
+    Option("brief", (), "", "Print a summary that fits on a screen, and no letter for each test.",
+           kind="flag", pytest="--kvmpy-brief", side="host"),
     Option("table", (), "", "Print the verdict table at the end.", kind="flag", pytest="--kvmpy-table"),
     Option("errata", (), "", "Read one more errata file.", "FILE", pytest="--kvmpy-errata", repeated=True),
     Option("only_report", (), "", "Run nothing: report what the journal holds, and WHY.", "WHY",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kvmpy import __version__
-from kvmpy.testing import gate, host, naming, options, protections, recording
+from kvmpy.testing import brief, gate, host, naming, options, protections, recording
 from kvmpy.testing.errata import BUILTIN, ErrataError, load
 from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
 from kvmpy.testing.fixtures import _protection as protection
@@ -61,14 +61,24 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         _attach_worker(config, config.workerinput)
         return
-    session = Session(config, settings)
+    display = brief.Brief(config) if brief.wanted(config) else None
+    if display is not None:
+        config.pluginmanager.register(display, "kvmpy-brief")
+    session = Session(config, settings, brief=display is not None)
     config.pluginmanager.register(session, "kvmpy-session")
     if settings.journal is not None:
         from kvmpy.testing import testprocess
         from kvmpy.testing.journal import Journal
 
         only = options.chosen(config, "only_report")
-        journal = Journal(config, settings.journal, settings.seed, session.results, only)
+        journal = Journal(
+            config,
+            settings.journal,
+            settings.seed,
+            session.results,
+            only,
+            heartbeat=display is not None and display.heartbeat,
+        )
         config.pluginmanager.register(journal, "kvmpy-journal")
         config.add_cleanup(journal.close)
         if testprocess.supervised():
@@ -112,8 +122,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     protections.parametrize(metafunc)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Apply ``--protection``, and give tests with a long deadline a longer time-out."""
+    """Repeat the tests, apply ``--protection``, and give tests with a long deadline a longer time-out."""
+    if (times := options.chosen(config, "repeat")) is not None:
+        from kvmpy.testing.repeat import repeat
+
+        repeat(items, times)
     for item in items:
         options.widen_timeout(item)
     wanted = config.stash[SETTINGS].protections
@@ -124,8 +139,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Session:
     """Plugin object of the controlling process: header, results, report files, table."""
 
-    def __init__(self, config: pytest.Config, settings: options.Settings) -> None:
+    def __init__(self, config: pytest.Config, settings: options.Settings, *, brief: bool = False) -> None:
         self._config = config
+        self._brief = brief
         self._settings = settings
         self._started = time.monotonic()
         self._summary: host.HostSummary | None = None
@@ -269,6 +285,7 @@ class Session:
                 width=writer.fullwidth,
                 color=writer.hasmarkup,
                 not_run=len(self.results.not_run()),
+                brief=self._brief,
             )
         growth = self.results.growth()
         if growth >= GROWTH_NOTED:

@@ -169,6 +169,10 @@ class Results:
         tests = [judge(nodeid, self._reports[nodeid], self.platform) for nodeid in known]
         return [judge_file(report, self.platform) for report in self._files.values()] + tests
 
+    def verdict(self, nodeid: str) -> TestVerdict:
+        """Return the verdict of a test that was started."""
+        return judge(nodeid, self._reports.get(nodeid, ()), self.platform)
+
     def not_run(self) -> list[str]:
         """Return the selected tests that were never started."""
         return [nodeid for nodeid in self._selected if nodeid not in self._reports]

@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from kvmpy.owned import OwnedFolder, adopt_orphans, die_with_parent, dies_with_parent, end_descendants
 from kvmpy.testing import ending, journal
+from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.option_table import pytest_arguments
+from kvmpy.testing.reportfiles import SteadyStream
 from kvmpy.testing.testprocess import (
     SAME_SECONDS,
     STACK_SIGNAL,
@@ -26,6 +30,7 @@ from kvmpy.testing.testprocess import (
     stack_file,
     supervised,
 )
+from kvmpy.testing.verdicts import Verdict
 
 MAX_DEATHS = 50
 # Beyond a test's own time-out, before the child counts as hung.
@@ -124,6 +129,62 @@ class _Watch:
         self._size = -1
 
 
+# ---- progress
+
+
+class _Progress:
+    """Shows how far the run is, by the journals of its processes: none of them has to stop for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = SteadyStream(sys.stdout)
+        columns = (lambda: shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+        self._heartbeat = Heartbeat(self._stream, columns)
+        self._followers: dict[Path, journal.Follower] = {}
+        self._shown = False
+
+    def tick(self, paths: Iterable[Path]) -> None:
+        """Read what has come, and show it when it is time."""
+        for path in sorted(paths):
+            events = self._followers.setdefault(path, journal.Follower(path)).events()
+            # The session itself is telling what it knows by now.
+            over = any(event["event"] == "over" for event in events)
+            for event in events:
+                self._take(path.name.removeprefix(self._path.name), event, told=over)
+        if self._shown:
+            self._heartbeat.tick()
+
+    def _take(self, lane: str, event: Mapping[str, Any], *, told: bool) -> None:
+        kind, nodeid, heartbeat = event["event"], event["nodeid"], self._heartbeat
+        if kind == "session" and not lane:
+            self._shown = event["heartbeat"]
+            heartbeat.idle()
+        elif kind == "selected":
+            heartbeat.selected(len(event["ids"]))
+        elif kind == "start":
+            heartbeat.begins(lane, nodeid)
+        elif kind == "finish":
+            heartbeat.idle(lane)
+            if event["verdict"] is not None:
+                heartbeat.judged(nodeid, event["verdict"], event["reason"], told=told or not self._shown)
+        elif kind == "lost" and not lane:
+            # Whoever found it dead says so.
+            heartbeat.idle(lane)
+            heartbeat.judged(nodeid, Verdict.LOST, event["reason"], told=True)
+        elif kind == "over":
+            self._shown = False
+            heartbeat.gone()
+
+    def clear(self) -> None:
+        """Make way for somebody else's text."""
+        self._heartbeat.clear()
+
+    def close(self) -> None:
+        """Show nothing any more."""
+        self.clear()
+        self._stream.finish()
+
+
 # ---- one child
 
 
@@ -143,8 +204,11 @@ def _dead_processor(lost: str) -> str:
 class _Child:
     """One process that runs pytest; the signals that this one gets end its session in order."""
 
-    def __init__(self, args: Sequence[str], path: Path, grace: float, patience: float) -> None:
+    def __init__(
+        self, args: Sequence[str], path: Path, grace: float, patience: float, progress: _Progress
+    ) -> None:
         self._path = path
+        self._progress = progress
         self._grace = grace
         self._patience = patience
         self._watches: dict[Path, _Watch] = {}
@@ -213,9 +277,10 @@ class _Child:
             if self._until is not None and time.monotonic() > self._until:
                 self._kill(self._process.pid)
                 return self._process.poll() or -signal.SIGKILL
-            for path in self._path.parent.glob(f"{self._path.name}*"):
-                if path.suffix == STACK_SUFFIX:
-                    continue
+            beside = self._path.parent.glob(f"{self._path.name}*")
+            paths = [path for path in beside if path.suffix != STACK_SUFFIX]
+            self._progress.tick(paths)
+            for path in paths:
                 watch = self._watches.setdefault(path, _Watch(path, self._grace))
                 if (history := watch.stuck()) is not None:
                     watch.end(history, self._kill)
@@ -237,11 +302,19 @@ class _Run:
         self._say = say
         self._grace = grace
         self._patience = patience
+        self._progress = _Progress(path)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.close()
 
     def _child(self, *extra: str) -> tuple[_Child, int]:
-        child = _Child([*self._args, *extra], self._path, self._grace, self._patience)
-        with child.signals():
-            return child, child.wait()
+        child = _Child([*self._args, *extra], self._path, self._grace, self._patience, self._progress)
+        try:
+            with child.signals():
+                return child, child.wait()
+        finally:
+            self._progress.clear()
 
     def _report(self, history: journal.History, reason: str) -> None:
         """Write the reports of what there is, where the process that should have done so is dead."""
@@ -324,9 +397,11 @@ def supervise(
         if kept is not None:
             path = kept
             journal.create_kept(path)
+        run = _Run(args, path, say, grace, patience)
         try:
-            return _Run(args, path, say, grace, patience).run()
+            return run.run()
         finally:
+            run.close()
             for beside in path.parent.glob(f"{path.name}.*"):
                 beside.unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import PurePosixPath
@@ -115,6 +115,39 @@ def tally(verdicts: Iterable[TestVerdict]) -> dict[str, int]:
     return {kind.value: counts[kind.value] for kind in Verdict}
 
 
+_REPETITION = re.compile(r"~\d+\Z")
+
+
+def repetition(name: str, number: int) -> str:
+    """Return what the *number*-th repetition of the test function *name* is called."""
+    return f"{name}~{number}"
+
+
+def once(identifier: str) -> str:
+    """Return the id (or node id) of the test that the id *identifier* is a repetition of, or itself."""
+    path, separator, test = identifier.partition("::")
+    function, bracket, parameters = test.partition("[")
+    return path + separator + _REPETITION.sub("", function) + bracket + parameters
+
+
+def flaky(verdicts: Iterable[TestVerdict]) -> dict[str, dict[str, int]]:
+    """Return the tests whose repetitions have different verdicts, with the number of each."""
+    counts: dict[str, Counter[str]] = {}
+    for entry in verdicts:
+        counts.setdefault(once(entry.id), Counter())[entry.verdict.value] += 1
+    order = [kind.value for kind in Verdict]
+    return {
+        test: {verdict: known[verdict] for verdict in order if known[verdict]}
+        for test, known in counts.items()
+        if len(known) > 1
+    }
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Return numbers of verdicts in words, such as ``2 pass, 1 fail``."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+
+
 @dataclass(frozen=True)
 class Missing:
     """What this host lacks for a test, how to get it, and the names that KVMPY_REQUIRE knows it by."""
@@ -137,3 +170,12 @@ def skips_by_reason(verdicts: Iterable[TestVerdict]) -> list[tuple[str, str, lis
                 groups.setdefault(pair, []).append(entry.id)
     ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
     return [(what, how, ids) for (what, how), ids in ordered]
+
+
+def expected_by_reason(verdicts: Iterable[TestVerdict]) -> list[tuple[str, list[str]]]:
+    """Group the tests that failed as expected: ``(reason, ids)``, the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for entry in verdicts:
+        if entry.verdict is Verdict.XFAIL:
+            groups.setdefault(entry.reason, []).append(entry.id)
+    return sorted(groups.items(), key=lambda group: -len(group[1]))

@@ -283,3 +283,21 @@ def test_a_signal_leaves_no_qemu_and_keeps_the_results(lab: Lab, number: signal.
 
 def test_a_killed_parent_leaves_no_qemu(lab: Lab) -> None:
     assert _interrupted(lab, lambda child: child.kill()) == -signal.SIGKILL
+
+
+def test_a_brief_run_shows_failures_and_losses_as_they_come(lab: Lab) -> None:
+    """The failure is shown before the loss that follows it, each once, and no letters."""
+    plan = [
+        [["test", "test_a", "failed"], ["start", "test_b"], ["console", PANIC], ["die", 0]],
+        [["test", "test_c", "passed"], ["end"]],
+    ]
+    ended = lab.run(plan, "--kvmpy-brief")
+    assert ended.status == 1, ended.text
+    assert ended.verdicts() == {"test_a": "fail", "test_b": "lost", "test_c": "pass"}
+    lines = ended.text.splitlines()
+    failed = lines.index("FAIL  area/test_a.py::test_a: boom")
+    lost = next(number for number, line in enumerate(lines) if line.endswith("that test is lost"))
+    table = next(number for number, line in enumerate(lines) if line.startswith("verdicts, platform lab"))
+    assert failed < lost < table
+    assert not any(line.startswith("LOST ") for line in lines)
+    assert not any(line.startswith("selftests/area/test_a.py") for line in lines)

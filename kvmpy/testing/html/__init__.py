@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -20,8 +21,9 @@ from kvmpy import __version__
 from kvmpy.parsing import MalformedError
 from kvmpy.testing.html import schema
 from kvmpy.testing.json_report import SCHEMA
-from kvmpy.testing.verdicts import Verdict
+from kvmpy.testing.verdicts import Verdict, counted, once
 
+_WORST = ("lost", "fail", "xfail", "skip", "pass")
 MATRIX_SCHEMA = "kvmpy-lab-matrix/1"
 NO_VM = "no VM"
 WORDS = {
@@ -141,7 +143,7 @@ def _cell(test: Mapping[str, Any], column: int, maps: Mapping[int, int]) -> dict
         "c": column,
         "v": test["verdict"],
         "d": round(test["duration"], 4),
-        "id": test["id"],
+        "id": once(test["id"]),
     }
     for short, key in (("reason", "reason"), ("details", "details"), ("pm", "postmortem"), ("io", "ioctls")):
         if test.get(key):
@@ -151,6 +153,31 @@ def _cell(test: Mapping[str, Any], column: int, maps: Mapping[int, int]) -> dict
     if test.get("memory_maps"):
         cell["maps"] = [[entry["vm"], maps[entry["map"]]] for entry in test["memory_maps"]]
     return cell
+
+
+def _by_test(tests: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the entries of each test by its id: several where it was repeated."""
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for test in tests:
+        entries.setdefault(once(test["id"]), []).append(test)
+    return entries
+
+
+def _shown(repetitions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the repetition that is shown: the first of those with the worst verdict."""
+    return min(repetitions, key=lambda test: _WORST.index(test["verdict"]))
+
+
+def _repeated(repetitions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if len(repetitions) == 1:
+        return {}
+    verdicts = Counter(test["verdict"] for test in repetitions)
+    told = counted({verdict.value: verdicts[verdict.value] for verdict in Verdict if verdicts[verdict.value]})
+    return {"rep": told, "flaky": len(verdicts) > 1, "d": round(_mean(repetitions), 4)}
+
+
+def _mean(repetitions: Sequence[dict[str, Any]]) -> float:
+    return float(sum(test["duration"] for test in repetitions)) / len(repetitions)
 
 
 def page_data(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -179,12 +206,14 @@ def page_data(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         renumbered = {
             index: maps.setdefault(json.dumps(entry), len(maps)) for index, entry in enumerate(told)
         }
-        for test in report["tests"]:
-            identifier = base_id(test["id"], test["protection"])
+        for identifier, repetitions in _by_test(report["tests"]).items():
+            test = _shown(repetitions)
+            identifier = base_id(identifier, test["protection"])
             row = rows.setdefault(
                 identifier, {"id": identifier, "area": test["area"], "promise": test["promise"], "cells": []}
             )
-            row["cells"].append(_cell(test, place[number, test["protection"]], renumbered))
+            cell = _cell(test, place[number, test["protection"]], renumbered)
+            row["cells"].append(cell | _repeated(repetitions))
     return {
         "runs": runs,
         "columns": columns,

@@ -62,6 +62,7 @@
       h("div", { class: "head" },
         h("b", {}, `${columnName(column)}: ${WORDS[cell.v]}`), h("span", { class: "muted" }, seconds(cell.d)),
         marks(column).map((mark) => h("span", { class: "tag warn" }, mark))));
+    if (cell.rep) body.append(h("p", { class: cell.flaky ? "text-bad" : "muted" }, `${cell.flaky ? "flaky" : "repeated"}: ${cell.rep}`));
     if (cell.missing) {
       for (const [what, how] of cell.missing) {
         body.append(h("p", { class: "why" }, what, how ? h("span", { class: "how" }, ` — get it: ${how}`) : null));
@@ -69,7 +70,7 @@
     } else if (cell.reason) body.append(h("p", { class: "why" }, cell.reason));
     if (BAD.has(cell.v)) {
       const words = run.platform === "host" ? "kvmpy run" : "kvmpy lab run";
-      body.append(h("h3", {}, "again"), h("code", {}, `${words} '${cell.id}' --seed ${run.seed}`));
+      body.append(h("h3", {}, "again"), h("code", {}, `${words} '${cell.id}'${cell.flaky ? " --repeat 10" : ""} --seed ${run.seed}`));
     }
     if (cell.pm) body.append(h("h3", {}, "post-mortem"), codeText(cell.pm));
     if (cell.io) {
@@ -262,8 +263,8 @@
     const first = firstOfRun.has(at) ? " first" : "";
     if (!cell) return h("span", { class: `cell empty${first}`, "aria-hidden": "true" }, "·");
     const label = columnName(data.columns[at]);
-    const text = `${label}: ${WORDS[cell.v]}, ${[seconds(cell.d), ...marks(data.columns[at])].join(", ")}${cell.reason ? `: ${cell.reason}` : ""}`;
-    return h("span", { class: `cell v-${cell.v}${first}`, role: "img", "aria-label": text, title: text }, h("span", { class: "glyph", "aria-hidden": "true" }), h("span", { class: "label", "aria-hidden": "true" }, label));
+    const text = `${label}: ${WORDS[cell.v]}${cell.flaky ? ` (flaky: ${cell.rep})` : ""}, ${[seconds(cell.d), ...marks(data.columns[at])].join(", ")}${cell.reason ? `: ${cell.reason}` : ""}`;
+    return h("span", { class: `cell v-${cell.v}${cell.flaky ? " flaky" : ""}${first}`, role: "img", "aria-label": text, title: text }, h("span", { class: "glyph", "aria-hidden": "true" }), h("span", { class: "label", "aria-hidden": "true" }, label));
   }
 
   function rowOf(row) {
