@@ -22,16 +22,24 @@ import click
 def html(files: tuple[Path, ...], output: Path) -> None:
     """Turn the JSON reports in FILES into one HTML page with the verdicts of all kernels side by side.
 
-    FILES are what --json of `kvmpy run`, `kvmpy lab run` and `kvmpy lab run --matrix` wrote.
+    FILES are what --json of `kvmpy run`, `kvmpy lab run` and `kvmpy lab run --matrix` wrote, or one file
+    that --json of `kvmpy compare` wrote.
     """
     from kvmpy.owned import write_atomically
     from kvmpy.parsing import MalformedError, parse_json
     from kvmpy.testing import html as pages
+    from kvmpy.testing.compare import SCHEMA as COMPARISON
+    from kvmpy.testing.html import comparison
 
     reports: list[dict[str, Any]] = []
+    text = ""
     for file in files:
         try:
-            reports += pages.reports_in(parse_json(file.read_bytes()), str(file))
+            document = parse_json(file.read_bytes())
+            if len(files) == 1 and isinstance(document, dict) and document.get("schema") == COMPARISON:
+                text = comparison.render(document, str(file))
+            else:
+                reports += pages.reports_in(document, str(file))
         except OSError as error:
             raise click.ClickException(f"{file} cannot be read: {error.strerror}") from None
         except MalformedError as error:
@@ -39,7 +47,7 @@ def html(files: tuple[Path, ...], output: Path) -> None:
         except pages.ReportError as error:
             raise click.ClickException(str(error)) from None
     try:
-        text = pages.render(reports)
+        text = text or pages.render(reports)
     except pages.ReportError as error:
         raise click.ClickException(str(error)) from None
     try:

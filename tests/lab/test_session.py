@@ -287,11 +287,13 @@ def test_a_killed_parent_leaves_no_qemu(lab: Lab) -> None:
 
 def test_a_brief_run_shows_failures_and_losses_as_they_come(lab: Lab) -> None:
     """The failure is shown before the loss that follows it, each once, and no letters."""
-    plan = [
-        [["test", "test_a", "failed"], ["start", "test_b"], ["console", PANIC], ["die", 0]],
-        [["test", "test_c", "passed"], ["end"]],
+    dies: list[list[object]] = [
+        ["test", "test_a", "failed"],
+        ["start", "test_b"],
+        ["console", PANIC],
+        ["die", 0],
     ]
-    ended = lab.run(plan, "--kvmpy-brief")
+    ended = lab.run([dies, [["test", "test_c", "passed"], ["end"]]], "--kvmpy-brief")
     assert ended.status == 1, ended.text
     assert ended.verdicts() == {"test_a": "fail", "test_b": "lost", "test_c": "pass"}
     lines = ended.text.splitlines()

@@ -310,7 +310,7 @@ def test_run_writes_the_page(suite: Suite, workers: list[str]) -> None:
     assert data["runs"][0]["seed"] == outcome.report["seed"]
 
 
-def test_assets_say_their_licence() -> None:
+def testassets_say_their_licence() -> None:
     """The page's own files are part of the package."""
     for name in ("page.html.j2", "page.css", "page.js"):
-        assert "SPDX-License-Identifier: Apache-2.0" in html._asset(name)
+        assert "SPDX-License-Identifier: Apache-2.0" in html.asset(name)

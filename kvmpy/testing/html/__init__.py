@@ -39,7 +39,8 @@ class ReportError(ValueError):
     """A file is no report that can be shown."""
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return a file of this folder."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
@@ -53,7 +54,8 @@ def script_json(values: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return the templates' environment: text is never markup."""
     # autoescape for every template: this one's name ends in .j2.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -243,7 +245,7 @@ def render(reports: Sequence[Mapping[str, Any]]) -> str:
     totals = {
         verdict.value: sum(report["summary"][verdict.value] for report in reports) for verdict in Verdict
     }
-    script = _asset("page.js")
+    script = asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     bad = [
         (data["columns"][cell["c"]], cell)
@@ -252,7 +254,7 @@ def render(reports: Sequence[Mapping[str, Any]]) -> str:
         if cell["v"] in ("fail", "lost")
     ]
     tone, headline = _headline(totals)
-    template = _environment().from_string(_asset("page.html.j2"))
+    template = environment().from_string(asset("page.html.j2"))
     return template.render(
         version=__version__,
         runs=data["runs"],
@@ -263,7 +265,7 @@ def render(reports: Sequence[Mapping[str, Any]]) -> str:
         headline=headline,
         bad=bad,
         # Markup by hand: style and script are kvmpy's own files, the data cannot leave its element.
-        css=_asset("page.css"),
+        css=asset("page.css"),
         script=script,
         script_hash=digest,
         data=script_json(data),
