@@ -11,15 +11,33 @@ import click
 
 from kvmpy.cli.lab_run import lab_errors, machine, run_tests, say
 from kvmpy.cli.options import PYTEST_EPILOG, SplitCommand, extra_arguments, options
+from kvmpy.lab import bisect
 from kvmpy.lab.errors import LabError
+
+_WORDS = "kvmpy.lab_words"
+
+
+class _WrongArgumentError(click.UsageError):
+    exit_code = bisect.USAGE
 
 
 class _Lab(click.Group):
     """Prints every LabError as a message."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Remember the arguments."""
+        ctx.meta[_WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
-        with lab_errors():
-            return super().invoke(ctx)
+        """Run the command; a wrong argument must not tell `git bisect run` that a tree is bad."""
+        try:
+            with lab_errors():
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            if any(word.partition("=")[0] == "--source" for word in ctx.meta[_WORDS]):
+                raise _WrongArgumentError(error.format_message(), error.ctx) from None
+            raise
 
 
 @click.group(cls=_Lab)

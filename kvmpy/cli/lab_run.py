@@ -4,20 +4,28 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvmpy.cli.options import NOTHING_SELECTED, pytest_args
-from kvmpy.lab.errors import LabError
+from kvmpy.lab.errors import BuildError, LabError
 from kvmpy.testing import option_table
 from kvmpy.testing.option_table import RECORD_FOLDER, command_arguments, pytest_arguments
 
+# Its own files and functions; not the copy of a tree, whose name ends in -softsev.
+_SOFT_SEV = re.compile(r"(?<!-)softsev[/_.]")
+
 if TYPE_CHECKING:
+    from kvmpy.lab.bisect import Ended
+    from kvmpy.lab.kernels import Kernel
     from kvmpy.lab.qemu import Options
+    from kvmpy.lab.runs import Request
 
 
 def say(text: str) -> None:
@@ -45,11 +53,19 @@ def machine(
     parameters: tuple[str, ...] = (),
 ) -> Options:
     """Return the VM that the options of ``kvmpy lab shell`` describe."""
-    from kvmpy.lab import kernels, softsev
+    from kvmpy.lab import kernels
+
+    booted = kernels.find(kernel, soft_sev=bool(soft_sev))
+    return _options(booted, cpus, memory, accel, soft_sev, parameters)
+
+
+def _options(
+    booted: Kernel, cpus: int, memory: int, accel: str, soft_sev: bool | None, parameters: tuple[str, ...]
+) -> Options:
+    from kvmpy.lab import softsev
     from kvmpy.lab.qemu import Options
     from kvmpy.lab.runs import accelerator
 
-    booted = kernels.find(kernel, soft_sev=bool(soft_sev))
     if not booted.soft_sev or soft_sev is False:
         return Options(booted, cpus, memory, accelerator(accel), parameters)
     # It stands for a processor without SEV: it has been tried on an emulated one only.
@@ -59,10 +75,11 @@ def machine(
 
 def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
     """Run tests inside as the options *values* say, and return the exit status of the command."""
-    from kvmpy.lab.lane import Limits
-    from kvmpy.lab.runs import Request, machines, run
+    from kvmpy.lab.runs import machines, run
 
     values = {**option_table.defaults("lab run"), **values}
+    if values["source"] is not None:
+        return _run_source(paths, values, extra)
     if values["record"] and values["matrix"]:
         raise click.UsageError("--record is not for --matrix: the kernels' records would have the same names")
     if values["html"] and values["matrix"]:
@@ -78,10 +95,20 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
         targets = {name: values[name] for name in ("json", "ktap", "junit") if values[name] is not None}
         at_once = values["machines"] or machines(values["memory"])
         return run_matrix(wanted, matrix_arguments(paths, values), extra, targets, at_once, say)
+    vm = machine(**{option.name: values[option.name] for option in option_table.of("lab shell")})
+    code = run(_request(vm, paths, values, extra), say)
+    if code == NOTHING_SELECTED:
+        say("no test matches")
+    return code
+
+
+def _request(vm: Options, paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> Request:
+    from kvmpy.lab.lane import Limits
+    from kvmpy.lab.runs import Request, machines
+
     records = Path(values["record_dir"] or RECORD_FOLDER).absolute() if values["record"] else None
     inside = pytest_args(paths, {**values, "record_dir": records}, say, "inside")
-    vm = machine(**{option.name: values[option.name] for option in option_table.of("lab shell")})
-    request = Request(
+    return Request(
         vm,
         inside,
         pytest_arguments({**values, "brief": not values["verbose"]}, "host"),
@@ -91,10 +118,67 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
         values["machines"] or machines(vm.memory),
         records,
     )
-    code = run(request, say)
-    if code == NOTHING_SELECTED:
-        say("no test matches")
-    return code
+
+
+def _run_source(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
+    """Build and run the tree of ``--source``; the status is what :mod:`kvmpy.lab.bisect` says."""
+    from kvmpy.lab import bisect
+    from kvmpy.lab.runs import run
+    from kvmpy.owned import OwnedFolder
+
+    others = [f"--{name}" for name in ("kernel", "matrix") if values[name]]
+    others += ["--build"] if values["may_build"] else []
+    if others:
+        raise click.UsageError(f"--source builds the kernel that is booted: not with {' and '.join(others)}")
+
+    def judge(ended: Ended) -> int:
+        status, words = bisect.judge(ended)
+        say(f"{values['source']}: {words}")
+        return status
+
+    try:
+        # Before a build that takes minutes.
+        pytest_args(paths, values, lambda _: None, "inside")
+        with OwnedFolder("kernel") as folder:
+            booted = _built_apart(values["source"], values["soft_sev"], folder)
+            names = ("cpus", "memory", "accel", "soft_sev", "parameters")
+            vm = _options(booted, *(values[name] for name in names))
+            return run(_request(vm, paths, values, extra), say, judge)
+    except BuildError as error:
+        say(str(error))
+        say(f"{values['source']}: cannot be tested: it does not build")
+        return bisect.UNTESTABLE
+    except LabError as error:
+        say(str(error))
+        return bisect.INTERNAL
+    except (KeyboardInterrupt, click.Abort):
+        return bisect.INTERRUPTED
+    except (click.ClickException, SystemExit):
+        raise
+    except BaseException:  # noqa: BLE001 - Python's own status for a traceback would call the tree bad
+        traceback.print_exc()
+        return bisect.INTERNAL
+
+
+def _built_apart(tree: Path, soft_sev: bool | None, folder: Path) -> Kernel:
+    from kvmpy.lab import build as builds
+
+    return _as_it_fits(soft_sev, lambda wanted: builds.from_source(tree, say, soft_sev=wanted, apart=folder))
+
+
+def _as_it_fits(soft_sev: bool | None, build: Callable[[bool], Kernel]) -> Kernel:
+    """Return what *build* makes: with the software AMD-SP, unless it is not wanted or does not fit."""
+    from kvmpy.lab.softsev.hooks import HookError
+
+    try:
+        return build(soft_sev is not False)
+    except BuildError as error:
+        # A hook that does not fit, an option that it needs, or a file of its own that does not compile.
+        if soft_sev is not None or not (isinstance(error, HookError) or _SOFT_SEV.search(error.what)):
+            raise
+        say(str(error))
+        say("building it without the software AMD-SP: there will be no SEV inside")
+        return build(False)
 
 
 def _build_if_none(soft_sev: bool | None) -> None:
@@ -102,7 +186,6 @@ def _build_if_none(soft_sev: bool | None) -> None:
     from kvmpy.lab import build as builds
     from kvmpy.lab import kernels
     from kvmpy.lab.debian import DEFAULT_SUITE
-    from kvmpy.lab.softsev.hooks import HookError
 
     if builds.present(bool(soft_sev)):
         return
@@ -110,14 +193,7 @@ def _build_if_none(soft_sev: bool | None) -> None:
         say("the lab kernel is outdated: building one, which takes some minutes (without --build it will do)")
     else:
         say("there is no lab kernel yet: building one, which takes some minutes")
-    try:
-        builds.from_debian(DEFAULT_SUITE, say, soft_sev=soft_sev is not False)
-    except HookError as error:
-        if soft_sev:
-            raise
-        say(str(error))
-        say("building it without the software AMD-SP: there will be no SEV inside")
-        builds.from_debian(DEFAULT_SUITE, say, soft_sev=False)
+    _as_it_fits(soft_sev, lambda wanted: builds.from_debian(DEFAULT_SUITE, say, soft_sev=wanted))
 
 
 def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:

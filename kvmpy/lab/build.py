@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmpy.lab import debian, kconfig, kernels, places, softsev, tools, tree_copy
-from kvmpy.lab.errors import LabError
+from kvmpy.lab.errors import BuildError, LabError
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import call
 from kvmpy.lab.softsev import Snapshot
@@ -30,6 +30,8 @@ _FIRST_ERROR = re.compile(
     r"\b(?:[Ee]rror|ERROR): |fatal error|undefined reference|multiple definition of|No rule to make target"
     r"|No space left|not clean|Killed|command not found|: not found$|^\S.*:\d+: \*\*\* "
 )
+# A full disk, or no memory for the compiler.
+_NOT_THE_TREE = re.compile(r"No space left on device|fatal error: Killed signal|Cannot allocate memory")
 # How make ends a message of its own, which may be of several lines.
 _STOP = ".  Stop."
 _MAKE_ERROR = re.compile(r"^make.*\*\*\*")
@@ -93,9 +95,8 @@ class Builder:
                 raise LabError(f"{step} took longer than {seconds:.0f} s") from error
         if status != 0:
             text = self._log.read_text(encoding="utf-8", errors="replace")
-            raise LabError(
-                f"{step} failed; the first error is:\n{first_error(text)}", f"all of it: {self._log}"
-            )
+            kind = LabError if _NOT_THE_TREE.search(text) else BuildError
+            raise kind(f"{step} failed; the first error is:\n{first_error(text)}", f"all of it: {self._log}")
 
     def configure(self, fragments: Sequence[Path]) -> None:
         """Make the configuration; LabError names the options that did not survive."""
@@ -110,7 +111,7 @@ class Builder:
         final = kconfig.parse(config.read_text(encoding="utf-8"))
         must = {option: value for option, value in wanted.items() if value != "n"}
         if gone := kconfig.lost(must, final):
-            raise LabError(
+            raise BuildError(
                 f"the configuration lost {', '.join(gone)}",
                 f"this tree lacks the option, or what it depends on; see {' and '.join(map(str, fragments))}",
             )
@@ -165,15 +166,20 @@ class _Plan:
             say("adding the software AMD-SP to the source")
             softsev.apply(tree, before)
 
-    def build(self, tree: Path, name: str, origin: str, say: Say) -> tuple[Kernel, Path]:
-        """Build *tree* and put the kernel into the cache; return it with the folder it was built in."""
+    def compile(self, tree: Path, name: str, say: Say) -> Path:
+        """Build *tree* and return the folder it was built in."""
         folder = places.cache() / "build" / f"{name}{self.suffix}"
         places.need_space(folder, _BUILD_MIB, "building the kernel")
         builder = Builder(tree, folder, say)
         builder.configure(self.fragments)
-        image = builder.compile()
+        builder.compile()
+        return folder
+
+    def build(self, tree: Path, name: str, origin: str, say: Say) -> tuple[Kernel, Path]:
+        """Build *tree* and put the kernel into the cache; return it with the folder it was built in."""
+        folder = self.compile(tree, name, say)
         kernel_built = kernels.register(
-            image, origin, folder / ".config", soft_sev=self.soft_sev, extra=self.extra
+            folder / IMAGE, origin, folder / ".config", soft_sev=self.soft_sev, extra=self.extra
         )
         return kernel_built, folder
 
@@ -204,10 +210,13 @@ def _copied(tree: Path, name: str, say: Say) -> Path:
     return copy
 
 
-def from_source(tree: Path, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = ()) -> Kernel:
+def from_source(
+    tree: Path, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = (), apart: Path | None = None
+) -> Kernel:
     """Build a developer's own *tree*; what was compiled is kept, so that a second build takes less.
 
-    *extra* are files with kernel options besides the lab's.
+    *extra* are files with kernel options besides the lab's. With *apart*, a folder, the kernel goes there and
+    not into the cache, where others would boot it. BuildError where the tree is why there is none.
     """
     tree = tree.resolve()
     if not (tree / "Kbuild").is_file() or not (tree / "arch" / "x86").is_dir():
@@ -224,8 +233,14 @@ def from_source(tree: Path, say: Say, *, soft_sev: bool = False, extra: Sequence
             plan.patch(built, say, before)
         # What was compiled with other options is of no use, and would be lost for the next time.
         name = f"{key}-{plan.digest}" if plan.extra else key
-        kernel, _ = plan.build(built, name, f"tree {tree}", say)
-    return kernel
+        if apart is None:
+            return plan.build(built, name, f"tree {tree}", say)[0]
+        folder = plan.compile(built, name, say)
+        try:
+            image = Path(shutil.copy(folder / IMAGE, apart))
+        except OSError as error:
+            raise LabError(f"copying the kernel failed: {error}") from error
+    return kernels.loose(image, f"tree {tree}", soft_sev=soft_sev)
 
 
 def from_debian(suite: str, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = ()) -> Kernel:

@@ -11,3 +11,7 @@ class LabError(RuntimeError):
         self.what = action
         self.how = mode
         super().__init__(f"{action}\n  {mode}" if mode else action)
+
+
+class BuildError(LabError):
+    """The tree is why there is no kernel: it does not compile, or lacks what the lab needs."""

@@ -126,9 +126,7 @@ def find(wanted: str | None = None, *, soft_sev: bool = False) -> Kernel:
     """
     if wanted is not None and ("/" in wanted or Path(wanted).is_file()):
         image = Path(wanted).absolute()
-        release = image_release(image)
-        digest = hashlib.sha256(image.read_bytes()).hexdigest()
-        return _Loose(str(image), release, f"file {image}", digest, "", image.parent, soft_sev)
+        return loose(image, f"file {image}", soft_sev=soft_sev)
     everything = sorted(cached(), key=lambda kernel: (bool(kernel.extra), kernel.soft_sev))
     if soft_sev:
         everything = [kernel for kernel in everything if kernel.soft_sev]
@@ -152,6 +150,13 @@ class _Loose(Kernel):
     @property
     def image(self) -> Path:
         return Path(self.name)
+
+
+def loose(image: Path, origin: str, *, soft_sev: bool = False) -> Kernel:
+    """Return the kernel of a bzImage that is not in the cache; LabError where it is none."""
+    release = image_release(image)
+    digest = hashlib.sha256(image.read_bytes()).hexdigest()
+    return _Loose(str(image), release, origin, digest, "", image.parent, soft_sev)
 
 
 def register(

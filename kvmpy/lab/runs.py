@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import pytest
 import kvmpy
 from kvmpy.guest import cache as programs
 from kvmpy.lab import bytecode, places, records, root, softsev, tools
+from kvmpy.lab.bisect import Ended
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
@@ -135,8 +136,11 @@ def _named(words: Sequence[str]) -> list[Path]:
     return [Path.cwd(), *(path for path in named if path.exists())]
 
 
-def run(request: Request, say: Say) -> int:
-    """Run the tests inside and return pytest's exit status; the reports are those of a run on the host."""
+def run(request: Request, say: Say, judge: Callable[[Ended], int] = lambda ended: ended.status) -> int:
+    """Run the tests inside and return pytest's exit status, or what *judge* makes of the session.
+
+    The reports are those of a run on the host.
+    """
     tools.need(tools.RUN, "the lab")
     os.environ[PLATFORM_VARIABLE] = platform(request.options)
     chosen = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
@@ -170,7 +174,7 @@ def run(request: Request, say: Say) -> int:
             shutil.rmtree(folder, ignore_errors=True)
         elif not session.told:
             say(f"consoles and output: {folder}")
-    return code
+    return judge(session.ended(code))
 
 
 def shell(options: Options, command: Sequence[str]) -> int:

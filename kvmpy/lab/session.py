@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pytest
 
 from kvmpy.lab import bytecode, events, programs, records
+from kvmpy.lab.bisect import Ended
 from kvmpy.lab.events import BadEventError
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Lane, Limits, Running
@@ -27,6 +28,7 @@ from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.host import HostSummary, platform_name
 from kvmpy.testing.journal import lost_report
 from kvmpy.testing.results import Results
+from kvmpy.testing.verdicts import Verdict
 
 MAX_BOOTS = 50
 FAILED = 3
@@ -72,6 +74,8 @@ class LabSession:
         self._session: Any = None
         self._started = time.monotonic()
         self._why = ""
+        # Whether it never came to a test, and QEMU itself was well.
+        self.kernel_failed = False
         self.first_test: float | None = None
         # Whether the terminal's summary says where the consoles are.
         self.told = False
@@ -85,6 +89,18 @@ class LabSession:
     def host(self) -> HostSummary | None:
         """What the kernel inside says about itself, None before it did."""
         return self._host
+
+    def ended(self, status: int) -> Ended:
+        """Return how the session came to its end, with *status*."""
+        verdicts = {entry.verdict for entry in self._results().verdicts()} if self._session else set()
+        return Ended(
+            status,
+            begun=self.first_test is not None,
+            passed=Verdict.PASS in verdicts,
+            bad=any(verdict.bad for verdict in verdicts),
+            kernel_failed=self.kernel_failed,
+            stopped=bool(self._session and self._session.shouldstop),
+        )
 
     # ---- pytest's hooks
 
@@ -206,6 +222,7 @@ class LabSession:
             failed = self._listing.failure() if self._listing is not None else None
             if over or failed is not None:
                 self._why = over
+                self.kernel_failed = failed is None and not (lane.machine and lane.machine.status)
                 lane.stop()
                 self._drain(lane)
                 return
@@ -268,6 +285,7 @@ class LabSession:
 
     def _on_host(self, _lane: Lane, event: events.Host) -> None:
         if refused := event.refused(self._options.parameters):
+            self.kernel_failed = True
             pytest.exit("\n".join(refused), returncode=FAILED)
         given = [word for word in self._options.parameters if "=" in word]
         kernel = f"{event.summary.kernel} ({' '.join(given)})" if given else event.summary.kernel

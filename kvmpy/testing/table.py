@@ -9,7 +9,6 @@ from typing import TextIO
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -46,14 +45,12 @@ def _cell(verdict: Verdict, count: int) -> Text:
     return Text(str(count) if count else ".", style=STYLES[verdict] if count else "dim")
 
 
-def verdict_table(
-    verdicts: Sequence[TestVerdict], title: str, labels: Mapping[str, str], *, areas: bool = True
-) -> Table:
+def verdict_table(verdicts: Sequence[TestVerdict], labels: Mapping[str, str], *, areas: bool = True) -> Table:
     """Return the table; *labels* says for a protection what it stands for, such as an emulation.
 
     Without *areas* it has one row for each protection.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     total = tally(verdicts)
     if areas:
         table.add_column("area", footer="total", overflow="fold")
@@ -141,7 +138,9 @@ def print_report(
         console.print(line, soft_wrap=True)
 
     console.print()
-    console.print(verdict_table(verdicts, escape(title), labels, areas=not brief))
+    # Not as the table's title: that wraps where the table is narrow.
+    console.print(Text(title, style="italic"), soft_wrap=True)
+    console.print(verdict_table(verdicts, labels, areas=not brief))
     used = {entry.protection for entry in verdicts}
     for name, label in labels.items():
         if label and name in used:

@@ -416,3 +416,10 @@ def test_a_damaged_comparison_is_refused(damage: dict[str, Any]) -> None:
     assert "newly failing" in render(whole)
     with pytest.raises(ReportError):
         render(whole | damage)
+
+
+def test_a_comparison_takes_the_drift_out_of_its_times() -> None:
+    before = report(*timed(**{f"test_{number}": 2.0 for number in range(60)}))
+    after = report(*timed(**{f"test_{number}": 16.0 for number in range(60)}))
+    (column,) = document([("b", before)], [("a", after)])["columns"]
+    assert (column["drift"], column["changes"]) == (8.0, [])

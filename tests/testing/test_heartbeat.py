@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from kvmpy.testing import heartbeat as heartbeats
 from kvmpy.testing import journal
 from kvmpy.testing.heartbeat import ERASE, LINE_SECONDS, LIVE_SECONDS, Heartbeat
-from kvmpy.testing.supervisor import supervise
+from kvmpy.testing.supervisor import _Progress, supervise
 from kvmpy.testing.table import print_report
 from kvmpy.testing.verdicts import TestVerdict, Verdict
 from tests.testing.support import NO_KVM, Suite
@@ -345,3 +347,40 @@ def test_kvmpy_run_is_brief_unless_told_otherwise(tmp_path: Path) -> None:
     letters = [bool(re.search(r"^(\S+ )?\. +\[1/1\]$", text, re.MULTILINE)) for text in texts]
     areas = [bool(re.search(r"^ area +protection", text, re.MULTILINE)) for text in texts]
     assert letters == areas == [False, True, True]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_supervisor_leaves_the_terminal_to_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the session has said that its tests are over, it takes the line away itself."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(heartbeats, "LIVE_SECONDS", 0.0)
+    path = tmp_path / "journal"
+    progress = _Progress(path)
+
+    def tell(**event: object) -> str:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(event) + "\n")
+        before = len(terminal.getvalue())
+        progress.tick([path])
+        return terminal.getvalue()[before:]
+
+    tell(event="session", heartbeat=True)
+    tell(event="selected", ids=["t.py::a", "t.py::b"])
+    assert "now t.py::a for 0 s" in tell(event="start", nodeid="t.py::a")
+    assert " t.py::a: boom\n" in tell(event="finish", nodeid="t.py::a", verdict="fail", reason="boom")
+    assert tell(event="over") == ""
+    assert tell(event="end") == ""
+    progress.clear()
+    assert terminal.getvalue().endswith("1 failed")
+    # The next session has the terminal again; what is judged when it says so is for its summary to tell.
+    assert ERASE in tell(event="session", heartbeat=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"event": "finish", "nodeid": "t.py::b", "verdict": "fail"}) + "\n")
+    assert tell(event="over") == ""

@@ -161,7 +161,9 @@ def documented_commands() -> list[str]:
         blocks = re.sub(r"\\\n\s*", "", "\n".join(outside[1::2]))
         lines = [re.split(r"\s{2,}| # ", line.strip())[0] for line in blocks.splitlines()]  # without a remark
         lines += [span for text in outside[::2] for span in re.findall(r"`([^`]+)`", text)]
-        results += [" ".join(line.split()) for line in lines if re.match(r"\W*(?:sudo )?kvmpy [a-z]", line)]
+        # Not what a command prints, such as `kvmpy lab: booting`.
+        shown = re.compile(r"\W*(?:sudo )?kvmpy [a-z]+(?![a-z:])")
+        results += [" ".join(line.split()) for line in lines if shown.match(line)]
     return results
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvmpy.lab.errors import LabError
+from kvmpy.lab.errors import BuildError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,7 +26,7 @@ _INCLUDE = re.compile(r"^#\s*include\b", re.MULTILINE)
 _CONDITION = re.compile(r"^#\s*(if|endif)", re.MULTILINE)
 
 
-class HookError(LabError):
+class HookError(BuildError):
     """A tree that the hooks do not fit; the message names the hook."""
 
 
