@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from kvmpy.coco.cbit import EmulatedEncryptionBit
 from kvmpy.coco.none import NoProtection
@@ -30,9 +31,20 @@ def protections() -> tuple[str, ...]:
     return tuple(protection.name for protection in _LADDER)
 
 
+# What a KVM offers does not change while it is open, and asking takes longer than making a VM.
+_answers: WeakKeyDictionary[Kvm, dict[str, Availability]] = WeakKeyDictionary()
+
+
+def _ask(protection: type[Protection], kvm: Kvm) -> Availability:
+    known = _answers.setdefault(kvm, {})
+    if protection.name not in known:
+        known[protection.name] = protection.availability(kvm)
+    return known[protection.name]
+
+
 def availability(kvm: Kvm) -> dict[str, Availability]:
     """Tell for every protection whether *kvm* offers it, strongest first."""
-    return {protection.name: protection.availability(kvm) for protection in _LADDER}
+    return {protection.name: _ask(protection, kvm) for protection in _LADDER}
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ def choose(kvm: Kvm) -> Choice:
     """Return the strongest protection that *kvm* offers, with what each stronger one lacks."""
     refused: dict[str, Availability] = {}
     for protection in _LADDER:
-        answer = protection.availability(kvm)
+        answer = _ask(protection, kvm)
         if answer.available:
             return Choice(protection.name, protection.label, refused)
         refused[protection.name] = answer
@@ -83,7 +95,7 @@ def resolve(name: str, kvm: Kvm) -> Protection:
     if name == "auto":
         name = choose(kvm).name
     protection = get(name)
-    answer = protection.availability(kvm)
+    answer = _ask(type(protection), kvm)
     if not answer.available:
         raise MissingError(
             f"protection {name}: {'; '.join(piece.missing for piece in answer.missing)}",

@@ -178,3 +178,22 @@ def test_the_emulated_bit_is_one_that_can_be_mapped(widths: int, bit: int) -> No
     """MAXPHYADDR is 52 on Genoa and Turin; nested paging of four levels maps 48 bits of it."""
     table = kvm_cpuid2.of([kvm_cpuid_entry2(function=0x8000_0008, eax=widths)])
     assert cbit.mappable_bits(cast(Kvm, SimpleNamespace(supported_cpuid=table))) - 1 == bit
+
+
+def test_a_kvm_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto asks each protection once in the life of a KVM, and another KVM for itself."""
+    asked: list[Kvm] = []
+    whether = SoftwareProtected.availability
+
+    def availability(kvm: Kvm) -> Availability:
+        asked.append(kvm)
+        return whether(kvm)
+
+    monkeypatch.setattr(SoftwareProtected, "availability", availability)
+    monkeypatch.setattr(ladder, "_LADDER", (rung("snp", ("a processor", "")), SoftwareProtected))
+    without, having = fake(set(), ALL), fake({KVM_X86_SW_PROTECTED_VM}, ALL)
+    for _ in range(3):
+        assert ladder.resolve("auto", having).name == "sw-protected"
+        with pytest.raises(MissingError, match="protection sw-protected: "):
+            ladder.resolve("sw-protected", without)
+    assert asked == [having, without]
