@@ -143,4 +143,28 @@ def interactive(ctx: click.Context, /, **values: Any) -> None:
     from kvmpy.lab.runs import shell
 
     command = extra_arguments(ctx) or ["/bin/bash" if Path("/bin/bash").exists() else "/bin/sh", "-i"]
-    sys.exit(shell(machine(**values), command))
+    sys.exit(shell(machine(values), command))
+
+
+@lab.command("configurations")
+@click.option(
+    "--configurations",
+    "files",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Read one more file of configurations.",
+)
+def list_configurations(files: tuple[Path, ...]) -> None:
+    """List the configurations: what each sets, and what it is for."""
+    from kvmpy.testing import configurations
+
+    try:
+        known = configurations.load(files)
+    except configurations.ConfigurationError as error:
+        raise LabError(str(error)) from None
+    width = max(map(len, known))
+    for entry in known.values():
+        click.echo(f"{entry.name:<{width}}  {entry.settings() or '-'}")
+        if entry.about:
+            click.echo(f"{'':<{width}}  {entry.about}")

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from kvmpy.lab.kernels import Kernel
     from kvmpy.lab.qemu import Options
     from kvmpy.lab.runs import Request
+    from kvmpy.testing.configurations import Configuration
+
+DEFAULT_CPUS = 2
+DEFAULT_MEMORY = 4096
 
 
 def say(text: str) -> None:
@@ -43,60 +48,76 @@ def lab_errors() -> Iterator[None]:
         sys.exit(3)
 
 
-def machine(
-    *,
-    kernel: str | None,
-    cpus: int,
-    memory: int,
-    accel: str,
-    soft_sev: bool | None,
-    parameters: tuple[str, ...] = (),
-) -> Options:
-    """Return the VM that the options of ``kvmpy lab shell`` describe."""
-    from kvmpy.lab import kernels
+def machine(values: Mapping[str, Any], built: Kernel | None = None) -> Options:
+    """Return the VM that the options of ``kvmpy lab shell`` describe; they go before its configuration.
 
-    booted = kernels.find(kernel, soft_sev=bool(soft_sev))
-    return _options(booted, cpus, memory, accel, soft_sev, parameters)
-
-
-def _options(
-    booted: Kernel, cpus: int, memory: int, accel: str, soft_sev: bool | None, parameters: tuple[str, ...]
-) -> Options:
-    from kvmpy.lab import softsev
-    from kvmpy.lab.qemu import Options
+    *built* is booted in place of a kernel of the cache.
+    """
+    from kvmpy.lab import kernels, qemu, softsev
     from kvmpy.lab.runs import accelerator
 
-    if not booted.soft_sev or soft_sev is False:
-        return Options(booted, cpus, memory, accelerator(accel), parameters)
-    # It stands for a processor without SEV: it has been tried on an emulated one only.
-    chosen = "tcg" if accel == "auto" else accel
-    return Options(booted, cpus, memory, chosen, (softsev.PARAMETER, *parameters))
+    base, *others = named(values)
+    if others:
+        raise click.UsageError("--configuration: one is expected here")
+    wanted = replace(
+        base,
+        parameters=(*base.parameters, *values["parameters"]),
+        cpu=(*base.cpu, *values["cpu"]),
+        cpus=values["cpus"] or base.cpus,
+        memory=values["memory"] or base.memory,
+        nodes=values["nodes"] or base.nodes,
+    )
+    for word in wanted.cpu:
+        qemu.check_flag(word)
+    chosen, first = values["accel"], list[str]()
+    soft_sev = base.soft_sev if values["soft_sev"] is None else values["soft_sev"]
+    booted = built or kernels.find(values["kernel"], soft_sev=bool(soft_sev))
+    if booted.soft_sev and soft_sev is not False:
+        # It stands for a processor without SEV: it has been tried on an emulated one only.
+        chosen, first = "tcg" if chosen == "auto" else chosen, [*softsev.PARAMETERS]
+    settings = wanted.settings()
+    about = wanted.name if values["configuration"] or not settings else ""
+    return qemu.Options(
+        booted,
+        wanted.cpus or DEFAULT_CPUS,
+        wanted.memory or DEFAULT_MEMORY,
+        accelerator(chosen),
+        (*first, *wanted.parameters),
+        wanted.optional,
+        wanted.cpu,
+        wanted.nodes,
+        f"{about} ({settings})" if about and settings else about or settings,
+    )
+
+
+def named(values: Mapping[str, Any]) -> list[Configuration]:
+    """Return the configurations that the options name; the default where they name none."""
+    from kvmpy.testing import configurations
+
+    try:
+        known = configurations.load(Path(name) for name in values["configurations"])
+        return configurations.chosen(values["configuration"] or configurations.DEFAULT, known)
+    except configurations.ConfigurationError as error:
+        raise LabError(str(error)) from None
 
 
 def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
     """Run tests inside as the options *values* say, and return the exit status of the command."""
-    from kvmpy.lab.runs import machines, run
+    from kvmpy.lab.runs import run
 
     values = {**option_table.defaults("lab run"), **values}
+    values["configurations"] = tuple(str(Path(name).absolute()) for name in values["configurations"])
     if values["source"] is not None:
         return _run_source(paths, values, extra)
-    if values["record"] and values["matrix"]:
-        raise click.UsageError("--record is not for --matrix: the kernels' records would have the same names")
-    if values["html"] and values["matrix"]:
-        raise click.UsageError("--html is not for --matrix: a page shows one run; --json has them all")
+    wanted = named(values)
+    several = bool(values["matrix"]) or len(wanted) > 1
+    if values["record"] and several:
+        raise click.UsageError("--record is not for --matrix: the columns' records would have the same names")
     if values["may_build"] and not values["kernel"] and not values["matrix"]:
         _build_if_none(values["soft_sev"])
-    if values["matrix"]:
-        from kvmpy.lab import kernels
-        from kvmpy.lab.matrix import run_matrix
-
-        names = [name.strip() for name in values["matrix"].split(",") if name.strip()]
-        wanted = [kernels.find(name, soft_sev=bool(values["soft_sev"])) for name in names]
-        targets = {name: values[name] for name in ("json", "ktap", "junit") if values[name] is not None}
-        at_once = values["machines"] or machines(values["memory"])
-        return run_matrix(wanted, matrix_arguments(paths, values), extra, targets, at_once, say)
-    vm = machine(**{option.name: values[option.name] for option in option_table.of("lab shell")})
-    code = run(_request(vm, paths, values, extra), say)
+    if several:
+        return _run_matrix(paths, values, wanted, extra)
+    code = run(_request(machine(values), paths, values, extra), say)
     if code == NOTHING_SELECTED:
         say("no test matches")
     return code
@@ -138,12 +159,12 @@ def _run_source(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[s
 
     try:
         # Before a build that takes minutes.
+        if len(named(values)) > 1:
+            raise click.UsageError("--source runs one configuration: not with several")
         pytest_args(paths, values, lambda _: None, "inside")
         with OwnedFolder("kernel") as folder:
             booted = _built_apart(values["source"], values["soft_sev"], folder)
-            names = ("cpus", "memory", "accel", "soft_sev", "parameters")
-            vm = _options(booted, *(values[name] for name in names))
-            return run(_request(vm, paths, values, extra), say, judge)
+            return run(_request(machine(values, booted), paths, values, extra), say, judge)
     except BuildError as error:
         say(str(error))
         say(f"{values['source']}: cannot be tested: it does not build")
@@ -181,6 +202,35 @@ def _as_it_fits(soft_sev: bool | None, build: Callable[[bool], Kernel]) -> Kerne
         return build(False)
 
 
+def _run_matrix(
+    paths: tuple[str, ...], values: Mapping[str, Any], wanted: list[Configuration], extra: list[str]
+) -> int:
+    from kvmpy.lab import kernels
+    from kvmpy.lab.matrix import Column, run_matrix, titles
+    from kvmpy.lab.runs import machines
+
+    names = [name.strip() for name in (values["matrix"] or "").split(",") if name.strip()]
+    found = [kernels.find(name, soft_sev=bool(values["soft_sev"])) for name in names or [values["kernel"]]]
+    columns = [
+        Column(
+            kernel,
+            configuration.name if values["configuration"] else None,
+            values["memory"] or configuration.memory or DEFAULT_MEMORY,
+        )
+        for kernel in found
+        for configuration in wanted
+    ]
+    known = titles(columns)
+    if twice := [title for title in known if known.count(title) > 1]:
+        raise LabError(f"two columns are the same: {twice[0]}")
+    reports = ("json", "ktap", "junit", "html")
+    targets = {name: values[name] for name in reports if values[name] is not None}
+    at_once = values["machines"] or machines(max(column.memory for column in columns))
+    if values["html"]:
+        extra = [*extra, *pytest_arguments({"evidence": True})]
+    return run_matrix(columns, matrix_arguments(paths, values), extra, targets, at_once, say)
+
+
 def _build_if_none(soft_sev: bool | None) -> None:
     """Build a kernel of the wanted kind; when any will do, one that can be both, where the hooks fit."""
     from kvmpy.lab import build as builds
@@ -197,6 +247,6 @@ def _build_if_none(soft_sev: bool | None) -> None:
 
 
 def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:
-    """Return the arguments of ``kvmpy lab run`` for one kernel of a matrix, without the kernel."""
+    """Return the arguments of ``kvmpy lab run`` for one column of a matrix, without what makes the column."""
     each = {option.name: values[option.name] for option in option_table.of("lab run") if option.each}
     return [*paths, *command_arguments("lab run", each)]

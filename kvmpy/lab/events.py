@@ -8,14 +8,18 @@ it should be is a BadEventError, and ends its machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import msgspec
 import pytest
 
+from kvmpy.testing.configurations import is_value, nearest
 from kvmpy.testing.host import HostSummary
 from kvmpy.testing.journal import from_json
+
+if TYPE_CHECKING:
+    from kvmpy.lab.qemu import Options
 
 # What a whole line may take, in bytes: a report with evidence and memory maps is some hundred KiB.
 MAX_LINE = 64 << 20
@@ -23,10 +27,8 @@ MAX_LINE = 64 << 20
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Location = tuple[str, int | None, str]
-
-
-# As the kernel reads and writes them.
-_BOOLEANS = {"N": "0", "n": "0", "off": "0", "Y": "1", "y": "1", "on": "1"}
+# What the firmware keeps of the memory, at most, in MiB.
+_HOLES = 16
 
 
 class BadEventError(ValueError):
@@ -38,21 +40,44 @@ class _Event(msgspec.Struct, frozen=True):
 
 
 class Host(_Event, frozen=True):
-    """The machine describes itself; *parameters* are those of modules that it was asked for, as they are."""
+    """The machine describes itself, as :func:`kvmpy.lab.readback.read` does; *memory* is in MiB."""
 
     summary: HostSummary
+    cpus: int
+    memory: int
+    nodes: int
     parameters: dict[str, str | None] = {}
+    known: dict[str, list[str]] = {}
+    ignored: list[str] = []
+    flags: dict[str, bool] = {}
 
-    def refused(self, wanted: Sequence[str]) -> list[str]:
-        """Return which of the parameters *wanted*, such as ``kvm_amd.npt=0``, are not so inside."""
-        answers = []
-        for name, value in (word.split("=") for word in wanted if "=" in word):
-            real = self.parameters.get(name)
-            if real is None:
-                answers.append(f"the kernel inside has no parameter {name}")
-            elif _BOOLEANS.get(real, real) != _BOOLEANS.get(value, value):
-                answers.append(f"{name} is {real} inside, not {value}")
+    def refused(self, wanted: Options) -> list[str]:
+        """Return what of *wanted* is not so inside."""
+        answers = [*self._parameters(wanted), *(f"the kernel does not know {word}" for word in self.ignored)]
+        for sign, flag in ((word[0], word[1:]) for word in wanted.cpu):
+            if self.flags.get(flag) is not (sign == "+"):
+                answers.append(f"the CPU inside has {'no' if sign == '+' else 'the flag'} {flag}")
+        if self.cpus != wanted.cpus:
+            answers.append(f"there are {self.cpus} CPUs inside, not {wanted.cpus}")
+        if not wanted.memory - _HOLES <= self.memory <= wanted.memory:
+            answers.append(f"there are {self.memory} MiB of memory inside, not {wanted.memory}")
+        if wanted.nodes is not None and self.nodes != wanted.nodes:
+            answers.append(f"there are {self.nodes} NUMA nodes inside, not {wanted.nodes}")
         return answers
+
+    def _parameters(self, wanted: Options) -> Iterator[str]:
+        for word in (*wanted.parameters, *wanted.optional):
+            name, _, value = word.partition("=")
+            module, dot, parameter = name.partition(".")
+            if not dot:
+                continue
+            real = self.parameters.get(name)
+            if real is not None:
+                if not is_value(name, value, real):
+                    yield f"{name} is {real} inside, not {value}"
+            elif word not in wanted.optional:
+                hint = nearest(parameter, self.known.get(module, []))
+                yield f"the kernel inside has no parameter {name}{hint.replace('mean ', f'mean {module}.')}"
 
 
 class Ready(_Event, frozen=True):

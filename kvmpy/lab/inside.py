@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import time
 from collections.abc import Generator
 from dataclasses import asdict
@@ -15,8 +14,8 @@ from typing import Any
 import pytest
 
 from kvmpy.guest import postmortem, program
-from kvmpy.lab import bytecode, programs, records
-from kvmpy.lab.places import INSIDE, PARAMETERS_VARIABLE
+from kvmpy.lab import bytecode, programs, readback, records
+from kvmpy.lab.places import INSIDE
 from kvmpy.lab.softsev import log
 from kvmpy.testing import host
 from kvmpy.testing.journal import Journal
@@ -45,11 +44,7 @@ class Worker:
         program.elsewhere = lambda key, recipe: programs.ask(
             self._journal.write, self._folder / "programs", key, recipe
         )
-        wanted = [word.partition("=")[0] for word in os.environ.get(PARAMETERS_VARIABLE, "").split()]
-        parameters = {}
-        for module, name in (word.split(".") for word in wanted):
-            parameters[f"{module}.{name}"] = host.module_parameters(module).get(name)
-        self._journal.write({"event": "host", "summary": asdict(host.summarize()), "parameters": parameters})
+        self._journal.write({"event": "host", "summary": asdict(host.summarize()), **readback.read()})
 
     def pytest_sessionfinish(self) -> None:
         """Tell what took long for want of bytecode."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ from kvmpy.lab.work import Share
 from kvmpy.testing.host import ACCELERATOR_VARIABLE
 
 _LOG_SECONDS = 5.0
+# kernel/params.c
+_REFUSAL = re.compile(r"invalid for parameter|too large for parameter|unknown parameter")
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,16 @@ class Lane:
         """Return what the console says about the end."""
         console = excerpt(self.machine.console()) if self.machine is not None else ""
         return f"console:\n{console}" if console else "the console is empty"
+
+    def console_about(self, names: Iterable[str]) -> list[str]:
+        """Return the lines of the console that speak of parameters which the kernel does not take."""
+        lines = self.machine.console().splitlines() if self.machine is not None else []
+        ends = tuple(name.rpartition(".")[2] for name in names)
+        return [
+            f"the kernel says: {line.strip()}"
+            for line in lines
+            if _REFUSAL.search(line) and any(end in line for end in ends)
+        ]
 
     def output(self) -> str:
         """Return what the command inside has printed."""

@@ -12,8 +12,6 @@ from kvmpy.lab.errors import LabError
 MIB = 1 << 20
 # Inside, where the folder with job and shares is to be seen.
 INSIDE = "/run/kvmpy/job"
-# Inside, the modules' parameters that were asked for.
-PARAMETERS_VARIABLE = "KVMPY_LAB_PARAMETERS"
 
 
 def cache() -> Path:

@@ -15,10 +15,17 @@ from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import MAX_LINE, BadEventError, Event, parse
 from kvmpy.lab.kernels import Kernel
 from kvmpy.lab.process import end_group
+from kvmpy.lab.readback import feature
 from kvmpy.lab.root import MOUNT_FLAGS, Root, tag
 from kvmpy.owned import dies_with_parent
+from kvmpy.testing.configurations import nearest
 
-_CPU = {"tcg": "EPYC,+svm,+npt", "kvm": "host"}
+# All that QEMU emulates, as an EPYC: what KVM does follows vendor and family. Without erms, for which the
+# kernel copies byte by byte: emulated, that is slow.
+_CPU = {
+    "tcg": "max,vendor=AuthenticAMD,family=23,model=1,stepping=2,model-id=AMD EPYC Processor,-erms",
+    "kvm": "host",
+}
 _ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
 # Emulated, the first calibration of the TSC and the refined one differ by more than 250 ppm when the host is
 # busy. KVM takes that for a wish to scale the TSC, which emulated SVM cannot: guests' TSCs have no offset.
@@ -38,7 +45,9 @@ _MAX_TEXT = 64 << 20
 class Options:
     """What is booted; ``memory`` is in MiB, ``accel`` is ``tcg`` or ``kvm``.
 
-    ``parameters`` are for the kernel's command line, those of modules as ``kvm_amd.npt=0``.
+    ``parameters`` are for the kernel's command line, those of modules as ``kvm_amd.npt=0``; not every kernel
+    has the ``optional`` ones. ``cpu`` are flags such as ``+la57``. ``nodes`` None: two NUMA nodes, or one for
+    one CPU. ``configuration`` is what reports call all that.
     """
 
     kernel: Kernel
@@ -46,6 +55,10 @@ class Options:
     memory: int = 4096
     accel: str = "tcg"
     parameters: Sequence[str] = ()
+    optional: Sequence[str] = ()
+    cpu: Sequence[str] = ()
+    nodes: int | None = None
+    configuration: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,22 +95,40 @@ def nested_works(modules: Path = Path("/sys/module")) -> bool:
     return False
 
 
+def check_flag(word: str) -> None:
+    """Raise LabError unless QEMU knows the CPU flag of *word*, such as ``+la57``, and it can be read back."""
+    from kvmpy.x86.cpuid import FeatureNameError, feature_bit
+
+    tools.need(tools.RUN, "the lab")
+    text = subprocess.run(
+        [tools.QEMU, "-cpu", "help"], check=False, capture_output=True, text=True, timeout=60
+    ).stdout
+    known = text.rpartition("CPUID flags:")[2].split()
+    flag = word[1:]
+    if flag not in known:
+        raise LabError(f"--cpu {word}: QEMU knows no CPU flag {flag}{nearest(flag, known)}")
+    try:
+        feature_bit(feature(flag))
+    except FeatureNameError:
+        raise LabError(f"--cpu {word}: kvmpy knows no CPUID bit of {flag} to read it back") from None
+
+
 def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
 def _nodes(options: Options) -> list[str]:
-    """Return the words for two NUMA nodes, each with half of the memory and of the CPUs; none for one CPU."""
-    half = options.cpus // 2
-    if not half:
+    """Return the words for NUMA nodes, each with its part of memory and CPUs; none for one node."""
+    nodes = options.nodes or min(2, options.cpus)
+    if nodes == 1:
         return []
     words = []
-    memory = options.memory // 2
-    for node, (first, end, size) in enumerate(
-        ((0, half, memory), (half, options.cpus, options.memory - memory))
-    ):
-        words += ["-object", f"memory-backend-ram,id=node{node},size={size}M"]
-        words += ["-numa", f"node,nodeid={node},memdev=node{node},cpus={first}-{end - 1}"]
+    for node in range(nodes):
+        first, end = (options.cpus * number // nodes for number in (node, node + 1))
+        start, stop = (options.memory * number // nodes for number in (node, node + 1))
+        cpus = f",cpus={first}-{end - 1}" if end > first else ""
+        words += ["-object", f"memory-backend-ram,id=node{node},size={stop - start}M"]
+        words += ["-numa", f"node,nodeid={node},memdev=node{node}{cpus}"]
     return words
 
 
@@ -107,7 +138,7 @@ def command_line(options: Options, folder: Path, root: Root, *, interactive: boo
         f"console=ttyS0 root=/dev/root rootfstype=9p rootflags={MOUNT_FLAGS} ro init=/init "
         f"panic=-1 oops=panic loglevel=5 {_TSC} {_TIMER}"
     )
-    append = " ".join([append, *options.parameters])
+    append = " ".join([append, *options.parameters, *options.optional])
     command = [
         tools.QEMU,
         "-M",
@@ -115,7 +146,7 @@ def command_line(options: Options, folder: Path, root: Root, *, interactive: boo
         "-accel",
         _ACCEL[options.accel],
         "-cpu",
-        _CPU[options.accel],
+        ",".join([_CPU[options.accel], *options.cpu, "enforce"]),
     ]
     # A socket for each CPU: a cache that CPUs of two nodes shared would be a warning.
     command += ["-smp", f"{options.cpus},sockets={options.cpus},cores=1,threads=1"]

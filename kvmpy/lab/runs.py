@@ -21,7 +21,7 @@ import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
-from kvmpy.lab import bytecode, places, records, root, softsev, tools
+from kvmpy.lab import bytecode, places, readback, records, root, softsev, tools
 from kvmpy.lab.bisect import Ended
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
@@ -29,7 +29,7 @@ from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
 from kvmpy.lab.session import WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
-from kvmpy.testing.host import PLATFORM_VARIABLE
+from kvmpy.testing.host import CONFIGURATION_VARIABLE, PLATFORM_VARIABLE
 from kvmpy.testing.option_table import SEED_BITS, pytest_arguments
 from kvmpy.testing.testprocess import Interrupter, handled
 
@@ -93,7 +93,11 @@ def platform(options: Options) -> str:
 
 def _common(options: Options) -> dict[str, str]:
     # Emulated, the import of a plugin that no selftest needs takes as long as the kernel's boot.
-    return {PLATFORM_VARIABLE: platform(options), _NO_PLUGINS: "1"}
+    return {
+        PLATFORM_VARIABLE: platform(options),
+        CONFIGURATION_VARIABLE: options.configuration,
+        _NO_PLUGINS: "1",
+    }
 
 
 def _job(
@@ -113,7 +117,7 @@ def _job(
         # Who runs pytest there does so without naming the plugins.
         del environment[_NO_PLUGINS]
     environment |= {
-        places.PARAMETERS_VARIABLE: " ".join(word for word in options.parameters if "=" in word),
+        readback.VARIABLE: readback.asked([*options.parameters, *options.optional], options.cpu),
         "XDG_CACHE_HOME": "/tmp/cache",  # noqa: S108 - a tmpfs inside
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

@@ -112,9 +112,18 @@ class LabSession:
         reporter: Any = session.config.pluginmanager.get_plugin("kvmpy-session")
         text = f"{options.kernel.release} x86_64"
         reporter.describe(  # until it answers
-            HostSummary(text, "", (), platform_name(), False, "it did not come up", accelerator=options.accel)
+            HostSummary(
+                text,
+                "",
+                (),
+                platform_name(),
+                False,
+                "it did not come up",
+                accelerator=options.accel,
+                configuration=options.configuration,
+            )
         )
-        about = [options.accel, f"{options.cpus} CPUs", f"{options.memory} MiB", *options.parameters]
+        about = [options.accel, f"{options.cpus} CPUs", f"{options.memory} MiB", options.configuration]
         self._say(f"booting {options.kernel.name} ({', '.join(about)})")
         lane = self._add_lane()
         self._listing = self._setup.listing()
@@ -283,15 +292,18 @@ class LabSession:
 
     # ---- events
 
-    def _on_host(self, _lane: Lane, event: events.Host) -> None:
-        if refused := event.refused(self._options.parameters):
+    def _on_host(self, lane: Lane, event: events.Host) -> None:
+        options = self._options
+        if refused := event.refused(options):
             self.kernel_failed = True
-            pytest.exit("\n".join(refused), returncode=FAILED)
-        given = [word for word in self._options.parameters if "=" in word]
-        kernel = f"{event.summary.kernel} ({' '.join(given)})" if given else event.summary.kernel
+            names = [word.partition("=")[0] for word in (*options.parameters, *options.optional)]
+            pytest.exit("\n".join([*refused, *lane.console_about(names)]), returncode=FAILED)
         # Where the tests run is not for the inside to say.
         self._host = replace(
-            event.summary, kernel=kernel, platform=platform_name(), accelerator=self._options.accel
+            event.summary,
+            platform=platform_name(),
+            accelerator=options.accel,
+            configuration=options.configuration,
         )
 
     def _on_ready(self, lane: Lane, event: events.Ready) -> None:

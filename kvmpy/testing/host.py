@@ -19,6 +19,7 @@ from kvmpy.testing.verdicts import Missing
 
 PLATFORM_VARIABLE = "KVMPY_PLATFORM"
 ACCELERATOR_VARIABLE = "KVMPY_ACCELERATOR"
+CONFIGURATION_VARIABLE = "KVMPY_CONFIGURATION"
 CLOCK_SOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 
 __all__ = [
@@ -130,6 +131,7 @@ class HostSummary:
     protections: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     accelerator: str = ""
+    configuration: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as JSON-ready values; a protection's text is empty when it is available."""
@@ -140,6 +142,7 @@ class HostSummary:
             "vendor_modules": list(self.vendor_modules),
             "platform": self.platform,
             "accelerator": self.accelerator,
+            "configuration": self.configuration,
             "kvm": self.kvm,
             "kvm_missing": self.kvm_missing,
             "vm_types": list(self.vm_types),
@@ -153,6 +156,8 @@ class HostSummary:
         """Return the summary as a few lines of text."""
         modules = ", ".join(self.vendor_modules) or "no vendor module"
         first = f"kernel {self.kernel}, {modules}, {self.cpu}"
+        if self.configuration:
+            first += f", configuration {self.configuration}"
         if self.platform != "host":
             first += f", platform {self.platform} ({self.accelerator or 'emulated'})"
         if not self.kvm:
@@ -180,6 +185,7 @@ def summary_of(told: Mapping[str, Any]) -> HostSummary:
         protections={name: str(state["missing"]) for name, state in protections.items()},
         labels={name: str(state["label"]) for name, state in protections.items()},
         accelerator=str(told.get("accelerator", "")),
+        configuration=str(told.get("configuration", "")),
     )
 
 
@@ -198,8 +204,15 @@ def summarize() -> HostSummary:
     missing = kvm_missing()
     common = (kernel(), cpu_model(), vendor_modules(), platform_name())
     accelerator = os.environ.get(ACCELERATOR_VARIABLE, "")
+    configuration = os.environ.get(CONFIGURATION_VARIABLE, "")
     if missing is not None:
-        return HostSummary(*common, kvm=False, kvm_missing=str(missing), accelerator=accelerator)
+        return HostSummary(
+            *common,
+            kvm=False,
+            kvm_missing=str(missing),
+            accelerator=accelerator,
+            configuration=configuration,
+        )
     from kvmpy.coco import ladder
     from kvmpy.core.kvm import Kvm
 
@@ -218,4 +231,5 @@ def summarize() -> HostSummary:
         protections=protections,
         labels=labels,
         accelerator=accelerator,
+        configuration=configuration,
     )

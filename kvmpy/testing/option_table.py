@@ -103,6 +103,22 @@ def module_parameter(text: str) -> str:
     return text
 
 
+def kernel_parameter(text: str) -> str:
+    """Return *text*, a word of the kernel's command line: ``kvm_amd.npt=0`` or ``no5lvl``."""
+    if not re.fullmatch(r"\w[\w.-]*(=[\w.,:;@/+-]+)?", text):
+        raise ValueError(f"{text!r} is no kernel parameter such as kvm_amd.npt=0 or no5lvl")
+    if "." in text.partition("=")[0]:
+        return module_parameter(text)
+    return text
+
+
+def cpu_flag(text: str) -> str:
+    """Return *text*, which switches a flag of the CPU on or off."""
+    if not re.fullmatch(r"[+-][a-z0-9][a-z0-9._-]*", text):
+        raise ValueError(f"{text!r} is not like +la57 or -vgif")
+    return text
+
+
 _RUN, _LAB, _HARDWARE = ("run",), ("lab run",), ("hardware",)
 _BOTH, _BOOTS = ("run", "lab run"), ("lab run", "lab shell")
 _STEPS = ", ".join(f"{step} {seconds:g}" for step, seconds in STEP_LIMITS.items())
@@ -174,18 +190,27 @@ OPTIONS: tuple[Option, ...] = (
     Option("source", _LAB, "--source",
            "Build this kernel tree, only what changed, and run in it; exit as `git bisect run` expects.",
            "TREE", kind="path"),
-    Option("cpus", _BOOTS, "--cpus", "CPUs of each VM.", kind=Between(1, 255), default=2, show_default=True,
-           each=True),
-    Option("memory", _BOOTS, "--memory", "Memory of each VM, such as 512M or 6G.", "SIZE", kind=mebibytes,
-           default="4G", show_default=True, each=True),
+    Option("configuration", _BOOTS, "--configuration",
+           "Boot this configuration (see `kvmpy lab configurations`).", "NAME",
+           lab_help="; several (A,B or all): one table with a column for each"),
+    Option("configurations", _BOOTS, "--configurations", "Read one more file of configurations.", "FILE",
+           pytest="--kvmpy-configurations", side="inside", repeated=True, default=(), each=True),
+    Option("cpus", _BOOTS, "--cpus", "CPUs of each VM (default: 2).", kind=Between(1, 255), each=True),
+    Option("memory", _BOOTS, "--memory", "Memory of each VM, such as 512M or 6G (default: 4G).", "SIZE",
+           kind=mebibytes, each=True),
+    Option("nodes", _BOOTS, "--nodes", "NUMA nodes of each VM (default: 2, or 1 for one CPU).",
+           kind=Between(1, 64), each=True),
     Option("accel", _BOOTS, "--accel", "KVM or QEMU's emulation (tcg); auto takes KVM if guests can use it.",
            kind=("auto", "tcg", "kvm"), default="auto", show_default=True, each=True),
     Option("soft_sev", _BOOTS, "--soft-sev/--no-soft-sev",
            "Boot with or without the software AMD-SP (default: as the kernel has it).", kind="flag",
            each=True),
     Option("parameters", _BOOTS, "--param",
-           "Set a module parameter, such as kvm_amd.npt=0; another value inside stops the run.",
-           "MODULE.NAME=VALUE", kind=module_parameter, default=(), repeated=True, each=True),
+           "Set a kernel or module parameter, such as kvm_amd.npt=0; another value inside stops the run.",
+           "MODULE.NAME=VALUE", kind=kernel_parameter, default=(), repeated=True, each=True),
+    Option("cpu", _BOOTS, "--cpu",
+           "Switch a CPU flag on or off, by QEMU's name, such as +la57; another CPU inside stops the run.",
+           "+FLAG|-FLAG", kind=cpu_flag, default=(), repeated=True, each=True),
     Option("matrix", _LAB, "--matrix", "Run on several kernels; print one table with a column for each.",
            "A,B"),
     Option("timeout", _LAB, "--timeout", "Time limit for the whole run, in seconds.",

@@ -54,6 +54,7 @@ class Settings:
     timeline: Path | None
     journal: Path | None
     errata: tuple[Path, ...]
+    configurations: tuple[Path, ...]
 
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -157,4 +158,5 @@ def read_settings(config: pytest.Config) -> Settings:
         evidence=bool(chosen(config, "evidence") or chosen(config, "html")),
         journal=_path(config, "journal"),
         errata=tuple(Path(name).absolute() for name in chosen(config, "errata")),
+        configurations=tuple(Path(name).absolute() for name in chosen(config, "configurations")),
     )

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kvmpy import __version__
-from kvmpy.testing import brief, gate, host, naming, options, protections, recording
+from kvmpy.testing import brief, configurations, gate, host, naming, options, protections, recording
 from kvmpy.testing.errata import BUILTIN, ErrataError, load
 from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
 from kvmpy.testing.fixtures import _protection as protection
@@ -43,10 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     settings = options.read_settings(config)
     config.stash[SETTINGS] = settings
-    config.stash[REQUIREMENTS] = Requirements()
+    config.stash[REQUIREMENTS] = Requirements(settings.configurations)
     try:
         errata = load([BUILTIN, *settings.errata])
-    except ErrataError as error:
+        if settings.configurations:
+            configurations.load(settings.configurations)
+    except (ErrataError, configurations.ConfigurationError) as error:
         raise pytest.UsageError(str(error)) from error
     config.pluginmanager.register(LeakCheck(settings.leaks), "kvmpy-leaks")
     config.pluginmanager.register(Needs(settings), "kvmpy-needs")
@@ -272,11 +274,14 @@ class Session:
             from kvmpy.testing.table import print_report
 
             writer = terminalreporter._tw
+            summary = self.summary
             platform = (
                 ""
-                if self.summary.platform == "host"
-                else f", platform {self.summary.platform} ({self.summary.accelerator or 'emulated'})"
+                if summary.platform == "host"
+                else f", platform {summary.platform} ({summary.accelerator or 'emulated'})"
             )
+            if summary.configuration:
+                platform += f", configuration {summary.configuration}"
             print_report(
                 writer._file,
                 verdicts,

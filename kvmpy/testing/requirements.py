@@ -26,10 +26,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from kvmpy.core.kernel import config_hint
 from kvmpy.testing import host
+from kvmpy.testing.configurations import is_value, load, with_parameter
 from kvmpy.testing.verdicts import Missing
 
 if TYPE_CHECKING:
@@ -161,7 +163,7 @@ def _cpuid(kvm: Kvm, feature: str) -> Missing | None:
     return Missing(subject, "a CPU that has it and a KVM that passes it on", (f"cpuid:{feature}",))
 
 
-def _parameter(text: str) -> Missing | None:
+def _parameter(text: str, files: Sequence[Path]) -> Missing | None:
     name, _, wanted = text.partition("=")
     module, _, parameter = name.partition(".")
     if not parameter:
@@ -170,8 +172,10 @@ def _parameter(text: str) -> Missing | None:
     keys = (f"param:{name}",)
     if value is None:
         return Missing(f"module parameter {name}", f"modprobe a {module} that has it", keys)
-    if wanted and value != wanted:
+    if wanted and not is_value(name, wanted, value):
         how = f"load {module} with {parameter}={wanted}, or {name}={wanted} on the kernel's command line"
+        if (entry := with_parameter(load(files).values(), name, wanted)) is not None:
+            how = f"kvmpy lab run --configuration {entry.name}, or {how}"
         return Missing(f"module parameter {name}={wanted} (it is {value})", how, keys)
     return None
 
@@ -218,7 +222,6 @@ _ASK_KVM: dict[str, Callable[[Kvm, str], Missing | None]] = {
     "msr": _msr,
 }
 _ASK_HOST: dict[str, Callable[[str], Missing | None]] = {
-    "param": _parameter,
     "cpu": _cpu,
     "tool": _tool,
     "path": _path,
@@ -238,9 +241,13 @@ def _called(requirement: Callable[[Kvm], Missing | str | bool | None], kvm: Kvm)
 
 
 class Requirements:
-    """Answers requirements; every answer is kept, as a host does not change in mid-run."""
+    """Answers requirements; every answer is kept, as a host does not change in mid-run.
 
-    def __init__(self) -> None:
+    *files* are further ones of configurations: a skip names the one that would run the test.
+    """
+
+    def __init__(self, files: Sequence[Path] = ()) -> None:
+        self._files = files
         self._answers: dict[Requirement, Missing | None] = {}
 
     @functools.cached_property
@@ -262,10 +269,12 @@ class Requirements:
         kind, rest = "", ""
         if isinstance(requirement, str):
             kind, _, rest = requirement.partition(":")
+            if kind == "param":
+                return _parameter(rest, self._files)
             if kind in _ASK_HOST:
                 return _ASK_HOST[kind](rest)
             if kind != "kvm" and not kind.startswith("KVM_CAP_") and kind not in _ASK_KVM:
-                known = ", ".join(["kvm", "KVM_CAP_...", *_ASK_KVM, *_ASK_HOST])
+                known = ", ".join(["kvm", "KVM_CAP_...", *_ASK_KVM, "param", *_ASK_HOST])
                 raise ValueError(f"unknown requirement {requirement!r}; known are {known}, and callables")
         if self.kvm_missing is not None or requirement == "kvm":
             return self.kvm_missing

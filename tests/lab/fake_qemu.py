@@ -6,13 +6,15 @@ The plan is a list of boots; each is a list of steps: ["test", name, outcome], [
 ["console", text], ["output", text], ["exit", status], ["end"], ["hang"], ["die", status]; ["test", name,
 outcome, texts] leaves a record in so many pieces, too, and ["say", text] puts a line into the journal. A test
 that is not among those which the host handed out does not run; ["silent"] at the start: the kernel does not
-come up.
+come up; ["machine", values, console] at the start: what it says of itself that is not as asked for, and what
+the kernel had said before.
 """
 
 import base64
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -64,6 +66,20 @@ def report(name: str, when: str, outcome: str) -> None:
     event(event="report", nodeid=node(name), data=data | {"$report_type": "TestReport"})
 
 
+def machine() -> dict[str, Any]:
+    """Return the machine as it was asked for."""
+    env = shlex.split((folder / "job" / "job.env").read_text())
+    asked = json.loads(next(word.partition("=")[2] for word in env if word.startswith("KVMPY_LAB_ASKED=")))
+    pairs = (word.partition("=") for word in asked["parameters"])
+    return {
+        "cpus": int(re.findall(r"-smp (\d+)", arguments)[0]),
+        "memory": int(re.findall(r"-m (\d+)M", arguments)[0]),
+        "nodes": arguments.count("nodeid=") or 1,
+        "parameters": {name: value for name, _, value in pairs if "." in name},
+        "flags": {flag[1:]: flag[0] == "+" for flag in asked["cpu"]},
+    }
+
+
 def share(want: int) -> dict[str, Any]:
     """Ask for tests, and return the answer."""
     event(event="ready", number=want)
@@ -81,7 +97,9 @@ mine: set[str] = set()
 plan_of_this_boot = boots[number]
 if plan_of_this_boot[0] != ["silent"]:
     event(event="session", seed=1)
-    event(event="host", summary=SUMMARY)
+    differing, said = plan_of_this_boot[0][1:] if plan_of_this_boot[0][0] == "machine" else ({}, "")
+    write("console", said)
+    event(event="host", summary=SUMMARY, **{**machine(), **differing})
     given = share(1)
     listed = [node(f"test_{letter}") for letter in "abcdefgh"[: int(os.environ.get("FAKE_QEMU_TESTS", "3"))]]
     mine = planned & (set(given["only"]) if "only" in given else set(listed) - set(given["skip"]))

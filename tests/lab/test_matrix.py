@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,11 +27,13 @@ TESTS = ("test", "start")
 Plans = dict[str, list[list[list[Any]]]]
 
 
-def start(folder: Path, plans: Plans, *args: str, background: bool = False) -> subprocess.Popen[str]:
+def start(
+    folder: Path, plans: Plans, *args: str, background: bool = False, matrix: bool = True
+) -> subprocess.Popen[str]:
     """Start the command for kernels whose QEMU plays the plan of their release."""
     (folder / "bin").mkdir()
     (folder / "bin" / "qemu-system-x86_64").write_text(
-        f"#!/bin/sh\nfor plan in {folder}/plan-*; do\n"
+        f'#!/bin/sh\n[ "$1" = -cpu ] && echo "CPUID flags:" vgif && exit\nfor plan in {folder}/plan-*; do\n'
         '\tcase "$*" in *"/kernels/${plan##*plan-}"*) found=$plan/plan.json ;; esac\n'
         f'done\nFAKE_QEMU_PLAN=$found exec {sys.executable} {FAKE} "$@"\n'
     )
@@ -51,7 +54,8 @@ def start(folder: Path, plans: Plans, *args: str, background: bool = False) -> s
         "FAKE_QEMU_FOLDER": "area",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "kvmpy", "lab", "run", "--matrix", ",".join(plans), "--accel", "tcg"]
+    command = [sys.executable, "-m", "kvmpy", "lab", "run", "--accel", "tcg"]
+    command += ["--matrix", ",".join(plans)] if matrix else []
     # A shell starts its background jobs with SIGINT ignored.
     interrupts = signal.SIG_IGN if background else signal.default_int_handler
     return subprocess.Popen(
@@ -65,9 +69,9 @@ def start(folder: Path, plans: Plans, *args: str, background: bool = False) -> s
     )
 
 
-def run(folder: Path, plans: Plans, *args: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, plans: Plans, *args: str, matrix: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    with start(folder, plans, *args) as process:
+    with start(folder, plans, *args, matrix=matrix) as process:
         out, err = process.communicate(timeout=100)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -154,9 +158,92 @@ def test_reports_of_kernels_are_put_together() -> None:
     assert [(suite.get("name"), suite.get("errors")) for suite in suites] == [("k1", None), ("k2", "1")]
 
 
-@pytest.mark.parametrize("option", [("--html", "page.html"), ("--record", "all")])
-def test_what_only_one_kernel_can_have(option: tuple[str, str]) -> None:
-    """Reports that show one run are refused for several, with what to ask for instead or why."""
-    ended = CliRunner().invoke(main, ["lab", "run", "--matrix", "6.12,7.2", *option])
+@pytest.mark.parametrize("columns", [("--matrix", "6.12,7.2"), ("--configuration", "default,no-nested")])
+def test_what_only_one_column_can_have(columns: tuple[str, str]) -> None:
+    """Records of several would have the same names."""
+    ended = CliRunner().invoke(main, ["lab", "run", *columns, "--record", "all"])
     assert ended.exit_code == 2
-    assert f"{option[0]} is not for --matrix" in ended.output
+    assert "--record is not for --matrix" in ended.output
+
+
+MINE = """
+[plain]
+[npt-off]
+parameters = ["kvm_amd.npt=N"]
+cpu = ["-vgif"]
+cpus = 1
+[large]
+memory = "999999G"
+"""
+
+
+def test_a_column_for_each_kernel_and_configuration(tmp_path: Path, warm: Path) -> None:
+    """One page shows them all; each QEMU got what its column is called after."""
+    (tmp_path / "mine.toml").write_text(MINE)
+    chosen = ["--configurations", "mine.toml", "--configuration", "plain,npt-off"]
+    plans: Plans = {"6.12.9": [PASSES, PASSES], "7.2.13": [FAILS, PASSES]}
+    args = [*chosen, "--json", "o.json", "--html", "o.html", "--machines", "1"]
+    result = run(tmp_path, plans, *args)
+    assert result.returncode == 1, result.stdout + result.stderr
+    reports = json.loads((tmp_path / "o.json").read_text())["reports"]
+    names = [f"{kernel} {name}" for kernel in ("6.12.9", "7.2.13") for name in ("plain", "npt-off")]
+    assert [re.sub(r"-[0-9a-f]{8} ", " ", title) for title in reports] == names
+    hosts = [report["host"]["configuration"] for report in reports.values()]
+    assert hosts == ["plain", "npt-off (kvm_amd.npt=N, -vgif, 1 CPUs)"] * 2
+    row = next(line for line in result.stdout.splitlines() if line.strip().startswith("area/test_a.py"))
+    assert row.split()[1:] == ["pass", "pass", "fail", "pass"]
+    page = (tmp_path / "o.html").read_text()
+    assert all(title in page for title in reports)
+    for release, _ in plans.items():
+        plain, off = (
+            json.loads((tmp_path / f"plan-{release}" / f"boot-{number}").read_text())[1] for number in (0, 1)
+        )
+        assert "kvm_amd.npt=N" in off[off.index("-append") + 1].split()
+        assert off[off.index("-cpu") + 1].endswith(",-vgif,enforce")
+        assert off[off.index("-smp") + 1].startswith("1,")
+        assert "npt" not in plain[plain.index("-append") + 1]
+
+
+def test_a_configuration_without_effect_is_no_column_that_looks_tested(tmp_path: Path, warm: Path) -> None:
+    """The other column is complete, the exit status says that one is missing."""
+    (tmp_path / "mine.toml").write_text(MINE)
+    chosen = ["--configurations", "mine.toml", "--configuration", "plain,npt-off", "--machines", "1"]
+    plans: Plans = {"7.2.13": [PASSES, [["machine", {"parameters": {"kvm_amd.npt": "Y"}}, ""], *PASSES]]}
+    result = run(tmp_path, plans, *chosen, "--json", "o.json", matrix=False)
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "[npt-off] " in result.stdout
+    assert "kvm_amd.npt is Y inside, not N" in result.stdout
+    reports = json.loads((tmp_path / "o.json").read_text())["reports"]
+    assert [name for name, report in reports.items() if report] == ["plain"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--configurations", "bad.toml"], "bad.toml is no TOML: "),
+        (["--configurations", "none.toml"], "none.toml cannot be read: No such file or directory"),
+        (["--configuration", "shadow-pagin"], "no configuration shadow-pagin; did you mean shadow-paging?"),
+        (["--configuration", "default,shadow-pagin"], "did you mean shadow-paging?"),
+        (["--matrix", "7.2,7.2"], "two columns are the same: 7.2.13-"),
+    ],
+)
+def test_what_names_no_column(
+    tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], says: str
+) -> None:
+    (tmp_path / "bad.toml").write_text("[mine\n")
+    monkeypatch.chdir(tmp_path)
+    kernels.register(make_image(tmp_path / "image", "7.2.13"), "file")
+    ended = CliRunner().invoke(main, ["lab", "run", *args])
+    assert ended.exit_code == 3
+    assert says in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_the_list_of_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with what it sets and what it is for; the user's, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(MINE)
+    ended = CliRunner().invoke(main, ["lab", "configurations", "--configurations", "mine.toml"])
+    assert ended.exit_code == 0, ended.output
+    assert re.search(r"^shadow-paging +kvm_amd.npt=N\n +KVM's own copies", ended.output, re.MULTILINE)
+    assert re.search(r"^npt-off +kvm_amd.npt=N, -vgif, 1 CPUs$", ended.output, re.MULTILINE)

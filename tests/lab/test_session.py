@@ -24,6 +24,7 @@ from tests.lab.conftest import FAKE
 ROOT = Path(__file__).resolve().parents[2]
 PANIC = "---[ cut here ]---\nKernel panic - not syncing: for a test\nCall Trace:\n dummy+0x1/0x2"
 DRIVER = """
+import os
 import sys
 from pathlib import Path
 from kvmpy.lab.kernels import find
@@ -36,7 +37,8 @@ reports = ["--kvmpy-json", "out.json", "--ktap", "out.ktap", "--junitxml", "out.
 folder = Path("records") if "--record" in sys.argv else None
 if folder is not None:
     folder.mkdir()
-request = Request(Options(find(sys.argv[1])), ["selftests"], reports, sys.argv[4:], 1, limits, records=folder)
+options = Options(find(sys.argv[1]), parameters=os.environ.get("LAB_PARAMETERS", "").split())
+request = Request(options, ["selftests"], reports, sys.argv[4:], 1, limits, records=folder)
 sys.exit(run(request, lambda text: print("SAID", text, flush=True)))
 """
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from kvmpy.cli import lab as cli
 from kvmpy.cli import lab_run
-from kvmpy.lab import build, kernels, runs
+from kvmpy.lab import build, kernels, runs, softsev
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.qemu import Job, Options, command_line, prepare
 from kvmpy.lab.root import Root
@@ -38,7 +38,7 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Kernel]:
 def machine(soft_sev: bool | None, accel: str = "tcg", kernel: str | None = None) -> Options:
     """The VM of `kvmpy lab shell` with these options."""
     values: dict[str, Any] = {**defaults("lab shell"), "accel": accel, "soft_sev": soft_sev, "kernel": kernel}
-    return lab_run.machine(**values)
+    return lab_run.machine(values)
 
 
 def test_soft_sev_chooses_such_a_kernel_and_its_parameter(
@@ -48,7 +48,7 @@ def test_soft_sev_chooses_such_a_kernel_and_its_parameter(
     vm = machine(True, accel="auto")
 
     assert vm.kernel.name == "other-softsev"
-    assert tuple(vm.parameters) == ("softsev",)
+    assert tuple(vm.parameters) == softsev.PARAMETERS
     assert vm.accel == "tcg"
 
 
@@ -59,7 +59,9 @@ def test_without_it_the_other_kernel_boots_plainly(cache: list[kernels.Kernel]) 
     assert tuple(vm.parameters) == ()
 
 
-@pytest.mark.parametrize(("asked", "parameters"), [(None, ("softsev",)), (True, ("softsev",)), (False, ())])
+@pytest.mark.parametrize(
+    ("asked", "parameters"), [(None, softsev.PARAMETERS), (True, softsev.PARAMETERS), (False, ())]
+)
 def test_a_kernel_that_has_it_is_booted_with_it_unless_asked_not_to(
     asked: bool | None, parameters: tuple[str, ...], cache: list[kernels.Kernel]
 ) -> None:

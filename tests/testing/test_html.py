@@ -31,7 +31,11 @@ def a_test(name: str, verdict: Verdict = Verdict.PASS, **values: Any) -> TestVer
 
 
 def a_report(
-    *tests: TestVerdict, platform: str = "host", kernel: str = "6.18.1 x86_64", **values: Any
+    *tests: TestVerdict,
+    platform: str = "host",
+    kernel: str = "6.18.1 x86_64",
+    configuration: str = "",
+    **values: Any,
 ) -> dict[str, Any]:
     host = HostSummary(
         kernel=kernel,
@@ -43,6 +47,7 @@ def a_report(
         protections={"snp": "an AMD CPU", "cbit": "", "none": ""},
         labels={"cbit": "emulated encryption bit"},
         accelerator="tcg" if platform != "host" else "",
+        configuration=configuration,
     )
     return document(tests, host, seed=7, duration=1.5, exit_status=0, **values)
 
@@ -188,6 +193,17 @@ def test_kernels_of_one_name() -> None:
     """Two runs on one kernel are two names."""
     report = a_report(a_test("test_a"))
     assert [run["name"] for run in page_data([report, report])["runs"]] == ["6.18.1", "6.18.1 #2"]
+
+
+def test_configurations_of_one_kernel() -> None:
+    """A configuration tells runs apart, and is shown with what it sets; the default needs no word."""
+    said = ("default", "shadow-paging (kvm_amd.npt=N)", "a,<b>=1")
+    reports = [a_report(a_test("test_a"), configuration=text) for text in said]
+    data = page_data(reports)
+    assert [run["name"] for run in data["runs"]] == ["6.18.1", "6.18.1 shadow-paging", "6.18.1 a,<b>=1"]
+    text = Page(render(reports)).text
+    assert all(word in text for word in said)
+    assert page_data(reports[1:2])["runs"][0]["name"] == "6.18.1"
 
 
 def test_unknown_protection() -> None:

@@ -22,7 +22,14 @@ from kvmpy.testing.option_table import (
 from kvmpy.testing.options import chosen
 
 COMMANDS = ("run", "lab run", "lab shell", "hardware")
-TEXTS = {"seed": "0x10", "repeat": "3", "deadline": "2.5", "memory": "3G", "parameters": "kvm.a=1"}
+TEXTS = {
+    "seed": "0x10",
+    "repeat": "3",
+    "deadline": "2.5",
+    "memory": "3G",
+    "parameters": "kvm.a=1",
+    "cpu": "+la57",
+}
 
 
 def sample(option: Option) -> tuple[Any, Any]:

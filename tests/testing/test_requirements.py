@@ -55,3 +55,28 @@ def test_a_vm_type(monkeypatch: pytest.MonkeyPatch, name: str, how: str) -> None
     assert missing is not None
     assert missing.what == f"VM type {name}"
     assert how in missing.how
+
+
+@pytest.mark.parametrize(
+    ("asked", "how"),
+    [
+        ("kvm.tdp_mmu=Y", None),
+        ("kvm.tdp_mmu=1", None),
+        ("kvm.tdp_mmu", None),
+        ("kvm.tdp_mmu=N", "kvmpy lab run --configuration no-tdp-mmu, or load kvm with tdp_mmu=N, or "),
+        ("kvm.force_emulation_prefix=1", "kvmpy lab run --configuration forced-emulation, or load kvm with "),
+        ("kvm.tdp_mmu=mine", "kvmpy lab run --configuration mine, or load kvm with tdp_mmu=mine, or "),
+        ("kvm.halt_poll_ns=5", "load kvm with halt_poll_ns=5, or "),
+        ("kvm.nonesuch=1", "modprobe a kvm that has it"),
+    ],
+)
+def test_a_parameter_names_the_configuration_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str, how: str | None
+) -> None:
+    """kvmpy's own, or one of a file that the session was given."""
+    there = {"tdp_mmu": "Y", "force_emulation_prefix": "0", "halt_poll_ns": "200000"}
+    monkeypatch.setattr(host, "module_parameters", lambda module: there if module == "kvm" else {})
+    (tmp_path / "mine.toml").write_text('[mine]\nparameters = ["kvm.tdp_mmu=mine"]\n')
+    missing = Requirements([tmp_path / "mine.toml"]).missing([f"param:{asked}"])
+    assert [entry.how[: len(how or "")] for entry in missing] == ([] if how is None else [how])
+    assert all(entry.keys == (f"param:{asked.partition('=')[0]}",) for entry in missing)

@@ -9,9 +9,21 @@ from kvmpy.lab.softsev.hooks import HookError, HookList, Snapshot
 
 FOLDER = Path(__file__).resolve().parent / "kernel"
 PARAMETER = "softsev"
+# What a kernel with it is booted with: its nested page tables have four levels.
+PARAMETERS = (PARAMETER, "no5lvl")
 PLATFORM = "software AMD-SP"
 
-__all__ = ["FOLDER", "PARAMETER", "PLATFORM", "HookError", "HookList", "Snapshot", "apply", "snapshot"]
+__all__ = [
+    "FOLDER",
+    "PARAMETER",
+    "PARAMETERS",
+    "PLATFORM",
+    "HookError",
+    "HookList",
+    "Snapshot",
+    "apply",
+    "snapshot",
+]
 
 
 def apply(tree: Path, before: Snapshot | None = None) -> list[str]:

@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 
 from kvmpy import __version__
 from kvmpy.parsing import MalformedError
+from kvmpy.testing.configurations import DEFAULT
 from kvmpy.testing.html import schema
 from kvmpy.testing.json_report import SCHEMA
 from kvmpy.testing.verdicts import Verdict, counted, once
@@ -115,6 +116,7 @@ def _run(report: Mapping[str, Any], name: str) -> dict[str, Any]:
         "modules": host["vendor_modules"],
         "platform": report["platform"],
         "accelerator": host.get("accelerator", ""),
+        "configuration": host.get("configuration", ""),
         "kvm": "" if host["kvm"] else host["kvm_missing"],
         "types": host["vm_types"],
         "protections": [{"name": key, **value} for key, value in host["protections"].items()],
@@ -132,6 +134,9 @@ def _names(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     names: list[str] = []
     for report in reports:
         kernel = str(report["host"]["kernel"]).partition(" ")[0]
+        short = str(report["host"].get("configuration", "")).partition(" (")[0]
+        if len(reports) > 1 and short not in ("", DEFAULT):
+            kernel = f"{kernel} {short}"
         name = str(report.get("name") or kernel)
         if report["platform"] != "host" and len(reports) > 1:
             name = f"{name} ({report['platform']})"

@@ -36,6 +36,7 @@ class Host(msgspec.Struct):
     vm_types: list[str]
     protections: dict[str, Protection]
     accelerator: str = ""
+    configuration: str = ""
 
 
 class MapOf(msgspec.Struct):
