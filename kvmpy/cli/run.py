@@ -7,8 +7,10 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -22,6 +24,8 @@ from kvmpy.cli.options import (
     pytest_args,
 )
 from kvmpy.testing.verdicts import suite_id
+
+INTERNAL = 3
 
 
 def _say(text: str) -> None:
@@ -62,6 +66,25 @@ def _in_lab(paths: tuple[str, ...], values: Mapping[str, object], extra: list[st
         return run_tests(paths, {**values, "machines": machines, "may_build": True}, extra)
 
 
+def _with_parameters(words: Sequence[str], reload: bool, work: Callable[[], int]) -> int:
+    """Return what *work* returns, done while KVM's modules have the parameters *words*."""
+    from kvmpy.testing.guardian import Guardian
+    from kvmpy.testing.host import CONFIGURATION_VARIABLE
+    from kvmpy.testing.module_settings import SettingError
+
+    guardian = Guardian()
+    try:
+        guardian.recover(lambda text: _say(f"kvmpy run: {text}"))
+        if not words:
+            return work()
+        with guardian.parameters(words, reload=reload):
+            os.environ[CONFIGURATION_VARIABLE] = ", ".join(words)
+            return work()
+    except SettingError as error:
+        _say(f"kvmpy run: {error}")
+        return INTERNAL
+
+
 @click.command(cls=SplitCommand, epilog=PYTEST_EPILOG)
 @click.argument("paths", nargs=-1)
 @options("run")
@@ -77,6 +100,7 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None
         _say(f"kvmpy run: {why}: the selftests run in the lab")
         sys.exit(_in_lab(paths, values, extra_arguments(ctx)))
     kept = values.pop("journal")
+    parameters = cast(tuple[str, ...], values["parameters"])
     args = [*pytest_args(paths, values, lambda remark: _say(f"kvmpy run: {remark}")), *extra_arguments(ctx)]
     # Compiled tests are kept out of the installed package.
     if (cache := caches.own("pycache")) is not None:
@@ -91,7 +115,8 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None
     if values["listing"]:
         code = _list([*args, "--collect-only", "-q"])
     else:
-        code = guarded(lambda: supervise(args, _say, kept=kept if isinstance(kept, Path) else None))
+        work = partial(supervise, args, _say, kept=kept if isinstance(kept, Path) else None)
+        code = _with_parameters(parameters, bool(values["reload"]), lambda: guarded(work))
     if code == NOTHING_SELECTED:
         _say("kvmpy run: no test matches")
     sys.exit(code)
