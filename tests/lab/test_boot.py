@@ -237,3 +237,72 @@ def test_commands_in_the_shell(kernel: Kernel) -> None:
     )
     assert f"Linux version {kernel.release}" in result.stdout, result.stderr
     assert re.search(r"[1-9]\d* passed", result.stdout), result.stdout
+
+
+def lab_run(kernel: Kernel, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvmpy", "lab", "run", "--kernel", kernel.name, "--accel", "tcg", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
+
+
+def test_settings_are_so_inside(tmp_path: Path, kernel: Kernel) -> None:
+    """CPUs, nodes, memory, flags and parameters of every kind at once."""
+    (tmp_path / "mine.toml").write_text(
+        '[mine]\nparameters = ["kvm.tdp_mmu=N", "kvm.nx_huge_pages=force", "transparent_hugepage=never"]\n'
+        'optional = ["kvm.nonesuch=1"]\ncpu = ["-vgif", "-umip", "+la57"]\n'
+        'cpus = 3\nnodes = 3\nmemory = "1G"\nsoft-sev = false\n'
+    )
+    chosen = ["--configurations", str(tmp_path / "mine.toml"), "--configuration", "mine"]
+    target = tmp_path / "out.json"
+    result = lab_run(
+        kernel, *chosen, "--protection", "none", "--json", str(target), "harness/test_counter.py"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = json.loads(target.read_text())["host"]["configuration"]
+    assert said.startswith("mine (kvm.tdp_mmu=N, kvm.nx_huge_pages=force, ")
+
+
+def test_settings_without_effect_are_named(kernel: Kernel) -> None:
+    """All of them, the nearest name, and the kernel's own words."""
+    words = ["kvm.halt_poll_ns=abc", "kvm.tdp_mu=N", "no5lv", "nr_cpus=1"]
+    result = lab_run(
+        kernel, *(word for text in words for word in ("--param", text)), "harness/test_counter.py"
+    )
+    assert result.returncode == 3, result.stdout + result.stderr
+    for says in (
+        "kvm.halt_poll_ns is 200000 inside, not abc",
+        "the kernel inside has no parameter kvm.tdp_mu; did you mean kvm.tdp_mmu?",
+        "the kernel does not know no5lv",
+        "there are 1 CPUs inside, not 2",
+        "the kernel says: ",
+        "invalid for parameter",
+    ):
+        assert says in result.stdout
+    assert "passed" not in result.stdout
+
+
+def test_parameters_of_a_real_kernel_are_set_for_a_run(tmp_path: Path, kernel: Kernel) -> None:
+    """What `kvmpy run` does on a host, on one that may be touched; a built-in module is not loaded anew."""
+    (tmp_path / "test_own.py").write_text(
+        "from pathlib import Path\n\ndef test_value():\n"
+        "    assert Path('/sys/module/kvm/parameters/halt_poll_ns').read_text() == '7\\n'\n"
+    )
+    run = f"kvmpy run {tmp_path / 'test_own.py'} --param"
+    show = "cat /sys/module/kvm/parameters/halt_poll_ns; ls /run/kvmpy"
+    commands = f"{show}; {run} kvm.halt_poll_ns=7; {show}; {run} kvm.tdp_mmu=N --reload; "
+    commands += f"{run} kvm.halt_poll_ns=abc; {show}"
+    result = subprocess.run(
+        [sys.executable, "-m", "kvmpy", "lab", "shell", "--kernel", kernel.name, "--", "sh", "-c", commands],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=850,
+        check=False,
+    )
+    output = result.stdout.replace("\r", "")
+    assert "1 passed" in output, output
+    assert output.count("\n200000\n") == 3, output
+    assert "parameters.json" not in output
+    assert "configuration kvm.halt_poll_ns=7" in output
+    assert "kvm.tdp_mmu can be set on the kernel's command line only: kvm is built in" in output
+    assert "kvm.halt_poll_ns=abc is refused: Invalid argument" in output
