@@ -146,7 +146,7 @@ def plan(modules: Modules, words: Iterable[str], *, reload: bool) -> Plan:
                 raise SettingError(f"{name}: no module {module} is loaded{nearest(module, modules.loaded())}")
             hint = nearest(parameter, there).replace("mean ", f"mean {module}.")
             raise SettingError(f"{module} has no parameter {name}{hint}")
-        if is_value(name, value, there[parameter]):
+        if value != "auto" and is_value(name, value, there[parameter]):
             continue
         if modules.writable(module, parameter):
             written[name] = value

@@ -85,6 +85,13 @@ def test_what_is_so_already_needs_nobody(host: Host) -> None:
     assert host.log() == []
 
 
+def test_a_value_that_the_kernel_decides_on_is_written(host: Host) -> None:
+    """What sysfs shows tells not whether it was said before."""
+    with host.guardian().parameters(["kvm.nx_huge_pages=auto"], reload=False):
+        assert host.changes() == {"kvm.nx_huge_pages": "auto"}
+    assert host.changes() == {}
+
+
 @pytest.mark.parametrize(
     ("words", "changes", "log"),
     [
