@@ -36,10 +36,11 @@ def test_ring_3_reads_the_port(make_vm: MakeVm) -> None:
 
 
 @opened
+@pytest.mark.requires("KVM_CAP_PMU_CAPABILITY")
 def test_ring_3_reads_the_pseudo_counters(make_vm: MakeVm) -> None:
     """RDPMC of the host's TSC works though CR4.PCE is 0, and grows; of another counter it is #GP.
 
-    arch/x86/kvm/pmu.c, kvm_pmu_rdpmc_vmware().
+    arch/x86/kvm/pmu.c, kvm_pmu_rdpmc(), which refuses a guest without a PMU first.
     """
     agent = Agent(make_vm(AGENT).vcpus[0])
     first, second = (agent.must(RDPMC, ring=3, rcx=HOST_TSC).edx_eax for _ in range(2))

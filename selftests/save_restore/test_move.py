@@ -117,6 +117,7 @@ def test_an_illegal_state_is_refused(mover: Mover) -> None:
         mover.move(vm, without_protection)
 
 
+@pytest.mark.requires("param:kvm.ignore_msrs=N")
 def test_an_msr_that_the_new_vcpu_lacks_is_named(mover: Mover) -> None:
     """Restoring an MSR that KVM does not know is an error that names it, not a silent loss.
 
