@@ -45,6 +45,7 @@ olddefconfig:
 bzImage:
 \t@$(if $(wildcard broken),echo 'x.c:1:2: error: broken on purpose'; false,true)
 \t@$(if $(wildcard full),echo 'x.c: fatal error: cannot write: No space left on device'; false,true)
+\t@$(if $(wildcard endless),sleep 100,true)
 \t@mkdir -p $(O)/arch/x86/boot && cp image $(O)/arch/x86/boot/bzImage
 """
 DRIVER = """
@@ -218,6 +219,11 @@ def test_what_is_not_the_tree_s_fault_stops_git(tree: Tree, args: tuple[str, ...
     assert code == status, text
 
 
+def test_a_kernel_without_the_parameter_is_skipped(tree: Tree) -> None:
+    code, text = tree.run("selftests", "--param", "kvm.no_such=1")
+    assert (code, "has no parameter kvm.no_such" in text) == (125, True), text
+
+
 def test_no_tree_and_no_qemu_stop_git(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     tree.qemu.unlink()
     tools_there = tree.folder / "bin"
@@ -231,9 +237,20 @@ def test_no_tree_and_no_qemu_stop_git(tree: Tree, monkeypatch: pytest.MonkeyPatc
     assert (code, "is not a Linux source tree" in text) == (131, True), text
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_interrupts_stops_git(tree: Tree, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "during", "status"),
+    [
+        (signal.SIGINT, "compiling", 130),
+        (signal.SIGTERM, "compiling", 143),
+        (signal.SIGHUP, "compiling", 129),
+        (signal.SIGINT, "test_a.py", 130),
+        (signal.SIGTERM, "test_a.py", 130),
+    ],
+)
+def test_who_interrupts_stops_git(tree: Tree, number: signal.Signals, during: str, status: int) -> None:
     tree.becomes("hanging")
+    if during == "compiling":
+        (tree.root / "endless").touch()
     with subprocess.Popen(
         tree.command("selftests", "--verbose"),
         cwd=tree.folder,
@@ -244,13 +261,13 @@ def test_who_interrupts_stops_git(tree: Tree, number: signal.Signals) -> None:
     ) as child:
         assert child.stdout is not None
         text = ""
-        while "test_a.py" not in text:
+        while during not in text:
             line = child.stdout.read(1)
             assert line, text
             text += line
         child.send_signal(number)
         rest, _ = child.communicate(timeout=60)
-    assert child.returncode == 130, text + rest
+    assert child.returncode == status, text + rest
 
 
 def test_a_history_is_bisected(tree: Tree) -> None:
