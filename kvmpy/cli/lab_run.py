@@ -130,7 +130,7 @@ def _request(vm: Options, paths: tuple[str, ...], values: Mapping[str, Any], ext
     records = Path(values["record_dir"] or RECORD_FOLDER).absolute() if values["record"] else None
     inside = pytest_args(paths, {**values, "record_dir": records}, say, "inside")
     return Request(
-        vm,
+        replace(vm, snapshots=vm.accel == "tcg" and not values["fresh_boot"]),
         inside,
         pytest_arguments({**values, "brief": not values["verbose"]}, "host"),
         [*extra, *pytest_arguments({"evidence": bool(values["html"])})],

@@ -80,6 +80,10 @@ class Host(_Event, frozen=True):
                 yield f"the kernel inside has no parameter {name}{hint.replace('mean ', f'mean {module}.')}"
 
 
+class Frozen(_Event, frozen=True):
+    """The machine waits for its run, as a snapshot of it will."""
+
+
 class Ready(_Event, frozen=True):
     """It wants the share *number*."""
 
@@ -169,6 +173,7 @@ class End(_Event, frozen=True):
 
 Event = Union[
     Host,
+    Frozen,
     Ready,
     Collected,
     Done,

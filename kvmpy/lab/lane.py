@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -13,8 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvmpy.lab.events import Event
-from kvmpy.lab.qemu import Job, Machine, Options, excerpt, prepare
+from kvmpy.lab import places, snapshots
+from kvmpy.lab.errors import LabError
+from kvmpy.lab.events import BadEventError, Event
+from kvmpy.lab.kernels import Say
+from kvmpy.lab.qemu import SHARES, Job, Machine, Options, Start, command_line, excerpt, prepare
+from kvmpy.lab.root import Root
 from kvmpy.lab.work import Share
 from kvmpy.testing.host import ACCELERATOR_VARIABLE
 
@@ -45,8 +50,13 @@ class Running:
 class Lane:
     """A machine that boots as often as needed; *number* tells it from the others of the run."""
 
-    def __init__(self, number: int, options: Options, job: Job, folder: Path, limits: Limits) -> None:
+    def __init__(
+        self, number: int, options: Options, job: Job, folder: Path, limits: Limits, say: Say
+    ) -> None:
         self.number = number
+        self._say = say
+        self._fresh: Path | None = None
+        self._resumed: Path | None = None
         self.options = options
         self.folder = folder
         self.boots = 0
@@ -68,6 +78,7 @@ class Lane:
         self.nonsense = ""
         self.asked = 0
         self.progress = 0
+        self._spoke = False
         self._heard = time.monotonic()
 
     # ---- the machine
@@ -81,26 +92,100 @@ class Lane:
                 shutil.copy(console, self.folder / f"console-{self.boots}")
         shutil.rmtree(self.folder / "job", ignore_errors=True)  # with the answers of an earlier boot
         self.boots += 1
+        if self._resumed is not None and self.resumed_in_vain:
+            self._say("a snapshot that is resumed does not run: it is removed")
+            snapshots.remove(self._resumed)
+        self._start()
+
+    @property
+    def resumed_in_vain(self) -> bool:
+        """Whether this boot resumed a snapshot, and its session has said nothing."""
+        return self._resumed is not None and not self._spoke
+
+    def _start(self) -> None:
+        """Start QEMU: resume a snapshot, or boot a machine that is to become one, or that runs the job."""
         self._reset()
-        environment = {**self._job.environment, ACCELERATOR_VARIABLE: self.options.accel}
+        self._resumed = None
+        environment = {
+            **self._job.environment,
+            ACCELERATOR_VARIABLE: self.options.accel,
+            places.SEED_VARIABLE: secrets.token_hex(32),
+        }
         prepare(self.folder, replace(self._job, environment=environment))
-        self.machine = Machine(self.options, self.folder, self._job.root)
+        root = self._job.root
+        if self.options.snapshots and len(root.shares) <= SHARES:
+            try:
+                self._start_session(root)
+                return
+            except (LabError, OSError) as error:
+                # Nothing of it is needed for a run.
+                self._say(f"without a snapshot: {error}")
+                self.stop()
+                self.options = replace(self.options, snapshots=False)
+                self._start()
+                return
+        start = Start(self.folder / snapshots.INITRAMFS)
+        snapshots.write_initramfs(start.initramfs, root, session=False)
+        self.machine = Machine(self.options, self.folder, root, start)
+
+    def _start_session(self, root: Root) -> None:
+        self._resumed = snapshots.find(self._snapshot())
+        if self._resumed is None:
+            self._fresh = snapshots.begin()
+            snapshots.write_initramfs(self._fresh / snapshots.INITRAMFS, root, session=True)
+        else:
+            # What the kernel said when it booted goes before what it says now.
+            shutil.copy(self._resumed / snapshots.CONSOLE, self.folder)
+        folder = self._resumed or self._fresh
+        if folder is not None:
+            start = Start(folder / snapshots.INITRAMFS, folder, self._resumed is not None)
+            self.machine = Machine(self.options, self.folder, root, start)
+
+    def _snapshot(self) -> str:
+        # The same for all runs, wherever the kernel lies.
+        here = Path("/")
+        command = command_line(self.options, here, Root(here, ()), Start(here, here))
+        command.remove(str(self.options.kernel.image))
+        return snapshots.key(self.options.kernel.sha256, command, self._job.root)
+
+    def freeze(self) -> None:
+        """Keep the machine, which waits for its run, as a snapshot, and resume that for this run."""
+        if self.machine is None or self._fresh is None:
+            raise BadEventError("a machine that does not become a snapshot is frozen")
+        try:
+            self.machine.save()
+            self.machine.stop()
+            shutil.copy(self.folder / snapshots.CONSOLE, self._fresh)
+            snapshots.keep(self._fresh, self._snapshot())
+            self._fresh = None
+        except (LabError, OSError) as error:
+            self._say(f"no snapshot could be kept: {error}")
+            self.options = replace(self.options, snapshots=False)
+        self.stop()
+        self._start()
 
     def stop(self) -> None:
         """End QEMU, if it runs."""
         if self.machine is not None:
             self.machine.stop()
+        if self._fresh is not None:
+            snapshots.remove(self._fresh)
+            self._fresh = None
 
     def events(self) -> Iterator[Event]:
         """Yield what the session inside has said since the last call; nothing once it said what is no event.
 
         BadEventError for that one.
         """
-        if self.machine is None or self.nonsense:
+        machine = self.machine
+        if machine is None or self.nonsense:
             return
-        for event in self.machine.events():
+        for event in machine.events():
+            self._spoke = True
             self._heard = time.monotonic()
             yield event
+            if self.machine is not machine:
+                return  # its journal is another's now
 
     def owns(self, nodeid: str) -> bool:
         """Whether the test is one of the shares that this machine has."""

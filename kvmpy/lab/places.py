@@ -12,6 +12,10 @@ from kvmpy.lab.errors import LabError
 MIB = 1 << 20
 # Inside, where the folder with job and shares is to be seen.
 INSIDE = "/run/kvmpy/job"
+# In that folder: where each share belongs, by its tag.
+SHARES_FILE = "shares.json"
+# Random bytes in hexadecimal, for a machine that is one of several resumed from one snapshot.
+SEED_VARIABLE = "KVMPY_LAB_SEED"
 
 
 def cache() -> Path:

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmpy.lab import tools
+from kvmpy.lab import places, snapshots, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import MAX_LINE, BadEventError, Event, parse
 from kvmpy.lab.kernels import Kernel
 from kvmpy.lab.process import end_group
 from kvmpy.lab.readback import feature
-from kvmpy.lab.root import MOUNT_FLAGS, Root, tag
+from kvmpy.lab.root import JOB_TAG, Root, tag
 from kvmpy.owned import dies_with_parent
 from kvmpy.testing.configurations import nearest
 
@@ -38,6 +41,8 @@ _TROUBLE = re.compile(
     r"|INFO: possible |INFO: suspicious |possible circular locking|self-detected stall|blocked for more than"
 )
 EXCERPT_LINES = 60
+# How many exported folders a machine has room for; a snapshot's machine has them all.
+SHARES = 14
 _MAX_TEXT = 64 << 20
 
 
@@ -47,7 +52,8 @@ class Options:
 
     ``parameters`` are for the kernel's command line, those of modules as ``kvm_amd.npt=0``; not every kernel
     has the ``optional`` ones. ``cpu`` are flags such as ``+la57``. ``nodes`` None: two NUMA nodes, or one for
-    one CPU. ``configuration`` is what reports call all that.
+    one CPU. ``configuration`` is what reports call all that. With *snapshots* a machine that has booted is
+    kept, and resumed where there is one.
     """
 
     kernel: Kernel
@@ -59,6 +65,7 @@ class Options:
     cpu: Sequence[str] = ()
     nodes: int | None = None
     configuration: str = ""
+    snapshots: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,27 +124,44 @@ def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _nodes(options: Options) -> list[str]:
-    """Return the words for NUMA nodes, each with its part of memory and CPUs; none for one node."""
+@dataclass(frozen=True)
+class Start:
+    """How a machine starts: from *initramfs*; with *memory* that of the guest is files in that folder.
+
+    *resumes*: what is in them stays as it is, and the machine waits for the state of its devices.
+    """
+
+    initramfs: Path
+    memory: Path | None = None
+    resumes: bool = False
+
+
+def _memory(options: Options, start: Start) -> list[str]:
+    """Return the words for the memory, and for NUMA nodes, each with its part of memory and CPUs."""
     nodes = options.nodes or min(2, options.cpus)
-    if nodes == 1:
-        return []
     words = []
     for node in range(nodes):
         first, end = (options.cpus * number // nodes for number in (node, node + 1))
-        start, stop = (options.memory * number // nodes for number in (node, node + 1))
+        begin, stop = (options.memory * number // nodes for number in (node, node + 1))
+        kind = "memory-backend-ram"
+        if start.memory is not None:
+            share = "off" if start.resumes else "on"
+            kind = f"memory-backend-file,mem-path={_escaped(start.memory / f'memory{node}')},share={share}"
+        words += ["-object", f"{kind},id=node{node},size={stop - begin}M"]
         cpus = f",cpus={first}-{end - 1}" if end > first else ""
-        words += ["-object", f"memory-backend-ram,id=node{node},size={stop - start}M"]
         words += ["-numa", f"node,nodeid={node},memdev=node{node}{cpus}"]
-    return words
+    return words if nodes > 1 else [*words[:2], "-machine", "memory-backend=node0"]
 
 
-def command_line(options: Options, folder: Path, root: Root, *, interactive: bool = False) -> list[str]:
-    """Return the command that boots; *folder* holds the job, and gets console, journal and output."""
-    append = (
-        f"console=ttyS0 root=/dev/root rootfstype=9p rootflags={MOUNT_FLAGS} ro init=/init "
-        f"panic=-1 oops=panic loglevel=5 {_TSC} {_TIMER}"
-    )
+def command_line(
+    options: Options, folder: Path, root: Root, start: Start, *, interactive: bool = False
+) -> list[str]:
+    """Return the command that boots; *folder* holds the job, and gets console, journal and output.
+
+    A machine that is resumed has the devices of the one that was saved: what differs between runs may be
+    paths, and nothing else.
+    """
+    append = f"console=ttyS0 rdinit=/init panic=-1 oops=panic loglevel=5 {_TSC} {_TIMER}"
     append = " ".join([append, *options.parameters, *options.optional])
     command = [
         tools.QEMU,
@@ -150,28 +174,36 @@ def command_line(options: Options, folder: Path, root: Root, *, interactive: boo
     ]
     # A socket for each CPU: a cache that CPUs of two nodes shared would be a warning.
     command += ["-smp", f"{options.cpus},sockets={options.cpus},cores=1,threads=1"]
-    command += ["-m", f"{options.memory}M", *_nodes(options), "-no-reboot", "-display", "none"]
+    command += ["-m", f"{options.memory}M", *_memory(options, start), "-no-reboot", "-display", "none"]
     command += ["-nodefaults", "-no-user-config", "-kernel", str(options.kernel.image), "-append", append]
-    exports = [("/dev/root", root.folder), ("kvmpyjob", folder / "job")]
+    command += ["-initrd", str(start.initramfs)]
+    exports = [(JOB_TAG, folder / "job")]
     exports += [(tag(number), share) for number, share in enumerate(root.shares)]
-    for mount_tag, path in exports:
-        name = mount_tag.rpartition("/")[2]
+    exports += [(tag(number), folder / "job") for number in range(len(root.shares), SHARES)]
+    for name, path in exports:
         shared = f"path={_escaped(path)},security_model=none,readonly=on,multidevs=remap"
         command += ["-fsdev", f"local,id={name},{shared}"]
-        command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={mount_tag}"]
+        command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={name}"]
     if interactive:
         # Ctrl-C goes to the shell inside.
         return [*command, "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
-    command += ["-serial", f"file:{folder / 'console'}", "-device", "virtio-serial-pci"]
+    console = f"path={_escaped(folder / 'console')},append=on"
+    command += ["-chardev", f"file,id=console,{console}", "-serial", "chardev:console"]
+    command += ["-device", "virtio-serial-pci"]
     for name in ("journal", "output"):
         command += ["-chardev", f"file,id={name},path={_escaped(folder / name)}"]
         command += ["-device", f"virtserialport,chardev={name},name=kvmpy.{name}"]
-    return command
+    if start.memory is not None:
+        command += ["-chardev", f"pipe,id=wake,path={_escaped(folder / 'wake')}"]
+        command += ["-device", "virtserialport,chardev=wake,name=kvmpy.wake"]
+    return [*command, "-incoming", "defer"] if start.resumes else command
 
 
 def prepare(folder: Path, job: Job) -> None:
     """Write the job into *folder* for a boot, and remove what an earlier boot left."""
     (folder / "job").mkdir(parents=True, exist_ok=True)
+    shares = {tag(number): str(share) for number, share in enumerate(job.root.shares)}
+    (folder / "job" / places.SHARES_FILE).write_text(json.dumps(shares), encoding="utf-8")
     (folder / "job" / "job.env").write_text(job.text(), encoding="utf-8")
     for name in ("console", "journal", "output", "qemu"):
         (folder / name).write_bytes(b"")
@@ -189,25 +221,54 @@ def excerpt(console: str) -> str:
 class Machine:
     """A running QEMU. A context manager: leaving it ends the process."""
 
-    def __init__(self, options: Options, folder: Path, root: Root) -> None:
+    def __init__(self, options: Options, folder: Path, root: Root, start: Start) -> None:
         self._folder = folder
         self._read = 0
         self._seen = 0
         self._trouble = ""
+        self._start = start
+        self._wake = -1
+        command = command_line(options, folder, root, start)
+        self._monitor, other = socket.socketpair()
+        if start.memory is not None:
+            wake = folder / "wake"
+            wake.unlink(missing_ok=True)
+            os.mkfifo(wake, 0o600)
+            self._wake = os.open(wake, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            command += ["-chardev", f"socket,id=monitor,fd={other.fileno()}"]
+            command += ["-mon", "chardev=monitor,mode=control"]
         self._errors = (folder / "qemu").open("wb")
         try:
             self._process = subprocess.Popen(
-                command_line(options, folder, root),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(other.fileno(),),
                 preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there
             )
         except OSError as error:
-            self._errors.close()
+            self._close()
             tools.need(tools.RUN, "the lab")
             raise LabError(f"{tools.QEMU} cannot be started: {error}") from error
+        finally:
+            other.close()
+        if start.resumes and start.memory is not None:
+            try:
+                snapshots.resume(self._monitor, start.memory / snapshots.STATE)
+            except LabError as error:
+                self.stop()
+                raise LabError(f"{error}; {self.complaints()}") from error
+            os.write(self._wake, b"\n")
+
+    def save(self) -> None:
+        """Stop the machine, which has its memory in files, and write down the rest of its state.
+
+        LabError when QEMU cannot.
+        """
+        if self._start.memory is not None:
+            snapshots.save(self._monitor, self._start.memory / snapshots.STATE)
 
     def __enter__(self) -> Machine:
         return self
@@ -232,7 +293,14 @@ class Machine:
         """End QEMU, if it still runs."""
         if self._process.poll() is None:
             end_group(self._process)
+        self._close()
+
+    def _close(self) -> None:
         self._errors.close()
+        self._monitor.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
 
     def events(self) -> Iterator[Event]:
         """Yield the journal's events since the last call; BadEventError for one that is none."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a lab kernel sees of this machine: a small root of its own, and the folders that a session needs.
 
-The root is a folder that is made for a run, with what the first process needs before it has mounted the rest.
-Each shared folder is an export of its own and is mounted where it is here; nothing else is exported, so that
-no mount and no kernel inside reaches more.
+The root is a folder that is made for a run, with what the first process needs before it has mounted the rest;
+a kernel gets it as an initramfs.  Each shared folder is an export of its own and is mounted where it is here;
+nothing else is exported, so that no mount and no kernel inside reaches more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 from kvmpy.lab import places
 from kvmpy.lab.errors import LabError
 
-MOUNT_FLAGS = "trans=virtio,version=9p2000.L,msize=500000,cache=loose"
+# What comes into the job's folder during the run has to be seen: no cache there.
+JOB_FLAGS = "trans=virtio,version=9p2000.L,msize=500000"
+MOUNT_FLAGS = f"{JOB_FLAGS},cache=loose"
 # Programs and libraries; links among them, as /bin is one today, stay links.
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _EMPTY = ("dev", "proc", "sys", "run", "tmp", "var", "etc", "root")
@@ -42,7 +44,7 @@ _COVERED = ("/run", "/tmp")  # noqa: S108
 # These hold more than a session's own.
 _NEVER = ("/", "/home", "/root", "/var", *_OWN, *_COVERED)
 _KEYS = (".ssh", ".gnupg", ".aws", ".netrc")
-_FIRST = ("sh", "mount")
+_FIRST = ("sh", "mount", "mkdir", "ln")
 _LIBRARY = re.compile(r"(/\S+) \(0x")
 
 
@@ -56,12 +58,22 @@ def is_private(folder: Path) -> bool:
     )
 
 
+# The folder with the job of a run, and how it is mounted.
+JOB_TAG = "kvmpyjob"
+JOB_MOUNT = f"{JOB_TAG} {places.INSIDE} 9p {JOB_FLAGS},ro,X-mount.mkdir\n"
+
+
 @dataclass(frozen=True)
 class Root:
     """The folder that becomes the root, and the folders that are mounted into it."""
 
     folder: Path
     shares: tuple[Path, ...]
+
+    @property
+    def mounts(self) -> str:
+        """Lines of an fstab that mount the shared folders."""
+        return _mounts(self.shares)
 
     def shows(self, path: Path) -> bool:
         """Whether the file at *path*, its links followed, is to be seen inside."""
@@ -114,7 +126,8 @@ class _Layout:
         shutil.copy2(source, target)
 
 
-def _libraries(programs: Sequence[str]) -> list[str]:
+def libraries(programs: Sequence[str]) -> list[str]:
+    """Return the paths, as the loader finds them, of what *programs* and shared objects are linked with."""
     result = subprocess.run(["ldd", *programs], check=False, capture_output=True, text=True, timeout=60)
     return _LIBRARY.findall(result.stdout)
 
@@ -183,7 +196,7 @@ def build(folder: Path, needed: Iterable[Path], wanted: Iterable[Path]) -> Root:
     for path in wanted:
         _place_wanted(layout, path)
     first = {name: program for name in _FIRST if (program := shutil.which(name)) is not None}
-    for file in [*first.values(), *_libraries([*first.values()])]:
+    for file in [*first.values(), *libraries([*first.values()])]:
         layout.copy(Path(file), Path(file))
     if "sh" in first:
         layout.copy(Path(first["sh"]), Path("/bin/sh"))
@@ -194,6 +207,5 @@ def build(folder: Path, needed: Iterable[Path], wanted: Iterable[Path]) -> Root:
             layout.inside(share).mkdir(parents=True, exist_ok=True)
     shutil.copy(places.files() / "init.sh", folder / "init")
     (folder / "init").chmod(0o755)
-    base = (places.files() / "fstab").read_text(encoding="utf-8")
-    (folder / "etc" / "fstab").write_text(base + _mounts(shares), encoding="utf-8")
+    shutil.copy(places.files() / "fstab", folder / "etc" / "fstab")
     return Root(folder, shares)

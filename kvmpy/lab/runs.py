@@ -21,12 +21,12 @@ import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
-from kvmpy.lab import bytecode, places, readback, records, root, softsev, tools
+from kvmpy.lab import bytecode, places, readback, records, root, snapshots, softsev, tools
 from kvmpy.lab.bisect import Ended
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
-from kvmpy.lab.qemu import Job, Options, command_line, nested_works, prepare
+from kvmpy.lab.qemu import Job, Options, Start, command_line, nested_works, prepare
 from kvmpy.lab.session import WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
 from kvmpy.testing.host import CONFIGURATION_VARIABLE, PLATFORM_VARIABLE
@@ -150,7 +150,9 @@ def run(request: Request, say: Say, judge: Callable[[Ended], int] = lambda ended
     chosen = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     suite = Path(kvmpy.__file__).resolve().parent / "testing" / "suite.ini"
     common = [*pytest_arguments({"seed": chosen}), *request.extra]
-    plugins = [*(f"-p{name}" for name in _PLUGINS), *(f"-pno:{name}" for name in _NOT)]
+    # They are imported before there is a pytest, in a session that is a snapshot.
+    known = "-Wignore:Module already imported:pytest.PytestAssertRewriteWarning"
+    plugins = [*(f"-p{name}" for name in _PLUGINS), *(f"-pno:{name}" for name in _NOT), known]
     command = [sys.executable, "-m", "pytest", *plugins, *request.inside, *common]
     sent = {"journal": "/dev/kvmpy.journal", "record_to": records.FOLDER if request.records else None}
     inside = [*command, "-p", "kvmpy.lab.inside", *pytest_arguments(sent)]
@@ -188,8 +190,10 @@ def shell(options: Options, command: Sequence[str]) -> int:
     try:
         job = _job(options, command, folder, command, interactive=True)
         prepare(folder, job)
+        start = Start(folder / snapshots.INITRAMFS)
+        snapshots.write_initramfs(start.initramfs, job.root, session=False)
         child = subprocess.Popen(
-            command_line(options, folder, job.root, interactive=True),
+            command_line(options, folder, job.root, start, interactive=True),
             preexec_fn=dies_with_parent(),  # noqa: PLW1509 - no other thread is there
         )
         try:

@@ -128,6 +128,9 @@ class LabSession:
         lane = self._add_lane()
         self._listing = self._setup.listing()
         self._until(lane, lambda: self._host is not None)
+        if lane.resumed_in_vain:
+            lane.boot()
+            self._until(lane, lambda: self._host is not None)
         if self._host is not None and not self._host.kvm and options.accel == "kvm":
             self._say("there is no usable KVM inside with -accel kvm: booting again with tcg")
             self._options = lane.options = replace(options, accel="tcg")
@@ -206,7 +209,7 @@ class LabSession:
     def _add_lane(self) -> Lane:
         number = len(self._lanes)
         folder = self._setup.folder / f"machine{number}"
-        lane = Lane(number, self._options, self._setup.job, folder, self._setup.limits)
+        lane = Lane(number, self._options, self._setup.job, folder, self._setup.limits, self._say)
         self._lanes.append(lane)
         lane.boot()
         return lane
@@ -305,6 +308,9 @@ class LabSession:
             accelerator=options.accel,
             configuration=options.configuration,
         )
+
+    def _on_frozen(self, lane: Lane, _event: events.Frozen) -> None:
+        lane.freeze()
 
     def _on_ready(self, lane: Lane, event: events.Ready) -> None:
         if event.number != lane.asked + 1:

@@ -7,7 +7,9 @@ The plan is a list of boots; each is a list of steps: ["test", name, outcome], [
 outcome, texts] leaves a record in so many pieces, too, and ["say", text] puts a line into the journal. A test
 that is not among those which the host handed out does not run; ["silent"] at the start: the kernel does not
 come up; ["machine", values, console] at the start: what it says of itself that is not as asked for, and what
-the kernel had said before.
+the kernel had said before. ["refuse"] at the start: its monitor cannot move the machine's state.
+
+A machine with a monitor becomes a snapshot, or is resumed from one where it waits for its state.
 """
 
 import base64
@@ -16,6 +18,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import time
 import zlib
@@ -24,7 +27,7 @@ from typing import Any
 
 plan = Path(os.environ["FAKE_QEMU_PLAN"])
 arguments = " ".join(sys.argv[1:])
-folder = Path(re.findall(r"-serial file:(\S+)/console", arguments)[0])
+folder = Path(re.findall(r"id=console,path=(\S+)/console", arguments)[0])
 boots = json.loads(plan.read_text())
 number = len(list(plan.parent.glob("boot-*")))
 (plan.parent / f"boot-{number}").write_text(json.dumps([os.getpid(), sys.argv[1:]]))
@@ -89,6 +92,38 @@ def share(want: int) -> dict[str, Any]:
     results: dict[str, Any] = json.loads(file.read_text())
     return results
 
+
+def serve(stream: socket.socket, *, refuse: bool) -> None:
+    """Answer the monitor's commands, until the machine is to run."""
+    stream.sendall(b'{"QMP": {"version": {"qemu": {"major": 7}, "package": ""}, "capabilities": []}}\n')
+    text = ""
+    while data := stream.recv(1 << 16):
+        text += data.decode()  # whose commands have no end but their own
+        try:
+            command = json.loads(text)
+        except ValueError:
+            continue
+        text = ""
+        status = {"status": "failed" if refuse else "completed"}
+        answer = status if command["execute"] == "query-migrate" else {}
+        name = {"id": command["id"]} if "id" in command else {}
+        stream.sendall(json.dumps({"return": answer, **name}).encode() + b"\n")
+        if command["execute"] == "migrate":
+            (Path(command["arguments"]["uri"].split()[-1])).write_text("state")
+        if command["execute"] == "cont":
+            return
+    signal.pause()
+
+
+monitor = re.findall(r"socket,id=monitor,fd=(\d+)", arguments)
+if monitor:
+    refusing = boots[number][0] == ["refuse"]
+    if "-incoming" not in sys.argv:
+        event(event="frozen")
+    elif boots[number][0][0] == "die":
+        sys.exit(boots[number][0][1])
+    stream = socket.socket(fileno=int(monitor[0]))
+    serve(stream, refuse=refusing)
 
 steps = [step for boot in boots for step in boot]
 planned = {node(step[1]) for step in steps if step[0] in ("test", "start")}

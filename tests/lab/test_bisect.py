@@ -36,6 +36,7 @@ PLANS: dict[str, list[list[list[object]]]] = {
     "dead": [[["silent"], ["console", PANIC], ["die", 0]]],
     "hanging": [[["test", "test_a", "passed"], ["start", "test_b"], ["hang"]]],
     "unstarted": [[["silent"], ["die", 1]]],
+    "lacking": [[["machine", {"parameters": {"kvm.no_such": None}}, ""], ["end"]]],
 }
 MAKEFILE = """
 tinyconfig:
@@ -99,7 +100,7 @@ class Tree:
     def command(self, *args: str) -> list[str]:
         driver = self.folder / "driver.py"
         driver.write_text(DRIVER)
-        fixed = ["lab", "run", "--source", str(self.root), "--no-soft-sev", "--accel", "tcg"]
+        fixed = ["lab", "run", "--source", str(self.root), "--no-soft-sev", "--accel", "tcg", "--fresh-boot"]
         return [sys.executable, str(driver), str(self.folder / "fragment"), *fixed, "-n", "1", *args]
 
     def environment(self) -> dict[str, str]:
@@ -220,6 +221,7 @@ def test_what_is_not_the_tree_s_fault_stops_git(tree: Tree, args: tuple[str, ...
 
 
 def test_a_kernel_without_the_parameter_is_skipped(tree: Tree) -> None:
+    tree.becomes("lacking")
     code, text = tree.run("selftests", "--param", "kvm.no_such=1")
     assert (code, "has no parameter kvm.no_such" in text) == (125, True), text
 

@@ -54,7 +54,7 @@ def start(
         "FAKE_QEMU_FOLDER": "area",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "kvmpy", "lab", "run", "--accel", "tcg"]
+    command = [sys.executable, "-m", "kvmpy", "lab", "run", "--accel", "tcg", "--fresh-boot"]
     command += ["--matrix", ",".join(plans)] if matrix else []
     # A shell starts its background jobs with SIGINT ignored.
     interrupts = signal.SIG_IGN if background else signal.default_int_handler

@@ -356,10 +356,12 @@ def test_what_is_no_tree(tmp_path: Path, cache: Path) -> None:
 def test_the_command_line_shares_read_only(image: Path, cache: Path, tmp_path: Path) -> None:
     options = qemu.Options(kernels.find(str(image)), cpus=3, memory=512)
     root = Root(tmp_path / "root", (Path("/usr"), Path("/opt/a,b")))
-    words = qemu.command_line(options, tmp_path, root)
+    words = qemu.command_line(options, tmp_path, root, qemu.Start(tmp_path / "initramfs"))
     shares = [words[index + 1] for index, word in enumerate(words) if word == "-fsdev"]
     paths = [share.split(",path=")[1].split(",security_model")[0] for share in shares]
-    assert paths == [str(root.folder), str(tmp_path / "job"), "/usr", "/opt/a,,b"]
+    job = str(tmp_path / "job")
+    # Those that a run has no folder for show one that it has anyway.
+    assert paths == [job, "/usr", "/opt/a,,b", *[job] * (qemu.SHARES - 2)]
     assert all("readonly=on" in share for share in shares)
     assert words[words.index("-smp") + 1].split(",")[0] == "3"
     assert words[words.index("-m") + 1] == "512M"
@@ -379,12 +381,16 @@ def test_two_cpus_are_two_numa_nodes(
     image: Path, cache: Path, tmp_path: Path, cpus: int, memory: int, nodes: list[tuple[str, str]]
 ) -> None:
     words = qemu.command_line(
-        qemu.Options(kernels.find(str(image)), cpus, memory), tmp_path, Root(tmp_path, ())
+        qemu.Options(kernels.find(str(image)), cpus, memory),
+        tmp_path,
+        Root(tmp_path, ()),
+        qemu.Start(tmp_path / "initramfs"),
     )
     pairs = list(itertools.pairwise(words))
     backends = [value.split(",") for name, value in pairs if name == "-object"]
     assert backends == [
-        ["memory-backend-ram", f"id=node{number}", f"size={size}"] for number, (size, _) in enumerate(nodes)
+        ["memory-backend-ram", f"id=node{number}", f"size={size}"]
+        for number, (size, _) in enumerate(nodes or [(f"{memory}M", "")])
     ]
     assert [value for name, value in pairs if name == "-numa"] == [
         f"node,nodeid={number},memdev=node{number},cpus={range_}" for number, (_, range_) in enumerate(nodes)
@@ -469,7 +475,7 @@ def test_parameters_of_modules(image: Path, cache: Path) -> None:
     values: dict[str, Any] = {**defaults("lab shell"), "kernel": str(image), "memory": 1024, "accel": "tcg"}
     parameters = ("kvm_amd.npt=0", "kvm.ignore_msrs=Y")
     options = lab_run.machine({**values, "parameters": parameters})
-    append = qemu.command_line(options, Path("/x"), Root(Path("/y"), ()))
+    append = qemu.command_line(options, Path("/x"), Root(Path("/y"), ()), qemu.Start(Path("/z")))
     words = append[append.index("-append") + 1]
     assert words.endswith(" kvm_amd.npt=0 kvm.ignore_msrs=Y")
     assert "no_timer_check" in words.split()

@@ -170,10 +170,10 @@ def test_nodes_share_cpus_and_memory(
     image: Path, cache: Path, tmp_path: Path, cpus: int, nodes: int | None, words: list[str]
 ) -> None:
     options = Options(kernels.find(str(image)), cpus, 1025, cpu=("-vgif",), nodes=nodes)
-    line = qemu.command_line(options, tmp_path, Root(tmp_path, ()))
+    line = qemu.command_line(options, tmp_path, Root(tmp_path, ()), qemu.Start(tmp_path / "initramfs"))
     assert [word.removeprefix("node,nodeid=") for word in line if word.startswith("node,")] == words
-    sizes = [int(word.rpartition("size=")[2][:-1]) for word in line if word.startswith("memory-backend")]
-    assert sum(sizes) == (1025 if words else 0)
+    sizes = [int(word.rpartition("size=")[2][:-1]) for word in line if word.startswith("memory-backend-")]
+    assert sum(sizes) == 1025
     assert line[line.index("-cpu") + 1].endswith(",-vgif,enforce")
 
 

@@ -37,8 +37,10 @@ reports = ["--kvmpy-json", "out.json", "--ktap", "out.ktap", "--junitxml", "out.
 folder = Path("records") if "--record" in sys.argv else None
 if folder is not None:
     folder.mkdir()
-options = Options(find(sys.argv[1]), parameters=os.environ.get("LAB_PARAMETERS", "").split())
-request = Request(options, ["selftests"], reports, sys.argv[4:], 1, limits, records=folder)
+extra = [word for word in sys.argv[4:] if word != "--snapshots"]
+given = os.environ.get("LAB_PARAMETERS", "").split()
+options = Options(find(sys.argv[1]), parameters=given, snapshots="--snapshots" in sys.argv)
+request = Request(options, ["selftests"], reports, extra, 1, limits, records=folder)
 sys.exit(run(request, lambda text: print("SAID", text, flush=True)))
 """
 

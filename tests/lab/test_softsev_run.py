@@ -15,7 +15,7 @@ from kvmpy.cli import lab as cli
 from kvmpy.cli import lab_run
 from kvmpy.lab import build, kernels, runs, softsev
 from kvmpy.lab.errors import LabError
-from kvmpy.lab.qemu import Job, Options, command_line, prepare
+from kvmpy.lab.qemu import Job, Options, Start, command_line, prepare
 from kvmpy.lab.root import Root
 from kvmpy.lab.softsev import HookError, log
 from kvmpy.testing.host import PLATFORM_VARIABLE
@@ -167,7 +167,7 @@ def test_the_parameter_reaches_the_kernels_command_line(tmp_path: Path) -> None:
     root = Root(tmp_path, ())
     prepare(tmp_path, Job(["true"], {}, tmp_path, root))
 
-    command = command_line(options, tmp_path, root)
+    command = command_line(options, tmp_path, root, Start(tmp_path / "initramfs"))
 
     assert command[command.index("-append") + 1].endswith(" softsev")
 

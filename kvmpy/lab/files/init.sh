@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# The first process of a lab kernel. The root is small and read-only, the host's programs come by the first
-# mount; the share "kvmpyjob" says what to run.
+# The first process of a lab kernel. The root is small, in memory, and read-only once it is set up. The host's
+# programs come by the first mount and a share says what to run; or a session waits, in memory, for its job.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp/home LANG=C.UTF-8 TERM="${TERM:-linux}"
 [ -c /dev/null ] || mount -t devtmpfs dev /dev
 mount -n -t proc proc /proc
@@ -14,15 +14,18 @@ for port in /sys/class/virtio-ports/*; do
 	read -r name <"$port/name" && ln -s "${port##*/}" "/dev/$name"
 done
 
-# Sets the environment and the command, as "$@".
-. /run/kvmpy/job/job.env
-
-# Guest programs that the host has compiled: the cache is in memory, its entries are names by content.
-if [ -d "${KVMPY_LAB_PROGRAMS:-}" ]; then
-	ln -s "$KVMPY_LAB_PROGRAMS"/[0-9a-f]* /tmp/cache/kvmpy/guest/ 2>/dev/null
+# These set the environment and the command, as "$@".
+if [ -e /etc/kvmpy-session ]; then
+	. /etc/kvmpy-session
+else
+	. /run/kvmpy/job/job.env
+	# Guest programs that the host has compiled: the cache is in memory, its entries are names by content.
+	if [ -d "${KVMPY_LAB_PROGRAMS:-}" ]; then
+		ln -s "$KVMPY_LAB_PROGRAMS"/[0-9a-f]* /tmp/cache/kvmpy/guest/ 2>/dev/null
+	fi
+	cd "$KVMPY_LAB_FOLDER" || cd /
 fi
 
-cd "$KVMPY_LAB_FOLDER" || cd /
 if [ "${KVMPY_LAB_SHELL:-}" = 1 ]; then
 	setsid -c "$@" </dev/ttyS0 >/dev/ttyS0 2>&1
 else
