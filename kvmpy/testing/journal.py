@@ -422,7 +422,7 @@ class Journal(Running):
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         """Tell who listens that there are no more tests."""
-        self.write({"event": "over" if self._path.is_file() else "end"})
+        self.write({"event": "summary" if self._path.is_file() else "end"})
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:

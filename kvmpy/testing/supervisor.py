@@ -148,7 +148,7 @@ class _Progress:
         for path in sorted(paths):
             events = self._followers.setdefault(path, journal.Follower(path)).events()
             # The session itself is telling what it knows by now.
-            over = any(event["event"] == "over" for event in events)
+            over = any(event["event"] == "summary" for event in events)
             for event in events:
                 self._take(path.name.removeprefix(self._path.name), event, told=over)
         if self._shown:
@@ -171,7 +171,7 @@ class _Progress:
             # Whoever found it dead says so.
             heartbeat.idle(lane)
             heartbeat.judged(nodeid, Verdict.LOST, event["reason"], told=True)
-        elif kind == "over":
+        elif kind == "summary":
             self._shown = False
             heartbeat.gone()
 

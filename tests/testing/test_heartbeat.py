@@ -203,7 +203,7 @@ def test_quiet_has_no_heartbeat(here: Suite) -> None:
         here.pytester.runpytest_subprocess(*arguments, timeout=100)
         events = journal.Follower(path).events()
         assert [event["heartbeat"] for event in events if event["event"] == "session"] == [told]
-        assert events[-2]["event"] == "over"
+        assert events[-2]["event"] == "summary"
         finish = next(event for event in events if event["event"] == "finish")
         assert (finish["verdict"], finish["reason"]) == (Verdict.FAIL, "assert 4 == 5")
 
@@ -375,7 +375,7 @@ def test_the_supervisor_leaves_the_terminal_to_the_summary(
     tell(event="selected", ids=["t.py::a", "t.py::b"])
     assert "now t.py::a for 0 s" in tell(event="start", nodeid="t.py::a")
     assert " t.py::a: boom\n" in tell(event="finish", nodeid="t.py::a", verdict="fail", reason="boom")
-    assert tell(event="over") == ""
+    assert tell(event="summary") == ""
     assert tell(event="end") == ""
     progress.clear()
     assert terminal.getvalue().endswith("1 failed")
@@ -383,4 +383,4 @@ def test_the_supervisor_leaves_the_terminal_to_the_summary(
     assert ERASE in tell(event="session", heartbeat=True)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"event": "finish", "nodeid": "t.py::b", "verdict": "fail"}) + "\n")
-    assert tell(event="over") == ""
+    assert tell(event="summary") == ""
