@@ -54,6 +54,11 @@ def lab() -> None:
 @click.option("--missing", is_flag=True, help="Build only if no such kernel in the cache is up to date.")
 @click.option("--soft-sev", is_flag=True, help="Add the software AMD-SP, for SEV, SEV-ES and SNP.")
 @click.option(
+    "--coverage",
+    is_flag=True,
+    help="Count what KVM executes (gcov), for lab run --coverage; booted only for that or if named.",
+)
+@click.option(
     "--config",
     "configs",
     metavar="FILE",
@@ -66,6 +71,7 @@ def build(
     kernel: Path | None,
     missing: bool,
     soft_sev: bool,
+    coverage: bool,
     configs: tuple[str, ...],
 ) -> None:
     """Put a lab kernel into the cache: from a Debian suite, a tree of your own, or a bzImage."""
@@ -75,6 +81,8 @@ def build(
 
     if configs and (kernel is not None or missing):
         raise click.UsageError("--config is for a kernel that is built now: not with --kernel or --missing")
+    if coverage and (kernel is not None or missing):
+        raise click.UsageError("--coverage is for a kernel that is built now: not with --kernel or --missing")
     extra = [places.extra_fragment(name) for name in configs]
     if sum(given is not None for given in (source, debian, kernel)) > 1:
         raise click.UsageError("--source, --debian and --kernel exclude each other")
@@ -84,9 +92,10 @@ def build(
     if kernel is not None:
         kernel_built = builds.from_image(kernel, soft_sev=soft_sev)
     elif source is not None:
-        kernel_built = builds.from_source(source, say, soft_sev=soft_sev, extra=extra)
+        kernel_built = builds.from_source(source, say, soft_sev=soft_sev, extra=extra, coverage=coverage)
     else:
-        kernel_built = builds.from_debian(debian or DEFAULT_SUITE, say, soft_sev=soft_sev, extra=extra)
+        suite = debian or DEFAULT_SUITE
+        kernel_built = builds.from_debian(suite, say, soft_sev=soft_sev, extra=extra, coverage=coverage)
     click.echo(kernel_built.name)
 
 

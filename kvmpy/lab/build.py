@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmpy.lab import debian, kconfig, kernels, places, softsev, tools, tree_copy
+from kvmpy.lab.coverage import kept
 from kvmpy.lab.errors import BuildError, LabError
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import call
@@ -61,14 +62,16 @@ def _jobs() -> int:
 class Builder:
     """Builds one tree in a folder of its own; never writes into the tree."""
 
-    def __init__(self, tree: Path, folder: Path, say: Say) -> None:
+    def __init__(self, tree: Path, folder: Path, say: Say, variables: Sequence[str] = ()) -> None:
         self._tree = tree
         self._folder = folder
         self._say = say
+        self._variables = variables
         self._log = folder / "kvmpy-build.log"
 
     def _make(self, *targets: str, seconds: float, step: str, progress: bool = False) -> None:
-        command = ["nice", "make", "-C", str(self._tree), f"O={self._folder}", f"-j{_jobs()}", *targets]
+        command = ["nice", "make", "-C", str(self._tree), f"O={self._folder}", f"-j{_jobs()}"]
+        command += [*self._variables, *targets]
         environment = os.environ | {"LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1"}
         for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "KBUILD_OUTPUT", "ARCH", "CROSS_COMPILE"):
             environment.pop(name, None)
@@ -127,6 +130,21 @@ class Builder:
         return self._folder / IMAGE
 
 
+def build_id(vmlinux: Path) -> str:
+    """Return the GNU build id of a kernel in hexadecimal, as its /sys/kernel/notes has it; empty without."""
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import NoteSection
+
+    if not vmlinux.is_file():
+        return ""
+    with vmlinux.open("rb") as stream:
+        for section in ELFFile(stream).iter_sections():
+            for note in section.iter_notes() if isinstance(section, NoteSection) else ():
+                if note["n_type"] == "NT_GNU_BUILD_ID":
+                    return str(note["n_desc"])
+    return ""
+
+
 def _options(fragments: Sequence[Path]) -> dict[str, str]:
     options: dict[str, str] = {}
     for fragment in fragments:
@@ -137,14 +155,18 @@ def _options(fragments: Sequence[Path]) -> dict[str, str]:
 class _Plan:
     """What a kernel is built with: the options, and whether the software AMD-SP is patched into its tree.
 
-    *extra* are files with options besides the lab's own, which they override.
+    *extra* are files with options besides the lab's own, which they override. With *coverage* KVM counts what
+    it executes.
     """
 
-    def __init__(self, soft_sev: bool, extra: Sequence[Path] = ()) -> None:
+    def __init__(self, soft_sev: bool, extra: Sequence[Path] = (), coverage: bool = False) -> None:
         self.soft_sev = soft_sev
-        self.extra = ", ".join(path.name for path in extra)
+        self.coverage = coverage
         self.fragments = [places.fragment()]
         self.suffix = "-softsev" if soft_sev else ""
+        if coverage:
+            extra = [places.files() / "coverage.config", *extra]
+        self.extra = ", ".join(path.name for path in extra)
         digest = hashlib.sha256()
         if soft_sev:
             folder = Path(__file__).parent / "softsev"
@@ -170,7 +192,7 @@ class _Plan:
         """Build *tree* and return the folder it was built in."""
         folder = places.cache() / "build" / f"{name}{self.suffix}"
         places.need_space(folder, _BUILD_MIB, "building the kernel")
-        builder = Builder(tree, folder, say)
+        builder = Builder(tree, folder, say, (kept.MAKE_VARIABLE,) if self.coverage else ())
         builder.configure(self.fragments)
         builder.compile()
         return folder
@@ -178,8 +200,18 @@ class _Plan:
     def build(self, tree: Path, name: str, origin: str, say: Say) -> tuple[Kernel, Path]:
         """Build *tree* and put the kernel into the cache; return it with the folder it was built in."""
         folder = self.compile(tree, name, say)
+        beside = []
+        if self.coverage:
+            beside.append(folder / kept.ARCHIVE)
+            kept.pack(tree, folder, beside[0])
         kernel_built = kernels.register(
-            folder / IMAGE, origin, folder / ".config", soft_sev=self.soft_sev, extra=self.extra
+            folder / IMAGE,
+            origin,
+            folder / ".config",
+            soft_sev=self.soft_sev,
+            extra=self.extra,
+            build_id=build_id(folder / "vmlinux"),
+            beside=beside,
         )
         return kernel_built, folder
 
@@ -211,18 +243,25 @@ def _copied(tree: Path, name: str, say: Say) -> Path:
 
 
 def from_source(
-    tree: Path, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = (), apart: Path | None = None
+    tree: Path,
+    say: Say,
+    *,
+    soft_sev: bool = False,
+    extra: Sequence[Path] = (),
+    coverage: bool = False,
+    apart: Path | None = None,
 ) -> Kernel:
     """Build a developer's own *tree*; what was compiled is kept, so that a second build takes less.
 
-    *extra* are files with kernel options besides the lab's. With *apart*, a folder, the kernel goes there and
-    not into the cache, where others would boot it. BuildError where the tree is why there is none.
+    *extra* are files with kernel options besides the lab's. With *coverage* KVM counts what it executes. With
+    *apart*, a folder, the kernel goes there and not into the cache, where others would boot it. BuildError
+    where the tree is why there is none.
     """
     tree = tree.resolve()
     if not (tree / "Kbuild").is_file() or not (tree / "arch" / "x86").is_dir():
         raise LabError(f"{tree} is not a Linux source tree")
     tools.need(tools.BUILD, "building a kernel")
-    plan = _Plan(soft_sev, extra)
+    plan = _Plan(soft_sev, extra, coverage)
     key = f"tree-{hashlib.sha256(str(tree).encode()).hexdigest()[:12]}"
     with kernels.build_lock(say):
         say(f"building {tree}")
@@ -243,14 +282,16 @@ def from_source(
     return kernels.loose(image, f"tree {tree}", soft_sev=soft_sev)
 
 
-def from_debian(suite: str, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = ()) -> Kernel:
+def from_debian(
+    suite: str, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = (), coverage: bool = False
+) -> Kernel:
     """Build the newest kernel source of a Debian suite, unless the cache has it with this configuration.
 
-    *extra* are files with kernel options besides the lab's.
+    *extra* are files with kernel options besides the lab's. With *coverage* KVM counts what it executes.
     """
     tools.need((*tools.BUILD, *tools.DEBIAN), "building a kernel")
     source = debian.Suite(suite)
-    plan = _Plan(soft_sev, extra)
+    plan = _Plan(soft_sev, extra, coverage)
     with kernels.build_lock(say):
         source.update(say)
         package = source.package()

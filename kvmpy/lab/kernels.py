@@ -13,11 +13,12 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvmpy.lab import places
+from kvmpy.lab.coverage.kept import ARCHIVE
 from kvmpy.lab.errors import LabError
 
 Say = Callable[[str], None]
@@ -36,7 +37,8 @@ class Kernel:
     """A kernel of the cache; ``config_hash`` is empty where the configuration is unknown.
 
     ``soft_sev``: it has the software AMD-SP. ``extra`` names what its configuration has besides the lab's:
-    such a kernel is booted when it is asked for by name, or when there is no other.
+    such a kernel is booted when it is asked for by name, or when there is no other. ``build_id`` is the
+    linker's, in hexadecimal, empty where it is unknown.
     """
 
     name: str
@@ -47,6 +49,13 @@ class Kernel:
     folder: Path
     soft_sev: bool = False
     extra: str = ""
+    build_id: str = ""
+
+    @property
+    def coverage(self) -> Path | None:
+        """The archive of a kernel that counts what KVM executes, None for any other."""
+        path = self.folder / ARCHIVE
+        return path if self.folder.parent == _folder() and path.is_file() else None
 
     @property
     def options(self) -> str:
@@ -117,21 +126,29 @@ def _matches(kernel: Kernel, wanted: str) -> bool:
     return kernel.release.startswith(wanted) and not kernel.release[len(wanted)].isdigit()
 
 
-def find(wanted: str | None = None, *, soft_sev: bool = False) -> Kernel:
+def find(wanted: str | None = None, *, soft_sev: bool = False, coverage: bool = False) -> Kernel:
     """Return the cached kernel of name or release *wanted* (``7.2``: the newest 7.2.x), or the newest.
 
     A path to a bzImage gives a kernel that is not in the cache. With *soft_sev* only kernels with the
-    software AMD-SP count, else those without it come first; those with further options come last. LabError
-    when there is none.
+    software AMD-SP count, else those without it come first; those with further options come last. With
+    *coverage* only those count that were built for it. LabError when there is none.
     """
     if wanted is not None and ("/" in wanted or Path(wanted).is_file()):
         image = Path(wanted).absolute()
+        if coverage:
+            raise LabError(
+                f"{image} is not in the cache: nobody knows what it counts", "kvmpy lab build --coverage"
+            )
         return loose(image, f"file {image}", soft_sev=soft_sev)
     everything = sorted(cached(), key=lambda kernel: (bool(kernel.extra), kernel.soft_sev))
     if soft_sev:
         everything = [kernel for kernel in everything if kernel.soft_sev]
+    if coverage:
+        everything = [kernel for kernel in everything if kernel.coverage]
+    kind, option = (" with the software AMD-SP", " --soft-sev") if soft_sev else ("", "")
+    if coverage:
+        kind, option = f"{kind} that counts what KVM executes", f"{option} --coverage"
     if not everything:
-        kind, option = (" with the software AMD-SP", " --soft-sev") if soft_sev else ("", "")
         raise LabError(
             f"there is no lab kernel{kind}", f"build one: kvmpy lab build{option} (7 minutes on two cores)"
         )
@@ -141,7 +158,9 @@ def find(wanted: str | None = None, *, soft_sev: bool = False) -> Kernel:
         if _matches(kernel, wanted):
             return kernel
     known = ", ".join(kernel.name for kernel in everything)
-    raise LabError(f"there is no lab kernel {wanted}", f"there are: {known}; or build it: kvmpy lab build")
+    raise LabError(
+        f"there is no lab kernel {wanted}{kind}", f"there are: {known}; or build it: kvmpy lab build{option}"
+    )
 
 
 class _Loose(Kernel):
@@ -160,9 +179,19 @@ def loose(image: Path, origin: str, *, soft_sev: bool = False) -> Kernel:
 
 
 def register(
-    image: Path, origin: str, config: Path | None = None, *, soft_sev: bool = False, extra: str = ""
+    image: Path,
+    origin: str,
+    config: Path | None = None,
+    *,
+    soft_sev: bool = False,
+    extra: str = "",
+    build_id: str = "",
+    beside: Sequence[Path] = (),
 ) -> Kernel:
-    """Copy the bzImage *image* into the cache and return its entry; one that is there already is replaced."""
+    """Copy the bzImage *image* into the cache and return its entry; one that is there already is replaced.
+
+    *beside* are further files of the entry.
+    """
     release = image_release(image)
     data = image.read_bytes()
     text = config.read_bytes() if config is not None else b""
@@ -170,7 +199,8 @@ def register(
     config_hash = hashlib.sha256(text).hexdigest()[:8] if text else ""
     name = f"{release}-{config_hash or digest[:8]}{'-softsev' if soft_sev else ''}"
     root = _folder()
-    places.need_space(root, (len(data) >> 20) + 16, "keeping the kernel")
+    size = len(data) + sum(file.stat().st_size for file in beside)
+    places.need_space(root, (size >> 20) + 16, "keeping the kernel")
     root.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
     try:
@@ -178,7 +208,9 @@ def register(
         (fresh / "bzImage").write_bytes(data)
         if text:
             (fresh / "config").write_bytes(text)
-        facts = asdict(Kernel(name, release, origin, digest, config_hash, fresh, soft_sev, extra))
+        for file in beside:
+            shutil.copy(file, fresh)
+        facts = asdict(Kernel(name, release, origin, digest, config_hash, fresh, soft_sev, extra, build_id))
         del facts["folder"]
         (fresh / "kernel.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         target = root / name

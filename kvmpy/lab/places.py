@@ -10,12 +10,17 @@ from kvmpy import caches
 from kvmpy.lab.errors import LabError
 
 MIB = 1 << 20
+# Files with options that are not for --config.
+_NOT_EXTRA = ("kernel", "coverage")
 # Inside, where the folder with job and shares is to be seen.
 INSIDE = "/run/kvmpy/job"
 # In that folder: where each share belongs, by its tag.
 SHARES_FILE = "shares.json"
 # Random bytes in hexadecimal, for a machine that is one of several resumed from one snapshot.
 SEED_VARIABLE = "KVMPY_LAB_SEED"
+
+# Inside, whether KVM's counters are wanted: of each "file" or of each "test".
+COVERAGE_VARIABLE = "KVMPY_LAB_COVERAGE"
 
 
 def cache() -> Path:
@@ -49,7 +54,7 @@ def extra_fragment(wanted: str) -> Path:
     """
     path = Path(wanted)
     own = files() / f"{wanted}.config"
-    if not path.is_file() and "/" not in wanted and wanted != "kernel" and own.is_file():
+    if not path.is_file() and "/" not in wanted and wanted not in _NOT_EXTRA and own.is_file():
         path = own
     if not path.is_file():
         raise LabError(f"no file {wanted} with kernel options", "kvmpy's own are called by name: debug")

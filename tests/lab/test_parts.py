@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from kvmpy.cli import lab as cli
 from kvmpy.cli import lab_run
 from kvmpy.lab import build, debian, kconfig, kernels, matrix, places, qemu, softsev, tools
+from kvmpy.lab.coverage import kept
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.root import Root
 from kvmpy.testing.option_table import defaults, mebibytes
@@ -258,6 +259,56 @@ def test_a_tree_is_built_outside_of_it(tree: Path) -> None:
     assert sorted(tree.rglob("*")) == before
 
 
+COUNTING = """
+FOLDERS := mm arch/x86/kernel arch/x86/kvm arch/x86/kvm/svm
+bzImage:
+\t@mkdir -p $(O)/arch/x86/boot $(addprefix $(O)/,$(FOLDERS))
+\t@cp image $(O)/arch/x86/boot/bzImage
+\t@$(foreach obj,$(FOLDERS),$(if $(GCOV_PROFILE),touch $(O)/$(obj)/x.gcno;))
+"""
+
+
+@pytest.fixture
+def counting(tree: Path) -> Path:
+    """A tree in which make's variable asks KVM's folders for counters, and no other one."""
+    (tree / "Makefile").write_text(MAKEFILE.partition("bzImage:")[0] + COUNTING)
+    (tree / "arch/x86/kvm").mkdir()
+    (tree / "arch/x86/kvm/x86.c").write_text("int x;\n")
+    return tree
+
+
+def test_a_kernel_that_counts(counting: Path) -> None:
+    plain = build.from_source(counting, lambda _: None)
+    kernel = build.from_source(counting, lambda _: None, coverage=True)
+    assert plain.coverage is None
+    assert kernel.coverage is not None
+    archive = kept.Kept(kernel.coverage)
+    assert archive.objects == ("arch/x86/kvm/svm/x", "arch/x86/kvm/x")
+    assert archive.source("arch/x86/kvm/x86.c") == "int x;\n"
+    # It boots when it is named, or for coverage.
+    assert kernels.find().name == plain.name
+    assert kernels.find(coverage=True).name == kernel.name
+    [folder] = [path for path in (places.cache() / "build").iterdir() if list(path.rglob("*.gcno"))]
+    assert not (folder / "mm" / "x.gcno").exists()
+    assert kernels.find("9.1", coverage=True).name == kernel.name
+    with pytest.raises(LabError, match=r"no lab kernel 8\.0 that counts what KVM executes"):
+        kernels.find("8.0", coverage=True)
+    with pytest.raises(LabError, match=f"{plain.name} that counts"):
+        kernels.find(plain.name, coverage=True)
+
+
+def test_a_compiler_that_does_not_count(tree: Path) -> None:
+    with pytest.raises(LabError, match="left no notes"):
+        build.from_source(tree, lambda _: None, coverage=True)
+
+
+def test_the_build_id_is_the_linkers(tmp_path: Path) -> None:
+    (tmp_path / "a.c").write_text("int main(void) { return 0; }")
+    flags = ["-Wl,--build-id=0xc0ffee", "-o", str(tmp_path / "vmlinux")]
+    subprocess.run(["gcc", str(tmp_path / "a.c"), *flags], check=True, timeout=60)
+    assert build.build_id(tmp_path / "vmlinux") == "c0ffee"
+
+
 def test_a_second_build_of_a_tree_that_is_changed(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +375,8 @@ def test_options_besides_the_lab_s(tree: Path, tmp_path: Path) -> None:
     [
         (["--config", "nothing.config"], "no file nothing.config"),
         (["--config", "kernel"], "no file kernel"),
+        (["--config", "coverage"], "no file coverage"),
+        (["--coverage", "--missing"], "not with --kernel or --missing"),
         (["--config", "empty"], "empty has no kernel option"),
         (["--config", "debug", "--missing"], "not with --kernel or --missing"),
         (["--config", "debug", "--kernel", "x"], "not with --kernel or --missing"),

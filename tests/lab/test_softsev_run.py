@@ -115,7 +115,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What was built from Debian's source, with the software AMD-SP or without; each is called "new"."""
     asked: list[bool] = []
 
-    def from_debian(suite: str, say: object, *, soft_sev: bool, extra: object = ()) -> kernels.Kernel:
+    def from_debian(
+        suite: str, say: object, *, soft_sev: bool, extra: object = (), coverage: bool = False
+    ) -> kernels.Kernel:
         asked.append(soft_sev)
         return kernel("new", soft_sev)
 
