@@ -149,10 +149,14 @@ def run_inside(ctx: click.Context, /, paths: tuple[str, ...], **values: Any) -> 
 @click.pass_context
 def interactive(ctx: click.Context, /, **values: Any) -> None:
     """Open a shell in the VM; leaving it powers the VM off."""
+    from kvmpy.lab.coverage import store
     from kvmpy.lab.runs import shell
 
     command = extra_arguments(ctx) or ["/bin/bash" if Path("/bin/bash").exists() else "/bin/sh", "-i"]
-    sys.exit(shell(machine(values), command))
+    vm = machine(values)
+    if values["coverage"] is not None:
+        store.create(values["coverage"], vm.kernel)
+    sys.exit(shell(vm, command, values["coverage"]))
 
 
 @lab.command("configurations")

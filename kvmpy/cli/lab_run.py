@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmpy.cli.options import NOTHING_SELECTED, pytest_args
+from kvmpy.cli.options import NOTHING_SELECTED, pytest_args, quick_file, selected
 from kvmpy.lab.errors import BuildError, LabError
-from kvmpy.testing import option_table
+from kvmpy.owned import OwnedFolder
+from kvmpy.testing import option_table, selection
 from kvmpy.testing.option_table import RECORD_FOLDER, command_arguments, pytest_arguments
 
 # Its own files and functions; not the copy of a tree, whose name ends in -softsev.
@@ -24,6 +25,7 @@ _SOFT_SEV = re.compile(r"(?<!-)softsev[/_.]")
 
 if TYPE_CHECKING:
     from kvmpy.lab.bisect import Ended
+    from kvmpy.lab.coverage.store import Writer
     from kvmpy.lab.kernels import Kernel
     from kvmpy.lab.qemu import Options
     from kvmpy.lab.runs import Request
@@ -71,7 +73,8 @@ def machine(values: Mapping[str, Any], built: Kernel | None = None) -> Options:
         qemu.check_flag(word)
     chosen, first = values["accel"], list[str]()
     soft_sev = base.soft_sev if values["soft_sev"] is None else values["soft_sev"]
-    booted = built or kernels.find(values["kernel"], soft_sev=bool(soft_sev))
+    counts = values.get("coverage") is not None
+    booted = built or kernels.find(values["kernel"], soft_sev=bool(soft_sev), coverage=counts)
     if booted.soft_sev and soft_sev is not False:
         # It stands for a processor without SEV: it has been tried on an emulated one only.
         chosen, first = "tcg" if chosen == "auto" else chosen, [*softsev.PARAMETERS]
@@ -103,18 +106,54 @@ def named(values: Mapping[str, Any]) -> list[Configuration]:
 
 def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
     """Run tests inside as the options *values* say, and return the exit status of the command."""
-    from kvmpy.lab.runs import run
-
     values = {**option_table.defaults("lab run"), **values}
     values["configurations"] = tuple(str(Path(name).absolute()) for name in values["configurations"])
+    if values["quick"] and values["touching"]:
+        raise click.UsageError("--quick and --touching exclude each other")
+    if values["quick"]:
+        paths, values = selected(paths, values, quick_file())
+    with OwnedFolder("selection") as folder:
+        if values["touching"]:
+            chosen = _reach(values, folder)
+            if chosen is None:
+                return NOTHING_SELECTED
+            paths, values = selected(paths, values, chosen)
+        return _run_selected(paths, values, extra)
+
+
+def _reach(values: Mapping[str, Any], folder: Path) -> Path | None:
+    """Return a file in *folder* with the tests that reach a change, None if there are none; tell about it."""
+    from kvmpy.lab.coverage import changes, choice, maps
+    from kvmpy.lab.coverage.store import Coverage
+
+    source = values["coverage_map"]
+    if source is None:
+        raise click.UsageError("--touching needs --coverage-map: which tests reach what")
+    known = maps.of_folder(Coverage(source)) if source.is_dir() else maps.read(source)
+    changed = changes.change(values["touching"], Path(values["source"] or "."))
+    found = choice.touching(known, changes.touched(changed))
+    for line in found.lines():
+        say(line)
+    if not found.tests:
+        return None
+    target = folder / "tests"
+    selection.write(target, [test.id for test in found.tests], values["touching"])
+    return target
+
+
+def _run_selected(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
+    from kvmpy.lab.runs import run
+
     if values["source"] is not None:
         return _run_source(paths, values, extra)
     wanted = named(values)
     several = bool(values["matrix"]) or len(wanted) > 1
     if values["record"] and several:
         raise click.UsageError("--record is not for --matrix: the columns' records would have the same names")
+    if values["coverage"] and several:
+        raise click.UsageError("--coverage is not for --matrix: a folder has the coverage of one kernel")
     if values["may_build"] and not values["kernel"] and not values["matrix"]:
-        _build_if_none(values["soft_sev"])
+        _build_if_none(values["soft_sev"], coverage=values["coverage"] is not None)
     if several:
         return _run_matrix(paths, values, wanted, extra)
     code = run(_request(machine(values), paths, values, extra), say)
@@ -138,6 +177,8 @@ def _request(vm: Options, paths: tuple[str, ...], values: Mapping[str, Any], ext
         Limits(total=values["timeout"]),
         values["machines"] or machines(vm.memory),
         records,
+        coverage_writer(values["coverage"], vm),
+        values["coverage_by"] == "test",
     )
 
 
@@ -231,19 +272,35 @@ def _run_matrix(
     return run_matrix(columns, matrix_arguments(paths, values), extra, targets, at_once, say)
 
 
-def _build_if_none(soft_sev: bool | None) -> None:
+def coverage_writer(folder: Path | None, vm: Options) -> Writer | None:
+    """Return what adds to *folder* what is counted in *vm*, None without a folder."""
+    if folder is None:
+        return None
+    from kvmpy.lab.coverage import store
+
+    store.create(folder, vm.kernel)
+    return store.Writer(folder, store.OWN_SUITE, vm.parameters)
+
+
+def _build_if_none(soft_sev: bool | None, *, coverage: bool = False) -> None:
     """Build a kernel of the wanted kind; when any will do, one that can be both, where the hooks fit."""
     from kvmpy.lab import build as builds
     from kvmpy.lab import kernels
     from kvmpy.lab.debian import DEFAULT_SUITE
 
-    if builds.present(bool(soft_sev)):
+    if coverage:
+        if any(kernel.coverage and (kernel.soft_sev or not soft_sev) for kernel in kernels.cached()):
+            return
+    elif builds.present(bool(soft_sev)):
         return
-    if any(kernel.serves(bool(soft_sev)) for kernel in kernels.cached()):
+    if not coverage and any(kernel.serves(bool(soft_sev)) for kernel in kernels.cached()):
         say("the lab kernel is outdated: building one, which takes some minutes (without --build it will do)")
     else:
         say("there is no lab kernel yet: building one, which takes some minutes")
-    _as_it_fits(soft_sev, lambda wanted: builds.from_debian(DEFAULT_SUITE, say, soft_sev=wanted))
+    _as_it_fits(
+        soft_sev,
+        lambda wanted: builds.from_debian(DEFAULT_SUITE, say, soft_sev=wanted, coverage=coverage),
+    )
 
 
 def matrix_arguments(paths: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ COMMANDS = {
     "abi": "show the KVM ABI that kvmpy uses, or check it against kernel headers",
     "bench": "measure the overhead of kvmpy against plain C",
     "compare": "tell what is new between JSON reports: failures, losses, skips, slower tests",
+    "coverage": "show which lines of KVM the tests execute, and which none does",
     "decode": "decode ioctls, structs, exits, error codes, MSRs, CPUID, and SEV values and pages",
     "doctor": "show which protections this host supports, and what the others need",
     "encode": "encode names and fields as numbers and bytes, for decode or a C program",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 import kvmpy
-from kvmpy.testing import naming, option_table
+from kvmpy.testing import naming, option_table, selection
 from kvmpy.testing.option_table import Between, Option
 
 NOTHING_SELECTED = 5
@@ -99,6 +99,25 @@ def targets(paths: tuple[str, ...], suite: Path) -> naming.Targets:
         return naming.targets(paths, suite, Path.cwd())
     except naming.NamingError as error:
         raise click.BadParameter(str(error), param_hint="PATHS") from None
+
+
+def selected(
+    paths: tuple[str, ...], values: Mapping[str, Any], chosen: Path
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return paths and values for a run of the tests that a file names, within *paths* if given."""
+    try:
+        ids = selection.read(chosen)
+    except selection.SelectionError as error:
+        raise click.ClickException(str(error)) from None
+    return paths or tuple(selection.files(ids)), {**values, "select": chosen.absolute()}
+
+
+def quick_file() -> Path:
+    """Return the file of the tests that ``--quick`` runs."""
+    try:
+        return selection.quick_file()
+    except selection.SelectionError as error:
+        raise click.ClickException(str(error)) from None
 
 
 def pytest_args(

@@ -22,6 +22,8 @@ from kvmpy.cli.options import (
     extra_arguments,
     options,
     pytest_args,
+    quick_file,
+    selected,
 )
 from kvmpy.testing.verdicts import suite_id
 
@@ -99,6 +101,8 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None
             raise click.UsageError(f"--timeline cannot be written in the lab, and {why}")
         _say(f"kvmpy run: {why}: the selftests run in the lab")
         sys.exit(_in_lab(paths, values, extra_arguments(ctx)))
+    if values["quick"]:
+        paths, values = selected(paths, values, quick_file())
     kept = values.pop("journal")
     parameters = cast(tuple[str, ...], values["parameters"])
     args = [*pytest_args(paths, values, lambda remark: _say(f"kvmpy run: {remark}")), *extra_arguments(ctx)]

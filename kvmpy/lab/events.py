@@ -144,6 +144,21 @@ class Record(_Event, frozen=True):
     data: str
 
 
+class Objects(_Event, frozen=True):
+    """The objects of the kernel that count what they execute."""
+
+    names: list[Name]
+    suite: Annotated[str, msgspec.Meta(max_length=100)] = ""
+
+
+class Counted(_Event, frozen=True):
+    """What a test, or a file of tests, executed: its counters, packed and in base64."""
+
+    test: Name
+    data: str
+    seconds: Seconds = 0.0
+
+
 class Program(_Event, frozen=True):
     """A guest program that is to be compiled."""
 
@@ -182,6 +197,8 @@ Event = Union[
     Report,
     Uncollected,
     Record,
+    Objects,
+    Counted,
     Program,
     Uncompiled,
     Exit,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Generator
 from dataclasses import asdict
@@ -15,7 +16,8 @@ import pytest
 
 from kvmpy.guest import postmortem, program
 from kvmpy.lab import bytecode, programs, readback, records
-from kvmpy.lab.places import INSIDE
+from kvmpy.lab.coverage.counters import Collector
+from kvmpy.lab.places import COVERAGE_VARIABLE, INSIDE
 from kvmpy.lab.softsev import log
 from kvmpy.testing import host
 from kvmpy.testing.journal import Journal
@@ -36,6 +38,7 @@ class Worker:
         self._conftests: dict[Path, object] = {}
         self._collected: set[Path] = set()
         self._uncollected: list[pytest.CollectReport] = []
+        self._collector: Collector | None = None
         self._later = [*postmortem.IMPORTED_LATER, "kvmpy.testing.evidence"]
 
     @pytest.hookimpl(tryfirst=True)
@@ -44,6 +47,8 @@ class Worker:
         program.elsewhere = lambda key, recipe: programs.ask(
             self._journal.write, self._folder / "programs", key, recipe
         )
+        if counted := os.environ.get(COVERAGE_VARIABLE):
+            self._collector = Collector(self._journal.write, by_test=counted == "test")
         self._journal.write({"event": "host", "summary": asdict(host.summarize()), **readback.read()})
 
     def pytest_sessionfinish(self) -> None:
@@ -96,19 +101,27 @@ class Worker:
             leak_check: Any = session.config.pluginmanager.get_plugin("kvmpy-leaks")
             with leak_check.collecting():
                 items = self._collect(session, share)
+            if self._collector is not None:
+                self._collector.begin()
             self._journal.write({"event": "collected", "number": number, "ids": [i.nodeid for i in items]})
             for index, item in enumerate(items):
                 following = items[index + 1] if index + 1 < len(items) else None
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if RECORD in item.stash:
                     records.send(self._journal.write, item.stash[RECORD])
+                if self._collector is not None:
+                    self._collector.over(item.nodeid)
                 self._journal.write({"event": "over"})
                 while self._import_one():
                     pass
+                if self._collector is not None and (session.shouldfail or session.shouldstop):
+                    self._collector.done()
                 if session.shouldfail:
                     raise session.Failed(session.shouldfail)
                 if session.shouldstop:
                     raise session.Interrupted(session.shouldstop)
+            if self._collector is not None:
+                self._collector.done()
             self._journal.write({"event": "done", "number": number})
             number += 1
 

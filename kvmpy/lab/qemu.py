@@ -186,11 +186,11 @@ def command_line(
         command += ["-device", f"virtio-9p-pci,fsdev={name},mount_tag={name}"]
     if interactive:
         # Ctrl-C goes to the shell inside.
-        return [*command, "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
-    console = f"path={_escaped(folder / 'console')},append=on"
-    command += ["-chardev", f"file,id=console,{console}", "-serial", "chardev:console"]
-    command += ["-device", "virtio-serial-pci"]
-    for name in ("journal", "output"):
+        command += ["-chardev", "stdio,id=console,signal=off"]
+    else:
+        command += ["-chardev", f"file,id=console,path={_escaped(folder / 'console')},append=on"]
+    command += ["-serial", "chardev:console", "-device", "virtio-serial-pci"]
+    for name in ("journal",) if interactive else ("journal", "output"):
         command += ["-chardev", f"file,id={name},path={_escaped(folder / name)}"]
         command += ["-device", f"virtserialport,chardev={name},name=kvmpy.{name}"]
     if start.memory is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import secrets
@@ -21,13 +22,15 @@ import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
-from kvmpy.lab import bytecode, places, readback, records, root, snapshots, softsev, tools
+from kvmpy.lab import bytecode, events, places, readback, records, root, snapshots, softsev, tools
 from kvmpy.lab.bisect import Ended
+from kvmpy.lab.coverage.store import Writer
+from kvmpy.lab.errors import LabError
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options, Start, command_line, nested_works, prepare
-from kvmpy.lab.session import WITHOUT_TRACE, LabSession, Setup
+from kvmpy.lab.session import FAILED, WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
 from kvmpy.testing.host import CONFIGURATION_VARIABLE, PLATFORM_VARIABLE
 from kvmpy.testing.option_table import SEED_BITS, pytest_arguments
@@ -47,7 +50,8 @@ class Request:
     """What to run: *inside* are the arguments of pytest there, *reports* those for report files here.
 
     *machines* is how many kernels may run at once; *records* is where records of tests go
-    that *inside* asks for.
+    that *inside* asks for; *coverage* takes what KVM executes, for each test file or, with *by_test*, for
+    each test.
     """
 
     options: Options
@@ -58,6 +62,8 @@ class Request:
     limits: Limits = field(default_factory=Limits)
     machines: int = 1
     records: Path | None = None
+    coverage: Writer | None = None
+    by_test: bool = False
 
 
 def accelerator(wanted: str) -> str:
@@ -107,6 +113,7 @@ def _job(
     words: Sequence[str],
     *,
     interactive: bool = False,
+    coverage: str = "",
 ) -> Job:
     """*words* are those of the user that may name files."""
     package = Path(kvmpy.__file__).resolve().parent
@@ -118,6 +125,7 @@ def _job(
         del environment[_NO_PLUGINS]
     environment |= {
         readback.VARIABLE: readback.asked([*options.parameters, *options.optional], options.cpu),
+        places.COVERAGE_VARIABLE: coverage,
         "XDG_CACHE_HOME": "/tmp/cache",  # noqa: S108 - a tmpfs inside
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -159,14 +167,16 @@ def run(request: Request, say: Say, judge: Callable[[Ended], int] = lambda ended
     here = ["-c", str(suite), "--rootdir", str(Path.cwd()), "--noconftest", "--assert=plain"]
     folder = _folder()
     listing = partial(Listing, command, _common(request.options), folder)
+    counts = ("test" if request.by_test else "file") if request.coverage else ""
     setup = Setup(
         request.options,
         request.machines,
-        _job(request.options, inside, folder, request.inside),
+        _job(request.options, inside, folder, request.inside, coverage=counts),
         listing,
         folder,
         request.limits,
         request.records,
+        request.coverage,
     )
     session = LabSession(setup, say)
     code = 3
@@ -180,11 +190,17 @@ def run(request: Request, say: Say, judge: Callable[[Ended], int] = lambda ended
             shutil.rmtree(folder, ignore_errors=True)
         elif not session.told:
             say(f"consoles and output: {folder}")
+    if request.coverage is not None and request.coverage.failure:
+        say(f"the coverage is not complete: {request.coverage.failure}")
+        code = code or FAILED
     return judge(session.ended(code))
 
 
-def shell(options: Options, command: Sequence[str]) -> int:
-    """Boot with the console on this terminal, run *command* there, and return QEMU's exit status."""
+def shell(options: Options, command: Sequence[str], coverage: Path | None = None) -> int:
+    """Boot with the console on this terminal, run *command* there, and return QEMU's exit status.
+
+    What `kvmpy coverage count` counts there is added to *coverage*.
+    """
     tools.need(tools.RUN, "the lab")
     folder = _folder()
     try:
@@ -203,4 +219,24 @@ def shell(options: Options, command: Sequence[str]) -> int:
                 child.kill()
                 child.wait()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            if coverage is not None:
+                _keep_counted(folder / "journal", coverage, options)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep_counted(journal: Path, coverage: Path, options: Options) -> None:
+    writer: Writer | None = None
+    try:
+        for line in journal.read_bytes().splitlines():
+            event = events.parse(line)
+            if isinstance(event, events.Objects):
+                writer = Writer(coverage, event.suite, options.parameters)
+                writer.objects(event.names)
+            elif isinstance(event, events.Counted) and writer is not None:
+                writer.add(event.test, event.seconds, base64.b64decode(event.data, validate=True))
+    except ValueError as error:  # a machine may say anything
+        raise LabError(f"what was counted is not to be understood: {error}") from error
+    if writer is not None and writer.failure:
+        raise LabError(f"the coverage is not complete: {writer.failure}")

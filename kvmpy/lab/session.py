@@ -6,8 +6,10 @@ The session collects nothing itself. Terminal, table and report files see the re
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,8 @@ import pytest
 
 from kvmpy.lab import bytecode, events, programs, records
 from kvmpy.lab.bisect import Ended
+from kvmpy.lab.coverage.store import Writer
+from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import BadEventError
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Lane, Limits, Running
@@ -28,7 +32,7 @@ from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.host import HostSummary, platform_name
 from kvmpy.testing.journal import lost_report
 from kvmpy.testing.results import Results
-from kvmpy.testing.verdicts import Verdict
+from kvmpy.testing.verdicts import Verdict, suite_id
 
 MAX_BOOTS = 50
 FAILED = 3
@@ -39,11 +43,19 @@ _POLL = 0.02
 _WORTH_A_MACHINE = 4 * MIN_SHARE
 
 
+@contextlib.contextmanager
+def _bad_counters() -> Iterator[None]:
+    try:
+        yield
+    except (LabError, ValueError) as error:
+        raise BadEventError(str(error)) from None
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a run needs: machines and how many at most, what runs inside, how the host lists the tests.
 
-    *records* is where records of tests go.
+    *records* is where records of tests go, *coverage* takes what KVM executes.
     """
 
     options: Options
@@ -53,6 +65,7 @@ class Setup:
     folder: Path
     limits: Limits
     records: Path | None = None
+    coverage: Writer | None = None
 
 
 class LabSession:
@@ -71,6 +84,8 @@ class LabSession:
         self._host: HostSummary | None = None
         self._uncollected: set[str] = set()
         self._uncompiled: set[str] = set()
+        # What each test took since it was last counted.
+        self._seconds: dict[str, float] = {}
         self._session: Any = None
         self._started = time.monotonic()
         self._why = ""
@@ -375,7 +390,30 @@ class LabSession:
             report.node = SimpleNamespace(
                 gateway=SimpleNamespace(id=name), _workerinfocache=f"[{name}]", workerinfo={}
             )
+        if self._setup.coverage is not None:
+            self._seconds[report.nodeid] = self._seconds.get(report.nodeid, 0.0) + report.duration
         self._session.config.hook.pytest_runtest_logreport(report=report)
+
+    def _on_objects(self, _lane: Lane, event: events.Objects) -> None:
+        if self._setup.coverage is not None:
+            with _bad_counters():
+                self._setup.coverage.objects(event.names)
+
+    def _on_counted(self, _lane: Lane, event: events.Counted) -> None:
+        if self._setup.coverage is None:
+            return
+        file = event.test.partition("::")[0]
+        whole = file == event.test
+        tests = [
+            test for test in self._seconds if test == event.test or (whole and test.startswith(f"{file}::"))
+        ]
+        seconds = sum(self._seconds.pop(test) for test in tests)
+        before = self._setup.coverage.failure
+        with _bad_counters():
+            data = base64.b64decode(event.data, validate=True)
+            self._setup.coverage.add(suite_id(event.test), seconds, data)
+        if not before and (failure := self._setup.coverage.failure):
+            self._say(f"coverage: {failure}; what was kept before stays")
 
     def _on_finish(self, lane: Lane, event: events.Finish) -> None:
         running = lane.running

@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 
 from kvmpy import __version__
-from kvmpy.testing import brief, configurations, gate, host, naming, options, protections, recording
+from kvmpy.testing import (
+    brief,
+    configurations,
+    gate,
+    host,
+    naming,
+    options,
+    protections,
+    recording,
+    selection,
+)
 from kvmpy.testing.errata import BUILTIN, ErrataError, load
 from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
 from kvmpy.testing.fixtures import _protection as protection
@@ -133,6 +143,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         repeat(items, times)
     for item in items:
         options.widen_timeout(item)
+    if (chosen := options.chosen(config, "select")) is not None:
+        try:
+            selection.deselect_others(config, items, selection.read(Path(chosen)))
+        except selection.SelectionError as error:
+            raise pytest.UsageError(str(error)) from None
     wanted = config.stash[SETTINGS].protections
     if wanted is not None:
         protections.deselect_others(config, items, wanted)

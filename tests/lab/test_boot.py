@@ -20,6 +20,8 @@ import psutil
 import pytest
 
 from kvmpy.lab import kernels, tools
+from kvmpy.lab.coverage import maps, queries
+from kvmpy.lab.coverage.store import Coverage
 from kvmpy.lab.kernels import Kernel
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("lab")]
@@ -306,3 +308,48 @@ def test_parameters_of_a_real_kernel_are_set_for_a_run(tmp_path: Path, kernel: K
     assert "configuration kvm.halt_poll_ns=7" in output
     assert "kvm.tdp_mmu can be set on the kernel's command line only: kvm is built in" in output
     assert "kvm.halt_poll_ns=abc is refused: Invalid argument" in output
+
+
+@pytest.fixture
+def counting() -> Kernel:
+    if shutil.which(tools.QEMU) is None:
+        pytest.skip(f"needs {tools.QEMU}: {tools.install_command(tools.RUN)}")
+    if not any(each.coverage for each in kernels.cached()):
+        pytest.skip("needs a lab kernel that counts: kvmpy lab build --coverage")
+    return kernels.find(coverage=True)
+
+
+def test_what_kvm_executes_is_counted(tmp_path: Path, counting: Kernel) -> None:
+    folder = tmp_path / "coverage"
+    kvmpy = [sys.executable, "-m", "kvmpy"]
+    own = ["harness/test_counter.py", "--protection", "none", "--coverage-by", "test"]
+    other = ["shell", "--", "kvmpy", "coverage", "count", "--suite", "other", "true", "false"]
+    for command in (["run", *own], other):
+        command.insert(1, "--coverage")
+        command.insert(2, str(folder))
+        result = subprocess.run(
+            [*kvmpy, "lab", *command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        print(result.stdout, result.stderr)
+        assert result.returncode == 0
+    known = maps.of_folder(Coverage(folder))
+    assert known.build_id == counting.build_id
+    tests = {test.id: test.seconds for test in known.tests if test.suite == "kvmpy"}
+    assert {name.partition("::")[0] for name in tests} == {"harness/test_counter.py"}
+    assert min(tests.values()) > 0
+    assert {test.id for test in known.tests if test.suite == "other"} == {"true", "false"}
+    for name, expected in (
+        ("kvm_vm_ioctl_create_vcpu", True),
+        ("sev_mem_enc_ioctl", False),
+        ("kvm_x86_init", False),
+    ):
+        reached = {test.suite for answer in queries.who_executes(known, name) for test in answer.tests or ()}
+        assert ("kvmpy" in reached) is expected, name
+        assert "other" not in reached
+    # The kernel's own start is nobody's.
+    assert {known.lines[number][0] for number in known.boot} >= {"arch/x86/kvm/x86.c", "virt/kvm/kvm_main.c"}

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,7 @@ import psutil
 import pytest
 
 from kvmpy.lab import records
+from kvmpy.lab.coverage.store import Coverage
 from kvmpy.lab.events import Record, parse
 from tests.lab.conftest import FAKE
 
@@ -27,6 +32,7 @@ DRIVER = """
 import os
 import sys
 from pathlib import Path
+from kvmpy.lab.coverage.store import Writer
 from kvmpy.lab.kernels import find
 from kvmpy.lab.qemu import Options
 from kvmpy.lab.lane import Limits
@@ -37,10 +43,13 @@ reports = ["--kvmpy-json", "out.json", "--ktap", "out.ktap", "--junitxml", "out.
 folder = Path("records") if "--record" in sys.argv else None
 if folder is not None:
     folder.mkdir()
+coverage = Writer(Path("coverage"), "kvmpy") if Path("coverage").exists() else None
 extra = [word for word in sys.argv[4:] if word != "--snapshots"]
 given = os.environ.get("LAB_PARAMETERS", "").split()
 options = Options(find(sys.argv[1]), parameters=given, snapshots="--snapshots" in sys.argv)
-request = Request(options, ["selftests"], reports, extra, 1, limits, records=folder)
+request = Request(
+    options, ["selftests"], reports, extra, 1, limits, records=folder, coverage=coverage
+)
 sys.exit(run(request, lambda text: print("SAID", text, flush=True)))
 """
 
@@ -163,6 +172,61 @@ def test_half_a_record_has_no_name(tmp_path: Path) -> None:
         assert isinstance(event, Record)
         records.receive(tmp_path, event, 0)
     assert path.read_bytes() == bytes(range(256)) * 4096
+
+
+def counted(test: str, data: bytes) -> list[object]:
+    return ["say", json.dumps({"event": "counted", "test": test, "data": base64.b64encode(data).decode()})]
+
+
+def packed(*counters: int) -> bytes:
+    """Counters of one function, number 9, of the first object, as a machine packs them."""
+    content = bytes([9, len(counters), *(byte for value in counters for byte in (0, value))])
+    return zlib.compress(struct.pack("<III", 0, 0xBEEF, len(content)) + content)
+
+
+FILE = "selftests/area/test_a.py"
+OBJECTS: list[object] = ["say", json.dumps({"event": "objects", "names": ["arch/x86/kvm/x86"]})]
+
+
+@pytest.fixture
+def coverage(lab: Lab) -> Path:
+    folder = lab.folder / "coverage"
+    folder.mkdir()
+    (folder / "coverage.json").write_text('{"kernel": "k", "release": "1", "build_id": "b"}')
+    with zipfile.ZipFile(folder / "coverage.zip", "w") as archive:
+        archive.writestr("folders", "/build\n/tree\n")
+    return folder
+
+
+def test_a_machine_that_dies_costs_the_counters_of_what_ran(lab: Lab, coverage: Path) -> None:
+    first: list[list[object]] = [
+        OBJECTS,
+        ["test", "test_a", "passed"],
+        counted(FILE, packed(1, 2)),
+        ["start", "test_b"],
+        ["console", PANIC],
+        ["die", 0],
+    ]
+    second: list[list[object]] = [OBJECTS, ["test", "test_c", "passed"], counted(FILE, packed(3)), ["end"]]
+    ended = lab.run([first, second])
+    assert ended.status == 1, ended.text
+    entries = list(Coverage(coverage).entries())
+    assert [(entry.suite, entry.test) for entry in entries] == [("kvmpy", "area/test_a.py")] * 2
+    # The reports of a test take 0.1 s each.
+    assert [entry.seconds for entry in entries] == pytest.approx([0.3, 0.3])
+    assert [list(entry.counters()) for entry in entries] == [
+        [("arch/x86/kvm/x86", 0xBEEF, {9: [(0, 1), (1, 2)]})],
+        [("arch/x86/kvm/x86", 0xBEEF, {9: [(0, 3)]})],
+    ]
+
+
+@pytest.mark.parametrize("data", [b"nonsense", zlib.compress(b"\7" * 12), packed(1)[:-3]])
+def test_counters_that_are_none_end_the_machine(lab: Lab, coverage: Path, data: bytes) -> None:
+    bad: list[list[object]] = [OBJECTS, ["test", "test_a", "passed"], counted(FILE, data), ["hang"]]
+    ended = lab.run([bad, [OBJECTS, ["test", "test_b", "passed"], ["end"]]])
+    assert ended.status == 1, ended.text
+    assert "counters" in ended.test("test_a")["reason"]
+    assert list(Coverage(coverage).entries()) == []
 
 
 def test_all_passed_is_status_0_and_leaves_no_folder(lab: Lab, cache: Path) -> None:

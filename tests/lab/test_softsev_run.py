@@ -83,7 +83,7 @@ def test_where_the_hooks_do_not_fit_a_kernel_without_them_is_built_unless_they_w
 ) -> None:
     built: list[bool] = []
 
-    def from_debian(suite: str, say: object, *, soft_sev: bool) -> kernels.Kernel:
+    def from_debian(suite: str, say: object, *, soft_sev: bool, coverage: bool) -> kernels.Kernel:
         built.append(soft_sev)
         if soft_sev:
             raise HookError("hook cpu-features does not fit amd.c")

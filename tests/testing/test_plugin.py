@@ -466,3 +466,17 @@ def test_an_error_inside_kvmpy_keeps_its_frames(suite: Suite) -> None:
     source = "from kvmpy.core.address import Gpa\n\ndef test_gpa():\n    Gpa(-1)\n"
     suite.add("test_a.py", source)
     assert "address.py" in suite.run().test("test_gpa")["details"]
+
+
+def test_only_what_a_file_names_runs(suite: Suite) -> None:
+    """Tests, or whole files, by the names that reports have."""
+    suite.add("test_a.py", "def test_one(): pass\ndef test_two(): pass\n")
+    suite.add("test_b.py", "def test_one(): pass\ndef test_two(): pass\n")
+    chosen = suite.pytester.path / "chosen.txt"
+    names = [test["id"] for test in suite.run().report["tests"]]
+    chosen.write_text(f"# a comment\n{names[1]}\n\n{names[2].partition('::')[0]}\n")
+    assert [test["id"] for test in suite.run(f"--kvmpy-select={chosen}").report["tests"]] == names[1:]
+    chosen.write_text("# nothing\n")
+    result = suite.pytester.runpytest_subprocess(*suite.arguments(), f"--kvmpy-select={chosen}", timeout=60)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert any(f"{chosen} names no tests" in line for line in result.errlines)
