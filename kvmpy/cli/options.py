@@ -115,9 +115,15 @@ def selected(
 def quick_file() -> Path:
     """Return the file of the tests that ``--quick`` runs."""
     try:
-        return selection.quick_file()
+        file = selection.quick_file()
     except selection.SelectionError as error:
         raise click.ClickException(str(error)) from None
+    if not file.exists():
+        raise click.ClickException(
+            f"the tests were not chosen yet: there is no {file.name} in the suite; kvmpy coverage quick "
+            "writes it, from what kvmpy lab run --coverage DIR --coverage-by test has measured"
+        )
+    return file
 
 
 def pytest_args(

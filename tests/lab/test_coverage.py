@@ -664,8 +664,12 @@ def test_only_the_tests_that_reach_a_change_run(
 def test_the_quick_run_is_the_suites_own_choice(
     tmp_path: Path, handed: Handed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    selection.write(tmp_path / selection.QUICK, [LOG, LAUNCH, BAD], "three tests")
     monkeypatch.setattr(naming, "suite_folder", lambda: tmp_path)
+    with pytest.raises(
+        click.ClickException, match=r"no quick\.txt in the suite; kvmpy coverage quick writes"
+    ):
+        lab_run.run_tests((), {"quick": True}, [])
+    selection.write(tmp_path / selection.QUICK, [LOG, LAUNCH, BAD], "three tests")
     assert lab_run.run_tests((), {"quick": True}, []) == 0
     assert handed.paths == ("memory/test_b.py", "sev/test_a.py")
     assert handed.ids == [LOG, LAUNCH, BAD]
