@@ -96,9 +96,13 @@ def _end(number: int, frame: FrameType | None) -> None:
 def _again(unraisable: sys.UnraisableHookArgs) -> None:
     """Let a signal come again that was taken in a callback of the interpreter: no exception ends that."""
     ended = unraisable.exc_value
-    if not isinstance(ended, _Signalled):
+    if isinstance(ended, _Signalled):
+        number = int(ended.code or 0) - 128
+    elif isinstance(ended, KeyboardInterrupt):
+        number = signal.SIGINT
+    else:
         sys.__unraisablehook__(unraisable)
         return
     from threading import Timer
 
-    Timer(0.01, os.kill, (os.getpid(), int(ended.code or 0) - 128)).start()
+    Timer(0.01, os.kill, (os.getpid(), number)).start()

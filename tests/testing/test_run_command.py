@@ -217,3 +217,27 @@ def test_a_path_that_is_nowhere(own: Path) -> None:
 def test_the_seed_option_reaches_the_session(own: Path) -> None:
     result = kvmpy_command(own, "run", "-k", "good", "--seed", "77", "test_own.py")
     assert "seed 77" in result.stdout
+
+
+SWALLOWED = """
+import sys, threading, weakref
+from kvmpy.cli import main
+sys.unraisablehook = main._again
+
+class Thing: pass
+thing = Thing()
+def callback(_): raise KeyboardInterrupt
+reference = weakref.ref(thing, callback)
+del thing
+try:
+    threading.Event().wait(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_that_a_callback_swallowed_comes_again() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert (result.stdout, result.stderr) == ("interrupted\n", "")
