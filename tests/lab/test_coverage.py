@@ -614,6 +614,11 @@ def test_a_changed_function_that_no_test_reaches_is_told(known: maps.Map) -> Non
     assert (list(found.tests), found.unreached) == ([], [f"{SEV} never_called()"])
 
 
+def test_a_changed_function_of_the_boot_is_not_said_to_be_dead(known: maps.Map) -> None:
+    found = choice.touching(known, changes.Touched(frozenset({(X86, "kvm_arch_init")}), ()))
+    assert (list(found.tests), found.booted, found.unreached) == ([], [f"{X86} kvm_arch_init()"], [])
+
+
 @pytest.mark.parametrize("what", ["HEAD~1..nothing", "no-such-file"])
 def test_what_is_no_change_is_told(what: str, repository: Path) -> None:
     with pytest.raises(LabError, match=r"nothing|neither a file"):

@@ -24,12 +24,14 @@ _OVERHEAD = 0.2
 class Touching:
     """The tests that enter functions that change.
 
-    *of* is how many tests there are; *unreached* are the functions that no test enters, *unknown* those that
-    are not in the map: new, or not compiled.
+    *of* is how many tests there are; *booted* are the functions that only the kernel's start enters: any test
+    may depend on what they prepare. *unreached* are those that nothing enters, *unknown* those that are not
+    in the map: new, or not compiled.
     """
 
     tests: Sequence[Test]
     of: int
+    booted: Sequence[str]
     unreached: Sequence[str]
     unknown: Sequence[str]
     outside: Sequence[str]
@@ -41,6 +43,7 @@ class Touching:
         if areas:
             text[0] += f", in {', '.join(f'{area} ({number})' for area, number in areas.most_common())}"
         for title, names in (
+            ("only the boot executes, so that any test may depend on it", self.booted),
             ("no test reaches", self.unreached),
             ("not in the map (new, or not compiled)", self.unknown),
             ("outside of functions, not looked at", self.outside),
@@ -53,7 +56,10 @@ def touching(known: Map, touched: Touched) -> Touching:
     """Return the suite's tests that reach a change."""
     own = BitMap(number for number, test in enumerate(known.tests) if test.suite == OWN_SUITE)
     chosen = BitMap()
-    unreached, unknown = [], []
+    booted: list[str] = []
+    unreached: list[str] = []
+    unknown: list[str] = []
+    boot = [known.lines[number] for number in known.boot]
     for file, name in sorted(touched.functions):
         named = [
             (place, tests & own)
@@ -61,14 +67,19 @@ def touching(known: Map, touched: Touched) -> Touching:
             if fnmatchcase(place.name, name)
         ]
         # One that moved to another file is still the same.
-        here = [tests for place, tests in named if place.file == file] or [tests for _, tests in named]
+        here = [each for each in named if each[0].file == file] or named
         if not here:
             unknown.append(f"{file} {name}()")
-        elif not any(here):
-            unreached.append(f"{file} {name}()")
-        for tests in here:
+        elif not any(tests for _, tests in here):
+            early = any(
+                place.file == path and place.line <= line <= place.end
+                for place, _ in here
+                for path, line in boot
+            )
+            (booted if early else unreached).append(f"{file} {name}()")
+        for _, tests in here:
             chosen |= tests
-    return Touching(known.named(chosen), len(own), unreached, unknown, touched.outside)
+    return Touching(known.named(chosen), len(own), booted, unreached, unknown, touched.outside)
 
 
 @dataclass(frozen=True)
