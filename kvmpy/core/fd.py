@@ -28,7 +28,7 @@ class KvmFd(Closing):
     def __init__(self, fd: int, name: str) -> None:
         self._fd = fd
         self.name = name
-        self.label = ffi.new("char[]", f"{self.kind} {name}".encode())
+        self._label = ffi.new("char[]", f"{self.kind} {name}".encode())
         self.settings = Settings()
         for observer in observe.active:
             observer.fd_opened(self)
@@ -71,9 +71,9 @@ class KvmFd(Closing):
         if fd < 0:
             raise ClosedError(f"{self.name} is closed")
         if arg is None or isinstance(arg, int):
-            result = _ioctl_int(self.label, fd, op.nr, arg or 0)
+            result = _ioctl_int(self._label, fd, op.nr, arg or 0)
         else:
-            result = _ioctl_ptr(self.label, fd, op.nr, arg.cdata, arg.nbytes, arg.INDEX)
+            result = _ioctl_ptr(self._label, fd, op.nr, arg.cdata, arg.nbytes, arg.INDEX)
         return result, ffi.errno if result < 0 else 0
 
     def ioctl(self, op: Ioctl, arg: Struct | int | None = None) -> int:

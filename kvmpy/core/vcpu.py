@@ -125,7 +125,7 @@ class Vcpu(VcpuState):
         ran = ffi.new("struct kvmpy_ran *")
         outcome = int(lib.kvmpy_vcpu_run(native, ran))
         if recent.keeps_runs and ran.issued:
-            recent.remember_run(self.label, run, ran.result, ran.error)
+            recent.remember_run(self._label, run, ran.result, ran.error)
         for observer in observe.active:
             if ran.issued:
                 observer.ioctl_exit(self, ioctls.KVM_RUN, None, ran.result, ran.error)

@@ -21,6 +21,7 @@ IMPORTING = {
     "__init__.py": "the face imports what it names at first use: --help and the plugin come without the rest",
     "cli/main.py": "a command's module is imported when the command is called",
     "cli/shell.py": "IPython is optional, and no module of kvmpy",
+    "lab/frozen.py": "a session imports what tests need before it knows its run, and becomes its command",
     "lab/inside.py": "what a post-mortem imports comes before it is needed, a module at a time between tests",
 }
 
@@ -30,7 +31,9 @@ NAMED = {
     "cli/main.py": "a command's module is named after it",
     "debug/record/worker.py": "a program of its own: python -m",
     "guest/postmortem.py": "tells the session in the lab which of its imports to make early",
+    "lab/frozen.py": "what a session imports before it knows its run",
     "lab/inside.py": "makes them",
+    "lab/snapshots.py": "a program of its own: python -m",
     "lab/runs.py": "plugins of the pytest inside, on its command line",
     "testing/itemreports.py": "looked up in sys.modules: whoever raised a MissingError has imported it",
     "uapi/struct_base.py": "the __module__ of generated classes",
