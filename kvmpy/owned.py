@@ -97,9 +97,14 @@ def _abandoned(path: Path) -> bool:
     return True
 
 
-def sweep() -> None:
-    """Remove the folders of owners that are dead: here, and in shared memory."""
-    for base in {Path(tempfile.gettempdir()), _SHARED_MEMORY}:
+def is_owned(path: Path) -> bool:
+    """Whether *path* is called as an :class:`OwnedFolder` is."""
+    return path.name.startswith(_PREFIX)
+
+
+def sweep(*bases: Path) -> None:
+    """Remove the folders of owners that are dead: in temporary folders, in shared memory, and in *bases*."""
+    for base in {Path(tempfile.gettempdir()), _SHARED_MEMORY, *bases}:
         for path in base.glob(f"{_PREFIX}*"):
             if _mine(path) and _abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -113,7 +118,7 @@ class OwnedFolder:
     """
 
     def __init__(self, kind: str, base: Path | None = None) -> None:
-        sweep()
+        sweep(*([] if base is None else [base]))
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-", dir=base))
         # Under another name until it is locked: nobody sees a lock that is not held.
         fresh = self.path / f"{_LOCK}.new"

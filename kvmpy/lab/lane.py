@@ -21,6 +21,7 @@ from kvmpy.lab.kernels import Say
 from kvmpy.lab.qemu import SHARES, Job, Machine, Options, Start, command_line, excerpt, prepare
 from kvmpy.lab.root import Root
 from kvmpy.lab.work import Share
+from kvmpy.owned import OwnedFolder
 from kvmpy.testing.host import ACCELERATOR_VARIABLE
 
 _LOG_SECONDS = 5.0
@@ -55,7 +56,8 @@ class Lane:
     ) -> None:
         self.number = number
         self._say = say
-        self._fresh: Path | None = None
+        # The folder of a snapshot that is made, and its name.
+        self._fresh: tuple[OwnedFolder, str] | None = None
         self._resumed: Path | None = None
         self.options = options
         self.folder = folder
@@ -129,17 +131,19 @@ class Lane:
         self.machine = Machine(self.options, self.folder, root, start)
 
     def _start_session(self, root: Root) -> None:
-        self._resumed = snapshots.find(self._snapshot())
-        if self._resumed is None:
-            self._fresh = snapshots.begin()
-            snapshots.write_initramfs(self._fresh / snapshots.INITRAMFS, root, session=True)
+        # Of what is there now: kvmpy may change before the machine has booted.
+        name = self._snapshot()
+        folder = self._resumed = snapshots.find(name)
+        if folder is None:
+            fresh = snapshots.begin()
+            self._fresh = fresh, name
+            folder = fresh.path
+            snapshots.write_initramfs(folder / snapshots.INITRAMFS, root, session=True)
         else:
             # What the kernel said when it booted goes before what it says now.
-            shutil.copy(self._resumed / snapshots.CONSOLE, self.folder)
-        folder = self._resumed or self._fresh
-        if folder is not None:
-            start = Start(folder / snapshots.INITRAMFS, folder, self._resumed is not None)
-            self.machine = Machine(self.options, self.folder, root, start)
+            shutil.copy(folder / snapshots.CONSOLE, self.folder)
+        start = Start(folder / snapshots.INITRAMFS, folder, self._resumed is not None)
+        self.machine = Machine(self.options, self.folder, root, start)
 
     def _snapshot(self) -> str:
         # The same for all runs, wherever the kernel lies.
@@ -152,12 +156,12 @@ class Lane:
         """Keep the machine, which waits for its run, as a snapshot, and resume that for this run."""
         if self.machine is None or self._fresh is None:
             raise BadEventError("a machine that does not become a snapshot is frozen")
+        fresh, name = self._fresh
         try:
             self.machine.save()
             self.machine.stop()
-            shutil.copy(self.folder / snapshots.CONSOLE, self._fresh)
-            snapshots.keep(self._fresh, self._snapshot())
-            self._fresh = None
+            shutil.copy(self.folder / snapshots.CONSOLE, fresh.path)
+            snapshots.keep(fresh, name)
         except (LabError, OSError) as error:
             self._say(f"no snapshot could be kept: {error}")
             self.options = replace(self.options, snapshots=False)
@@ -169,7 +173,7 @@ class Lane:
         if self.machine is not None:
             self.machine.stop()
         if self._fresh is not None:
-            snapshots.remove(self._fresh)
+            self._fresh[0].close()
             self._fresh = None
 
     def events(self) -> Iterator[Event]:

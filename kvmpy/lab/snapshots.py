@@ -17,8 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from kvmpy.lab import bytecode, places, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.initramfs import Initramfs
 from kvmpy.lab.root import JOB_MOUNT, Root, libraries
+from kvmpy.owned import OwnedFolder, is_owned
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
@@ -47,7 +47,7 @@ def _folder() -> Path:
     return places.cache() / "snapshots"
 
 
-def _stats(files: Iterator[Path]) -> Iterator[str]:
+def _stats(files: Iterable[Path]) -> Iterator[str]:
     for path in files:
         with contextlib.suppress(OSError):
             status = path.lstat()
@@ -66,9 +66,9 @@ def key(kernel: str, command: Sequence[str], root: Root) -> str:
     installed = (path for entry in sys.path if entry for path in Path(entry).glob("*.dist-info"))
     parts = [kvmpy.__version__, sys.executable, sys.version, kernel, *command]
     parts += [f"{name}={os.environ.get(name, '')}" for name in _EARLY]
-    parts += _stats(iter([program, Path(sys.executable).resolve()]))
+    parts += _stats([program, Path(sys.executable).resolve()])
     parts += _stats(path for path in sorted(package.rglob("*")) if path.parent.name != "__pycache__")
-    parts += _stats(iter(sorted(installed)))
+    parts += _stats(sorted(installed))
     for path in sorted(root.folder.rglob("*")):
         if path.is_symlink():
             parts.append(f"{path.relative_to(root.folder)} {os.readlink(path)}")
@@ -87,24 +87,25 @@ def find(name: str) -> Path | None:
     return folder
 
 
-def begin() -> Path:
-    """Return an empty folder for a snapshot that is to be taken; LabError where the disk has no room."""
+def begin() -> OwnedFolder:
+    """Return a folder for a snapshot that is to be taken; LabError where the disk has no room."""
     base = _folder()
     places.need_space(base, _MIB, "a snapshot of the lab")
     base.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=".new-", dir=base))
+    return OwnedFolder("snapshot", base)
 
 
-def keep(fresh: Path, name: str) -> Path:
+def keep(fresh: OwnedFolder, name: str) -> Path:
     """Give the finished snapshot in *fresh* its name, and return its folder; old ones are removed."""
     target = _folder() / name
     try:
-        fresh.rename(target)
+        fresh.path.rename(target)
     except OSError:
-        if not target.is_dir():
+        if not target.is_dir():  # else another run has made the same one meanwhile
             raise
-        shutil.rmtree(fresh, ignore_errors=True)  # another run has made the same one meanwhile
-    kept = sorted((path for path in _folder().iterdir() if path.name[0] != "."), key=_age, reverse=True)
+    finally:
+        fresh.close()
+    kept = sorted((path for path in _folder().iterdir() if not is_owned(path)), key=_age, reverse=True)
     for old in kept[MOST:]:
         remove(old)
     return target
@@ -201,7 +202,9 @@ def _ask(monitor: socket.socket, *commands: tuple[str, dict[str, Any]], then: st
             if then:
                 await client.execute(then)
         finally:
-            await client.disconnect()
+            # A machine that ends from now on was asked all the same.
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                await client.disconnect()
 
     try:
         asyncio.run(asyncio.wait_for(ask(), _SECONDS))

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,16 +141,33 @@ def test_the_least_recently_used_go(cache: Path) -> None:
     snapshots.keep(snapshots.begin(), "another")
     assert snapshots.find("snapshot2") is not None
     assert snapshots.find("snapshot3") is None
-    assert not [path for path in (cache / "snapshots").iterdir() if path.name.startswith(".new")]
+    assert len(list((cache / "snapshots").iterdir())) == snapshots.MOST
+
+
+def test_a_killed_run_leaves_none_behind(cache: Path) -> None:
+    """What a process that was killed had begun goes when the next snapshot is."""
+    code = "import os, signal; from kvmpy.lab import snapshots; print(snapshots.begin().path, flush=True); "
+    killed = subprocess.run(
+        [sys.executable, "-c", f"{code}os.kill(os.getpid(), signal.SIGKILL)"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert Path(killed.stdout.strip()).is_dir()
+    fresh = snapshots.begin()
+    assert list((cache / "snapshots").iterdir()) == [fresh.path]
+    fresh.close()
 
 
 def test_two_runs_that_make_the_same_one(cache: Path) -> None:
     first, second = snapshots.begin(), snapshots.begin()
-    (first / "state").write_text("first")
-    (second / "state").write_text("second")
+    (first.path / "state").write_text("first")
+    (second.path / "state").write_text("second")
     snapshots.keep(first, "same")
     assert (snapshots.keep(second, "same") / "state").read_text() == "first"
-    assert not second.exists()
+    assert not second.path.exists()
 
 
 def test_no_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
