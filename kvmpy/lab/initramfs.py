@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 _FOLDER = stat.S_IFDIR | 0o755
@@ -17,6 +18,23 @@ _ALIGN = 4
 
 def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % _ALIGN)
+
+
+def steps(path: Path) -> Iterator[Path]:
+    """Yield what leads to *path*, which may be relative, and *path* itself last: folders and links by names
+    without a link, and from each link on what leads to its target.
+    """
+    left = deque(Path(os.path.abspath(path)).parts[1:])
+    folder = Path("/")
+    while left:
+        here = folder / left.popleft()
+        yield here
+        if here.is_symlink():
+            target = Path(os.path.normpath(folder / os.readlink(here)))
+            left.extendleft(reversed(target.parts[1:]))
+            folder = Path("/")
+        else:
+            folder = here
 
 
 class Initramfs:
@@ -37,16 +55,9 @@ class Initramfs:
 
     def file(self, path: Path) -> None:
         """Put a file of this machine at its own path, through the links that lead to it here."""
-        left = deque(Path(os.path.abspath(path)).parts[1:])
-        here = Path("/")
-        while left:
-            here /= left.popleft()
+        for here in steps(path):
             if str(here) not in self._entries:
                 self._take(here, here)
-            if here.is_symlink():
-                target = Path(os.path.normpath(here.parent / os.readlink(here)))
-                left.extendleft(reversed(target.parts[1:]))
-                here = Path("/")
 
     def _take(self, path: Path, name: Path) -> None:
         status = path.lstat()

@@ -12,13 +12,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmpy.lab import places
 from kvmpy.lab.errors import LabError
+from kvmpy.lab.initramfs import steps
 
 # What comes into the job's folder during the run has to be seen: no cache there.
 JOB_FLAGS = "trans=virtio,version=9p2000.L,msize=500000"
@@ -99,25 +99,17 @@ class _Layout:
         """Make *path* lead inside to what it leads to here, through the same links; share a folder, copy a
         file.
         """
-        left = deque(Path(os.path.abspath(path)).parts[1:])
-        folder = Path("/")
-        while left:
-            here = folder / left.popleft()
+        here = Path("/")
+        for here in steps(path):
             if _below(here, self.shares):
                 return
-            if not here.is_symlink():
-                folder = here
-                continue
-            target = Path(os.readlink(here))
-            if not os.path.lexists(self.inside(here)):
+            if here.is_symlink() and not os.path.lexists(self.inside(here)):
                 self.inside(here).parent.mkdir(parents=True, exist_ok=True)
-                self.inside(here).symlink_to(target)
-            left.extendleft(reversed(Path(os.path.normpath(folder / target)).parts[1:]))
-            folder = Path("/")
-        if folder.is_dir():
-            self.shares = [folder, *(share for share in self.shares if not share.is_relative_to(folder))]
-        elif folder.is_file():
-            self.copy(folder, folder)
+                self.inside(here).symlink_to(os.readlink(here))
+        if here.is_dir():
+            self.shares = [here, *(share for share in self.shares if not share.is_relative_to(here))]
+        elif here.is_file():
+            self.copy(here, here)
 
     def copy(self, source: Path, name: Path) -> None:
         """Put the content of *source* at *name*, whose folder may be a link inside."""
