@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +16,7 @@ from kvmpy.cli.lab_run import lab_errors
 
 if TYPE_CHECKING:
     from kvmpy.lab.coverage.maps import Map, Test
-    from kvmpy.lab.coverage.report import FileSummary
+    from kvmpy.lab.coverage.report import FileSummary, Renderer
     from kvmpy.lab.coverage.store import Coverage
 
 FOLDER = "kvmpy-coverage"
@@ -169,13 +170,9 @@ def _only(known: Map, suites: list[str]) -> dict[str, dict[str, int]]:
     return only
 
 
-@coverage.command()
-@_folder
-@_suites
-@click.option("-o", "--output", metavar="DIR", required=True, type=click.Path(path_type=Path))
-def html(folder: Path, suites: tuple[str, ...], output: Path) -> None:
-    """Write the annotated source as HTML pages, with the tests that execute each line."""
-    from kvmpy.lab.coverage import pages
+@contextlib.contextmanager
+def _rendered(folder: Path, suites: tuple[str, ...]) -> Iterator[tuple[Renderer, Path, Map]]:
+    """Yield a renderer, its trace of what *suites* execute together, and the map."""
     from kvmpy.lab.coverage.model import Model
     from kvmpy.lab.coverage.report import Renderer, sums
 
@@ -184,7 +181,19 @@ def html(folder: Path, suites: tuple[str, ...], output: Path) -> None:
     chosen = _check_suites(known, suites)
     model = Model(measured.kept)
     with Renderer(model, _hidden(known)) as renderer:
-        pages.write(renderer, renderer.trace(sums(measured, model, chosen), "all"), known, output.absolute())
+        yield renderer, renderer.trace(sums(measured, model, chosen), "all"), known
+
+
+@coverage.command()
+@_folder
+@_suites
+@click.option("-o", "--output", metavar="DIR", required=True, type=click.Path(path_type=Path))
+def html(folder: Path, suites: tuple[str, ...], output: Path) -> None:
+    """Write the annotated source as HTML pages, with the tests that execute each line."""
+    from kvmpy.lab.coverage import pages
+
+    with _rendered(folder, suites) as (renderer, trace, known):
+        pages.write(renderer, trace, known, output.absolute())
     click.echo(output / pages.INDEX)
 
 
@@ -194,15 +203,8 @@ def html(folder: Path, suites: tuple[str, ...], output: Path) -> None:
 @click.option("-o", "--output", metavar="FILE", required=True, type=click.Path(path_type=Path))
 def lcov(folder: Path, suites: tuple[str, ...], output: Path) -> None:
     """Write a tracefile of LCOV's format."""
-    from kvmpy.lab.coverage.model import Model
-    from kvmpy.lab.coverage.report import Renderer, sums
-
-    measured = _open(folder)
-    known = _map(folder)
-    chosen = _check_suites(known, suites)
-    model = Model(measured.kept)
-    with Renderer(model, _hidden(known)) as renderer:
-        renderer.lcov(renderer.trace(sums(measured, model, chosen), "all"), output)
+    with _rendered(folder, suites) as (renderer, trace, _):
+        renderer.lcov(trace, output)
 
 
 @coverage.command()

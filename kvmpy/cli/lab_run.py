@@ -186,7 +186,6 @@ def _run_source(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[s
     """Build and run the tree of ``--source``; the status is what :mod:`kvmpy.lab.bisect` says."""
     from kvmpy.lab import bisect
     from kvmpy.lab.runs import run
-    from kvmpy.owned import OwnedFolder
 
     others = [f"--{name}" for name in ("kernel", "matrix") if values[name]]
     others += ["--build"] if values["may_build"] else []

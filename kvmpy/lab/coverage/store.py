@@ -77,13 +77,8 @@ class Counted:
 
     def counters(self) -> Iterator[tuple[str, int, Functions]]:
         """Yield the name, the stamp, and the functions of each object that was entered."""
-        data = unpacked(self.data)
-        at = 0
-        while at < len(data):
-            number, stamp, length = _ENTRY.unpack_from(data, at)
-            at += _ENTRY.size
-            yield self.objects[number], stamp, _functions(data, at, at + length)
-            at += length
+        for number, stamp, packed in _objects(unpacked(self.data)):
+            yield self.objects[number], stamp, _functions(packed)
 
 
 def unpacked(data: bytes) -> bytes:
@@ -100,27 +95,34 @@ def unpacked(data: bytes) -> bytes:
 
 def check(data: bytes, objects: int) -> None:
     """Raise LabError unless *data*, packed, holds counters of that many objects."""
-    content = unpacked(data)
+    for number, _, packed in _objects(unpacked(data)):
+        if number >= objects:
+            raise LabError("counters that are none")
+        try:
+            _functions(packed)
+        except IndexError as error:
+            raise LabError("counters that are none") from error
+
+
+def _objects(content: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number, the stamp and the packed functions of each object."""
     at = 0
     while at < len(content):
         if at + _ENTRY.size > len(content):
             raise LabError("counters that end in the middle")
-        number, _, length = _ENTRY.unpack_from(content, at)
+        number, stamp, length = _ENTRY.unpack_from(content, at)
         at += _ENTRY.size
-        if number >= objects or at + length > len(content):
+        if at + length > len(content):
             raise LabError("counters that are none")
-        try:
-            _functions(content[at : at + length], 0, length)
-        except IndexError as error:
-            raise LabError("counters that are none") from error
+        yield number, stamp, content[at : at + length]
         at += length
 
 
-def _functions(data: bytes, begin: int, end: int) -> Functions:
+def _functions(data: bytes) -> Functions:
     functions: Functions = {}
     numbers: list[int] = []
     value = shift = 0
-    for byte in data[begin:end]:
+    for byte in data:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             numbers.append(value)
