@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -251,10 +251,10 @@ def start(host: Host, *words: str) -> subprocess.Popen[str]:
 
 
 def wait_for(host: Host, changes: dict[str, str]) -> None:
-    end = time.monotonic() + 30
-    while host.changes() != changes and time.monotonic() < end:
-        time.sleep(0.01)
-    assert host.changes() == changes
+    """Wait for the guardian's end, when its lock is free."""
+    with (host.run / "parameters.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert host.changes() == changes
 
 
 def guardian_of(host: Host) -> psutil.Process:
@@ -322,13 +322,7 @@ def test_while_somebody_uses_kvm_the_next_start_tries_again(host: Host) -> None:
     with start(host, NPT) as child:
         (host.tree / "kvm_amd" / "refcnt").write_text("1\n")
         child.kill()
-    # The guardian has given up when its lock is free.
-    end = time.monotonic() + 30
-    while (lock := host.guardian()._lock()) is None and time.monotonic() < end:
-        time.sleep(0.01)
-    assert lock is not None
-    os.close(lock)
-    assert host.changes() == {"kvm_amd.npt": "N"}
+    wait_for(host, {"kvm_amd.npt": "N"})
     host.users = ["process 9 (vmm)"]
     with pytest.raises(SettingError, match=r"process 9 \(vmm\).*the next kvmpy run tries again"):
         host.guardian().recover(lambda _: None)
