@@ -123,6 +123,8 @@ class Lane:
                 # Nothing of it is needed for a run.
                 self._say(f"without a snapshot: {error}")
                 self.stop()
+                if self._resumed is not None:
+                    snapshots.remove(self._resumed)  # the next run takes another
                 self.options = replace(self.options, snapshots=False)
                 self._start()
                 return

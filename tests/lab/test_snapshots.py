@@ -216,10 +216,12 @@ def test_a_machine_that_cannot_be_saved(lab: Lab, warm: Path) -> None:
     assert not list((warm / "snapshots").iterdir())
 
 
-def test_a_snapshot_that_cannot_be_resumed(lab: Lab) -> None:
+def test_a_snapshot_that_cannot_be_resumed(lab: Lab, warm: Path) -> None:
+    """The run boots another machine, and the next run does not meet that snapshot again."""
     run(lab, [[["end"]], PASSES])
     text = run(lab, [[["end"]], PASSES, [["refuse"]], PASSES])
     assert "without a snapshot: QEMU's state cannot be moved: failed" in text
+    assert not list((warm / "snapshots").iterdir())
 
 
 @pytest.mark.parametrize("ending", ["dies", "is silent"])
@@ -232,6 +234,7 @@ def test_a_snapshot_that_does_not_run(lab: Lab, warm: Path, ending: str) -> None
         text = run(lab, [[["end"]], PASSES, [["silent"], ["die", 3]], [["end"]], PASSES])
     if ending == "dies":
         assert "without a snapshot: QEMU's monitor: " in text
+        assert not list((warm / "snapshots").iterdir())
     else:
         assert "a snapshot that is resumed does not run: it is removed" in text
         assert len(list((warm / "snapshots").iterdir())) == 1
