@@ -5,6 +5,12 @@ from __future__ import annotations
 
 import signal
 
+import hypothesis
+
+# How long an example takes says more about the machine's load than about kvmpy; each test has its time-out.
+hypothesis.settings.register_profile("kvmpy", deadline=None)
+hypothesis.settings.load_profile("kvmpy")
+
 
 def pytest_configure() -> None:
     """Let signals end the programs that tests start: a shell's background jobs inherit some as ignored."""

@@ -294,4 +294,4 @@ class Conversions(RuleBasedStateMachine):
 
 
 TestConversions = Conversions.TestCase
-TestConversions.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestConversions.settings = settings(max_examples=40, stateful_step_count=30)

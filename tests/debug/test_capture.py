@@ -231,7 +231,7 @@ def test_a_trust_domains_commands_are_others() -> None:
 
 
 @given(st.integers(0, 1 << 64))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_content_of_any_argument(seed: int) -> None:
     """Whatever a program passes: the frame can be read, is no longer than said, and is what lies there."""
     random = Random(seed)

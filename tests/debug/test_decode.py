@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmpy.cli import names
@@ -248,7 +248,6 @@ def test_full_shortens_nothing() -> None:
     assert "{function=0x8}]" in text(event(ioctls.KVM_SET_CPUID2, into(table)), None, Decoder(full=True))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(IOCTLS)), st.binary(max_size=600), st.binary(max_size=600), st.integers(0, 200))
 @example("KVM_GET_REG_LIST", b"", (1 << 63).to_bytes(8, "little"), 0)
 @example("KVM_GET_REG_LIST", b"\xff" * 64, b"\xff" * 64, 0)
@@ -262,7 +261,6 @@ def test_any_bytes_can_be_decoded(name: str, before: bytes, after: bytes, errno:
     assert as_json(happened, decoded)["chunks"][0]["bytes"] == before.hex()
 
 
-@settings(deadline=None)
 @given(st.integers(0, (1 << 32) - 1), st.binary(max_size=64))
 def test_any_request_can_be_decoded(nr: int, data: bytes) -> None:
     decoded = Decoder().ioctl(Ioctl(0, 3, nr, AT, 0, 0, 2, 2, (into(data),)))

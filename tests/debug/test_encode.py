@@ -54,7 +54,7 @@ def and_(data: bytes, mask: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTS))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_every_struct_survives_the_way_through_words(name: str, data: st.DataObject) -> None:
     """Any content, as assignments, makes the same content: in every bit that a field covers."""

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy.debug.preload import shared
@@ -175,7 +175,6 @@ def test_document_has_every_frame() -> None:
 
 
 @given(st.lists(st.tuples(PAYLOADS, U32, U64), max_size=6))
-@settings(deadline=None)
 def test_round_trip(made: list[tuple[Payload, int, int]]) -> None:
     """What is written is what is read."""
     data = pack_all([(Frame(0, b"", tid, 1, order, 2), payload) for payload, tid, order in made])

@@ -322,7 +322,6 @@ class Run:
 @pytest.mark.parametrize("levels", [4, 5])
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(edits=st.lists(ops, max_size=14), high=st.booleans())
