@@ -58,13 +58,18 @@ static int FNAME(walk)(int level)
 static int softsev_hook(int number) { return number == 12345; }
 /* softsev: end of sev-include */
 
+static inline __attribute__((always_inline)) int doubled(int number)
+{
+	return 2 * number;
+}
+
 static int sev_launch(int number)
 {
 	int i, sum = 0;
 
 	for (i = 0; i < number; i++)
 		sum += asid_of(i);
-	return sum;
+	return doubled(sum);
 }
 
 static int never_called(int number)

@@ -12,6 +12,7 @@ from pathlib import Path
 from unidiff.errors import UnidiffParseError
 from unidiff.patch import PatchedFile, PatchSet
 
+from kvmpy.lab.coverage.functions import functions_of
 from kvmpy.lab.coverage.kept import FOLDERS
 from kvmpy.lab.coverage.maps import Map, Test
 from kvmpy.lab.coverage.queries import Functions
@@ -19,9 +20,6 @@ from kvmpy.lab.errors import LabError
 
 _RANGE = re.compile(r"\S+\.\.\.?\S*")
 _NOTHING = re.compile(r"\s*(?:/?\*.*|//.*|[{}();]*)\s*")
-_FUNCTION_NAME = re.compile(r"(\w+)\s*\(")
-_MADE_NAME = re.compile(r"\b[A-Z]+\((\w+)\)\s*\(")
-_ATTRIBUTE = re.compile(r"__attribute__\s*\(\(.*?\)\)|\b__\w+\s*\([^()]*\)\s*(?=\w)")
 _SECONDS = 120.0
 _SHOWN_TESTS = 3
 
@@ -214,30 +212,6 @@ def details(lines: Sequence[Line]) -> list[str]:
 
 
 # ---- functions that change
-
-
-def functions_of(text: str) -> list[tuple[int, int, str]]:
-    """Return first line, last line and name of each function of a source in the kernel's style.
-
-    Where a macro makes the name, as FNAME() of KVM's page tables, it begins with ``*``.
-    """
-    lines = text.split("\n")
-    found = []
-    end = -1
-    for number, line in enumerate(lines):
-        if number <= end or not (line.startswith("{") or line.endswith(") {")):
-            continue
-        # What goes on is indented.
-        start = number - line.startswith("{")
-        while start > 0 and lines[start].startswith(("\t", " ")):
-            start -= 1
-        head = _ATTRIBUTE.sub("", " ".join(lines[start : number + 1]))
-        end = next((last for last in range(number, len(lines)) if lines[last].startswith("}")), number)
-        if match := _MADE_NAME.search(head):
-            found.append((start + 1, end + 1, f"*_{match[1]}"))
-        elif match := _FUNCTION_NAME.search(head):
-            found.append((start + 1, end + 1, match[1]))
-    return found
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ import msgspec
 from pyroaring import BitMap
 
 from kvmpy.lab.coverage.counters import BOOT
+from kvmpy.lab.coverage.functions import functions_of
 from kvmpy.lab.coverage.model import Model, Place
 from kvmpy.lab.coverage.store import Coverage
 from kvmpy.lab.errors import LabError
 
-SCHEMA = "kvmpy-coverage-map/1"
+SCHEMA = "kvmpy-coverage-map/2"
 FILE = "coverage.map"
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 
@@ -209,8 +210,35 @@ def make(coverage: Coverage, model: Model | None = None) -> Map:
         for function in functions:
             function_tests[function].add(number)
     boot = BitMap(line for line in boot if not line_tests[line])
+    inlined = _inlined(model, line_tests)
     tests = [Test(suite, test, round(seconds[suite, test], 3)) for suite, test in numbers]
     facts = coverage.facts
     return Map(
-        facts.kernel, facts.build_id, tests, model.lines, model.functions, line_tests, function_tests, boot
+        facts.kernel,
+        facts.build_id,
+        tests,
+        model.lines,
+        [*model.functions, *inlined],
+        line_tests,
+        [*function_tests, *inlined.values()],
+        boot,
     )
+
+
+def _inlined(model: Model, line_tests: Sequence[BitMap]) -> dict[Place, BitMap]:
+    """Return the functions that gcc has put into their callers only, and the tests of their lines."""
+    numbers: dict[str, dict[int, int]] = {}
+    for number, (file, line) in enumerate(model.lines):
+        numbers.setdefault(file, {})[line] = number
+    compiled: dict[str, set[int]] = {}
+    for place in model.functions:
+        compiled.setdefault(place.file, set()).update(range(place.line, place.end + 1))
+    found = {}
+    for file, by_line in numbers.items():
+        taken = compiled.get(file, set())
+        for first, last, name in functions_of(model.kept.source(file)):
+            inside = range(first, last + 1)
+            lines = [line_tests[by_line[line]] for line in inside if line in by_line]
+            if lines and taken.isdisjoint(inside):
+                found[Place(file, first, last, name)] = BitMap.union(*lines)
+    return found
