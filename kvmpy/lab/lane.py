@@ -94,10 +94,15 @@ class Lane:
                 shutil.copy(console, self.folder / f"console-{self.boots}")
         shutil.rmtree(self.folder / "job", ignore_errors=True)  # with the answers of an earlier boot
         self.boots += 1
-        if self._resumed is not None and self.resumed_in_vain:
+        if self.resumed_in_vain:
             self._say("a snapshot that is resumed does not run: it is removed")
-            snapshots.remove(self._resumed)
+            self._remove_snapshot()
         self._start()
+
+    def _remove_snapshot(self) -> None:
+        """Remove the snapshot that this boot resumed, if it did: the next run takes another."""
+        if self._resumed is not None:
+            snapshots.remove(self._resumed)
 
     @property
     def resumed_in_vain(self) -> bool:
@@ -123,8 +128,7 @@ class Lane:
                 # Nothing of it is needed for a run.
                 self._say(f"without a snapshot: {error}")
                 self.stop()
-                if self._resumed is not None:
-                    snapshots.remove(self._resumed)  # the next run takes another
+                self._remove_snapshot()
                 self.options = replace(self.options, snapshots=False)
                 self._start()
                 return
