@@ -97,7 +97,7 @@ def examine() -> dict[str, Any]:
             "config": {option: host.kernel_config(option) for option in _CONFIG},
             "fixes": {name: fix.known() for name, fix in FIXES.items()} if amd else {},
         },
-        "modules": {module: host.module_parameters(module) for module in modules},
+        "modules": {module: dict(host.ModuleParameters(module)) for module in modules},
         "kvm": {
             "usable": missing is None,
             "missing": missing.what if missing else "",

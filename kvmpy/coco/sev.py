@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from pyroaring import BitMap
 
-from kvmpy.coco import ghcb, sev_platform
+from kvmpy.coco import ghcb, sev_host, sev_platform
 from kvmpy.coco.policy import SevPolicy
 from kvmpy.coco.sev_launch import SevInitialised, SevRunning
 from kvmpy.core.address import PAGE_SHIFT, EncryptionBit, Gpa
@@ -40,8 +40,9 @@ def encryption_bit(kvm: Kvm) -> EncryptionBit:
 
 def availability(kvm: Kvm, kind: VmType) -> Availability:
     """Tell whether *kvm* launches guests of this type."""
-    missing = sev_platform.missing_pieces(kvm, kind)
-    return Availability(not missing, tuple(missing), note="" if missing else sev_platform.describe(kvm))
+    host = sev_host.read(kvm)
+    missing = sev_platform.missing_pieces(kvm, kind, host)
+    return Availability(not missing, tuple(missing), note="" if missing else sev_platform.describe(kvm, host))
 
 
 class _Pinned:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 from kvmpy.core.errors import DeadProcessorError, MissingError
 from kvmpy.core.kernel import (
+    ModuleOptions,
+    ModuleParameters,
     Option,
     command_line,
     config_hint,
     cpu_info,
     kernel_config,
-    module_options,
-    module_parameters,
 )
 from kvmpy.core.kvm import Kvm
 from kvmpy.core.sev_device import PlatformStatus, SevDevice
@@ -107,8 +107,8 @@ def read(kvm: Kvm) -> SevHost:
         flags=frozenset(cpu_info().get("flags", "").split()),
         family=family,
         config={name: kernel_config(name) for name in _OPTIONS},
-        modules={name: module_parameters(name) for name in ("kvm", "kvm_amd", "ccp")},
-        options=module_options("kvm", "kvm_amd", "ccp"),
+        modules={name: ModuleParameters(name) for name in ("kvm", "kvm_amd", "ccp")},
+        options=ModuleOptions("kvm", "kvm_amd", "ccp"),
         command_line=command_line(),
         asids=_asids(kvm),
         device=device,

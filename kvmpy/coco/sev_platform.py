@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmpy.coco import sev_host
-from kvmpy.coco.sev_host import SEV_LEAF
+from kvmpy.coco.sev_host import SEV_LEAF, SevHost
 from kvmpy.core.errors import KvmError, MissingError
 from kvmpy.core.kvm import Kvm
 from kvmpy.uapi.constants import (
@@ -85,9 +85,8 @@ def _attribute(kvm: Kvm, attribute: int) -> int:
         return 0
 
 
-def missing_pieces(kvm: Kvm, kind: VmType) -> list[MissingError]:
-    """Return what this host lacks to launch guests of a VM type; empty when nothing does."""
-    host = sev_host.read(kvm)
+def missing_pieces(kvm: Kvm, kind: VmType, host: SevHost) -> list[MissingError]:
+    """Return what *host* lacks to launch guests of a VM type; empty when nothing does."""
     if kind not in kvm.vm_types():
         return sev_host.causes(host, kind)
     cpuid = sev_cpuid(kvm)
@@ -96,10 +95,9 @@ def missing_pieces(kvm: Kvm, kind: VmType) -> list[MissingError]:
     return sev_host.lacking(host, kind)
 
 
-def describe(kvm: Kvm) -> str:
+def describe(kvm: Kvm, host: SevHost) -> str:
     """Return C-bit, ASIDs, firmware and what the platform is, in one line."""
     words = []
-    host = sev_host.read(kvm)
     cpuid = sev_cpuid(kvm)
     if cpuid is not None:
         words.append(f"C-bit {cpuid.c_bit}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from kvmpy.coco.copy_in import copy_in
 from kvmpy.coco.fd_backed import FdBackedProtection
 from kvmpy.core.errors import MissingError
-from kvmpy.core.kernel import config_hint, kernel_config, module_parameters
+from kvmpy.core.kernel import ModuleParameters, config_hint, kernel_config
 from kvmpy.core.kvm import Kvm
 from kvmpy.guest.errors import LaunchError
 from kvmpy.guest.protection import Availability, Traits
@@ -25,7 +25,7 @@ def _how() -> str:
     ways = []
     if kernel_config(OPTION) != "y":
         ways.append(f"{config_hint(OPTION)} (needs CONFIG_EXPERT, no distribution sets it)")
-    if module_parameters("kvm").get("tdp_mmu", "Y") != "Y":
+    if ModuleParameters("kvm").get("tdp_mmu", "Y") != "Y":
         ways.append("kvm.tdp_mmu=Y (this kernel: N)")
     if not ways:
         ways.append("a vendor module with two-dimensional paging (kvm_amd with NPT, kvm_intel with EPT)")

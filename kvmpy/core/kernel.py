@@ -45,12 +45,28 @@ class Option:
     source: str
 
 
-def module_options(*modules: str) -> dict[str, Option]:
-    """Return what modprobe.d and the kernel's command line ask of *modules*, by ``module.parameter``.
+class ModuleOptions(Mapping[str, Option]):
+    """What modprobe.d and the kernel's command line ask of *modules*, by ``module.parameter``.
 
-    What a call of modprobe or insmod was given is nowhere to be read.
+    They are read when the first is asked for. What a call of modprobe or insmod was given is nowhere to be
+    read.
     """
-    return {name: option for name, option in _options() if name.partition(".")[0] in modules}
+
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
+
+    @functools.cached_property
+    def _asked(self) -> Mapping[str, Option]:
+        return {name: option for name, option in _options() if name.partition(".")[0] in self._modules}
+
+    def __getitem__(self, name: str) -> Option:
+        return self._asked[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._asked)
+
+    def __len__(self) -> int:
+        return len(self._asked)
 
 
 def _options() -> Iterator[tuple[str, Option]]:
@@ -64,13 +80,29 @@ def _options() -> Iterator[tuple[str, Option]]:
         yield f"{module.replace('-', '_')}.{parameter}", Option(value, "the kernel's command line")
 
 
-def module_parameters(module: str) -> dict[str, str]:
-    """Return a module's parameters as sysfs shows them; empty when it has none or is absent."""
-    try:
-        files = sorted((SYS_MODULE / module / "parameters").iterdir())
-    except OSError:
-        return {}
-    return {file.name: _read(file) for file in files}
+class ModuleParameters(Mapping[str, str]):
+    """A module's parameters as sysfs shows them, each read when it is asked for.
+
+    There are none where the module has none or is absent; one that cannot be read is empty.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._folder = SYS_MODULE / module / "parameters"
+
+    def __getitem__(self, name: str) -> str:
+        path = self._folder / name
+        if not path.is_file():
+            raise KeyError(name)
+        return _read(path)
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            return iter(sorted(os.listdir(self._folder)))
+        except OSError:
+            return iter(())
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 @functools.lru_cache(maxsize=1)

@@ -75,7 +75,7 @@ def read(*, first: Path = Path("/proc/1"), iomem: Path = Path("/proc/iomem")) ->
     known: dict[str, list[str]] = {}
     for module, _, name in (word.partition("=")[0].partition(".") for word in words):
         if name:
-            there = host.module_parameters(module)
+            there = host.ModuleParameters(module)
             parameters[f"{module}.{name}"] = there.get(name)
             if name not in there:
                 known[module] = list(there)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmpy import __version__
-from kvmpy.core.kernel import SYS_MODULE, cpu_info, kernel_config, module_parameters
+from kvmpy.core.kernel import SYS_MODULE, ModuleParameters, cpu_info, kernel_config
 from kvmpy.testing.errata import HostFacts
 from kvmpy.testing.verdicts import Missing
 
@@ -24,6 +24,7 @@ CLOCK_SOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocks
 
 __all__ = [
     "HostSummary",
+    "ModuleParameters",
     "clock_source",
     "cpu_flag",
     "cpu_info",
@@ -32,7 +33,6 @@ __all__ = [
     "kernel",
     "kernel_config",
     "kvm_missing",
-    "module_parameters",
     "platform_name",
     "summarize",
     "vendor_modules",
@@ -98,7 +98,7 @@ def facts() -> HostFacts:
     """Return what errata conditions look at."""
     modules = ("kvm", *vendor_modules())
     parameters = {
-        f"{module}.{name}": value for module in modules for name, value in module_parameters(module).items()
+        f"{module}.{name}": value for module in modules for name, value in ModuleParameters(module).items()
     }
     return HostFacts(os.uname().release, " ".join(vendor_modules()), cpu_model(), platform_name(), parameters)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvmpy.testing.host import ACCELERATOR_VARIABLE
-from kvmpy.uapi.links import MAPPED, link_of
+from kvmpy.uapi.links import is_mapped, link_of
 
 # A VM takes a worker thread of KVM along when it is closed, and on an emulated CPU that takes a while.
 GRACE = 30.0 if os.environ.get(ACCELERATOR_VARIABLE) == "tcg" else 5.0
@@ -97,8 +97,8 @@ def named_mappings(maps: str) -> Counter[str]:
     """Count the mappings in /proc/PID/maps whose name tells that a test made them."""
     # Anonymous ones come and go with the allocators. Before and after most tests there is no other: one
     # search through all of it is enough.
-    lines = maps.splitlines() if MAPPED.search(maps) else []
-    return Counter(line.split(None, 5)[5] for line in lines if MAPPED.search(line))
+    lines = maps.splitlines() if is_mapped(maps) else []
+    return Counter(line.split(None, 5)[5] for line in lines if is_mapped(line))
 
 
 def snapshot() -> Snapshot:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvmpy.core.kernel import module_parameters
+from kvmpy.core.kernel import ModuleParameters
 from kvmpy.testing import host
 
 _DMI = Path("/sys/class/dmi/id")
@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
         **{name: _read(_DMI / name) for name in _PUBLIC_DMI if (_DMI / name).exists()},
         **{name: cpu[name] for name in _CPU if name in cpu},
         "cpus": os.cpu_count(),
-        "parameters": {module: module_parameters(module) for module in _MODULES},
+        "parameters": {module: dict(ModuleParameters(module)) for module in _MODULES},
         "limits": {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in _LIMITS},
         "cgroup_misc": _read(Path("/sys/fs/cgroup/misc.capacity")),
         "user": "root" if os.geteuid() == 0 else "not root",

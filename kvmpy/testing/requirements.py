@@ -168,7 +168,7 @@ def _parameter(text: str, files: Sequence[Path]) -> Missing | None:
     module, _, parameter = name.partition(".")
     if not parameter:
         raise ValueError(f"write a parameter as module.name, not {name!r}")
-    value = host.module_parameters(module).get(parameter)
+    value = host.ModuleParameters(module).get(parameter)
     keys = (f"param:{name}",)
     if value is None:
         return Missing(f"module parameter {name}", f"modprobe a {module} that has it", keys)

@@ -7,7 +7,6 @@ recorder in C searches the same rows.
 
 from __future__ import annotations
 
-import re
 from typing import Literal, NamedTuple
 
 from kvmpy.uapi.ioctl_type import FdKind
@@ -57,8 +56,13 @@ LINKS: tuple[tuple[str, LinkKind, str], ...] = (
 )
 _ROWS = tuple((text.rstrip("*"), text.endswith("*"), kind, name) for text, kind, name in LINKS)
 
-MAPPED = re.compile("|".join(["anon_inode:", *(re.escape(row[0]) for row in _ROWS if row[0][0] == "/")]))
-"""Finds the name of a mapping of such a file, or of any other anonymous inode, in a line of maps."""
+_MAPPED = ("anon_inode:", *(row[0] for row in _ROWS if row[0][0] == "/"))
+
+
+def is_mapped(maps: str) -> bool:
+    """Tell whether lines of /proc/PID/maps name such a file, or any other anonymous inode."""
+    # One expression with all of them takes three times as long.
+    return any(name in maps for name in _MAPPED)
 
 
 def link_of(target: str) -> Link:

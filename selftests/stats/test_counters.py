@@ -170,7 +170,7 @@ def test_cumulative_never_shrinks(make_vm: MakeVm) -> None:
 def kvm_delivers_interrupts(_kvm: Kvm) -> str | None:
     """Tell when hardware delivers interrupts without KVM's doing."""
     for module, parameter in (("kvm_amd", "avic"), ("kvm_intel", "enable_apicv")):
-        if host.module_parameters(module).get(parameter) == "Y":
+        if host.ModuleParameters(module).get(parameter) == "Y":
             return f"interrupts that KVM injects itself: {module}.{parameter}=N"
     return None
 

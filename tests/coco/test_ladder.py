@@ -162,7 +162,7 @@ def test_sw_protected_says_how_to_get_it_here(
 ) -> None:
     monkeypatch.setattr("kvmpy.core.kernel.kernel_config", lambda _option: config)
     monkeypatch.setattr(sw_protected, "kernel_config", lambda _option: config)
-    monkeypatch.setattr(sw_protected, "module_parameters", lambda _module: {"tdp_mmu": tdp})
+    monkeypatch.setattr(sw_protected, "ModuleParameters", lambda _module: {"tdp_mmu": tdp})
     how = SoftwareProtected.availability(fake({0}, ALL)).missing[0].how
     assert wanted in how
     assert unwanted not in how

@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from kvmpy.coco import sev_host, sev_platform
+from kvmpy.coco import sev_platform
 from kvmpy.coco.sev_host import SevHost
 from kvmpy.core.kvm import Kvm
 from kvmpy.uapi.constants import VmType
@@ -37,17 +37,13 @@ class FakeKvm:
 
 
 @pytest.fixture(autouse=True)
-def host(monkeypatch: pytest.MonkeyPatch) -> dict[str, SevHost]:
-    """A host that has everything; tests put another one in its place."""
-    facts = {"host": GENOA}
-    monkeypatch.setattr(sev_host, "read", lambda _kvm: facts["host"])
+def _hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sev_platform, "software_platform", lambda: False)
-    return facts
 
 
-def missing(kvm: FakeKvm, kind: VmType) -> list[str]:
+def missing(kvm: FakeKvm, kind: VmType, host: SevHost = GENOA) -> list[str]:
     """Return what is missing, without how to get it."""
-    return [piece.missing for piece in sev_platform.missing_pieces(cast(Kvm, kvm), kind)]
+    return [piece.missing for piece in sev_platform.missing_pieces(cast(Kvm, kvm), kind, host)]
 
 
 @pytest.mark.parametrize("kind", [SEV, ES, SNP])
@@ -56,13 +52,13 @@ def test_nothing_is_missing(kind: VmType) -> None:
     assert missing(FakeKvm({0, 2, 3, 4}), kind) == []
 
 
-def test_a_type_that_is_not_offered(host: dict[str, SevHost]) -> None:
+def test_a_type_that_is_not_offered() -> None:
     """A type that KVM does not offer lacks what its set-up wants; an offered one, ASIDs or the processor."""
-    host["host"] = replace(GENOA, asids=(1006, 1007))
-    assert missing(FakeKvm({0}), SEV) == ["an ASID for SEV without ES (all belong to SEV-ES and SNP)"]
-    assert missing(FakeKvm({0, 2, 3, 4}), SEV) == missing(FakeKvm({0}), SEV)
-    assert missing(FakeKvm({0, 2, 3, 4}), SNP) == []
-    assert missing(FakeKvm({0}), SNP) == ["VM type KVM_X86_SNP_VM (KVM_CAP_VM_TYPES bit 4)"]
+    host = replace(GENOA, asids=(1006, 1007))
+    assert missing(FakeKvm({0}), SEV, host) == ["an ASID for SEV without ES (all belong to SEV-ES and SNP)"]
+    assert missing(FakeKvm({0, 2, 3, 4}), SEV, host) == missing(FakeKvm({0}), SEV, host)
+    assert missing(FakeKvm({0, 2, 3, 4}), SNP, host) == []
+    assert missing(FakeKvm({0}), SNP, host) == ["VM type KVM_X86_SNP_VM (KVM_CAP_VM_TYPES bit 4)"]
 
 
 def test_no_leaf() -> None:
@@ -89,12 +85,9 @@ def test_no_leaf() -> None:
     ],
     ids=["plain", "ciphertext hiding", "no firmware", "late"],
 )
-def test_in_one_line(
-    host: dict[str, SevHost], monkeypatch: pytest.MonkeyPatch, facts: SevHost, line: str
-) -> None:
+def test_in_one_line(monkeypatch: pytest.MonkeyPatch, facts: SevHost, line: str) -> None:
     """The note names C-bit, whose ASIDs are which, firmware and a platform that is software."""
-    host["host"] = facts
     kvm = cast(Kvm, FakeKvm({0, 2}))
-    assert sev_platform.describe(kvm) == f"C-bit 51, {line}"
+    assert sev_platform.describe(kvm, facts) == f"C-bit 51, {line}"
     monkeypatch.setattr(sev_platform, "software_platform", lambda: True)
-    assert sev_platform.describe(kvm).endswith("software AMD-SP: nothing is encrypted")
+    assert sev_platform.describe(kvm, facts).endswith("software AMD-SP: nothing is encrypted")

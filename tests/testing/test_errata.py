@@ -90,7 +90,7 @@ def test_module_parameters_are_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conditions see the parameters of kvm and of the vendor modules, and of no other."""
     loaded = {"kvm": {"tdp_mmu": "Y"}, "kvm_amd": {"npt": "N"}, "ccp": {"psp_timeout": "100"}}
     monkeypatch.setattr(host, "vendor_modules", lambda: ("kvm_amd",))
-    monkeypatch.setattr(host, "module_parameters", lambda module: loaded[module])
+    monkeypatch.setattr(host, "ModuleParameters", lambda module: loaded[module])
     assert host.facts().parameters == {"kvm.tdp_mmu": "Y", "kvm_amd.npt": "N"}
 
 

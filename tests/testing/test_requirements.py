@@ -75,7 +75,7 @@ def test_a_parameter_names_the_configuration_that_has_it(
 ) -> None:
     """kvmpy's own, or one of a file that the session was given."""
     there = {"tdp_mmu": "Y", "force_emulation_prefix": "0", "halt_poll_ns": "200000"}
-    monkeypatch.setattr(host, "module_parameters", lambda module: there if module == "kvm" else {})
+    monkeypatch.setattr(host, "ModuleParameters", lambda module: there if module == "kvm" else {})
     (tmp_path / "mine.toml").write_text('[mine]\nparameters = ["kvm.tdp_mmu=mine"]\n')
     missing = Requirements([tmp_path / "mine.toml"]).missing([f"param:{asked}"])
     assert [entry.how[: len(how or "")] for entry in missing] == ([] if how is None else [how])

@@ -10,7 +10,7 @@ import pytest
 
 from kvmpy.core.kvm import Kvm
 from kvmpy.uapi.constants import KVM_CAP_GUEST_MEMFD
-from kvmpy.uapi.links import MAPPED, Link, LinkKind, link_of
+from kvmpy.uapi.links import Link, LinkKind, is_mapped, link_of
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_links(target: str, expected: Link) -> None:
 )  # fmt: skip
 def test_names_of_mappings(name: str, seen: bool) -> None:
     line = f"7fd996f7f000-7fd996f80000 rw-s 00000000 00:10 1060140                    {name}"
-    assert bool(MAPPED.search(line)) == seen
+    assert is_mapped(line) == seen
 
 
 @pytest.mark.requires("kvm")
