@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmpy.cli.options import NOTHING_SELECTED, pytest_args, quick_file, selected
+from kvmpy.cli.options import NOTHING, NOTHING_SELECTED, pytest_args, quick_file, selected
 from kvmpy.lab.errors import BuildError, LabError
 from kvmpy.owned import OwnedFolder
 from kvmpy.testing import option_table, selection
@@ -157,8 +157,8 @@ def _run_selected(paths: tuple[str, ...], values: Mapping[str, Any], extra: list
     if several:
         return _run_matrix(paths, values, wanted, extra)
     code = run(_request(machine(values), paths, values, extra), say)
-    if code == NOTHING_SELECTED:
-        say("no test matches")
+    if code in NOTHING:
+        say(NOTHING[code])
     return code
 
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "replay": "replay the ioctls of a record and compare the results",
     "report": "show and verify SNP attestation reports; needs no KVM",
     "repro": "turn a record into a C reproducer",
+    "results": "make the reports of a run from its journal, even if it was killed",
     "run": "run the selftests on this host's KVM and print a verdict table",
     "shell": "open a Python prompt with a running VM",
     "shrink": "minimise a record",
@@ -42,7 +43,7 @@ COMMANDS = {
 
 
 # Within a test an exception is the test's failure: their supervisor ends in its own way.
-_OWN_SIGNALS = ("hardware", "run")
+_OWN_SIGNALS = ("hardware", "results", "run")
 
 
 class LazyGroup(click.Group):

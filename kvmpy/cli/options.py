@@ -12,8 +12,11 @@ import click
 import kvmpy
 from kvmpy.testing import naming, option_table, selection
 from kvmpy.testing.option_table import Between, Option
+from kvmpy.testing.verdicts import NOTHING_RAN
 
 NOTHING_SELECTED = 5
+NOTHING = {NOTHING_SELECTED: "no test matches", NOTHING_RAN: "no test ran: all were skipped"}
+"""What to tell of a run in which no test ran, by its exit status."""
 PYTEST_EPILOG = "Arguments after -- are passed to pytest."
 _EXTRA = "kvmpy.pytest_args"
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from kvmpy import caches
 from kvmpy.cli.options import (
-    NOTHING_SELECTED,
+    NOTHING,
     PYTEST_EPILOG,
     SplitCommand,
     extra_arguments,
@@ -25,7 +25,11 @@ from kvmpy.cli.options import (
     quick_file,
     selected,
 )
+from kvmpy.testing.option_table import command_arguments
 from kvmpy.testing.verdicts import suite_id
+
+if TYPE_CHECKING:
+    from kvmpy.testing.journal import History
 
 INTERNAL = 3
 
@@ -87,25 +91,63 @@ def _with_parameters(words: Sequence[str], reload: bool, work: Callable[[], int]
         return INTERNAL
 
 
+def _supervised(args: Sequence[str], kept: Path | None, command: Sequence[str], resume: bool) -> int:
+    from kvmpy.testing.journals import JournalError
+    from kvmpy.testing.supervisor import supervise
+
+    try:
+        return supervise(args, _say, kept=kept, command=command, resume=resume)
+    except JournalError as error:
+        _say(f"kvmpy run: {error}")
+        return INTERNAL
+
+
+def _as_before(
+    ctx: click.Context, history: History, paths: tuple[str, ...], values: dict[str, object], extra: list[str]
+) -> tuple[tuple[str, ...], dict[str, object], list[str]]:
+    """Return what the run of the journal was started with, where this command says nothing else."""
+    from kvmpy.testing import journals
+
+    if history.complete:
+        raise journals.JournalError("that run came to its end; kvmpy results makes its reports")
+    earlier = run.make_context("run", list(history.command))
+    for name in values:
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+            values[name] = earlier.params[name]
+    return paths or earlier.params["paths"], values, extra or extra_arguments(earlier)
+
+
 @click.command(cls=SplitCommand, epilog=PYTEST_EPILOG)
 @click.argument("paths", nargs=-1)
 @options("run")
 @click.pass_context
 def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None:
     """Run the selftests, or the tests in PATHS (of the suite, or files of your own)."""
-    from kvmpy.testing.supervisor import guarded, supervise
+    from kvmpy.testing import journals
+    from kvmpy.testing.supervisor import guarded
 
+    extra = extra_arguments(ctx)
+    command = [*command_arguments("run", values), *paths, *(["--", *extra] if extra else [])]
+    kept, resume = cast("Path | None", values.pop("journal")), bool(values.pop("resume"))
+    if resume:
+        try:
+            kept = kept or journals.last(unfinished=True)
+            paths, values, extra = _as_before(ctx, journals.readable(kept), paths, values, extra)
+        except journals.JournalError as error:
+            raise click.ClickException(str(error)) from None
+        _say(f"kvmpy run: going on from {kept}")
     if not values["listing"] and (why := why_lab(str(values["lab"]))):
         if values["timeline"] is not None:
             # Each VM has a clock of its own.
             raise click.UsageError(f"--timeline cannot be written in the lab, and {why}")
         _say(f"kvmpy run: {why}: the selftests run in the lab")
-        sys.exit(_in_lab(paths, values, extra_arguments(ctx)))
+        if kept is not None:
+            raise click.UsageError(f"--journal and --resume are of runs on this host, and {why}")
+        sys.exit(_in_lab(paths, values, extra))
     if values["quick"]:
         paths, values = selected(paths, values, quick_file())
-    kept = values.pop("journal")
     parameters = cast(tuple[str, ...], values["parameters"])
-    args = [*pytest_args(paths, values, lambda remark: _say(f"kvmpy run: {remark}")), *extra_arguments(ctx)]
+    args = [*pytest_args(paths, values, lambda remark: _say(f"kvmpy run: {remark}")), *extra]
     # Compiled tests are kept out of the installed package.
     if (cache := caches.own("pycache")) is not None:
         os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache))
@@ -119,8 +161,9 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None
     if values["listing"]:
         code = _list([*args, "--collect-only", "-q"])
     else:
-        work = partial(supervise, args, _say, kept=kept if isinstance(kept, Path) else None)
+        kept = kept or journals.fresh()
+        work = partial(_supervised, args, kept, command, resume)
         code = _with_parameters(parameters, bool(values["reload"]), lambda: guarded(work))
-    if code == NOTHING_SELECTED:
-        _say("kvmpy run: no test matches")
+    if code in NOTHING:
+        _say(f"kvmpy run: {NOTHING[code]}")
     sys.exit(code)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmpy.testing.verdicts import NOTHING_RAN
+
 GOOD, BAD, UNTESTABLE = 0, 1, 125
 # git stops at this and above; what pytest or click ends with is added.
 TROUBLE = 128
@@ -32,7 +34,7 @@ def judge(ended: Ended) -> tuple[int, str]:
     """Return the exit status for git, and what it says of the tree."""
     if ended.status == 0 and ended.passed:
         return GOOD, "good: what ran passed"
-    if ended.status == 0:
+    if ended.status in (0, NOTHING_RAN):
         return UNTESTABLE, "cannot be tested: no test passed, and none failed"
     if ended.status == 1 or (ended.bad and (ended.status == 3 or ended.stopped)):
         return BAD, "bad: a test failed or was lost"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from kvmpy.lab.readback import feature
 from kvmpy.lab.root import JOB_TAG, Root, tag
 from kvmpy.owned import dies_with_parent
 from kvmpy.testing.configurations import nearest
+from kvmpy.testing.kernelwatch import TROUBLE
 
 # All that QEMU emulates, as an EPYC: what KVM does follows vendor and family. Without erms, for which the
 # kernel copies byte by byte: emulated, that is slow.
@@ -36,10 +36,6 @@ _ACCEL = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
 _TSC = "kvm.tsc_tolerance_ppm=100000 tsc=nowatchdog"
 # A busy host's emulated timer ticks too late for the check: "IO-APIC + timer doesn't work", and a panic.
 _TIMER = "no_timer_check"
-_TROUBLE = re.compile(
-    r"Kernel panic|\bBUG: |\bOops\b|\bWARNING: |general protection fault|\bKASAN: |\bUBSAN: |\bKMSAN: "
-    r"|INFO: possible |INFO: suspicious |possible circular locking|self-detected stall|blocked for more than"
-)
 EXCERPT_LINES = 60
 # How many exported folders a machine has room for; a snapshot's machine has them all.
 SHARES = 14
@@ -213,7 +209,7 @@ def excerpt(console: str) -> str:
     """Return what the console says about the trouble it shows: from its first line on, or the last lines."""
     lines = [line.rstrip() for line in console.splitlines() if line.strip()]
     for index, line in enumerate(lines):
-        if _TROUBLE.search(line):
+        if TROUBLE.search(line):
             return "\n".join(lines[index : index + EXCERPT_LINES])
     return "\n".join(lines[-EXCERPT_LINES // 3 :])
 
@@ -340,5 +336,5 @@ class Machine:
         if not self._trouble and size != self._seen:
             self._seen = size
             lines = self.console().splitlines()
-            self._trouble = next((line.strip() for line in lines if _TROUBLE.search(line)), "")
+            self._trouble = next((line.strip() for line in lines if TROUBLE.search(line)), "")
         return self._trouble

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +25,7 @@ from kvmpy.testing.verdicts import Verdict
 # What the controlling process hands to its xdist workers.
 WORKER_JOURNAL = "kvmpy_journal"
 WORKER_DONE = "kvmpy_done"
+WORKER_KEPT = "kvmpy_kept"
 
 Location = tuple[str, "int | None", str]
 # How the line of a report begins.
@@ -38,7 +39,7 @@ class History:
     ``done`` has the reports of each test that came to its end, ``lost`` the reasons of those whose process
     died; ``selected`` is in the order of collection; ``sessions`` counts the processes that wrote; ``limit``
     is in seconds; ``finished`` is True when the last of them ended in order, its reports written; ``kept`` is
-    of a journal that outlives the machine.
+    of a journal that outlives the machine, ``command`` the arguments of its run.
     """
 
     done: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -54,11 +55,17 @@ class History:
     sessions: int = 0
     finished: bool = False
     kept: bool = False
+    command: list[str] = field(default_factory=list)
 
     @property
     def judged(self) -> int:
         """How many tests need not run any more."""
         return len(self.done.keys() | self.lost.keys())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run came to its end, with a verdict of every test that was selected."""
+        return self.finished and self.done.keys() | self.lost.keys() >= set(self.selected)
 
 
 @functools.lru_cache(maxsize=1)
@@ -151,7 +158,7 @@ def read(path: Path) -> History:
         elif kind == "end":
             history.finished = True
         elif kind == "kept":
-            history.kept = True
+            history.kept, history.command = True, event["ids"]
     return history
 
 
@@ -166,13 +173,13 @@ def _append(stream: TextIO, event: dict[str, Any]) -> None:
     stream.flush()
 
 
-def create_kept(path: Path) -> None:
+def create_kept(path: Path, command: Sequence[str] = ()) -> None:
     """Create a journal that is to outlive the machine: it reaches the disk whenever a test begins.
 
-    FileExistsError where there is one.
+    *command* are the arguments of the run. FileExistsError where there is one.
     """
     with path.open("x", encoding="utf-8") as stream:
-        _append(stream, {"event": "kept"})
+        _append(stream, {"event": "kept", "ids": list(command)})
         os.fsync(stream.fileno())
 
 
@@ -232,8 +239,8 @@ class Running:
 class WorkerJournal(Running):
     """Plugin object of an xdist worker; *done* are the tests that an earlier controller has reports of."""
 
-    def __init__(self, config: pytest.Config, path: Path, done: list[str]) -> None:
-        super().__init__(config, path, {})
+    def __init__(self, config: pytest.Config, path: Path, done: list[str], *, kept: bool) -> None:
+        super().__init__(config, path, {}, kept=kept)
         self._done = frozenset(done)
 
     @pytest.hookimpl(trylast=True)
@@ -250,7 +257,8 @@ class WorkerJournal(Running):
 class Journal(Running):
     """Plugin object of the controlling process: keeps all reports, and replays those of an earlier one.
 
-    With *only* nothing runs: reports are made of what the journal holds, and *only* says why the run is over.
+    With *only* nothing runs: reports are made of what the journal holds, and *only* says why the run is over,
+    empty for one that came to its end.
     *heartbeat*: who supervises the session is to show how far it is.
     """
 
@@ -295,19 +303,22 @@ class Journal(Running):
         """Tell an xdist worker where its journal is, and what it need not run."""
         node.workerinput[WORKER_JOURNAL] = str(self._journal_of(node))
         node.workerinput[WORKER_DONE] = list(self._kept)
+        node.workerinput[WORKER_KEPT] = self._on_disk
 
     # ---- what is selected
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_collection(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Collect, unless nothing is to run any more."""
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self, session: pytest.Session) -> bool | None:
+        """Leave the collection to pytest, unless nothing is to run any more."""
         if self._only is None:
-            return (yield)
+            return None
         session.items = []
         for data in self._uncollected:
             session.config.hook.pytest_collectreport(report=report_of(session.config, data))
         self._replay(session)
-        raise session.Interrupted(self._only)
+        if self._only:
+            raise session.Interrupted(self._only)
+        return True
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -336,7 +347,8 @@ class Journal(Running):
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
         """Replay what is done, then run the rest."""
-        self._replay(session)
+        if self._only is None:
+            self._replay(session)
         if session.shouldfail:
             raise session.Failed(session.shouldfail)
         result = yield
@@ -392,7 +404,8 @@ class Journal(Running):
         if self._path.is_file():
             known = self._results.verdict(nodeid)
             event |= {"verdict": known.verdict.value, "reason": known.reason if known.verdict.bad else ""}
-        self.write(event)
+        # Tests begin elsewhere where this process controls others.
+        (self.write_safely if self._controls else self.write)(event)
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_testnodedown(self, node: Any) -> None:

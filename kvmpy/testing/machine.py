@@ -93,10 +93,14 @@ def platform_status() -> dict[str, Any]:
 
 
 class KernelLog:
-    """The kernel's messages (``/dev/kmsg``): all that it still has, then those that come."""
+    """The messages in the kernel's log (``/dev/kmsg``): all that it still has, then those that come.
 
-    def __init__(self, path: Path = Path("/dev/kmsg")) -> None:
+    With *kernel_only* those that programs write there are left out.
+    """
+
+    def __init__(self, path: Path = Path("/dev/kmsg"), *, kernel_only: bool = False) -> None:
         self.missing = ""
+        self._kernel_only = kernel_only
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -118,7 +122,9 @@ class KernelLog:
                 continue
             if not record:
                 break
-            lines.append(message(record))
+            # Priority and facility, which is 0 for the kernel.
+            if not self._kernel_only or int(record.partition(b",")[0]) >> 3 == 0:
+                lines.append(message(record))
         return "".join(f"{line}\n" for line in lines)
 
     def fileno(self) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option of the commands that run tests and of the pytest plugin, once.
 
-``kvmpy run``, ``kvmpy lab run``, ``kvmpy lab shell`` and ``kvmpy hardware`` make their options from it
+``kvmpy run``, ``lab run``, ``lab shell``, ``results`` and ``hardware`` make their options from it
 (kvmpy/cli/options.py), the plugin its own (kvmpy/testing/options.py), and whoever starts one of them makes
 the arguments from it.  Pure.
 """
@@ -121,6 +121,7 @@ def cpu_flag(text: str) -> str:
 
 _RUN, _LAB, _HARDWARE = ("run",), ("lab run",), ("hardware",)
 _BOTH, _BOOTS = ("run", "lab run"), ("lab run", "lab shell")
+_REPORTS = (*_BOTH, "results")
 _STEPS = ", ".join(f"{step} {seconds:g}" for step, seconds in STEP_LIMITS.items())
 _NOT_MATRIX = "; not with --matrix"
 
@@ -160,16 +161,16 @@ OPTIONS: tuple[Option, ...] = (
            "Refuse host access to private pages under every protection, as SEV-SNP does.", kind="flag",
            pytest="--strict-private", side="inside", each=True),
     # What is shown and written.
-    Option("verbose", _BOTH, "-v --verbose",
+    Option("verbose", _REPORTS, "-v --verbose",
            "Show pytest's own progress, and every row, reason and name in the summary.", kind="flag",
            each=True),
-    Option("json", _BOTH, "--json", "Write the verdicts as JSON.", "FILE", pytest="--kvmpy-json",
+    Option("json", _REPORTS, "--json", "Write the verdicts as JSON.", "FILE", pytest="--kvmpy-json",
            side="host"),
-    Option("ktap", _BOTH, "--ktap", "Write the verdicts as KTAP version 1.", "FILE", pytest="--ktap",
+    Option("ktap", _REPORTS, "--ktap", "Write the verdicts as KTAP version 1.", "FILE", pytest="--ktap",
            side="host"),
-    Option("junit", _BOTH, "--junit", "Write the verdicts as JUnit XML.", "FILE", pytest="--junitxml",
+    Option("junit", _REPORTS, "--junit", "Write the verdicts as JUnit XML.", "FILE", pytest="--junitxml",
            own=False, side="host"),
-    Option("html", _BOTH, "--html", "Write one HTML page: verdicts, reasons, memory maps, ioctls.", "FILE",
+    Option("html", _REPORTS, "--html", "Write one HTML page: verdicts, reasons, memory maps, ioctls.", "FILE",
            pytest="--kvmpy-html", side="host", lab_help=_NOT_MATRIX),
     Option("timeline", _RUN, "--timeline", "Write a timeline of threads and vCPUs for Perfetto.", "FILE",
            pytest="--kvmpy-timeline"),
@@ -178,8 +179,12 @@ OPTIONS: tuple[Option, ...] = (
            kind=RECORD_MODES, pytest="--record", side="inside", lab_help=_NOT_MATRIX),
     Option("record_dir", _BOTH, "--record-dir", f"Folder for records (default: {RECORD_FOLDER}).", "DIR",
            pytest="--record-dir", side="inside"),
-    Option("journal", _RUN, "--journal", "Keep every report here, and go on from what it holds.", "FILE",
-           kind="path", pytest="--kvmpy-journal", hidden=True),
+    Option("journal", _RUN, "--journal",
+           "Keep every report here as it comes, for --resume and kvmpy results (default: in the cache).",
+           "FILE", kind="path", pytest="--kvmpy-journal"),
+    Option("resume", _RUN, "--resume",
+           "Go on behind the last verdict of --journal, or of the last run that did not come to its end.",
+           kind="flag"),
     # Pytest's alone.
     Option("evidence", (), "",
            "Keep memory maps of all tests' VMs and the last ioctls of failures (--kvmpy-html does so, too).",
@@ -253,7 +258,7 @@ OF_PYTEST = {option.name: option.pytest for option in OPTIONS if option.pytest}
 
 
 def of(command: str) -> list[Option]:
-    """Return the options of *command*: ``run``, ``lab run``, ``lab shell`` or ``hardware``."""
+    """Return the options of *command*: ``run``, ``lab run``, ``lab shell``, ``results`` or ``hardware``."""
     return [option for option in OPTIONS if command in option.on]
 
 

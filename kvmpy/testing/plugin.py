@@ -37,7 +37,7 @@ from kvmpy.testing.options import SETTINGS
 from kvmpy.testing.reportfiles import Junit, ReportFiles, SteadyStream
 from kvmpy.testing.requirements import Requirements
 from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results
-from kvmpy.testing.verdicts import Verdict
+from kvmpy.testing.verdicts import NOTHING_RAN, Verdict
 
 __all__ = ["deadline", "kvm", "make_vm", "protection", "rng", "seed", "vm"]
 
@@ -62,6 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     config.pluginmanager.register(LeakCheck(settings.leaks), "kvmpy-leaks")
     config.pluginmanager.register(Needs(settings), "kvmpy-needs")
+    if settings.suite and host.platform_name() == "host":
+        from kvmpy.testing.kernelwatch import KernelWatch
+
+        config.pluginmanager.register(KernelWatch.of_this_host(), "kvmpy-kernel")
     if settings.evidence:
         _keep_runs(config)
     config.pluginmanager.register(ItemReports(settings, errata, host.facts()), "kvmpy-items")
@@ -98,14 +102,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _attach_worker(config: pytest.Config, given: Mapping[str, Any]) -> None:
-    from kvmpy.testing.journal import WORKER_DONE, WORKER_JOURNAL, WorkerJournal
+    from kvmpy.testing.journal import WORKER_DONE, WORKER_JOURNAL, WORKER_KEPT, WorkerJournal
 
     if WORKER_JOURNAL not in given:
         return
     from kvmpy.testing import testprocess
 
     path = Path(given[WORKER_JOURNAL])
-    journal = WorkerJournal(config, path, given[WORKER_DONE])
+    journal = WorkerJournal(config, path, given[WORKER_DONE], kept=given[WORKER_KEPT])
     config.pluginmanager.register(journal, "kvmpy-journal")
     config.add_cleanup(journal.close)
     testprocess.attach(config, path)
@@ -189,6 +193,9 @@ class Session:
         if settings.protections is not None:
             about += f", only protection {', '.join(settings.protections)}"
         lines = [about, *settings.about_protections, *self.summary.lines()]
+        watch: Any = self._config.pluginmanager.get_plugin("kvmpy-kernel")
+        if watch is not None and watch.missing:
+            lines.append(f"the kernel's log is not watched: {watch.missing}")
         required = gate.required_names()
         if required:
             lines.append(f"{gate.VARIABLE}: {', '.join(sorted(required))} may not be missing")
@@ -226,8 +233,11 @@ class Session:
         try:
             return (yield)
         finally:
-            if session.exitstatus == pytest.ExitCode.OK and self._incomplete():
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            if session.exitstatus == pytest.ExitCode.OK:
+                if self._incomplete():
+                    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+                elif self._nothing_ran():
+                    session.exitstatus = NOTHING_RAN
             self._write(int(session.exitstatus))
             if (failures := self._failures()) and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
@@ -268,6 +278,14 @@ class Session:
         # xdist gives up after many dead workers, and calls what it did not run no failure.
         given_up = self._config.getoption("dist", "no") != "no" and bool(results.not_run())
         return lost or given_up or results.growth() >= GROWTH_FAILS
+
+    def _nothing_ran(self) -> bool:
+        """Whether every test of the suite was skipped: nothing is known of KVM then."""
+        settings = self._settings
+        # A machine of the lab has a share of the tests only.
+        is_share = settings.journal is not None and not settings.journal.is_file()
+        verdicts = self.results.verdicts() if settings.suite and not is_share else []
+        return bool(verdicts) and all(entry.verdict is Verdict.SKIP for entry in verdicts)
 
     def _document(self, exit_status: int) -> dict[str, Any]:
         return document(

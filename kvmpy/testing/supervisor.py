@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmpy.owned import OwnedFolder, adopt_orphans, die_with_parent, dies_with_parent, end_descendants
-from kvmpy.testing import ending, journal
+from kvmpy.testing import ending, journal, journals
 from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.option_table import pytest_arguments
 from kvmpy.testing.reportfiles import SteadyStream
@@ -295,6 +295,11 @@ class _Child:
 # ---- the run
 
 
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 class _Run:
     def __init__(self, args: Sequence[str], path: Path, say: Say, grace: float, patience: float) -> None:
         self._args = args
@@ -303,10 +308,21 @@ class _Run:
         self._grace = grace
         self._patience = patience
         self._progress = _Progress(path)
+        self._orphaned = False
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._progress.close()
+
+    def done(self, *, resume: bool) -> int:
+        """Run, or go on with what an earlier process began, and leave nothing beside the journal."""
+        try:
+            history = self._blame() if resume else journal.History()
+            return self.run(pytest_arguments({"seed": history.seed}) if history.sessions else [])
+        finally:
+            self.close()
+            if not self._orphaned:
+                _remove(journals.beside(self._path))
 
     def _child(self, *extra: str) -> tuple[_Child, int]:
         child = _Child([*self._args, *extra], self._path, self._grace, self._patience, self._progress)
@@ -336,14 +352,38 @@ class _Run:
         self._say(f"kvmpy run: {reason}, {where}")
         return journal.read(self._path)
 
-    def run(self) -> int:
-        extra: list[str] = []
+    def _blame(self) -> journal.History:
+        """Write down as lost the tests in which a run ended that nobody supervises any more."""
+        # Here: who supervises a run that is alive needs none of it.
+        from kvmpy.testing.machine import PSTORE, last_words
+
+        history = journal.read(self._path)
+        reason = "the run ended in it: killed, or with the machine"
+        for name, text in last_words(self._path.stat().st_mtime).items():
+            reason += f"\n\n{PSTORE / name}:\n{text.decode('utf-8', 'replace')}"
+        for path in (self._path, *journals.beside(self._path)):
+            running = journal.read(path).running
+            if running is not None and running not in history.done:
+                journal.mark_lost(self._path, running, reason)
+        _remove(journals.beside(self._path))
+        return journal.read(self._path)
+
+    def report(self, *, ended: bool) -> int:
+        """Write the reports of what there is, and return pytest's exit status."""
+        history = self._blame() if ended else journal.read(self._path)
+        why = "the run did not come to its end" if ended else "the run goes on"
+        extra = {"seed": history.seed, "only_report": "" if history.complete else why}
+        return self._child(*pytest_arguments(extra), *(["-n0"] if history.workers else []))[1]
+
+    def run(self, extra: list[str]) -> int:
         known = journal.History()
         vain = 0
         for _ in range(MAX_DEATHS):
             child, code = self._child(*extra)
             history = journal.read(self._path)
             if child.orphaned:
+                # Who goes on from it sees in which tests it ended.
+                self._orphaned = True
                 return INTERRUPTED
             if child.dead:
                 self._say(f"kvmpy run: {child.dead}")
@@ -384,26 +424,44 @@ def supervise(
     *,
     patience: float = ending.PATIENCE,
     kept: Path | None = None,
+    command: Sequence[str] = (),
+    resume: bool = False,
 ) -> int:
     """Run ``pytest args`` and return its exit status, 2 where a signal ended it.
 
     When a process dies or hangs in a test, that test gets the verdict ``lost``; the session goes on in a new
     process, and the reports cover both. Where one dies twice without a verdict, reports are made of what
     there is. One that SIGKILL does not end within *patience* seconds is left behind. *kept* is a new journal
-    that outlives the run, and the machine's death.
+    that outlives the run, and the machine's death; *command* are the arguments that it notes. With *resume*
+    it is that of an earlier run, which goes on behind its last verdict.
+
+    JournalError where the journal is there already, is not there to go on from, or is somebody's who writes.
     """
     with OwnedFolder("run") as folder:
         path = folder / "journal"
-        if kept is not None:
-            path = kept
-            journal.create_kept(path)
-        run = _Run(args, path, say, grace, patience)
+        if kept is None:
+            return _Run(args, path, say, grace, patience).done(resume=False)
+        path = kept
         try:
-            return run.run()
+            if not resume:
+                journal.create_kept(path, command)
+            with journals.writing(path):
+                return _Run(args, path, say, grace, patience).done(resume=resume)
+        except OSError as error:
+            raise journals.JournalError(f"{path}: {error.strerror}") from error
+
+
+def report(args: Sequence[str], path: Path, say: Say) -> int:
+    """Make the reports that pytest's *args* ask for of the journal at *path*, which stays as it is."""
+    with OwnedFolder("run") as folder:
+        ended = not journals.in_use(path)
+        for each in (path, *journals.beside(path)):
+            shutil.copy(each, folder / f"journal{each.name.removeprefix(path.name)}")
+        run = _Run(args, folder / "journal", say, HANG_GRACE, ending.PATIENCE)
+        try:
+            return run.report(ended=ended)
         finally:
             run.close()
-            for beside in path.parent.glob(f"{path.name}.*"):
-                beside.unlink(missing_ok=True)
 
 
 def guarded(work: Callable[[], int]) -> int:

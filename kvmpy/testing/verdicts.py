@@ -17,6 +17,10 @@ from typing import Any
 SUITE_FOLDER = "selftests"
 
 
+NOTHING_RAN = 6
+"""Exit status of a run in which every test was skipped, beside pytest's."""
+
+
 class Verdict(str, Enum):
     """The five things that can become of a test that was started."""
 
