@@ -64,19 +64,21 @@ def test_masked(event_guest: EventGuestMaker) -> None:
     Documentation/virt/kvm/api.rst, 4.32 KVM_SET_VCPU_EVENTS; Intel SDM volume 3, 6.7.1 Handling Multiple
     NMIs.
     """
-    guest = event_guest(with_iret=True)
-    events = guest.vcpu.events.get()
-    events.nmi.masked = 1
-    guest.vcpu.events.set(events)
-    guest.vcpu.events.nmi()
-    guest.go_on()
-    assert guest.counts() == {}
-    events = guest.vcpu.events.get()
-    assert (events.nmi.masked, events.nmi.pending) == (1, 1)
-    guest.go_on()
-    assert guest.counts() == {Vector.UD: 1, NMI: 1}
-    events = guest.vcpu.events.get()
-    assert (events.nmi.masked, events.nmi.pending) == (0, 0)
+    # A KVM that loses sight of the IRET may still be right once, when the host is interrupted in time.
+    for _ in range(3):
+        guest = event_guest(with_iret=True)
+        events = guest.vcpu.events.get()
+        events.nmi.masked = 1
+        guest.vcpu.events.set(events)
+        guest.vcpu.events.nmi()
+        guest.go_on()
+        assert guest.counts() == {}
+        events = guest.vcpu.events.get()
+        assert (events.nmi.masked, events.nmi.pending) == (1, 1)
+        guest.go_on()
+        assert guest.counts() == {Vector.UD: 1, NMI: 1}
+        events = guest.vcpu.events.get()
+        assert (events.nmi.masked, events.nmi.pending) == (0, 0)
 
 
 HANDLER = """
