@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kvmpy.cli.lab_run import lab_errors, machine, run_tests, say
-from kvmpy.cli.options import PYTEST_EPILOG, SplitCommand, extra_arguments, options
+from kvmpy.cli.options import PYTEST_EPILOG, SplitCommand, extra_arguments, options, report_on_stdout
 from kvmpy.lab import bisect
 from kvmpy.lab.errors import LabError
 
@@ -141,7 +141,9 @@ def remove(names: tuple[str, ...], everything: bool) -> None:
 @click.pass_context
 def run_inside(ctx: click.Context, /, paths: tuple[str, ...], **values: Any) -> None:
     """Run the selftests, or the tests in PATHS, in a kernel under QEMU, including dangerous ones."""
-    sys.exit(run_tests(paths, values, extra_arguments(ctx)))
+    with report_on_stdout(values):
+        code = run_tests(paths, values, extra_arguments(ctx))
+    sys.exit(code)
 
 
 @lab.command("shell", cls=SplitCommand, epilog="Arguments after -- are a command to run instead of a shell.")

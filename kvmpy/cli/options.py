@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 import kvmpy
+from kvmpy.owned import OwnedFolder
 from kvmpy.testing import naming, option_table, selection
 from kvmpy.testing.option_table import Between, Option
 from kvmpy.testing.verdicts import NOTHING_RAN
@@ -17,6 +21,8 @@ from kvmpy.testing.verdicts import NOTHING_RAN
 NOTHING_SELECTED = 5
 NOTHING = {NOTHING_SELECTED: "no test matches", NOTHING_RAN: "no test ran: all were skipped"}
 """What to tell of a run in which no test ran, by its exit status."""
+STDOUT = "-"
+"""In place of a report's file: standard output."""
 PYTEST_EPILOG = "Arguments after -- are passed to pytest."
 _EXTRA = "kvmpy.pytest_args"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -86,6 +92,34 @@ def options(command: str) -> Callable[[_Function], _Function]:
         return function
 
     return decorate
+
+
+@contextlib.contextmanager
+def report_on_stdout(values: dict[str, Any]) -> Iterator[None]:
+    """Within the block a report for ``-`` is one in a file of *values*; standard output gets it at the end.
+
+    Everything else that is printed goes to standard error then.
+    """
+    names = [name for name in option_table.REPORTS if values.get(name) == STDOUT]
+    if not names:
+        yield
+        return
+    if len(names) > 1:
+        raise click.UsageError(f"only one report can go to standard output, not {' and '.join(names)}")
+    with OwnedFolder("report") as folder:
+        path = folder / names[0]
+        values[names[0]] = str(path)
+        sys.stdout.flush()
+        output = os.dup(1)
+        try:
+            os.dup2(2, 1)
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(output, 1)
+            os.close(output)
+            if path.is_file():
+                click.echo(path.read_text(encoding="utf-8"), nl=False)
 
 
 def suite_folder() -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from kvmpy.cli.options import options, pytest_args
+from kvmpy.cli.options import options, pytest_args, report_on_stdout
 
 
 @click.command()
@@ -30,4 +30,6 @@ def results(journal: Path | None, **values: object) -> None:
     except journals.JournalError as error:
         raise click.ClickException(str(error)) from None
     say = partial(click.echo, err=True)
-    sys.exit(guarded(partial(report, pytest_args((), values, say), path, say)))
+    with report_on_stdout(values):
+        code = guarded(partial(report, pytest_args((), values, say), path, say))
+    sys.exit(code)

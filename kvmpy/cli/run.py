@@ -18,20 +18,24 @@ from kvmpy import caches
 from kvmpy.cli.options import (
     NOTHING,
     PYTEST_EPILOG,
+    STDOUT,
     SplitCommand,
     extra_arguments,
     options,
     pytest_args,
     quick_file,
+    report_on_stdout,
     selected,
 )
 from kvmpy.testing.option_table import command_arguments
-from kvmpy.testing.verdicts import suite_id
+from kvmpy.testing.verdicts import NOTHING_RAN, suite_id
 
 if TYPE_CHECKING:
     from kvmpy.testing.journal import History
 
 INTERNAL = 3
+# Exit statuses of the kernel's selftests; everything else is a failure (1).
+_KSELFTEST = {0: 0, NOTHING_RAN: 4}
 
 
 def _say(text: str) -> None:
@@ -123,11 +127,26 @@ def _as_before(
 @click.pass_context
 def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None:
     """Run the selftests, or the tests in PATHS (of the suite, or files of your own)."""
+    extra = extra_arguments(ctx)
+    command = [*command_arguments("run", values), *paths, *(["--", *extra] if extra else [])]
+    kselftest = bool(values.pop("kselftest"))
+    if kselftest:
+        values["ktap"] = values["ktap"] or STDOUT
+    with report_on_stdout(values):
+        code = _run(ctx, paths, values, extra, command)
+    sys.exit(_KSELFTEST.get(code, 1) if kselftest else code)
+
+
+def _run(
+    ctx: click.Context,
+    paths: tuple[str, ...],
+    values: dict[str, object],
+    extra: list[str],
+    command: Sequence[str],
+) -> int:
     from kvmpy.testing import journals
     from kvmpy.testing.supervisor import guarded
 
-    extra = extra_arguments(ctx)
-    command = [*command_arguments("run", values), *paths, *(["--", *extra] if extra else [])]
     kept, resume = cast("Path | None", values.pop("journal")), bool(values.pop("resume"))
     if resume:
         try:
@@ -143,7 +162,7 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None
         _say(f"kvmpy run: {why}: the selftests run in the lab")
         if kept is not None:
             raise click.UsageError(f"--journal and --resume are of runs on this host, and {why}")
-        sys.exit(_in_lab(paths, values, extra))
+        return _in_lab(paths, values, extra)
     if values["quick"]:
         paths, values = selected(paths, values, quick_file())
     parameters = cast(tuple[str, ...], values["parameters"])
@@ -166,4 +185,4 @@ def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None
         code = _with_parameters(parameters, bool(values["reload"]), lambda: guarded(work))
     if code in NOTHING:
         _say(f"kvmpy run: {NOTHING[code]}")
-    sys.exit(code)
+    return code

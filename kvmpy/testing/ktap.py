@@ -48,8 +48,9 @@ def _diagnostics(entry: TestVerdict) -> Iterator[str]:
         yield f"# {label}"
 
 
-def _file(verdicts: Sequence[TestVerdict]) -> Iterator[str]:
+def _file(name: str, verdicts: Sequence[TestVerdict]) -> Iterator[str]:
     yield "KTAP version 1"
+    yield f"# Subtest: {_description(name)}"
     yield f"1..{len(verdicts)}"
     for number, entry in enumerate(verdicts, 1):
         yield from _diagnostics(entry)
@@ -67,7 +68,7 @@ def lines(verdicts: Iterable[TestVerdict], header: Sequence[str] = (), not_run: 
         yield f"# {_one_line(text)}"
     yield f"1..{len(files)}"
     for number, (name, entries) in enumerate(files.items(), 1):
-        for line in _file(entries):
+        for line in _file(name, entries):
             yield INDENT + line
         if any(entry.verdict.bad for entry in entries):
             yield f"not ok {number} {_description(name)}"

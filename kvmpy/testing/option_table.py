@@ -122,6 +122,8 @@ def cpu_flag(text: str) -> str:
 _RUN, _LAB, _HARDWARE = ("run",), ("lab run",), ("hardware",)
 _BOTH, _BOOTS = ("run", "lab run"), ("lab run", "lab shell")
 _REPORTS = (*_BOTH, "results")
+# The options that name a report's file, or ``-`` for standard output.
+REPORTS = ("json", "ktap", "junit", "html")
 _STEPS = ", ".join(f"{step} {seconds:g}" for step, seconds in STEP_LIMITS.items())
 _NOT_MATRIX = "; not with --matrix"
 
@@ -164,14 +166,17 @@ OPTIONS: tuple[Option, ...] = (
     Option("verbose", _REPORTS, "-v --verbose",
            "Show pytest's own progress, and every row, reason and name in the summary.", kind="flag",
            each=True),
-    Option("json", _REPORTS, "--json", "Write the verdicts as JSON.", "FILE", pytest="--kvmpy-json",
-           side="host"),
-    Option("ktap", _REPORTS, "--ktap", "Write the verdicts as KTAP version 1.", "FILE", pytest="--ktap",
-           side="host"),
+    Option("json", _REPORTS, "--json", "Write the verdicts as JSON; - is standard output.", "FILE",
+           pytest="--kvmpy-json", side="host"),
+    Option("ktap", _REPORTS, "--ktap", "Write the verdicts as KTAP version 1; - is standard output.",
+           "FILE", pytest="--ktap", side="host"),
     Option("junit", _REPORTS, "--junit", "Write the verdicts as JUnit XML.", "FILE", pytest="--junitxml",
            own=False, side="host"),
     Option("html", _REPORTS, "--html", "Write one HTML page: verdicts, reasons, memory maps, ioctls.", "FILE",
            pytest="--kvmpy-html", side="host", lab_help=_NOT_MATRIX),
+    Option("kselftest", _RUN, "--kselftest",
+           "Behave as a selftest of the kernel: KTAP on standard output, exit status 0, 1, or 4 if all were "
+           "skipped.", kind="flag"),
     Option("timeline", _RUN, "--timeline", "Write a timeline of threads and vCPUs for Perfetto.", "FILE",
            pytest="--kvmpy-timeline"),
     Option("record", _BOTH, "--record",

@@ -17,7 +17,7 @@ import kvmpy
 from kvmpy.cli.main import COMMANDS, LazyGroup, main
 from kvmpy.testing.host import kvm_missing
 from kvmpy.testing.option_table import OF_PYTEST
-from tests.testing.support import NO_KVM
+from tests.testing.support import NO_KVM, parse_ktap
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -241,3 +241,28 @@ def test_an_interrupt_that_a_callback_swallowed_comes_again() -> None:
         [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=100, check=True
     )
     assert (result.stdout, result.stderr) == ("interrupted\n", "")
+
+
+def test_a_report_on_standard_output(own: Path) -> None:
+    """Standard output has the report alone; everything else goes to standard error."""
+    result = kvmpy_command(own, "run", "test_own.py", "--json", "-")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["summary"]["fail"] == 1
+    assert "1 failed" in result.stderr
+    both = kvmpy_command(own, "run", "test_own.py", "--json", "-", "--ktap", "-")
+    assert (both.returncode, "only one report" in both.stderr) == (2, True)
+    assert not list(own.glob("-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("good", 0), ("bad", 1), ("kvm", 4), ("nothing", 1)], ids=lambda value: str(value)
+)
+def test_statuses_of_a_kselftest(own: Path, name: str, status: int) -> None:
+    """0, 1, or 4 where all is skipped; 2, pytest's for an interruption, is an expected failure there."""
+    result = kvmpy_command(own, "run", "test_own.py", "-k", f"test_{name}", "--kselftest")
+    assert result.returncode == status
+    if name != "nothing":
+        document = parse_ktap(result.stdout)
+        assert document.plan == 1
+        assert result.stdout.splitlines()[0] == "KTAP version 1"
+        assert "  # Subtest: test_own.py" in result.stdout.splitlines()
