@@ -45,6 +45,7 @@ class Result(IntEnum):
     FAIL_INUSE = 3
     FAIL_OVERLAP = 4
     FAIL_SIZEMISMATCH = 6
+    FAIL_BADADDR = 7
     NO_UPDATE = 255
 
 
@@ -175,10 +176,8 @@ class Rmp:
         if pfn % PAGES_2M:
             return Result.FAIL_INPUT
         entry = self.lookup(pfn)
-        if not entry.assigned or not entry.large:
-            return Result.FAIL_INPUT
-        if entry.immutable:
-            return Result.FAIL_PERMISSION
+        if not entry.assigned or not entry.large or entry.immutable:
+            return Result.FAIL_BADADDR
         for page in range(PAGES_2M):
             self._entries[pfn + page] = replace(entry, large=False, gpa=entry.gpa + page * PAGE_SIZE)
         return Result.SUCCESS

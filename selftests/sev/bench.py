@@ -204,7 +204,7 @@ class Bench:
             self.must("SNP_DECOMMISSION", gctx=self.address(page))
         large = self._large and page == 0
         self.must("SNP_PAGE_RECLAIM", address=self.address(page) | int(large))
-        self._rmpupdate(page, "0 0 0 0 0")
+        self._rmpupdate(page, f"0 0 0 {int(large)} 0")
         self._large &= not large
 
     def changed(self, page: int, state: str) -> None:

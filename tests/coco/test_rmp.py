@@ -88,14 +88,14 @@ def test_smashing_keeps_owner_and_validation() -> None:
             GPA + page * PAGE_SIZE,
             ASID,
         )
-    assert rmp.psmash(PAGES_2M) is Result.FAIL_INPUT
+    assert rmp.psmash(PAGES_2M) is Result.FAIL_BADADDR
 
 
 @pytest.mark.parametrize("pfn", [0, 1, PAGES_2M])
 def test_only_the_head_of_a_large_entry_can_be_smashed(pfn: int) -> None:
     rmp = Rmp(2 * PAGES_2M)
     rmp.rmpupdate(0, assigned=True, gpa=GPA, asid=ASID, large=True, immutable=pfn == 0)
-    assert rmp.psmash(pfn) is (Result.FAIL_PERMISSION if pfn == 0 else Result.FAIL_INPUT)
+    assert rmp.psmash(pfn) is (Result.FAIL_INPUT if pfn == 1 else Result.FAIL_BADADDR)
 
 
 def test_sizes_must_agree_for_pvalidate() -> None:
@@ -263,7 +263,7 @@ class Conversions(RuleBasedStateMachine):
     def smash(self, block: int) -> None:
         pfn = block * PAGES_2M
         result = self.rmp.psmash(pfn)
-        assert result is (Result.SUCCESS if pfn in self.large else Result.FAIL_INPUT)
+        assert result is (Result.SUCCESS if pfn in self.large else Result.FAIL_BADADDR)
         self.large.discard(pfn)
 
     @rule(pfn=st.integers(0, pages - 1), validate=st.booleans())

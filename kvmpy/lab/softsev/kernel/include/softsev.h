@@ -69,6 +69,7 @@ struct softsev_rmp {
 #define SOFTSEV_RMP_FAIL_INUSE		3
 #define SOFTSEV_RMP_FAIL_OVERLAP	4
 #define SOFTSEV_RMP_FAIL_SIZEMISMATCH	6
+#define SOFTSEV_RMP_FAIL_BADADDR	7
 
 /* Instructions of the host. */
 int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, bool immutable);

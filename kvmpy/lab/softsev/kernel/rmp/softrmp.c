@@ -144,12 +144,10 @@ static int rmp_check_update(u64 pfn, bool large)
 	int i;
 
 	if (!large) {
-		if (head && head->assigned && head->large && pfn % CHUNK_PAGES)
+		if (head && head->assigned && head->large)
 			return SOFTSEV_RMP_FAIL_OVERLAP;
 		return own && own->immutable ? SOFTSEV_RMP_FAIL_PERMISSION : SOFTSEV_RMP_OK;
 	}
-	if (pfn % CHUNK_PAGES)
-		return SOFTSEV_RMP_FAIL_INPUT;
 	if (own && own->assigned && own->large)
 		return own->immutable ? SOFTSEV_RMP_FAIL_PERMISSION : SOFTSEV_RMP_OK;
 	for (i = 0; own && i < CHUNK_PAGES; i++)
@@ -200,6 +198,8 @@ int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, boo
 	struct softsev_rmp old;
 	int ret;
 
+	if (large && (pfn % CHUNK_PAGES || (assigned && !IS_ALIGNED(gpa, PMD_SIZE))))
+		return SOFTSEV_RMP_FAIL_INPUT;
 	if (!assigned && !rmp_entry(pfn))
 		return SOFTSEV_RMP_OK;
 	if (!rmp_entry_make(pfn))
@@ -207,7 +207,7 @@ int softsev_rmpupdate(u64 pfn, u64 gpa, u32 asid, bool assigned, bool large, boo
 
 	softsev_rmp_read(pfn, &old);
 	ret = rmp_update(pfn, gpa, asid, assigned, large, immutable);
-	if (!ret && old.assigned && (!assigned || (old.large && !large)))
+	if (!ret && old.assigned && !assigned)
 		softsev_host_may_write(pfn, old.large, true);
 	if (!ret && assigned && softsev_host_may_write(pfn, large, false)) {
 		rmp_update(pfn, 0, 0, false, large, false);
@@ -230,13 +230,13 @@ int softsev_psmash(u64 pfn)
 {
 	struct softsev_rmp *e, one;
 	unsigned long flags;
-	int i, ret = SOFTSEV_RMP_FAIL_INPUT;
+	int i, ret = SOFTSEV_RMP_FAIL_BADADDR;
 
 	if (pfn % CHUNK_PAGES)
-		return ret;
+		return SOFTSEV_RMP_FAIL_INPUT;
 	raw_spin_lock_irqsave(&rmp_lock, flags);
 	e = rmp_entry(pfn);
-	if (e && e->assigned && e->large) {
+	if (e && e->assigned && e->large && !e->immutable) {
 		one = *e;
 		one.large = 0;
 		for (i = 0; i < CHUNK_PAGES; i++, one.gpa += PAGE_SIZE)

@@ -9,7 +9,9 @@
 #include "softsev.h"
 
 #define INSN_LEN		4
+/* Sizes in RCX; RMPQUERY asks for none. */
 #define PAGE_2M			1
+#define ANY_SIZE		-1
 
 #define RMPADJUST_VMPL		GENMASK(7, 0)
 #define RMPADJUST_PERMS		GENMASK(15, 8)
@@ -52,9 +54,11 @@ static int insn_page_fault(struct kvm_vcpu *vcpu, u64 gva, u32 error)
 
 /*
  * Find the page of the guest that the instruction names, and its RMP entry. Return 0, or 1 and in *@result what the exit
- * handler returns: the instruction faulted. That a page is not validated is no fault of PVALIDATE.
+ * handler returns: the instruction faulted. That a page is not validated is no fault of PVALIDATE. A @size of 4K is one
+ * in an entry of 2M, however the page is mapped: the hypervisor splits the entry.
  */
-static int insn_page(struct kvm_vcpu *vcpu, bool may_be_unvalidated, u64 *pfn, struct softsev_rmp *e, int *result)
+static int insn_page(struct kvm_vcpu *vcpu, int size, bool may_be_unvalidated, u64 *pfn, struct softsev_rmp *e,
+		     int *result)
 {
 	struct sev_es_save_area *v = softsev_vmsa(to_svm(vcpu));
 	struct softsev_fault *fault = &to_svm(vcpu)->softsev->fault;
@@ -69,11 +73,16 @@ static int insn_page(struct kvm_vcpu *vcpu, bool may_be_unvalidated, u64 *pfn, s
 	}
 	if (!ret) {
 		ret = softsev_guest_entry(vcpu, raw, 0, pfn);
+		if (!ret || fault->unvalidated) {
+			softsev_rmp_read(*pfn, e);
+			if ((raw & softsev_cmask()) && e->large && size != PAGE_2M && size != ANY_SIZE) {
+				fault->error |= PFERR_GUEST_RMP_MASK | PFERR_GUEST_SIZEM_MASK;
+				fault->unvalidated = false;
+				ret = -EFAULT;
+			}
+		}
 		if (ret == -EFAULT && fault->unvalidated && may_be_unvalidated)
 			ret = 0;
-		/* 4K of a 2M entry are an error of the entry's size: KVM splits it. */
-		if (ret == -EFAULT && (fault->error & PFERR_GUEST_SIZEM_MASK) && (v->rcx & 1) == PAGE_2M)
-			ret = softsev_guest_entry(vcpu, ALIGN_DOWN(raw, PMD_SIZE), 0, pfn);
 		/* Without the encryption bit the page is the hypervisor's, and no entry of the guest's. */
 		if (!ret && !(raw & softsev_cmask())) {
 			fault->error |= PFERR_PRESENT_MASK | PFERR_GUEST_RMP_MASK;
@@ -88,7 +97,6 @@ static int insn_page(struct kvm_vcpu *vcpu, bool may_be_unvalidated, u64 *pfn, s
 		*result = insn_general_protection(vcpu);
 		return 1;
 	}
-	softsev_rmp_read(*pfn, e);
 	return 0;
 }
 
@@ -106,7 +114,7 @@ int softsev_pvalidate(struct kvm_vcpu *vcpu)
 		return insn_done(vcpu, SOFTSEV_RMP_FAIL_INPUT, false);
 	if (v->vmpl)
 		return insn_done(vcpu, SOFTSEV_RMP_FAIL_PERMISSION, false);
-	if (insn_page(vcpu, true, &pfn, &e, &result))
+	if (insn_page(vcpu, large, true, &pfn, &e, &result))
 		return result;
 	if (large && !e.large)
 		return insn_done(vcpu, SOFTSEV_RMP_FAIL_SIZEMISMATCH, false);
@@ -136,7 +144,7 @@ int softsev_rmpadjust(struct kvm_vcpu *vcpu)
 		return insn_done(vcpu, SOFTSEV_RMP_FAIL_INPUT, false);
 	if (vmpl <= v->vmpl || ((attrs & RMPADJUST_VMSA) && v->vmpl))
 		return insn_done(vcpu, SOFTSEV_RMP_FAIL_PERMISSION, false);
-	if (insn_page(vcpu, false, &pfn, &e, &result))
+	if (insn_page(vcpu, large, false, &pfn, &e, &result))
 		return result;
 	if (large && !e.large)
 		return insn_done(vcpu, SOFTSEV_RMP_FAIL_SIZEMISMATCH, false);
@@ -161,7 +169,7 @@ int softsev_rmpquery(struct kvm_vcpu *vcpu)
 		return insn_done(vcpu, SOFTSEV_RMP_FAIL_INPUT, false);
 	if (vmpl <= v->vmpl)
 		return insn_done(vcpu, SOFTSEV_RMP_FAIL_PERMISSION, false);
-	if (insn_page(vcpu, false, &pfn, &e, &result))
+	if (insn_page(vcpu, ANY_SIZE, false, &pfn, &e, &result))
 		return result;
 	v->rdx = vmpl | FIELD_PREP(RMPADJUST_PERMS, e.perms[vmpl - 1]) | (e.vmsa ? RMPADJUST_VMSA : 0);
 	v->rcx = e.large;
