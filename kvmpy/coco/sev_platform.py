@@ -20,12 +20,18 @@ from kvmpy.uapi.constants import (
 )
 
 SOFTWARE = "software AMD-SP"
+LARGE_GMEM = Path("/sys/module/kvm/parameters/large_gmem")
 
 
 @functools.cache
 def software_platform() -> bool:
     """Tell whether the secure processor of this kernel is the lab's software one: nothing is encrypted."""
     return any(Path("/sys/bus/platform/devices").glob("softsev*"))
+
+
+def large_guest_memfd() -> bool:
+    """Tell whether guest_memfd has folios of 2 MiB by the hook of the lab's kernel."""
+    return LARGE_GMEM.exists() and LARGE_GMEM.read_text(encoding="ascii").strip() == "Y"
 
 
 @dataclass(frozen=True)
@@ -114,4 +120,6 @@ def describe(kvm: Kvm, host: SevHost) -> str:
             words.append("the first guest initialises it (ccp.psp_init_on_probe=0)")
     if software_platform():
         words.append(f"{SOFTWARE}: nothing is encrypted")
+    if large_guest_memfd():
+        words.append("large guest_memfd folios by kvmpy's hook")
     return ", ".join(words)

@@ -32,6 +32,7 @@ from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options, Start, command_line, nested_works, prepare
 from kvmpy.lab.session import FAILED, WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
+from kvmpy.testing.configurations import is_value
 from kvmpy.testing.host import CONFIGURATION_VARIABLE, PLATFORM_VARIABLE
 from kvmpy.testing.option_table import SEED_BITS, pytest_arguments
 from kvmpy.testing.testprocess import Interrupter, handled
@@ -94,7 +95,13 @@ def _folder() -> Path:
 
 def platform(options: Options) -> str:
     """Return the platform that every verdict of a run is marked with."""
-    return f"lab, {softsev.PLATFORM}" if softsev.PARAMETER in options.parameters else "lab"
+    words = ["lab"]
+    if softsev.PARAMETER in options.parameters:
+        words.append(softsev.PLATFORM)
+    pairs = dict(word.partition("=")[::2] for word in options.parameters)
+    if is_value(softsev.LARGE_GMEM, "Y", pairs.get(softsev.LARGE_GMEM, "N") or "Y"):
+        words.append(softsev.LARGE_GMEM_PLATFORM)
+    return ", ".join(words)
 
 
 def _common(options: Options) -> dict[str, str]:

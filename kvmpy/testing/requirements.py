@@ -170,14 +170,16 @@ def _parameter(text: str, files: Sequence[Path]) -> Missing | None:
         raise ValueError(f"write a parameter as module.name, not {name!r}")
     value = host.ModuleParameters(module).get(parameter)
     keys = (f"param:{name}",)
+    if value is not None and (not wanted or is_value(name, wanted, value)):
+        return None
     if value is None:
-        return Missing(f"module parameter {name}", f"modprobe a {module} that has it", keys)
-    if wanted and not is_value(name, wanted, value):
+        subject, how = f"module parameter {name}", f"modprobe a {module} that has it"
+    else:
+        subject = f"module parameter {name}={wanted} (it is {value})"
         how = f"load {module} with {parameter}={wanted}, or {name}={wanted} on the kernel's command line"
-        if (entry := with_parameter(load(files).values(), name, wanted)) is not None:
-            how = f"kvmpy lab run --configuration {entry.name}, or {how}"
-        return Missing(f"module parameter {name}={wanted} (it is {value})", how, keys)
-    return None
+    if (entry := with_parameter(load(files).values(), name, wanted)) is not None:
+        how = f"kvmpy lab run --configuration {entry.name}, or {how}"
+    return Missing(subject, how, keys)
 
 
 def _cpu(flag: str) -> Missing | None:

@@ -13,9 +13,10 @@ import pytest
 from kvmpy.core import kernel as running
 from kvmpy.lab import kernels, qemu, readback, tools
 from kvmpy.lab.errors import LabError
-from kvmpy.lab.events import Host
+from kvmpy.lab.events import _ABSENT, Host
 from kvmpy.lab.qemu import Options
 from kvmpy.lab.root import Root
+from kvmpy.lab.softsev import LARGE_GMEM
 from kvmpy.testing import host
 from kvmpy.testing.host import HostSummary
 from kvmpy.uapi import ffi, lib
@@ -43,6 +44,13 @@ KNOWN: dict[str, list[str]] = {"kvm": ["tdp_mmu", "halt_poll_ns"], "kvm_amd": []
         (NPT, {"parameters": {"kvm_amd.npt": "N"}}, []),
         (NPT, {"parameters": {"kvm_amd.npt": "Y"}}, ["kvm_amd.npt is Y inside, not 0"]),
         (NPT, {}, ["the kernel inside has no parameter kvm_amd.npt"]),
+        (
+            {"parameters": (f"{LARGE_GMEM}=Y",)},
+            {"known": KNOWN},
+            [
+                f"the kernel inside has no parameter {LARGE_GMEM}{_ABSENT[LARGE_GMEM]}",
+            ],
+        ),
         (
             {"parameters": ("kvm.tdp_mu=N", "kvm_amd.npt=0")},
             {"known": KNOWN},

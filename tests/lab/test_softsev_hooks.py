@@ -210,6 +210,24 @@ def test_the_projects_own_list_is_whole() -> None:
     assert all(copy.source.exists() for copy in listed.copies)
 
 
+def test_large_folios_are_put_in_whole_or_not_at_all(tmp_path: Path) -> None:
+    """guest_memfd of Linux 6.12 has no memory policy: it stays as it is, and nothing of the rest fails."""
+    listed = [one for one in HookList.load(softsev.FOLDER).hooks if one.name.startswith("gmem-")]
+    older = "#include <linux/fs.h>\n\nstatic struct folio *kvm_gmem_get_folio(struct inode *inode)\n{\n}\n"
+    path = tmp_path / "virt/kvm/guest_memfd.c"
+    path.parent.mkdir(parents=True)
+    path.write_text(older)
+
+    assert len(listed) == 7
+    assert {one.file for one in listed} == {"virt/kvm/guest_memfd.c"}
+    assert HookList([], listed).apply(tmp_path) == []
+    assert path.read_text() == older
+
+    path.write_text(older.replace("{\n", "{\n\tpolicy = mpol_shared_policy_lookup();\n"))
+    with pytest.raises(HookError, match="hook gmem-include does not fit"):
+        HookList([], listed).apply(tmp_path)
+
+
 def test_every_kernel_file_is_gpl() -> None:
     files = [file for file in softsev.FOLDER.rglob("*") if file.is_file()]
 

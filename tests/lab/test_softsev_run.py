@@ -174,9 +174,23 @@ def test_the_parameter_reaches_the_kernels_command_line(tmp_path: Path) -> None:
     assert command[command.index("-append") + 1].endswith(" softsev")
 
 
-@pytest.mark.parametrize(("soft_sev", "platform"), [(False, "lab"), (True, "lab, software AMD-SP")])
-def test_the_platform_names_it(tmp_path: Path, soft_sev: bool, platform: str) -> None:
-    options = Options(kernel("k", True), parameters=("softsev",) if soft_sev else ())
+LARGE = "large guest_memfd folios by kvmpy's hook"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "platform"),
+    [
+        ("", "lab"),
+        ("softsev", "lab, software AMD-SP"),
+        ("softsev kvm.large_gmem=Y", f"lab, software AMD-SP, {LARGE}"),
+        ("kvm.large_gmem=on", f"lab, {LARGE}"),
+        ("kvm.large_gmem", f"lab, {LARGE}"),
+        ("softsev kvm.large_gmem=0", "lab, software AMD-SP"),
+        ("softsev kvm.large_gmem=Y kvm.large_gmem=N", "lab, software AMD-SP"),
+    ],
+)
+def test_the_platform_names_it(tmp_path: Path, parameters: str, platform: str) -> None:
+    options = Options(kernel("k", True), parameters=tuple(parameters.split()))
 
     assert runs.platform(options) == platform
     assert runs._job(options, ["true"], tmp_path, []).environment[PLATFORM_VARIABLE] == platform

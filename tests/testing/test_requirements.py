@@ -68,6 +68,7 @@ def test_a_vm_type(monkeypatch: pytest.MonkeyPatch, name: str, how: str) -> None
         ("kvm.tdp_mmu=mine", "kvmpy lab run --configuration mine, or load kvm with tdp_mmu=mine, or "),
         ("kvm.halt_poll_ns=5", "load kvm with halt_poll_ns=5, or "),
         ("kvm.nonesuch=1", "modprobe a kvm that has it"),
+        ("kvm.large_gmem=Y", "kvmpy lab run --configuration large-gmem, or modprobe a kvm that has it"),
     ],
 )
 def test_a_parameter_names_the_configuration_that_has_it(
