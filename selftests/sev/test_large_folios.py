@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""2 MiB of private memory in one RMP entry, as KVM makes, splits and takes it back, beside 512 of 4 KiB.
+
+AMD APM volume 2, 15.36 (sizes of RMP entries), volume 3 (PSMASH, PVALIDATE, RMPADJUST).  Linux:
+sev_gmem_prepare(), sev_gmem_max_mapping_level(), sev_handle_rmp_fault() and sev_gmem_invalidate() in
+arch/x86/kvm/svm/sev.c.  guest_memfd itself has pages of 4 KiB: large folios are the work of a hook in the
+lab's kernel, kvm.large_gmem.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmpy import PAGE_SIZE, SIZE_2M, MakeVm, PfErr, VcpuThread
+from kvmpy.coco.rmp import Entry
+from selftests.sev.folios import (
+    FAIL_SIZEMISMATCH,
+    GPA,
+    GUEST,
+    HUGE,
+    NOT_VALIDATED,
+    OK,
+    UNCHANGED,
+    Folios,
+    MakeFolios,
+    Watch,
+)
+from selftests.sev.softrmp import FOLDER, needs_softsev, rmp
+
+pytestmark = [
+    pytest.mark.protections("snp"),
+    pytest.mark.requires("param:kvm.large_gmem=Y", "root"),
+    needs_softsev,
+]
+
+VALUE = 0x1A6E_0000
+both = pytest.mark.parametrize("size", ["4K", "2M"])
+SPLIT = PfErr.RMP | PfErr.SIZEM
+
+
+@pytest.fixture
+def folios(make_vm: MakeVm) -> MakeFolios:
+    def make(size: str, **options: int | str) -> Folios:
+        return Folios(make_vm, size, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def watch() -> Iterator[list[Watch]]:
+    """Watches to be closed."""
+    watches: list[Watch] = []
+    yield watches
+    for each in watches:
+        each.close()
+
+
+def started(watch: list[Watch], folios: Folios) -> Watch:
+    """Watch KVM's events about a range from now on."""
+    watch.append(Watch(folios))
+    return watch[-1]
+
+
+def entry(folios: Folios, page: int, *, large: bool, validated: bool = True, vmsa: bool = False) -> Entry:
+    """Return a guest's page as the RMP has to have it."""
+    return Entry(True, int(GPA) + page * PAGE_SIZE, folios.asid, large=large, validated=validated, vmsa=vmsa)
+
+
+def small(folios: Folios, *without: int, unvalidated: tuple[int, ...] = ()) -> dict[int, Entry]:
+    """Return 4 KiB entries of all pages but *without*."""
+    pages = [page for page in range(folios.pages) if page not in without]
+    return {page: entry(folios, page, large=False, validated=page not in unvalidated) for page in pages}
+
+
+def whole(folios: Folios, *, validated: bool = True) -> dict[int, Entry]:
+    """Return the entries of a range that is assigned as it can be, 2 MiB or 4 KiB each."""
+    step = HUGE if folios.large else 1
+    heads = range(0, folios.pages, step)
+    return {page: entry(folios, page, large=folios.large, validated=validated) for page in heads}
+
+
+# The first touch.
+
+
+@both
+@pytest.mark.parametrize("page", [0, 1, 300, HUGE - 1], ids=["first", "second", "middle", "last"])
+def test_first_touch(folios: MakeFolios, watch: list[Watch], size: str, page: int) -> None:
+    """The first access of any page assigns and maps 2 MiB where a folio is that large, else its own 4 KiB.
+
+    None of it is validated: #VC 0x404.  kvm_mmu_spte_requested, vm->stat.pages_2m.
+    """
+    range_ = folios(size)
+    events = started(watch, range_)
+    _, before = range_.mapped()
+    assert range_.touch(page) == NOT_VALIDATED
+    assert range_.mapped()[1] == before + range_.large
+    if range_.large:
+        assert range_.entries() == {0: entry(range_, 0, large=True, validated=False)}
+        assert events.read() == ([], [(page, SIZE_2M)])
+        # All of it is there: no page of it faults again.
+        assert range_.touch((page + 100) % HUGE) == NOT_VALIDATED
+        assert events.read() == ([], [])
+    else:
+        assert range_.entries() == {page: entry(range_, page, large=False, validated=False)}
+        assert events.read() == ([], [(page, PAGE_SIZE)])
+
+
+@both
+def test_all_of_it(folios: MakeFolios, size: str) -> None:
+    """2 MiB that are validated are zero, and hold what the guest writes; the next 2 MiB stay untouched."""
+    range_ = folios(size, blocks=2)
+    range_.touch(0)
+    range_.accept(0, HUGE)
+    assert range_.touch(17) == 0
+    range_.fill(VALUE, 0, HUGE)
+    range_.check(VALUE, 0, HUGE)
+    assert range_.entries() == {page: e for page, e in whole(range_).items() if page < HUGE}
+
+
+# PVALIDATE.
+
+
+@both
+def test_pvalidate_of_2m(folios: MakeFolios, watch: list[Watch], size: str) -> None:
+    """2 MiB at once: done and a second time unchanged on an entry of 2 MiB; FAIL_SIZEMISMATCH on 4 KiB.
+
+    AMD APM volume 3, PVALIDATE.
+    """
+    range_ = folios(size)
+    events = started(watch, range_)
+    range_.touch(0)
+    if range_.large:
+        assert range_.validate(0, True) == OK
+        assert range_.validate(0, True) == UNCHANGED
+        assert range_.validate(0, True, False) == OK
+        assert range_.touch(5) == NOT_VALIDATED
+        assert range_.validate(0, True) == OK
+    else:
+        assert range_.validate(0, True) == FAIL_SIZEMISMATCH
+        assert range_.entries() == {0: entry(range_, 0, large=False, validated=False)}
+        range_.accept()
+        assert range_.validate(0, True) == FAIL_SIZEMISMATCH
+        assert range_.validate(0, True, False) == FAIL_SIZEMISMATCH
+    assert range_.entries() == whole(range_)
+    assert events.read()[0] == []
+
+
+@both
+@pytest.mark.parametrize("page", [0, 77, HUGE - 1], ids=["first", "middle", "last"])
+def test_pvalidate_of_4k(folios: MakeFolios, watch: list[Watch], size: str, page: int) -> None:
+    """4 KiB on an entry of 2 MiB is a nested fault with SIZEM and RMP: KVM splits the entry, and the guest
+    validates this page alone.
+
+    AMD APM volume 3, PVALIDATE; PSMASH in sev_handle_rmp_fault().
+    """
+    range_ = folios(size)
+    events = started(watch, range_)
+    range_.touch(page)
+    assert range_.validate(page, False) == OK
+    faults, mappings = events.read()
+    if range_.large:
+        [fault] = faults
+        assert (fault.page, fault.error & (SPLIT | PfErr.ENC), fault.size, fault.psmash) == (
+            page,
+            SPLIT | PfErr.ENC,
+            SIZE_2M,
+            0,
+        )
+        # KVM looks for a cause of its own before it asks the RMP.
+        assert mappings == [(page, SIZE_2M), (page, SIZE_2M), (page, PAGE_SIZE)]
+        others = tuple(other for other in range(HUGE) if other != page)
+        assert range_.entries() == small(range_, unvalidated=others)
+    else:
+        assert (faults, mappings) == ([], [(page, PAGE_SIZE)])
+        assert range_.entries() == {page: entry(range_, page, large=False)}
+    assert range_.touch(page) == 0
+    assert range_.touch(page ^ 1) == NOT_VALIDATED
+    assert range_.validate(page, False) == UNCHANGED
+    assert range_.validate(0, True) == FAIL_SIZEMISMATCH
+
+
+# Conversions of one page.
+
+
+@both
+@pytest.mark.parametrize("discard", [False, True], ids=["kept", "punched"])
+@pytest.mark.parametrize("page", [0, 200, HUGE - 1], ids=["first", "middle", "last"])
+def test_the_guest_shares_a_page(folios: MakeFolios, size: str, page: int, discard: bool) -> None:
+    """One page of 2 MiB that the guest shares and makes private again: others keep content and validation.
+
+    The entry is split when the guest rescinds the page, and never joined again.  GHCB specification, 4.1.6.
+    """
+    range_ = folios(size)
+    range_.discard = discard
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+    _, large = range_.mapped()
+
+    range_.share(page)
+
+    assert range_.entries() == (small(range_, page) if discard else small(range_, unvalidated=(page,)))
+    range_.shared.view(page * PAGE_SIZE, 8)[:] = (4711).to_bytes(8, "little")
+    assert range_.touch(page, shared=True) == 4711
+    range_.check_but(VALUE, page)
+
+    range_.change(page, False, True)
+
+    assert range_.touch(page) == NOT_VALIDATED
+    assert range_.entries() == small(range_, unvalidated=(page,))
+    assert range_.validate(page, False) == OK
+    assert range_.touch(page) == (0 if discard else VALUE + page)
+    range_.check_but(VALUE, page)
+    assert range_.entries() == small(range_)
+    assert range_.mapped()[1] == large - range_.large
+    assert range_.shared_word(page) == 4711
+
+
+@both
+def test_the_host_shares_a_page(folios: MakeFolios, watch: list[Watch], size: str) -> None:
+    """The host shares a page, unasked, and gives it back: the guest's use of a neighbour splits the entry.
+
+    KVM maps 4 KiB then, less than the RMP's entry: an RMP fault.  No page loses content or validation.
+    """
+    page = 200
+    range_ = folios(size)
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+    events = started(watch, range_)
+
+    range_.convert(page, 1, private=False)
+
+    assert range_.entries() == whole(range_)
+    range_.check_but(VALUE, page)
+    faults, mappings = events.read()
+    assert {at for _, at in mappings} == ({PAGE_SIZE} if range_.large else {at for _, at in mappings})
+    if range_.large:
+        assert [(fault.error & SPLIT, fault.size, fault.psmash) for fault in faults[:1]] == [
+            (SPLIT, SIZE_2M, 0)
+        ]
+        assert {fault.size for fault in faults[1:]} <= {PAGE_SIZE}
+    else:
+        assert faults == []
+    assert range_.entries() == small(range_)
+
+    range_.convert(page, 1, private=True)
+
+    range_.check(VALUE)
+    faults, mappings = events.read()
+    assert faults == []
+    assert {at for _, at in mappings} == {PAGE_SIZE}
+    assert range_.entries() == small(range_)
+
+
+@both
+def test_2m_there_and_back(folios: MakeFolios, watch: list[Watch], size: str) -> None:
+    """2 MiB that the host shares and takes back at once keep their entry and are mapped in one piece."""
+    range_ = folios(size)
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+    before = range_.mapped()
+    events = started(watch, range_)
+    range_.convert(0, HUGE, private=False)
+    range_.convert(0, HUGE, private=True)
+    range_.check(VALUE)
+    faults, mappings = events.read()
+    assert faults == []
+    assert {at for _, at in mappings} == {SIZE_2M if range_.large else PAGE_SIZE}
+    assert range_.entries() == whole(range_)
+    assert range_.mapped() == before
+
+
+@both
+def test_2m_by_the_guest(folios: MakeFolios, size: str) -> None:
+    """2 MiB that the guest shares (they are punched) and makes private again are a fresh folio, one entry."""
+    range_ = folios(size)
+    range_.discard = True
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+    if range_.large:
+        assert range_.validate(0, True, False) == OK
+    else:
+        range_.call("validate_each", range_.gva(0), range_.size, 0)
+    range_.change(0, True, False)
+    assert range_.entries() == {}
+    range_.change(0, True, True)
+    assert range_.touch(9) == NOT_VALIDATED
+    range_.accept()
+    assert range_.touch(9) == 0
+    range_.fill(VALUE)
+    range_.check(VALUE)
+    assert range_.entries() == whole(range_)
+
+
+@both
+@pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
+def test_alternating_pages(folios: MakeFolios, size: str, odd: bool) -> None:
+    """Each second page of 2 MiB is shared and punched: one split, and the others stay as they are."""
+    range_ = folios(size)
+    range_.discard = True
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+    pages = tuple(range(int(odd), HUGE, 2))
+    for page in pages:
+        range_.share(page)
+    assert range_.entries() == small(range_, *pages)
+    range_.check_but(VALUE, *pages)
+    for page in pages:
+        range_.change(page, False, True)
+    for page in pages:
+        assert range_.validate(page, False) == OK
+    assert range_.touch(pages[3]) == 0
+    range_.check_but(VALUE, *pages)
+    assert range_.entries() == small(range_)
+
+
+# RMPADJUST.
+
+
+@both
+def test_a_vmsa_page(folios: MakeFolios, watch: list[Watch], size: str) -> None:
+    """RMPADJUST of 4 KiB that makes a VMSA of one page splits an entry of 2 MiB, and marks that page alone.
+
+    AMD APM volume 3, RMPADJUST: 2 MiB at once are no VMSA of 4 KiB, and FAIL_SIZEMISMATCH on 4 KiB.
+    """
+    page = 100
+    range_ = folios(size)
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+    events = started(watch, range_)
+    assert range_.call("adjust", range_.gva(page), 0, 1 | 1 << 16) == OK
+    faults = events.read()[0]
+    assert [(fault.page, fault.error & SPLIT, fault.size) for fault in faults] == (
+        [(page, SPLIT, SIZE_2M)] if range_.large else []
+    )
+    assert range_.entries() == small(range_) | {page: entry(range_, page, large=False, vmsa=True)}
+    assert range_.call("adjust", range_.gva(0), 1, 1) == FAIL_SIZEMISMATCH
+    assert range_.call("adjust", range_.gva(page), 0, 1) == OK
+    range_.check(VALUE)
+    assert range_.entries() == small(range_)
+
+
+# Several vCPUs.
+
+CROWD = (
+    GUEST
+    + """
+#define ROUNDS 6
+
+/* Every fourth page: given up, shared, written, private again, validated, and written. */
+u64 crowd(u64 private, u64 shared, u64 gpa, u64 first)
+{
+	for (u64 round = 1; round <= ROUNDS; round++) {
+		for (u64 page = first; page < 64; page += 4) {
+			volatile u64 *there = (u64 *)(private + page * 4096), *here = (u64 *)(shared + page * 4096);
+			struct pvalidate_result result = pvalidate((void *)there, false, false);
+
+			GUEST_ASSERT_EQ(result.code, 0);
+			GUEST_ASSERT_EQ(change(gpa + page * 4096, false, false), 0);
+			*here = round << 16 | page;
+			GUEST_ASSERT_EQ(change(gpa + page * 4096, false, true), 0);
+			result = pvalidate((void *)there, false, true);
+			GUEST_ASSERT_EQ(result.code, 0);
+			*there = round << 32 | page;
+			GUEST_ASSERT_EQ(*there, round << 32 | page);
+		}
+	}
+	return ROUNDS;
+}
+"""
+)
+
+
+@both
+@pytest.mark.parametrize("discard", [False, True], ids=["kept", "punched"])
+def test_several_vcpus(folios: MakeFolios, size: str, discard: bool) -> None:
+    """Four vCPUs convert pages of their own in the same 2 MiB at once; nobody loses a page.
+
+    The splits of one entry by several vCPUs at once: sev_handle_rmp_fault() finds 4 KiB, and goes on.
+    """
+    range_ = folios(size, vcpus=4, program=CROWD)
+    range_.discard = discard
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+
+    def run(cpu: int) -> int:
+        return range_.call("crowd", range_.gva(0), range_.gva(0, shared=True), int(GPA), cpu, cpu=cpu)
+
+    threads = [VcpuThread(functools.partial(run, cpu), vcpu=range_.vm.vcpus[cpu]) for cpu in range(4)]
+    for thread in threads:
+        thread.start()
+    assert [thread.join(60) for thread in threads] == [6] * 4
+    assert [range_.touch(page) for page in range(64)] == [6 << 32 | page for page in range(64)]
+    assert [range_.shared_word(page) for page in range(64)] == [6 << 16 | page for page in range(64)]
+    range_.check(VALUE + 64, 64)
+    assert range_.entries() == small(range_)
+
+
+# Holes.
+
+
+@both
+@pytest.mark.parametrize(
+    ("first", "pages"),
+    [(0, 1), (77, 1), (HUGE - 1, 1), (HUGE, 1), (10, 300), (HUGE - 2, 5), (0, HUGE), (100, HUGE + 100)],
+    ids=["first", "middle", "last", "second", "many", "across", "2M", "2M-and-more"],
+)
+def test_holes(folios: MakeFolios, size: str, first: int, pages: int) -> None:
+    """A hole takes the entries of its pages and no others: the host may write there, and new pages are zero.
+
+    sev_gmem_invalidate(): PSMASH where only a part of 2 MiB goes.
+    """
+    range_ = folios(size, blocks=2)
+    for block in (0, HUGE):
+        range_.touch(block)
+    range_.accept()
+    range_.fill(VALUE)
+    frames = range_.frames()
+    gone = range(first, first + pages)
+
+    range_.punch(first, pages)
+
+    expected: dict[int, Entry] = {}
+    for block in (0, HUGE):
+        inside = range(block, block + HUGE)
+        if range_.large and not set(inside) & set(gone):
+            expected[block] = entry(range_, block, large=True)
+        else:
+            expected |= {page: entry(range_, page, large=False) for page in inside if page not in gone}
+    assert range_.entries() == expected
+    for page in {first, first + pages - 1}:
+        assert host_writes(frames[page])
+    for page in {first - 1, first + pages} & frames.keys():
+        assert not host_writes(frames[page])
+    range_.check_but(VALUE, *gone)
+    assert range_.touch(first) == NOT_VALIDATED
+    range_.accept(first, pages)
+    assert range_.touch(first) == 0
+    assert range_.touch(first + pages - 1) == 0
+
+
+def host_writes(pfn: int) -> bool:
+    """Whether the kernel can write to a page."""
+    try:
+        (FOLDER / "host_write").write_text(f"{pfn:#x}\n", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+@both
+def test_pages_stay_where_they_are(folios: MakeFolios, size: str) -> None:
+    """Compaction moves none of them: the mapping of a guest_memfd is unmovable."""
+    compact = Path("/proc/sys/vm/compact_memory")
+    range_ = folios(size)
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+    frames = range_.frames()
+    compact.write_text("1\n", encoding="ascii")
+    assert range_.frames() == frames
+    range_.check(VALUE)
+
+
+# The end.
+
+
+@both
+def test_the_end(folios: MakeFolios, size: str) -> None:
+    """The end of a VM gives back whole entries, split ones and those with holes: the host may write again."""
+    range_ = folios(size, blocks=4)
+    for block in range(0, range_.pages, HUGE):
+        range_.touch(block)
+    range_.accept(0, 3 * HUGE)
+    range_.fill(VALUE, 0, 3 * HUGE)
+    range_.share(HUGE + 5)
+    range_.punch(2 * HUGE + 9, 3)
+    frames = set(range_.frames().values())
+    assert len(frames) == 3 * HUGE - 3 + (HUGE if range_.large else 1)
+    assert not any(host_writes(pfn) for pfn in itertools.islice(sorted(frames), 0, None, 101))
+
+    range_.gmem.close()
+    range_.vm.close()
+
+    assert rmp() == range_.before
+    assert all(host_writes(pfn) for pfn in frames)
