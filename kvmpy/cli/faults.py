@@ -64,7 +64,7 @@ def faults(
     if (pid is None) == (not command):
         raise click.UsageError("give either a process (--pid N) or a command (-- COMMAND...)")
     kinds = ["faults", *(["exits"] if exits else [])]
-    optional = ["attributes", *(["mappings"] if mappings else [])]
+    optional = ["attributes", "rmp", *(["mappings"] if mappings else [])]
     status = 0
     with ExitStack() as undo:
         undo.enter_context(_ended_by_signals())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kvmpy import (
     KVM_MAP_GPA_RANGE_ENCRYPTED,
@@ -24,10 +23,10 @@ from kvmpy import (
     MakeVm,
     Mapping,
     MissingError,
-    PfErr,
 )
 from kvmpy.coco.rmp import Entry
-from kvmpy.debug.watch.tracefs import Tracefs, TracefsError
+from kvmpy.debug.watch.faults import FaultTracer, MappingEvent, PageFaultEvent, RmpFaultEvent
+from kvmpy.debug.watch.tracefs import TracefsError
 from selftests.sev.softrmp import rmp
 
 HUGE = SIZE_2M // PAGE_SIZE
@@ -111,70 +110,69 @@ void guest_main(void)
 """
 
 
-@dataclass(frozen=True)
-class RmpFault:
-    """kvm:kvm_rmp_fault: what sev_handle_rmp_fault() did; *size* in bytes is that of the entry before."""
-
-    page: int
-    error: PfErr
-    size: int
-    psmash: int
-
-
 class Watch:
     """KVM's events about the range, of one thread: RMP faults, and the sizes of what it maps."""
 
     def __init__(self, folios: Folios) -> None:
         self._folios = folios
         try:
-            self._tracefs = Tracefs()
-            self._instance = self._tracefs.instance(512)
+            self._tracer = FaultTracer(
+                [threading.get_native_id()], kinds=("rmp", "mappings", "faults"), buffer_kib=1024
+            )
         except TracefsError as error:
             raise MissingError(error.missing, error.how) from error
-        self._instance.watch([threading.get_native_id()])
-        self._rmp = self._instance.enable("kvm", "kvm_rmp_fault").id
-        self._instance.enable("kvmmmu", "kvm_mmu_spte_requested")
-        self._instance.start()
+        self.faults: list[PageFaultEvent] = []
 
-    def read(self) -> tuple[list[RmpFault], list[tuple[int, int]]]:
-        """Return the RMP faults since the last call, and page and size in bytes of each new mapping."""
-        faults, mappings = [], []
-        for record in self._instance.read():
-            rmp_fault = record.format.id == self._rmp
-            page = ((record["gpa"] >> 12) if rmp_fault else record["gfn"]) - GPA.gfn
-            if not 0 <= page < self._folios.pages:
-                continue
-            if rmp_fault:
-                size = PAGE_SIZE << 9 * (record["rmp_level"] - 1)
-                faults.append(RmpFault(page, PfErr(record["error_code"]), size, record["psmash_ret"]))
-            else:
-                mappings.append((page, PAGE_SIZE << 9 * (record["level"] - 1)))
-        assert self._instance.lost == 0
-        return faults, mappings
+    def read(self) -> tuple[list[RmpFaultEvent], list[tuple[int, int]]]:
+        """Return the RMP faults since the last call, and page and size in bytes of each new mapping.
+
+        Page faults are in :attr:`faults`.
+        """
+        rmp_faults, mappings = [], []
+        self.faults = []
+        for event in self._tracer.read():
+            if isinstance(event, MappingEvent) and (page := self._page(event.gpa)) is not None:
+                mappings.append((page, event.size))
+            elif isinstance(event, RmpFaultEvent) and self._page(event.address) is not None:
+                rmp_faults.append(event)
+            elif isinstance(event, PageFaultEvent) and self._page(event.address) is not None:
+                self.faults.append(event)
+        assert self._tracer.lost == 0
+        return rmp_faults, mappings
+
+    def _page(self, gpa: int) -> int | None:
+        page = (gpa - int(GPA)) // PAGE_SIZE
+        return page if 0 <= page < self._folios.pages else None
 
     def close(self) -> None:
         """Remove what was set up in tracefs."""
-        self._instance.close()
-        self._tracefs.close()
+        self._tracer.close()
 
 
 class Folios:
-    """*blocks* times 2 MiB of private memory at GPA, pages numbered from 0, that the guest has mapped twice.
+    """*blocks* times 2 MiB of private memory at GPA and *more* pages, which the guest has mapped twice.
 
     *size* is that of the RMP's entries that KVM can make: with "4K", the file lies 4 KiB beside the guest's
     addresses.  The VM is launched, and the range untouched.
     """
 
     def __init__(
-        self, make_vm: MakeVm, size: str, *, blocks: int = 1, vcpus: int = 1, program: str = GUEST
+        self,
+        make_vm: MakeVm,
+        size: str,
+        *,
+        blocks: int = 1,
+        more: int = 0,
+        vcpus: int = 1,
+        program: str = GUEST,
     ) -> None:
         self.large = size == "2M"
-        self.pages = blocks * HUGE
+        self.pages = blocks * HUGE + more
         self.size = self.pages * PAGE_SIZE
         self.before = rmp()
         self.vm = make_vm(program, vcpus=vcpus)
         self.offset = 0 if self.large else PAGE_SIZE
-        self.gmem: GuestMemfd = self.vm.create_guest_memfd(self.size + SIZE_2M)
+        self.gmem: GuestMemfd = self.vm.create_guest_memfd(self.size + self.offset)
         self.shared: Mapping = self.vm.own(Anonymous().map(self.size))
         self.vm.set_user_memory_region2(
             SLOT,

@@ -38,7 +38,7 @@ _COMMON = """\
 
 """
 
-FAULT_ID, ATTRIBUTES_ID, OTHER_ID = 100, 131, 7
+FAULT_ID, ATTRIBUTES_ID, RMP_ID, OTHER_ID = 100, 131, 140, 7
 # The fields lie elsewhere than in any real kernel: only the format file may be believed.
 FORMATS = {
     "kvm_page_fault": (
@@ -58,6 +58,17 @@ FORMATS = {
 \tfield:unsigned long attr;\toffset:24;\tsize:8;\tsigned:0;
 """,
     ),
+    "kvm_rmp_fault": (
+        RMP_ID,
+        """\
+\tfield:u64 gpa;\toffset:8;\tsize:8;\tsigned:0;
+\tfield:u64 pfn;\toffset:16;\tsize:8;\tsigned:0;
+\tfield:u64 error_code;\toffset:24;\tsize:8;\tsigned:0;
+\tfield:int rmp_level;\toffset:32;\tsize:4;\tsigned:1;
+\tfield:int psmash_ret;\toffset:36;\tsize:4;\tsigned:1;
+\tfield:unsigned int vcpu_id;\toffset:40;\tsize:4;\tsigned:0;
+""",
+    ),
 }
 
 
@@ -71,6 +82,12 @@ def fault(tid: int, address: int, error_code: int, *, rip: int = 0x400123, vcpu:
 
 def attributes(tid: int, start: int, end: int, attr: int) -> bytes:
     return struct.pack("<HBBiQQQ", ATTRIBUTES_ID, 0, 0, tid, start, end, attr)
+
+
+def rmp_fault(tid: int, gpa: int, error_code: int, level: int, psmash: int, *, vcpu: int = 0) -> bytes:
+    return struct.pack(
+        "<HBBiQQQiiI4x", RMP_ID, 0, 0, tid, gpa, 0x2B000 + gpa // 4096 % 512, error_code, level, psmash, vcpu
+    )
 
 
 def other(tid: int) -> bytes:

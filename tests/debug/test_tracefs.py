@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 from kvmpy.debug.watch import tracefs
-from kvmpy.debug.watch.faults import AttributesEvent, FaultTracer, PageFaultEvent, threads_of
+from kvmpy.debug.watch.faults import (
+    AttributesEvent,
+    FaultTracer,
+    PageFaultEvent,
+    RmpFaultEvent,
+    threads_of,
+)
 from kvmpy.debug.watch.tracefs import Tracefs, TracefsError
 from kvmpy.x86.pferr import PfErr
 from tests.debug import fake_tracefs as fake
@@ -52,6 +58,28 @@ def test_events_are_typed_and_in_order(folder: FakeTracefs) -> None:
     assert (third.error.access, third.error.words) == ("fetch", "I ENC")
     assert "private" in str(second)
     assert "fetch" in str(third)
+
+
+def test_rmp_faults(folder: FakeTracefs) -> None:
+    """The size of the RMP's entry is in bytes; SIZEM and RMP are told by name, and what PSMASH did."""
+    bits = PfErr.P | PfErr.RMP | PfErr.ENC | PfErr.SIZEM
+    folder.pages[0] = [
+        fake.page(
+            0,
+            fake.short(1, fake.rmp_fault(TID, 0x8000_5000, int(bits), 2, 0, vcpu=1)),
+            fake.short(1, fake.rmp_fault(TID, 0x8000_6000, int(bits), 2, 3)),
+            fake.short(1, fake.rmp_fault(TID, 0x8000_7000, int(bits), 1, 0)),
+        )
+    ]
+    with FaultTracer([TID], kinds=["rmp"], root=folder.root) as tracer:
+        first, second, third = tracer.read()
+    assert isinstance(first, RmpFaultEvent)
+    assert (first.address, first.pfn, first.vcpu_id, first.tid) == (0x8000_5000, 0x2B005, 1, TID)
+    assert (first.size, first.psmash, first.error.flags) == (2 << 20, 0, bits)
+    assert "entry of 2048 KiB, PSMASH 0  [" in str(first)
+    assert {"RMP", "SIZEM"} <= set(first.error.words.split())
+    assert "PSMASH 3" in str(second)
+    assert "entry of 4 KiB, nothing to split" in str(third)
 
 
 def test_faults_alone(folder: FakeTracefs) -> None:

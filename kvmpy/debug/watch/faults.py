@@ -142,7 +142,41 @@ class MappingEvent(Traced):
         return f"map         gpa {self.gpa:#014x}  pfn {self.pfn:#x}  {self.size >> 10} KiB"
 
 
-FaultEvent = Union[PageFaultEvent, ExitEvent, AttributesEvent, MappingEvent]
+@dataclass(frozen=True)
+class RmpFaultEvent(Traced):
+    """kvm:kvm_rmp_fault: KVM answered a nested fault of an SNP guest with the RMP bit.
+
+    *size* is that of the page's RMP entry before, in bytes; *psmash* is 0, or PSMASH's error where it had to
+    split the entry.
+    """
+
+    vcpu_id: int
+    address: int
+    pfn: int
+    error: PageFault
+    size: int
+    psmash: int
+
+    @classmethod
+    def read(cls, record: Record) -> RmpFaultEvent:
+        """Make the event from *record*; level 1 is 4 KiB, level 2 is 2 MiB."""
+        return cls(
+            *_where(record),
+            record["vcpu_id"],
+            record["gpa"],
+            record["pfn"],
+            decode(record["error_code"]),
+            1 << PAGE_SHIFT + 9 * (record["rmp_level"] - 1),
+            record["psmash_ret"],
+        )
+
+    def __str__(self) -> str:
+        done = f"PSMASH {self.psmash}" if self.size > 1 << PAGE_SHIFT else "nothing to split"
+        place = f"vcpu {self.vcpu_id}  gpa {self.address:#014x}  pfn {self.pfn:#x}"
+        return f"rmp fault   {place}  entry of {self.size >> 10} KiB, {done}  [{self.error.words}]"
+
+
+FaultEvent = Union[PageFaultEvent, ExitEvent, AttributesEvent, MappingEvent, RmpFaultEvent]
 
 
 @dataclass(frozen=True)
@@ -167,6 +201,12 @@ KINDS = {
     ),
     "attributes": Kind("kvm", "kvm_vm_set_mem_attributes", ("start", "end", "attr"), AttributesEvent.read),
     "mappings": Kind("kvmmmu", "kvm_mmu_spte_requested", ("gfn", "pfn", "level"), MappingEvent.read),
+    "rmp": Kind(
+        "kvm",
+        "kvm_rmp_fault",
+        ("vcpu_id", "gpa", "pfn", "error_code", "rmp_level", "psmash_ret"),
+        RmpFaultEvent.read,
+    ),
 }
 
 
