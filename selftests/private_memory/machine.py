@@ -42,10 +42,12 @@ class Machine(Protocol):
     def renew(self, slot: int) -> None: ...
 
 
-def as_test(steps: list[str]) -> str:
-    """Return the steps as the source of a test."""
-    line = f"make_region({PAGES}, slots={SLOTS}, vcpus=2)"
-    head = f"def test_found(make_region: MakeRegion) -> None:\n    region = {line}\n"
+MADE = f"make_region({PAGES}, slots={SLOTS}, vcpus=2)"
+
+
+def as_test(steps: list[str], made: str = MADE) -> str:
+    """Return the steps as the source of a test; *made* is what they act on."""
+    head = f"def test_found(make_region: MakeRegion) -> None:\n    region = {made}\n"
     return head + "".join(f"    {step}\n" for step in steps)
 
 
@@ -143,9 +145,15 @@ class Sequences(RuleBasedStateMachine):
 
 
 def run(
-    machine: Machine, seed: int, *, examples: int, steps: int, tell: Callable[[str], None] = print
+    machine: Machine,
+    seed: int,
+    *,
+    examples: int,
+    steps: int,
+    tell: Callable[[str], None] = print,
+    made: str = MADE,
 ) -> None:
-    """Run sequences on *machine*; a failure is told as a test, and raised."""
+    """Run sequences on *machine*, which is *made* in a test; a failure is told as a test, and raised."""
     noted: list[str] = []
     bound = type("Sequences", (Sequences,), {"machine": machine, "steps": noted})
     chosen = settings(
@@ -165,5 +173,5 @@ def run(
             run_state_machine_as_test(hypothesis.seed(seed)(bound), settings=chosen)
     except BaseException:
         # hypothesis has just run the shortest sequence once more.
-        tell(f"seed {seed}; the shortest sequence that fails:\n\n{as_test(noted)}")
+        tell(f"seed {seed}; the shortest sequence that fails:\n\n{as_test(noted, made)}")
         raise

@@ -173,7 +173,8 @@ class Folios:
         self.vm = make_vm(program, vcpus=vcpus)
         self.offset = 0 if self.large else PAGE_SIZE
         self.gmem: GuestMemfd = self.vm.create_guest_memfd(self.size + self.offset)
-        self.shared: Mapping = self.vm.own(Anonymous().map(self.size))
+        # KVM maps 2 MiB only where the host address is aligned as the guest's.
+        self.shared: Mapping = self.vm.own(Anonymous("thp").map(self.size))
         self.vm.set_user_memory_region2(
             SLOT,
             GPA,
