@@ -9,6 +9,8 @@ __all__: list[str]
 
 # Tests
 from kvmpy.testing.fixtures import MakeVm as MakeVm
+from kvmpy.testing.fixtures import MakeLoad as MakeLoad
+from kvmpy.testing.fixtures import LoadedSlot as LoadedSlot
 from kvmpy.testing.refusals import refused as refused
 from kvmpy.testing.verdicts import Missing as Missing
 
@@ -30,6 +32,9 @@ from kvmpy.guest.agent import Agent as Agent
 from kvmpy.guest.agent import AgentFaultError as AgentFaultError
 from kvmpy.guest.agent import Fault as Fault
 from kvmpy.guest.agent import Registers as Registers
+from kvmpy.guest.load import LOAD as LOAD
+from kvmpy.guest.load import Load as Load
+from kvmpy.guest.load import LoadError as LoadError
 
 # Addresses
 from kvmpy.core.address import Gva as Gva

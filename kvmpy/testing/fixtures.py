@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fixtures: ``kvm``, ``vm``, ``make_vm``, ``protection``, ``deadline``, ``seed`` and ``rng``."""
+"""The fixtures: ``kvm``, ``vm``, ``make_vm``, ``make_load``, ``protection``, ``deadline``, ``load_seconds``,
+``seed`` and ``rng``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, SupportsInt
 
 import pytest
 
+from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.errors import MissingError
 from kvmpy.testing.gate import refuse
 from kvmpy.testing.options import SETTINGS
 from kvmpy.testing.protections import FIXTURE
@@ -19,13 +25,21 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from kvmpy.coco.kvm import Kvm
+    from kvmpy.core.backing import Backing, Mapping
+    from kvmpy.core.exits import Exit
+    from kvmpy.core.slots import MemorySlot
     from kvmpy.core.vm import Vm
+    from kvmpy.guest.load import Load
     from kvmpy.guest.options import VmOptions
     from kvmpy.guest.program import GuestProgram
     from kvmpy.guest.protection import Traits
+    from kvmpy.guest.vcpu import GuestVcpu
     from kvmpy.guest.vm import GuestVm
 
 REQUIREMENTS = pytest.StashKey[Requirements]()
+# Where a load's region lies: above default memory, on a boundary of any page size.
+LOAD_GPA = 0x8000_0000
+LOAD_GVA = 0x60_0000_0000
 VMS = pytest.StashKey["list[GuestVm]"]()
 
 
@@ -105,6 +119,101 @@ class MakeVm:
             vm.close()
 
 
+@dataclass
+class LoadedSlot:
+    """A load and what is below it: ``.vm``, ``.slot``, and the region's memory as the host maps it."""
+
+    vm: GuestVm
+    slot: MemorySlot
+    load: Load
+
+    @property
+    def mapping(self) -> Mapping:
+        """The host memory of the region."""
+        return self.slot.mapping
+
+    def memory(self) -> memoryview:
+        """Return the region's memory itself."""
+        return self.mapping.view(0, self.slot.size)
+
+    def check(self) -> None:
+        """Check the region as the host sees it now, also while the vCPUs run; see :meth:`Load.check`."""
+        since = self.load.moment()
+        with self.memory() as memory:
+            copy = bytearray(memory)
+        self.load.check(copy, since, self.load.moment())
+
+
+class MakeLoad:
+    """What the fixture ``make_load`` gives: call it for a VM whose vCPUs work on a region of its own."""
+
+    def __init__(self, make_vm: MakeVm, seconds: float, rng: random.Random) -> None:
+        self.make_vm = make_vm
+        self.seconds = seconds
+        self.rng = rng
+        self.made: list[Load] = []
+
+    def __call__(
+        self,
+        *,
+        pages: int = 256,
+        vcpus: int = 3,
+        ring: int = 3,
+        readers: int = 0,
+        execute: bool = False,
+        loss: str = "none",
+        on_exit: Callable[[GuestVcpu, Exit], bool] | None = None,
+        backing: Backing | None = None,
+        flags: int = 0,
+        page_size: int = PAGE_SIZE,
+        before_vcpus: Callable[[GuestVm], object] | None = None,
+        deadline: float | None = None,
+    ) -> LoadedSlot:
+        """Create a VM, a region of *pages* in a slot of shared memory, and the load on it, not running yet.
+
+        The first keywords are those of :class:`~kvmpy.guest.load.Load`; *backing* and *flags* are the slot's,
+        *page_size* the guest's mapping's, the rest those of ``make_vm()``.
+        MissingError for *execute* under a protection whose guests execute private memory alone.
+        """
+        from kvmpy.core.address import Gpa, Gva
+        from kvmpy.guest.load import LOAD, Load
+
+        if execute and not self.make_vm.traits.emulator_reads_private:
+            # AMD64 APM volume 2, 15.34.5: instruction fetches are private whatever the C-bit says.
+            raise MissingError(
+                f"shared memory that a guest of protection {self.make_vm.protection} may execute",
+                "a protection that does not encrypt memory",
+            )
+        options: VmOptions = {"vcpus": vcpus, "before_vcpus": before_vcpus}
+        if deadline is not None:
+            options["deadline"] = deadline
+        vm = self.make_vm(LOAD, **options)
+        size = pages * PAGE_SIZE
+        where, gpa = Gva(LOAD_GVA), Gpa(LOAD_GPA)
+        slot = vm.add_memory(gpa, size, private=False, backing=backing, flags=flags)
+        vm.map(where, gpa, size, page_size=page_size, user=True, nx=not execute, private=False)
+        load = Load(
+            vm,
+            where,
+            pages,
+            ring=ring,
+            readers=readers,
+            execute=execute,
+            loss=loss,
+            rng=self.rng,
+            seconds=self.seconds,
+            on_exit=on_exit,
+        )
+        self.made.append(load)
+        return LoadedSlot(vm, slot, load)
+
+    def close(self) -> None:
+        """Stop the loads that still run; what they found is no news any more."""
+        for load in self.made:
+            with contextlib.suppress(Exception):
+                load.stop()
+
+
 @pytest.fixture
 def kvm(request: pytest.FixtureRequest) -> Iterator[Kvm]:
     """An open ``kvmpy.Kvm``; without a usable KVM the test is skipped with the reason."""
@@ -152,6 +261,20 @@ def make_vm(request: pytest.FixtureRequest, kvm: Kvm, protection: str, deadline:
         yield factory
     finally:
         factory.close()
+
+
+@pytest.fixture
+def load_seconds(request: pytest.FixtureRequest) -> float:
+    """How long this test keeps its vCPUs under load (``--load-seconds``)."""
+    return request.config.stash[SETTINGS].load_seconds
+
+
+@pytest.fixture
+def make_load(make_vm: MakeVm, load_seconds: float, rng: random.Random) -> Iterator[MakeLoad]:
+    """Make VMs whose vCPUs write, read and execute a region all the time; they are stopped at the end."""
+    factory = MakeLoad(make_vm, load_seconds, rng)
+    yield factory
+    factory.close()
 
 
 @pytest.fixture

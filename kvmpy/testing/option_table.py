@@ -18,6 +18,7 @@ from kvmpy.guest.defaults import DEFAULT_DEADLINE
 RECORD_FOLDER = "kvmpy-records"
 RECORD_MODES = ("failures", "all")
 SEED_BITS = 32
+LOAD_SECONDS = 0.3
 # Seconds of each step of `kvmpy hardware`; a command of the secure processor alone may take 100.
 STEP_LIMITS = {"platform": 300.0, "doctor": 600.0, "suite": 6 * 3600.0, "bench": 1800.0}
 
@@ -159,6 +160,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("deadline", _BOTH, "--deadline",
            f"Time limit for a guest to run without an expected exit (default: {DEFAULT_DEADLINE:g}).",
            "SECONDS", kind=positive_seconds, pytest="--deadline", side="inside", each=True),
+    Option("load_seconds", _BOTH, "--load-seconds",
+           f"How long each test under load goes on (default: {LOAD_SECONDS:g}).", "N", kind=positive_seconds,
+           pytest="--load-seconds", side="inside", each=True),
     Option("strict_private", _BOTH, "--strict-private",
            "Refuse host access to private pages under every protection, as SEV-SNP does.", kind="flag",
            pytest="--strict-private", side="inside", each=True),

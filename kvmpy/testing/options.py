@@ -14,7 +14,7 @@ import pytest
 
 from kvmpy.guest.defaults import DEFAULT_DEADLINE
 from kvmpy.testing.host import platform_name
-from kvmpy.testing.option_table import OF_PYTEST, OPTIONS, SEED_BITS
+from kvmpy.testing.option_table import LOAD_SECONDS, OF_PYTEST, OPTIONS, SEED_BITS
 
 LEAK_MODES = ("all", "kvm", "off")
 # Seconds.
@@ -34,12 +34,13 @@ MARKERS = (
 class Settings:
     """The values of one session.
 
-    ``deadline`` is in seconds; ``protections`` None means all; ``about_protections`` says why ``auto`` stands
-    for which.
+    ``deadline`` and ``load_seconds`` are in seconds; ``protections`` None means all; ``about_protections``
+    says why ``auto`` stands for which.
     """
 
     seed: int
     deadline: float
+    load_seconds: float
     protections: tuple[str, ...] | None
     about_protections: tuple[str, ...]
     run_dangerous: bool
@@ -105,9 +106,12 @@ def chosen(config: pytest.Config, name: str) -> Any:
 def widen_timeout(item: pytest.Item) -> None:
     """Keep the time-out, the outer net, well beyond a test's own deadline."""
     marker = item.get_closest_marker("deadline")
-    if marker is None or item.get_closest_marker("timeout") is not None:
+    # A test goes on for longer than it was told by what its last turn takes.
+    loaded = "load_seconds" in getattr(item, "fixturenames", ())
+    load = float(chosen(item.config, "load_seconds") or 0) if loaded else 0.0
+    if (marker is None and not load) or item.get_closest_marker("timeout") is not None:
         return
-    least = TIMEOUT_BEYOND + 2 * float(marker.args[0])
+    least = TIMEOUT_BEYOND + (0.0 if marker is None else 2 * float(marker.args[0])) + 2 * load
     if float(item.config.getini("timeout") or least) < least:
         item.add_marker(pytest.mark.timeout(least))
 
@@ -144,6 +148,7 @@ def read_settings(config: pytest.Config) -> Settings:
     return Settings(
         seed=seed,
         deadline=chosen(config, "deadline") or DEFAULT_DEADLINE,
+        load_seconds=chosen(config, "load_seconds") or LOAD_SECONDS,
         protections=protections,
         about_protections=about,
         run_dangerous=chosen(config, "dangerous") or platform_name() != "host",

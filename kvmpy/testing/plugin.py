@@ -28,18 +28,29 @@ from kvmpy.testing import (
     selection,
 )
 from kvmpy.testing.errata import BUILTIN, ErrataError, load
-from kvmpy.testing.fixtures import REQUIREMENTS, deadline, kvm, make_vm, rng, seed, vm
+from kvmpy.testing.fixtures import (
+    REQUIREMENTS,
+    deadline,
+    kvm,
+    load_seconds,
+    make_load,
+    make_vm,
+    rng,
+    seed,
+    vm,
+)
 from kvmpy.testing.fixtures import _protection as protection
 from kvmpy.testing.itemreports import ItemReports, Needs
 from kvmpy.testing.json_report import document, json_text
 from kvmpy.testing.leakcheck import LeakCheck, uses_kvmpy
+from kvmpy.testing.option_table import LOAD_SECONDS
 from kvmpy.testing.options import SETTINGS
 from kvmpy.testing.reportfiles import Junit, ReportFiles, SteadyStream
 from kvmpy.testing.requirements import Requirements
 from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results
 from kvmpy.testing.verdicts import NOTHING_RAN, Verdict
 
-__all__ = ["deadline", "kvm", "make_vm", "protection", "rng", "seed", "vm"]
+__all__ = ["deadline", "kvm", "load_seconds", "make_load", "make_vm", "protection", "rng", "seed", "vm"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -190,6 +201,8 @@ class Session:
         """Return what header and KTAP say about host and session."""
         settings = self._settings
         about = f"kvmpy {__version__}: seed {settings.seed}, deadline {settings.deadline:g} s"
+        if settings.load_seconds != LOAD_SECONDS:
+            about += f", load {settings.load_seconds:g} s"
         if settings.protections is not None:
             about += f", only protection {', '.join(settings.protections)}"
         lines = [about, *settings.about_protections, *self.summary.lines()]

@@ -26,6 +26,7 @@ TEXTS = {
     "seed": "0x10",
     "repeat": "3",
     "deadline": "2.5",
+    "load_seconds": "1.5",
     "memory": "3G",
     "parameters": "kvm.a=1",
     "cpu": "+la57",

@@ -375,6 +375,22 @@ def test_a_long_deadline_widens_the_timeout(suite: Suite) -> None:
     assert set(suite.run("--deadline=7").verdicts().values()) == {"pass"}
 
 
+def test_a_long_load_widens_the_timeout(suite: Suite) -> None:
+    """--load-seconds reaches the tests that use the fixture, and widens their time-out, nobody else's."""
+    suite.add(
+        "test_a.py",
+        "def limit(request):\n"
+        "    marker = request.node.get_closest_marker('timeout')\n"
+        "    return marker.args[0] if marker else None\n"
+        "def test_load(request, load_seconds): assert (load_seconds, limit(request)) == (300.0, 660.0)\n"
+        "def test_other(request): assert limit(request) is None\n",
+    )
+    assert set(suite.run("--load-seconds=300").verdicts().values()) == {"pass"}
+    suite.add("test_a.py", "def test_load(load_seconds): assert load_seconds == 0.3\n")
+    assert set(suite.run().verdicts().values()) == {"pass"}
+    assert "-1 is not a positive number of seconds" in suite.run("--load-seconds=-1").text
+
+
 GUEST_TEST = """
 import pytest
 
