@@ -10,7 +10,7 @@ __all__: list[str]
 # Tests
 from kvmpy.testing.fixtures import MakeVm as MakeVm
 from kvmpy.testing.fixtures import MakeLoad as MakeLoad
-from kvmpy.testing.fixtures import LoadedSlot as LoadedSlot
+from kvmpy.testing.fixtures import LoadedRegion as LoadedRegion
 from kvmpy.testing.refusals import refused as refused
 from kvmpy.testing.verdicts import Missing as Missing
 

@@ -119,6 +119,8 @@ static __always_inline u64 run(u64 arg)
 		WRITE_ONCE(load->visits, ++visits);
 		if (!look(load))
 			return GUEST_LOAD_FAILED;
+		for (u64 rest = load->pace; rest; rest--)
+			barrier();
 	}
 	return GUEST_LOAD_STOPPED;
 }

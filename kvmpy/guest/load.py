@@ -52,10 +52,10 @@ LOSSES = ("none", "zero", "older")
 _WORDS_OF_PAGE = PAGE_SIZE // 8
 _GENERATION = 32
 _IDENTITY = (1 << _GENERATION) - 1
-# struct guest_load, of which the host writes the first nine words.
+# struct guest_load, of which the host writes the first ten words.
 _SIZE = 256
-_ORDER = struct.Struct("<9Q")
-_STOP, _VISITS, _WRONG = 8, 9, 13
+_ORDER = struct.Struct("<10Q")
+_STOP, _VISITS, _WRONG = 9, 10, 14
 _FAILED = 1
 _SHOWN = 8
 _LOOK_SECONDS = 0.0002
@@ -134,8 +134,9 @@ class Load:
 
     *pages* from *gva* on are its region.  The last *readers* vCPUs write nothing.  *execute*: the pages are
     mapped executable, and are executed.  *loss* is what a page may lose beside the running vCPUs: nothing,
-    its content (``"zero"``), or newer generations (``"older"``).  *rng* chooses the order of the visits.
-    *seconds* is how long :meth:`turns` goes on.
+    its content (``"zero"``), or newer generations (``"older"``).  *pace* is how often a vCPU goes round
+    an empty loop between two visits.  *rng* chooses the order of the visits.  *seconds* is how long
+    :meth:`turns` goes on.
 
     *on_exit* is called in a vCPU's thread with an exit, and returns True if the vCPU may go on; without one
     each exit is a failure.  It must not wait beyond :attr:`stopping`.
@@ -155,6 +156,7 @@ class Load:
         readers: int = 0,
         execute: bool = False,
         loss: str = "none",
+        pace: int = 0,
         rng: Random | None = None,
         seconds: float = 1.0,
         on_exit: Callable[[GuestVcpu, Exit], bool] | None = None,
@@ -188,8 +190,8 @@ class Load:
             vcpu.set_entry("guest_main", int(where), ring)
             order = self.orders[index] if index < writers else Order(0, 0, 0, 0)
             peer = int(where) + (index + 1) % writers * _SIZE
-            words = (order.first, order.step, order.count, order.stride, peer, execute, LOSSES.index(loss), 0)
-            _ORDER.pack_into(self._area, index * _SIZE, int(gva), *words)
+            words = (int(gva), order.first, order.step, order.count, order.stride, peer)
+            _ORDER.pack_into(self._area, index * _SIZE, *words, execute, LOSSES.index(loss), pace, 0)
 
     def _order(self, random: Random, index: int, writers: int) -> Order:
         count = (self.pages - index + writers - 1) // writers
@@ -338,6 +340,13 @@ class Load:
     def touched(self, since: Moment, until: Moment) -> BitMap:
         """Return the pages that may have been written after *since* and before *until*."""
         return self._between(since, until, 0, 1)
+
+    def looked_at(self, since: Moment, until: Moment) -> BitMap:
+        """Return the pages that a vCPU may have read after *since* and before *until*, other than its own."""
+        orders = len(self.orders)
+        bounds = enumerate(zip(since, until, strict=True))
+        peers = ((self.orders[(index + 1) % orders], *bound) for index, bound in bounds)
+        return BitMap.union(*(order.pages(max(0, start - 1), end + 1) for order, start, end in peers))
 
     def _between(self, since: Moment, until: Moment, late: int, more: int) -> BitMap:
         bounds = zip(self.orders, since, until, strict=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, SupportsInt
 
@@ -120,21 +120,22 @@ class MakeVm:
 
 
 @dataclass
-class LoadedSlot:
-    """A load and what is below it: ``.vm``, ``.slot``, and the region's memory as the host maps it."""
+class LoadedRegion:
+    """A load and what is below it: ``.vm``, ``.slots``, and the memory that the host maps, ``.mapping``."""
 
     vm: GuestVm
-    slot: MemorySlot
+    slots: list[MemorySlot]
+    mapping: Mapping
     load: Load
 
     @property
-    def mapping(self) -> Mapping:
-        """The host memory of the region."""
-        return self.slot.mapping
+    def slot(self) -> MemorySlot:
+        """The first slot."""
+        return self.slots[0]
 
     def memory(self) -> memoryview:
         """Return the region's memory itself."""
-        return self.mapping.view(0, self.slot.size)
+        return self.mapping.view(0, self.mapping.size)
 
     def check(self) -> None:
         """Check the region as the host sees it now, also while the vCPUs run; see :meth:`Load.check`."""
@@ -162,17 +163,20 @@ class MakeLoad:
         readers: int = 0,
         execute: bool = False,
         loss: str = "none",
+        pace: int = 0,
         on_exit: Callable[[GuestVcpu, Exit], bool] | None = None,
+        slots: Sequence[int] = (),
         backing: Backing | None = None,
         flags: int = 0,
         page_size: int = PAGE_SIZE,
         before_vcpus: Callable[[GuestVm], object] | None = None,
         deadline: float | None = None,
-    ) -> LoadedSlot:
-        """Create a VM, a region of *pages* in a slot of shared memory, and the load on it, not running yet.
+    ) -> LoadedRegion:
+        """Create a VM, a region of *pages* of shared memory, and the load on it, not running yet.
 
-        The first keywords are those of :class:`~kvmpy.guest.load.Load`; *backing* and *flags* are the slot's,
-        *page_size* the guest's mapping's, the rest those of ``make_vm()``.
+        The first keywords are those of :class:`~kvmpy.guest.load.Load`.  The region is one slot, or *slots*
+        of so many pages each, with *flags*, over host memory of one *backing*; the guest maps it in pages of
+        *page_size*.  The others are those of ``make_vm()``.
         MissingError for *execute* under a protection whose guests execute private memory alone.
         """
         from kvmpy.core.address import Gpa, Gva
@@ -190,7 +194,13 @@ class MakeLoad:
         vm = self.make_vm(LOAD, **options)
         size = pages * PAGE_SIZE
         where, gpa = Gva(LOAD_GVA), Gpa(LOAD_GPA)
-        slot = vm.add_memory(gpa, size, private=False, backing=backing, flags=flags)
+        mapping, gmem = vm.back(size, backing)
+        vm.own(mapping)
+        made, offset = [], 0
+        for part in slots or (pages,):
+            at, part_size = int(gpa) + offset, part * PAGE_SIZE
+            made.append(vm.add_alias(at, part_size, mapping, offset=offset, flags=flags, gmem=gmem))
+            offset += part_size
         vm.map(where, gpa, size, page_size=page_size, user=True, nx=not execute, private=False)
         load = Load(
             vm,
@@ -200,12 +210,13 @@ class MakeLoad:
             readers=readers,
             execute=execute,
             loss=loss,
+            pace=pace,
             rng=self.rng,
             seconds=self.seconds,
             on_exit=on_exit,
         )
         self.made.append(load)
-        return LoadedSlot(vm, slot, load)
+        return LoadedRegion(vm, made, mapping, load)
 
     def close(self) -> None:
         """Stop the loads that still run; what they found is no news any more."""

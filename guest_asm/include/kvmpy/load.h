@@ -27,6 +27,7 @@ struct guest_load {
 	u64 peer;			/* another vCPU's struct guest_load, whose pages it reads */
 	u64 execute;			/* the pages are code, too */
 	u64 loss;
+	u64 pace;			/* rounds of a loop between two visits */
 	u64 stop;
 	/* Written by the guest. */
 	u64 visits;			/* pages written (read where it has none) since the start */
