@@ -49,6 +49,8 @@ class GuestVcpu(Vcpu):
     """A vCPU of a :class:`~kvmpy.guest.vm.GuestVm`."""
 
     vm: GuestVm
+    # Takes a KVM_RUN that failed without an exit; returns True if it may be tried again.
+    on_error: Callable[[KvmError], bool] | None = None
 
     def __init__(self, vm: GuestVm, fd: int, vcpu_id: int, index: int) -> None:
         # First: the base class closes this object when it cannot be completed.
@@ -136,8 +138,12 @@ class GuestVcpu(Vcpu):
             try:
                 return self._ended(outcome, run)
             except KvmError as error:
-                message = str(error)
-                raise GuestError(message, self.vm.postmortem(self, message)) from error
+                self._run_failed(error)
+
+    def _run_failed(self, error: KvmError) -> None:
+        if self.on_error is None or not self.on_error(error):
+            message = str(error)
+            raise GuestError(message, self.vm.postmortem(self, message)) from error
 
     def _timeout(self) -> GuestTimeoutError:
         self.vm._halt_others(self)
