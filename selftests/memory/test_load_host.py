@@ -174,10 +174,11 @@ def test_memory_moves_away_and_back(make_load: MakeLoad, ring: int, rng: random.
         for _ in load.turns(visits=20):
             first, count = some_pages(rng, PAGES)
             hva, size = region.mapping.hva + first * PAGE_SIZE, count * PAGE_SIZE
+            since = load.moment()
             move(hva, elsewhere.hva, size)
             with elsewhere.view(0, size) as memory:
                 before = bytes(memory)
-                region.check()
+                check_gone(region, since, first, count)
                 load.wait(20)
                 assert before == memory, "a vCPU wrote memory that had moved"
             move(elsewhere.hva, hva, size)
@@ -246,7 +247,7 @@ def test_memory_is_given_back(
             decoy = decoys[turn % 2]
             with decoy.view(0, size) as memory:
                 memory[:] = pattern * count
-            check_dropped(region, since, first, count)
+            check_gone(region, since, first, count)
             load.wait(5)
             with decoy.view(0, size) as memory:
                 assert memory == pattern * count, "a vCPU wrote memory that was taken from it"
@@ -254,7 +255,7 @@ def test_memory_is_given_back(
     region.check()
 
 
-def check_dropped(region: LoadedRegion, since: Moment, first: int, count: int) -> None:
+def check_gone(region: LoadedRegion, since: Moment, first: int, count: int) -> None:
     """Check that each word is 0 or of a generation that began after *since*."""
     load = region.load
     whole = bytearray(image(region, 0, PAGES))
@@ -266,9 +267,7 @@ def check_dropped(region: LoadedRegion, since: Moment, first: int, count: int) -
             if first <= page < first + count:
                 for word in WORDS:
                     value = words[page * 512 + word]
-                    assert not value or value >> 32 > generation, (
-                        f"page {page} was dropped, and holds {value:#x}"
-                    )
+                    assert not value or value >> 32 > generation, f"page {page} is gone, but holds {value:#x}"
 
 
 @pytest.mark.parametrize(
