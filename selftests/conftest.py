@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
 import pytest
 
 from kvmpy import AGENT, PAGE_SIZE, Agent, Gpa, GuestVcpu, GuestVm, Gva, MakeVm, MmioExit
@@ -49,6 +54,52 @@ class Accessor:
     def map(self, gva: Gva, gpa: Gpa, size: int) -> None:
         """Map guest-physical addresses as shared memory, for both rings."""
         self.vm.map(gva, gpa, size, page_size=PAGE_SIZE, user=True, nx=True, private=False)
+
+
+def turns(seconds: float) -> Iterator[int]:
+    """Count turns from 0 until *seconds* have passed; there is one at least."""
+    end, turn = time.monotonic() + seconds, 0
+    while not turn or time.monotonic() < end:
+        yield turn
+        turn += 1
+
+
+class Beside:
+    """Calls *action* with the number of the call, again and again, in a thread, until the with block ends.
+
+    What it raised is raised by the end of the block; TimeoutError if a call has not returned by *limit*
+    seconds later.
+    """
+
+    def __init__(self, action: Callable[[int], object], limit: float = 20.0) -> None:
+        self.action = action
+        self.limit = limit
+        self.count = 0
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._repeat, daemon=True)
+
+    def _repeat(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self.action(self.count)
+                self.count += 1
+        except BaseException as error:  # noqa: BLE001 - raised again by __exit__()
+            self._error = error
+
+    def __enter__(self) -> Beside:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(self.limit)
+        if error is None and self._thread.is_alive():
+            raise TimeoutError(f"what goes on beside the test did not return within {self.limit} s")
+        if error is None and self._error is not None:
+            raise self._error
 
 
 def said(guest: GuestVm | GuestVcpu) -> tuple[str | int, ...]:
