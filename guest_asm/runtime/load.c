@@ -140,6 +140,7 @@ __noreturn void guest_load(struct guest_load *loads, u64 ring)
 	u32 me = guest_cpu_index();
 	struct guest_user_exit exit;
 
+	GUEST_SYNC();
 	for (;;) {
 		if (ring)
 			exit = guest_user_run(run_user, (uintptr_t)&loads[me],

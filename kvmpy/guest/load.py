@@ -180,6 +180,7 @@ class Load:
         self.stopping = False
         self._loss = loss
         self._limit = 0.0
+        self._ready = False
         self._threads: list[VcpuThread[tuple[int, ...]]] = []
         random = rng or Random(0)
         self.orders = [self._order(random, index, writers) for index in range(writers)]
@@ -204,8 +205,13 @@ class Load:
         """Launch the VM if it is not, and let every vCPU run in a thread of its own."""
         if self._threads:
             raise RuntimeError(f"the load of {self.vm.name} is running")
-        if not self.vm.launched:
-            self.vm.launch()
+        if not self._ready:
+            if not self.vm.launched:
+                self.vm.launch()
+            # One after another: QEMU's TCG lost the state of vCPUs that entered the guest at once.
+            for vcpu in self.vm.vcpus:
+                vcpu.sync()
+            self._ready = True
         self._order_stop(False)
         self._limit = time.monotonic() + self.seconds + self.vm.deadline
         for vcpu in self.vm.vcpus:

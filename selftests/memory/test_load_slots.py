@@ -31,11 +31,13 @@ from kvmpy import (
     MakeLoad,
     MakeVm,
     MemorySlot,
+    MissingError,
     MmioExit,
     ShutdownExit,
     UnexpectedExitError,
     Vm,
 )
+from kvmpy.testing.host import platform_name
 
 OTHER_GPA = Gpa(0xA000_0000)
 PARTS = (40, 1, 79)
@@ -186,6 +188,11 @@ def test_the_page_tables_go(make_load: MakeLoad, ring: int) -> None:
     Documentation/virt/kvm/api.rst 5: KVM_EXIT_SHUTDOWN or KVM_EXIT_INTERNAL_ERROR, or KVM_EXIT_MMIO for what
     an emulator still translates.
     """
+    if platform_name() != "host":
+        raise MissingError(
+            "a processor that tells which event it delivered when it left",
+            "hardware: QEMU 7.2 delivers the page fault of a guest without page tables for ever",
+        )
     ends: dict[int, Exit] = {}
 
     def note(vcpu: GuestVcpu, exit_: Exit) -> bool:

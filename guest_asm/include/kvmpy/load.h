@@ -39,7 +39,7 @@ struct guest_load {
 
 _Static_assert(sizeof(struct guest_load) == 256, "kvmpy/guest/load.py knows its size");
 
-/* Run the load of this vCPU in @ring, again and again; a SYNC tells how each run ended. */
+/* SYNC, then run the load of this vCPU in @ring, again and again; a SYNC tells how each run ended. */
 __noreturn void guest_load(struct guest_load *loads, u64 ring);
 
 #endif /* KVMPY_LOAD_H */
