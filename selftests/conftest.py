@@ -56,6 +56,10 @@ class Accessor:
         self.vm.map(gva, gpa, size, page_size=PAGE_SIZE, user=True, nx=True, private=False)
 
 
+# A test under load takes its time: with shared memory KVM does under cbit what it does under none.
+UNDER_LOAD = pytest.mark.protections("none", "sw-protected", "sev", "sev-es", "snp")
+
+
 def turns(seconds: float) -> Iterator[int]:
     """Count turns from 0 until *seconds* have passed; there is one at least."""
     end, turn = time.monotonic() + seconds, 0

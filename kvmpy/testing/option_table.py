@@ -18,7 +18,7 @@ from kvmpy.guest.defaults import DEFAULT_DEADLINE
 RECORD_FOLDER = "kvmpy-records"
 RECORD_MODES = ("failures", "all")
 SEED_BITS = 32
-LOAD_SECONDS = 0.3
+LOAD_SECONDS = 0.15
 # Seconds of each step of `kvmpy hardware`; a command of the secure processor alone may take 100.
 STEP_LIMITS = {"platform": 300.0, "doctor": 600.0, "suite": 6 * 3600.0, "bench": 1800.0}
 

@@ -35,6 +35,9 @@ from kvmpy import (
     MemorySlot,
     refused,
 )
+from selftests.conftest import UNDER_LOAD
+
+pytestmark = UNDER_LOAD
 
 ODD = (67, 1, 63, 128, 70)
 HUGE = 2 * SIZE_2M // PAGE_SIZE

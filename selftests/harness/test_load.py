@@ -17,6 +17,8 @@ from kvmpy import (
 )
 
 PAGES = 60
+# What is noticed does not depend on how memory is protected.
+PLAIN = pytest.mark.protections("none")
 
 
 def put(memory: memoryview, page: int, word: int, value: int) -> None:
@@ -43,6 +45,7 @@ def test_memory_is_what_the_guest_wrote(make_load: MakeLoad, ring: int, execute:
     assert len(load.touched(before, before)) == 2
 
 
+@PLAIN
 @pytest.mark.parametrize(
     ("value", "found"),
     [
@@ -69,6 +72,7 @@ def test_a_wrong_word_is_found(make_load: MakeLoad, ring: int, value: int, found
     memory.release()
 
 
+@PLAIN
 def test_wrong_code_is_executed(make_load: MakeLoad) -> None:
     """A page that returns another value than it holds as data is told as executed."""
     loaded = make_load(pages=PAGES, execute=True)
@@ -81,11 +85,10 @@ def test_wrong_code_is_executed(make_load: MakeLoad) -> None:
         load.wait(2 * PAGES)
 
 
+@PLAIN
 def test_an_exit_that_nobody_expects(make_load: MakeLoad, ring: int) -> None:
     """A vCPU that leaves the guest ends the wait of the test at once; without its memory it does."""
     loaded = make_load(pages=PAGES, ring=ring, vcpus=2)
-    if not loaded.vm.protection.traits.kvm_decodes_mmio:
-        pytest.skip(f"protection {loaded.vm.protection.name}: the guest decodes MMIO")
     load = loaded.load.start()
     load.wait()
     loaded.slot.delete()
@@ -94,6 +97,7 @@ def test_an_exit_that_nobody_expects(make_load: MakeLoad, ring: int) -> None:
     assert not load.running
 
 
+@PLAIN
 def test_an_exception_in_the_guest(make_load: MakeLoad, ring: int) -> None:
     """A vCPU whose access faults is told with the exception and the address."""
     loaded = make_load(pages=PAGES, ring=ring, vcpus=1)
@@ -102,6 +106,7 @@ def test_an_exception_in_the_guest(make_load: MakeLoad, ring: int) -> None:
         loaded.load.wait(PAGES)
 
 
+@PLAIN
 def test_a_vcpu_that_is_kicked(make_load: MakeLoad, ring: int) -> None:
     """A kick from elsewhere ends the load, which goes on where it was when it is started again."""
     loaded = make_load(pages=PAGES, ring=ring, vcpus=2)
@@ -117,6 +122,7 @@ def test_a_vcpu_that_is_kicked(make_load: MakeLoad, ring: int) -> None:
     loaded.check()
 
 
+@PLAIN
 def test_the_load_that_makes_no_progress(make_load: MakeLoad) -> None:
     """Waiting ends at the deadline, with all threads joined."""
     loaded = make_load(pages=PAGES, vcpus=2, deadline=1.0)

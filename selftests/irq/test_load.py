@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvmpy import EventFd, Kvm, KvmError, MakeVm, Msi, MsiRoute, VcpuThread, Vm, default_routes, refused
-from selftests.conftest import Beside, turns
+from selftests.conftest import UNDER_LOAD, Beside, turns
 
 pytestmark = pytest.mark.requires("KVM_CAP_IRQFD", "KVM_CAP_IRQ_ROUTING")
 
@@ -52,6 +52,7 @@ def two_vms(kvm: Kvm) -> Iterator[tuple[Vm, Vm]]:
         yield one, other
 
 
+@UNDER_LOAD
 def test_no_interrupt_is_lost_by_new_routes(make_vm: MakeVm, load_seconds: float) -> None:
     """Each signal of an irqfd is one interrupt, by the old route or the new one, while routes are replaced.
 

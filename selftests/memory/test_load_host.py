@@ -32,9 +32,12 @@ from kvmpy import (
 )
 from kvmpy.core.backing import MappedGuestMemfd
 from kvmpy.guest.load import WORDS, Moment
+from selftests.conftest import UNDER_LOAD
 from selftests.demand_paging.conftest import MakePager, make_pager
 
 __all__ = ["make_pager"]
+
+pytestmark = UNDER_LOAD
 
 PAGES = 192
 HUGE_PAGES = 2 * SIZE_2M // PAGE_SIZE
@@ -230,7 +233,7 @@ def test_memory_is_given_back(
     give_back(make_load(pages=PAGES, ring=ring, backing=backing, loss="zero"), rng, take, how)
 
 
-@pytest.mark.protections("none", "cbit")
+@pytest.mark.protections("none")
 @pytest.mark.requires("KVM_CAP_GUEST_MEMFD_FLAGS&3")
 def test_mapped_private_memory_is_given_back(make_load: MakeLoad, ring: int, rng: random.Random) -> None:
     """The same of a guest_memfd that the host has mapped, of a VM whose type has such.

@@ -38,11 +38,12 @@ from kvmpy import (
     Vm,
 )
 from kvmpy.testing.host import platform_name
+from selftests.conftest import UNDER_LOAD
 
 OTHER_GPA = Gpa(0xA000_0000)
 PARTS = (40, 1, 79)
 # Without it, an instruction on memory that is not there cannot be carried out by KVM.
-EMULATED = pytest.mark.protections("all", kvm_emulates=True, kvm_decodes_mmio=True)
+EMULATED = pytest.mark.protections("none", "sw-protected")
 ZAP_SLOT_ALONE = f"KVM_CAP_DISABLE_QUIRKS2&{int(KVM_X86_QUIRK_SLOT_ZAP_ALL)}"
 
 
@@ -138,6 +139,7 @@ def test_slots_move_away_and_back(
     assert next(stand_in.count)
 
 
+@UNDER_LOAD
 @QUIRK
 @pytest.mark.parametrize("page_size", [PAGE_SIZE, SIZE_2M], ids=["4K", "2M"])
 def test_other_slots_change(
@@ -167,6 +169,7 @@ def test_other_slots_change(
     region.check()
 
 
+@UNDER_LOAD
 def test_a_slot_before_the_first_use(make_load: MakeLoad) -> None:
     """vCPUs that never touched a part of their memory find it, whatever became of its slot before.
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 
 from kvmpy import MakeLoad, Stats, StatsFd
-from selftests.conftest import Beside
+from selftests.conftest import UNDER_LOAD, Beside
 
-pytestmark = pytest.mark.requires("KVM_CAP_BINARY_STATS_FD")
+pytestmark = [UNDER_LOAD, pytest.mark.requires("KVM_CAP_BINARY_STATS_FD")]
 
 CUMULATIVE, PEAK = 0, 2
 

@@ -15,7 +15,7 @@ import warnings
 
 from kvmpy import GuestProgram, Kvm, KvmError, MakeLoad, MakeVm, MissingError, VcpuThread, Vm
 from kvmpy.core.threads import allowed_cpus
-from selftests.conftest import Beside, turns
+from selftests.conftest import UNDER_LOAD, Beside, turns
 
 SYS_GETCPU, ARCH_GET_FS, SYS_ARCH_PRCTL = 309, 0x1003, 158
 libc = ctypes.CDLL(None, use_errno=True)
@@ -83,6 +83,7 @@ def current_cpu() -> int:
     return cpu.value
 
 
+@UNDER_LOAD
 def test_rseq_follows_the_vcpu_thread(make_vm: MakeVm, load_seconds: float) -> None:
     """After KVM_RUN of a thread that was moved meanwhile its rseq area names the CPU that it runs on.
 
@@ -127,6 +128,7 @@ def test_rseq_follows_the_vcpu_thread(make_vm: MakeVm, load_seconds: float) -> N
     assert compared[0]
 
 
+@UNDER_LOAD
 def test_vcpus_move_between_cpus(make_load: MakeLoad, ring: int, rng: random.Random) -> None:
     """vCPU threads that are moved from CPU to CPU lose nothing that they wrote.
 

@@ -386,7 +386,7 @@ def test_a_long_load_widens_the_timeout(suite: Suite) -> None:
         "def test_other(request): assert limit(request) is None\n",
     )
     assert set(suite.run("--load-seconds=300").verdicts().values()) == {"pass"}
-    suite.add("test_a.py", "def test_load(load_seconds): assert load_seconds == 0.3\n")
+    suite.add("test_a.py", "def test_load(load_seconds): assert load_seconds == 0.15\n")
     assert set(suite.run().verdicts().values()) == {"pass"}
     assert "-1 is not a positive number of seconds" in suite.run("--load-seconds=-1").text
 
