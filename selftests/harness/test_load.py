@@ -125,7 +125,7 @@ def test_a_vcpu_that_is_kicked(make_load: MakeLoad, ring: int) -> None:
 @PLAIN
 def test_the_load_that_makes_no_progress(make_load: MakeLoad) -> None:
     """Waiting ends at the deadline, with all threads joined."""
-    loaded = make_load(pages=PAGES, vcpus=2, deadline=1.0)
+    loaded = make_load(pages=PAGES, vcpus=2, deadline=0.4)
     with pytest.raises(GuestTimeoutError, match="made no"), loaded.load:
         loaded.load.wait(1 << 60)
     assert not loaded.load.running
