@@ -22,6 +22,7 @@ from kvmpy import (
     SIZE_2M,
     Anonymous,
     Backing,
+    DemandPager,
     LoadedRegion,
     MakeLoad,
     MemFd,
@@ -432,12 +433,15 @@ def test_write_protection_by_userfaultfd(
     region = make_load(pages=PAGES, ring=ring, backing=backing)
     mapping = region.mapping
     saved: dict[int, bytes] = {}
-    protected = threading.Event()
+    # A fault that waits may be of a page that was protected anew meanwhile: look and lift in one step.
+    step = threading.Lock()
 
-    def save(fault: PageFault) -> None:
+    def save(fault: PageFault) -> object:
         page = (fault.address - mapping.hva) // PAGE_SIZE
-        if protected.is_set():
+        with step:
             saved.setdefault(page, image(region, page, 1))
+            pager.uffd.writeprotect(mapping.hva + page * PAGE_SIZE, PAGE_SIZE, False)
+        return DemandPager.DONE
 
     pager = make_pager(save, features=feature)
     with region.load as load:
@@ -445,18 +449,19 @@ def test_write_protection_by_userfaultfd(
         load.wait(PAGES)
         pager.register(mapping.hva, mapping.size, UffdRegisterMode.UFFDIO_REGISTER_MODE_WP)
         for _ in load.turns(visits=10):
-            saved.clear()
-            protected.set()
-            since = load.moment()
-            pager.uffd.writeprotect(mapping.hva, mapping.size, True)
-            until = load.moment()
+            with step:
+                saved.clear()
+                since = load.moment()
+                pager.uffd.writeprotect(mapping.hva, mapping.size, True)
+                until = load.moment()
             load.wait(10)
             # Whatever was not told is as it was.
             snapshot = bytearray(image(region, 0, PAGES))
-            for page, content in list(saved.items()):
+            with step:
+                told = dict(saved)
+            for page, content in told.items():
                 snapshot[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = content
             load.check(snapshot, since, until, "the snapshot has")
-            protected.clear()
             pager.uffd.writeprotect(mapping.hva, mapping.size, False)
             region.check()
     pager.stop()
