@@ -26,7 +26,7 @@ def test_moves_in_a_race(kvm: Kvm, bare: BareMaker, kind: str, load_seconds: flo
     arch/x86/kvm/svm/sev.c, sev_lock_two_vms(): no order of two VMs can hang.
     """
     for _ in turns(load_seconds):
-        vms = [launched(bare, kind).vm, bare(kind, init=False).vm, bare(kind, init=False).vm]
+        vms = [launched(bare, kind).vm, *(bare(kind, init=False, vcpus=1).vm for _ in range(2))]
         results: set[int | None] = set()
 
         def take(own: int, turn: int, vms: list[Vm] = vms, results: set[int | None] = results) -> None:
@@ -41,8 +41,11 @@ def test_moves_in_a_race(kvm: Kvm, bare: BareMaker, kind: str, load_seconds: flo
             for turn in range(10):
                 take(0, turn)
         assert results <= ALLOWED, results
-        target = bare(kind, init=False).vm
+        target = bare(kind, init=False, vcpus=1).vm
         assert sorted(moved(target, vm) for vm in vms) == [False, False, True]
+        # There are only so many ASIDs.
+        for vm in (*vms, target):
+            vm.close()
 
 
 def moved(target: Vm, source: Vm) -> bool:
