@@ -164,6 +164,11 @@ def _place_wanted(layout: _Layout, path: Path) -> None:
         layout.place(path)
 
 
+def is_covered(path: Path) -> bool:
+    """Tell whether a machine has a file system in memory over *path*."""
+    return _below(path, map(Path, _COVERED))
+
+
 def tag(number: int) -> str:
     """Return the name under which QEMU exports the share *number*."""
     return f"kvmpy{number}"

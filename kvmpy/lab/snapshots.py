@@ -25,7 +25,7 @@ import kvmpy
 from kvmpy.lab import bytecode, places, tools
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.initramfs import Initramfs
-from kvmpy.lab.root import JOB_MOUNT, Root, libraries
+from kvmpy.lab.root import JOB_MOUNT, Root, is_covered, libraries
 from kvmpy.owned import OwnedFolder, is_owned
 
 if TYPE_CHECKING:
@@ -154,6 +154,9 @@ def write_initramfs(target: Path, root: Root, *, session: bool) -> None:
         archive.put(Path("/etc/fstab"), (base + JOB_MOUNT + root.mounts).encode())
     else:
         names = _session_files()
+        # Without its bytecode a session starts all the same.
+        if covered := [name for name in names if is_covered(Path(name)) and Path(name).suffix != ".pyc"]:
+            raise LabError(f"{covered[0]} lies where the lab has a file system in memory")
         shared = [name for name in names if ".so" in Path(name).name or name == sys.executable]
         for name in [*names, *libraries(shared)]:
             archive.file(Path(name))

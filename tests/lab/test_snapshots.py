@@ -17,8 +17,12 @@ import pytest
 from kvmpy.lab import snapshots
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.initramfs import Initramfs
-from kvmpy.lab.root import Root
+from kvmpy.lab.root import Root, is_covered
 from tests.lab.test_session import Lab, Plan
+
+pytestmark = pytest.mark.skipif(
+    is_covered(Path(sys.prefix)), reason="this environment lies where the lab has a file system in memory"
+)
 
 PASSES = [["test", "test_a", "passed"], ["test", "test_b", "passed"], ["test", "test_c", "passed"], ["end"]]
 
@@ -207,6 +211,13 @@ def test_a_run_takes_a_snapshot_and_the_next_resumes_it(lab: Lab, warm: Path) ->
     assert "-incoming" in third
     assert "share=off" in " ".join(third)
     assert len(list((warm / "snapshots").iterdir())) == 1
+
+
+def test_an_environment_that_the_lab_covers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone below /tmp has no snapshots: inside, the files of its session would be covered."""
+    monkeypatch.setattr(snapshots, "_session_files", lambda: [sys.executable, "/tmp/clone/python"])
+    with pytest.raises(LabError, match=r"^/tmp/clone/python lies where"):
+        snapshots.write_initramfs(tmp_path / "archive", Root(tmp_path, ()), session=True)
 
 
 def test_a_machine_that_cannot_be_saved(lab: Lab, warm: Path) -> None:

@@ -112,7 +112,9 @@ def test_a_killed_run_goes_on_behind_its_last_verdict(here: Here, workers: tuple
         assert list(verdicts.values()).count("lost") <= 2
     else:
         assert verdicts == expected()
-    assert here.ran() == list(range(6))
+    # A worker's verdict that had not reached the journal is found once more.
+    assert set(here.ran()) == set(range(6))
+    assert workers or here.ran() == list(range(6))
     (path,) = here.journals()
     assert journal.read(path).complete
     status, text = here.kvmpy("run", "--resume")
