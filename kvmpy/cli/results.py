@@ -19,7 +19,7 @@ def results(journal: Path | None, **values: object) -> None:
     """Make the reports of the run whose JOURNAL this is (default: the last one on this host).
 
     The exit status is that of the run; 2 if it did not come to its end. A test in which it was killed is
-    reported as lost by `kvmpy run --resume`, which goes on.
+    reported as lost. `kvmpy run --resume` goes on behind it.
     """
     from kvmpy.testing import journals
     from kvmpy.testing.supervisor import guarded, report

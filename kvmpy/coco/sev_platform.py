@@ -10,7 +10,9 @@ from pathlib import Path
 from kvmpy.coco import sev_host
 from kvmpy.coco.sev_host import SEV_LEAF, SevHost
 from kvmpy.core.errors import KvmError, MissingError
+from kvmpy.core.kernel import ModuleParameters
 from kvmpy.core.kvm import Kvm
+from kvmpy.platforms import LARGE_GMEM, LARGE_GMEM_PLATFORM, SOFTWARE_SP
 from kvmpy.uapi.constants import (
     KVM_X86_GRP_SEV,
     KVM_X86_SEV_SNP_REQ_CERTS,
@@ -19,8 +21,7 @@ from kvmpy.uapi.constants import (
     VmType,
 )
 
-SOFTWARE = "software AMD-SP"
-LARGE_GMEM = Path("/sys/module/kvm/parameters/large_gmem")
+SOFTWARE = SOFTWARE_SP
 
 
 @functools.cache
@@ -31,7 +32,8 @@ def software_platform() -> bool:
 
 def large_guest_memfd() -> bool:
     """Tell whether guest_memfd has folios of 2 MiB by the hook of the lab's kernel."""
-    return LARGE_GMEM.exists() and LARGE_GMEM.read_text(encoding="ascii").strip() == "Y"
+    module, _, parameter = LARGE_GMEM.partition(".")
+    return ModuleParameters(module).get(parameter) == "Y"
 
 
 @dataclass(frozen=True)
@@ -121,5 +123,5 @@ def describe(kvm: Kvm, host: SevHost) -> str:
     if software_platform():
         words.append(f"{SOFTWARE}: nothing is encrypted")
     if large_guest_memfd():
-        words.append("large guest_memfd folios by kvmpy's hook")
+        words.append(LARGE_GMEM_PLATFORM)
     return ", ".join(words)

@@ -48,7 +48,25 @@ def _check_cpus(cpus: Iterable[int]) -> set[int]:
     return wanted
 
 
-class VcpuThread(Generic[T]):
+class StoppedAtExit:
+    """What a with block stops at its end."""
+
+    def stop(self) -> object:
+        """Stop it."""
+        raise NotImplementedError
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.stop()
+        except Exception:
+            # The error of the with block comes first: this one may be its consequence.
+            if error is None:
+                raise
+
+
+class VcpuThread(StoppedAtExit, Generic[T]):
     """Runs *target* in a thread, by convention the loop of one vCPU.
 
     *vcpu* is kicked by :meth:`stop`; a target that catches VcpuKickedError itself looks at :attr:`stopping`
@@ -169,16 +187,6 @@ class VcpuThread(Generic[T]):
 
     def __enter__(self) -> VcpuThread[T]:
         return self if self.started else self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.stop()
-        except Exception:
-            # The error of the with block comes first: this one may be its consequence.
-            if error is None:
-                raise
 
 
 def run_threads(threads: Sequence[VcpuThread[Any]], timeout: float) -> list[Any]:

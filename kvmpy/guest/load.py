@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from random import Random
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pyroaring import BitMap
 
 from kvmpy.core.address import PAGE_SIZE, Gva
-from kvmpy.core.threads import STOP_SECONDS, VcpuThread
+from kvmpy.core.threads import STOP_SECONDS, StoppedAtExit, VcpuThread
 from kvmpy.guest.agent import Fault
 from kvmpy.guest.errors import GuestError, GuestTimeoutError
 from kvmpy.guest.ucall import Ucall
@@ -129,7 +128,7 @@ class Order:
             yield self.page(visit), full + (visit < rest)
 
 
-class Load:
+class Load(StoppedAtExit):
     """The load on *vm*, a VM that runs :data:`LOAD` and was not launched; *gva* is mapped for *ring*.
 
     *pages* from *gva* on are its region.  The last *readers* vCPUs write nothing.  *execute*: the pages are
@@ -283,16 +282,6 @@ class Load:
 
     def __enter__(self) -> Load:
         return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.stop()
-        except Exception:
-            # The error of the with block comes first: this one may be its consequence.
-            if error is None:
-                raise
 
     @property
     def running(self) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 import msgspec
 import pytest
 
-from kvmpy.lab.softsev import LARGE_GMEM
+from kvmpy.platforms import LARGE_GMEM
 from kvmpy.testing.configurations import is_value, nearest
 from kvmpy.testing.host import HostSummary
 from kvmpy.testing.journal import from_json

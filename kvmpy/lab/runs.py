@@ -32,6 +32,7 @@ from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options, Start, command_line, nested_works, prepare
 from kvmpy.lab.session import FAILED, WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
+from kvmpy.platforms import LARGE_GMEM, LARGE_GMEM_PLATFORM
 from kvmpy.testing.configurations import is_value
 from kvmpy.testing.host import CONFIGURATION_VARIABLE, PLATFORM_VARIABLE
 from kvmpy.testing.option_table import SEED_BITS, pytest_arguments
@@ -99,8 +100,8 @@ def platform(options: Options) -> str:
     if softsev.PARAMETER in options.parameters:
         words.append(softsev.PLATFORM)
     pairs = dict(word.partition("=")[::2] for word in options.parameters)
-    if is_value(softsev.LARGE_GMEM, "Y", pairs.get(softsev.LARGE_GMEM, "N") or "Y"):
-        words.append(softsev.LARGE_GMEM_PLATFORM)
+    if is_value(LARGE_GMEM, "Y", pairs.get(LARGE_GMEM, "N") or "Y"):
+        words.append(LARGE_GMEM_PLATFORM)
     return ", ".join(words)
 
 

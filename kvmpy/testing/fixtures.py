@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, SupportsInt
 
 import pytest
 
-from kvmpy.core.address import PAGE_SIZE
+from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.core.errors import MissingError
 from kvmpy.testing.gate import refuse
 from kvmpy.testing.options import SETTINGS
@@ -190,7 +190,6 @@ class MakeLoad:
                 f"vCPUs of protection {self.make_vm.protection} that stand a load",
                 "an EPYC: switches between the software AMD-SP's vCPUs and others fail now and then",
             )
-        from kvmpy.core.address import Gpa, Gva
         from kvmpy.guest.load import LOAD, Load
 
         if execute and not traits.emulator_reads_private:

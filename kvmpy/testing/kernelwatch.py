@@ -44,7 +44,7 @@ class KernelWatch:
     def __init__(self, log: KernelLog, tainted: Path = TAINTED) -> None:
         self._log = log
         self._tainted = tainted
-        log.read()
+        log.skip()
         self._taint = self._taints()
 
     @classmethod

@@ -107,6 +107,11 @@ class KernelLog:
         except OSError as error:
             self.missing = f"{path}: {error.strerror}: run as root, or sysctl kernel.dmesg_restrict=0"
 
+    def skip(self) -> None:
+        """Leave out what has been logged by now."""
+        if self._fd >= 0:
+            os.lseek(self._fd, 0, os.SEEK_END)
+
     def read(self) -> str:
         """Return what has been logged since the last call, a line for each message; "" without permission."""
         lines: list[str] = []

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,15 +12,6 @@ from kvmpy import EventFd, Kvm, Vm, refused
 pytestmark = pytest.mark.requires("KVM_CAP_IRQFD")
 
 GSI = 30
-
-
-@pytest.fixture
-def two_vms(kvm: Kvm) -> Iterator[tuple[Vm, Vm]]:
-    """Two bare VMs with the full in-kernel irqchip."""
-    with kvm.create_vm() as one, kvm.create_vm() as other:
-        one.irq.create_chip()
-        other.irq.create_chip()
-        yield one, other
 
 
 def test_eventfd_of_another_vm(two_vms: tuple[Vm, Vm]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -41,15 +40,6 @@ void guest_main(void)
 	cli();
 }
 """
-
-
-@pytest.fixture
-def two_vms(kvm: Kvm) -> Iterator[tuple[Vm, Vm]]:
-    """Two bare VMs with the full in-kernel irqchip."""
-    with kvm.create_vm() as one, kvm.create_vm() as other:
-        one.irq.create_chip()
-        other.irq.create_chip()
-        yield one, other
 
 
 @UNDER_LOAD

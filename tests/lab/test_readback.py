@@ -16,7 +16,7 @@ from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import _ABSENT, Host
 from kvmpy.lab.qemu import Options
 from kvmpy.lab.root import Root
-from kvmpy.lab.softsev import LARGE_GMEM
+from kvmpy.platforms import LARGE_GMEM
 from kvmpy.testing import host
 from kvmpy.testing.host import HostSummary
 from kvmpy.uapi import ffi, lib

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from tests.testing.support import NO_KVM, SUITE_INI
 
 # The third test waits to be killed, the first time.
 TESTS = """
-import os, pathlib, pytest, signal, time
+import pathlib, pytest, signal
 
 @pytest.mark.parametrize("number", range(6))
 def test_number(number):
     with open({log!r}, "a") as log:
         log.write(f"{{number}}\\n")
     if number == 2 and not pathlib.Path({log!r} + ".again").exists():
-        pathlib.Path({log!r} + ".there").touch()
-        time.sleep(100)
+        with open({log!r} + ".there", "w") as pipe:
+            pipe.write("here")
+        signal.pause()
     assert number != 4
 """
 NAMES = [f"test_own.py::test_number[{number}]" for number in range(6)]
@@ -41,7 +43,9 @@ class Here:
         self.folder = folder
         self.cache = folder / "cache"
         self.log = folder / "log"
-        self.waits = Path(f"{self.log}.there")
+        waits = Path(f"{self.log}.there")
+        os.mkfifo(waits)
+        self._waits = os.open(waits, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         (folder / "test_own.py").write_text(TESTS.format(log=str(self.log)))
 
     @property
@@ -67,14 +71,18 @@ class Here:
     def killed(self, *words: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Start a run, and end it in the third test."""
         with self.start("run", "test_own.py", *words) as process:
-            deadline = time.monotonic() + 100
-            while not self.waits.exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
+            self.until_it_waits()
             process.send_signal(number)
             process.communicate(timeout=100)
-        assert self.waits.exists()
         # From now on it does not wait.
         Path(f"{self.log}.again").touch()
+
+    def until_it_waits(self) -> None:
+        """Wait for the third test."""
+        assert select.select([self._waits], [], [], 100)[0]
+
+    def close(self) -> None:
+        os.close(self._waits)
 
     def ran(self) -> list[int]:
         return sorted(int(line) for line in self.log.read_text().split())
@@ -88,8 +96,10 @@ class Here:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Here:
-    return Here(tmp_path)
+def here(tmp_path: Path) -> Iterator[Here]:
+    here = Here(tmp_path)
+    yield here
+    here.close()
 
 
 def expected(**others: str) -> dict[str, str]:
@@ -150,9 +160,7 @@ def test_the_reports_of_a_run_that_was_killed(here: Here) -> None:
 def test_a_run_that_goes_on_is_left_alone(here: Here) -> None:
     """Nobody else goes on from its journal; its reports so far blame no test."""
     with here.start("run", "test_own.py", "--journal", "own.jsonl") as process:
-        deadline = time.monotonic() + 100
-        while not here.waits.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        here.until_it_waits()
         status, text = here.kvmpy("run", "--resume", "--journal", "own.jsonl")
         assert (status, "its run has not ended yet" in text) == (3, True)
         status, text = here.kvmpy("results", "own.jsonl", "--json", "r.json")

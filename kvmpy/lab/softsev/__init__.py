@@ -6,20 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvmpy.lab.softsev.hooks import HookError, HookList, Snapshot
+from kvmpy.platforms import SOFTWARE_SP
 
 FOLDER = Path(__file__).resolve().parent / "kernel"
 PARAMETER = "softsev"
 # What a kernel with it is booted with: its nested page tables have four levels.
 PARAMETERS = (PARAMETER, "no5lvl")
-PLATFORM = "software AMD-SP"
-# A parameter of KVM in such a kernel, and what a platform is called that has it.
-LARGE_GMEM = "kvm.large_gmem"
-LARGE_GMEM_PLATFORM = "large guest_memfd folios by kvmpy's hook"
+PLATFORM = SOFTWARE_SP
 
 __all__ = [
     "FOLDER",
-    "LARGE_GMEM",
-    "LARGE_GMEM_PLATFORM",
     "PARAMETER",
     "PARAMETERS",
     "PLATFORM",
