@@ -143,14 +143,18 @@ class _Progress:
         self._followers: dict[Path, journal.Follower] = {}
         self._shown = False
 
-    def tick(self, paths: Iterable[Path]) -> None:
-        """Read what has come, and show it when it is time."""
+    def read(self, paths: Iterable[Path]) -> None:
+        """Read what has come."""
         for path in sorted(paths):
             events = self._followers.setdefault(path, journal.Follower(path)).events()
             # The session itself is telling what it knows by now.
             over = any(event["event"] == "summary" for event in events)
             for event in events:
                 self._take(path.name.removeprefix(self._path.name), event, told=over)
+
+    def tick(self, paths: Iterable[Path]) -> None:
+        """Read what has come, and show it when it is time."""
+        self.read(paths)
         if self._shown:
             self._heartbeat.tick()
 
@@ -257,6 +261,10 @@ class _Child:
         # Not SIGINT, which jobs in a shell's background ignore.
         self._process.send_signal(signal.SIGTERM)
 
+    def _journals(self) -> list[Path]:
+        beside = self._path.parent.glob(f"{self._path.name}*")
+        return [path for path in beside if path.suffix != STACK_SUFFIX]
+
     def _kill(self, pid: int) -> list[str]:
         if pid == self._process.pid:
             return ending.end(self._process, patience=self._patience)
@@ -271,14 +279,17 @@ class _Child:
         """
         while True:
             try:
-                return self._process.wait(_POLL)
+                status = self._process.wait(_POLL)
             except subprocess.TimeoutExpired:
                 pass
+            else:
+                # It may have taken the live line away since the last look: its summary stands there now.
+                self._progress.read(self._journals())
+                return status
             if self._until is not None and time.monotonic() > self._until:
                 self._kill(self._process.pid)
                 return self._process.poll() or -signal.SIGKILL
-            beside = self._path.parent.glob(f"{self._path.name}*")
-            paths = [path for path in beside if path.suffix != STACK_SUFFIX]
+            paths = self._journals()
             self._progress.tick(paths)
             for path in paths:
                 watch = self._watches.setdefault(path, _Watch(path, self._grace))

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from kvmpy.testing import heartbeat as heartbeats
-from kvmpy.testing import journal
+from kvmpy.testing import journal, supervisor
 from kvmpy.testing.heartbeat import ERASE, LINE_SECONDS, LIVE_SECONDS, Heartbeat
-from kvmpy.testing.supervisor import _Progress, supervise
+from kvmpy.testing.supervisor import _Child, _Progress, supervise
 from kvmpy.testing.table import print_report
 from kvmpy.testing.verdicts import TestVerdict, Verdict
 from tests.testing.support import NO_KVM, Suite
@@ -384,3 +384,24 @@ def test_the_supervisor_leaves_the_terminal_to_the_summary(
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"event": "finish", "nodeid": "t.py::b", "verdict": "fail"}) + "\n")
     assert tell(event="summary") == ""
+
+
+def test_a_summary_between_two_looks_is_not_erased(here: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child may end before the supervisor looks again: the line was taken away all the same."""
+    opened = here.folder / "opened"
+    os.mkfifo(opened)
+    here.add("test_a.py", f"import pathlib\ndef test_a(): pathlib.Path({str(opened)!r}).read_text()\n")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(heartbeats, "LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor, "_POLL", 90.0)
+    path = here.folder / "journal"
+    progress = _Progress(path)
+    child = _Child([*here.arguments(), "--kvmpy-brief"], path, 60.0, 10.0, progress)
+    with opened.open("w"):
+        progress.tick([path])
+        shown = terminal.getvalue()
+    assert "now test_a.py::test_a for 0 s" in shown
+    assert child.wait() == 0
+    progress.clear()
+    assert terminal.getvalue() == shown
