@@ -11,7 +11,7 @@ from typing import ClassVar
 from kvmpy.core import observe
 from kvmpy.core.closing import Closing
 from kvmpy.core.errors import ClosedError, KvmError
-from kvmpy.core.settings import LASTING, Settings
+from kvmpy.core.settings import Settings
 from kvmpy.uapi import ffi, lib
 from kvmpy.uapi.ioctls import Ioctl
 from kvmpy.uapi.structs import Struct
@@ -62,7 +62,7 @@ class KvmFd(Closing):
         result, number = self._issue(op, arg)
         for observer in observe.active:
             observer.ioctl_exit(self, op, arg, result, number)
-        if op.nr in LASTING and result >= 0:
+        if op.lasting is not None and result >= 0:
             self.settings.remember(op, arg)
         return result, number
 

@@ -16,9 +16,6 @@ Argument = Struct | int | None
 _Key = tuple[object, ...]
 
 
-LASTING = frozenset(op.nr for op in ioctls.IOCTLS.values() if op.lasting is not None)
-
-
 def _key(op: Ioctl, lasting: Lasting, arg: Any) -> _Key:
     values = {name: getattr(arg, name) for name in lasting.key}
     if "flags" in values:
@@ -33,7 +30,7 @@ class Settings:
         self._calls: dict[_Key, tuple[Ioctl, Argument]] = {}
 
     def remember(self, op: Ioctl, arg: Any) -> None:
-        """Note a call of an ioctl in :data:`LASTING` that succeeded."""
+        """Note a call of an ioctl whose effect lasts (:attr:`Ioctl.lasting`) that succeeded."""
         if isinstance(arg, Struct) != (op.arg != "none" and op.struct is not None):
             return  # an argument of another kind than KVM takes: nobody can say what it did
         lasting = op.lasting or Lasting()

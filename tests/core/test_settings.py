@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy.core.settings import LASTING, Argument, Settings
+from kvmpy.core.settings import Argument, Settings
 from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_IOEVENTFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_DEASSIGN
 from kvmpy.uapi.ioctls import Ioctl
@@ -19,7 +19,7 @@ def after(*calls: tuple[Ioctl, Argument]) -> list[tuple[Ioctl, Argument]]:
     """Return what is remembered of *calls*."""
     settings = Settings()
     for op, arg in calls:
-        assert op.nr in LASTING
+        assert op.lasting is not None
         settings.remember(op, arg)
     return settings.calls()
 
