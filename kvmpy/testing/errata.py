@@ -47,7 +47,10 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class Erratum:
-    """One known bug. ``test`` and the text conditions are patterns with ``*`` and ``?``."""
+    """One known bug. ``test`` and the text conditions are patterns with ``*`` and ``?``.
+
+    A condition may have several, with ``|`` between them.
+    """
 
     test: str
     reason: str
@@ -67,24 +70,28 @@ class Erratum:
                 if not kernel_in_range(facts.kernel, wanted):
                     return False
             elif key == "protection":
-                if not glob_match(wanted, protection or ""):
+                if not _one_of(wanted, protection or ""):
                     return False
             elif key == "module":
                 # A kernel may have several vendor modules built in.
-                if not any(glob_match(wanted, name) for name in (facts.module, *facts.module.split())):
+                if not any(_one_of(wanted, name) for name in (facts.module, *facts.module.split())):
                     return False
             elif parameter := _PARAMETER.fullmatch(key):
                 # A parameter that is not there has no value: no pattern holds.
                 value = facts.parameters.get(parameter[1])
-                if value is None or not glob_match(wanted, value):
+                if value is None or not _one_of(wanted, value):
                     return False
-            elif not glob_match(wanted, getattr(facts, key)):
+            elif not _one_of(wanted, getattr(facts, key)):
                 return False
         return True
 
     def explains(self, failure: str) -> bool:
         """Whether a failure with this text is the known one: any, or the one that holds ``message``."""
         return self.message in failure
+
+
+def _one_of(patterns: str, text: str) -> bool:
+    return any(glob_match(pattern, text) for pattern in patterns.split("|"))
 
 
 def glob_match(pattern: str, text: str) -> bool:
