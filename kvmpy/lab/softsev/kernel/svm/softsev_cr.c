@@ -80,6 +80,10 @@ static u64 cr4_known(void)
 	return known;
 }
 
+/* The other bits of the lower half of CR0 stay zero (APM volume 2, 3.1.1). */
+#define CR0_KNOWN (X86_CR0_PE | X86_CR0_MP | X86_CR0_EM | X86_CR0_TS | X86_CR0_ET | X86_CR0_NE | X86_CR0_WP | \
+		   X86_CR0_AM | X86_CR0_NW | X86_CR0_CD | X86_CR0_PG)
+
 /* What MOV to CR0 and CR4 refuse with #GP (APM volume 3, "MOV CRn"; volume 2, 3.1 and 5.5.1). */
 static bool cr0_refused(struct sev_es_save_area *v, u64 value)
 {
@@ -123,7 +127,7 @@ static int cr_write_es(struct kvm_vcpu *vcpu, int cr, u64 value, int len)
 		softsev_trap(vcpu, SVM_EXIT_CR4_WRITE_TRAP, TRAP_CR4_WRITE, old, value);
 	} else {
 		old = v->cr0;
-		v->cr0 = value | X86_CR0_ET;
+		v->cr0 = (value & CR0_KNOWN) | X86_CR0_ET;
 		if ((value & X86_CR0_PG) && (v->efer & EFER_LME))
 			v->efer |= EFER_LMA;
 		else if (!(value & X86_CR0_PG))

@@ -232,7 +232,7 @@ int softsev_handle_exit(struct kvm_vcpu *vcpu)
 		if (ret != SOFTSEV_PASS)
 			return ret;
 	}
-	if (code == SVM_EXIT_CR0_SEL_WRITE || code == SVM_EXIT_WRITE_CR4)
+	if (code == SVM_EXIT_CR0_SEL_WRITE || code == SVM_EXIT_WRITE_CR0 || code == SVM_EXIT_WRITE_CR4)
 		return softsev_cr_write(vcpu, code == SVM_EXIT_WRITE_CR4 ? 4 : 0);
 	if (code == SVM_EXIT_READ_CR0 || code == SVM_EXIT_READ_CR4)
 		return softsev_cr_read(vcpu, code == SVM_EXIT_READ_CR4 ? 4 : 0);

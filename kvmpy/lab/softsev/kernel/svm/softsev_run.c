@@ -172,10 +172,10 @@ static void softsev_prepare(struct vcpu_svm *svm, struct softsev_vcpu *sv)
 	/* Control registers are the guest's own, but for values that the CPU would not refuse: softsev_cr.c. */
 	if (softsev_is_es(svm)) {
 		vmcb_clr_intercept(c, INTERCEPT_CR0_READ);
+		vmcb_clr_intercept(c, INTERCEPT_CR0_WRITE);
 		vmcb_clr_intercept(c, INTERCEPT_CR4_READ);
 	}
 	vmcb_clr_intercept(c, INTERCEPT_CR8_READ);
-	vmcb_clr_intercept(c, INTERCEPT_CR0_WRITE);
 	vmcb_clr_intercept(c, INTERCEPT_CR8_WRITE);
 	vmcb_set_intercept(c, INTERCEPT_CR4_WRITE);
 	vmcb_set_intercept(c, INTERCEPT_SELECTIVE_CR0);
