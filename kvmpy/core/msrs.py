@@ -83,3 +83,11 @@ class Msrs(Topic):
     def set(self, index: int, value: int) -> None:
         """Set one MSR; MsrError when KVM refuses it."""
         self.set_many({index: value})
+
+    def takes(self, index: int, value: int) -> bool:
+        """Set one MSR, and return whether KVM took the value."""
+        try:
+            self.set(index, value)
+        except MsrError:
+            return False
+        return True

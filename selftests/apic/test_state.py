@@ -8,10 +8,12 @@ import errno
 import pytest
 
 from kvmpy import (
+    KVM_CAP_DISABLE_QUIRKS2,
     KVM_CAP_X2APIC_API,
     KVM_X2APIC_API_USE_32BIT_IDS,
     KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST,
     KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST,
+    KVM_X86_QUIRK_LINT0_REENABLED,
     Kvm,
     MsrError,
     Vcpu,
@@ -38,6 +40,21 @@ def make(vm: Vm, vcpu_id: int = 0, *, x2apic: bool = False, format_32bit: bool =
     if x2apic:
         vcpu.msrs.set(APIC_BASE, vcpu.msrs.get(APIC_BASE) | EXTD)
     return vcpu
+
+
+@pytest.mark.requires(f"KVM_CAP_DISABLE_QUIRKS2&{int(KVM_X86_QUIRK_LINT0_REENABLED):#x}")
+@pytest.mark.parametrize("disable", [False, True], ids=["quirk", "no-quirk"])
+def test_lint0_at_reset(vm: Vm, disable: bool) -> None:
+    """LINT0 of the boot processor takes external interrupts after reset, or is masked without the quirk.
+
+    On the others it is always masked.  Documentation/virt/kvm/api.rst, 7.31 KVM_CAP_DISABLE_QUIRKS2,
+    KVM_X86_QUIRK_LINT0_REENABLED.
+    """
+    if disable:
+        vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_LINT0_REENABLED)
+    vm.irq.create_split_chip()
+    entries = [vm.create_vcpu(number).lapic.get_reg(apic.LVT_LINT0) for number in (0, 1)]
+    assert entries == [apic.LVT_MASKED if disable else 0x700, apic.LVT_MASKED]
 
 
 def test_power_up_state(vm: Vm) -> None:

@@ -11,12 +11,15 @@ from kvmpy import AGENT, Agent, Cpuid, Fault, GuestVcpu, GuestVm, MakeVm, kvm_cp
 
 
 class CpuidGuest:
-    """A running VM with that guest; the methods act on its first vCPU unless told otherwise."""
+    """A running VM with that guest; the methods act on its first vCPU unless told otherwise.
+
+    ``agents`` are those of its vCPUs.
+    """
 
     def __init__(self, vm: GuestVm) -> None:
         self.vm = vm
-        self._agents = [Agent(vcpu) for vcpu in vm.vcpus]
-        for agent in self._agents:
+        self.agents = [Agent(vcpu) for vcpu in vm.vcpus]
+        for agent in self.agents:
             agent.start()
 
     @property
@@ -26,7 +29,7 @@ class CpuidGuest:
 
     def cpuid(self, leaf: int, subleaf: int = 0, *, vcpu: int = 0) -> tuple[int, int, int, int]:
         """Execute CPUID and return EAX, EBX, ECX, EDX."""
-        return self._agents[vcpu].cpuid(leaf, subleaf)
+        return self.agents[vcpu].cpuid(leaf, subleaf)
 
     def has(self, feature: str) -> bool:
         """Tell whether the guest sees a feature, by Linux's name."""
@@ -37,15 +40,15 @@ class CpuidGuest:
 
     def change_cr4(self, *, clear: int = 0, put: int = 0) -> None:
         """Clear and set bits of CR4; a fault fails the test."""
-        assert self._agents[0].change_cr(4, clear=clear, put=put) is None
+        assert self.agents[0].change_cr(4, clear=clear, put=put) is None
 
     def wrmsr(self, index: int, value: int) -> None:
         """Write an MSR; a fault fails the test."""
-        assert self._agents[0].wrmsr(index, value) is None
+        assert self.agents[0].wrmsr(index, value) is None
 
     def rdmsr(self, index: int) -> int | None:
         """Return an MSR, None where it faults."""
-        value = self._agents[0].rdmsr(index)
+        value = self.agents[0].rdmsr(index)
         return None if isinstance(value, Fault) else value
 
 

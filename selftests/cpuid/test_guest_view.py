@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import AGENT, PAGE_SIZE, Agent, Cpuid, CpuidEntry, Kvm, MakeVm, Missing, kvm_cpuid2
+from kvmpy import AGENT, CR4, PAGE_SIZE, Agent, Cpuid, CpuidEntry, Kvm, MakeVm, Missing, kvm_cpuid2
 from kvmpy.core.kvm import Kvm as CoreKvm
 from kvmpy.x86.cpuid import SIGNIFICANT_INDEX
-from selftests.cpuid.conftest import CpuidGuestMaker
+from selftests.cpuid.conftest import CpuidGuest, CpuidGuestMaker
 
 # Basic leaves that no CPU has and KVM gives no meaning to.
 LEAF = 0x30
@@ -41,17 +41,34 @@ def test_leaf(cpuid_guest: CpuidGuestMaker) -> None:
     assert guest.cpuid(LEAF) == values
 
 
-def test_supported_table(cpuid_guest: CpuidGuestMaker, kvm: Kvm) -> None:
-    """Leaves of KVM_GET_SUPPORTED_CPUID that describe the CPU and no state arrive in the guest as they are.
+def deviations(guest: CpuidGuest, vcpu: int) -> dict[str, tuple[object, object]]:
+    """Return what CPUID and KVM_GET_CPUID2 of a vCPU say where they differ, by leaf and subleaf."""
+    different: dict[str, tuple[object, object]] = {}
+    for entry in Cpuid.from_struct(guest.vm.vcpus[vcpu].cpuid.get()).entries:
+        registers = guest.cpuid(entry.function, entry.index, vcpu=vcpu)
+        if registers != entry.registers:
+            different[f"{entry.function:#x}.{entry.index}"] = registers, entry.registers
+    return different
 
-    Documentation/virt/kvm/api.rst, 4.46 KVM_GET_SUPPORTED_CPUID ("to construct cpuid information").
+
+@pytest.mark.usefixtures("open_registers")
+def test_every_leaf(cpuid_guest: CpuidGuestMaker, kvm: Kvm) -> None:
+    """Every leaf and subleaf of KVM_GET_SUPPORTED_CPUID is for each vCPU what KVM_GET_CPUID2 returns.
+
+    So it is with CR4.OSXSAVE and CR4.PKE, which leaves 1 and 7 show.  Documentation/virt/kvm/api.rst, 4.20
+    KVM_SET_CPUID and 4.46 KVM_GET_SUPPORTED_CPUID; Intel SDM volume 2, CPUID.
     """
-    supported = Cpuid.from_struct(kvm.supported_cpuid)
-    guest = cpuid_guest()
-    for leaf in (0, 0x8000_0000, 0x8000_0006, 0x8000_0008):
-        entry = supported.find(leaf)
-        assert entry is not None
-        assert guest.cpuid(leaf) == entry.registers
+    guest = cpuid_guest(vcpus=2)
+    given = Cpuid.from_struct(kvm.supported_cpuid)
+    for vcpu in (1, 0):
+        assert deviations(guest, vcpu) == {}
+        kept = Cpuid.from_struct(guest.vm.vcpus[vcpu].cpuid.get())
+        places = [(entry.function, entry.index, entry.flags) for entry in kept.entries]
+        assert places == [(entry.function, entry.index, entry.flags) for entry in given.entries]
+    for feature, bit in (("xsave", CR4.OSXSAVE), ("pku", CR4.PKE)):
+        if given.has(feature):
+            guest.change_cr4(put=bit)
+            assert deviations(guest, 0) == {}
 
 
 def test_hidden_features(cpuid_guest: CpuidGuestMaker) -> None:

@@ -109,6 +109,27 @@ def test_get_what_was_set(vcpu: Vcpu) -> None:
     assert vcpu.cpuid.get().entries_list() == table.entries_list()
 
 
+def test_supported_table_is_kept(vcpu: Vcpu) -> None:
+    """Of the table that KVM supports only what follows the vCPU's state is not kept as it was set.
+
+    OSXSAVE (leaf 1), OSPKE (leaf 7), the size of the XSAVE area (leaf 0xD).  Documentation/virt/kvm/api.rst,
+    4.20 KVM_SET_CPUID; arch/x86/kvm/cpuid.c, kvm_update_cpuid_runtime().
+    """
+    runtime = {(1, 0): (0, 0, 1 << 27, 0), (7, 0): (0, 0, 1 << 4, 0)}
+    runtime |= dict.fromkeys([(0xD, 0), (0xD, 1)], (0, 0xFFFF_FFFF, 0, 0))
+    given = Cpuid.from_struct(vcpu.vm.kvm.supported_cpuid)
+    vcpu.cpuid.set(given.to_struct())
+    changed = {}
+    for before, after in zip(given.entries, Cpuid.from_struct(vcpu.cpuid.get()).entries, strict=True):
+        place = before.function, before.index
+        assert (after.function, after.index, after.flags) == (*place, before.flags)
+        words = zip(before.registers, after.registers, runtime.get(place, (0, 0, 0, 0)), strict=True)
+        bits = [(old ^ new) & ~mask for old, new, mask in words]
+        if any(bits):
+            changed[place] = [hex(word) for word in bits]
+    assert changed == {}
+
+
 def test_new_vcpu_has_none(vcpu: Vcpu) -> None:
     """A new vCPU has no CPUID entries until they are set.
 
@@ -118,12 +139,14 @@ def test_new_vcpu_has_none(vcpu: Vcpu) -> None:
 
 
 def test_get_too_short(vcpu: Vcpu) -> None:
-    """KVM_GET_CPUID2 with less room than entries fails with E2BIG.
+    """KVM_GET_CPUID2 with less room than entries fails with E2BIG and leaves the number of entries alone.
 
     arch/x86/kvm/cpuid.c, kvm_vcpu_ioctl_get_cpuid2(); compare api.rst, 4.46 KVM_GET_SUPPORTED_CPUID.
     """
     vcpu.cpuid.set(entries(5))
-    assert vcpu.ioctl_raw(ioctls.KVM_GET_CPUID2, kvm_cpuid2.with_entries(4)) == (-1, errno.E2BIG)
+    short = kvm_cpuid2.with_entries(4)
+    assert vcpu.ioctl_raw(ioctls.KVM_GET_CPUID2, short) == (-1, errno.E2BIG)
+    assert short.nent == 4
     exact = kvm_cpuid2.with_entries(5)
     vcpu.ioctl(ioctls.KVM_GET_CPUID2, exact)
     assert exact.nent == 5

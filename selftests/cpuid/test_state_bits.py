@@ -39,13 +39,16 @@ def avx_state(kvm: Kvm) -> Missing | None:
     return Missing("AVX state in leaf 0xD of KVM_GET_SUPPORTED_CPUID", "a CPU with AVX", ("xcr0:avx",))
 
 
-@pytest.mark.parametrize(
+CR4_FEATURES = pytest.mark.parametrize(
     ("feature", "bit"),
     [
         pytest.param("osxsave", CR4.OSXSAVE, marks=pytest.mark.requires("cpu:xsave")),
         pytest.param("ospke", CR4.PKE, marks=pytest.mark.requires("cpuid:pku")),
     ],
 )
+
+
+@CR4_FEATURES
 def test_cr4(cpuid_guest: CpuidGuestMaker, feature: str, bit: int) -> None:
     """OSXSAVE and OSPKE show in the guest exactly while it has the bit of CR4 set, and in KVM_GET_CPUID2 too.
 
@@ -57,6 +60,31 @@ def test_cr4(cpuid_guest: CpuidGuestMaker, feature: str, bit: int) -> None:
     assert (guest.has(feature), host_sees(guest, feature)) == (True, True)
     guest.change_cr4(clear=bit)
     assert (guest.has(feature), host_sees(guest, feature)) == (False, False)
+
+
+@CR4_FEATURES
+@pytest.mark.usefixtures("open_registers")
+def test_cr4_by_host(cpuid_guest: CpuidGuestMaker, feature: str, bit: int) -> None:
+    """CR4 that KVM_SET_SREGS sets and clears shows and hides the feature as the guest's own MOV does.
+
+    Each table that KVM_GET_CPUID2 returned before is still accepted: it is the same but for the state.  Intel
+    SDM volume 2, CPUID, leaf 1 ECX bit 27 and leaf 7 ECX bit 4; arch/x86/kvm/cpuid.c, kvm_set_cpuid().
+    """
+    guest = cpuid_guest()
+    tables = []
+    for shown in (False, True, False):
+        sregs = guest.vcpu.regs.get_sregs()
+        sregs.cr4 = sregs.cr4 & ~int(bit) | (int(bit) if shown else 0)
+        guest.vcpu.regs.set_sregs(sregs)
+        assert host_sees(guest, feature) is shown
+        assert guest.has(feature) is shown
+        tables.append(guest.vcpu.cpuid.get())
+        for table in tables:
+            guest.vcpu.cpuid.set(table)
+            assert host_sees(guest, feature) is shown
+            assert guest.has(feature) is shown
+    guest.change_cr4(put=bit)
+    assert (guest.has(feature), host_sees(guest, feature)) == (True, True)
 
 
 def test_table_cannot_set_osxsave(cpuid_guest: CpuidGuestMaker) -> None:

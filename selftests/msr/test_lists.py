@@ -11,6 +11,7 @@ from kvmpy import (
     KVM_CAP_DISABLE_QUIRKS2,
     KVM_CAP_MSR_PLATFORM_INFO,
     KVM_X86_QUIRK_STUFF_FEATURE_MSRS,
+    Cpuid,
     Kvm,
     Msr,
     Vcpu,
@@ -23,9 +24,11 @@ from kvmpy import (
     refused,
 )
 from kvmpy.core.vcpu_state import msr_reg_id
+from kvmpy.x86.msrs import name
 from selftests.msr.conftest import MsrGuestMaker
 
 UNKNOWN_MSR = 0x2000_0000
+VMX_MSRS = range(0x480, 0x494)
 STAR, LSTAR, CSTAR = Msr.MSR_STAR, Msr.MSR_LSTAR, Msr.MSR_CSTAR
 known_only = pytest.mark.requires("param:kvm.ignore_msrs=N")
 feature_msrs = pytest.mark.requires("KVM_CAP_GET_MSR_FEATURES")
@@ -171,18 +174,34 @@ def test_guest_and_host_agree(msr_guest: MsrGuestMaker) -> None:
 @feature_msrs
 @pytest.mark.requires(f"KVM_CAP_DISABLE_QUIRKS2&{int(KVM_X86_QUIRK_STUFF_FEATURE_MSRS):#x}")
 @pytest.mark.parametrize("disable", [False, True], ids=["quirk", "no-quirk"])
-def test_initial_feature_msrs(kvm: Kvm, disable: bool) -> None:
-    """A new vCPU has in MSR_PLATFORM_INFO what KVM supports, or 0 with the quirk disabled.
+def test_initial_feature_msrs(kvm: Kvm, vm: Vm, disable: bool) -> None:
+    """A new vCPU has in each feature MSR what KVM supports, or 0 without the quirk, and takes that.
 
-    Documentation/virt/kvm/api.rst, 7.31 KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_STUFF_FEATURE_MSRS.
+    Two are KVM's own: the microcode's revision is an arbitrary one, and DE_CFG is 0.  VMX is left out.
+    Documentation/virt/kvm/api.rst, 7.31 KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_STUFF_FEATURE_MSRS;
+    arch/x86/kvm/x86.c, kvm_arch_vcpu_create(); svm/svm.c and vmx/vmx.c for the revision.
     """
-    supported = kvm.get_feature_msrs([Msr.MSR_PLATFORM_INFO])[Msr.MSR_PLATFORM_INFO]
-    with kvm.create_vm() as vm:
-        if disable:
-            vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
-        known = vm.create_vcpu().msrs.get(Msr.MSR_PLATFORM_INFO)
-    assert supported != 0
-    assert known == (0 if disable else supported)
+    indices = [index for index in kvm.get_msr_feature_index_list() if index not in VMX_MSRS]
+    supported = kvm.get_feature_msrs(indices)
+    if disable:
+        vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
+    vcpu = vm.create_vcpu()
+    vcpu.cpuid.set(kvm.supported_cpuid)
+    amd = Cpuid.from_struct(kvm.supported_cpuid).vendor in ("AuthenticAMD", "HygonGenuine")
+    own = {Msr.MSR_IA32_UCODE_REV: 0x0100_0065 if amd else 1 << 32, Msr.MSR_AMD64_DE_CFG: 0}
+    expected = dict.fromkeys(indices, 0) if disable else supported | {int(msr): own[msr] for msr in own}
+    wrong = [
+        f"{name(index)}: {vcpu.msrs.get(index):#x}, not {expected[index]:#x}"
+        for index in indices
+        if vcpu.msrs.get(index) != expected[index]
+    ]
+    wrong += [
+        f"{name(index)}: {supported[index]:#x} is refused"
+        for index in indices
+        if not vcpu.msrs.takes(index, supported[index])
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert vcpu.msrs.get_many(indices) == supported
 
 
 @pytest.mark.requires("KVM_CAP_MSR_PLATFORM_INFO")

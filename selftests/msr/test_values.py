@@ -15,28 +15,15 @@ from kvmpy import (
     Vcpu,
     Vector,
     Vm,
-    ioctls,
     kvm_cpuid2,
-    kvm_msr_entry,
-    kvm_msrs,
 )
 from selftests.msr.conftest import MsrGuest, MsrGuestMaker
 
 pytestmark = pytest.mark.requires("param:kvm.ignore_msrs=N")
 
 GP0 = (Vector.GP, 0)
-CANONICAL = 0x7654_3210_F000
-# Canonical neither with 48 nor with 57 bits.
-NOT_CANONICAL = 0x0123_4567_89AB_C000
-
-BASES = ["MSR_LSTAR", "MSR_CSTAR", "MSR_FS_BASE", "MSR_KERNEL_GS_BASE"]
 PAT_AT_RESET = 0x0007_0406_0007_0406
 LME, LMA = 1 << 8, 1 << 10
-
-
-def set_by_host(vcpu: Vcpu, index: int, value: int) -> bool:
-    """Tell whether KVM_SET_MSRS takes the value."""
-    return vcpu.ioctl(ioctls.KVM_SET_MSRS, kvm_msrs.of([kvm_msr_entry(index=index, data=value)])) == 1
 
 
 @pytest.fixture
@@ -45,29 +32,6 @@ def bare_vcpu(kvm: Kvm, vm: Vm) -> Vcpu:
     vcpu = vm.create_vcpu()
     vcpu.cpuid.set(kvm.get_supported_cpuid())
     return vcpu
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_address_must_be_canonical(msr_guest: MsrGuestMaker, name: str) -> None:
-    """MSRs that hold linear addresses take canonical ones; others are #GP(0) and change nothing.
-
-    Intel SDM, volume 2, WRMSR ("non-canonical address"); AMD APM, volume 3, WRMSR.
-    """
-    guest = msr_guest()
-    guest.write(Msr[name], CANONICAL).done()
-    assert guest.write(Msr[name], NOT_CANONICAL).fault() == GP0
-    assert guest.read(Msr[name]).value() == CANONICAL
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_host_may_not_set_a_non_canonical_address(bare_vcpu: Vcpu, name: str) -> None:
-    """KVM_SET_MSRS stops at an address that is not canonical.
-
-    Documentation/virt/kvm/api.rst, 4.19 KVM_SET_MSRS ("it stops processing the MSR list").
-    """
-    assert set_by_host(bare_vcpu, Msr[name], CANONICAL)
-    assert not set_by_host(bare_vcpu, Msr[name], NOT_CANONICAL)
-    assert bare_vcpu.msrs.get(Msr[name]) == CANONICAL
 
 
 def test_pat(msr_guest: MsrGuestMaker) -> None:
@@ -81,36 +45,47 @@ def test_pat(msr_guest: MsrGuestMaker) -> None:
     assert guest.read(Msr.MSR_IA32_CR_PAT).value() == 0x0001_0405_0607_0600
 
 
-@pytest.mark.parametrize("memory_type", [2, 3, 8, 0x80])
-def test_reserved_memory_types(msr_guest: MsrGuestMaker, memory_type: int) -> None:
-    """A reserved memory type in any entry of the PAT is #GP(0) and changes nothing.
+@pytest.mark.parametrize("user_cpuid", [False, True], ids=["no-cpuid-user-dis", "cpuid-user-dis"])
+def test_hwcr(kvm: Kvm, vm: Vm, user_cpuid: bool) -> None:
+    """HWCR keeps the bits that KVM emulates; three others may be written and read as 0; the rest is refused.
 
-    Intel SDM, volume 3, "Programming the PAT".
+    Kept are McStatusWrEn (18), TscFreqSel (24), and CpuidUserDis (35) with its CPUID feature; FFDIS (6),
+    IgnneEm (8) and CacheFlushDis (3) are ignored, as guests are known to set them.  AMD PPR, MSRC001_0015;
+    arch/x86/kvm/x86.c, kvm_set_msr_common().
+    """
+    cpuid = Cpuid.from_struct(kvm.supported_cpuid)
+    if user_cpuid and not cpuid.has("gp_on_user_cpuid"):
+        pytest.skip("no gp_on_user_cpuid in KVM_GET_SUPPORTED_CPUID")
+    if not user_cpuid:
+        cpuid.clear_feature("gp_on_user_cpuid")
+    vcpu = vm.create_vcpu()
+    vcpu.cpuid.set(cpuid.to_struct())
+    kept, ignored = {18, 24} | ({35} if user_cpuid else set()), {3, 6, 8}
+    wrong = []
+    for bit in range(64):
+        before = vcpu.msrs.get(Msr.MSR_K7_HWCR)
+        taken = vcpu.msrs.takes(Msr.MSR_K7_HWCR, 1 << bit)
+        value = vcpu.msrs.get(Msr.MSR_K7_HWCR)
+        expected = 1 << bit if bit in kept else 0 if bit in ignored else before
+        if (taken, value) != (bit in kept | ignored, expected):
+            wrong.append(f"bit {bit}: taken {taken}, reads {value:#x}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_misc_enable(msr_guest: MsrGuestMaker) -> None:
+    """MISC_ENABLE tells a new guest that there is neither BTS nor PEBS, which a write may not change.
+
+    Nor does it change the read-only bit 7.  Intel SDM volume 4, IA32_MISC_ENABLE; arch/x86/kvm/x86.c,
+    kvm_set_msr_common().
     """
     guest = msr_guest()
-    for entry in range(8):
-        value = PAT_AT_RESET & ~(0xFF << 8 * entry) | memory_type << 8 * entry
-        assert guest.write(Msr.MSR_IA32_CR_PAT, value).fault() == GP0
-    assert guest.read(Msr.MSR_IA32_CR_PAT).value() == PAT_AT_RESET
-
-
-@pytest.mark.parametrize(
-    ("bit", "written", "kept"),
-    [
-        # McStatusWrEn and TscFreqSel.
-        *((bit, True, True) for bit in (18, 24)),
-        # FFDIS, IgnneEm and CacheFlushDis, which guests are known to set.
-        *((bit, True, False) for bit in (3, 6, 8)),
-        *((bit, False, False) for bit in (0, 9, 17, 19, 30, 32, 63)),
-    ],
-)
-def test_hwcr_bits(bare_vcpu: Vcpu, bit: int, written: bool, kept: bool) -> None:
-    """HWCR keeps the bits that KVM emulates; some others may be written and read as 0; the rest is refused.
-
-    AMD PPR, MSRC001_0015; arch/x86/kvm/x86.c, kvm_set_msr_common().
-    """
-    assert set_by_host(bare_vcpu, Msr.MSR_K7_HWCR, 1 << bit) is written
-    assert bare_vcpu.msrs.get(Msr.MSR_K7_HWCR) == kept << bit
+    value = guest.read(Msr.MSR_IA32_MISC_ENABLE).value()
+    assert value & (1 << 11 | 1 << 12) == 1 << 11 | 1 << 12
+    for bit in (11, 12):
+        assert guest.write(Msr.MSR_IA32_MISC_ENABLE, value ^ 1 << bit).fault() == GP0
+        assert guest.read(Msr.MSR_IA32_MISC_ENABLE).value() == value
+    guest.write(Msr.MSR_IA32_MISC_ENABLE, value ^ 1 << 7).done()
+    assert guest.read(Msr.MSR_IA32_MISC_ENABLE).value() == value
 
 
 def _without_tsc_aux(table: kvm_cpuid2) -> kvm_cpuid2:
@@ -168,7 +143,7 @@ def test_xss(kvm: Kvm, bare_vcpu: Vcpu) -> None:
     cpuid = Cpuid.from_struct(kvm.get_supported_cpuid())
     offered = cpuid.register(0xD, 1, "ecx") | cpuid.register(0xD, 1, "edx") << 32
     assert bare_vcpu.msrs.get(Msr.MSR_IA32_XSS) == 0
-    taken = sum(1 << bit for bit in range(64) if set_by_host(bare_vcpu, Msr.MSR_IA32_XSS, 1 << bit))
+    taken = sum(1 << bit for bit in range(64) if bare_vcpu.msrs.takes(Msr.MSR_IA32_XSS, 1 << bit))
     assert taken & ~offered == 0
 
 

@@ -6,20 +6,7 @@ from __future__ import annotations
 import errno
 
 from kvmpy import CR4, KvmError, Vm
-
-FEATURES = [
-    CR4.UMIP,
-    CR4.LA57,
-    CR4.VMXE,
-    CR4.SMXE,
-    CR4.FSGSBASE,
-    CR4.PCIDE,
-    CR4.OSXSAVE,
-    CR4.SMEP,
-    CR4.SMAP,
-    CR4.PKE,
-]
-ALWAYS = CR4.VME | CR4.PVI | CR4.TSD | CR4.DE | CR4.PSE | CR4.PAE | CR4.MCE | CR4.PGE | CR4.PCE
+from selftests.regs.control import CR4_ALWAYS, CR4_FEATURES
 
 
 def answer(vm: Vm, bit: CR4) -> int:
@@ -39,7 +26,9 @@ def test_cr4_features(vm: Vm) -> None:
 
     arch/x86/kvm/x86.c, kvm_arch_vcpu_create(): what an empty table means is in force from the start.
     """
-    assert {bit.name: answer(vm, bit) for bit in FEATURES} == {bit.name: errno.EINVAL for bit in FEATURES}
+    assert {bit.name: answer(vm, bit) for bit in CR4_FEATURES} == {
+        bit.name: errno.EINVAL for bit in CR4_FEATURES
+    }
 
 
 def test_cr4_of_every_cpu(vm: Vm) -> None:
@@ -49,6 +38,6 @@ def test_cr4_of_every_cpu(vm: Vm) -> None:
     """
     vcpu = vm.create_vcpu()
     sregs = vcpu.regs.get_sregs()
-    sregs.cr4 = int(ALWAYS)
+    sregs.cr4 = int(CR4_ALWAYS)
     vcpu.regs.set_sregs(sregs)
-    assert vcpu.regs.get_sregs().cr4 == ALWAYS
+    assert vcpu.regs.get_sregs().cr4 == CR4_ALWAYS

@@ -22,25 +22,12 @@ from kvmpy import (
     refused,
     segments,
 )
+from selftests.regs.control import CR4_FEATURES, EFER_FEATURES
 
 Sregs = Union[kvm_sregs, kvm_sregs2]
 Change = Callable[[Sregs], None]
 
 APICBASE_EXTD, APICBASE_ENABLE = 1 << 10, 1 << 11
-# Which CPUID feature opens which bit.
-CR4_FEATURES = {
-    CR4.UMIP: "umip",
-    CR4.LA57: "la57",
-    CR4.VMXE: "vmx",
-    CR4.SMXE: "smx",
-    CR4.FSGSBASE: "fsgsbase",
-    CR4.PCIDE: "pcid",
-    CR4.OSXSAVE: "xsave",
-    CR4.SMEP: "smep",
-    CR4.SMAP: "smap",
-    CR4.PKE: "pku",
-}
-EFER_FEATURES = {EFER.NXE: "nx", EFER.SVME: "svm", EFER.FFXSR: "fxsr_opt", EFER.AUTOIBRS: "autoibrs"}
 
 
 class Ioctl(Protocol):
