@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvmpy.coco.kvm import Kvm
+    from kvmpy.testing.verdicts import Missing
 
 _CPU_FLAGS = (
     *("svm", "vmx", "npt", "ept", "nrip_save", "decodeassists", "flushbyasid", "lbrv"),
@@ -191,10 +193,36 @@ def show(console: Console, facts: Mapping[str, Any]) -> None:
     console.print("not offered: " + " ".join(absent), style="dim")
 
 
+def lacking(wanted: Sequence[str]) -> list[Missing]:
+    """Return what this host lacks of requirements as tests write them, and of protections by name alone."""
+    from kvmpy.coco import ladder
+    from kvmpy.testing.requirements import Requirements
+
+    known = [f"protection:{name}" if name in ladder.protections() else name for name in wanted]
+    try:
+        return Requirements().missing(known)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--require") from None
+
+
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def doctor(as_json: bool) -> None:
+@click.option(
+    "--require", "wanted", metavar="WHAT", multiple=True,
+    help="Only tell whether this host has WHAT: a protection, or a requirement as tests write it, such as "
+    "KVM_CAP_GUEST_MEMFD or cpuid:xsave. Exit status 1: it has not.",
+)  # fmt: skip
+def doctor(as_json: bool, wanted: Sequence[str]) -> None:
     """Check CPU, kernel, modules, capabilities and protections, and measure the cost of an exit."""
+    if wanted:
+        missing = lacking(wanted)
+        if as_json:
+            click.echo(json.dumps([{"what": entry.what, "how": entry.how} for entry in missing], indent=2))
+        for entry in missing if not as_json else ():
+            click.echo(f"missing: {entry.what}")
+            if entry.how:
+                click.echo(f"get it:  {entry.how}")
+        sys.exit(bool(missing))
     report = examine()
     if as_json:
         click.echo(json.dumps(report, indent=2))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvmpy.cli import completion
 from kvmpy.cli.options import (
     PYTEST_EPILOG,
     SplitCommand,
@@ -90,7 +91,7 @@ def _steps(
 
 
 @click.command(cls=SplitCommand, epilog=PYTEST_EPILOG)
-@click.argument("paths", nargs=-1)
+@click.argument("paths", nargs=-1, shell_complete=completion.tests)
 @options("hardware")
 @click.pass_context
 def hardware(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from kvmpy.cli import completion
 from kvmpy.cli.lab_run import lab_errors, machine, run_tests, say
 from kvmpy.cli.options import PYTEST_EPILOG, SplitCommand, extra_arguments, options, report_on_stdout
 from kvmpy.lab import bisect
@@ -136,7 +137,7 @@ def remove(names: tuple[str, ...], everything: bool) -> None:
 
 
 @lab.command("run", cls=SplitCommand, epilog=PYTEST_EPILOG)
-@click.argument("paths", nargs=-1)
+@click.argument("paths", nargs=-1, shell_complete=completion.tests)
 @options("lab run")
 @click.pass_context
 def run_inside(ctx: click.Context, /, paths: tuple[str, ...], **values: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 import kvmpy
+from kvmpy.cli import completion
 from kvmpy.owned import OwnedFolder
 from kvmpy.testing import naming, option_table, selection
 from kvmpy.testing.option_table import Between, Option
@@ -78,6 +79,7 @@ def options(command: str) -> Callable[[_Function], _Function]:
                 keywords["is_flag"] = True
             else:
                 keywords |= {"type": _type(option), "multiple": option.repeated, "default": option.default}
+            keywords["shell_complete"] = completion.OF_OPTION.get(option.name)
             if option.variable is not None:
                 keywords |= {"envvar": option.variable, "show_envvar": True}
             decorator = click.option(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from kvmpy import caches
+from kvmpy.cli import completion
 from kvmpy.cli.options import (
     NOTHING,
     PYTEST_EPILOG,
@@ -122,7 +123,7 @@ def _as_before(
 
 
 @click.command(cls=SplitCommand, epilog=PYTEST_EPILOG)
-@click.argument("paths", nargs=-1)
+@click.argument("paths", nargs=-1, shell_complete=completion.tests)
 @options("run")
 @click.pass_context
 def run(ctx: click.Context, /, paths: tuple[str, ...], **values: object) -> None:

@@ -100,3 +100,29 @@ def test_an_amd_hosts_missing_fixes_are_named(monkeypatch: pytest.MonkeyPatch) -
     assert "9b9f7962e3e8" not in text
     monkeypatch.setattr(host, "vendor_modules", lambda: ("kvm_pvm",))
     assert "not known to have" not in shown()
+
+
+@pytest.mark.requires("kvm")
+def test_require_has_an_exit_status(kvm: Kvm) -> None:
+    """0 with all that was asked for, 1 where something is missing: by name alone, or as tests write it."""
+    offered = {name for name, state in kvm.protections().items() if state.available}
+    result = CliRunner().invoke(main, ["doctor", "--require", "none", "--require", "KVM_CAP_NR_VCPUS"])
+    assert (result.exit_code, result.output) == (0, "")
+    for name in kvm.protections():
+        result = CliRunner().invoke(main, ["doctor", "--require", name, "--require", "kvm"])
+        assert result.exit_code == (name not in offered), name
+        assert (f"missing: protection {name} (" in result.output) == (name not in offered)
+    result = CliRunner().invoke(main, ["doctor", "--json", "--require", "KVM_CAP_NR_VCPUS>=99999"])
+    assert result.exit_code == 1
+    [entry] = json.loads(result.output)
+    assert "KVM_CAP_NR_VCPUS" in entry["what"]
+
+
+def test_require_without_kvm_or_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPY_DEV_KVM", NO_KVM)
+    result = CliRunner().invoke(main, ["doctor", "--require", "snp", "--require", "none"])
+    assert (result.exit_code, result.output.count("missing: ")) == (1, 1)
+    assert f"missing: {NO_KVM} does not exist\nget it:  " in result.output
+    result = CliRunner().invoke(main, ["doctor", "--require", "snpp"])
+    assert result.exit_code == 2
+    assert "unknown requirement 'snpp'" in result.output
