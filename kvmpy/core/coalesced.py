@@ -61,6 +61,11 @@ class CoalescedRing:
         struct.pack_into("<I", self._page, 0, first)
         return writes
 
+    def begin_at(self, index: int) -> None:
+        """Drop what is there, and let the next write be entry *index*; ValueError outside the ring."""
+        self._check(index, index)
+        _HEADER.pack_into(self._page, 0, index, index)
+
     def release(self) -> None:
         """Give the page back; the ring may not be used afterwards."""
         self._page.release()

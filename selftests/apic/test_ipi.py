@@ -5,7 +5,15 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, Agent, GuestVm, MakeVm, Msi
+from kvmpy import (
+    KVM_CAP_X2APIC_API,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    Agent,
+    GuestVm,
+    MakeVm,
+    Msi,
+    apic,
+)
 from kvmpy.x86.apic import Delivery, Shorthand
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
@@ -78,6 +86,47 @@ void command(u64 x2apic)
 		irq_window();
 		GUEST_ASSERT_EQ(irq_count(VECTOR), 0u);
 	}
+}
+
+static void command_is_kept(u64 x2apic, u64 high, u32 low)
+{
+	if (x2apic) {
+		x2apic_write(APIC_ICR, high << 32 | low);
+		GUEST_ASSERT_EQ(x2apic_read(APIC_ICR), high << 32 | low);
+	} else {
+		xapic_write(APIC_ICR2, high << 24);
+		xapic_write(APIC_ICR, low);
+		GUEST_ASSERT_EQ(xapic_read(APIC_ICR), low);
+		GUEST_ASSERT_EQ(xapic_read(APIC_ICR2), high << 24);
+	}
+}
+
+/* Every vector to oneself, and everything to those who are not there; the host looks at each SYNC. */
+void commands(u64 x2apic)
+{
+	if (x2apic)
+		x2apic_enable();
+	else
+		apic_enable();
+	for (u32 vector = 16; vector < 256; vector++)
+		command_is_kept(x2apic, 0, APIC_DEST_SELF | APIC_INT_ASSERT | vector);
+	GUEST_SYNC(0, APIC_DEST_SELF | APIC_INT_ASSERT | 255);
+	for (u32 vector = 16; vector < 256; vector++)
+		command_is_kept(x2apic, 0, APIC_DEST_OTHERS | APIC_INT_ASSERT | vector);
+	GUEST_SYNC(0, APIC_DEST_OTHERS | APIC_INT_ASSERT | 255);
+	for (u32 mode = 0; mode < 8; mode++) {
+		u32 low = mode << 8 | VECTOR;
+
+		for (u32 destination = 1; destination < 255; destination++) {
+			command_is_kept(x2apic, destination, low);
+			command_is_kept(x2apic, destination, low | APIC_INT_ASSERT);
+			/* In x2APIC mode bit 0 is this processor. */
+			command_is_kept(x2apic, destination & ~1u, low | APIC_DEST_LOGICAL);
+		}
+		command_is_kept(x2apic, 0x5a, low | APIC_INT_ASSERT | APIC_INT_LEVEL);
+		GUEST_SYNC(0x5a, low | APIC_INT_ASSERT | APIC_INT_LEVEL);
+	}
+	GUEST_DONE();
 }
 
 /* One halts until it is called, the other calls; then the other way round. */
@@ -299,6 +348,27 @@ def test_command_register(make_vm: MakeVm, x2apic: bool) -> None:
     Intel SDM 3A, 12.6.1 (ICR) and 12.12.9 (ICR operation in x2APIC mode).
     """
     make_vm.run(GUEST, "command", int(x2apic))
+
+
+@BOTH_MODES
+@pytest.mark.usefixtures("open_registers")
+def test_every_command(make_vm: MakeVm, x2apic: bool) -> None:
+    """The ICR keeps each vector, delivery mode and destination as written, and KVM_GET_LAPIC shows it.
+
+    Those for oneself are requested once they were sent, and those for nobody change nothing else.  Intel SDM
+    3A, 12.6.1 (ICR) and 12.12.9 (ICR operation in x2APIC mode); api.rst, 4.57 KVM_GET_LAPIC.
+    """
+    vcpu = make_vm.start(GUEST, "commands", int(x2apic)).vcpus[0]
+    seen = 0
+    for call in vcpu.syncs():
+        high, low = call.args
+        state = [vcpu.lapic.get_reg(register) for register in (apic.ICR, apic.ICR2)]
+        assert state == [low, high if x2apic else high << 24]
+        requested = [vcpu.lapic.get_reg(apic.IRR + 16 * word) for word in range(8)]
+        assert requested == [0xFFFF_0000] + [0xFFFF_FFFF] * 7
+        assert [vcpu.lapic.get_reg(apic.ISR + 16 * word) for word in range(8)] == [0] * 8
+        seen += 1
+    assert seen == 10
 
 
 @BOTH_MODES

@@ -127,6 +127,34 @@ def test_x2apic_id_is_read_only(vm: Vm) -> None:
     assert vcpu.lapic.get_reg(apic.ID) == 5
 
 
+@pytest.mark.requires(FORMAT_32BIT)
+@pytest.mark.parametrize("format_32bit", [False, True], ids=["old-format", "new-format"])
+def test_id_follows_the_mode(vm: Vm, format_32bit: bool) -> None:
+    """The id is in xAPIC's place again when user space takes the APIC out of x2APIC mode, and back.
+
+    Documentation/virt/kvm/api.rst, 4.57 KVM_GET_LAPIC (formats of the APIC_ID register).
+    """
+    vcpu = make(vm, 0x2C, x2apic=True, format_32bit=format_32bit)
+    base = vcpu.msrs.get(APIC_BASE)
+    in_x2apic = 0x2C if format_32bit else 0x2C << 24
+    for _ in range(2):
+        assert vcpu.lapic.get_reg(apic.ID) == in_x2apic
+        vcpu.msrs.set(APIC_BASE, base & ~(EXTD | ENABLE))
+        vcpu.msrs.set(APIC_BASE, base & ~EXTD)
+        assert vcpu.lapic.get_reg(apic.ID) == 0x2C << 24
+        vcpu.msrs.set(APIC_BASE, base)
+
+
+def test_x2apic_id_write_in_the_old_format(vm: Vm) -> None:
+    """In x2APIC mode and the old format the id of a state that is set has no effect: the id is the vCPU's.
+
+    Documentation/virt/kvm/api.rst, 4.58 KVM_SET_LAPIC.
+    """
+    vcpu = make(vm, 5, x2apic=True)
+    vcpu.lapic.set_reg(apic.ID, 6 << 24)
+    assert vcpu.lapic.get_reg(apic.ID) == 5 << 24
+
+
 @pytest.mark.parametrize("vcpu_id", [0, 5, 0x2C])
 def test_x2apic_logical_id(vm: Vm, vcpu_id: int) -> None:
     """In x2APIC mode the logical id follows from the id: the cluster is id / 16, the bit in it id % 16.

@@ -36,6 +36,21 @@ def test_write(line: LineMaker, ring: str, size: int) -> None:
 
 
 @rings
+@pytest.mark.parametrize("slot", [1, 2, 3])
+def test_write_in_each_register(line: LineMaker, ring: str, slot: int) -> None:
+    """A watchpoint is as good in DR1 to DR3, and the bit in DR6 says which it was.
+
+    Intel SDM volume 3, 18.2.3 Debug Status Register (B0 to B3).
+    """
+    guest = line(ring)
+    others = [DebugPoint(guest.data + 16, "rw", 8)] * slot
+    guest.vcpu.debug.set_points([*others, DebugPoint(guest.data, "w", 8)])
+    got = guest.hit()
+    assert (got.exception, got.pc, got.dr6) == (Vector.DB, guest.at("c"), DR6_ACTIVE_LOW | 1 << slot)
+    assert guest.finish() == UNTOUCHED
+
+
+@rings
 def test_read_and_write(line: LineMaker, ring: str) -> None:
     """A watchpoint for both exits behind the write and behind the read.
 

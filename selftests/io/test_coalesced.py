@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -86,6 +87,22 @@ void many(u64 count)
 	GUEST_SYNC(count);
 	mmio_write32(MMIO, 0xffff);
 	GUEST_SYNC(0);
+}
+
+/* Fill the ring with both kinds in turn, and write one more of each; again and again. */
+void alternate(u64 room)
+{
+	for (u64 i = 0;; i++) {
+		for (u64 n = 0; n < room; n++) {
+			if (n & 1)
+				outl(0x600, n);
+			else
+				mmio_write64(MMIO, n << 32 | i);
+		}
+		mmio_write64(MMIO, 0xaaaa);
+		outl(0x600, 0xbbbb);
+		GUEST_SYNC(i);
+	}
 }
 
 void both_spaces(void)
@@ -238,6 +255,31 @@ def test_full_ring(guest: GuestVm, ring: CoalescedRing) -> None:
     assert [write.value for write in ring.drain()] == list(range(room))
     assert vcpu.sync().args == (0,)
     assert [write.value for write in ring.drain()] == [0xFFFF]
+
+
+@needs_pio
+def test_full_ring_of_both_kinds(guest: GuestVm, ring: CoalescedRing, rng: random.Random) -> None:
+    """Wherever the ring begins it takes MMIO and port writes in turn, and the next of each kind exits.
+
+    Documentation/virt/kvm/api.rst, 4.116 KVM_(UN)REGISTER_COALESCED_MMIO (coalesced pio); one entry stays
+    free.
+    """
+    room = ENTRIES - 1
+    guest.io.register_coalesced_mmio(MMIO_GPA, PAGE_SIZE)
+    guest.io.register_coalesced_mmio(PORT, 4, pio=True)
+    vcpu = start(guest, "alternate", room)
+    for number, begin in enumerate([0, 1, ENTRIES - 1, *(rng.randrange(ENTRIES) for _ in range(5))]):
+        ring.begin_at(begin)
+        assert mmio_write(vcpu) == (0, 0xAAAA)
+        got = vcpu.expect(IoExit)
+        assert (got.port, got.data) == (PORT, (0xBBBB).to_bytes(4, "little"))
+        assert vcpu.sync().args == (number,)
+        assert len(ring) == room
+        writes = list(ring.drain())
+        assert [write.pio for write in writes] == [index % 2 == 1 for index in range(room)]
+        assert [write.value for write in writes] == [
+            index if index % 2 else index << 32 | number for index in range(room)
+        ]
 
 
 def test_ring_wraps(guest: GuestVm, ring: CoalescedRing) -> None:

@@ -284,4 +284,9 @@ def test_emulation_failure(make_vm: MakeVm) -> None:
     got = vcpu.expect(InternalErrorExit)
     assert got.suberror == KVM_INTERNAL_ERROR_EMULATION
     assert got.instruction[:2] == b"\xd9\x00"
-    assert vcpu.regs.get().rip == vm.program.address_of("load_x87_at")
+    regs = vcpu.regs.get()
+    assert regs.rip == vm.program.address_of("load_x87_at")
+    regs.rip += 2
+    vcpu.regs.set(regs)
+    assert vcpu.sync().args == (0,)
+    vcpu.run_to_done()

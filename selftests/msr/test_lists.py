@@ -8,11 +8,14 @@ import errno
 import pytest
 
 from kvmpy import (
+    AGENT,
     KVM_CAP_DISABLE_QUIRKS2,
     KVM_CAP_MSR_PLATFORM_INFO,
     KVM_X86_QUIRK_STUFF_FEATURE_MSRS,
+    Agent,
     Cpuid,
     Kvm,
+    MakeVm,
     Msr,
     Vcpu,
     Vector,
@@ -216,6 +219,26 @@ def test_platform_info(msr_guest: MsrGuestMaker) -> None:
     assert guest.write(Msr.MSR_PLATFORM_INFO, value).fault() == (Vector.GP, 0)
     guest.vm.enable_cap(KVM_CAP_MSR_PLATFORM_INFO, 0)
     assert guest.read(Msr.MSR_PLATFORM_INFO).fault() == (Vector.GP, 0)
+
+
+@pytest.mark.usefixtures("open_registers")
+@pytest.mark.requires("KVM_CAP_MSR_PLATFORM_INFO")
+def test_platform_info_of_the_host(make_vm: MakeVm) -> None:
+    """The guest reads the ratios that the host wrote into MSR_PLATFORM_INFO, which are fixed once it has run.
+
+    Documentation/virt/kvm/api.rst, 7.15 KVM_CAP_MSR_PLATFORM_INFO; arch/x86/kvm/x86.c, do_set_msr()
+    ("immutable feature MSRs").
+    """
+    vm = make_vm(AGENT)
+    vm.enable_cap(KVM_CAP_MSR_PLATFORM_INFO, 1)
+    msrs = vm.vcpus[0].msrs
+    value = msrs.get(Msr.MSR_PLATFORM_INFO) | 0x1D00
+    msrs.set(Msr.MSR_PLATFORM_INFO, value)
+    agent = Agent(vm.vcpus[0])
+    assert agent.rdmsr(Msr.MSR_PLATFORM_INFO) == value
+    assert msrs.takes(Msr.MSR_PLATFORM_INFO, value)
+    assert not msrs.takes(Msr.MSR_PLATFORM_INFO, value ^ 0x1D00)
+    assert agent.rdmsr(Msr.MSR_PLATFORM_INFO) == value
 
 
 @pytest.mark.requires("KVM_CAP_ONE_REG")

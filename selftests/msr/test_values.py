@@ -145,6 +145,7 @@ def test_xss(kvm: Kvm, bare_vcpu: Vcpu) -> None:
     assert bare_vcpu.msrs.get(Msr.MSR_IA32_XSS) == 0
     taken = sum(1 << bit for bit in range(64) if bare_vcpu.msrs.takes(Msr.MSR_IA32_XSS, 1 << bit))
     assert taken & ~offered == 0
+    assert not taken or int(Msr.MSR_IA32_XSS) in kvm.get_msr_index_list()
 
 
 def test_long_mode_stays_enabled(msr_guest: MsrGuestMaker) -> None:

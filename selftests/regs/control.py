@@ -19,7 +19,10 @@ CR4_FEATURES = {
 }
 EFER_FEATURES = {EFER.NXE: "nx", EFER.SVME: "svm", EFER.FFXSR: "fxsr_opt", EFER.AUTOIBRS: "autoibrs"}
 # Bits that KVM gives to every vCPU: arch/x86/kvm/regs.h, __cr4_reserved_bits().
-CR4_ALWAYS = CR4.VME | CR4.PVI | CR4.TSD | CR4.DE | CR4.PSE | CR4.PAE | CR4.MCE | CR4.PGE | CR4.PCE
+CR4_ALWAYS = (
+    CR4.VME | CR4.PVI | CR4.TSD | CR4.DE | CR4.PSE | CR4.PAE | CR4.MCE | CR4.PGE | CR4.PCE
+    | CR4.OSFXSR | CR4.OSXMMEXCPT
+)  # fmt: skip
 _AVX512 = int(XCR0.OPMASK | XCR0.ZMM_HI256 | XCR0.HI16_ZMM)
 _MPX = int(XCR0.BNDREGS | XCR0.BNDCSR)
 _TILES = 3 << 17

@@ -98,7 +98,7 @@ def test_cr4(make_vm: MakeVm, hidden: bool) -> None:
     base = agent.read_cr(4)
     assert isinstance(base, int)
     cpuid = Cpuid.from_struct(agent.vcpu.cpuid.get())
-    allowed = int(CR4_ALWAYS | CR4.OSFXSR | CR4.OSXMMEXCPT)
+    allowed = int(CR4_ALWAYS)
     allowed |= sum(int(bit) for bit, feature in CR4_FEATURES.items() if cpuid.has(feature))
     fixed = int(CR4.PAE | CR4.LA57)
     # Shadow stacks and IBT, of which KVM's CPUID tells in two ways.

@@ -80,8 +80,7 @@ def hide(vcpu: Vcpu, feature: str) -> None:
     [
         pytest.param(CR0.PG, CR0.PE, id="PG-without-PE"),
         pytest.param(CR0.NW, CR0.CD, id="NW-without-CD"),
-        pytest.param(1 << 32, 0, id="bit32"),
-        pytest.param(1 << 63, 0, id="bit63"),
+        *(pytest.param(1 << bit, 0, id=f"bit{bit}") for bit in (32, 40, 47, 48, 62, 63)),
     ],
 )
 def test_cr0(vcpu: Vcpu, set_changed: Ioctl, put: int, clear: int) -> None:

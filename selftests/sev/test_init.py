@@ -8,7 +8,17 @@ import os
 
 import pytest
 
-from kvmpy import Kvm, MissingError, ioctls, kvm_sev_init, kvm_sev_launch_start, kvm_sev_snp_launch_start
+from kvmpy import (
+    KVM_CAP_VM_TYPES,
+    Cpuid,
+    Kvm,
+    MissingError,
+    VmType,
+    ioctls,
+    kvm_sev_init,
+    kvm_sev_launch_start,
+    kvm_sev_snp_launch_start,
+)
 from kvmpy.coco import sev_platform
 from kvmpy.uapi.commands import SEV_COMMANDS
 from selftests.sev.asids import BOUND, Asids
@@ -29,6 +39,18 @@ def test_init2(bare: BareMaker, kind: str) -> None:
     assert guest.raw("INIT2", kvm_sev_init()) == ((errno.EPERM, 0) if kind == "snp" else EINVAL)
 
 
+def test_types_and_cpuid(kvm: Kvm) -> None:
+    """Each VM type that KVM offers is a feature in KVM_GET_SUPPORTED_CPUID.
+
+    Documentation/virt/kvm/api.rst, 4.2 KVM_CREATE_VM (KVM_CAP_VM_TYPES); AMD APM volume 3, CPUID Fn8000_001F.
+    """
+    offered = kvm.check_extension(KVM_CAP_VM_TYPES)
+    eax = Cpuid.from_struct(kvm.supported_cpuid).register(0x8000_001F, 0, "eax")
+    told = {kind: offered >> TYPES[kind] & 1 for kind in ("sev", "sev-es", "snp")}
+    shown = {kind: eax >> bit & 1 for kind, bit in (("sev", 1), ("sev-es", 3), ("snp", 4))}
+    assert all(shown[kind] or not there for kind, there in told.items()), (told, shown)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_init2_after_a_vcpu(bare: BareMaker, kind: str) -> None:
     """KVM_SEV_INIT2 comes before the first vCPU: EINVAL afterwards."""
@@ -40,7 +62,7 @@ def test_init2_after_a_vcpu(bare: BareMaker, kind: str) -> None:
 def test_init2_flags(bare: BareMaker, kind: str) -> None:
     """KVM_SEV_INIT2 has no flags: EINVAL, and the VM can still be initialised."""
     guest = bare(kind, init=False)
-    for flag in (1, 1 << 31):
+    for flag in (1 << bit for bit in range(32)):
         assert guest.raw("INIT2", kvm_sev_init(flags=flag)) == EINVAL
     assert guest.raw("INIT2", kvm_sev_init()) == (0, 0)
 
@@ -49,7 +71,7 @@ def test_init2_flags(bare: BareMaker, kind: str) -> None:
 def test_vmsa_features(kvm: Kvm, bare: BareMaker, kind: str) -> None:
     """VMSA features that KVM_X86_SEV_VMSA_FEATURES lacks give EINVAL, and all do so without ES."""
     offered = sev_platform.vmsa_features(kvm) if kind != "sev" else 0
-    for bit in (bit for bit in (*range(14), 63) if not offered >> bit & 1):
+    for bit in (bit for bit in range(64) if not offered >> bit & 1):
         assert (
             bare(kind, init=False, memory=False).raw("INIT2", kvm_sev_init(vmsa_features=1 << bit)) == EINVAL
         ), f"bit {bit}"
@@ -81,9 +103,12 @@ def test_old_init_on_a_new_type(bare: BareMaker, kind: str) -> None:
 
 
 @needs_sev
-def test_init2_on_a_default_vm(kvm: Kvm) -> None:
-    """KVM_SEV_INIT2 is for the SEV types: EINVAL on a default VM."""
-    with kvm.create_vm() as vm:
+@pytest.mark.parametrize("vm_type", [VmType.KVM_X86_DEFAULT_VM, VmType.KVM_X86_SW_PROTECTED_VM])
+def test_init2_on_another_type(kvm: Kvm, vm_type: VmType) -> None:
+    """KVM_SEV_INIT2 is for the SEV types: EINVAL on a default VM and on a software-protected one."""
+    if not kvm.check_extension(KVM_CAP_VM_TYPES) >> vm_type & 1:
+        pytest.skip(f"{vm_type.name} is not in KVM_CAP_VM_TYPES")
+    with kvm.create_vm(vm_type) as vm:
         result = vm.sev.command_raw("INIT2", kvm_sev_init())
         assert (result.errno, result.firmware) == EINVAL
 

@@ -215,6 +215,15 @@ def test_order_of_values(statistics: Statistics) -> None:
         expected += 8 * one.size
 
 
+def test_scales_go_one_way(statistics: Statistics) -> None:
+    """Times are parts of a second; what has no unit, bytes and cycles come in ones or more, never in parts.
+
+    Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD (KVM_STATS_UNIT_* and exponent).
+    """
+    for one in statistics.descriptors:
+        assert one.exponent <= 0 if one.unit == SECONDS else one.exponent >= 0, one.name
+
+
 def test_times_are_in_nanoseconds(statistics: Statistics) -> None:
     """What is named after nanoseconds has seconds as unit and 10^-9 as scale.
 

@@ -10,6 +10,7 @@ import pytest
 
 from kvmpy import (
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+    KVM_CLOCK_HOST_TSC,
     KVM_CLOCK_REALTIME,
     KVM_CLOCK_TSC_STABLE,
     GuestVm,
@@ -210,10 +211,34 @@ def test_set_clock(make_vm: MakeVm, value: int) -> None:
     reading(vm)
     started = time.monotonic_ns()
     vm.clock.set(kvm_clock_data(clock=value))
+    before = vm.clock.get()
     now = reading(vm).args[0]
+    after = vm.clock.get()
     # Two clocks of one host: where the TSC is not stable they differ a little.
     elapsed = time.monotonic_ns() - started
     assert value <= now <= value + 2 * elapsed + SECOND // 10
+    slack = 0 if before.flags & after.flags & KVM_CLOCK_TSC_STABLE else SECOND // 100
+    assert before.clock - slack <= now <= after.clock + slack
+
+
+def test_times_of_the_host_come_together(make_vm: MakeVm) -> None:
+    """KVM_GET_CLOCK has the real time and the TSC of one moment, or neither, and both go on.
+
+    Documentation/virt/kvm/api.rst, 4.29 KVM_GET_CLOCK: KVM_CLOCK_REALTIME and KVM_CLOCK_HOST_TSC.
+    """
+    vm = start(make_vm, "readings", 0x4B56_4D01)
+    reading(vm)
+    first, second = vm.clock.get(), vm.clock.get()
+    both = int(KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC)
+    assert first.flags & both in (0, both)
+    assert first.flags & ~(both | int(KVM_CLOCK_TSC_STABLE)) == 0
+    if first.flags & second.flags & both:
+        assert 0 < first.host_tsc < second.host_tsc
+        assert 0 < first.realtime < second.realtime
+        ticks = second.host_tsc - first.host_tsc
+        passed = second.realtime - first.realtime
+        khz = vm.vcpus[0].clock.get_tsc_khz()
+        assert ticks / khz * 1e6 == pytest.approx(passed, rel=0.1, abs=2000)
 
 
 @pytest.mark.requires(f"KVM_CAP_ADJUST_CLOCK&{int(KVM_CLOCK_REALTIME)}")

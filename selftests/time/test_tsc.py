@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import GuestVm, Kvm, MakeVm
+from kvmpy import AGENT, Agent, GuestVm, Kvm, MakeVm, Vm
 
 pytestmark = pytest.mark.requires("KVM_CAP_GET_TSC_KHZ")
 
@@ -207,6 +207,46 @@ def test_adjust_by_host(make_vm: MakeVm, kvm: Kvm) -> None:
     now, adjusted = vm.vcpus[0].sync().args
     assert adjusted == 1 << 55
     assert before <= now < before + limit(kvm)
+
+
+@pytest.mark.requires("msr:0x3b")
+def test_host_write_leaves_adjust(make_vm: MakeVm, kvm: Kvm) -> None:
+    """KVM_SET_MSRS of the counter leaves IA32_TSC_ADJUST alone; the guest's own write adds to what is there.
+
+    Intel SDM 3B, 19.17.3 (time-stamp counter adjustment); arch/x86/kvm/x86.c, kvm_set_msr_common().
+    """
+    agent = Agent(make_vm(AGENT).vcpus[0])
+    agent.start()
+    agent.vcpu.msrs.set(MSR_TSC_ADJUST, 1 << 50)
+    agent.vcpu.msrs.set(MSR_TSC, 1 << 45)
+    assert agent.rdmsr(MSR_TSC_ADJUST) == 1 << 50
+    now = agent.rdmsr(MSR_TSC)
+    assert isinstance(now, int)
+    assert 1 << 45 <= now < (1 << 45) + limit(kvm)
+    assert agent.wrmsr(MSR_TSC, now + (1 << 40)) is None
+    adjusted = agent.rdmsr(MSR_TSC_ADJUST)
+    assert isinstance(adjusted, int)
+    # What has passed since the reading is taken back.
+    shift = adjusted - (1 << 50)
+    assert (1 << 40) - limit(kvm) < shift <= 1 << 40
+    assert agent.vcpu.msrs.get(MSR_TSC_ADJUST) == adjusted
+
+
+@STABLE
+def test_new_vcpu_starts_at_zero(vm: Vm, kvm: Kvm) -> None:
+    """The counter of a VM's first vCPU starts at 0, and a later one goes with it; IA32_TSC_ADJUST is 0.
+
+    Intel SDM 3B, 19.17 (the counter is cleared by reset); arch/x86/kvm/x86.c, kvm_arch_vcpu_postcreate().
+    """
+    first = vm.create_vcpu(0)
+    at_start = first.msrs.get(MSR_TSC)
+    before = first.msrs.get(MSR_TSC)
+    second = vm.create_vcpu(1).msrs.get(MSR_TSC)
+    after = first.msrs.get(MSR_TSC)
+    assert at_start < limit(kvm)
+    assert before <= second <= after
+    if MSR_TSC_ADJUST in kvm.get_msr_index_list():
+        assert first.msrs.get(MSR_TSC_ADJUST) == 0
 
 
 def test_ring3(make_vm: MakeVm) -> None:

@@ -8,7 +8,16 @@ import time
 
 import pytest
 
-from kvmpy import AGENT, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Agent, MakeVm, Vm, refused
+from kvmpy import (
+    AGENT,
+    KVM_CLOCK_HOST_TSC,
+    KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET,
+    Agent,
+    MakeVm,
+    Vm,
+    refused,
+)
 
 pytestmark = pytest.mark.requires("KVM_CAP_GET_TSC_KHZ")
 
@@ -40,6 +49,29 @@ def measured_khz(agent: Agent) -> tuple[float, float]:
             break
     ticks = last - first
     return ticks / (ended - before) * 1e6, ticks / (last_seen - started) * 1e6
+
+
+@ATTRIBUTES
+@pytest.mark.requires("stable-tsc", f"KVM_CAP_ADJUST_CLOCK&{int(KVM_CLOCK_HOST_TSC)}")
+@pytest.mark.parametrize("seconds", [0, 180, -180])
+def test_counter_is_the_hosts_and_the_offset(agent: Agent, seconds: int) -> None:
+    """A guest that reads its counter between two readings of the host's reads the sum of that and its offset.
+
+    Documentation/virt/kvm/devices/vcpu.rst, 4.1 KVM_VCPU_TSC_OFFSET (guest_tsc = host_tsc + offset); api.rst,
+    4.29 KVM_GET_CLOCK (host_tsc).
+    """
+    vcpu = agent.vcpu
+    agent.start()
+    if vcpu.clock.get_tsc_khz() == 0 or not agent.vm.clock.get().flags & KVM_CLOCK_HOST_TSC:
+        pytest.skip("KVM_GET_CLOCK gives no host_tsc here: the host's clock source is not the TSC")
+    offset = (seconds * vcpu.clock.get_tsc_khz() * 1000) % WRAP
+    vcpu.attrs.set(*OFFSET, offset)
+    for _ in range(5):
+        before = agent.vm.clock.get().host_tsc
+        now = reading(agent)
+        after = agent.vm.clock.get().host_tsc
+        passed = (now - offset - before) % WRAP
+        assert passed <= after - before, (before, now, after, offset)
 
 
 @ATTRIBUTES

@@ -99,6 +99,18 @@ def test_sparse_ids(make_vm: MakeVm) -> None:
     assert [vcpu.sync().args for vcpu in vm.vcpus] == list(enumerate(ids))
 
 
+def test_greatest_number_at_the_highest_ids(vm: Vm, room_for_vcpus: int) -> None:
+    """KVM_CAP_MAX_VCPUS vCPUs can have the highest ids as well as the lowest.
+
+    Documentation/virt/kvm/api.rst, 4.7 KVM_CREATE_VCPU (three capabilities).
+    """
+    ids = vm.check_extension(KVM_CAP_MAX_VCPU_ID)
+    for vcpu_id in range(ids - room_for_vcpus, ids):
+        vm.create_vcpu(vcpu_id)
+    with refused(errno.EINVAL):
+        vm.create_vcpu(ids)
+
+
 def test_highest_id(vm: Vm) -> None:
     """The highest id is KVM_CAP_MAX_VCPU_ID - 1; ids from there on are refused with EINVAL.
 
@@ -178,6 +190,44 @@ def test_boot_processor(vm: Vm, boot: int) -> None:
         first = vcpu_id == boot
         assert vcpu.get_mp_state() == (KVM_MP_STATE_RUNNABLE if first else KVM_MP_STATE_UNINITIALIZED)
         assert bool(vcpu.regs.get_sregs().apic_base & BSP) == first
+
+
+@pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID")
+def test_boot_ids_that_cannot_be(vm: Vm) -> None:
+    """A boot id above the highest id is EINVAL, as is one that is only by its lower half: nothing is cut off.
+
+    Documentation/virt/kvm/api.rst, 4.41 KVM_SET_BOOT_CPU_ID; arch/x86/kvm/x86.c, kvm_arch_vm_ioctl().
+    """
+    ids = vm.check_extension(KVM_CAP_MAX_VCPU_ID)
+    for bad in (ids + 1, 1 << 32, (1 << 32) + 1, 1 << 63):
+        with refused(errno.EINVAL):
+            vm.setup.set_boot_cpu_id(bad)
+    vm.irq.create_split_chip()
+    assert vm.create_vcpu(0).regs.get_sregs().apic_base & BSP
+
+
+@pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID")
+def test_boot_id_behind_the_last(vm: Vm) -> None:
+    """KVM_CAP_MAX_VCPU_ID itself, which no vCPU can have, is EINVAL as a boot id.
+
+    Documentation/virt/kvm/api.rst, 4.41 KVM_SET_BOOT_CPU_ID and 4.7 KVM_CREATE_VCPU ([0, max_vcpu_id)).
+    """
+    with refused(errno.EINVAL):
+        vm.setup.set_boot_cpu_id(vm.check_extension(KVM_CAP_MAX_VCPU_ID))
+
+
+@pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID", "KVM_CAP_MAX_VCPU_ID>=8")
+@pytest.mark.parametrize("limit", [4, 5])
+def test_id_limit_without_the_boot_id(vm: Vm, limit: int) -> None:
+    """A limit of ids that leaves no room for the boot processor is refused with EINVAL, a greater one taken.
+
+    Documentation/virt/kvm/api.rst, 7.32 KVM_CAP_MAX_VCPU_ID; arch/x86/kvm/x86.c, kvm_vm_ioctl_enable_cap().
+    """
+    vm.setup.set_boot_cpu_id(5)
+    with refused(errno.EINVAL):
+        vm.enable_cap(KVM_CAP_MAX_VCPU_ID, limit)
+    vm.enable_cap(KVM_CAP_MAX_VCPU_ID, 6)
+    vm.create_vcpu(5)
 
 
 @pytest.mark.requires("KVM_CAP_SET_BOOT_CPU_ID")
