@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help build run hardware lab kernel test torture lint format wheel docs clean check-host
+.PHONY: help build run hardware lab kernel test torture lint format wheel docs man clean check-host
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ wheel: $(VENV)/.kvmpy-dev ## build the installable package in dist/
 
 docs: $(VENV)/.kvmpy-docs $(NATIVE) ## build the API reference from the docstrings in build/api/
 	@$(BIN)/python ci/api_reference.py build/api
+
+man: $(VENV)/.kvmpy-docs $(NATIVE) ## write a man page for each command into build/man/
+	@$(BIN)/python ci/man_pages.py build/man
 
 clean: ## remove everything that was built, including the virtual environment
 	-git clean -fdXq kvmpy guest_asm
