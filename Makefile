@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help build run hardware lab kernel test torture lint format wheel docs man clean check-host
+.PHONY: help build run hardware lab kernel test torture lint format wheel wheelhouse pex docs man clean check-host
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,16 @@ format: $(VENV)/.kvmpy-dev ## reformat the sources with ruff
 
 wheel: $(VENV)/.kvmpy-dev ## build the installable package in dist/
 	@$(BIN)/python -m build --wheel --outdir dist .
+
+wheelhouse: $(VENV)/.kvmpy-dev ## collect the wheels of kvmpy and all it needs in dist/wheelhouse/, and try them without a network
+	@rm -rf dist/wheelhouse
+	@$(PIP) wheel --wheel-dir dist/wheelhouse .
+	@PYTHON=$(BIN)/python sh ci/without_network.sh dist/wheelhouse
+
+pex: wheelhouse ## make one file of them, dist/kvmpy.pex, and try it without a network
+	@$(PIP) install --quiet 'pex>=2.1.150'
+	@$(BIN)/pex --no-index --find-links dist/wheelhouse kvmpy -c kvmpy -o dist/kvmpy.pex --sh-boot --venv prepend
+	@sh ci/without_network.sh dist/kvmpy.pex
 
 docs: $(VENV)/.kvmpy-docs $(NATIVE) ## build the API reference from the docstrings in build/api/
 	@$(BIN)/python ci/api_reference.py build/api
