@@ -16,6 +16,7 @@ import pytest
 
 from kvmpy.platforms import LARGE_GMEM
 from kvmpy.testing.configurations import is_value, nearest
+from kvmpy.testing.dealer import DealError
 from kvmpy.testing.host import HostSummary
 from kvmpy.testing.journal import from_json
 
@@ -38,7 +39,7 @@ Location = tuple[str, int | None, str]
 _HOLES = 16
 
 
-class BadEventError(ValueError):
+class BadEventError(DealError):
     """An event from inside that is not as it should be."""
 
 

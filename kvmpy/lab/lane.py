@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from kvmpy.lab.events import BadEventError, Event
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.qemu import SHARES, Job, Machine, Options, Start, command_line, excerpt, prepare
 from kvmpy.lab.root import Root
-from kvmpy.lab.work import Share
 from kvmpy.owned import OwnedFolder
+from kvmpy.testing.dealer import Hand, Share
 from kvmpy.testing.host import ACCELERATOR_VARIABLE
 
 _LOG_SECONDS = 5.0
@@ -39,13 +39,13 @@ class Limits:
     total: float = 4 * 3600.0
 
 
-@dataclass
-class Running:
-    """A test that has begun; times are in seconds."""
-
-    nodeid: str
-    location: tuple[str, int | None, str]
-    limit: float
+def answer(job: Path, name: int | str, message: dict[str, Any]) -> None:
+    """Answer what the session of the folder *job* has asked for under *name*."""
+    folder = job / "work"
+    folder.mkdir(exist_ok=True)
+    path = folder / f".{name}"
+    path.write_text(json.dumps(message), encoding="utf-8")
+    os.replace(path, folder / str(name))
 
 
 class Lane:
@@ -62,7 +62,7 @@ class Lane:
         self.options = options
         self.folder = folder
         self.boots = 0
-        self.wasted = 0
+        self.hand = Hand()
         self.retired = False
         self._job = job
         self._limits = limits
@@ -70,16 +70,11 @@ class Lane:
         self._reset()
 
     def _reset(self) -> None:
-        self.shares: dict[int, Share] = {}
-        self.wants: int | None = None
-        self.running: Running | None = None
-        self.last: Running | None = None
+        self.hand.anew()
         self.finished = False
         self.ended = False
         self.exit: int | None = None
         self.nonsense = ""
-        self.asked = 0
-        self.progress = 0
         self._spoke = False
         self._heard = time.monotonic()
 
@@ -197,31 +192,16 @@ class Lane:
             if self.machine is not machine:
                 return  # its journal is another's now
 
-    def owns(self, nodeid: str) -> bool:
-        """Whether the test is one of the shares that this machine has."""
-        return any(nodeid in share.ids for share in self.shares.values())
-
     # ---- shares
 
-    def give(self, share: Share, done: Iterable[str]) -> None:
+    def give(self, share: Share, done: Collection[str]) -> None:
         """Answer the wish for more tests."""
-        if self.wants is not None:
-            self.shares[self.wants] = share
-            self._answer(share.message(done))
+        answer(self.folder / "job", self.hand.asked, share.message(done))
 
     def dismiss(self) -> None:
         """Answer that there are no more tests."""
         self.finished = True
-        self._answer({"end": True})
-
-    def _answer(self, message: dict[str, Any]) -> None:
-        folder = self.folder / "job" / "work"
-        folder.mkdir(exist_ok=True)
-        target = folder / str(self.wants)
-        path = folder / f".{self.wants}"
-        path.write_text(json.dumps(message), encoding="utf-8")
-        os.replace(path, target)
-        self.wants = None
+        answer(self.folder / "job", self.hand.asked, {"end": True})
 
     # ---- the end
 
@@ -257,10 +237,10 @@ class Lane:
         silence = time.monotonic() - self._heard
         if self.ended:
             return "the kernel did not end" if silence > self._limits.grace else ""
-        if self.running is not None:
-            if silence > self.running.limit + self._limits.grace:
+        if self.hand.running is not None:
+            if silence > self.hand.running.limit + self._limits.grace:
                 return f"hung: no sign of life for {silence:.0f} s; QEMU was ended"
-        elif silence > (self._limits.idle if self.last else self._limits.boot):
+        elif silence > (self._limits.idle if self.hand.last else self._limits.boot):
             return f"no test began for {silence:.0f} s; QEMU was ended"
         return ""
 

@@ -17,8 +17,8 @@ import pytest
 
 from kvmpy.lab import bytecode
 from kvmpy.lab.process import end_group
-from kvmpy.lab.work import by_file
 from kvmpy.owned import dies_with_parent
+from kvmpy.testing.dealer import File
 
 FILE_VARIABLE = "KVMPY_LAB_LISTING"
 _SECONDS = 300.0
@@ -96,7 +96,21 @@ class Listing:
         lines = self._output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return "\n".join(lines[-_SHOWN_LINES:]), self._process.returncode
 
-    def files(self) -> list[tuple[list[str], list[str]]]:
-        """Return pytest's arguments and the tests for each file; only after an end without a failure."""
+    def files(self) -> list[File]:
+        """Return the files with their tests; only after an end without a failure."""
         values = json.loads(self._file.read_text(encoding="utf-8"))
         return by_file(values["args"], values["tests"])
+
+
+def by_file(args: Sequence[str], tests: Mapping[str, Sequence[str]]) -> list[File]:
+    """Return each file with pytest's arguments for it, and its tests.
+
+    *args* are the session's arguments, *tests* the selected tests of each file by its absolute path. A file
+    is asked for as a whole unless the arguments only name tests in it.
+    """
+    results = []
+    for file, ids in tests.items():
+        own = [arg for arg in args if "::" in arg and Path(arg.partition("::")[0]).absolute() == Path(file)]
+        whole = any("::" not in arg and Path(file).is_relative_to(Path(arg).absolute()) for arg in args)
+        results.append(File([file] if whole or not own else own, ids))
+    return results

@@ -23,11 +23,11 @@ from kvmpy.lab.coverage.store import Writer
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.events import BadEventError
 from kvmpy.lab.kernels import Say
-from kvmpy.lab.lane import Lane, Limits, Running
+from kvmpy.lab.lane import Lane, Limits
 from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options
-from kvmpy.lab.work import MIN_SHARE, Queue, Share
 from kvmpy.testing import brief
+from kvmpy.testing.dealer import MIN_SHARE, Begun, Dealer, DealError, Queue
 from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.host import HostSummary, platform_name
 from kvmpy.testing.journal import lost_report
@@ -77,9 +77,8 @@ class LabSession:
         self._heartbeat: Heartbeat | None = None
         self._options = setup.options
         self._lanes: list[Lane] = []
-        self._queue: Queue | None = None
+        self._dealer = Dealer(Queue([]))
         self._listing: Listing | None = None
-        self._done: set[str] = set()
         self._selected: list[str] = []
         self._host: HostSummary | None = None
         self._uncollected: set[str] = set()
@@ -171,8 +170,8 @@ class LabSession:
         if self._host is None:
             self._give_up(self._lanes[0])
         files = listing.files()
-        self._selected = [nodeid for _, ids in files for nodeid in ids]
-        self._queue = Queue(files)
+        self._selected = [nodeid for file in files for nodeid in file.ids]
+        self._dealer = Dealer(Queue(files))
         self._count()
         return True
 
@@ -231,9 +230,9 @@ class LabSession:
 
     def _grow(self) -> None:
         # The first machine has its first test before another one takes CPU time away.
-        if self.first_test is None or self._queue is None or len(self._lanes) >= self._setup.machines:
+        if self.first_test is None or len(self._lanes) >= self._setup.machines:
             return
-        if self._queue.waiting() >= _WORTH_A_MACHINE:
+        if self._dealer.queue.waiting() >= _WORTH_A_MACHINE:
             self._add_lane()
 
     def _active(self) -> int:
@@ -259,7 +258,7 @@ class LabSession:
         try:
             for event in lane.events():
                 getattr(self, f"_on_{type(event).__name__.lower()}")(lane, event)
-        except BadEventError as error:
+        except DealError as error:
             lane.nonsense = str(error)
 
     def _step(self, lane: Lane) -> None:
@@ -273,36 +272,29 @@ class LabSession:
             self._drain(lane)
             # Its last words may explain more than what was known before them.
             self._ended(lane, lane.why() if by_itself else over)
-        elif lane.wants is not None and self._queue is not None and not lane.finished:
-            share = self._queue.take(max(self._setup.machines, self._active()))
+        elif lane.hand.wants is not None and not lane.finished:
+            share = self._dealer.deal(lane.hand, max(self._setup.machines, self._active()))
             if share is None:
                 lane.dismiss()
             else:
-                lane.give(share, self._done)
+                lane.give(share, self._dealer.done)
 
     def _ended(self, lane: Lane, reason: str) -> None:
         """The machine of *lane* is gone: it was done, or its tests go on in a fresh boot."""
-        clean = lane.ended and not lane.shares and lane.machine is not None
+        clean = lane.ended and not lane.hand.shares and lane.machine is not None
         if clean and not (lane.machine and (lane.machine.trouble() or lane.machine.status)):
             lane.retired = True
             return
         self._lose(lane, reason)
-        queue = self._queue
-        if queue is None:
-            return
-        for number in sorted(lane.shares, reverse=True):
-            share = lane.shares[number]
-            if share.first or set(share.ids) - self._done:  # what a first share holds is known inside alone
-                queue.give_back(share)
-        if not queue:
+        again = self._dealer.take_back(lane.hand)
+        if not self._dealer.queue:
             lane.retired = True
             return
-        lane.wasted = 0 if lane.progress else lane.wasted + 1
-        if lane.wasted > 1 and self._active() > 1:
+        if not again and self._active() > 1:
             self._say(f"machine {lane.number} does not come up: {reason}; the others go on")
             lane.retired = True
             return
-        if lane.wasted > 1 or sum(entry.boots for entry in self._lanes) >= MAX_BOOTS:
+        if not again or sum(entry.boots for entry in self._lanes) >= MAX_BOOTS:
             self._why = f"{lane.boots} boots, and no way on: {reason}"
             self._give_up(lane)
         self._say("booting again for the rest")
@@ -328,9 +320,7 @@ class LabSession:
         lane.freeze()
 
     def _on_ready(self, lane: Lane, event: events.Ready) -> None:
-        if event.number != lane.asked + 1:
-            raise BadEventError(f"it wants share {event.number} after {lane.asked}")
-        lane.wants = lane.asked = event.number
+        lane.hand.ask(event.number)
 
     def _on_uncollected(self, _lane: Lane, event: events.Uncollected) -> None:
         report = events.deserialize(self._session.config, event.data, "CollectReport")
@@ -340,27 +330,15 @@ class LabSession:
 
     def _on_collected(self, lane: Lane, event: events.Collected) -> None:
         """The selection as the machine sees it is the one that counts."""
-        share = self._share(lane, event.number)
-        inside = set(event.ids)
+        gone = self._dealer.collected(lane.hand, event.number, event.ids)
         known = set(self._selected)
-        gone = set(share.ids) - inside - self._done
-        if gone:
-            self._selected = [nodeid for nodeid in self._selected if nodeid not in gone]
-        self._selected += [nodeid for nodeid in event.ids if nodeid not in known]
-        lane.shares[event.number] = replace(share, ids=tuple(event.ids), first=False)
-        if gone or inside - known:
+        new = [nodeid for nodeid in event.ids if nodeid not in known]
+        if gone or new:
+            self._selected = [nodeid for nodeid in self._selected if nodeid not in set(gone)] + new
             self._count()
 
     def _on_done(self, lane: Lane, event: events.Done) -> None:
-        if left := set(self._share(lane, event.number).ids) - self._done:
-            raise BadEventError(f"share {event.number} is over without {min(left)}")
-        del lane.shares[event.number]
-        lane.progress += 1
-
-    def _share(self, lane: Lane, number: int) -> Share:
-        if number not in lane.shares:
-            raise BadEventError(f"it was not given a share {number}")
-        return lane.shares[number]
+        self._dealer.over(lane.hand, event.number)
 
     def _on_program(self, lane: Lane, event: events.Program) -> None:
         programs.answer(lane.folder / "job" / "programs", event.key, event.recipe)
@@ -369,20 +347,18 @@ class LabSession:
         self._uncompiled.update(event.files)
 
     def _on_start(self, lane: Lane, event: events.Start) -> None:
-        if lane.running is not None or event.nodeid in self._done or not lane.owns(event.nodeid):
-            raise BadEventError(f"{event.nodeid} is not to start")
+        self._dealer.begins(lane.hand, Begun(event.nodeid, event.place, event.limit))
         if self.first_test is None:
             self.first_test = time.monotonic() - self._started
-        lane.running = Running(event.nodeid, event.place, event.limit)
         if self._heartbeat is not None:
             self._heartbeat.begins(str(lane.number), event.nodeid)
         if self._setup.machines == 1:
             hook = self._session.config.hook
-            hook.pytest_runtest_logstart(nodeid=event.nodeid, location=lane.running.location)
+            hook.pytest_runtest_logstart(nodeid=event.nodeid, location=event.place)
 
     def _on_report(self, lane: Lane, event: events.Report) -> None:
         report = events.deserialize(self._session.config, event.data, "TestReport")
-        if lane.running is None or report.nodeid != lane.running.nodeid:
+        if lane.hand.running is None or report.nodeid != lane.hand.running.nodeid:
             raise BadEventError(f"a report of {report.nodeid}, which does not run")
         if self._setup.machines > 1:
             # What the terminal looks for when reports of several processes come in one stream.
@@ -416,15 +392,9 @@ class LabSession:
             self._say(f"coverage: {failure}; what was kept before stays")
 
     def _on_finish(self, lane: Lane, event: events.Finish) -> None:
-        running = lane.running
-        if running is None or running.nodeid != event.nodeid:
-            raise BadEventError(f"{event.nodeid} ends and does not run")
-        lane.running, lane.last = None, running
-        lane.progress += 1
-        self._done.add(event.nodeid)
-        hook = self._session.config.hook
-        hook.pytest_runtest_logfinish(nodeid=running.nodeid, location=running.location)
-        self._show(lane, running.nodeid)
+        test = self._dealer.ends(lane.hand, event.nodeid)
+        self._session.config.hook.pytest_runtest_logfinish(nodeid=test.nodeid, location=test.location)
+        self._show(lane, test.nodeid)
 
     def _on_record(self, lane: Lane, event: events.Record) -> None:
         if self._setup.records is None:
@@ -472,27 +442,23 @@ class LabSession:
 
     def _stop_all(self, reason: str) -> NoReturn:
         for lane in self._lanes:
-            lane.last = None
-            if not lane.retired and lane.running is not None:
+            if not lane.retired and lane.hand.running is not None:
                 self._lose(lane, reason)
         raise self._session.Failed(reason)
 
     def _lose(self, lane: Lane, reason: str) -> None:
         """Give the verdict "lost" to the test that was running, or to the last one before the kernel died."""
-        victim = lane.running or lane.last
+        victim = self._dealer.lose(lane.hand)
         if victim is None:
             self._say(reason)
             return
-        late = "" if lane.running is not None else "right after this test: "
-        self._say(f"{late}{reason}, in {victim.nodeid}; that test is lost")
+        test, why = victim.test, victim.blame(reason)
+        self._say(f"{why}, in {test.nodeid}; that test is lost")
         hook = self._session.config.hook
-        text = f"{late}{reason}\n{lane.evidence()}"
-        hook.pytest_runtest_logreport(report=lost_report(victim.nodeid, victim.location, text))
-        hook.pytest_runtest_logfinish(nodeid=victim.nodeid, location=victim.location)
-        self._done.add(victim.nodeid)
-        self._show(lane, victim.nodeid, told=True)
-        lane.running = None
-        lane.progress += 1
+        report = lost_report(test.nodeid, test.location, f"{why}\n{lane.evidence()}")
+        hook.pytest_runtest_logreport(report=report)
+        hook.pytest_runtest_logfinish(nodeid=test.nodeid, location=test.location)
+        self._show(lane, test.nodeid, told=True)
 
     def _give_up(self, lane: Lane) -> NoReturn:
         lines = [self._why or "the kernel did not come up"]
