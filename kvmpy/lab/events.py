@@ -92,6 +92,12 @@ class Frozen(_Event, frozen=True):
     """The machine waits for its run, as a snapshot of it will."""
 
 
+class Labels(_Event, frozen=True):
+    """What the host lacks for each label that it was asked for, empty where it lacks nothing."""
+
+    labels: dict[str, str]
+
+
 class Ready(_Event, frozen=True):
     """It wants the share *number*."""
 
@@ -197,6 +203,7 @@ class End(_Event, frozen=True):
 Event = Union[
     Host,
     Frozen,
+    Labels,
     Ready,
     Collected,
     Done,
@@ -276,9 +283,7 @@ class _File(msgspec.Struct):
 _REPORTS: Mapping[str, type[msgspec.Struct]] = {"TestReport": _Test, "CollectReport": _File}
 
 
-def deserialize(
-    config: pytest.Config, data: dict[str, Any], kind: Literal["TestReport", "CollectReport"]
-) -> Any:
+def deserialize(data: dict[str, Any], kind: Literal["TestReport", "CollectReport"]) -> Any:
     """Return pytest's report of *kind*, which can be printed; BadEventError for *data* that is none."""
     if data.get("$report_type") != kind:
         raise BadEventError(f"a {kind} was due, not {data.get('$report_type')!r}")
@@ -287,7 +292,9 @@ def deserialize(
         values = from_json(data)
         if isinstance(values.get("longrepr"), tuple):
             msgspec.convert(values["longrepr"], tuple[str, int, str])
-        report = config.hook.pytest_report_from_serializable(config=config, data=values)
+        del values["$report_type"]
+        known: Any = pytest.TestReport if kind == "TestReport" else pytest.CollectReport
+        report = known._from_json(values)
         # What a traceback's text is made of shows when it is made.
         crash = getattr(report.longrepr, "reprcrash", None)
         if isinstance(report.longrepr, dict) or not isinstance(getattr(crash, "message", ""), str):

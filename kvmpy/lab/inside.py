@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,33 @@ from kvmpy.lab import bytecode, programs, readback, records
 from kvmpy.lab.coverage.counters import Collector
 from kvmpy.lab.places import COVERAGE_VARIABLE, INSIDE
 from kvmpy.lab.softsev import log
-from kvmpy.testing import host
+from kvmpy.testing import host, labels
 from kvmpy.testing.journal import Journal
 from kvmpy.testing.recording import RECORD
 
 _POLL = 0.01
+_FIRST_POLL = 0.0005
 # Nobody answers: the host's end would have ended this machine.
 _PATIENCE = 3600.0
+# What the answer to a test that begins is called, before its number.
+BEGUN = "begun-"
 
 
 class Worker:
-    """Plugin object of the session inside; *folder* is where the host puts its answers."""
+    """Plugin object of the session inside; *folder* is where the host puts its answers.
 
-    def __init__(self, journal: Journal, folder: Path) -> None:
+    With *compiles* guest programs are compiled here, and not by the host.
+    """
+
+    def __init__(self, journal: Journal, folder: Path, *, compiles: bool = False) -> None:
         self._journal = journal
         self._folder = folder
+        self._compiles = compiles
+        # The arguments of the last collection, and what it found.
+        self._args: list[str] | None = None
+        self._items: Sequence[pytest.Item] = ()
+        # How many tests have begun, where the host wants to know before they do.
+        self._begun: int | None = None
         self._nodes: dict[Path, pytest.Collector] = {}
         self._conftests: dict[Path, object] = {}
         self._collected: set[Path] = set()
@@ -44,9 +56,10 @@ class Worker:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
         """Describe this machine."""
-        program.elsewhere = lambda key, recipe: programs.ask(
-            self._journal.write, self._folder / "programs", key, recipe
-        )
+        if not self._compiles:
+            program.elsewhere = lambda key, recipe: programs.ask(
+                self._journal.write, self._folder / "programs", key, recipe
+            )
         if counted := os.environ.get(COVERAGE_VARIABLE):
             self._collector = Collector(self._journal.write, by_test=counted == "test")
         self._journal.write({"event": "host", "summary": asdict(host.summarize()), **readback.read()})
@@ -98,6 +111,13 @@ class Worker:
                 return True
             # Asked for in time, so that nobody waits.
             self._ask(number + 1)
+            if "labels" in share:
+                self._begun = 0
+                self._journal.write(
+                    {"event": "labels", "labels": labels.answers(session.config, share["labels"])}
+                )
+                number += 1
+                continue
             leak_check: Any = session.config.pluginmanager.get_plugin("kvmpy-leaks")
             with leak_check.collecting():
                 items = self._collect(session, share)
@@ -106,6 +126,8 @@ class Worker:
             self._journal.write({"event": "collected", "number": number, "ids": [i.nodeid for i in items]})
             for index, item in enumerate(items):
                 following = items[index + 1] if index + 1 < len(items) else None
+                if not self._may_begin(item):
+                    return True
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if RECORD in item.stash:
                     records.send(self._journal.write, item.stash[RECORD])
@@ -134,15 +156,25 @@ class Worker:
     def _ask(self, number: int) -> None:
         self._journal.write({"event": "ready", "number": number})
 
-    def _answer(self, number: int) -> dict[str, Any]:
-        file = self._folder / "work" / str(number)
+    def _may_begin(self, item: pytest.Item) -> bool:
+        """Wait until the host knows that the test begins, where it wants to: then its loss has a name."""
+        if self._begun is None:
+            return True
+        self._begun += 1
+        self._journal.begin(item)
+        return "end" not in self._answer(f"{BEGUN}{self._begun}")
+
+    def _answer(self, name: int | str) -> dict[str, Any]:
+        file = self._folder / "work" / str(name)
         end = time.monotonic() + _PATIENCE
+        pause = _FIRST_POLL
         while time.monotonic() < end:
             try:
                 share: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 if not self._import_one():
-                    time.sleep(_POLL)
+                    time.sleep(pause)
+                    pause = min(2 * pause, _POLL)
             else:
                 return share
         return {"end": True}
@@ -157,17 +189,20 @@ class Worker:
             waiting[path] = self._conftests[path]
 
     def _collect(self, session: pytest.Session, share: dict[str, Any]) -> list[pytest.Item]:
-        self._uncollected.clear()
-        self._remember_conftests(session)
-        collected = session.perform_collect(share["args"])
-        for report in self._uncollected:
-            data = session.config.hook.pytest_report_to_serializable(config=session.config, report=report)
-            self._journal.write({"event": "uncollected", "data": data})
+        if share["args"] != self._args:
+            self._args = None
+            self._uncollected.clear()
+            self._remember_conftests(session)
+            self._items = session.perform_collect(share["args"])
+            for report in self._uncollected:
+                data = session.config.hook.pytest_report_to_serializable(config=session.config, report=report)
+                self._journal.write({"event": "uncollected", "data": data})
+            self._args = share["args"] if not self._uncollected else None
         if "only" in share:
             wanted = set(share["only"])
-            return [item for item in collected if item.nodeid in wanted]
+            return [item for item in self._items if item.nodeid in wanted]
         skipped = set(share["skip"])
-        return [item for item in collected if item.nodeid not in skipped]
+        return [item for item in self._items if item.nodeid not in skipped]
 
 
 @pytest.hookimpl(trylast=True)

@@ -12,12 +12,14 @@ import subprocess
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmpy.lab import bytecode
 from kvmpy.lab.process import end_group
 from kvmpy.owned import dies_with_parent
+from kvmpy.testing import labels
 from kvmpy.testing.dealer import File
 
 FILE_VARIABLE = "KVMPY_LAB_LISTING"
@@ -44,11 +46,13 @@ class _Writer:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Write the arguments and the tests by file."""
         tests: dict[str, list[str]] = {}
+        needs: dict[str, list[str]] = {}
         for item in session.items:
             tests.setdefault(str(item.path), []).append(item.nodeid)
+            needs[item.nodeid] = labels.of_item(item)
         for name in self._broken:
             tests.setdefault(name, [])
-        text = json.dumps({"args": list(session.config.args), "tests": tests})
+        text = json.dumps({"args": list(session.config.args), "tests": tests, "needs": needs})
         self._target.write_text(text, encoding="utf-8")
 
 
@@ -98,8 +102,19 @@ class Listing:
 
     def files(self) -> list[File]:
         """Return the files with their tests; only after an end without a failure."""
-        values = json.loads(self._file.read_text(encoding="utf-8"))
+        values = self._values()
         return by_file(values["args"], values["tests"])
+
+    def needs(self) -> dict[str, dict[str, list[str]]]:
+        """Return the labels of each test by the file that it lies in; only after an end without a failure."""
+        values = self._values()
+        return {
+            file: {nodeid: values["needs"][nodeid] for nodeid in ids} for file, ids in values["tests"].items()
+        }
+
+    def _values(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+        return values
 
 
 def by_file(args: Sequence[str], tests: Mapping[str, Sequence[str]]) -> list[File]:

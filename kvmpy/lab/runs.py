@@ -114,7 +114,7 @@ def _common(options: Options) -> dict[str, str]:
     }
 
 
-def _job(
+def job_of(
     options: Options,
     command: Sequence[str],
     folder: Path,
@@ -123,7 +123,7 @@ def _job(
     interactive: bool = False,
     coverage: str = "",
 ) -> Job:
-    """*words* are those of the user that may name files."""
+    """Return what a machine runs; *words* are those of the user that may name files."""
     package = Path(kvmpy.__file__).resolve().parent
     bytecode.folder().mkdir(parents=True, exist_ok=True)
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
@@ -156,6 +156,20 @@ def _named(words: Sequence[str]) -> list[Path]:
     return [Path.cwd(), *(path for path in named if path.exists())]
 
 
+def listing_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command of a pytest as it runs inside, by which the host collects."""
+    # They are imported before there is a pytest, in a session that is a snapshot.
+    known = "-Wignore:Module already imported:pytest.PytestAssertRewriteWarning"
+    plugins = [*(f"-p{name}" for name in _PLUGINS), *(f"-pno:{name}" for name in _NOT), known]
+    return [sys.executable, "-m", "pytest", *plugins, *arguments]
+
+
+def session_command(command: Sequence[str], record_to: str | None = None) -> list[str]:
+    """Return the command of the session inside, which talks to the host."""
+    sent = {"journal": "/dev/kvmpy.journal", "record_to": record_to}
+    return [*command, "-p", "kvmpy.lab.inside", *pytest_arguments(sent)]
+
+
 def run(request: Request, say: Say, judge: Callable[[Ended], int] = lambda ended: ended.status) -> int:
     """Run the tests inside and return pytest's exit status, or what *judge* makes of the session.
 
@@ -166,12 +180,8 @@ def run(request: Request, say: Say, judge: Callable[[Ended], int] = lambda ended
     chosen = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
     suite = Path(kvmpy.__file__).resolve().parent / "testing" / "suite.ini"
     common = [*pytest_arguments({"seed": chosen}), *request.extra]
-    # They are imported before there is a pytest, in a session that is a snapshot.
-    known = "-Wignore:Module already imported:pytest.PytestAssertRewriteWarning"
-    plugins = [*(f"-p{name}" for name in _PLUGINS), *(f"-pno:{name}" for name in _NOT), known]
-    command = [sys.executable, "-m", "pytest", *plugins, *request.inside, *common]
-    sent = {"journal": "/dev/kvmpy.journal", "record_to": records.FOLDER if request.records else None}
-    inside = [*command, "-p", "kvmpy.lab.inside", *pytest_arguments(sent)]
+    command = listing_command([*request.inside, *common])
+    inside = session_command(command, records.FOLDER if request.records else None)
     here = ["-c", str(suite), "--rootdir", str(Path.cwd()), "--noconftest", "--assert=plain"]
     folder = _folder()
     listing = partial(Listing, command, _common(request.options), folder)
@@ -179,7 +189,7 @@ def run(request: Request, say: Say, judge: Callable[[Ended], int] = lambda ended
     setup = Setup(
         request.options,
         request.machines,
-        _job(request.options, inside, folder, request.inside, coverage=counts),
+        job_of(request.options, inside, folder, request.inside, coverage=counts),
         listing,
         folder,
         request.limits,
@@ -212,7 +222,7 @@ def shell(options: Options, command: Sequence[str], coverage: Path | None = None
     tools.need(tools.RUN, "the lab")
     folder = _folder()
     try:
-        job = _job(options, command, folder, command, interactive=True)
+        job = job_of(options, command, folder, command, interactive=True)
         prepare(folder, job)
         start = Start(folder / snapshots.INITRAMFS)
         snapshots.write_initramfs(start.initramfs, job.root, session=False)

@@ -319,11 +319,14 @@ class LabSession:
     def _on_frozen(self, lane: Lane, _event: events.Frozen) -> None:
         lane.freeze()
 
+    def _on_labels(self, _lane: Lane, _event: events.Labels) -> None:
+        raise BadEventError("it was not asked for labels")
+
     def _on_ready(self, lane: Lane, event: events.Ready) -> None:
         lane.hand.ask(event.number)
 
     def _on_uncollected(self, _lane: Lane, event: events.Uncollected) -> None:
-        report = events.deserialize(self._session.config, event.data, "CollectReport")
+        report = events.deserialize(event.data, "CollectReport")
         if report.nodeid not in self._uncollected:
             self._uncollected.add(report.nodeid)
             self._session.config.hook.pytest_collectreport(report=report)
@@ -357,7 +360,7 @@ class LabSession:
             hook.pytest_runtest_logstart(nodeid=event.nodeid, location=event.place)
 
     def _on_report(self, lane: Lane, event: events.Report) -> None:
-        report = events.deserialize(self._session.config, event.data, "TestReport")
+        report = events.deserialize(event.data, "TestReport")
         if lane.hand.running is None or report.nodeid != lane.hand.running.nodeid:
             raise BadEventError(f"a report of {report.nodeid}, which does not run")
         if self._setup.machines > 1:

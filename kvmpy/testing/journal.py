@@ -39,7 +39,8 @@ class History:
     ``done`` has the reports of each test that came to its end, ``lost`` the reasons of those whose process
     died; ``selected`` is in the order of collection; ``sessions`` counts the processes that wrote; ``limit``
     is in seconds; ``finished`` is True when the last of them ended in order, its reports written; ``kept`` is
-    of a journal that outlives the machine, ``command`` the arguments of its run.
+    of a journal that outlives the machine, ``command`` the arguments of its run. Of a fleet ``begun`` has the
+    test that runs on each host, ``about`` where a lost test ran, ``columns`` what is known of each column.
     """
 
     done: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -48,6 +49,9 @@ class History:
     selected: list[str] = field(default_factory=list)
     uncollected: list[dict[str, Any]] = field(default_factory=list)
     running: str | None = None
+    begun: dict[str, str] = field(default_factory=dict)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     limit: float = 0.0
     seed: int = 0
     pid: int = 0
@@ -84,6 +88,8 @@ def _event() -> type[Any]:
         heartbeat: bool = False
         verdict: Verdict | None = None
         location: tuple[str, int | None, str] = ("", None, "")
+        host: str = ""
+        column: str = ""
         ids: list[str] = []
         data: dict[str, Any] = {}
 
@@ -126,17 +132,25 @@ class Follower:
         return list(_parsed(line for line in whole.split(b"\n") if not line.startswith(_REPORT)))
 
 
-def read(path: Path) -> History:
-    """Return what the journal at *path* holds; a missing file, and what is no event, holds nothing."""
+def read(path: Path, column: str = "") -> History:
+    """Return what the journal at *path* holds; a missing file, and what is no event, holds nothing.
+
+    Of a fleet's matrix that is what is of *column*, or of none.
+    """
     history = History()
     pending: dict[str, list[dict[str, Any]]] = {}
     for event in _events(path):
         kind, nodeid = event["event"], event["nodeid"]
-        if kind == "session":
+        if kind == "column":
+            history.columns[event["column"]] = event["data"]
+        elif event["column"] not in ("", column):
+            continue
+        elif kind == "session":
             history.seed, history.pid, history.workers = event["seed"], event["pid"], event["workers"]
             history.sessions += 1
             history.finished = False
             history.running = None
+            history.begun.clear()
             history.uncollected.clear()
             pending.clear()
         elif kind == "selected":
@@ -145,6 +159,7 @@ def read(path: Path) -> History:
             history.uncollected.append(event["data"])
         elif kind == "start":
             history.running, history.limit = nodeid, event["limit"]
+            history.begun[event["host"]] = nodeid
             history.locations[nodeid] = event["location"]
         elif kind == "report":
             pending.setdefault(nodeid, []).append(event["data"])
@@ -153,8 +168,9 @@ def read(path: Path) -> History:
         elif kind == "finish":
             _judged(history, nodeid, pending)
         elif kind == "lost":
+            _ended(history, nodeid)
             history.running = None
-            history.lost[nodeid] = event["reason"]
+            history.lost[nodeid], history.about[nodeid] = event["reason"], event["data"]
         elif kind == "end":
             history.finished = True
         elif kind == "kept":
@@ -164,8 +180,14 @@ def read(path: Path) -> History:
 
 def _judged(history: History, nodeid: str, pending: dict[str, list[dict[str, Any]]]) -> None:
     history.done.setdefault(nodeid, pending.pop(nodeid, []))
+    _ended(history, nodeid)
+
+
+def _ended(history: History, nodeid: str) -> None:
     if history.running == nodeid:
         history.running = None
+    for host in [host for host, begun in history.begun.items() if begun == nodeid]:
+        del history.begun[host]
 
 
 def _append(stream: TextIO, event: dict[str, Any]) -> None:
@@ -201,6 +223,7 @@ class Running:
         self, config: pytest.Config, path: Path, about: Mapping[str, Any], *, kept: bool = False
     ) -> None:
         self._config = config
+        self._begun: pytest.Item | None = None
         self._on_disk = kept
         self._stream = path.open("a", encoding="utf-8")
         # An earlier process may have left half a line.
@@ -230,6 +253,13 @@ class Running:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Note that the test starts."""
+        if item is not self._begun:
+            self.begin(item)
+        self._begun = None
+
+    def begin(self, item: pytest.Item) -> None:
+        """Note that the test starts, before its time-out counts."""
+        self._begun = item
         location = item.location
         self.write_safely(
             {"event": "start", "nodeid": item.nodeid, "limit": self._limit(item), "location": location}
@@ -446,15 +476,17 @@ class Journal(Running):
 
 def reports(history: History, died: str) -> Iterator[pytest.TestReport]:
     """Yield every report of a journal, and one for each test that was lost; *died* is why the last was."""
-    for kept in history.done.values():
-        for data in kept:
+    for nodeid, kept in history.done.items():
+        for data in kept if nodeid not in history.lost else ():
             yield pytest.TestReport._from_json(from_json(data))
     lost = dict(history.lost)
     if history.running is not None:
         lost[history.running] = died
     for nodeid, reason in lost.items():
         file, _, name = nodeid.partition("::")
-        yield lost_report(nodeid, history.locations.get(nodeid, (file, None, name)), reason)
+        report = lost_report(nodeid, history.locations.get(nodeid, (file, None, name)), reason)
+        report.__dict__["kvmpy"] = history.about.get(nodeid, {})
+        yield report
 
 
 def lost_report(nodeid: str, location: Location, reason: str) -> pytest.TestReport:

@@ -22,14 +22,17 @@ class JournalError(Exception):
     """A journal that cannot be begun, gone on from or read."""
 
 
-def folder() -> Path | None:
-    """Return the folder of the journals in the cache; None where somebody else may write there."""
-    return caches.own("journals")
+def folder(kind: str = "journals") -> Path | None:
+    """Return the folder of the journals in the cache; None where somebody else may write there.
+
+    *kind* is another one for runs that are gone on from in another way.
+    """
+    return caches.own(kind)
 
 
-def fresh() -> Path | None:
+def fresh(kind: str = "journals") -> Path | None:
     """Return the path of a new journal in the cache, and remove the oldest there; None without a cache."""
-    place = folder()
+    place = folder(kind)
     if place is None:
         return None
     try:
@@ -92,12 +95,12 @@ def readable(path: Path) -> journal.History:
     return history
 
 
-def last(*, unfinished: bool = False) -> Path:
+def last(*, unfinished: bool = False, kind: str = "journals") -> Path:
     """Return the newest journal of the cache, with *unfinished* of a run that did not come to its end.
 
     JournalError when there is none.
     """
-    place = folder()
+    place = folder(kind)
     for path in _kept(place) if place is not None else ():
         history = journal.History() if in_use(path) else journal.read(path)
         if history.sessions and not (unfinished and history.complete):

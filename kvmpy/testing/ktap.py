@@ -36,15 +36,19 @@ def _result(number: int, entry: TestVerdict) -> str:
     return line
 
 
+def _on(entry: TestVerdict) -> str:
+    return f"on {entry.host}" if entry.host else ""
+
+
 def _diagnostics(entry: TestVerdict) -> Iterator[str]:
-    about = [entry.platform if entry.platform != "host" else "", entry.protection or ""]
+    about = [entry.platform if entry.platform != "host" else "", entry.protection or "", _on(entry)]
     label = f"{_description(entry.name)} ({', '.join(word for word in about if word)})" if any(about) else ""
     if entry.verdict.bad:
         yield f"# {label or _description(entry.name)}: {_one_line(entry.reason)}"
         for text in (entry.details, entry.postmortem or ""):
             for line in text.splitlines():
                 yield f"# {line}".rstrip()
-    elif label and entry.platform != "host":
+    elif label and (entry.platform != "host" or entry.host):
         yield f"# {label}"
 
 

@@ -42,8 +42,9 @@ class TestVerdict:
 
     ``id`` is the test's name inside its suite, the same for a checkout and an installed kvmpy; ``promise`` is
     the first line of its docstring; ``protection`` is None for a test that creates no VM through ``make_vm``;
-    ``platform`` is ``host`` or the name of the emulated platform; ``duration`` is in seconds.  ``ioctls`` and
-    ``memory_maps`` are what :mod:`kvmpy.testing.evidence` kept.
+    ``platform`` is ``host`` or the name of the emulated platform; ``host`` names the host of a fleet that ran
+    it; ``duration`` is in seconds.  ``ioctls`` and ``memory_maps`` are what :mod:`kvmpy.testing.evidence`
+    kept.
     """
 
     __test__ = False
@@ -53,6 +54,7 @@ class TestVerdict:
     area: str
     verdict: Verdict
     platform: str
+    host: str = ""
     promise: str = ""
     protection: str | None = None
     reason: str = ""

@@ -126,9 +126,9 @@ def test_an_event_that_is_not_as_it_should_be_is_named(text: bytes) -> None:
     ],
 )
 def test_a_report_that_cannot_be_shown(pytestconfig: pytest.Config, field: str, value: object) -> None:
-    assert events.deserialize(pytestconfig, copy.deepcopy(TEST), "TestReport").longreprtext
+    assert events.deserialize(copy.deepcopy(TEST), "TestReport").longreprtext
     with pytest.raises(BadEventError):
-        events.deserialize(pytestconfig, {**copy.deepcopy(TEST), field: value}, "TestReport")
+        events.deserialize({**copy.deepcopy(TEST), field: value}, "TestReport")
 
 
 def mutate(value: Any, choose: random.Random) -> Any:
@@ -151,7 +151,7 @@ def test_mutated_reports_are_reports_or_refused(pytestconfig: pytest.Config) -> 
         if not isinstance(data, dict):
             continue
         try:
-            report = events.deserialize(pytestconfig, data, "TestReport")
+            report = events.deserialize(data, "TestReport")
         except BadEventError:
             continue
         assert isinstance(report.longreprtext, str), seed

@@ -193,7 +193,7 @@ def test_the_platform_names_it(tmp_path: Path, parameters: str, platform: str) -
     options = Options(kernel("k", True), parameters=tuple(parameters.split()))
 
     assert runs.platform(options) == platform
-    assert runs._job(options, ["true"], tmp_path, []).environment[PLATFORM_VARIABLE] == platform
+    assert runs.job_of(options, ["true"], tmp_path, []).environment[PLATFORM_VARIABLE] == platform
 
 
 def test_log_has_only_what_is_new_and_the_software_s(tmp_path: Path) -> None:

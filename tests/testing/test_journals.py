@@ -223,3 +223,24 @@ def test_what_the_dying_kernel_said_is_told(tmp_path: Path, monkeypatch: pytest.
     reason = journal.read(path).lost["test_own.py::test_x"]
     assert "Oops: dmesg-new" in reason
     assert "Oops: dmesg-old" not in reason
+
+
+def test_a_fleets_journal_has_a_test_for_each_host_and_a_part_for_each_column(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    events: list[dict[str, Any]] = [
+        {"event": "session", "seed": 7},
+        {"event": "column", "column": "new", "data": {"key": "k"}},
+        {"event": "start", "nodeid": "a", "host": "one", "column": "new"},
+        {"event": "start", "nodeid": "a", "host": "two", "column": "old"},
+        {"event": "start", "nodeid": "b", "host": "three", "column": "new"},
+        {"event": "finish", "nodeid": "a", "host": "one", "column": "new"},
+        {"event": "start", "nodeid": "c", "host": "one", "column": "new"},
+        {"event": "lost", "nodeid": "b", "reason": "why", "column": "new", "data": {"host": "three"}},
+    ]
+    path.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    new, old = journal.read(path, "new"), journal.read(path, "old")
+    assert (new.seed, old.seed) == (7, 7)
+    assert (list(new.done), new.lost, new.begun) == (["a"], {"b": "why"}, {"one": "c"})
+    assert new.about == {"b": {"host": "three"}}
+    assert (old.done, old.lost, old.begun) == ({}, {}, {"two": "a"})
+    assert new.columns == old.columns == {"new": {"key": "k"}}
