@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "show which protections this host supports, and what the others need",
     "encode": "encode names and fields as numbers and bytes, for decode or a C program",
     "faults": "show page faults and conversions of a VM live, decoded",
+    "fleet": "run tests on many hosts: serve, join, run, hosts, status, power",
     "hardware": "run everything on a machine with SEV and pack the results into one archive",
     "html": "turn JSON reports of one or more kernels into an HTML page",
     "lab": "build and boot kernels under QEMU and run tests in them; needs no /dev/kvm",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option of the commands that run tests and of the pytest plugin, once.
 
-``kvmpy run``, ``lab run``, ``lab shell``, ``results`` and ``hardware`` make their options from it
+``kvmpy run``, ``lab run``, ``lab shell``, ``fleet run``, ``results`` and ``hardware`` make theirs from it
 (kvmpy/cli/options.py), the plugin its own (kvmpy/testing/options.py), and whoever starts one of them makes
 the arguments from it.  Pure.
 """
@@ -121,22 +121,25 @@ def cpu_flag(text: str) -> str:
 
 
 _RUN, _LAB, _HARDWARE = ("run",), ("lab run",), ("hardware",)
-_BOTH, _BOOTS = ("run", "lab run"), ("lab run", "lab shell")
+_BOTH, _BOOTS = ("run", "lab run"), ("lab run", "lab shell", "fleet join")
+_FLEET = ("fleet run",)
+_RUNS = (*_BOTH, *_FLEET)
 _REPORTS = (*_BOTH, "results")
+_FLEET_REPORTS = (*_REPORTS, *_FLEET)
 # The options that name a report's file, or ``-`` for standard output.
 REPORTS = ("json", "ktap", "junit", "html")
 _STEPS = ", ".join(f"{step} {seconds:g}" for step, seconds in STEP_LIMITS.items())
 _NOT_MATRIX = "; not with --matrix"
 
 OPTIONS: tuple[Option, ...] = (
-    Option("expression", _BOTH, "-k", "Run only tests whose names match, as in pytest -k.", "EXPR",
+    Option("expression", _RUNS, "-k", "Run only tests whose names match, as in pytest -k.", "EXPR",
            pytest="-k", own=False, side="inside", each=True),
     Option("workers", _RUN, "-n", "Run in N processes at once (a number or auto).", "N", pytest="-n",
            own=False),
     Option("machines", _LAB, "-n --machines",
            "Number of VMs at once (default: one for each CPU, as memory allows).", kind=Between(1, 64)),
     Option("listing", _RUN, "--list", "List the tests without running them.", kind="flag"),
-    Option("protection", _BOTH, "--protection",
+    Option("protection", _RUNS, "--protection",
            "Run only under these protections; auto is the strongest that KVM offers.", "P[,P]",
            pytest="--protection", side="inside", each=True),
     Option("quick", _BOTH, "--quick",
@@ -153,31 +156,32 @@ OPTIONS: tuple[Option, ...] = (
     Option("dangerous", _RUN, "--dangerous", "Also run tests that can crash an unfixed host.", kind="flag",
            pytest="--run-dangerous"),
     # How they run.
-    Option("seed", _BOTH, "--seed", "Repeat the random choices of a run.", "N", kind=seed,
+    Option("seed", _RUNS, "--seed", "Repeat the random choices of a run.", "N", kind=seed,
            pytest="--kvmpy-seed", each=True),
-    Option("repeat", _BOTH, "--repeat", "Run each test N times, and tell the flaky ones.", "N", kind=times,
+    Option("repeat", _RUNS, "--repeat", "Run each test N times, and tell the flaky ones.", "N", kind=times,
            pytest="--kvmpy-repeat", side="inside", each=True),
-    Option("deadline", _BOTH, "--deadline",
+    Option("deadline", _RUNS, "--deadline",
            f"Time limit for a guest to run without an expected exit (default: {DEFAULT_DEADLINE:g}).",
            "SECONDS", kind=positive_seconds, pytest="--deadline", side="inside", each=True),
-    Option("load_seconds", _BOTH, "--load-seconds",
+    Option("load_seconds", _RUNS, "--load-seconds",
            f"How long each test under load goes on (default: {LOAD_SECONDS:g}).", "N", kind=positive_seconds,
            pytest="--load-seconds", side="inside", each=True),
-    Option("strict_private", _BOTH, "--strict-private",
+    Option("strict_private", _RUNS, "--strict-private",
            "Refuse host access to private pages under every protection, as SEV-SNP does.", kind="flag",
            pytest="--strict-private", side="inside", each=True),
     # What is shown and written.
     Option("verbose", _REPORTS, "-v --verbose",
            "Show pytest's own progress, and every row, reason and name in the summary.", kind="flag",
            each=True),
-    Option("json", _REPORTS, "--json", "Write the verdicts as JSON; - is standard output.", "FILE",
+    Option("json", _FLEET_REPORTS, "--json", "Write the verdicts as JSON; - is standard output.", "FILE",
            pytest="--kvmpy-json", side="host"),
-    Option("ktap", _REPORTS, "--ktap", "Write the verdicts as KTAP version 1; - is standard output.",
+    Option("ktap", _FLEET_REPORTS, "--ktap", "Write the verdicts as KTAP version 1; - is standard output.",
            "FILE", pytest="--ktap", side="host"),
     Option("junit", _REPORTS, "--junit", "Write the verdicts as JUnit XML.", "FILE", pytest="--junitxml",
            own=False, side="host"),
-    Option("html", _REPORTS, "--html", "Write one HTML page: verdicts, reasons, memory maps, ioctls.", "FILE",
-           pytest="--kvmpy-html", side="host", lab_help=_NOT_MATRIX),
+    Option("html", _FLEET_REPORTS, "--html",
+           "Write one HTML page: verdicts, reasons, memory maps, ioctls.", "FILE", pytest="--kvmpy-html",
+           side="host", lab_help=_NOT_MATRIX),
     Option("kselftest", _RUN, "--kselftest",
            "Behave as a selftest of the kernel: KTAP on standard output, exit status 0, 1, or 4 if all were "
            "skipped.", kind="flag"),
@@ -188,12 +192,33 @@ OPTIONS: tuple[Option, ...] = (
            kind=RECORD_MODES, pytest="--record", side="inside", lab_help=_NOT_MATRIX),
     Option("record_dir", _BOTH, "--record-dir", f"Folder for records (default: {RECORD_FOLDER}).", "DIR",
            pytest="--record-dir", side="inside"),
-    Option("journal", _RUN, "--journal",
+    Option("journal", (*_RUN, *_FLEET), "--journal",
            "Keep every report here as it comes, for --resume and kvmpy results (default: in the cache).",
            "FILE", kind="path", pytest="--kvmpy-journal"),
-    Option("resume", _RUN, "--resume",
+    Option("resume", (*_RUN, *_FLEET), "--resume",
            "Go on behind the last verdict of --journal, or of the last run that did not come to its end.",
            kind="flag"),
+    # On which hosts.
+    Option("local", _FLEET, "--local", "Start N hosts on this machine, with a fleet of their own.", "N",
+           kind=Between(1, 64)),
+    Option("hosts", _FLEET, "--hosts", "Start the hosts of this file.", "FILE", kind="path"),
+    Option("matrix_of_hosts", _FLEET, "--matrix/--spread",
+           "Run each test on each class of hosts, or each test once (the default).", kind="flag",
+           default=False),
+    Option("on", _FLEET, "--on",
+           "Use only hosts that have this label: a requirement, a protection, a configuration or a name.",
+           "LABEL", repeated=True, default=()),
+    Option("in_lab", ("fleet join",), "--lab",
+           "Run tests in a machine of the lab on this host; the options below say which.", kind="flag"),
+    Option("at", _FLEET, "--at", "The fleet's address (default: that of this user's `fleet serve`).",
+           "HOST:PORT"),
+    Option("certificate", _FLEET, "--certificate", "The fleet's certificate (default: this user's).", "FILE",
+           kind="path"),
+    Option("wait", _FLEET, "--wait", "How long hosts may take to join, in seconds.", "SECONDS",
+           kind=Between(1, whole=False), default=60.0, show_default=True),
+    Option("margin", _FLEET, "--margin",
+           "How long a host may say nothing beyond its test's time-out, in seconds; then it hangs.",
+           "SECONDS", kind=Between(1, whole=False), default=60.0, show_default=True),
     # Pytest's alone.
     Option("evidence", (), "",
            "Keep memory maps of all tests' VMs and the last ioctls of failures (--kvmpy-html does so, too).",
@@ -246,7 +271,7 @@ OPTIONS: tuple[Option, ...] = (
            each=True),
     Option("timeout", _LAB, "--timeout", "Time limit for the whole run, in seconds.",
            kind=Between(1, whole=False), default=4 * 3600.0, each=True),
-    Option("coverage", _BOOTS, "--coverage",
+    Option("coverage", ("lab run", "lab shell"), "--coverage",
            "Keep which lines of KVM are executed in this folder; needs a kernel of lab build --coverage.",
            "DIR", kind="path"),
     Option("coverage_by", _LAB, "--coverage-by", "Keep that for each test file or for each test.",
@@ -267,7 +292,7 @@ OF_PYTEST = {option.name: option.pytest for option in OPTIONS if option.pytest}
 
 
 def of(command: str) -> list[Option]:
-    """Return the options of *command*: ``run``, ``lab run``, ``lab shell``, ``results`` or ``hardware``."""
+    """Return the options of *command*, such as ``run`` or ``lab run``."""
     return [option for option in OPTIONS if command in option.on]
 
 

@@ -30,6 +30,7 @@ NAMED = {
     "cli/hardware.py": "a program of its own: python -m",
     "cli/main.py": "a command's module is named after it",
     "debug/record/worker.py": "a program of its own: python -m",
+    "fleet/session.py": "a plugin of the session's pytest, on its command line",
     "guest/postmortem.py": "tells the session in the lab which of its imports to make early",
     "lab/frozen.py": "what a session imports before it knows its run",
     "lab/inside.py": "makes them",

@@ -21,7 +21,7 @@ from kvmpy.testing.option_table import (
 )
 from kvmpy.testing.options import chosen
 
-COMMANDS = ("run", "lab run", "lab shell", "hardware")
+COMMANDS = ("run", "lab run", "lab shell", "fleet run", "hardware")
 TEXTS = {
     "seed": "0x10",
     "repeat": "3",
