@@ -229,7 +229,7 @@ def _built_apart(tree: Path, soft_sev: bool | None, folder: Path) -> Kernel:
 
 def _as_it_fits(soft_sev: bool | None, build: Callable[[bool], Kernel]) -> Kernel:
     """Return what *build* makes: with the software AMD-SP, unless it is not wanted or does not fit."""
-    from kvmpy.lab.softsev.hooks import HookError
+    from kvmpy.lab.hooks import HookError
 
     try:
         return build(soft_sev is not False)

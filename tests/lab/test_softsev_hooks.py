@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from kvmpy.cli import lab as cli
 from kvmpy.lab import kernels, places, softsev, tools
 from kvmpy.lab.errors import LabError
-from kvmpy.lab.softsev.hooks import Copy, Hook, HookError, HookList
+from kvmpy.lab.hooks import Copy, Hook, HookError, HookList
 
 SOURCE = """\
 #include <linux/first.h>

@@ -9,6 +9,7 @@ import zipfile
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 
+from kvmpy.lab import hooks
 from kvmpy.lab.errors import LabError
 
 ARCHIVE = "coverage.zip"
@@ -16,16 +17,16 @@ ARCHIVE = "coverage.zip"
 FOLDERS = ("arch/x86/kvm", "virt/kvm")
 # make evaluates it in each folder; virt/kvm is compiled from KVM's Makefile in arch/x86/kvm.
 MAKE_VARIABLE = "GCOV_PROFILE=$(if $(filter arch/x86/kvm arch/x86/kvm/%,$(obj)),y)"
-# The lines and files that the software AMD-SP adds to KVM's (kvmpy/lab/softsev/hooks.py).
-_HOOK = re.compile(r"^/\* softsev: (end of )?\S+(?: [0-9a-f]{8})? \*/$")
-_HOOK_FILES = re.compile(r"(?:^|/)softsev[^/]*$")
+# The lines and files that the software AMD-SP and the bug catalogue add to KVM's (kvmpy/lab/hooks.py).
+_HOOK = re.compile(rf"^/\* (?:{'|'.join(hooks.OWNERS)}): (end of )?\S+(?: [0-9a-f]{{8}})? \*/$")
+_HOOK_FILES = re.compile(r"(?:^|/)(?:softsev[^/]*|kvm_bugs\.[ch])$")
 _NOTES = ".gcno"
 _SOURCE = "source/"
 _TEXTS = (".c", ".h")
 
 
 def own_lines(text: str) -> list[int]:
-    """Return the numbers, from 1, of the lines of a source that the software AMD-SP has not added."""
+    """Return the numbers, from 1, of the lines of a source that no hook has added."""
     numbers = []
     inside = False
     for number, line in enumerate(text.split("\n"), 1):
@@ -88,7 +89,8 @@ class Kept:
     def source(self, path: str) -> str:
         """Return a source as it is in the tree, without what was added; KeyError where there is none."""
         lines = self._text(path).split("\n")
-        return "\n".join(lines[number - 1] for number in own_lines("\n".join(lines)))
+        own = "\n".join(lines[number - 1] for number in own_lines("\n".join(lines)))
+        return hooks.without(own)
 
     def _text(self, path: str) -> str:
         return self._archive.read(f"{_SOURCE}{path}").decode("utf-8", "replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvmpy.lab.softsev.hooks import HookError, HookList, Snapshot
+from kvmpy.lab.hooks import HookError, HookList, Snapshot
 from kvmpy.platforms import SOFTWARE_SP
 
 FOLDER = Path(__file__).resolve().parent / "kernel"

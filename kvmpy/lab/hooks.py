@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the software AMD-SP into a kernel tree: copies files, and inserts lines beside the kernel's own."""
+"""Changes a kernel tree by its structure: copies files, and puts code beside or around the kernel's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PLACES = ("after-includes", "append", "before", "after")
+PLACES = ("after-includes", "append", "before", "after", "around")
+OWN = "@@"
+"""In the text of a hook that goes around an expression: the kernel's own."""
+SOFTWARE_SP = "softsev"
+BUG = "bug"
+OWNERS = {
+    SOFTWARE_SP: "this kernel differs from those that the software AMD-SP knows; see kernel/hooks.toml",
+    BUG: "this kernel differs from those that the bug catalogue knows",
+}
+"""Whose hooks there are, as the comments around each say, and what a hook that does not fit means."""
 _HASH_COMMENTS = ("Makefile", "Kbuild", "Kconfig")
 _INCLUDE = re.compile(r"^#\s*include\b", re.MULTILINE)
 _CONDITION = re.compile(r"^#\s*(if|endif)", re.MULTILINE)
@@ -32,7 +41,10 @@ class HookError(BuildError):
 
 @dataclass(frozen=True)
 class Hook:
-    """Lines that go beside a line of the kernel's; see the head of hooks.toml for the fields."""
+    """Code that goes beside a line of the kernel's, or around an expression.
+
+    The head of softsev/kernel/hooks.toml has the fields; *owner* is one of OWNERS.
+    """
 
     name: str
     file: str
@@ -42,26 +54,46 @@ class Hook:
     scope: str = ""
     when: str = ""
     needs: Sequence[str] = field(default=())
-
-    @property
-    def lines(self) -> str:
-        """What is inserted, between two comments that name the hook and this version of it."""
-        body = self.text.strip("\n")
-        digest = hashlib.sha256(f"{self.place}\0{self.anchor}\0{body}".encode()).hexdigest()[:8]
-        if Path(self.file).name in _HASH_COMMENTS:
-            return f"# softsev: {self.name} {digest}\n{body}\n# softsev: end of {self.name}\n"
-        return f"/* softsev: {self.name} {digest} */\n{body}\n/* softsev: end of {self.name} */\n"
+    owner: str = SOFTWARE_SP
 
     @property
     def mark(self) -> str:
-        """The first line of what is inserted."""
-        return self.lines.partition("\n")[0]
+        """The comment before what is inserted: it names the hook and this version of it."""
+        body = self.text.strip("\n")
+        digest = hashlib.sha256(f"{self.place}\0{self.anchor}\0{body}".encode()).hexdigest()[:8]
+        return self._comment(f"{self.name} {digest}")
+
+    def _comment(self, words: str) -> str:
+        if Path(self.file).name in _HASH_COMMENTS:
+            return f"# {self.owner}: {words}"
+        return f"/* {self.owner}: {words} */"
+
+    @property
+    def lines(self) -> str:
+        """What is inserted, between two comments."""
+        body = self.text.strip("\n")
+        return f"{self.mark}\n{body}\n{self._comment(f'end of {self.name}')}\n"
+
+    def _around(self, own: str) -> str:
+        """Return the kernel's *own* code within the hook's; the comments let :func:`without` take it off."""
+        before, _, after = self.text.strip("\n").partition(OWN)
+        start, stop = self._comment(f"around {self.name}"), self._comment(f"within {self.name}")
+        return f"{self.mark}{before}{start}{own}{stop}{after}{self._comment(f'end of {self.name}')}"
 
     def _fail(self, why: str) -> HookError:
         return HookError(
             f"hook {self.name} does not fit {self.file}: {why}",
-            "this kernel differs from those that the software AMD-SP knows; see kernel/hooks.toml",
+            OWNERS[self.owner],
         )
+
+    def check(self) -> None:
+        """Raise HookError where the fields do not go together."""
+        if self.place not in PLACES:
+            raise HookError(f"hook {self.name}: {self.place!r} is not a place")
+        if self.place in {"before", "after", "around"} and not self.anchor:
+            raise HookError(f"hook {self.name} has no anchor")
+        if self.place == "around" and (self.text.count(OWN) != 1 or "\n" in self.text.strip("\n")):
+            raise HookError(f"hook {self.name}: one line is expected, with {OWN} for the kernel's own code")
 
     def _scope(self, source: str) -> tuple[int, int]:
         if not self.scope:
@@ -78,26 +110,30 @@ class Hook:
             raise self._fail(f"what begins like {self.scope} does not end")
         return starts[0], end.start()
 
-    def _position(self, source: str) -> int:
-        if self.place == "append":
-            return len(source)
-        if self.place == "after-includes":
-            return _after_includes(source, self._fail)
+    def _match(self, source: str) -> re.Match[str]:
         start, end = self._scope(source)
         matches = list(re.compile(self.anchor, re.MULTILINE).finditer(source, start, end))
         if not matches:
             raise self._fail(f"nothing there is like {self.anchor}")
         if len(matches) > 1:
             raise self._fail(f"{len(matches)} lines are like {self.anchor}, and it must be one")
+        return matches[0]
+
+    def _position(self, source: str) -> int:
+        if self.place == "append":
+            return len(source)
+        if self.place == "after-includes":
+            return _after_includes(source, self._fail)
+        match = self._match(source)
         if self.place == "before":
-            return source.rfind("\n", 0, matches[0].start() + 1) + 1
-        return source.find("\n", matches[0].end() - 1) + 1
+            return source.rfind("\n", 0, match.start() + 1) + 1
+        return source.find("\n", match.end() - 1) + 1
 
     def insert(self, source: str) -> str:
         """Return the file's text with the lines; unchanged when they are there, or not for this tree."""
         if self.mark in source:
             return source
-        if re.search(rf"softsev: {re.escape(self.name)} ", source):
+        if re.search(rf"{self.owner}: {re.escape(self.name)} ", source):
             raise HookError(
                 f"{self.file} has hook {self.name} of another version of kvmpy", "start from a clean tree"
             )
@@ -106,11 +142,32 @@ class Hook:
         for pattern in self.needs:
             if not re.search(pattern, source, re.MULTILINE):
                 raise self._fail(f"nothing there is like {pattern}")
+        if self.place == "around":
+            match = self._match(source)
+            return source[: match.start()] + self._around(match.group()) + source[match.end() :]
         offset = self._position(source)
         head = source[:offset]
         if head and not head.endswith("\n"):
             head += "\n"
         return head + self.lines + source[offset:]
+
+
+_MARK = rf"(?:{'|'.join(OWNERS)}): "
+_LINES = re.compile(
+    rf"^/\* {_MARK}(\S+) [0-9a-f]{{8}} \*/\n(?:.*\n)*?/\* {_MARK}end of \1 \*/\n", re.MULTILINE
+)
+_AROUND = re.compile(
+    rf"/\* {_MARK}(\S+) [0-9a-f]{{8}} \*/.*?/\* {_MARK}around \1 \*/(.*?)/\* {_MARK}within \1 \*/.*?"
+    rf"/\* {_MARK}end of \1 \*/",
+    re.DOTALL,
+)
+
+
+def without(source: str) -> str:
+    """Return a C source as it was before the hooks."""
+    while (bare := _AROUND.sub(r"\2", _LINES.sub("", source))) != source:
+        source = bare
+    return source
 
 
 def _is_declaration(source: str, start: int) -> bool:
@@ -168,15 +225,12 @@ class HookList:
     hooks: Sequence[Hook]
 
     @classmethod
-    def load(cls, folder: Path) -> HookList:
+    def load(cls, folder: Path, owner: str = SOFTWARE_SP) -> HookList:
         """Read ``hooks.toml`` of *folder*."""
         data = tomllib.loads((folder / "hooks.toml").read_text(encoding="utf-8"))
-        hooks = [Hook(**entry) for entry in data.get("hook", [])]
+        hooks = [Hook(**entry, owner=owner) for entry in data.get("hook", [])]
         for hook in hooks:
-            if hook.place not in PLACES:
-                raise HookError(f"hook {hook.name}: {hook.place!r} is not a place")
-            if hook.place in {"before", "after"} and not hook.anchor:
-                raise HookError(f"hook {hook.name} has no anchor")
+            hook.check()
         return cls([Copy(folder / entry["from"], entry["to"]) for entry in data.get("copy", [])], hooks)
 
     def apply(self, tree: Path) -> list[str]:
