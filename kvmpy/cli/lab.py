@@ -60,6 +60,9 @@ def lab() -> None:
     help="Count what KVM executes (gcov), for lab run --coverage; booted only for that or if named.",
 )
 @click.option(
+    "--bugs", is_flag=True, help="Add the bug catalogue, for kvmpy bugs; booted only for that or if named."
+)
+@click.option(
     "--config",
     "configs",
     metavar="FILE",
@@ -73,6 +76,7 @@ def build(
     missing: bool,
     soft_sev: bool,
     coverage: bool,
+    bugs: bool,
     configs: tuple[str, ...],
 ) -> None:
     """Put a lab kernel into the cache: from a Debian suite, a tree of your own, or a bzImage."""
@@ -82,8 +86,11 @@ def build(
 
     if configs and (kernel is not None or missing):
         raise click.UsageError("--config is for a kernel that is built now: not with --kernel or --missing")
-    if coverage and (kernel is not None or missing):
-        raise click.UsageError("--coverage is for a kernel that is built now: not with --kernel or --missing")
+    for flag in (name for name, given in (("--coverage", coverage), ("--bugs", bugs)) if given):
+        if kernel is not None or missing:
+            raise click.UsageError(
+                f"{flag} is for a kernel that is built now: not with --kernel or --missing"
+            )
     extra = [places.extra_fragment(name) for name in configs]
     if sum(given is not None for given in (source, debian, kernel)) > 1:
         raise click.UsageError("--source, --debian and --kernel exclude each other")
@@ -93,10 +100,13 @@ def build(
     if kernel is not None:
         kernel_built = builds.from_image(kernel, soft_sev=soft_sev)
     elif source is not None:
-        kernel_built = builds.from_source(source, say, soft_sev=soft_sev, extra=extra, coverage=coverage)
+        kernel_built = builds.from_source(
+            source, say, soft_sev=soft_sev, extra=extra, coverage=coverage, bugs=bugs
+        )
     else:
-        suite = debian or DEFAULT_SUITE
-        kernel_built = builds.from_debian(suite, say, soft_sev=soft_sev, extra=extra, coverage=coverage)
+        kernel_built = builds.from_debian(
+            debian or DEFAULT_SUITE, say, soft_sev=soft_sev, extra=extra, coverage=coverage, bugs=bugs
+        )
     click.echo(kernel_built.name)
 
 
@@ -107,6 +117,7 @@ def list_kernels() -> None:
 
     for kernel in kernels.cached():
         extra = f", with {kernel.extra}" if kernel.extra else ""
+        extra += f", with {len(kernel.bugs)} bugs" if kernel.bugs else ""
         click.echo(f"{kernel.name:<28} {kernel.origin}{extra}")
 
 

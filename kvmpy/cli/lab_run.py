@@ -74,7 +74,10 @@ def machine(values: Mapping[str, Any], built: Kernel | None = None) -> Options:
     chosen, first = values["accel"], list[str]()
     soft_sev = base.soft_sev if values["soft_sev"] is None else values["soft_sev"]
     counts = values.get("coverage") is not None
-    booted = built or kernels.find(values["kernel"], soft_sev=bool(soft_sev), coverage=counts)
+    bugs = values.get("bugs") or ""
+    booted = built or kernels.find(
+        values["kernel"], soft_sev=bool(soft_sev), coverage=counts, bugs=bool(bugs)
+    )
     if booted.soft_sev and soft_sev is not False:
         # It stands for a processor without SEV: it has been tried on an emulated one only.
         chosen, first = "tcg" if chosen == "auto" else chosen, [*softsev.PARAMETERS]
@@ -90,6 +93,7 @@ def machine(values: Mapping[str, Any], built: Kernel | None = None) -> Options:
         wanted.cpu,
         wanted.nodes,
         f"{about} ({settings})" if about and settings else about or settings,
+        bugs=bugs,
     )
 
 
@@ -110,6 +114,10 @@ def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str
     values["configurations"] = tuple(str(Path(name).absolute()) for name in values["configurations"])
     if values["quick"] and values["touching"]:
         raise click.UsageError("--quick and --touching exclude each other")
+    if values["select"]:
+        if values["quick"] or values["touching"]:
+            raise click.UsageError("--select excludes --quick and --touching")
+        paths, values = selected(paths, values, Path(values["select"]))
     if values["quick"]:
         paths, values = selected(paths, values, quick_file())
     with OwnedFolder("selection") as folder:
@@ -152,7 +160,9 @@ def _run_selected(paths: tuple[str, ...], values: Mapping[str, Any], extra: list
         raise click.UsageError("--record is not for --matrix: the columns' records would have the same names")
     if values["coverage"] and several:
         raise click.UsageError("--coverage is not for --matrix: a folder has the coverage of one kernel")
-    if values["may_build"] and not values["kernel"] and not values["matrix"]:
+    if values["bugs"] and several:
+        raise click.UsageError("--bugs is not for --matrix")
+    if values["may_build"] and not values["kernel"] and not values["bugs"] and not values["matrix"]:
         _build_if_none(values["soft_sev"], coverage=values["coverage"] is not None)
     if several:
         return _run_matrix(paths, values, wanted, extra)
@@ -187,7 +197,7 @@ def _run_source(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[s
     from kvmpy.lab import bisect
     from kvmpy.lab.runs import run
 
-    others = [f"--{name}" for name in ("kernel", "matrix") if values[name]]
+    others = [f"--{name}" for name in ("kernel", "matrix", "bugs") if values[name]]
     others += ["--build"] if values["may_build"] else []
     if others:
         raise click.UsageError(f"--source builds the kernel that is booted: not with {' and '.join(others)}")

@@ -17,6 +17,7 @@ import kvmpy
 COMMANDS = {
     "abi": "show the KVM ABI that kvmpy uses, or check it against kernel headers",
     "bench": "measure the overhead of kvmpy against plain C",
+    "bugs": "list re-created KVM bugs, prove them, and tell which of them a suite notices",
     "compare": "tell what is new between JSON reports: failures, losses, skips, slower tests",
     "coverage": "show which lines of KVM the tests execute, and which none does",
     "decode": "decode ioctls, structs, exits, error codes, MSRs, CPUID, and SEV values and pages",

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmpy.lab import debian, kconfig, kernels, places, softsev, tools, tree_copy
+from kvmpy.lab.bugs import catalogue
 from kvmpy.lab.coverage import kept
 from kvmpy.lab.errors import BuildError, LabError
+from kvmpy.lab.hooks import Snapshot
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.lab.process import call
-from kvmpy.lab.softsev import Snapshot
 
 IMAGE = Path("arch/x86/boot/bzImage")
 _BUILD_MIB = 800
@@ -153,23 +154,28 @@ def _options(fragments: Sequence[Path]) -> dict[str, str]:
 
 
 class _Plan:
-    """What a kernel is built with: the options, and whether the software AMD-SP is patched into its tree.
+    """What a kernel is built with: the options, and what is patched into its tree.
 
-    *extra* are files with options besides the lab's own, which they override. With *coverage* KVM counts what
-    it executes.
+    That is the software AMD-SP with *soft_sev*, the bug catalogue with *bugs*. *extra* are files with options
+    besides the lab's own, which they override. With *coverage* KVM counts what it executes.
     """
 
-    def __init__(self, soft_sev: bool, extra: Sequence[Path] = (), coverage: bool = False) -> None:
+    def __init__(
+        self, soft_sev: bool, extra: Sequence[Path] = (), coverage: bool = False, bugs: bool = False
+    ) -> None:
         self.soft_sev = soft_sev
+        self.bugs = bugs
+        # The numbers of those that the tree got.
+        self._numbers: list[int] = []
         self.coverage = coverage
         self.fragments = [places.fragment()]
-        self.suffix = "-softsev" if soft_sev else ""
+        self.suffix = ("-softsev" if soft_sev else "") + ("-bugs" if bugs else "")
         if coverage:
             extra = [places.files() / "coverage.config", *extra]
         self.extra = ", ".join(path.name for path in extra)
         digest = hashlib.sha256()
-        if soft_sev:
-            folder = Path(__file__).parent / "softsev"
+        folders = {Path(__file__).parent / "softsev": soft_sev, catalogue.FOLDER: bugs}
+        for folder in (folder for folder, wanted in folders.items() if wanted):
             if (folder / "kernel.config").is_file():
                 self.fragments.append(folder / "kernel.config")
             for file in sorted(path for path in folder.rglob("*") if path.suffix in _PATCH_SUFFIXES):
@@ -187,6 +193,19 @@ class _Plan:
         if self.soft_sev:
             say("adding the software AMD-SP to the source")
             softsev.apply(tree, before)
+        if self.bugs:
+            say("adding the bug catalogue to the source")
+            self._numbers = catalogue.apply(tree, say, before)
+
+    @property
+    def patches(self) -> bool:
+        """Whether :meth:`patch` changes anything."""
+        return self.soft_sev or self.bugs
+
+    def snapshot(self, tree: Path) -> Snapshot:
+        """Return what :meth:`patch` made of *tree*, which need not exist."""
+        soft_sev = softsev.snapshot(tree) if self.soft_sev else {}
+        return soft_sev | (catalogue.snapshot(tree) if self.bugs else {})
 
     def compile(self, tree: Path, name: str, say: Say) -> Path:
         """Build *tree* and return the folder it was built in."""
@@ -211,6 +230,7 @@ class _Plan:
             soft_sev=self.soft_sev,
             extra=self.extra,
             build_id=build_id(folder / "vmlinux"),
+            bugs=self._numbers,
             beside=beside,
         )
         return kernel_built, folder
@@ -249,25 +269,27 @@ def from_source(
     soft_sev: bool = False,
     extra: Sequence[Path] = (),
     coverage: bool = False,
+    bugs: bool = False,
     apart: Path | None = None,
 ) -> Kernel:
     """Build a developer's own *tree*; what was compiled is kept, so that a second build takes less.
 
-    *extra* are files with kernel options besides the lab's. With *coverage* KVM counts what it executes. With
-    *apart*, a folder, the kernel goes there and not into the cache, where others would boot it. BuildError
+    *extra* are files with kernel options besides the lab's. With *coverage* KVM counts what it executes; with
+    *bugs* it has the bug catalogue. With *apart*, a folder, the kernel goes there and not into the cache,
+    where others would boot it. BuildError
     where the tree is why there is none.
     """
     tree = tree.resolve()
     if not (tree / "Kbuild").is_file() or not (tree / "arch" / "x86").is_dir():
         raise LabError(f"{tree} is not a Linux source tree")
     tools.need(tools.BUILD, "building a kernel")
-    plan = _Plan(soft_sev, extra, coverage)
+    plan = _Plan(soft_sev, extra, coverage, bugs)
     key = f"tree-{hashlib.sha256(str(tree).encode()).hexdigest()[:12]}"
     with kernels.build_lock(say):
         say(f"building {tree}")
         built = tree
-        if soft_sev:
-            before = softsev.snapshot(places.cache() / "trees" / f"{key}{plan.suffix}")
+        if plan.patches:
+            before = plan.snapshot(places.cache() / "trees" / f"{key}{plan.suffix}")
             built = _copied(tree, f"{key}{plan.suffix}", say)
             plan.patch(built, say, before)
         # What was compiled with other options is of no use, and would be lost for the next time.
@@ -283,15 +305,22 @@ def from_source(
 
 
 def from_debian(
-    suite: str, say: Say, *, soft_sev: bool = False, extra: Sequence[Path] = (), coverage: bool = False
+    suite: str,
+    say: Say,
+    *,
+    soft_sev: bool = False,
+    extra: Sequence[Path] = (),
+    coverage: bool = False,
+    bugs: bool = False,
 ) -> Kernel:
     """Build the newest kernel source of a Debian suite, unless the cache has it with this configuration.
 
-    *extra* are files with kernel options besides the lab's. With *coverage* KVM counts what it executes.
+    *extra* are files with kernel options besides the lab's. With *coverage* KVM counts what it executes; with
+    *bugs* it has the bug catalogue.
     """
     tools.need((*tools.BUILD, *tools.DEBIAN), "building a kernel")
     source = debian.Suite(suite)
-    plan = _Plan(soft_sev, extra, coverage)
+    plan = _Plan(soft_sev, extra, coverage, bugs)
     with kernels.build_lock(say):
         source.update(say)
         package = source.package()
@@ -301,7 +330,7 @@ def from_debian(
             say(f"{package.origin} is there already: {present.name}")
             return present
         deb = source.download(package, say)
-        tree = debian.unpack(deb, package, say, f"-{plan.digest}" if soft_sev else "", plan.patch)
+        tree = debian.unpack(deb, package, say, f"-{plan.digest}" if plan.patches else "", plan.patch)
         kernel, folder = plan.build(tree, f"{package.name}_{package.version}-{plan.digest}", origin, say)
         # A finished build has no use for them; one that failed goes on where it stopped.
         for done in (folder, tree):

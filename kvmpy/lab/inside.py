@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kvmpy.guest import postmortem, program
-from kvmpy.lab import bytecode, programs, readback, records
+from kvmpy.lab import bugs, bytecode, programs, readback, records
 from kvmpy.lab.coverage.counters import Collector
 from kvmpy.lab.places import COVERAGE_VARIABLE, INSIDE
 from kvmpy.lab.softsev import log
@@ -60,6 +60,8 @@ class Worker:
             program.elsewhere = lambda key, recipe: programs.ask(
                 self._journal.write, self._folder / "programs", key, recipe
             )
+        if numbers := os.environ.get(bugs.VARIABLE):
+            bugs.switch(numbers)
         if counted := os.environ.get(COVERAGE_VARIABLE):
             self._collector = Collector(self._journal.write, by_test=counted == "test")
         self._journal.write({"event": "host", "summary": asdict(host.summarize()), **readback.read()})

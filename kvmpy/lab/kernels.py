@@ -38,7 +38,8 @@ class Kernel:
 
     ``soft_sev``: it has the software AMD-SP. ``extra`` names what its configuration has besides the lab's:
     such a kernel is booted when it is asked for by name, or when there is no other. ``build_id`` is the
-    linker's, in hexadecimal, empty where it is unknown.
+    linker's, in hexadecimal, empty where it is unknown. ``bugs`` are the numbers of the catalogue's bugs in
+    it; such a kernel, too, is booted only by name.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Kernel:
     soft_sev: bool = False
     extra: str = ""
     build_id: str = ""
+    bugs: Sequence[int] = ()
 
     @property
     def coverage(self) -> Path | None:
@@ -69,7 +71,7 @@ class Kernel:
 
     def serves(self, soft_sev: bool) -> bool:
         """Whether it will do for who names no kernel, with *soft_sev* for who wants the software AMD-SP."""
-        return not self.extra and (self.soft_sev or not soft_sev)
+        return not self.extra and not self.bugs and (self.soft_sev or not soft_sev)
 
 
 def image_release(image: Path) -> str:
@@ -126,12 +128,15 @@ def _matches(kernel: Kernel, wanted: str) -> bool:
     return kernel.release.startswith(wanted) and not kernel.release[len(wanted)].isdigit()
 
 
-def find(wanted: str | None = None, *, soft_sev: bool = False, coverage: bool = False) -> Kernel:
+def find(
+    wanted: str | None = None, *, soft_sev: bool = False, coverage: bool = False, bugs: bool = False
+) -> Kernel:
     """Return the cached kernel of name or release *wanted* (``7.2``: the newest 7.2.x), or the newest.
 
     A path to a bzImage gives a kernel that is not in the cache. With *soft_sev* only kernels with the
     software AMD-SP count, else those without it come first; those with further options come last. With
-    *coverage* only those count that were built for it. LabError when there is none.
+    *coverage* only those count that were built for it, with *bugs* those with the catalogue; without, such a
+    one must be named in full. LabError when there is none.
     """
     if wanted is not None and ("/" in wanted or Path(wanted).is_file()):
         image = Path(wanted).absolute()
@@ -141,6 +146,7 @@ def find(wanted: str | None = None, *, soft_sev: bool = False, coverage: bool = 
             )
         return loose(image, f"file {image}", soft_sev=soft_sev)
     everything = sorted(cached(), key=lambda kernel: (bool(kernel.extra), kernel.soft_sev))
+    everything = [kernel for kernel in everything if bool(kernel.bugs) == bugs or kernel.name == wanted]
     if soft_sev:
         everything = [kernel for kernel in everything if kernel.soft_sev]
     if coverage:
@@ -148,6 +154,8 @@ def find(wanted: str | None = None, *, soft_sev: bool = False, coverage: bool = 
     kind, option = (" with the software AMD-SP", " --soft-sev") if soft_sev else ("", "")
     if coverage:
         kind, option = f"{kind} that counts what KVM executes", f"{option} --coverage"
+    if bugs:
+        kind, option = f"{kind} with the bug catalogue", f"{option} --bugs"
     if not everything:
         raise LabError(
             f"there is no lab kernel{kind}", f"build one: kvmpy lab build{option} (7 minutes on two cores)"
@@ -186,6 +194,7 @@ def register(
     soft_sev: bool = False,
     extra: str = "",
     build_id: str = "",
+    bugs: Sequence[int] = (),
     beside: Sequence[Path] = (),
 ) -> Kernel:
     """Copy the bzImage *image* into the cache and return its entry; one that is there already is replaced.
@@ -197,7 +206,7 @@ def register(
     text = config.read_bytes() if config is not None else b""
     digest = hashlib.sha256(data).hexdigest()
     config_hash = hashlib.sha256(text).hexdigest()[:8] if text else ""
-    name = f"{release}-{config_hash or digest[:8]}{'-softsev' if soft_sev else ''}"
+    name = f"{release}-{config_hash or digest[:8]}{'-softsev' if soft_sev else ''}{'-bugs' if bugs else ''}"
     root = _folder()
     size = len(data) + sum(file.stat().st_size for file in beside)
     places.need_space(root, (size >> 20) + 16, "keeping the kernel")
@@ -210,7 +219,9 @@ def register(
             (fresh / "config").write_bytes(text)
         for file in beside:
             shutil.copy(file, fresh)
-        facts = asdict(Kernel(name, release, origin, digest, config_hash, fresh, soft_sev, extra, build_id))
+        facts = asdict(
+            Kernel(name, release, origin, digest, config_hash, fresh, soft_sev, extra, build_id, bugs)
+        )
         del facts["folder"]
         (fresh / "kernel.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         target = root / name

@@ -49,7 +49,8 @@ class Options:
     ``parameters`` are for the kernel's command line, those of modules as ``kvm_amd.npt=0``; not every kernel
     has the ``optional`` ones. ``cpu`` are flags such as ``+la57``. ``nodes`` None: two NUMA nodes, or one for
     one CPU. ``configuration`` is what reports call all that. With *snapshots* a machine that has booted is
-    kept, and resumed where there is one.
+    kept, and resumed where there is one. ``bugs`` are the numbers of the catalogue's bugs that are switched
+    on in it, such as ``3,17``.
     """
 
     kernel: Kernel
@@ -62,6 +63,7 @@ class Options:
     nodes: int | None = None
     configuration: str = ""
     snapshots: bool = False
+    bugs: str = ""
 
 
 @dataclass(frozen=True)

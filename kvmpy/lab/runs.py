@@ -22,7 +22,7 @@ import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
-from kvmpy.lab import bytecode, events, places, readback, records, root, snapshots, softsev, tools
+from kvmpy.lab import bugs, bytecode, events, places, readback, records, root, snapshots, softsev, tools
 from kvmpy.lab.bisect import Ended
 from kvmpy.lab.coverage.store import Writer
 from kvmpy.lab.errors import LabError
@@ -32,7 +32,7 @@ from kvmpy.lab.listing import Listing
 from kvmpy.lab.qemu import Job, Options, Start, command_line, nested_works, prepare
 from kvmpy.lab.session import FAILED, WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
-from kvmpy.platforms import LARGE_GMEM, LARGE_GMEM_PLATFORM
+from kvmpy.platforms import LARGE_GMEM, LARGE_GMEM_PLATFORM, bugs_platform
 from kvmpy.testing.configurations import is_value
 from kvmpy.testing.host import CONFIGURATION_VARIABLE, PLATFORM_VARIABLE
 from kvmpy.testing.option_table import SEED_BITS, pytest_arguments
@@ -102,6 +102,8 @@ def platform(options: Options) -> str:
     pairs = dict(word.partition("=")[::2] for word in options.parameters)
     if is_value(LARGE_GMEM, "Y", pairs.get(LARGE_GMEM, "N") or "Y"):
         words.append(LARGE_GMEM_PLATFORM)
+    if options.kernel.bugs:
+        words.append(bugs_platform(options.bugs))
     return ", ".join(words)
 
 
@@ -134,6 +136,7 @@ def job_of(
     environment |= {
         readback.VARIABLE: readback.asked([*options.parameters, *options.optional], options.cpu),
         places.COVERAGE_VARIABLE: coverage,
+        bugs.VARIABLE: options.bugs,
         "XDG_CACHE_HOME": "/tmp/cache",  # noqa: S108 - a tmpfs inside
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",  # noqa: S108
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

@@ -113,6 +113,13 @@ def kernel_parameter(text: str) -> str:
     return text
 
 
+def bug_numbers(text: str) -> str:
+    """Return *text*, numbers of the bug catalogue."""
+    if not re.fullmatch(r"\d{1,3}(,\d{1,3})*", text):
+        raise ValueError(f"{text!r} is not like 3 or 3,17")
+    return text
+
+
 def cpu_flag(text: str) -> str:
     """Return *text*, which switches a flag of the CPU on or off."""
     if not re.fullmatch(r"[+-][a-z0-9][a-z0-9._-]*", text):
@@ -151,8 +158,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("coverage_map", _LAB, "--coverage-map",
            "Which tests reach what: a folder of --coverage, or a file of coverage map.", "FILE", kind="path",
            each=True),
-    Option("select", (), "", "Run only the tests that FILE names, one a line.", "FILE",
-           pytest="--kvmpy-select", side="inside"),
+    Option("select", _LAB, "--select", "Run only the tests that FILE names, one a line.", "FILE",
+           kind="path", pytest="--kvmpy-select", side="inside", each=True),
     Option("dangerous", _RUN, "--dangerous", "Also run tests that can crash an unfixed host.", kind="flag",
            pytest="--run-dangerous"),
     # How they run.
@@ -276,6 +283,9 @@ OPTIONS: tuple[Option, ...] = (
            "DIR", kind="path"),
     Option("coverage_by", _LAB, "--coverage-by", "Keep that for each test file or for each test.",
            kind=("file", "test"), default="file", show_default=True),
+    Option("bugs", _LAB, "--bugs",
+           "Switch these bugs of the catalogue on (0: none); needs a kernel of lab build --bugs.", "N[,N]",
+           kind=bug_numbers),
     Option("may_build", _LAB, "--build", "Build a kernel first if none is up to date.", kind="flag"),
     # `kvmpy hardware`.
     Option("output", _HARDWARE, "-o --output", "The archive to write, a .tar.gz.", "FILE", kind="path"),

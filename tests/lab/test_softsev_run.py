@@ -116,7 +116,13 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     asked: list[bool] = []
 
     def from_debian(
-        suite: str, say: object, *, soft_sev: bool, extra: object = (), coverage: bool = False
+        suite: str,
+        say: object,
+        *,
+        soft_sev: bool,
+        extra: object = (),
+        coverage: bool = False,
+        bugs: bool = False,
     ) -> kernels.Kernel:
         asked.append(soft_sev)
         return kernel("new", soft_sev)

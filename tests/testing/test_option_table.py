@@ -30,6 +30,7 @@ TEXTS = {
     "memory": "3G",
     "parameters": "kvm.a=1",
     "cpu": "+la57",
+    "bugs": "3,17",
 }
 
 

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proofs of the bugs of CPUID."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy import Agent
+
+pytestmark = pytest.mark.protections("none")
+
+OSXSAVE = 1 << 18
+
+
+@pytest.mark.bug(100)
+def test_same_table(agent: Agent) -> None:
+    agent.start()
+    table = agent.vcpu.cpuid.get()
+    value = agent.read_cr(4)
+    assert isinstance(value, int)
+    assert agent.write_cr(4, value ^ OSXSAVE) is None
+    agent.vcpu.cpuid.set(table)
