@@ -59,7 +59,7 @@ def show(wanted: tuple[str, ...]) -> None:
     for bug in catalogue.chosen(wanted):
         click.echo(f"{bug.title} ({bug.area})\n  wrong: {bug.wrong}\n  visible: {bug.visible}")
         if bug.conditions:
-            click.echo(f"  conditions: {bug.conditions}")
+            click.echo(f"  conditions: {', '.join([bug.conditions, *bug.parameters])}")
         commit = f"{bug.commit} " if bug.commit else ""
         click.echo(f"  fixed by: {commit}{bug.fix}{f' ({bug.cve})' if bug.cve else ''}")
         click.echo(f"  kernels: before {bug.since}")

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from kvmpy.cli import bugs as cli
 from kvmpy.lab import build, kernels, places
-from kvmpy.lab.bugs import catalogue, measure
+from kvmpy.lab.bugs import catalogue, measure, proving
 from kvmpy.lab.bugs.measure import MISSED, NOT_RUN, NOTICED, Journal, Result, Suite
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.hooks import BUG, Hook, HookError, HookList, without
@@ -235,8 +235,10 @@ class FakeSuite(Suite):
         self.reports = list(reports)
         self.asked: list[tuple[str, Sequence[str]]] = []
 
-    def _run(self, number: str, tests: Sequence[str], seconds: float) -> dict[str, Any]:
-        del seconds
+    def _run(
+        self, number: str, tests: Sequence[str], seconds: float, parameters: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        del seconds, parameters
         self.asked.append((number, list(tests)))
         fields = ("id", "verdict", "reason")
         return {"tests": [dict(zip(fields, test, strict=True)) for test in self.reports.pop(0)]}
@@ -351,3 +353,52 @@ def test_a_kernel_with_bugs_is_booted_by_name_only(tmp_path: Path, monkeypatch: 
 def test_lists_are_of_the_catalogues_owner() -> None:
     assert {hook.owner for each in catalogue.lists() for hook in each.hooks} == {BUG}
     assert HookList.load(catalogue.FOLDER, BUG).copies
+
+
+# ---- proofs
+
+PROOFS = """
+import pathlib
+import pytest
+
+STATE = pathlib.Path({state!r})
+
+@pytest.mark.bug(3)
+def test_shows():
+    assert STATE.read_text() == "0", "the bug is on"
+
+@pytest.mark.bug(4)
+def test_shows_nothing():
+    pass
+
+@pytest.mark.bug(5)
+def test_fails_anyway():
+    assert False
+
+@pytest.mark.bug(6)
+def test_of_another():
+    assert False
+"""
+
+
+def test_a_proof_passes_with_the_bug_off_and_fails_with_it_on(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    state = tmp_path / "bugs"
+    state.write_text("9")
+    monkeypatch.setattr("kvmpy.lab.bugs.PARAMETER", state)
+    pytester.makepyfile(PROOFS.format(state=str(state)))
+    result = pytester.runpytest("-p", proving.__name__, proving.OPTION, "3,4,5", "-v")
+    verdicts = {
+        line.split()[0].partition("::")[2]: line.split()[1] for line in result.outlines if "::" in line
+    }
+    assert {name: verdicts.get(name) for name in verdicts if name.startswith("test_")} == {
+        "test_shows[off]": "PASSED",
+        "test_shows[on]": "PASSED",
+        "test_shows_nothing[off]": "PASSED",
+        "test_shows_nothing[on]": "FAILED",
+        "test_fails_anyway[off]": "FAILED",
+        "test_fails_anyway[on]": "PASSED",
+    }
+    result.stdout.fnmatch_lines(["*bug 4 is on, and the proof passes: it does not show*"])
+    assert state.read_text() == "0"

@@ -32,7 +32,8 @@ class Bug:
     """One bug: *wrong* says what was wrong, *fix* is the subject of the commit that fixed it.
 
     *commit* is that commit's id, as far as it is known; *since* the first release with the fix.  *visible*
-    says what user space or a guest could see, *conditions* what it takes beside.
+    says what user space or a guest could see, *conditions* what it takes beside, of which *parameters* are
+    kernel parameters.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Bug:
     hooks: tuple[Hook, ...]
     cve: str = ""
     conditions: str = ""
+    parameters: tuple[str, ...] = ()
 
     @property
     def functions(self) -> list[tuple[str, str]]:
@@ -68,7 +70,8 @@ def _parse(file: Path) -> list[Bug]:
             text = fields.pop("text").replace(SWITCH, f"kvm_bug({number})")
             hooks.append(Hook(f"{number}-{index}", text=text, owner=BUG, **fields))
         try:
-            bug = Bug(area=file.stem, hooks=tuple(hooks), **entry)
+            parameters = tuple(entry.pop("parameters", ()))
+            bug = Bug(area=file.stem, hooks=tuple(hooks), parameters=parameters, **entry)
         except TypeError as error:
             raise LabError(f"{file.name}, bug {number}: {error}") from None
         for hook in bug.hooks:

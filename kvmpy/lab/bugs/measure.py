@@ -134,13 +134,17 @@ class Suite:
         self.baseline: dict[str, bool] = {}
         self._lock = threading.Lock()
 
-    def _run(self, number: str, tests: Sequence[str], seconds: float) -> dict[str, Any]:
+    def _run(
+        self, number: str, tests: Sequence[str], seconds: float, parameters: Sequence[str] = ()
+    ) -> dict[str, Any]:
         with OwnedFolder("bugs") as folder:
             chosen = folder / "tests"
             selection.write(chosen, tests, f"bug {number}")
             report = folder / "report.json"
             command = [sys.executable, "-m", "kvmpy", "lab", "run", "--kernel", self._kernel.name]
             command += ["--bugs", number, "--select", str(chosen), "-n", "1", "--json", str(report)]
+            for parameter in parameters:
+                command += ["--param", parameter]
             command += ["--timeout", str(seconds), *self._options, "--", "-x"]
             with (folder / "output").open("w+", encoding="utf-8") as output:
                 process = subprocess.Popen(
@@ -163,12 +167,12 @@ class Suite:
             values: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
             return values
 
-    def fails_anyway(self, test: str, seconds: float) -> bool:
+    def fails_anyway(self, test: str, seconds: float, parameters: Sequence[str] = ()) -> bool:
         """Whether *test* fails with no bug on, too; asked once."""
         with self._lock:
             if test in self.baseline:
                 return self.baseline[test]
-        fails = _notice(self._run(bugs.NONE, [test], seconds), set()) is not None
+        fails = _notice(self._run(bugs.NONE, [test], seconds, parameters), set()) is not None
         with self._lock:
             self.baseline[test] = fails
         if fails:
@@ -183,12 +187,12 @@ class Suite:
         about = {"kernel": self._kernel.build_id, "budget": budget}
         for _ in range(_RETRIES):
             chosen = [test for test in tests if test not in ignored]
-            report = self._run(str(bug.number), chosen, 2 * budget + 60)
+            report = self._run(str(bug.number), chosen, 2 * budget + 60, bug.parameters)
             ran += sum(test["verdict"] != "skip" for test in report["tests"])
             found = _notice(report, ignored)
             if found is None:
                 break
-            if self.fails_anyway(found["id"], 2 * budget + 60):
+            if self.fails_anyway(found["id"], 2 * budget + 60, bug.parameters):
                 ignored.add(found["id"])
                 continue
             seconds = round(time.monotonic() - start, 1)

@@ -51,7 +51,8 @@ def writer(make_vm: MakeVm) -> Agent:
     vm = make_vm(AGENT, irqchip="full")
     vm.map(IOAPIC, IOAPIC_GPA, 0x1000, private=False)
     agent = Agent(vm.vcpus[0])
-    agent.start()
+    assert agent.wrmsr(0x1B, 0xFEE00D00) is None
+    assert agent.wrmsr(0x80F, 0x1FF) is None
     return agent
 
 
