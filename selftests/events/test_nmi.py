@@ -30,6 +30,23 @@ def test_queued(event_guest: EventGuestMaker) -> None:
     assert guest.vcpu.events.get().nmi.pending == 0
 
 
+def test_two_are_kept(event_guest: EventGuestMaker) -> None:
+    """Two NMIs can be pending, and KVM_GET_VCPU_EVENTS tells how many: written back, both are taken.
+
+    Documentation/virt/kvm/api.rst, 4.31 KVM_GET_VCPU_EVENTS (nmi.pending); arch/x86/kvm/x86.c, process_nmi().
+    """
+    guest = event_guest(interrupts=False)
+    for _ in range(2):
+        guest.vcpu.events.nmi()
+    events = guest.vcpu.events.get()
+    assert events.nmi.pending == 2
+    taken = guest.vcpu.events.get()
+    taken.nmi.pending = 0
+    guest.vcpu.events.set(taken)
+    guest.vcpu.events.set(events)
+    assert guest.vcpu.events.get().nmi.pending == 2
+
+
 def test_pending_by_events(event_guest: EventGuestMaker) -> None:
     """nmi.pending of KVM_SET_VCPU_EVENTS makes an NMI pending like KVM_NMI.
 
