@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 from kvmpy.cli import bugs as cli
 from kvmpy.lab import build, kernels, places
-from kvmpy.lab.bugs import catalogue, measure, proving
+from kvmpy.lab.bugs import catalogue, measure, others, proving
 from kvmpy.lab.bugs.measure import MISSED, NOT_RUN, NOTICED, Journal, Result, Suite
 from kvmpy.lab.errors import LabError
 from kvmpy.lab.hooks import BUG, Hook, HookError, HookList, without
@@ -402,3 +403,22 @@ def test_a_proof_passes_with_the_bug_off_and_fails_with_it_on(
     }
     result.stdout.fnmatch_lines(["*bug 4 is on, and the proof passes: it does not show*"])
     assert state.read_text() == "0"
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "words"),
+    [
+        ("boot\nno good\n\nkvmpy-suite-status 1\nreboot: down\n", 1, "boot / no good"),
+        ("boot\n\nkvmpy-suite-status 0\n", 0, "boot"),
+        ("boot\nKernel panic\n", others.DIED, "boot / Kernel panic"),
+    ],
+)
+def test_what_a_command_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, status: int, words: str
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\nprintf '%s' {shlex.quote(said)}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(fake))
+    kernel = kernels.Kernel("k", "7.2", "", "", "", Path(), bugs=(1,), build_id="id")
+    assert others.Program(kernel, "cmd", 5, lambda _: None)._run("1") == (status, words)

@@ -58,7 +58,8 @@ class Program:
             process.terminate()
             words, _ = process.communicate()
         found = _STATUS.search(words)
-        text = _STATUS.sub("", words).strip()
+        # Behind the mark the machine goes down.
+        text = (words[: found.start()] if found else words).strip()
         return (int(found[1]) if found else DIED), " / ".join(text.splitlines()[-_LINES:])
 
     def look(self, bug: Bug) -> Result:
