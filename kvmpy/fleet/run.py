@@ -42,7 +42,6 @@ from kvmpy.testing.verdicts import Verdict
 MOST, LEAST = 16, 1
 INTERRUPTED, FAILED = 2, 3
 # Seconds until a host that died has to be back: its process, and a machine whose power was switched.
-_BACK_SECONDS = 60.0
 _BOOT_SECONDS = 900.0
 _POLL = 0.05
 
@@ -369,7 +368,7 @@ class FleetRun:
             self._retire(host, f"it died {host.facts.deaths} times")
             return
         powered = host.launcher is not None and bool(host.launcher.entry.power)
-        host.back_until = time.monotonic() + (_BOOT_SECONDS if powered else _BACK_SECONDS)
+        host.back_until = time.monotonic() + (_BOOT_SECONDS if powered else self._request.wait)
 
     def _hung(self, host: Host, silence: float) -> None:
         address, launcher = host.address, host.launcher

@@ -143,16 +143,16 @@ def test_a_second_run_is_refused_while_there_is_one(two: Fleet) -> None:
     two.tests(
         "def test_waits():\n"
         "    (Path(os.environ['FLEET_FOLDER']) / 'waits').touch()\n"
-        "    while not (Path(os.environ['FLEET_FOLDER']) / 'go').exists():\n"
-        "        os.sched_yield()\n"
+        "    (Path(os.environ['FLEET_FOLDER']) / 'go').open().close()\n"
     )
+    os.mkfifo(two.folder / "go")
     first = two.begin()
     two.wait_for(two.folder / "waits")
     assert "a run uses it" in two.end(two.start("status")).text
     second = two.end(two.start("run", "./test_own.py", "--journal", str(two.folder / "second.jsonl")))
     assert second.status == 3
     assert "another run has this fleet" in second.text
-    (two.folder / "go").touch()
+    (two.folder / "go").open("w").close()
     assert two.end(first).status == 0
     assert "no run uses it" in two.end(two.start("status")).text
 
