@@ -148,12 +148,12 @@ def run(
         look = program.look
     else:
         files = measure.suite_files(suite_folder())
-        own = measure.Suite(booted, (), say)
+        own = measure.Suite(booted, say)
 
         def look(bug: Bug) -> Result:
             return own.look(bug, measure.within(measure.order(bug, known, files), budget), budget)
 
-    for result in measure.look_for(left, at_once, look, kept, say):
+    for result in measure.look_for(left, name, at_once, look, kept, say):
         say(_line(result, {bug.number: bug for bug in chosen}))
     numbers = {bug.number for bug in chosen}
     results = [entry for (number, _), entry in sorted(kept.results.items()) if number in numbers]

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ class FakeSuite(Suite):
 
     def __init__(self, *reports: list[tuple[str, str, str]]) -> None:
         kernel = kernels.Kernel("k", "7.2", "", "", "", Path(), bugs=(1,), build_id="id")
-        super().__init__(kernel, (), lambda _: None)
+        super().__init__(kernel, lambda _: None)
         self.reports = list(reports)
         self.asked: list[tuple[str, Sequence[str]]] = []
 
@@ -303,6 +304,33 @@ def test_a_journal_is_gone_on_with(tmp_path: Path) -> None:
     path.write_text("no\n")
     with pytest.raises(LabError, match="is no journal"):
         Journal(path)
+
+
+def test_results_are_kept_as_they_come_under_their_suite(tmp_path: Path) -> None:
+    """A slow look keeps no other result back, and a failed one says nothing of another suite."""
+    kept = threading.Event()
+
+    class Watched(Journal):
+        def add(self, result: Result) -> None:
+            super().add(result)
+            kept.set()
+
+    journal = Watched(tmp_path / "journal")
+    journal.add(Result(2, "kvmpy", NOTICED, "a"))
+    kept.clear()
+
+    def look(one: catalogue.Bug) -> Result:
+        if one.number == 1:
+            assert kept.wait(60), "the other result did not come"
+            return Result(1, "cmd", MISSED)
+        raise LabError("no boot")
+
+    found = list(measure.look_for([bug(1), bug(2)], "cmd", 2, look, journal, lambda _: None))
+    assert [(each.number, each.suite, each.state) for each in found] == [
+        (1, "cmd", MISSED),
+        (2, "cmd", NOT_RUN),
+    ]
+    assert Journal(tmp_path / "journal").results[2, "kvmpy"].state == NOTICED
 
 
 @pytest.mark.parametrize(

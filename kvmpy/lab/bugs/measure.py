@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,7 +93,6 @@ def order(bug: Bug, known: Map | None, files: Iterable[str]) -> list[tuple[str, 
         entering = [known.tests[number] for number in numbers if known.tests[number].suite == OWN_SUITE]
         entering.sort(key=lambda test: (near.get(area_of(test.id), len(near)), test.seconds, test.id))
         found = {test.id: test.seconds for test in entering}
-    if known is not None:
         others = [test for test in known.tests if test.suite == OWN_SUITE and area_of(test.id) in near]
         others.sort(key=lambda test: (near[area_of(test.id)], test.id))
         found |= {test.id: test.seconds for test in others if test.id not in found}
@@ -123,12 +123,30 @@ def _notice(report: Mapping[str, Any], ignored: set[str]) -> Mapping[str, Any] |
     return None
 
 
-class Suite:
-    """kvmpy's selftests, or the programs of another suite, run in a machine with one bug on."""
+def output_of(words: Sequence[str], seconds: float) -> str:
+    """Run a command of kvmpy, end it after *seconds*, and return what it printed."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kvmpy", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=dies_with_parent(),  # noqa: PLW1509 - the child only execs
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait(_SPARE_SECONDS)
+        output.seek(0)
+        return output.read()
 
-    def __init__(self, kernel: Kernel, options: Sequence[str], say: Say) -> None:
+
+class Suite:
+    """kvmpy's selftests, run in a machine with one bug on."""
+
+    def __init__(self, kernel: Kernel, say: Say) -> None:
         self._kernel = kernel
-        self._options = options
         self._say = say
         # Tests that fail with no bug, as far as that had to be known.
         self.baseline: dict[str, bool] = {}
@@ -141,26 +159,12 @@ class Suite:
             chosen = folder / "tests"
             selection.write(chosen, tests, f"bug {number}")
             report = folder / "report.json"
-            command = [sys.executable, "-m", "kvmpy", "lab", "run", "--kernel", self._kernel.name]
+            command = ["lab", "run", "--kernel", self._kernel.name]
             command += ["--bugs", number, "--select", str(chosen), "-n", "1", "--json", str(report)]
             for parameter in parameters:
                 command += ["--param", parameter]
-            command += ["--timeout", str(seconds), *self._options, "--", "-x"]
-            with (folder / "output").open("w+", encoding="utf-8") as output:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    preexec_fn=dies_with_parent(),  # noqa: PLW1509 - the child only execs
-                )
-                try:
-                    process.wait(seconds + _SPARE_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.terminate()
-                    process.wait(_SPARE_SECONDS)
-                output.seek(0)
-                words = output.read()
+            command += ["--timeout", str(seconds), "--", "-x"]
+            words = output_of(command, seconds + _SPARE_SECONDS)
             if not report.is_file():
                 last = " / ".join(words.strip().splitlines()[-3:])
                 raise LabError(f"the run with bug {number} left no report: {last}")
@@ -250,21 +254,24 @@ class Journal:
 
 
 def look_for(
-    chosen: Sequence[Bug], workers: int, look: Callable[[Bug], Result], journal: Journal, say: Say
+    chosen: Sequence[Bug], suite: str, workers: int, look: Callable[[Bug], Result], journal: Journal, say: Say
 ) -> Iterator[Result]:
-    """Look for the bugs, *workers* at once, and yield what comes of each; a failed run is one of them."""
+    """Look for the bugs, *workers* at once, and yield what comes of each; a failed run is one of them.
+
+    The journal has each result as soon as it is there, whatever the order.
+    """
 
     def one(bug: Bug) -> Result:
         try:
-            return look(bug)
+            result = look(bug)
         except LabError as error:
             say(f"bug {bug.title}: {error.what}")
-            return Result(bug.number, OWN_SUITE, NOT_RUN, why=error.what[:_MESSAGE])
+            result = Result(bug.number, suite, NOT_RUN, why=error.what[:_MESSAGE])
+        journal.add(result)
+        return result
 
     with ThreadPoolExecutor(workers) as pool:
-        for result in pool.map(one, chosen):
-            journal.add(result)
-            yield result
+        yield from pool.map(one, chosen)
 
 
 def suite_files(folder: Path) -> list[str]:

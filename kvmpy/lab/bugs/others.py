@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 import threading
 import time
 
 from kvmpy.lab import bugs
 from kvmpy.lab.bugs.catalogue import Bug
-from kvmpy.lab.bugs.measure import Result, command_result
+from kvmpy.lab.bugs.measure import Result, command_result, output_of
 from kvmpy.lab.kernels import Kernel, Say
-from kvmpy.owned import dies_with_parent
 
 # Of timeout(1): the command took longer.
 TIMED_OUT = 124
@@ -42,21 +39,8 @@ class Program:
             f"echo {number} > {bugs.PARAMETER}; timeout {self._budget:g} sh -c {shlex.quote(self._command)}; "
             f"status=$?; echo; echo {_MARK} $status"
         )
-        command = [sys.executable, "-m", "kvmpy", "lab", "shell", "--kernel", self._kernel.name]
-        process = subprocess.Popen(
-            [*command, "--", "/bin/sh", "-c", inside],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=dies_with_parent(),  # noqa: PLW1509 - the child only execs
-        )
-        try:
-            words, _ = process.communicate(timeout=self._budget + _BOOT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            words, _ = process.communicate()
+        command = ["lab", "shell", "--kernel", self._kernel.name, "--", "/bin/sh", "-c", inside]
+        words = output_of(command, self._budget + _BOOT_SECONDS)
         found = _STATUS.search(words)
         # Behind the mark the machine goes down.
         text = (words[: found.start()] if found else words).strip()
