@@ -4,19 +4,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvmpy.fleet.errors import FleetError
-from kvmpy.testing.configurations import nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from kvmpy.testing.configurations import nearest, read_toml
 
 ACTION = "{action}"
 ACTIONS = ("on", "off", "reboot", "status")
@@ -60,12 +54,7 @@ _KEYS = (*_FLAGS, "lab", "deaths", *_TEXTS)
 
 def load(path: Path) -> list[Entry]:
     """Return the hosts of a file; FleetError with the place for one that says what cannot be."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FleetError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise FleetError(f"{path} is no TOML: {error}") from None
+    data = read_toml(path, FleetError)
     if not data:
         raise FleetError(f"{path} names no host: [NAME] begins one")
     return [_entry(name, raw, f"{path}, host {name!r}") for name, raw in data.items()]

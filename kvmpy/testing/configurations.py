@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,17 @@ def _entry(name: str, raw: object, where: str) -> Configuration:
     )
 
 
+def read_toml(path: Path, failure: Callable[[str], Exception]) -> dict[str, Any]:
+    """Return what a TOML file of a user's holds; *failure* for one that cannot be read or is no TOML."""
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise failure(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise failure(f"{path} is no TOML: {error}") from None
+    return tables
+
+
 def load(files: Iterable[Path] = ()) -> dict[str, Configuration]:
     """Return kvmpy's configurations and those of *files* by name; a later one replaces an earlier one.
 
@@ -143,13 +154,7 @@ def load(files: Iterable[Path] = ()) -> dict[str, Configuration]:
     """
     known: dict[str, Configuration] = {}
     for path in (BUILTIN, *files):
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigurationError(f"{path} is no TOML: {error}") from None
-        for name, raw in data.items():
+        for name, raw in read_toml(path, ConfigurationError).items():
             known[name] = _entry(name, raw, f"{path}, configuration {name!r}")
     return known
 

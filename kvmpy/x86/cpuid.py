@@ -219,6 +219,11 @@ class Cpuid:
     # What the leaves say.
 
     @property
+    def is_amd_compatible(self) -> bool:
+        """Whether the vendor is AMD, or Hygon, which builds AMD's processors."""
+        return self.vendor in ("AuthenticAMD", "HygonGenuine")
+
+    @property
     def vendor(self) -> str:
         """The vendor string of leaf 0, such as ``AuthenticAMD``."""
         leaf = self.find(0)

@@ -137,7 +137,7 @@ def system_calls(cpuid: Cpuid) -> list[Row]:
     rows += [Row(msr, 0x4_7700, kept=LOW32, walked=LOW32) for msr in low]
     if cpuid.has("rdtscp") or cpuid.has("rdpid"):
         # Intel reserves the upper half, AMD's CPUs ignore it: arch/x86/kvm/x86.c, __kvm_set_msr().
-        amd = cpuid.vendor in ("AuthenticAMD", "HygonGenuine")
+        amd = cpuid.is_amd_compatible
         rows.append(Row(Msr.MSR_TSC_AUX, 5, refused=0 if amd else ALL & ~LOW32, kept=LOW32))
     return rows
 

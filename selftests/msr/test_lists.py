@@ -190,7 +190,7 @@ def test_initial_feature_msrs(kvm: Kvm, vm: Vm, disable: bool) -> None:
         vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
     vcpu = vm.create_vcpu()
     vcpu.cpuid.set(kvm.supported_cpuid)
-    amd = Cpuid.from_struct(kvm.supported_cpuid).vendor in ("AuthenticAMD", "HygonGenuine")
+    amd = Cpuid.from_struct(kvm.supported_cpuid).is_amd_compatible
     own = {Msr.MSR_IA32_UCODE_REV: 0x0100_0065 if amd else 1 << 32, Msr.MSR_AMD64_DE_CFG: 0}
     expected = dict.fromkeys(indices, 0) if disable else supported | {int(msr): own[msr] for msr in own}
     wrong = [

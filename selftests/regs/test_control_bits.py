@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -31,6 +31,18 @@ IGNORED_CR0 = [*range(6, 16), 17, *range(19, 29)]
 def outcome(fault: Fault | None) -> tuple[int, int] | None:
     """Return the vector and the error code of a fault."""
     return None if fault is None else (fault.vector, fault.error_code)
+
+
+def without(features: Iterable[str]) -> Callable[[kvm_cpuid2], kvm_cpuid2]:
+    """Return what takes features out of a table."""
+
+    def edit(table: kvm_cpuid2) -> kvm_cpuid2:
+        cpuid = Cpuid.from_struct(table)
+        for feature in features:
+            cpuid.clear_feature(feature)
+        return cpuid.to_struct()
+
+    return edit
 
 
 def walk(
@@ -87,14 +99,7 @@ def test_cr4(make_vm: MakeVm, hidden: bool) -> None:
 
     In 64-bit mode PAE and LA57 cannot change.  Intel SDM volume 3, 2.5; AMD APM volume 2, 3.1.3.
     """
-
-    def edit(table: kvm_cpuid2) -> kvm_cpuid2:
-        cpuid = Cpuid.from_struct(table)
-        for feature in CR4_FEATURES.values() if hidden else ():
-            cpuid.clear_feature(feature)
-        return cpuid.to_struct()
-
-    agent = Agent(make_vm(AGENT, cpuid=edit).vcpus[0])
+    agent = Agent(make_vm(AGENT, cpuid=without(CR4_FEATURES.values() if hidden else ())).vcpus[0])
     base = agent.read_cr(4)
     assert isinstance(base, int)
     cpuid = Cpuid.from_struct(agent.vcpu.cpuid.get())
@@ -117,14 +122,7 @@ def test_efer(make_vm: MakeVm, hidden: bool) -> None:
     arch/x86/kvm/x86.c, set_efer().
     """
     features = {bit: feature for bit, feature in EFER_FEATURES.items() if bit != EFER.NXE}
-
-    def edit(table: kvm_cpuid2) -> kvm_cpuid2:
-        cpuid = Cpuid.from_struct(table)
-        for feature in features.values() if hidden else ():
-            cpuid.clear_feature(feature)
-        return cpuid.to_struct()
-
-    agent = Agent(make_vm(AGENT, cpuid=edit).vcpus[0])
+    agent = Agent(make_vm(AGENT, cpuid=without(features.values() if hidden else ())).vcpus[0])
     base = agent.rdmsr(Msr.MSR_EFER)
     assert isinstance(base, int)
     cpuid = Cpuid.from_struct(agent.vcpu.cpuid.get())

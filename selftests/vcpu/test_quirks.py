@@ -56,7 +56,7 @@ def test_the_other_vendors_hypercall(make_vm: MakeVm, disable: bool) -> None:
             vm.enable_cap(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_FIX_HYPERCALL_INSN)
 
     vm = make_vm(AGENT, before_vcpus=before)
-    amd = Cpuid.from_struct(vm.kvm.supported_cpuid).vendor in ("AuthenticAMD", "HygonGenuine")
+    amd = Cpuid.from_struct(vm.kvm.supported_cpuid).is_amd_compatible
     own, other = (VMMCALL, VMCALL) if amd else (VMCALL, VMMCALL)
     gva = vm.alloc(PAGE_SIZE, nx=False)
     code = vm.view(gva, PAGE_SIZE)
