@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,35 +17,13 @@ from uuid import uuid4
 import psutil
 import pytest
 
+from tests.ended import Ended
+
 pytest.importorskip("distributed")
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "KVMPY_TEST_FLEET"
 SECONDS = 110.0
-
-
-@dataclass
-class Ended:
-    status: int
-    text: str
-    folder: Path
-
-    @property
-    def report(self) -> dict[str, Any]:
-        results: dict[str, Any] = json.loads((self.folder / "out.json").read_text())
-        return results
-
-    def verdicts(self, column: str = "") -> dict[str, str]:
-        report = self.report["reports"][column] if column else self.report
-        return {test["id"].rpartition("::")[2]: test["verdict"] for test in report["tests"]}
-
-    def test(self, name: str, column: str = "") -> dict[str, Any]:
-        report = self.report["reports"][column] if column else self.report
-        found: dict[str, Any] = next(test for test in report["tests"] if test["id"].endswith(f"::{name}"))
-        return found
-
-    def lost(self) -> list[str]:
-        return sorted(name for name, verdict in self.verdicts().items() if verdict == "lost")
 
 
 class Fleet:

@@ -14,7 +14,6 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import pytest
 from kvmpy.lab import records
 from kvmpy.lab.coverage.store import Coverage
 from kvmpy.lab.events import Record, parse
+from tests.ended import Ended
 from tests.lab.conftest import FAKE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,23 +56,7 @@ sys.exit(run(request, lambda text: print("SAID", text, flush=True)))
 Plan = Sequence[Sequence[Sequence[object]]]
 
 
-@dataclass
-class Ended:
-    status: int
-    text: str
-    folder: Path
-
-    @property
-    def report(self) -> dict[str, Any]:
-        results: dict[str, Any] = json.loads((self.folder / "out.json").read_text())
-        return results
-
-    def verdicts(self) -> dict[str, str]:
-        return {test["id"].rpartition("::")[2]: test["verdict"] for test in self.report["tests"]}
-
-    def test(self, name: str) -> dict[str, Any]:
-        return next(test for test in self.report["tests"] if test["id"].endswith(f"::{name}"))
-
+class LabEnded(Ended):
     def pids(self) -> list[int]:
         return [json.loads(path.read_text())[0] for path in sorted(self.folder.glob("boot-*"))]
 
@@ -113,10 +97,10 @@ class Lab:
             text=True,
         )
 
-    def run(self, plan: Plan, *extra: str, total: float = 100.0, grace: float = 1.0) -> Ended:
+    def run(self, plan: Plan, *extra: str, total: float = 100.0, grace: float = 1.0) -> LabEnded:
         with self.start(plan, *extra, total=total, grace=grace) as child:
             text, _ = child.communicate(timeout=100)
-        ended = Ended(child.returncode, text, self.folder)
+        ended = LabEnded(child.returncode, text, self.folder)
         assert not any(psutil.pid_exists(pid) for pid in ended.pids())
         return ended
 
