@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import importlib
-import os
-import signal
-import sys
-from types import FrameType
 
 import click
 
 import kvmpy
+from kvmpy.signals import end_by_exception
 
 # Command and its line in --help, so that help imports none of them.
 COMMANDS = {
@@ -79,33 +76,4 @@ class LazyGroup(click.Group):
 def main(context: click.Context) -> None:
     """Create and test KVM virtual machines from Python."""
     if context.invoked_subcommand not in _OWN_SIGNALS:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            # What nohup had us ignore stays ignored.
-            if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, _end)
-                sys.unraisablehook = _again
-
-
-class _Signalled(SystemExit):
-    """A signal ends the program; the code is its exit status."""
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    # As an exception: every block that has something to put in order does so.
-    del frame
-    raise _Signalled(128 + number)
-
-
-def _again(unraisable: sys.UnraisableHookArgs) -> None:
-    """Let a signal come again that was taken in a callback of the interpreter: no exception ends that."""
-    ended = unraisable.exc_value
-    if isinstance(ended, _Signalled):
-        number = int(ended.code or 0) - 128
-    elif isinstance(ended, KeyboardInterrupt):
-        number = signal.SIGINT
-    else:
-        sys.__unraisablehook__(unraisable)
-        return
-    from threading import Timer
-
-    Timer(0.01, os.kill, (os.getpid(), number)).start()
+        end_by_exception()

@@ -29,13 +29,13 @@ from kvmpy.lab import events
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
+from kvmpy.signals import Interrupter, handled
 from kvmpy.testing import journal, labels
 from kvmpy.testing.dealer import Begun, Dealer, DealError, File, Needs, Queue
 from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.host import HostSummary
 from kvmpy.testing.journal import lost_report
 from kvmpy.testing.reportfiles import SteadyStream
-from kvmpy.testing.testprocess import Interrupter, handled
 from kvmpy.testing.verdicts import Verdict
 
 # Tests that a host gets at once.

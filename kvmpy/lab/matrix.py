@@ -22,10 +22,10 @@ from rich.table import Table
 
 from kvmpy.lab.kernels import Kernel, Say
 from kvmpy.owned import OwnedFolder, dies_with_parent
+from kvmpy.signals import handled
 from kvmpy.testing.option_table import command_arguments
 from kvmpy.testing.reportfiles import ReportFiles
 from kvmpy.testing.table import plain_console
-from kvmpy.testing.testprocess import handled
 
 SCHEMA = "kvmpy-lab-matrix/1"
 INTERRUPTED = 2

@@ -33,10 +33,10 @@ from kvmpy.lab.qemu import Job, Options, Start, command_line, nested_works, prep
 from kvmpy.lab.session import FAILED, WITHOUT_TRACE, LabSession, Setup
 from kvmpy.owned import dies_with_parent
 from kvmpy.platforms import LARGE_GMEM, LARGE_GMEM_PLATFORM, bugs_platform
+from kvmpy.signals import Interrupter, handled
 from kvmpy.testing.configurations import is_value
 from kvmpy.testing.host import CONFIGURATION_VARIABLE, PLATFORM_VARIABLE
 from kvmpy.testing.option_table import SEED_BITS, pytest_arguments
-from kvmpy.testing.testprocess import Interrupter, handled
 
 # Emulated, every import counts: what the suite needs, and what of pytest's own it does not.
 _PLUGINS = ("kvmpy.testing.plugin", "pytest_timeout")

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from kvmpy.owned import OwnedFolder, adopt_orphans, die_with_parent, dies_with_parent, end_descendants
+from kvmpy.signals import SAME_SECONDS, handled
 from kvmpy.testing import ending, journal, journals
 from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.option_table import pytest_arguments
 from kvmpy.testing.reportfiles import SteadyStream
 from kvmpy.testing.testprocess import (
-    SAME_SECONDS,
     STACK_SIGNAL,
     STACK_SUFFIX,
     SUPERVISOR_VARIABLE,
-    handled,
     stack_file,
     supervised,
 )

@@ -7,23 +7,17 @@ import contextlib
 import faulthandler
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import pytest
 
 from kvmpy.owned import die_with_parent
+from kvmpy.signals import Interrupter, handled
 
 SUPERVISOR_VARIABLE = "KVMPY_SUPERVISED"
 STACK_SIGNAL = signal.SIGQUIT
-# The terminal's Ctrl-C reaches everyone, and the supervisor passes on what it gets.
-SAME_SECONDS = 1.0
 STACK_SUFFIX = ".stack"
-
-Handler = Callable[[int, "FrameType | None"], object]
 
 
 def supervised() -> bool:
@@ -34,38 +28,6 @@ def supervised() -> bool:
 def stack_file(journal: Path) -> Path:
     """Return where the process of *journal* writes its stacks when it gets STACK_SIGNAL."""
     return journal.with_name(journal.name + STACK_SUFFIX)
-
-
-class Interrupter:
-    """A handler that ends the session like Ctrl-C, once for what is sent twice."""
-
-    def __init__(self) -> None:
-        self._last = -SAME_SECONDS
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        now = time.monotonic()
-        if now - self._last >= SAME_SECONDS:
-            self._last = now
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def handled(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
-    """Within the block *handler* gets these signals; who ignores one, as under nohup, goes on ignoring it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = {
-        number: signal.signal(number, handler)
-        for number in numbers
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for number, previous in earlier.items():
-            signal.signal(number, previous)
 
 
 @contextlib.contextmanager

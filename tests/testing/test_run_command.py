@@ -220,27 +220,40 @@ def test_the_seed_option_reaches_the_session(own: Path) -> None:
 
 
 SWALLOWED = """
-import sys, threading, weakref
-from kvmpy.cli import main
-sys.unraisablehook = main._again
+import os, signal, sys, threading, weakref
+from kvmpy.signals import Interrupter, again, handled
+sys.unraisablehook = again
 
 class Thing: pass
 thing = Thing()
-def callback(_): raise KeyboardInterrupt
+def callback(_): {taken}
 reference = weakref.ref(thing, callback)
-del thing
-try:
-    threading.Event().wait(60)
-except KeyboardInterrupt:
-    print("interrupted")
+with handled(Interrupter(), signal.SIGTERM):
+    del thing
+    try:
+        threading.Event().wait(60)
+    except KeyboardInterrupt as interrupt:
+        print(type(interrupt).__name__)
 """
 
 
-def test_an_interrupt_that_a_callback_swallowed_comes_again() -> None:
+@pytest.mark.parametrize(
+    ("taken", "comes"),
+    [
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", "Interrupted"),
+    ],
+    ids=["interrupt", "signal"],
+)
+def test_what_a_callback_swallowed_comes_again(taken: str, comes: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-c", SWALLOWED.format(taken=taken)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
     )
-    assert (result.stdout, result.stderr) == ("interrupted\n", "")
+    assert (result.stdout, result.stderr) == (f"{comes}\n", "")
 
 
 def test_a_report_on_standard_output(own: Path) -> None:
