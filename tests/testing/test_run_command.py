@@ -64,7 +64,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     text, modules = output.stdout.rstrip().rsplit("\n", 1)
-    assert modules == "['kvmpy.cli', 'kvmpy.cli.main']"
+    assert modules == "['kvmpy.cli', 'kvmpy.signals', 'kvmpy.cli.main']"
     for name, line in COMMANDS.items():
         assert name in text
         assert line.split()[-1] in text
