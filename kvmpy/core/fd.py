@@ -59,7 +59,10 @@ class KvmFd(Closing):
             raise ClosedError(f"{self.name} is closed")
         for observer in observe.active:
             observer.ioctl_enter(self, op, arg)
-        result, number = self._issue(op, arg)
+        if observe.interposers:
+            result, number = observe.interposers[0].ioctl(self, op, arg, lambda: self._issue(op, arg))
+        else:
+            result, number = self._issue(op, arg)
         for observer in observe.active:
             observer.ioctl_exit(self, op, arg, result, number)
         if op.lasting is not None and result >= 0:

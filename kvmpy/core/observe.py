@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,7 @@ from kvmpy.uapi import lib
 if TYPE_CHECKING:
     # By this name an observer outside of this room knows what it is told of.
     from kvmpy.core.fd import KvmFd as KvmFd  # noqa: PLC0414
+    from kvmpy.core.vcpu import Vcpu
     from kvmpy.uapi.ioctls import Ioctl
     from kvmpy.uapi.structs import Struct
 
@@ -69,6 +70,21 @@ class HostObserver(Protocol):
         """The host added *count* to the eventfd *fd*."""
 
 
+class Interposer(Protocol):
+    """What decides how often a call of the funnel is issued: fault injection does so.
+
+    *issue* issues it and returns what it returned; observers hear of the call as a whole.
+    """
+
+    def ioctl(
+        self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, issue: Callable[[], tuple[int, int]]
+    ) -> tuple[int, int]:
+        """Issue *op*, and return result and errno."""
+
+    def run(self, vcpu: Vcpu, issue: Callable[[], int]) -> int:
+        """Issue KVM_RUN, and return how it ended, as :meth:`~kvmpy.core.vcpu.Vcpu.run_once` does."""
+
+
 @contextmanager
 def inspecting() -> Iterator[None]:
     """Mark the ioctls of this thread in a with block as a tool's own look at a VM, such as a post-mortem's.
@@ -89,6 +105,7 @@ def is_inspecting() -> bool:
 
 active: list[Observer] = []
 host: list[HostObserver] = []
+interposers: list[Interposer] = []
 
 
 def add(observer: Observer) -> None:
@@ -140,3 +157,15 @@ def observing(observer: Observer) -> Iterator[Observer]:
         yield observer
     finally:
         remove(observer)
+
+
+@contextmanager
+def interposing(interposer: Interposer) -> Iterator[None]:
+    """Let *interposer* issue the ioctls of this process in a with block; RuntimeError if another one does."""
+    if interposers:
+        raise RuntimeError(f"{interposers[0]} issues the ioctls already")
+    interposers.append(interposer)
+    try:
+        yield
+    finally:
+        interposers.remove(interposer)

@@ -118,12 +118,15 @@ class Vcpu(VcpuState):
         native, run = self._native, self._run
         if native is None:
             raise self._closed()
-        if not observe.active and not recent.keeps_runs:
+        if not observe.active and not recent.keeps_runs and not observe.interposers:
             return int(lib.kvmpy_vcpu_run(native, ffi.NULL))
         for observer in observe.active:
             observer.ioctl_enter(self, ioctls.KVM_RUN, None)
         ran = ffi.new("struct kvmpy_ran *")
-        outcome = int(lib.kvmpy_vcpu_run(native, ran))
+        if observe.interposers:
+            outcome = observe.interposers[0].run(self, lambda: int(lib.kvmpy_vcpu_run(native, ran)))
+        else:
+            outcome = int(lib.kvmpy_vcpu_run(native, ran))
         if recent.keeps_runs and ran.issued:
             recent.remember_run(self._label, run, ran.result, ran.error)
         for observer in observe.active:

@@ -176,6 +176,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("strict_private", _RUNS, "--strict-private",
            "Refuse host access to private pages under every protection, as SEV-SNP does.", kind="flag",
            pytest="--strict-private", side="inside", each=True),
+    Option("fail_allocations", _RUNS, "--fail-allocations",
+           "Let each allocation that an ioctl makes fail once: tests run as ever if KVM answers ENOMEM.",
+           kind="flag", pytest="--fail-allocations", side="inside", each=True),
     # What is shown and written.
     Option("verbose", _REPORTS, "-v --verbose",
            "Show pytest's own progress, and every row, reason and name in the summary.", kind="flag",

@@ -45,6 +45,7 @@ class Settings:
     about_protections: tuple[str, ...]
     run_dangerous: bool
     strict_private: bool
+    fail_allocations: bool
     suite: bool
     table: bool
     leaks: str
@@ -153,6 +154,7 @@ def read_settings(config: pytest.Config) -> Settings:
         about_protections=about,
         run_dangerous=chosen(config, "dangerous") or platform_name() != "host",
         strict_private=chosen(config, "strict_private"),
+        fail_allocations=chosen(config, "fail_allocations"),
         suite=suite,
         table=suite or chosen(config, "table"),
         leaks=leaks,

@@ -79,6 +79,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(KernelWatch.of_this_host(), "kvmpy-kernel")
     if settings.evidence:
         _keep_runs(config)
+    # The lab's tests are listed on the host.
+    if settings.fail_allocations and not config.option.collectonly:
+        from kvmpy.testing import fault_injection
+
+        if lacking := fault_injection.missing():
+            raise pytest.UsageError(f"--fail-allocations needs {lacking}")
+        config.pluginmanager.register(fault_injection.EveryTest(), "kvmpy-fault-injection")
     config.pluginmanager.register(ItemReports(settings, errata, host.facts()), "kvmpy-items")
     recording.register(config)
     if settings.timeline is not None:
@@ -203,6 +210,8 @@ class Session:
         about = f"kvmpy {__version__}: seed {settings.seed}, deadline {settings.deadline:g} s"
         if settings.load_seconds != LOAD_SECONDS:
             about += f", load {settings.load_seconds:g} s"
+        if settings.fail_allocations:
+            about += ", each allocation of an ioctl fails once"
         if settings.protections is not None:
             about += f", only protection {', '.join(settings.protections)}"
         lines = [about, *settings.about_protections, *self.summary.lines()]

@@ -14,6 +14,7 @@ A requirement is a string or a callable:
 - ``param:kvm.ignore_msrs`` or ``param:kvm_amd.sev=Y``: a module parameter (and its value)
 - ``cpu:FLAG``: a flag in /proc/cpuinfo
 - ``tool:gcc``: a command; ``path:/dev/userfaultfd``: a file that can be read and written; ``root``: uid 0
+- ``fault-injection``: root, and a kernel in which a test lets allocations fail
 - ``stable-tsc``: a kernel that takes its time from the TSC, so that KVM need not correct guests' TSCs
 - a callable, given an open ``Kvm``: None or True when all is there, otherwise a :class:`Missing` or a text
   (a function alone is passed as ``requires.with_args(function)``, as pytest takes it for the test otherwise)
@@ -207,6 +208,16 @@ def _root(_text: str) -> Missing | None:
     return None if os.geteuid() == 0 else Missing("root", "run as root (sudo)", ("root",))
 
 
+def _fault_injection(_text: str) -> Missing | None:
+    from kvmpy.testing import fault_injection
+
+    lacking = fault_injection.missing()
+    if not lacking:
+        return None
+    how = f"{config_hint('FAILSLAB')}, CONFIG_FAIL_PAGE_ALLOC and CONFIG_FAULT_INJECTION_DEBUG_FS, as root"
+    return Missing(f"fault injection ({lacking})", how, ("fault-injection",))
+
+
 def _stable_tsc(_text: str) -> Missing | None:
     source = host.clock_source()
     if source in ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page"):
@@ -228,6 +239,7 @@ _ASK_HOST: dict[str, Callable[[str], Missing | None]] = {
     "tool": _tool,
     "path": _path,
     "root": _root,
+    "fault-injection": _fault_injection,
     "stable-tsc": _stable_tsc,
 }
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy import PAGE_SIZE, SIZE_2M, MakeVm, PfErr, VcpuThread
+from kvmpy import KVM_MP_STATE_RUNNABLE, PAGE_SIZE, SIZE_2M, MakeVm, PfErr, VcpuThread
 from kvmpy.coco.rmp import Entry
+from kvmpy.testing.fault_injection import FaultInjection
 from selftests.sev.folios import (
     FAIL_SIZEMISMATCH,
     GPA,
@@ -372,6 +373,39 @@ def test_alternating_pages(folios: MakeFolios, size: str, odd: bool) -> None:
 
 # RMPADJUST.
 
+MXCSR_OF_OURS = 0x1F00
+AP = GUEST.replace(
+    "void guest_main(void)",
+    """
+#define VMSA_MXCSR	0x408
+
+extern void _start(void);
+
+void ap_main(void)
+{
+	u32 mxcsr;
+
+	asm volatile("stmxcsr %0" : "=m"(mxcsr));
+	for (;;)
+		GUEST_SYNC(mxcsr);
+}
+
+u64 make_vmsa(u8 *vmsa, u64 cpu, u64 stack, u64 mxcsr)
+{
+	snp_vmsa_init(vmsa, (u64)_start, stack, cpu, cpu, 1);
+	*(u32 *)(vmsa + VMSA_MXCSR) = mxcsr;
+	return rmpadjust(vmsa, false, 1 | RMPADJUST_VMSA);
+}
+
+u64 ap(u64 request, u64 gpa)
+{
+	return snp_ap_create(request, 1, gpa, 1);
+}
+
+void guest_main(void)""",
+)
+AP_CREATE, AP_DESTROY = 1, 2
+
 
 @both
 def test_a_vmsa_page(folios: MakeFolios, watch: list[Watch], size: str) -> None:
@@ -426,6 +460,60 @@ u64 crowd(u64 private, u64 shared, u64 gpa, u64 first)
 }
 """
 )
+
+
+@both
+def test_an_ap_of_a_page_in_2m(folios: MakeFolios, size: str) -> None:
+    """A vCPU starts from a VMSA in the middle of 2 MiB; once it is destroyed the guest takes the page back.
+
+    GHCB specification, 4.1.9 (SNP AP creation).  The other 511 pages keep their content and stay the guest's.
+    """
+    page = 100
+    range_ = folios(size, vcpus=2, program=AP)
+    range_.touch(0)
+    range_.accept()
+    range_.fill(VALUE)
+    second = range_.vm.vcpus[1]
+    second.set_mp_state(KVM_MP_STATE_RUNNABLE)
+    cpu, stack = int(second.percpu), int(second.stack_top)
+    gpa = int(GPA) + page * PAGE_SIZE
+    assert range_.call("make_vmsa", range_.gva(page), cpu, stack, MXCSR_OF_OURS) == OK
+    assert range_.call("ap", AP_CREATE, gpa) == 0
+    assert second.sync().args == (MXCSR_OF_OURS,)
+    assert range_.entries() == small(range_) | {page: entry(range_, page, large=False, vmsa=True)}
+    range_.check_but(VALUE, page)
+    assert range_.call("ap", AP_DESTROY, 0) == 0
+    assert range_.call("adjust", range_.gva(page), 0, 1) == OK
+    range_.fill(VALUE + page, page, 1)
+    range_.check(VALUE)
+    assert range_.entries() == small(range_)
+
+
+# Without memory.
+
+
+@pytest.mark.requires("fault-injection")
+def test_no_memory_for_a_folio(folios: MakeFolios, watch: list[Watch]) -> None:
+    """Where there is no page of 2 MiB KVM assigns 4 KiB; the next range has 2 MiB again.
+
+    fail_page_alloc with min-order 9.
+    """
+    range_ = folios("2M", blocks=2)
+    events = started(watch, range_)
+    with FaultInjection(min_order=9) as faults:
+        assert range_.touch(5) == NOT_VALIDATED
+    assert (faults.failed, faults.borne) == ({}, {"KVM_RUN": 1})
+    assert events.read() == ([], [(5, PAGE_SIZE)])
+    assert range_.touch(6) == NOT_VALIDATED
+    assert range_.touch(HUGE + 6) == NOT_VALIDATED
+    assert range_.entries() == {
+        5: entry(range_, 5, large=False, validated=False),
+        6: entry(range_, 6, large=False, validated=False),
+        HUGE: entry(range_, HUGE, large=True, validated=False),
+    }
+    range_.accept(HUGE, HUGE)
+    range_.fill(VALUE, HUGE, HUGE)
+    range_.check(VALUE, HUGE, HUGE)
 
 
 @both

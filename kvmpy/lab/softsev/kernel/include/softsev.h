@@ -7,6 +7,7 @@
 #ifndef _ASM_X86_SOFTSEV_H
 #define _ASM_X86_SOFTSEV_H
 
+#include <linux/sched.h>
 #include <linux/types.h>
 
 /* Bits of CPUID 0x8000001f EAX. */
@@ -39,6 +40,29 @@ u32 softsev_cpuid_eax(u32 fn);
 static inline bool softsev_enabled(void) { return false; }
 static inline void softsev_cpu_init(struct cpuinfo_x86 *c) { }
 #endif
+
+/*
+ * Memory that stands for the platform's own: between these two no allocation of this thread fails by fault injection
+ * (Documentation/fault-injection/fault-injection.rst, fail-nth), nor is it counted.
+ */
+static inline unsigned int softsev_own_memory_begin(void)
+{
+#ifdef CONFIG_FAULT_INJECTION
+	unsigned int nth = current->fail_nth;
+
+	current->fail_nth = 0;
+	return nth;
+#else
+	return 0;
+#endif
+}
+
+static inline void softsev_own_memory_end(unsigned int nth)
+{
+#ifdef CONFIG_FAULT_INJECTION
+	current->fail_nth = nth;
+#endif
+}
 
 /**
  * struct softsev_rmp - one RMP entry

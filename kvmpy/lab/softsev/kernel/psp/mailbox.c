@@ -97,6 +97,7 @@ static DEFINE_MUTEX(command_mutex);
 
 static u32 run(const struct command *c, void *buf)
 {
+	unsigned int nth = softsev_own_memory_begin();
 	bool alone = irqs_disabled();
 	u32 ret;
 
@@ -105,6 +106,7 @@ static u32 run(const struct command *c, void *buf)
 	ret = c->run(buf);
 	if (!alone)
 		mutex_unlock(&command_mutex);
+	softsev_own_memory_end(nth);
 	if (ret)
 		pr_info("%s: error %#x\n", c->name, ret);
 	return ret;

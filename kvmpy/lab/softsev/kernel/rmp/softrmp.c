@@ -38,12 +38,15 @@ static struct softsev_rmp *rmp_entry_make(u64 pfn)
 {
 	unsigned long at = pfn / CHUNK_PAGES;
 	struct rmp_chunk *chunk, *old;
+	unsigned int nth;
 
 	if (!xa_load(&rmp_chunks, at)) {
+		nth = softsev_own_memory_begin();
 		chunk = kzalloc(sizeof(*chunk), GFP_KERNEL);
+		old = chunk ? xa_cmpxchg(&rmp_chunks, at, NULL, chunk, GFP_KERNEL) : NULL;
+		softsev_own_memory_end(nth);
 		if (!chunk)
 			return NULL;
-		old = xa_cmpxchg(&rmp_chunks, at, NULL, chunk, GFP_KERNEL);
 		if (old)
 			kfree(chunk);
 		if (xa_is_err(old))

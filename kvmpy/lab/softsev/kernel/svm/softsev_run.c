@@ -22,16 +22,19 @@ int softsev_pre_run(struct kvm_vcpu *vcpu)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);
 	struct softsev_vcpu *sv;
+	unsigned int nth;
 
 	if (svm->softsev || !softsev_enabled() || !softsev_is_sev(svm))
 		return 0;
+	nth = softsev_own_memory_begin();
 	sv = kzalloc(sizeof(*sv), GFP_KERNEL_ACCOUNT);
+	if (sv && !softsev_tlb_init(sv)) {
+		kfree(sv);
+		sv = NULL;
+	}
+	softsev_own_memory_end(nth);
 	if (!sv)
 		return -ENOMEM;
-	if (!softsev_tlb_init(sv)) {
-		kfree(sv);
-		return -ENOMEM;
-	}
 	svm->softsev = sv;
 	return 0;
 }

@@ -68,19 +68,22 @@ void softsev_tlb_free(struct softsev_vcpu *sv)
 
 static bool tlb_top_up(struct softsev_vcpu *sv)
 {
+	unsigned int nth;
 	struct page *page;
-	int i, have = 0;
+	int have = 0;
 
 	list_for_each_entry(page, &sv->spare, lru)
 		if (++have >= NPT_LEVELS)
 			return true;
-	for (i = have; i < NPT_LEVELS; i++) {
+	nth = softsev_own_memory_begin();
+	for (; have < NPT_LEVELS; have++) {
 		page = alloc_page(GFP_KERNEL_ACCOUNT);
 		if (!page)
-			return false;
+			break;
 		list_add(&page->lru, &sv->spare);
 	}
-	return true;
+	softsev_own_memory_end(nth);
+	return have == NPT_LEVELS;
 }
 
 static u64 *tlb_slot(struct softsev_vcpu *sv, u64 raw, int level)
