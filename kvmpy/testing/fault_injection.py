@@ -78,12 +78,14 @@ class FaultInjection:
             lock = os.open(DEBUGFS / _SLAB, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
-            every = "N" if self._min_order == 0 else "Y"
+            every, every_user = ("N", "Y") if self._min_order == 0 else ("Y", "N")
             for name, value in (
                 (f"{_SLAB}/ignore-gfp-wait", every),
                 (f"{_SLAB}/verbose", "0"),
                 (f"{_PAGES}/ignore-gfp-wait", "N"),
                 (f"{_PAGES}/min-order", str(self._min_order)),
+                # Pages of user space fail only where they are large: others have nothing to fall back to.
+                (f"{_PAGES}/ignore-gfp-highmem", every_user),
                 (f"{_PAGES}/verbose", "0"),
             ):
                 stack.enter_context(_set(DEBUGFS / name, value))

@@ -379,8 +379,6 @@ AP = GUEST.replace(
     """
 #define VMSA_MXCSR	0x408
 
-extern void _start(void);
-
 void ap_main(void)
 {
 	u32 mxcsr;
@@ -392,7 +390,7 @@ void ap_main(void)
 
 u64 make_vmsa(u8 *vmsa, u64 cpu, u64 stack, u64 mxcsr)
 {
-	snp_vmsa_init(vmsa, (u64)_start, stack, cpu, cpu, 1);
+	snp_vmsa_init(vmsa, (u64)ap_main, stack - 8, 0, cpu, 1);
 	*(u32 *)(vmsa + VMSA_MXCSR) = mxcsr;
 	return rmpadjust(vmsa, false, 1 | RMPADJUST_VMSA);
 }
