@@ -69,6 +69,10 @@ from kvmpy.core.exits import IoExit as IoExit
 from kvmpy.core.exits import MmioExit as MmioExit
 from kvmpy.core.exits import HltExit as HltExit
 from kvmpy.core.exits import HypercallExit as HypercallExit
+from kvmpy.core.exits import HypervHypercallExit as HypervHypercallExit
+from kvmpy.core.exits import HypervSynicExit as HypervSynicExit
+from kvmpy.core.exits import HypervSyndbgExit as HypervSyndbgExit
+from kvmpy.core.exits import XenHypercallExit as XenHypercallExit
 from kvmpy.core.exits import DebugExit as DebugExit
 from kvmpy.core.exits import ShutdownExit as ShutdownExit
 from kvmpy.core.exits import SystemEventExit as SystemEventExit
@@ -103,10 +107,12 @@ from kvmpy.guest.errors import UnexpectedExitError as UnexpectedExitError
 
 # Interrupts and events
 from kvmpy.core.eventfd import EventFd as EventFd
+from kvmpy.core.irq import HvSintRoute as HvSintRoute
 from kvmpy.core.irq import IrqchipRoute as IrqchipRoute
 from kvmpy.core.irq import Msi as Msi
 from kvmpy.core.irq import MsiRoute as MsiRoute
 from kvmpy.core.irq import RedirectionEntry as RedirectionEntry
+from kvmpy.core.irq import XenEvtchnRoute as XenEvtchnRoute
 from kvmpy.core.irq import default_routes as default_routes
 from kvmpy.core.vcpu_state import DebugPoint as DebugPoint
 from kvmpy.core.vcpu_save import VcpuSnapshot as VcpuSnapshot

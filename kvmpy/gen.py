@@ -22,6 +22,8 @@ from kvmpy.uapi import constants, gen, ioctls, plan
 from kvmpy.uapi.buffers import field_place
 from kvmpy.uapi.links import LINKS, Link
 from kvmpy.uapi.structs import kvm_run
+from kvmpy.x86 import hyperv, xen
+from kvmpy.x86.msr_numbers import Msr
 
 HERE = Path(__file__).resolve().parent
 _HEAD = (
@@ -192,14 +194,32 @@ def guest_layout() -> str:
     return _HEAD.format(about=f"From {layout.__name__}.", guard="KVMPY_LAYOUT_H", body=body)
 
 
+def _numbers(source: ModuleType, guard: str, msrs: str = "") -> str:
+    """Return a guest header with the enums of *source* and the MSRs whose names begin with *msrs*."""
+    kinds = [
+        kind
+        for kind in vars(source).values()
+        if isinstance(kind, EnumMeta) and kind.__module__ == source.__name__
+    ]
+    numbers = {name: int(msr) for name, msr in Msr.__members__.items() if msrs and name.startswith(msrs)}
+    for kind in kinds:
+        members: Mapping[str, Enum] = kind.__members__
+        numbers |= {name: int(member.value) for name, member in members.items()}
+    body = "".join(f"#define {name} {number:#x}\n" for name, number in numbers.items())
+    return _HEAD.format(about=f"From {source.__name__}.", guard=guard, body=body)
+
+
 def files() -> dict[Path, str]:
     """Return every generated file with its content."""
+    headers = runtime_dir() / "include/kvmpy"
     return {
         **gen.stubs(),
         HERE / "debug/preload/tables.h": tables(),
         HERE / "debug/preload/ring.h": ring(),
         HERE / "debug/record/format.h": record_format(),
-        runtime_dir() / "include/kvmpy/layout.h": guest_layout(),
+        headers / "layout.h": guest_layout(),
+        headers / "hyperv_numbers.h": _numbers(hyperv, "KVMPY_HYPERV_NUMBERS_H", "HV_X64_MSR_"),
+        headers / "xen_numbers.h": _numbers(xen, "KVMPY_XEN_NUMBERS_H"),
     }
 
 

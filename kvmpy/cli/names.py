@@ -10,6 +10,7 @@ from kvmpy.core.sev_errors import firmware_meaning
 from kvmpy.debug.decode.decoder import Decoder
 from kvmpy.x86 import apic, msrs
 from kvmpy.x86.bits import bit_words, cr0_words, cr4_words, efer_words, rflags_words
+from kvmpy.x86.hyperv import HvCall, HvControl
 from kvmpy.x86.vmsa import SevFeature
 
 
@@ -35,12 +36,21 @@ def feature_words(value: int) -> str:
     return " ".join(bit_words(SevFeature, value))
 
 
+def hyperv_call_words(value: int) -> str:
+    """Return the control word of a Hyper-V hypercall as words, empty where the code has no name."""
+    names = {int(call): name for name, call in HvCall.__members__.items()}
+    name = names.get(value & 0xFFFF, "")
+    return f"{name} fast" if name and value & HvControl.HV_HYPERCALL_FAST_BIT else name
+
+
 NAMES: dict[tuple[str, str], Callable[[int], str]] = {
     ("kvm_msr_entry", "index"): msrs.name,
     ("kvm_msr_list", "indices"): msrs.name,
     ("kvm_msr_filter_range", "base"): msrs.name,
     ("kvm_run__msr", "index"): msrs.name,
     ("kvm_hyperv_exit__u__synic", "msr"): msrs.name,
+    ("kvm_hyperv_exit__u__syndbg", "msr"): msrs.name,
+    ("kvm_hyperv_exit__u__hcall", "input"): hyperv_call_words,
     ("kvm_regs", "rflags"): rflags_words,
     ("kvm_sregs", "cr0"): cr0_words,
     ("kvm_sregs", "cr4"): cr4_words,

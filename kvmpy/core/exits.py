@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from kvmpy.uapi import ffi
 from kvmpy.uapi.constants import ExitReason, InternalError, InternalErrorFlag, IoDirection, MemoryFaultFlag
+from kvmpy.uapi.constants import HypervExit as HypervType
+from kvmpy.uapi.constants import XenExit as XenType
 
 _HAS_INSTRUCTION = InternalErrorFlag.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
 
@@ -264,15 +266,92 @@ class IoapicEoiExit(Exit):
 
 @dataclass(frozen=True)
 class HypervExit(Exit):
-    """KVM_EXIT_HYPERV: SynIC, hypercall or synthetic debugger event of a Hyper-V guest."""
+    """KVM_EXIT_HYPERV: what a Hyper-V guest did; each type has a class of its own."""
 
     reason = ExitReason.KVM_EXIT_HYPERV
+
+    @classmethod
+    def read(cls, run: CData, errno: int) -> Exit:
+        kinds: dict[int, type[HypervExit]] = {
+            HypervType.KVM_EXIT_HYPERV_SYNIC: HypervSynicExit,
+            HypervType.KVM_EXIT_HYPERV_HCALL: HypervHypercallExit,
+            HypervType.KVM_EXIT_HYPERV_SYNDBG: HypervSyndbgExit,
+        }
+        return kinds.get(run.hyperv.type, HypervUnknownExit).read(run, errno)
+
+
+@dataclass(frozen=True)
+class HypervUnknownExit(HypervExit):
+    """A *type* newer than this version of kvmpy; *payload* is what kvm_run holds for it."""
+
     type: int
     payload: bytes
 
     @classmethod
     def read(cls, run: CData, errno: int) -> Exit:
-        return cls(run.hyperv.type, bytes(ffi.buffer(ffi.addressof(run.hyperv, "u"))), run=run, errno=errno)
+        raw = bytes(ffi.buffer(ffi.addressof(run.hyperv, "u")))
+        return cls(run.hyperv.type, raw, run=run, errno=errno)
+
+
+@dataclass(frozen=True)
+class HypervSynicExit(HypervExit):
+    """KVM_EXIT_HYPERV_SYNIC: the guest wrote the SynIC's *msr*; the others are its registers now."""
+
+    msr: int
+    control: int
+    evt_page: int
+    msg_page: int
+
+    @classmethod
+    def read(cls, run: CData, errno: int) -> Exit:
+        synic = run.hyperv.u.synic
+        return cls(synic.msr, synic.control, synic.evt_page, synic.msg_page, run=run, errno=errno)
+
+
+@dataclass(frozen=True)
+class HypervHypercallExit(HypervExit):
+    """KVM_EXIT_HYPERV_HCALL: a Hyper-V hypercall for user space; answer with :meth:`respond`.
+
+    *input* is its control word, *params* are the addresses of input and output, or the values themselves.
+    """
+
+    input: int
+    params: tuple[int, ...]
+
+    @property
+    def code(self) -> int:
+        """The call's code, the low 16 bits of *input*."""
+        return self.input & 0xFFFF
+
+    @classmethod
+    def read(cls, run: CData, errno: int) -> Exit:
+        call = run.hyperv.u.hcall
+        return cls(call.input, tuple(call.params), run=run, errno=errno)
+
+    def respond(self, result: int) -> None:
+        """Set the guest's result: the status, and in bits 43:32 how many repetitions were completed."""
+        self.run.hyperv.u.hcall.result = result & (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class HypervSyndbgExit(HypervExit):
+    """KVM_EXIT_HYPERV_SYNDBG: the guest wrote the debugger's *msr*; answer with :meth:`respond`."""
+
+    msr: int
+    control: int
+    send_page: int
+    recv_page: int
+    pending_page: int
+
+    @classmethod
+    def read(cls, run: CData, errno: int) -> Exit:
+        debug = run.hyperv.u.syndbg
+        pages = (debug.send_page, debug.recv_page, debug.pending_page)
+        return cls(debug.msr, debug.control, *pages, run=run, errno=errno)
+
+    def respond(self, status: int) -> None:
+        """Set the debugger's status register; KVM takes it after a write to the control register."""
+        self.run.hyperv.u.syndbg.status = status
 
 
 @dataclass(frozen=True)
@@ -310,15 +389,48 @@ class WrmsrExit(MsrExit):
 
 @dataclass(frozen=True)
 class XenExit(Exit):
-    """KVM_EXIT_XEN: a Xen hypercall."""
+    """KVM_EXIT_XEN: what a Xen guest did; each type has a class of its own."""
 
     reason = ExitReason.KVM_EXIT_XEN
+
+    @classmethod
+    def read(cls, run: CData, errno: int) -> Exit:
+        hypercall = run.xen.type == XenType.KVM_EXIT_XEN_HCALL
+        return (XenHypercallExit if hypercall else XenUnknownExit).read(run, errno)
+
+
+@dataclass(frozen=True)
+class XenUnknownExit(XenExit):
+    """A *type* newer than this version of kvmpy; *payload* is what kvm_run holds for it."""
+
     type: int
     payload: bytes
 
     @classmethod
     def read(cls, run: CData, errno: int) -> Exit:
         return cls(run.xen.type, bytes(ffi.buffer(ffi.addressof(run.xen, "u"))), run=run, errno=errno)
+
+
+@dataclass(frozen=True)
+class XenHypercallExit(XenExit):
+    """KVM_EXIT_XEN_HCALL: hypercall *input* of a Xen guest with six *params*; answer with :meth:`respond`.
+
+    *longmode* tells the 64-bit convention from the 32-bit one, *cpl* is the caller's ring.
+    """
+
+    longmode: bool
+    cpl: int
+    input: int
+    params: tuple[int, ...]
+
+    @classmethod
+    def read(cls, run: CData, errno: int) -> Exit:
+        call = run.xen.u.hcall
+        return cls(bool(call.longmode), call.cpl, call.input, tuple(call.params), run=run, errno=errno)
+
+    def respond(self, result: int) -> None:
+        """Set the guest's return value (0 or a negative error number of Xen)."""
+        self.run.xen.u.hcall.result = result & (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -461,7 +573,7 @@ def _all_subclasses(cls: type[Exit]) -> list[type[Exit]]:
 
 
 BY_REASON: dict[int, Callable[[CData, int], Exit]] = {
-    int(cls.reason): cls.read for cls in _all_subclasses(Exit) if hasattr(cls, "reason")
+    int(cls.reason): cls.read for cls in _all_subclasses(Exit) if "reason" in vars(cls)
 }
 
 

@@ -126,6 +126,10 @@ class Kvm(KvmFd):
         """Return the CPUID leaves that KVM supports on this host (KVM_GET_SUPPORTED_CPUID)."""
         return self._grow(kvm_cpuid2, ioctls.KVM_GET_SUPPORTED_CPUID)
 
+    def get_supported_hv_cpuid(self) -> kvm_cpuid2:
+        """Return the Hyper-V leaves that KVM can offer to a guest (KVM_GET_SUPPORTED_HV_CPUID)."""
+        return self._grow(kvm_cpuid2, ioctls.KVM_GET_SUPPORTED_HV_CPUID)
+
     def get_emulated_cpuid(self) -> kvm_cpuid2:
         """Return the CPUID features that KVM emulates (KVM_GET_EMULATED_CPUID)."""
         return self._grow(kvm_cpuid2, ioctls.KVM_GET_EMULATED_CPUID)

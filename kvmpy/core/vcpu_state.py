@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.core.caps import CanEnable
 from kvmpy.core.device import DeviceAttrs
+from kvmpy.core.enlightenments import VcpuXen
 from kvmpy.core.msrs import Msrs
 from kvmpy.core.stats import BinaryStats
 from kvmpy.core.topic import Topic, topic
@@ -442,6 +443,7 @@ class VcpuState(CanEnable):
     clock = topic(VcpuClock)
     attrs = topic(DeviceAttrs)
     stats = topic(BinaryStats)
+    xen = topic(VcpuXen)
 
     if TYPE_CHECKING:
         vm: Vm

@@ -12,6 +12,7 @@ from kvmpy.core.address import Gpa
 from kvmpy.core.caps import HasCaps
 from kvmpy.core.device import DeviceAttrs, Devices
 from kvmpy.core.dirty import Dirty
+from kvmpy.core.enlightenments import VmHyperv, VmXen
 from kvmpy.core.errors import VcpuBusyError
 from kvmpy.core.io import Io
 from kvmpy.core.irq import Irq, Pit
@@ -96,6 +97,8 @@ class Vm(HasCaps, VmSlots):
     attrs = topic(DeviceAttrs)
     stats = topic(BinaryStats)
     setup = topic(Setup)
+    hyperv = topic(VmHyperv)
+    xen = topic(VmXen)
 
     def __init__(self, kvm: Kvm, fd: int, vm_type: int = 0) -> None:
         super().__init__(fd, f"vm{next(_numbers)}")

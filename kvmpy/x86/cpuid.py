@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from kvmpy.x86.cpuid_features import ALIASES, BITS, FEATURES, Word
+from kvmpy.x86.hyperv import SIGNATURE, HvLeaf
 
 if TYPE_CHECKING:
     from kvmpy.uapi.structs import kvm_cpuid2
@@ -45,7 +46,14 @@ _TITLES = {
     0x1F: "topology",
     0x24: "AVX10",
     0x4000_0000: "hypervisor vendor",
-    0x4000_0001: "KVM features",
+    0x4000_0001: "KVM features, or the interface's signature",
+    0x4000_0002: "hypervisor version",
+    0x4000_0003: "Hyper-V features",
+    0x4000_0004: "Hyper-V recommendations",
+    0x4000_0005: "Hyper-V limits",
+    0x4000_000A: "Hyper-V nested features",
+    0x4000_0080: "Hyper-V debugger",
+    0x4000_0082: "Hyper-V debugger features",
     0x8000_0000: "highest extended leaf",
     0x8000_0001: "features",
     0x8000_0002: "brand",
@@ -97,7 +105,9 @@ class CpuidEntry:
     @property
     def features(self) -> list[str]:
         """The names of the feature bits that are set."""
-        results = []
+        results: list[str] = []
+        if self.function == HvLeaf.HYPERV_CPUID_INTERFACE and self.eax == SIGNATURE:
+            return results  # in place of KVM's features
         for register in REGISTERS:
             value = getattr(self, register)
             names = BITS.get((self.function, self.index if self.indexed else 0, register), {})

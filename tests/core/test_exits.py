@@ -142,3 +142,43 @@ def test_hypercall_result_may_be_negative(area: Any) -> None:
     assert (vm_exit.nr, vm_exit.args[0]) == (12, 0x100000)
     vm_exit.respond(-22)
     assert run.hypercall.ret == (1 << 64) - 22
+
+
+def test_hyperv_exits_by_type(area: Any) -> None:
+    run = as_run(area)
+    run.exit_reason = ExitReason.KVM_EXIT_HYPERV
+    run.hyperv.type = 1
+    run.hyperv.u.synic.msr, run.hyperv.u.synic.evt_page, run.hyperv.u.synic.msg_page = 0x40000080, 2, 3
+    assert exits.read_exit(run, 0) == exits.HypervSynicExit(0x40000080, 0, 2, 3)
+    run.hyperv.type = 2
+    run.hyperv.u.hcall.input, run.hyperv.u.hcall.params = 0x1_005C, [7, 8]
+    call = exits.read_exit(run, 0)
+    assert isinstance(call, exits.HypervHypercallExit)
+    assert (call.code, call.params) == (0x5C, (7, 8))
+    call.respond(3 << 32 | 5)
+    assert run.hyperv.u.hcall.result == 3 << 32 | 5
+    run.hyperv.type = 3
+    debug = exits.read_exit(run, 0)
+    assert isinstance(debug, exits.HypervSyndbgExit)
+    debug.respond(9)
+    assert run.hyperv.u.syndbg.status == 9
+    run.hyperv.type = 77
+    other = exits.read_exit(run, 0)
+    assert isinstance(other, exits.HypervUnknownExit)
+    assert isinstance(other, exits.HypervExit)
+    assert other.type == 77
+
+
+def test_xen_hypercall_has_six_arguments(area: Any) -> None:
+    run = as_run(area)
+    run.exit_reason = ExitReason.KVM_EXIT_XEN
+    run.xen.type = 1
+    call = run.xen.u.hcall
+    call.longmode, call.cpl, call.input, call.params = 1, 3, 17, [1, 2, 3, 4, 5, 6]
+    vm_exit = exits.read_exit(run, 0)
+    assert vm_exit == exits.XenHypercallExit(True, 3, 17, (1, 2, 3, 4, 5, 6))
+    assert isinstance(vm_exit, exits.XenHypercallExit)
+    vm_exit.respond(-38)
+    assert call.result == (1 << 64) - 38
+    run.xen.type = 2
+    assert isinstance(exits.read_exit(run, 0), exits.XenUnknownExit)

@@ -206,3 +206,10 @@ def test_differences() -> None:
         "0x15.0x0: only there",
     ]
     assert first.differences(first.copy()) == []
+
+
+def test_hypervs_signature_is_no_feature() -> None:
+    """Where Hyper-V's interface stands in the place of KVM's features, its signature names none of them."""
+    assert CpuidEntry(0x4000_0001, eax=0x3123_7648).features == []
+    assert "KVM_CLOCKSOURCE2" in CpuidEntry(0x4000_0001, eax=8).features
+    assert CpuidEntry(0x4000_0003, eax=1 << 5).features == ["HV_MSR_HYPERCALL_AVAILABLE"]
