@@ -217,6 +217,11 @@ class Cpuid:
         value = getattr(entry, register)
         setattr(entry, register, value | 1 << bit if on else value & ~(1 << bit))
 
+    def set_hypervisor(self, entries: Iterable[CpuidEntry]) -> None:
+        """Put *entries* in the place of all leaves from 0x40000000 to 0x400000FF."""
+        self.entries = [entry for entry in self.entries if entry.function >> 8 != 0x40_0000]
+        self.entries += [replace(entry) for entry in entries]
+
     def clear_feature(self, feature: str) -> None:
         """Clear the feature's bit; FeatureNameError for an unknown name."""
         self.set_feature(feature, on=False)
