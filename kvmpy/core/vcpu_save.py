@@ -34,6 +34,16 @@ MSR_TSC_DEADLINE = 0x6E0
 # These run on between save and comparison: TSC, APERF and MPERF, Hyper-V's run time and reference counter.
 _RUNNING_MSRS = frozenset({0x10, 0xE7, 0xE8, 0x40000010, 0x40000020})
 
+# Hyper-V's SynIC and timers: KVM_GET_MSR_INDEX_LIST names SCONTROL and the first timer's configuration for
+# them all. A vCPU without a SynIC refuses to be set even to the values that it starts with.
+_SCONTROL, _SINT0, _STIMER0 = 0x4000_0080, 0x4000_0090, 0x4000_00B0
+_NO_SYNIC = {
+    **dict.fromkeys((_SCONTROL + 2, _SCONTROL + 3), 0),
+    **dict.fromkeys(range(_SINT0, _SINT0 + 16), 1 << 16),
+    **dict.fromkeys(range(_STIMER0, _STIMER0 + 8), 0),
+}
+_SYNIC = tuple(_NO_SYNIC)
+
 
 class RestoreError(RuntimeError):
     """A vCPU did not accept a saved state: KVM refused MSRs whose values differ from the saved ones."""
@@ -44,8 +54,8 @@ class VcpuSnapshot:
     """The complete state of a vCPU, in the kernel's layouts: a value to pickle, compare or keep as JSON.
 
     A part that the saving KVM does not offer is empty (``b""``, None).  *msrs* holds those of
-    KVM_GET_MSR_INDEX_LIST that it could read.  The contents of guest memory and the VM's devices are not part
-    of it.
+    KVM_GET_MSR_INDEX_LIST that it could read, and those of a SynIC that is in use.  The contents of guest
+    memory and the VM's devices are not part of it.
     """
 
     cpuid: bytes
@@ -162,6 +172,9 @@ def save(vcpu: VcpuState) -> VcpuSnapshot:
     sregs = vcpu.regs.get_sregs()
     sregs2 = vcpu.regs.get_sregs2().to_bytes() if vcpu.vm.check_extension(KVM_CAP_SREGS2) else b""
     msrs = vcpu.msrs.get_offered(vcpu.vm.kvm.get_msr_index_list())
+    if _SCONTROL in msrs:
+        synic = vcpu.msrs.get_offered(_SYNIC)
+        msrs |= synic if synic != _NO_SYNIC else {}
     lapic = _offered(vcpu.lapic.get)
     debugregs = vcpu.debug.get_regs()
     nested = _offered(vcpu.nested.get) if vcpu.vm.check_extension(KVM_CAP_NESTED_STATE) else b""
