@@ -62,7 +62,8 @@ MakeHyperV = Callable[..., GuestVm]
 def make_hyperv(make_vm: MakeVm, kvm: Kvm) -> MakeHyperV:
     """Make VMs whose vCPUs see Hyper-V; *edit* may change their CPUID.
 
-    With *os_id* the guest has told who it is, so that it may make hypercalls.
+    *synic*: the capability that switches it on, or True for KVM_CAP_HYPERV_SYNIC2.  With *os_id* the guest
+    has told who it is, so that it may make hypercalls.
     """
 
     def make(
@@ -70,19 +71,17 @@ def make_hyperv(make_vm: MakeVm, kvm: Kvm) -> MakeHyperV:
         *,
         features: Iterable[str] | None = None,
         enforce: bool = False,
-        synic: bool = False,
+        synic: int | bool = False,
         os_id: int = 1,
         edit: Callable[[Cpuid], object] | None = None,
         vcpus: int = 1,
         irqchip: str | None = "split",
     ) -> GuestVm:
-        offered = leaves(kvm, features)
-        if edit is not None:
-            edit(offered)
-
         def cpuid(table: kvm_cpuid2) -> kvm_cpuid2:
             edited = Cpuid.from_struct(table)
-            edited.set_hypervisor(offered)
+            edited.set_hypervisor(leaves(kvm, features))
+            if edit is not None:
+                edit(edited)
             return edited.to_struct()
 
         vm = make_vm(program, vcpus=vcpus, cpuid=cpuid, irqchip=irqchip)
@@ -90,7 +89,7 @@ def make_hyperv(make_vm: MakeVm, kvm: Kvm) -> MakeHyperV:
             if enforce:
                 vcpu.enable_cap(KVM_CAP_HYPERV_ENFORCE_CPUID, 1)
             if synic:
-                vcpu.enable_cap(KVM_CAP_HYPERV_SYNIC2)
+                vcpu.enable_cap(KVM_CAP_HYPERV_SYNIC2 if synic is True else synic)
         if os_id:
             vm.vcpus[0].msrs.set(Msr.HV_X64_MSR_GUEST_OS_ID, os_id)
         return vm

@@ -128,4 +128,15 @@ u64 hv_in_service(u64 vector)
 	return apic_test_vector(APIC_ISR, vector);
 }
 
+/* Keep the CPU for @ticks of the reference counter, 100 ns each, with interrupts on. */
+void hv_spin(u64 ticks)
+{
+	u64 end = rdmsr(HV_X64_MSR_TIME_REF_COUNT) + ticks;
+
+	sti();
+	while (rdmsr(HV_X64_MSR_TIME_REF_COUNT) < end)
+		cpu_relax();
+	cli();
+}
+
 #endif /* SELFTESTS_HYPERV_H */

@@ -35,7 +35,7 @@ AREAS: Mapping[str, tuple[str, ...]] = {
     "dirty": ("dirty",),
     "emulator": ("vcpu", "io", "regs", "dirty"),
     "events": ("events", "vcpu", "save_restore"),
-    "hyperv": ("msr", "cpuid"),
+    "hyperv": ("hyperv", "msr", "cpuid"),
     "io": ("io",),
     "irq": ("irq", "apic"),
     "memory": ("memory", "guest_memfd", "private_memory"),
@@ -44,7 +44,7 @@ AREAS: Mapping[str, tuple[str, ...]] = {
     "sev": ("sev", "private_memory"),
     "time": ("time", "msr"),
     "vcpu": ("vcpu", "msr"),
-    "xen": ("msr", "time"),
+    "xen": ("xen", "msr", "time"),
 }
 _UNKNOWN_SECONDS = 1.0
 # A machine that hangs ends by its own limits; this one is for a run that does not end at all.
