@@ -66,13 +66,14 @@ class VmXen(Topic):
         """Set the attribute of the VM that ``attr.type`` names (KVM_XEN_HVM_SET_ATTR)."""
         self._owner.ioctl(ioctls.KVM_XEN_HVM_SET_ATTR, attr)
 
-    def evtchn_send(self, port: int, vcpu: int, priority: int = _TWO_LEVEL) -> int:
-        """Deliver an event to *port* of the vCPU with Xen's id *vcpu* (KVM_XEN_HVM_EVTCHN_SEND).
+    def evtchn_send(self, port: int, vcpu: int, priority: int = _TWO_LEVEL) -> None:
+        """Deliver an event to *port* of the vCPU with id *vcpu*, masked or not (KVM_XEN_HVM_EVTCHN_SEND).
 
-        Return 1 where it was pending already, else 0.  *priority* must be that of 2-level event channels.
+        EINVAL for a port that the guest's layout lacks, and for a *priority* other than that of 2-level event
+        channels.
         """
         arg = kvm_irq_routing_xen_evtchn(port=port, vcpu=vcpu, priority=priority)
-        return self._owner.ioctl(ioctls.KVM_XEN_HVM_EVTCHN_SEND, arg)
+        self._owner.ioctl(ioctls.KVM_XEN_HVM_EVTCHN_SEND, arg)
 
 
 class VcpuXen(Topic):
