@@ -61,9 +61,9 @@ def create(key: str, build: Callable[[Path], None]) -> Path:
 
 
 def drop(key: str) -> None:
-    """Remove the entry *key*, because it is damaged."""
+    """Remove the entry *key*, because it is damaged, or a link to one that is."""
     target = entry(key)
-    if not target.exists():
+    if not os.path.lexists(target):
         return
     # Out of the way at once, so that whoever looks meanwhile sees all of it or nothing.
     aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder()))

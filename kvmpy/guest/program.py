@@ -285,6 +285,8 @@ def _load_or_build(
             elsewhere(key, _recipe(name, inline, files, cflags))
             program = _load(key, name)
     if program is None:
+        # What another process made, and this one cannot read, or not yet.
+        cache.drop(key)
         cache.create(key, lambda workdir: _build(workdir, tools, name, inline, files, cflags))
         program = _load(key, name)
         if program is None:

@@ -159,3 +159,21 @@ def test_many_threads_at_once(fresh_cache: Path, compiles: list[str]) -> None:
     assert len(results) == 4
     assert len({id(one) for one in results}) == 1
     assert compiles.count("one") == 1
+
+
+@pytest.mark.parametrize("left", ["stale", "gone"])
+def test_what_another_process_made_cannot_be_read(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: str
+) -> None:
+    """A link to an entry that is out of date, as a lab's file system may still show it, is built anew."""
+
+    def elsewhere(key: str, recipe: object) -> None:
+        stale = tmp_path / key
+        if left == "stale":
+            stale.mkdir()
+            (stale / "index.json").write_text("{}")
+        cache.entry(key).symlink_to(stale)
+
+    monkeypatch.setattr(program, "elsewhere", elsewhere)
+    assert GuestProgram.from_c(SOURCE).symbols["cached"].size == 4
+    assert not any(path.is_symlink() for path in fresh_cache.iterdir())
