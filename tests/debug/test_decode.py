@@ -336,3 +336,24 @@ def test_names_of_zero_and_of_many_registers() -> None:
     assert words.content_text("kvm_lapic_state", None, bytes(state), Place()) == "{regs={SPIV=0x1ff}}"
     happened = Ioctl(0, 3, ioctls.KVM_GET_TSC_KHZ.nr, 0, 2_400_000, 0, 2, 2)
     assert str(Decoder().ioctl(happened)) == "KVM_GET_TSC_KHZ = 2400000 kHz"
+
+
+def test_exits_of_other_interfaces() -> None:
+    """Hyper-V's hypercalls and debugger writes are told by name, Xen's with all their arguments."""
+    words = names.decoder()
+    run = kvm_run(exit_reason=ExitReason.KVM_EXIT_HYPERV)
+    run.hyperv.type = 2
+    run.hyperv.u.hcall.input = 0x1_005C
+    assert "HVCALL_POST_MESSAGE fast" in words.exit_text(run)
+    run.hyperv.u.hcall.input = 0x7777
+    assert "input=0x7777" in words.exit_text(run)
+    run.hyperv.type = 3
+    run.hyperv.u.syndbg.msr = 0x4000_00F1
+    assert "HV_X64_MSR_SYNDBG_CONTROL" in words.exit_text(run)
+    run = kvm_run(exit_reason=ExitReason.KVM_EXIT_XEN)
+    run.xen.type = 1
+    run.xen.u.hcall.input = 29
+    run.xen.u.hcall.params = [1, 2, 3, 4, 5, 0x66]
+    text = words.exit_text(run)
+    assert "0x1d" in text
+    assert "0x66" in text
