@@ -10,7 +10,7 @@ from types import TracebackType
 
 import pytest
 
-from kvmpy import AGENT, PAGE_SIZE, Agent, Gpa, GuestVcpu, GuestVm, Gva, MakeVm, MmioExit
+from kvmpy import AGENT, PAGE_SIZE, Agent, Cpuid, Gpa, GuestVcpu, GuestVm, Gva, Kvm, MakeVm, MmioExit
 
 
 class Accessor:
@@ -104,6 +104,12 @@ class Beside:
             raise TimeoutError(f"what goes on beside the test did not return within {self.limit} s")
         if error is None and self._error is not None:
             raise self._error
+
+
+def hypercall_instruction(kvm: Kvm) -> bytes:
+    """Return VMMCALL or VMCALL, whichever this processor has."""
+    amd = Cpuid.from_struct(kvm.supported_cpuid).is_amd_compatible
+    return b"\x0f\x01\xd9" if amd else b"\x0f\x01\xc1"
 
 
 def said(guest: GuestVm | GuestVcpu) -> tuple[str | int, ...]:

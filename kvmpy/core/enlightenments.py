@@ -49,7 +49,7 @@ class VmXen(Topic):
         """Set the hypercall page's MSR and what KVM does for Xen guests; flags 0 and MSR 0: nothing.
 
         *blob*: host address and number of pages of user space's own hypercall pages, for 32-bit and then for
-        64-bit guests (KVM_XEN_HVM_CONFIG, api.rst section 4.34).
+        64-bit guests (KVM_XEN_HVM_CONFIG, api.rst section 4.28).
         """
         arg = kvm_xen_hvm_config(flags=flags, msr=msr)
         if blob is not None:

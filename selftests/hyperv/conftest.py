@@ -30,8 +30,6 @@ void guest_main(void)
 	guest_agent();
 }
 """
-VMMCALL = b"\x0f\x01\xd9"
-VMCALL = b"\x0f\x01\xc1"
 FAULT = 1 << 63
 """In the place of a hypercall's result: it raised the exception in bits 7:0."""
 
@@ -123,9 +121,11 @@ def accesses(vm: GuestVm, rows: Mapping[str, Access]) -> dict[str, int | str]:
     return answers
 
 
-def call_code(kvm: Kvm) -> bytes:
-    """Return the instruction of hypercalls that this processor has."""
-    return VMMCALL if Cpuid.from_struct(kvm.supported_cpuid).is_amd_compatible else VMCALL
+def banks(indices: tuple[int, ...]) -> tuple[int, list[int]]:
+    """Return the mask of banks, and the banks, of a sparse set of VP indices."""
+    numbers = sorted({index // 64 for index in indices})
+    words = [sum(1 << index % 64 for index in indices if index // 64 == number) for number in numbers]
+    return sum(1 << number for number in numbers), words
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _well(vm: GuestVm, rows: dict[str, Access]) -> dict[str, bool]:
 def test_msrs(make_hyperv: MakeHyperV, feature: str | None) -> None:
     """With one feature the guest reaches the MSRs of that feature; the others, and bad values, raise #GP.
 
-    Documentation/virt/kvm/api.rst, 4.71 KVM_CAP_HYPERV_ENFORCE_CPUID; TLFS, partition privileges.
+    Documentation/virt/kvm/api.rst, 6.79 KVM_CAP_HYPERV_ENFORCE_CPUID; TLFS, partition privileges.
     """
     allowed = {feature} if feature else set()
     vm = make_hyperv(features=allowed | {SYNDBG}, enforce=True, synic=True, os_id=0)
@@ -133,7 +133,7 @@ def test_msrs(make_hyperv: MakeHyperV, feature: str | None) -> None:
 def test_msrs_not_enforced(make_hyperv: MakeHyperV) -> None:
     """Without the capability the guest reaches every MSR, whatever the feature bits say.
 
-    api.rst, 4.71: only "when enabled" are features not in CPUID denied.
+    api.rst, 6.79: features are denied where it is enabled.
     """
     vm = make_hyperv(features={SYNDBG}, synic=True, os_id=0)
     got, expected = walk(vm, set(FEATURES))
@@ -156,7 +156,7 @@ def test_no_interface(make_hyperv: MakeHyperV) -> None:
 def test_debugger_off(make_hyperv: MakeHyperV) -> None:
     """Without the debugger's own leaf its MSRs are denied, though the feature bit is set.
 
-    TLFS 2.4.6: leaf 0x40000082 tells whether debugging is allowed.
+    TLFS, feature discovery: leaf 0x40000082 tells whether debugging is allowed.
     """
     debug = "HV_FEATURE_DEBUG_MSRS_AVAILABLE"
     got, expected = walk(make_hyperv(features={debug}, enforce=True, synic=True, os_id=0), set())
@@ -167,7 +167,7 @@ def test_debugger_off(make_hyperv: MakeHyperV) -> None:
 def test_direct_mode(make_hyperv: MakeHyperV, features: set[str]) -> None:
     """A timer in direct mode needs a feature of its own; denied, the configuration stays as it was.
 
-    TLFS 2.4.3: EDX bit 19 of leaf 0x40000003.
+    TLFS, feature discovery: EDX bit 19 of leaf 0x40000003.
     """
     vm = make_hyperv(features={"HV_MSR_SYNTIMER_AVAILABLE", *features}, enforce=True, synic=True)
     config = int(HvStimer.HV_STIMER_DIRECT) | 0x51 << 4
@@ -256,7 +256,7 @@ NEEDS = sorted({rule.needs for rule in CALLS.values()} | {EVERYTHING}, key=sorte
 def test_calls(make_hyperv: MakeHyperV, features: frozenset[str]) -> None:
     """A hypercall answers where the guest has all features that it needs, else access is denied.
 
-    api.rst, 4.71 KVM_CAP_HYPERV_ENFORCE_CPUID; TLFS, partition privileges.
+    api.rst, 6.79 KVM_CAP_HYPERV_ENFORCE_CPUID; TLFS, partition privileges.
     """
     vm = make_hyperv(features=features | {SYNDBG}, enforce=True)
     # Inputs of zeros: shared memory that nobody writes.
@@ -273,7 +273,7 @@ def test_calls(make_hyperv: MakeHyperV, features: frozenset[str]) -> None:
 def test_long_spin_wait(make_hyperv: MakeHyperV, retries: int) -> None:
     """A guest may tell of a long spin wait where a number of retries is recommended: not 0, not "never".
 
-    TLFS 2.4.4: EBX of leaf 0x40000004.
+    TLFS, feature discovery: EBX of leaf 0x40000004.
     """
 
     def recommend(cpuid: Cpuid) -> None:
@@ -288,7 +288,7 @@ def test_long_spin_wait(make_hyperv: MakeHyperV, retries: int) -> None:
 def test_calls_not_enforced(make_hyperv: MakeHyperV) -> None:
     """Without the capability every hypercall answers, whatever the feature bits say.
 
-    api.rst, 4.71.
+    api.rst, 6.79.
     """
     vm = make_hyperv(features={SYNDBG})
     gpa = int(vm.gva_to_gpa(vm.alloc(4096, private=False)))
@@ -302,7 +302,7 @@ def test_calls_not_enforced(make_hyperv: MakeHyperV) -> None:
 def test_xmm_input(make_hyperv: MakeHyperV, features: set[str]) -> None:
     """Fast calls with input in XMM registers raise #UD without their feature; those without go on.
 
-    TLFS 3.7.1: EDX bit 4 of leaf 0x40000003.
+    TLFS, feature discovery: EDX bit 4 of leaf 0x40000003.
     """
     needs = {"HV_X64_REMOTE_TLB_FLUSH_RECOMMENDED", "HV_X64_CLUSTER_IPI_RECOMMENDED",
              "HV_X64_EX_PROCESSOR_MASKS_RECOMMENDED"}  # fmt: skip
@@ -323,7 +323,7 @@ def test_xmm_input(make_hyperv: MakeHyperV, features: set[str]) -> None:
 def test_switched_off_again(make_hyperv: MakeHyperV) -> None:
     """Enforcement can be switched off, and on, while the guest runs.
 
-    api.rst, 4.71.
+    api.rst, 6.79.
     """
     vm = make_hyperv(features=set(), enforce=True)
     rows = {"read": Access(Msr.HV_X64_MSR_VP_INDEX)}

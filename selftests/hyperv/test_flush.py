@@ -10,7 +10,7 @@ import pytest
 from kvmpy import PAGE_SIZE, Gpa, Msr
 from kvmpy.x86.hyperv import HvCall, HvFlush, HvVpSet, control
 
-from .conftest import Call, MakeHyperV, ask
+from .conftest import Call, MakeHyperV, ask, banks
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_HYPERV_TLBFLUSH", "KVM_CAP_SYS_HYPERV_CPUID", "KVM_CAP_HYPERV_VP_INDEX"),
@@ -120,19 +120,13 @@ void guest_main(void)
 """
 
 
-def banks(indices: tuple[int, ...]) -> tuple[int, list[int]]:
-    """Return the mask of banks, and the banks, of a sparse set of VP indices."""
-    numbers = sorted({index // 64 for index in indices})
-    words = [sum(1 << index % 64 for index in indices if index // 64 == number) for number in numbers]
-    return sum(1 << number for number in numbers), words
-
-
 @pytest.mark.deadline(60)
 @pytest.mark.parametrize("indices", [(0, 1, 2), (1, 70, 130)], ids=lambda i: "-".join(map(str, i)))
 def test_no_stale_translation(make_hyperv: MakeHyperV, indices: tuple[int, ...]) -> None:
     """After a flush each vCPU that it names reads by the new entry: by every form, entry and set.
 
-    TLFS 9.4.2 to 9.4.5.  One vCPU changes a page-table entry and flushes; the others read all the time.
+    TLFS, HvCallFlushVirtualAddressSpace and -List.  One vCPU changes a page-table entry and flushes; the
+    others read all the time.
     """
     vm = make_hyperv(GUEST, vcpus=3)
     for vcpu, index in zip(vm.vcpus, indices, strict=True):

@@ -58,7 +58,7 @@ def check(vm: GuestVm, table: dict[str, tuple[Call, int]]) -> None:
 def test_reserved_bits(make_hyperv: MakeHyperV) -> None:
     """A set reserved bit of the control word is invalid input, whatever the call.
 
-    TLFS 3.8 (hypercall inputs): bits 31:27, 47:44 and 63:60 are reserved.
+    TLFS, hypercall inputs: bits 31:27, 47:44 and 63:60 are reserved.
     """
     table = {}
     for bit in (*range(27, 32), *range(44, 48), *range(60, 64)):
@@ -70,7 +70,7 @@ def test_reserved_bits(make_hyperv: MakeHyperV) -> None:
 def test_forms(make_hyperv: MakeHyperV) -> None:
     """Repetitions and a variable header are invalid input for calls without them, as none for one with them.
 
-    TLFS 3.8: simple and rep hypercalls, variable-sized input headers.
+    TLFS, hypercall inputs: simple and rep hypercalls, variable-sized input headers.
     """
     plain = {
         HvCall.HVCALL_NOTIFY_LONG_SPIN_WAIT,
@@ -105,7 +105,7 @@ def test_forms(make_hyperv: MakeHyperV) -> None:
 def test_vectors(make_hyperv: MakeHyperV) -> None:
     """An IPI has a vector of 16 to 255; the upper half of its first word is reserved.
 
-    TLFS 10.5.2, HvCallSendSyntheticClusterIpi.
+    TLFS, hypercall inputs, HvCallSendSyntheticClusterIpi.
     """
     vm = make_hyperv()
     memory = Memory(vm)
@@ -130,7 +130,7 @@ def test_vectors(make_hyperv: MakeHyperV) -> None:
 def test_sets(make_hyperv: MakeHyperV) -> None:
     """A sparse set has as many banks as its mask has bits, and as many as its place holds.
 
-    TLFS 7.8.7.3 (sparse virtual processor set); a fast call holds what six XMM registers hold.
+    TLFS, hypercall inputs; a fast call holds what six XMM registers hold.
     """
     vm = make_hyperv()
     memory = Memory(vm)
@@ -168,7 +168,7 @@ def test_sets(make_hyperv: MakeHyperV) -> None:
 def test_no_memory(make_hyperv: MakeHyperV) -> None:
     """Input where there is no memory, or only for its beginning, is invalid.
 
-    TLFS 3.8: parameters lie in the guest's memory.
+    TLFS, hypercall inputs: parameters lie in the guest's memory.
     """
     vm = make_hyperv()
     codes = {
@@ -199,7 +199,7 @@ def test_no_memory(make_hyperv: MakeHyperV) -> None:
 def test_signal_alignment(make_hyperv: MakeHyperV) -> None:
     """The input of HvCallSignalEvent is aligned to 8 bytes.
 
-    TLFS 3.8: parameter lists are 8-byte aligned and do not span pages.
+    TLFS, hypercall inputs: parameter lists are 8-byte aligned and do not span pages.
     """
     vm = make_hyperv()
     gpa = Memory(vm).put(0, 0)
@@ -212,7 +212,7 @@ def test_signal_alignment(make_hyperv: MakeHyperV) -> None:
 def test_completed_repetitions(make_hyperv: MakeHyperV) -> None:
     """A list call tells how many of its elements it did: all, also of a list that KVM keeps no place for.
 
-    TLFS 3.9 (hypercall outputs): bits 43:32 are the repetitions completed.
+    TLFS, hypercall inputs: bits 43:32 are the repetitions completed.
     """
     vm = make_hyperv()
     memory = Memory(vm)
@@ -240,7 +240,7 @@ def test_completed_repetitions(make_hyperv: MakeHyperV) -> None:
 def test_debugger_is_slow(make_hyperv: MakeHyperV) -> None:
     """Calls of the debugger have input in memory: fast ones are refused; the extended calls likewise.
 
-    TLFS 3.8: fast hypercalls are those that are documented as such.
+    TLFS, hypercall inputs: fast hypercalls are those that are documented as such.
     """
     table = {
         code.name: (Call(control(code, fast=True)), PARAMETER)

@@ -7,8 +7,9 @@ import pytest
 
 from kvmpy import PAGE_SIZE, Agent, Fault, GuestVm, Gva, Kvm, Msr, Registers, Vector
 from kvmpy.x86.hyperv import HvCall, HvStatus, control
+from selftests.conftest import hypercall_instruction
 
-from .conftest import MakeHyperV, call_code
+from .conftest import MakeHyperV
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_HYPERV", "KVM_CAP_SYS_HYPERV_CPUID"),
@@ -38,7 +39,7 @@ def call_at(agent: Agent, where: Gva, word: int = UNKNOWN) -> int:
 def test_contents(make_hyperv: MakeHyperV, kvm: Kvm) -> None:
     """KVM writes the instruction of hypercalls and a return, which works; the rest of the page stays.
 
-    TLFS 3.13 (establishing the hypercall interface).
+    TLFS, establishing the hypercall interface.
     """
     vm = make_hyperv(os_id=0)
     page = code_page(vm)
@@ -47,7 +48,7 @@ def test_contents(make_hyperv: MakeHyperV, kvm: Kvm) -> None:
     assert agent.wrmsr(OS_ID, 1) is None
     assert agent.wrmsr(PAGE_MSR, gpa | 1) is None
     assert agent.rdmsr(PAGE_MSR) == gpa | 1
-    code = call_code(kvm) + RET
+    code = hypercall_instruction(kvm) + RET
     assert vm.read(page, PAGE_SIZE) == code + FILL[len(code) :]
     assert call_at(agent, page) == SHORT_OF_ARGUMENTS
 
@@ -55,7 +56,7 @@ def test_contents(make_hyperv: MakeHyperV, kvm: Kvm) -> None:
 def test_identity_first(make_hyperv: MakeHyperV) -> None:
     """Without the guest's identity the page cannot be enabled: the write is ignored.
 
-    TLFS 3.13, step 2: the MSR is ignored while HV_X64_MSR_GUEST_OS_ID is zero.
+    TLFS, establishing the hypercall interface: without an identity the MSR is ignored.
     """
     vm = make_hyperv(os_id=0)
     page = code_page(vm)
@@ -68,12 +69,12 @@ def test_identity_first(make_hyperv: MakeHyperV) -> None:
 def test_moved(make_hyperv: MakeHyperV, kvm: Kvm) -> None:
     """The page can be moved and disabled; a write that disables it writes no page.
 
-    TLFS 3.13.
+    TLFS, establishing the hypercall interface.
     """
     vm = make_hyperv()
     first, second, third = (code_page(vm) for _ in range(3))
     agent = Agent(vm.vcpus[0])
-    code = call_code(kvm) + RET
+    code = hypercall_instruction(kvm) + RET
     for page in (first, second):
         assert agent.wrmsr(PAGE_MSR, int(vm.gva_to_gpa(page)) | 1) is None
         assert vm.read(page, len(code)) == code
@@ -87,7 +88,7 @@ def test_moved(make_hyperv: MakeHyperV, kvm: Kvm) -> None:
 def test_identity_taken_back(make_hyperv: MakeHyperV) -> None:
     """When the guest clears its identity the page is disabled, and a hypercall is one of KVM's own.
 
-    TLFS 3.13: clearing HV_X64_MSR_GUEST_OS_ID disables the page.
+    TLFS, establishing the hypercall interface: clearing HV_X64_MSR_GUEST_OS_ID disables the page.
     """
     vm = make_hyperv()
     page = code_page(vm)
@@ -107,7 +108,7 @@ def test_identity_taken_back(make_hyperv: MakeHyperV) -> None:
 def test_no_memory(make_hyperv: MakeHyperV, gpa: int) -> None:
     """A page where there is no memory raises #GP, and the MSR keeps its value.
 
-    TLFS 3.13: the page must be within the guest's memory.
+    TLFS, establishing the hypercall interface: the page must be within the guest's memory.
     """
     vm = make_hyperv()
     page = code_page(vm)
@@ -122,29 +123,29 @@ def test_no_memory(make_hyperv: MakeHyperV, gpa: int) -> None:
 def test_ring3(make_hyperv: MakeHyperV, kvm: Kvm) -> None:
     """A hypercall from ring 3 raises #UD and does nothing.
 
-    TLFS 3.4: callers must be in ring 0.
+    TLFS, establishing the hypercall interface: callers must be in ring 0.
     """
     vm = make_hyperv()
     user = Agent(vm.vcpus[0], ring=3)
     send = control(HvCall.HVCALL_SEND_IPI, fast=True)
-    result = user.execute(call_code(kvm), rcx=send, rdx=0x51, r8=1)
+    result = user.execute(hypercall_instruction(kvm), rcx=send, rdx=0x51, r8=1)
     assert result == Fault(Vector.UD, 0)
     assert vm.vcpus[0].lapic.get_reg(0x200 + 0x10 * (0x51 >> 5)) == 0
     kernel = Agent(vm.vcpus[0])
-    assert kernel.must(call_code(kvm), rcx=send, rdx=0x51, r8=1).rax == 0
+    assert kernel.must(hypercall_instruction(kvm), rcx=send, rdx=0x51, r8=1).rax == 0
     assert vm.vcpus[0].lapic.get_reg(0x200 + 0x10 * (0x51 >> 5)) == 1 << (0x51 & 31)
 
 
 def test_registers(make_hyperv: MakeHyperV, kvm: Kvm) -> None:
     """A hypercall changes RAX alone, whatever its status.
 
-    TLFS 3.7: RAX has the result; KVM keeps the registers that it only reads.
+    TLFS, hypercall outputs: RAX has the result; KVM keeps the registers that it only reads.
     """
     vm = make_hyperv()
     agent = Agent(vm.vcpus[0])
     given = {name: 0x1111_0000 + n for n, name in enumerate(("rbx", "rsi", "rdi", "rbp", "r9", "r10", "r11"))}
     given |= {"rcx": UNKNOWN, "rdx": 0x2222, "r8": 0x3333, "r12": 12, "r13": 13, "r14": 14, "r15": 15}
-    result = agent.must(call_code(kvm), rax=0xFFFF_FFFF_FFFF_FFFF, **given)
+    result = agent.must(hypercall_instruction(kvm), rax=0xFFFF_FFFF_FFFF_FFFF, **given)
     assert isinstance(result, Registers)
     assert {name: getattr(result, name) for name in given} == given
     assert result.rax == SHORT_OF_ARGUMENTS

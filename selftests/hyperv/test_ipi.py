@@ -10,7 +10,7 @@ import pytest
 from kvmpy import PAGE_SIZE, Agent, Msr
 from kvmpy.x86.hyperv import HvCall, HvStatus, HvVpSet, control
 
-from .conftest import WALKER, Call, MakeHyperV, one_call
+from .conftest import WALKER, Call, MakeHyperV, banks, one_call
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_HYPERV_SEND_IPI", "KVM_CAP_SYS_HYPERV_CPUID", "KVM_CAP_HYPERV_VP_INDEX"),
@@ -22,20 +22,13 @@ SPARSE, ALL = int(HvVpSet.HV_GENERIC_SET_SPARSE_4K), int(HvVpSet.HV_GENERIC_SET_
 SEND, SEND_EX = HvCall.HVCALL_SEND_IPI, HvCall.HVCALL_SEND_IPI_EX
 
 
-def banks(indices: tuple[int, ...]) -> tuple[int, list[int]]:
-    """Return the mask of banks, and the banks, of a sparse set of VP indices."""
-    numbers = sorted({index // 64 for index in indices})
-    words = [sum(1 << index % 64 for index in indices if index // 64 == number) for number in numbers]
-    return sum(1 << number for number in numbers), words
-
-
 @pytest.mark.parametrize(
     "indices", [(0, 1, 2), (0, 70, 1), (130, 2, 64)], ids=lambda i: "-".join(map(str, i))
 )
 def test_who_gets_it(make_hyperv: MakeHyperV, indices: tuple[int, ...]) -> None:
     """Each form interrupts exactly the virtual processors that it names by VP index, the sender included.
 
-    TLFS 10.5.2 and 10.5.3; the VP index may differ from the order of the vCPUs: api.rst, 8.12
+    TLFS, HvCallSendSyntheticClusterIpi; the VP index may differ from the order of the vCPUs: api.rst, 8.12
     KVM_CAP_HYPERV_VP_INDEX.
     """
     vm = make_hyperv(WALKER, vcpus=3)
@@ -91,7 +84,7 @@ def test_who_gets_it(make_hyperv: MakeHyperV, indices: tuple[int, ...]) -> None:
 def test_refused_ipi_interrupts_nobody(make_hyperv: MakeHyperV) -> None:
     """A call that fails has interrupted nobody.
 
-    TLFS 10.5.2: vectors below 16 are refused.
+    TLFS, HvCallSendSyntheticClusterIpi: vectors below 16 are refused.
     """
     vm = make_hyperv(WALKER, vcpus=2)
     agents = [Agent(vcpu) for vcpu in vm.vcpus]

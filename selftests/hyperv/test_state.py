@@ -38,7 +38,7 @@ def test_vp_index(make_hyperv: MakeHyperV) -> None:
 def test_assist_page(make_hyperv: MakeHyperV) -> None:
     """Enabling the assist page clears its first word alone; disabling it leaves the page.
 
-    TLFS 7.8.7: the VP assist page; what else is in it outlives a migration.
+    TLFS, virtual processors: the VP assist page; what else is in it outlives a migration.
     """
     vm = make_hyperv()
     page = vm.alloc(PAGE_SIZE, private=False)
@@ -70,7 +70,7 @@ def with_pages(make_hyperv: MakeHyperV) -> tuple[GuestVm, list[int], Agent]:
 def test_all_of_it_moves(make_hyperv: MakeHyperV) -> None:
     """Every register of the interface that was saved is in a new VM what it was, and a timer fires there.
 
-    api.rst, 4.18 KVM_GET_MSRS and 4.20 KVM_GET_MSR_INDEX_LIST: what of a vCPU must be saved.
+    api.rst, 4.18 KVM_GET_MSRS and 4.3 KVM_GET_MSR_INDEX_LIST: what of a vCPU must be saved.
     """
     old, pages, agent = with_pages(make_hyperv)
     host: dict[int, int] = {

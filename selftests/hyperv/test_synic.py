@@ -75,7 +75,7 @@ def synic(make_hyperv: MakeHyperV) -> Synic:
 def test_sources(synic: Synic) -> None:
     """Each source is masked at first; unmasked it brings its vector once for each time that it is raised.
 
-    TLFS 11.4 and 11.8.4 (SINTx registers).
+    TLFS, synthetic interrupt controller.
     """
     for sint in range(16):
         synic.install(0x40 + sint)
@@ -99,7 +99,7 @@ def test_sources(synic: Synic) -> None:
 def test_one_vector_for_two(synic: Synic) -> None:
     """Two sources may have one vector; masking one leaves the other.
 
-    TLFS 11.8.4.
+    TLFS, synthetic interrupt controller.
     """
     synic.install(VECTOR)
     synic.set(2, VECTOR)
@@ -120,7 +120,7 @@ def test_one_vector_for_two(synic: Synic) -> None:
 def test_eoi(synic: Synic, auto: bool) -> None:
     """Until its EOI a source's vector is in service and blocks the next; with auto-EOI it never is.
 
-    TLFS 11.8.4: the AutoEOI flag.
+    TLFS, synthetic interrupt controller: the AutoEOI flag.
     """
     synic.install(VECTOR, eoi=False)
     synic.set(3, VECTOR | (AUTO_EOI if auto else 0))
@@ -138,7 +138,7 @@ def test_eoi(synic: Synic, auto: bool) -> None:
 def test_auto_eoi_taken_back(synic: Synic) -> None:
     """Without auto-EOI a source needs its EOI again, also where another one with it has another vector.
 
-    TLFS 11.8.4.
+    TLFS, synthetic interrupt controller.
     """
     synic.install(VECTOR, eoi=False)
     synic.install(VECTOR + 1, eoi=False)
@@ -236,7 +236,7 @@ def test_pages(make_hyperv: MakeHyperV, cap: int, msr: int) -> None:
     """KVM_CAP_HYPERV_SYNIC clears a page that is enabled, and refuses one that is not there; SYNIC2 does not
     touch it.
 
-    api.rst, 8.9 KVM_CAP_HYPERV_SYNIC2: it does not clear the pages, which belong to user space.
+    api.rst, 6.77 KVM_CAP_HYPERV_SYNIC2: it does not clear the pages, which belong to user space.
     """
     vm = make_hyperv(synic=cap)
     page = vm.alloc(PAGE_SIZE, private=False)
@@ -266,7 +266,7 @@ def test_pages(make_hyperv: MakeHyperV, cap: int, msr: int) -> None:
 def test_needs_an_irqchip(vm: Vm) -> None:
     """A SynIC needs local APICs in the kernel: EINVAL without, and for an argument.
 
-    api.rst, 8.8 KVM_CAP_HYPERV_SYNIC.
+    api.rst, 6.76 KVM_CAP_HYPERV_SYNIC.
     """
     vcpu = vm.create_vcpu()
     for cap in (KVM_CAP_HYPERV_SYNIC, KVM_CAP_HYPERV_SYNIC2):
@@ -278,7 +278,7 @@ def test_needs_an_irqchip(vm: Vm) -> None:
 def test_not_active(make_hyperv: MakeHyperV) -> None:
     """Without the capability the guest has no SynIC, and the host can set its registers to 0 alone.
 
-    api.rst, 8.8: "If KVM_CAP_HYPERV_SYNIC is enabled".
+    api.rst, 6.76 KVM_CAP_HYPERV_SYNIC.
     """
     vm = make_hyperv()
     with refused(errno.EINVAL):

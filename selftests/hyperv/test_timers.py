@@ -153,7 +153,7 @@ def timers(make_hyperv: MakeHyperV) -> Timers:
 def test_one_shot(timers: Timers, timer: int) -> None:
     """A one-shot timer sends one message when its time has come, not before, and is disabled then.
 
-    TLFS 12.3 (synthetic timers) and 12.3.4 (the message).
+    TLFS, synthetic timers.
     """
     timers.arm(timer, ENABLE | ON_SINT, timers.now() + 60_000 * MILLISECOND)
     assert timers.config(timer) == ENABLE | ON_SINT
@@ -179,7 +179,7 @@ def test_one_shot(timers: Timers, timer: int) -> None:
 def test_past(timers: Timers, timer: int) -> None:
     """A one-shot timer whose time is over expires at once.
 
-    TLFS 12.3: "If a one shot is enabled and the specified count is in the past, it will expire immediately."
+    TLFS, synthetic timers: one-shot timers.
     """
     timers.arm(timer, ENABLE | ON_SINT, 1)
     assert timers.do("hv_counted", VECTOR) == 1
@@ -191,7 +191,7 @@ def test_past(timers: Timers, timer: int) -> None:
 def test_periodic(timers: Timers, timer: int) -> None:
     """A periodic timer's messages are whole periods apart, none before its time, until it is disabled.
 
-    TLFS 12.3.
+    TLFS, synthetic timers.
     """
     period, wanted = 2 * MILLISECOND, 8
     began = timers.now()
@@ -216,7 +216,7 @@ def test_periodic(timers: Timers, timer: int) -> None:
 def test_auto_enable(timers: Timers, timer: int) -> None:
     """With auto-enable, writing a count enables the timer; a count of 0 disables it.
 
-    TLFS 12.3.2.
+    TLFS, synthetic timers.
     """
     config, count = Msr.HV_X64_MSR_STIMER0_CONFIG + 2 * timer, Msr.HV_X64_MSR_STIMER0_COUNT + 2 * timer
     timers.write(config, AUTO | ON_SINT)
@@ -234,7 +234,7 @@ def test_auto_enable(timers: Timers, timer: int) -> None:
 def test_without_auto_enable(timers: Timers, timer: int) -> None:
     """Without auto-enable a count alone starts nothing.
 
-    TLFS 12.3.2.
+    TLFS, synthetic timers.
     """
     timers.write(Msr.HV_X64_MSR_STIMER0_CONFIG + 2 * timer, ON_SINT)
     timers.write(Msr.HV_X64_MSR_STIMER0_COUNT + 2 * timer, 1)
@@ -247,7 +247,7 @@ def test_without_auto_enable(timers: Timers, timer: int) -> None:
 def test_direct(timers: Timers, timer: int, periodic: bool) -> None:
     """In direct mode a timer is an interrupt without a message, of its own vector.
 
-    TLFS 12.3.2: DirectMode and ApicVector.
+    TLFS, synthetic timers: DirectMode and ApicVector.
     """
     vector = 0x72
     timers.do("hv_install", vector, 1)
@@ -265,7 +265,7 @@ def test_direct(timers: Timers, timer: int, periodic: bool) -> None:
 def test_busy_slot(timers: Timers) -> None:
     """A message that finds its slot taken waits, with the pending flag set, for the end of message.
 
-    TLFS 11.6 (SIM page and message delivery): the guest writes EOM once it has seen the flag.
+    TLFS, synthetic timers: the guest writes EOM once it has seen the flag.
     """
     timers.vm.write(timers.slot, (77).to_bytes(4, "little"))
     timers.arm(0, ENABLE | ON_SINT, 1)
@@ -286,7 +286,7 @@ def test_busy_slot(timers: Timers) -> None:
 def test_busy_slot_of_a_periodic_timer(timers: Timers) -> None:
     """A periodic timer that finds its slot taken drops the tick: no flag, and the next one comes in its time.
 
-    TLFS 12.3: periodic timers skip what the guest could not take.
+    TLFS, synthetic timers: periodic timers skip what the guest could not take.
     """
     timers.vm.write(timers.slot, (77).to_bytes(4, "little"))
     timers.arm(1, ENABLE | PERIODIC | ON_SINT, MILLISECOND)
@@ -302,7 +302,7 @@ def test_busy_slot_of_a_periodic_timer(timers: Timers) -> None:
 def test_four_at_once(timers: Timers) -> None:
     """Four timers with one source: each message comes, one after the other, as the slot gets free.
 
-    TLFS 11.6.
+    TLFS, synthetic timers.
     """
     soon = timers.now() + 20 * MILLISECOND
     for timer in range(4):
@@ -314,7 +314,7 @@ def test_four_at_once(timers: Timers) -> None:
 def test_far_future(timers: Timers) -> None:
     """A count so far ahead that its nanoseconds overflow does not fire.
 
-    TLFS 12.3: the count is a 64-bit number of 100 ns.
+    TLFS, synthetic timers: the count is a 64-bit number of 100 ns.
     """
     for timer, count in enumerate(((1 << 64) - 1, (1 << 63), (1 << 63) // 100 + timers.now(), 1 << 62)):
         timers.arm(timer, ENABLE | ON_SINT, count)

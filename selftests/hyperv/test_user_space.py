@@ -23,8 +23,9 @@ from kvmpy import (
     refused,
 )
 from kvmpy.x86.hyperv import HvBits, HvCall, HvStatus, control
+from selftests.conftest import hypercall_instruction
 
-from .conftest import MakeHyperV, call_code
+from .conftest import MakeHyperV
 
 pytestmark = [
     pytest.mark.requires("KVM_CAP_HYPERV", "KVM_CAP_SYS_HYPERV_CPUID", "KVM_CAP_HYPERV_SYNIC2"),
@@ -66,7 +67,7 @@ class Caller:
 @pytest.fixture
 def caller(make_hyperv: MakeHyperV, kvm: Kvm) -> Caller:
     """A guest with a SynIC."""
-    return Caller(make_hyperv(synic=True), call_code(kvm))
+    return Caller(make_hyperv(synic=True), hypercall_instruction(kvm))
 
 
 @GUEST
@@ -100,7 +101,7 @@ def test_output_of_an_extended_call(caller: Caller) -> None:
 def test_messages(caller: Caller) -> None:
     """HvPostMessage is user space's, fast or slow, where there is a SynIC.
 
-    api.rst, KVM_EXIT_HYPERV_HCALL; TLFS 11.10.
+    api.rst, KVM_EXIT_HYPERV_HCALL; TLFS, inter-partition communication.
     """
     for fast in (False, True):
         word = control(POST, fast=fast)
@@ -112,9 +113,9 @@ def test_messages(caller: Caller) -> None:
 def test_without_synic(make_hyperv: MakeHyperV, kvm: Kvm) -> None:
     """Without a SynIC nobody takes messages and events: they are invalid input.
 
-    TLFS 11.10: messages are the SynIC's.
+    TLFS, inter-partition communication: messages are the SynIC's.
     """
-    caller = Caller(make_hyperv(), call_code(kvm))
+    caller = Caller(make_hyperv(), hypercall_instruction(kvm))
     assert [caller.answered(control(code, fast=True)) for code in (POST, SIGNAL)] == [BAD, BAD]
 
 

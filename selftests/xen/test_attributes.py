@@ -56,7 +56,7 @@ def xen_vm(vm: Vm) -> Vm:
 def test_configuration_refused(vm: Vm) -> None:
     """Features that KVM always has, an MSR outside the synthetic range, and pages beside KVM's own: EINVAL.
 
-    Documentation/virt/kvm/api.rst, 4.34 KVM_XEN_HVM_CONFIG.
+    Documentation/virt/kvm/api.rst, 4.28 KVM_XEN_HVM_CONFIG.
     """
     permitted = 1 << 1 | 1 << 5 | 1 << 7
     for bit in range(32):

@@ -73,7 +73,7 @@ WAYS: dict[str, Callable[[XenGuest, int], None]] = {
 def test_delivered(make_xen: MakeXen, way: str, by_apic: bool) -> None:
     """An event is one upcall, on the vector of vCPU or VM, and the guest finds its port, and no other.
 
-    Documentation/virt/kvm/api.rst, 4.126 KVM_XEN_ATTR_TYPE_EVTCHN, 4.130 KVM_XEN_HVM_EVTCHN_SEND, 4.52
+    Documentation/virt/kvm/api.rst, 4.126 KVM_XEN_ATTR_TYPE_EVTCHN, 4.135 KVM_XEN_HVM_EVTCHN_SEND, 4.52
     kvm_irq_routing_xen_evtchn; the vectors: KVM_XEN_ATTR_TYPE_UPCALL_VECTOR of both.
     """
     xen = make_xen(by_apic=by_apic)
@@ -168,7 +168,7 @@ def test_second_is_merged(make_xen: MakeXen) -> None:
 def test_other_vcpus(make_xen: MakeXen) -> None:
     """An event for a vCPU is in that one's vcpu_info, by every way that names a vCPU.
 
-    api.rst, 4.130: the vCPU's id.
+    api.rst, 4.135: the vCPU's id.
     """
     xen = make_xen(vcpus=3)
     vm = xen.vm

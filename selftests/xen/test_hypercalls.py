@@ -24,6 +24,7 @@ from kvmpy import (
     kvm_cpuid2,
 )
 from kvmpy.x86.hyperv import HvStatus
+from selftests.conftest import hypercall_instruction
 
 from .conftest import FLAGS, MSR, get, put
 
@@ -41,16 +42,10 @@ PARAMS = tuple(ARGUMENTS.values())
 STRIDE = 32
 
 
-def call_code(kvm: Kvm) -> bytes:
-    """Return the instruction of hypercalls that this processor has."""
-    amd = Cpuid.from_struct(kvm.supported_cpuid).is_amd_compatible
-    return b"\x0f\x01\xd9" if amd else b"\x0f\x01\xc1"
-
-
 def test_page(make_vm: MakeVm, kvm: Kvm) -> None:
     """The page has 128 entries of 32 bytes, each the hypercall of its number; it exits with six arguments.
 
-    Documentation/virt/kvm/api.rst, 4.34 KVM_XEN_HVM_CONFIG and KVM_EXIT_XEN.
+    Documentation/virt/kvm/api.rst, 4.28 KVM_XEN_HVM_CONFIG and KVM_EXIT_XEN.
     """
     vm = make_vm(AGENT)
     page = vm.alloc(PAGE_SIZE, nx=False, private=False)
@@ -58,7 +53,7 @@ def test_page(make_vm: MakeVm, kvm: Kvm) -> None:
     agent = Agent(vm.vcpus[0])
     assert agent.wrmsr(MSR, int(vm.gva_to_gpa(page))) is None
     entries = [
-        (b"\xb8" + number.to_bytes(4, "little") + call_code(kvm) + b"\xc3").ljust(STRIDE, b"\xcc")
+        (b"\xb8" + number.to_bytes(4, "little") + hypercall_instruction(kvm) + b"\xc3").ljust(STRIDE, b"\xcc")
         for number in range(PAGE_SIZE // STRIDE)
     ]
     assert vm.read(page, PAGE_SIZE) == b"".join(entries)
@@ -87,7 +82,7 @@ def test_instruction(make_vm: MakeVm, kvm: Kvm) -> None:
     agents = {ring: Agent(vm.vcpus[0], ring=ring) for ring in (0, 3)}
     for ring, agent in agents.items():
         for number in (0x7FFF_FFFF, 0xBABE << 32, 0x8000_0001):
-            agent.begin(call_code(kvm), rax=number, rbx=7, rbp=8, rcx=9, **ARGUMENTS)
+            agent.begin(hypercall_instruction(kvm), rax=number, rbx=7, rbp=8, rcx=9, **ARGUMENTS)
             exit_ = vm.vcpus[0].expect(XenHypercallExit)
             assert exit_ == XenHypercallExit(longmode=True, cpl=ring, input=number, params=PARAMS)
             exit_.respond(0xFEED_0000 + ring)
@@ -102,7 +97,7 @@ def test_arguments_are_kept(make_vm: MakeVm, kvm: Kvm) -> None:
     vm = make_vm(AGENT)
     vm.xen.config(FLAGS, MSR)
     agent = Agent(vm.vcpus[0])
-    agent.begin(call_code(kvm), rax=40, rbx=7, **ARGUMENTS)
+    agent.begin(hypercall_instruction(kvm), rax=40, rbx=7, **ARGUMENTS)
     vm.vcpus[0].expect(XenHypercallExit).respond(1)
     result = agent.end()
     assert {name: getattr(result, name) for name in ARGUMENTS} == ARGUMENTS
@@ -111,7 +106,7 @@ def test_arguments_are_kept(make_vm: MakeVm, kvm: Kvm) -> None:
 def test_bad_pages(make_vm: MakeVm) -> None:
     """There is one page of KVM's own, in the guest's memory: #GP for others; the host's write makes none.
 
-    api.rst, 4.34: the guest's write of the MSR writes the page.
+    api.rst, 4.28: the guest's write of the MSR writes the page.
     """
     vm = make_vm(AGENT)
     page = vm.alloc(PAGE_SIZE, private=False)
@@ -128,7 +123,7 @@ def test_bad_pages(make_vm: MakeVm) -> None:
 def test_pages_of_user_space(make_vm: MakeVm) -> None:
     """Without interception user space provides the pages: the guest gets the one that it names by number.
 
-    api.rst, 4.34: blob_addr_64 and blob_size_64, in pages.
+    api.rst, 4.28: blob_addr_64 and blob_size_64, in pages.
     """
     vm = make_vm(AGENT)
     page = vm.alloc(PAGE_SIZE, private=False)
@@ -159,13 +154,13 @@ def test_version(make_vm: MakeVm, kvm: Kvm) -> None:
 
     def asked(who: Agent, **registers: int) -> int:
         named: dict[str, Any] = dict(registers)
-        who.begin(call_code(kvm), **named)
+        who.begin(hypercall_instruction(kvm), **named)
         vm.vcpus[0].expect(XenHypercallExit).respond(77)
         return who.value()
 
     assert asked(agent, **version_call) == 77
     put(vm, KVM_XEN_ATTR_TYPE_XEN_VERSION, 0x4000D)
-    assert agent.must(call_code(kvm), **version_call).rax == 0x4000D
+    assert agent.must(hypercall_instruction(kvm), **version_call).rax == 0x4000D
     assert asked(agent, rax=17, rdi=1) == 77
     assert asked(user, **version_call) == 77
 
@@ -174,7 +169,7 @@ def test_version(make_vm: MakeVm, kvm: Kvm) -> None:
 def test_beside_hyperv(make_vm: MakeVm, kvm: Kvm) -> None:
     """With both interfaces Hyper-V's calls have bit 31 of EAX, which its page sets; the others are Xen's.
 
-    api.rst, 4.34; Xen tells them apart in the same way.
+    api.rst, 4.28; Xen tells them apart in the same way.
     """
 
     def both(table: kvm_cpuid2) -> kvm_cpuid2:
@@ -189,14 +184,14 @@ def test_beside_hyperv(make_vm: MakeVm, kvm: Kvm) -> None:
     assert agent.wrmsr(Msr.HV_X64_MSR_GUEST_OS_ID, 1) is None
     assert agent.wrmsr(Msr.HV_X64_MSR_HYPERCALL, int(vm.gva_to_gpa(hyperv_page)) | 1) is None
     assert agent.wrmsr(MSR, int(vm.gva_to_gpa(xen_page))) is None
-    code = b"\x0d\x00\x00\x00\x80" + call_code(kvm) + b"\xc3"
+    code = b"\x0d\x00\x00\x00\x80" + hypercall_instruction(kvm) + b"\xc3"
     assert vm.read(hyperv_page, 16) == code.ljust(16, b"\0")
     unknown = int(HvStatus.HV_STATUS_INVALID_HYPERCALL_CODE)
     for where in (hyperv_page, None):
-        agent.begin(b"" if where else call_code(kvm), where=where, rax=0x8000_0000, rcx=0xBEEF)
+        agent.begin(b"" if where else hypercall_instruction(kvm), where=where, rax=0x8000_0000, rcx=0xBEEF)
         assert agent.value() == unknown
     for where in (xen_page + 40 * STRIDE, None):
-        agent.begin(b"" if where else call_code(kvm), where=where, rax=40, **ARGUMENTS)
+        agent.begin(b"" if where else hypercall_instruction(kvm), where=where, rax=40, **ARGUMENTS)
         exit_ = vm.vcpus[0].expect(XenHypercallExit)
         assert (exit_.input, exit_.params) == (40, PARAMS)
         exit_.respond(5)

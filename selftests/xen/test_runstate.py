@@ -182,7 +182,7 @@ def test_adds_up(xen: XenGuest) -> None:
 def test_area_anywhere(xen: XenGuest, long_mode: bool) -> None:
     """The area may lie anywhere, also across two pages: KVM writes it whole, and not a byte beside it.
 
-    api.rst, 4.128 KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR: "may cross a page boundary".
+    api.rst, 4.128 KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR.
     """
     put(xen.vm, KVM_XEN_ATTR_TYPE_LONG_MODE, int(long_mode))
     pages = xen.vm.alloc(2 * PAGE_SIZE, private=False)

@@ -85,7 +85,7 @@ def test_system_time(make_xen: MakeXen, place: str) -> None:
 def test_stable_flag(make_xen: MakeXen) -> None:
     """With KVM_XEN_HVM_CONFIG_PVCLOCK_TSC_UNSTABLE the guest never finds the stable flag.
 
-    api.rst, 4.34 KVM_XEN_HVM_CONFIG.
+    api.rst, 4.28 KVM_XEN_HVM_CONFIG.
     """
     xen = make_xen()
     xen.vm.xen.config(FLAGS | int(KVM_XEN_HVM_CONFIG_PVCLOCK_TSC_UNSTABLE), MSR)
