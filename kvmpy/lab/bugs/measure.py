@@ -33,7 +33,7 @@ AREAS: Mapping[str, tuple[str, ...]] = {
     "apic": ("apic", "irq", "regs"),
     "cpuid": ("cpuid", "regs"),
     "dirty": ("dirty",),
-    "emulator": ("vcpu", "io", "regs", "dirty"),
+    "emulator": ("emulator", "vcpu", "io", "regs", "dirty"),
     "events": ("events", "vcpu", "save_restore"),
     "hyperv": ("hyperv", "msr", "cpuid"),
     "io": ("io",),
