@@ -33,10 +33,26 @@ void guest_main(void)
 }
 """
 
+# This guest sends itself an SMI by the command register of its local APIC.
+OWN_ICR = """
+#include <kvmpy/guest.h>
 
-def start(make_vm: MakeVm) -> GuestVm:
+void guest_main(void)
+{
+	apic_enable();
+	if (guest_cpu()->args[0])
+		x2apic_enable();
+	GUEST_SYNC(1);
+	apic_send(apic_id(), APIC_DM_SMI | APIC_INT_ASSERT);
+	GUEST_SYNC(2);
+}
+"""
+
+
+def start(make_vm: MakeVm, program: str = GUEST, *args: int) -> GuestVm:
     """Return a VM that has a handler, and whose guest has said 1."""
-    vm = make_vm(GUEST)
+    vm = make_vm(program)
+    vm.vcpus[0].set_entry("guest_main", *args)
     vm.memory.write(ENTRY, HANDLER)
     # lifetime: the slot shows guest memory, which the VM keeps.
     vm.set_user_memory_region(ADDRESS_SPACE << 16, SMBASE, SMRAM_SIZE, vm.memory.hva(SMBASE))
@@ -60,6 +76,22 @@ def test_smi(make_vm: MakeVm) -> None:
     vcpu = vm.vcpus[0]
     assert not in_smm(vm)
     vcpu.events.smi()
+    got = vcpu.expect(IoExit)
+    assert (got.port, got.value) == (PORT, 0x5A)
+    assert in_smm(vm)
+    assert vcpu.sync().args == (2,)
+    assert not in_smm(vm)
+
+
+@pytest.mark.protections("none")
+@pytest.mark.parametrize("x2apic", [False, True], ids=["xapic", "x2apic"])
+def test_smi_of_the_own_command_register(make_vm: MakeVm, x2apic: bool) -> None:
+    """An SMI that a guest sends to its own APIC id runs the handler before it goes on.
+
+    AMD APM volume 2, 16.5 (delivery mode SMI); upstream's x86/smm_test.
+    """
+    vm = start(make_vm, OWN_ICR, int(x2apic))
+    vcpu = vm.vcpus[0]
     got = vcpu.expect(IoExit)
     assert (got.port, got.value) == (PORT, 0x5A)
     assert in_smm(vm)
