@@ -22,10 +22,12 @@ from kvmpy.cli.options import (
     pytest_args,
     report_on_stdout,
     suite_folder,
+    take_pack,
     targets,
 )
 from kvmpy.fleet import fleetfile, wire
 from kvmpy.fleet.errors import FleetError
+from kvmpy.guest.packs import PackError
 from kvmpy.owned import OwnedFolder
 from kvmpy.testing.option_table import SEED_BITS, command_arguments, pytest_arguments
 
@@ -53,7 +55,7 @@ def say(text: str) -> None:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except FleetError as error:
+    except (FleetError, PackError) as error:
         say(str(error))
         sys.exit(_FAILED)
 
@@ -96,6 +98,7 @@ def join(
         wire.need()
         from kvmpy.fleet import host
 
+        take_pack(values)
         given = wire.full_address(address) if address else wire.known_address(wire.folder())
         known = certificate or wire.folder() / wire.CERTIFICATE
         called = name or host.default_name()
@@ -225,8 +228,10 @@ def _run(
             paths, values, extra = _as_before(ctx, history, paths, values, extra)
             seed = history.seed
             say(f"going on from {kept}")
+            take_pack(values)
         else:
             # Before there is a journal: what it names may be wrong.
+            take_pack(values)
             targets(paths, suite_folder())
             _entries(values)
             kept = kept or journals.fresh(_JOURNALS)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmpy.cli.options import NOTHING, NOTHING_SELECTED, pytest_args, quick_file, selected
+from kvmpy.cli.options import NOTHING, NOTHING_SELECTED, pytest_args, quick_file, selected, take_pack
+from kvmpy.guest.packs import PackError
 from kvmpy.lab.errors import BuildError, LabError
 from kvmpy.owned import OwnedFolder
 from kvmpy.testing import option_table, selection
@@ -111,6 +112,10 @@ def named(values: Mapping[str, Any]) -> list[Configuration]:
 def run_tests(paths: tuple[str, ...], values: Mapping[str, Any], extra: list[str]) -> int:
     """Run tests inside as the options *values* say, and return the exit status of the command."""
     values = {**option_table.defaults("lab run"), **values}
+    try:
+        take_pack(values)
+    except PackError as error:
+        raise LabError(str(error)) from None
     values["configurations"] = tuple(str(Path(name).absolute()) for name in values["configurations"])
     if values["quick"] and values["touching"]:
         raise click.UsageError("--quick and --touching exclude each other")

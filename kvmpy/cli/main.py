@@ -26,6 +26,7 @@ COMMANDS = {
     "html": "turn JSON reports of one or more kernels into an HTML page",
     "lab": "build and boot kernels under QEMU and run tests in them; needs no /dev/kvm",
     "measure": "predict SEV and SNP launch digests and sign ID blocks; needs no KVM",
+    "pack": "compile the guest programs of tests for hosts without a compiler",
     "ps": "list the VMs on this machine: process, vCPUs and threads, memory, exits",
     "replay": "replay the ioctls of a record and compare the results",
     "report": "show and verify SNP attestation reports; needs no KVM",

@@ -14,6 +14,7 @@ import click
 
 import kvmpy
 from kvmpy.cli import completion
+from kvmpy.guest import packs
 from kvmpy.owned import OwnedFolder
 from kvmpy.testing import naming, option_table, selection
 from kvmpy.testing.option_table import Between, Option
@@ -122,6 +123,17 @@ def report_on_stdout(values: dict[str, Any]) -> Iterator[None]:
             os.close(output)
             if path.is_file():
                 click.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+def take_pack(values: dict[str, Any]) -> None:
+    """Have guest programs come from the pack that *values* name: here, and in what this process starts.
+
+    Without one it is that of the cache, if there is one. PackError where it cannot be used.
+    """
+    named = values.pop("pack")
+    if named is not None:
+        os.environ[packs.VARIABLE] = str(named.absolute())
+    packs.verify_chosen()
 
 
 def suite_folder() -> Path:

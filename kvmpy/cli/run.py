@@ -27,7 +27,9 @@ from kvmpy.cli.options import (
     quick_file,
     report_on_stdout,
     selected,
+    take_pack,
 )
+from kvmpy.guest.packs import PackError
 from kvmpy.testing.option_table import command_arguments
 from kvmpy.testing.verdicts import NOTHING_RAN, suite_id
 
@@ -156,6 +158,11 @@ def _run(
         except journals.JournalError as error:
             raise click.ClickException(str(error)) from None
         _say(f"kvmpy run: going on from {kept}")
+    try:
+        take_pack(values)
+    except PackError as error:
+        _say(f"kvmpy run: {error}")
+        return INTERNAL
     if not values["listing"] and (why := why_lab(str(values["lab"]))):
         if values["timeline"] is not None:
             # Each VM has a clock of its own.

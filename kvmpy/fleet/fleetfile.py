@@ -21,7 +21,8 @@ DEATHS = 3
 class Entry:
     """One host. *local*: this machine; *ssh*: where ssh goes; neither: it joins by itself.
 
-    *lab*: tests run in a machine of the lab there, with these options of ``kvmpy lab shell``.
+    *lab*: tests run in a machine of the lab there, with these options of ``kvmpy lab shell``.  *pack* is
+    sent with the *wheels*: guest programs, for a host without a compiler.
 
     *power* has ``{action}``; *deaths* is how often it may die; *lock* runs as long as the host is used, and
     ends with status 0 at once where it only takes the lock.
@@ -33,6 +34,7 @@ class Entry:
     ssh: str = ""
     python: str = "python3"
     wheels: str = ""
+    pack: str = ""
     power: str = ""
     console: str = ""
     deaths: int = DEATHS
@@ -47,7 +49,7 @@ class Entry:
         return [word.replace(ACTION, action) for word in shlex.split(self.power)]
 
 
-_TEXTS = ("ssh", "python", "wheels", "power", "console", "lock", "unlock")
+_TEXTS = ("ssh", "python", "wheels", "pack", "power", "console", "lock", "unlock")
 _FLAGS = ("local", "dangerous")
 _KEYS = (*_FLAGS, "lab", "deaths", *_TEXTS)
 

@@ -29,6 +29,7 @@ _END_SECONDS = 15.0
 _RETRY_SECONDS = 10.0
 _READY_SECONDS = 30.0
 _POLL = 0.05
+_PACK = "guest.pack"
 
 
 def command(*words: str) -> list[str]:
@@ -137,6 +138,8 @@ class Launcher:
     def _join(self, certificate: str = "") -> list[str]:
         words = ["join", self._address, "--name", self.entry.name]
         words += ["--certificate", certificate or str(self._certificate)]
+        if self.entry.pack:
+            words += ["--pack", _PACK if certificate else self.entry.pack]
         words += ["--dangerous"] * self.entry.dangerous
         return [*words, *([] if self.entry.lab is None else ["--lab", *self.entry.lab])]
 
@@ -149,7 +152,7 @@ class Launcher:
                 self._process = start([*words, self._script()], self.output, pack)
 
     def _packed(self) -> Path:
-        """Return an archive of what the host needs: the certificate, and the wheels."""
+        """Return an archive of what the host needs: the certificate, the wheels, and the pack."""
         target = self.output.with_suffix(".tar")
         with tarfile.open(target, "w") as archive:
             archive.add(self._certificate, wire.CERTIFICATE)
@@ -158,6 +161,10 @@ class Launcher:
                 if not any(wheels.glob("kvmpy-*.whl")):
                     raise FleetError(f"{wheels} has no wheel of kvmpy: pip wheel -w {wheels} 'kvmpy[fleet]'")
                 archive.add(wheels, "wheels")
+            if self.entry.pack:
+                if not Path(self.entry.pack).is_file():
+                    raise FleetError(f"{self.entry.pack} is not there: kvmpy pack build -o {self.entry.pack}")
+                archive.add(self.entry.pack, _PACK)
         return target
 
     def _script(self) -> str:

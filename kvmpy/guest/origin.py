@@ -67,13 +67,18 @@ def find(source: str, frame: FrameType | None) -> Origin:
     if frame is None:
         return Origin("<guest>", 1, exact=False)
     filename = frame.f_code.co_filename
+    return in_file(source, filename, frame.f_lineno)
+
+
+def in_file(source: str, filename: str, line: int) -> Origin:
+    """Return where *source* stands in a file, else that *line* of it."""
     if filename.startswith("<"):
         return Origin(filename, 1, exact=False)
-    line = _literals(filename).line_of(source)
+    literal = _literals(filename).line_of(source)
     absolute = str(Path(filename).absolute())
-    if line is not None:
-        return Origin(absolute, line, exact=True)
-    return Origin(f"{absolute}:{frame.f_lineno}", 1, exact=False)
+    if literal is not None:
+        return Origin(absolute, literal, exact=True)
+    return Origin(f"{absolute}:{line}", 1, exact=False)
 
 
 class _Literals:

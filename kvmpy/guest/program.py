@@ -19,9 +19,10 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 from kvmpy.core.address import Gva
-from kvmpy.guest import cache, ctype, origin, toolchain
+from kvmpy.guest import cache, ctype, origin, packs, toolchain
 from kvmpy.guest.ctype import CType
-from kvmpy.guest.errors import GuestBuildError, GuestBuildWarning, GuestImageError
+from kvmpy.guest.errors import GuestBuildError, GuestBuildWarning, GuestImageError, ToolchainError
+from kvmpy.guest.packs import Places
 from kvmpy.guest.symbols import Image, InlineTable, LineTable, Segment, Symbol, SymbolTable, read_image
 
 # Part of every key: raise it when the format of cache entries changes.
@@ -39,6 +40,8 @@ StrPath = str | os.PathLike[str]
 # Who fills the cache where that takes long: called with a program's key and recipe before gcc is, and before
 # its line table is decoded.
 elsewhere: Callable[[str, Mapping[str, Any]], None] | None = None
+# Who collects programs: called with a program's digest, its index and its image.
+collected: Callable[[str, Mapping[str, Any], bytes], None] | None = None
 
 
 class GuestProgram:
@@ -52,6 +55,7 @@ class GuestProgram:
         self._image = image
         self._inputs: tuple[tuple[str, tuple[int, int] | None], ...] = ()
         self._key = ""
+        self._moved: tuple[Places, Places] | None = None
         self._types: dict[str, CType] = {}
 
     @classmethod
@@ -152,13 +156,18 @@ class GuestProgram:
 
     def line(self, gva: int) -> tuple[str, int] | None:
         """Return (file, line) of the code at *gva*, or None where the program does not say."""
-        return self._lines.find(gva)
+        found = self._lines.find(gva)
+        return None if found is None else self.placed(*found)
+
+    def placed(self, file: str, line: int) -> tuple[str, int]:
+        """Return where a line of the program is on this machine: it may have been built on another one."""
+        return (file, line) if self._moved is None else self._moved[0].moved(self._moved[1], file, line)
 
     def inlined(self, gva: int) -> list[tuple[str, str, int]]:
         """Return the calls that were inlined at *gva*, innermost first: function, and file and line of the
         call.
         """
-        return self._inlined.find(gva)
+        return [(name, *self.placed(file, line)) for name, file, line in self._inlined.find(gva)]
 
     def __repr__(self) -> str:
         size = sum(memsize for _, _, _, memsize, _ in self._image.segments)
@@ -268,16 +277,83 @@ def _digest(path: StrPath) -> str:
 def _load_or_build(
     name: str, inline: _Source | None, files: list[Path], cflags: tuple[str, ...]
 ) -> GuestProgram:
-    tools = toolchain.find()
+    places = Places(inline.where.file if inline else "", inline.where.line if inline else 0, _names(files))
+    pack = packs.chosen()
+    program = _from_pack(pack, name, _content(inline, files, cflags), places) if pack is not None else None
+    if program is None:
+        try:
+            tools = toolchain.find()
+        except ToolchainError as error:
+            raise _lacking(name, pack, error) from None
+        program = _from_cache(tools, name, inline, files, cflags)
+    program._inputs += tuple((str(path), _stamp(path)) for path in files)
+    if collected is not None and program._key:
+        index = json.loads((cache.entry(program._key) / _INDEX).read_bytes())
+        about = {"name": name, "places": asdict(places)}
+        collected(_content(inline, files, cflags), {**index, **about}, program.elf)
+    return program
+
+
+def _names(files: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(str(path) for path in files)
+
+
+def _hash(parts: Sequence[str]) -> str:
     digest = hashlib.sha256()
+    for part in parts:
+        digest.update(str(len(part)).encode() + b":" + part.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:40]
+
+
+def _content(inline: _Source | None, files: list[Path], cflags: tuple[str, ...]) -> str:
+    """Return a digest of what a program is made of, wherever that lies and whoever compiles it."""
+    parts = [str(_FORMAT), *cflags]
+    if inline is not None:
+        parts += [inline.suffix, inline.text]
+    for path in files:
+        parts += [path.name, _digest(path)]
+    return _hash(parts)
+
+
+def digest_of(text: str, suffix: str) -> str:
+    """Return the digest by which a pack knows the program of an inline source."""
+    return _content(_Source(text, suffix, origin.Origin("", 1, exact=False)), [], ())
+
+
+def build_text(text: str, suffix: str, file: str) -> GuestProgram:
+    """Compile a source that stands in the Python file *file*, which nobody has called for yet."""
+    where = origin.in_file(text, file, 1)
+    with _lock:
+        return _load_or_build(where.label, _Source(text, suffix, where), [], ())
+
+
+def _from_pack(pack: packs.Pack, name: str, content: str, places: Places) -> GuestProgram | None:
+    found = pack.find(content)
+    return None if found is None else _read(*found, name, places)
+
+
+def _lacking(name: str, pack: packs.Pack | None, error: ToolchainError) -> ToolchainError:
+    if pack is None:
+        return ToolchainError(error.missing, f"{error.how}; or name a pack of them with --pack: {packs.HOW}")
+    return ToolchainError(
+        f"the guest program {name}, which {pack.path.name} lacks ({error.missing})",
+        f"{packs.HOW} and with these tests; or {error.how}",
+    )
+
+
+def _from_cache(
+    tools: toolchain.Toolchain,
+    name: str,
+    inline: _Source | None,
+    files: list[Path],
+    cflags: tuple[str, ...],
+) -> GuestProgram:
     parts = [str(_FORMAT), toolchain.runtime_hash(), tools.identity, name, *cflags]
     if inline is not None:
         parts += [inline.suffix, inline.complete()]
     for path in files:
         parts += [str(path), _digest(path)]
-    for part in parts:
-        digest.update(str(len(part)).encode() + b":" + part.encode("utf-8", "surrogateescape"))
-    key = digest.hexdigest()[:40]
+    key = _hash(parts)
     program = _load(key, name)
     if program is None:
         cache.drop(key)
@@ -291,7 +367,6 @@ def _load_or_build(
         program = _load(key, name)
         if program is None:
             raise GuestImageError(f"guest program {name} cannot be read back from {cache.entry(key)}")
-    program._inputs += tuple((str(path), _stamp(path)) for path in files)
     program._key = key
     return program
 
@@ -322,8 +397,16 @@ def _load(key: str, name: str) -> GuestProgram | None:
     """Return the cached program, or None: not there, damaged, or a header that it includes has changed."""
     entry = cache.entry(key)
     try:
-        index: dict[str, Any] = json.loads((entry / _INDEX).read_bytes())
-        elf = (entry / _IMAGE).read_bytes()
+        index, elf = (entry / _INDEX).read_bytes(), (entry / _IMAGE).read_bytes()
+    except OSError:
+        return None
+    return _read(index, elf, name)
+
+
+def _read(text: bytes, elf: bytes, name: str, places: Places | None = None) -> GuestProgram | None:
+    """Return the program of an index and an image; with *places* that of a pack, whose source lies there."""
+    try:
+        index: dict[str, Any] = json.loads(text)
         image = Image(
             index["entry"],
             tuple(
@@ -332,14 +415,17 @@ def _load(key: str, name: str) -> GuestProgram | None:
             tuple((symbol, gva, size, kind) for symbol, gva, size, kind in index["symbols"]),
         )
         sound = index["sha256"] == hashlib.sha256(elf).hexdigest()
-        headers = [(str(path), _stamp(path), str(wanted)) for path, wanted in index["headers"]]
-        warning = str(index["warning"])
-    except (OSError, ValueError, KeyError, TypeError):
+        headers = [(str(path), str(wanted)) for path, wanted in index["headers"]]
+        program = GuestProgram(name, elf, image, warning=str(index["warning"]))
+        if places is not None:
+            built = index["places"]
+            program._moved = Places(built["file"], built["line"], tuple(built["files"])), places
+            headers = [(program.placed(path, 0)[0], wanted) for path, wanted in headers]
+    except (ValueError, KeyError, TypeError):
         return None
-    if not sound or any(_digest(path) != wanted for path, _, wanted in headers):
+    program._inputs = tuple((path, _stamp(path)) for path, _ in headers)
+    if not sound or any(_digest(path) != wanted for path, wanted in headers):
         return None
-    program = GuestProgram(name, elf, image, warning=warning)
-    program._inputs = tuple((path, stamp) for path, stamp, _ in headers)
     return program
 
 

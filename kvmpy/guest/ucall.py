@@ -140,7 +140,8 @@ def assertion_text(call: Ucall, program: GuestProgram) -> str:
     """Return what the ABORT *call* says: the expression, both values, file and line, vCPU and function."""
     got, expected, line, flags, rip = padded(call.args)[:5]
     # The address is that of the next instruction, which may belong to another function.
-    place = f"{call.file}:{line}: vcpu{call.vcpu} in {_where(program, rip - 1 & _U64)}"
+    file, line = program.placed(call.file, line)
+    place = f"{file}:{line}: vcpu{call.vcpu} in {_where(program, rip - 1 & _U64)}"
     kind = flags & layout.ASSERT_KIND_MASK
     if kind == AssertKind.FAIL:
         return f"guest failed: {call.text}\n  at {place}"

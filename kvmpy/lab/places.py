@@ -16,6 +16,8 @@ _NOT_EXTRA = ("kernel", "coverage")
 INSIDE = "/run/kvmpy/job"
 # In that folder: where each share belongs, by its tag.
 SHARES_FILE = "shares.json"
+# In that folder: the guest programs of a pack.
+PACK = "guest.pack"
 # Random bytes in hexadecimal, for a machine that is one of several resumed from one snapshot.
 SEED_VARIABLE = "KVMPY_LAB_SEED"
 

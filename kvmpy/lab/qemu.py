@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,7 @@ class Job:
     root: Root
     programs: Path | None = None
     shell: bool = False
+    pack: Path | None = None
 
     def text(self) -> str:
         """Return the file that the init script reads."""
@@ -203,6 +205,8 @@ def prepare(folder: Path, job: Job) -> None:
     shares = {tag(number): str(share) for number, share in enumerate(job.root.shares)}
     (folder / "job" / places.SHARES_FILE).write_text(json.dumps(shares), encoding="utf-8")
     (folder / "job" / "job.env").write_text(job.text(), encoding="utf-8")
+    if job.pack is not None:
+        shutil.copyfile(job.pack, folder / "job" / places.PACK)
     for name in ("console", "journal", "output", "qemu"):
         (folder / name).write_bytes(b"")
 

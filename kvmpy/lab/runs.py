@@ -22,6 +22,7 @@ import pytest
 
 import kvmpy
 from kvmpy.guest import cache as programs
+from kvmpy.guest import packs
 from kvmpy.lab import bugs, bytecode, events, places, readback, records, root, snapshots, softsev, tools
 from kvmpy.lab.bisect import Ended
 from kvmpy.lab.coverage.store import Writer
@@ -133,6 +134,9 @@ def job_of(
     if interactive:
         # Who runs pytest there does so without naming the plugins.
         del environment[_NO_PLUGINS]
+    pack = packs.chosen()
+    if pack is not None:
+        environment[packs.VARIABLE] = f"{places.INSIDE}/{places.PACK}"
     environment |= {
         readback.VARIABLE: readback.asked([*options.parameters, *options.optional], options.cpu),
         places.COVERAGE_VARIABLE: coverage,
@@ -150,6 +154,7 @@ def job_of(
         root.build(folder / "root", needed, _named(words)),
         programs.folder(),
         interactive,
+        None if pack is None else pack.path,
     )
 
 

@@ -160,6 +160,9 @@ OPTIONS: tuple[Option, ...] = (
            each=True),
     Option("select", _LAB, "--select", "Run only the tests that FILE names, one a line.", "FILE",
            kind="path", pytest="--kvmpy-select", side="inside", each=True),
+    Option("pack", (*_RUNS, "fleet join"), "--pack",
+           "Take guest programs from a pack (`kvmpy pack build`), where there is no compiler.", "FILE",
+           kind="path", pytest="--kvmpy-pack", variable="KVMPY_PACK", each=True),
     Option("dangerous", _RUN, "--dangerous", "Also run tests that can crash an unfixed host.", kind="flag",
            pytest="--run-dangerous"),
     # How they run.
@@ -242,6 +245,9 @@ OPTIONS: tuple[Option, ...] = (
            pytest="--kvmpy-only-report"),
     Option("ids_from", (), "", "Name own test files by their path below DIR, not the root's.", "DIR",
            pytest="--kvmpy-ids-from", side="inside"),
+    Option("pack_to", (), "",
+           "Run each test up to what it wants of the host, and put the guest programs into a pack.", "FILE",
+           pytest="--kvmpy-pack-to", hidden=True),
     Option("record_to", (), "", "Where records go that somebody else takes to --record-dir.", "DIR",
            pytest="--kvmpy-record-to", hidden=True),
     # Where they run.

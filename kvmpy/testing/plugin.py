@@ -7,6 +7,7 @@ In a session that has nothing to do with KVM it stays silent.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from kvmpy import __version__
+from kvmpy.guest import packs
 from kvmpy.testing import (
     brief,
     configurations,
@@ -64,6 +66,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     settings = options.read_settings(config)
     config.stash[SETTINGS] = settings
+    if (pack := options.chosen(config, "pack_to")) is not None:
+        from kvmpy.testing import packing
+
+        packing.attach(config, Path(pack).absolute())
+        return
+    _take_pack(config)
     config.stash[REQUIREMENTS] = Requirements(settings.configurations)
     try:
         errata = load([BUILTIN, *settings.errata])
@@ -117,6 +125,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(journal.close)
         if testprocess.supervised():
             testprocess.attach(config, settings.journal)
+
+
+def _take_pack(config: pytest.Config) -> None:
+    """Have guest programs come from the pack that is named, here and in what the tests start."""
+    named = options.chosen(config, "pack")
+    if named is None:
+        return
+    os.environ[packs.VARIABLE] = os.path.abspath(named)
+    try:
+        packs.verify_chosen()
+    except packs.PackError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _attach_worker(config: pytest.Config, given: Mapping[str, Any]) -> None:

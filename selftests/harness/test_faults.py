@@ -26,21 +26,24 @@ void guest_main(void)
 }
 """
 
-# Makes VMs that run in threads of their own, says so, and waits to be killed.
-VICTIM = """
-import sys, threading
-from kvmpy.coco.kvm import Kvm
-from kvmpy.guest.program import GuestProgram
-
-program = GuestProgram.from_c('''
+SPINS = """
 #include <kvmpy/guest.h>
+
 void guest_main(void)
 {
 	GUEST_SYNC(1);
 	for (;;)
 		cpu_relax();
 }
-''')
+"""
+
+# Makes VMs that run in threads of their own, says so, and waits to be killed.
+VICTIM = f"""
+import sys, threading
+from kvmpy.coco.kvm import Kvm
+from kvmpy.guest.program import GuestProgram
+
+program = GuestProgram.from_c({SPINS!r})
 kvm = Kvm()
 started = []
 for _ in range(8):

@@ -12,6 +12,7 @@ import pytest
 
 from kvmpy.fleet.errors import FleetError
 from kvmpy.fleet.fleetfile import Entry, load
+from kvmpy.guest import packs
 from tests.fleet.conftest import ROOT, Fleet
 
 
@@ -81,27 +82,35 @@ def _far(fleet: Fleet) -> Path:
 
 
 def test_a_host_is_reached_by_ssh(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gets the certificate, joins, runs the suite that it has itself, and leaves nothing running."""
+    """It gets certificate and pack, joins, runs the suite that it has itself, and leaves nothing running."""
     home = _far(fleet)
     monkeypatch.setenv("KVMPY_SSH", str(fleet.folder / "ssh"))
+    packs.Writer().write(fleet.folder / "own.pack", "a compiler")
+    (fleet.folder / "bad.pack").write_bytes(b"no pack")
     (fleet.folder / "hosts.toml").write_text(
-        f'[far]\nssh = "root@far"\npython = "{sys.executable}"\n[none]\nssh = "root@none"\n'
+        f'[far]\nssh = "root@far"\npython = "{sys.executable}"\npack = "own.pack"\n'
+        f'[bad]\nssh = "root@far"\npython = "{sys.executable}"\npack = "bad.pack"\n'
+        '[none]\nssh = "root@none"\n'
     )
     process = fleet.start(
         "run", "--hosts", "hosts.toml", "--json", "out.json", "cpuid/test_ioctls.py", "-k", "emulated"
     )
     ended = fleet.end(process)
     assert "none does not join" in ended.text, ended.text
+    assert "bad does not join" in ended.text
+    assert "guest.pack is no pack of guest programs" in ended.text
     assert fleet.left() == []
-    far, none = ended.report["hosts"]
-    assert (far["name"], none["name"]) == ("far", "none")
+    far, bad, none = ended.report["hosts"]
+    assert (far["name"], bad["name"], none["name"]) == ("far", "bad", "none")
     assert far["class"]
     assert none["retired"] == "it does not join"
     # A host without KVM has told that, and nothing went there.
     ran = [test for test in ended.report["tests"] if test["verdict"] in ("pass", "xfail")]
     assert ("kvm" in far["labels"]) == bool(ran)
     assert {test["host"] for test in ran} <= {"far"}
-    certificate = home / "cache" / "kvmpy" / "fleet-host" / "far" / "fleet.pem"
+    folder = home / "cache" / "kvmpy" / "fleet-host" / "far"
+    assert (folder / "guest.pack").read_bytes() == (fleet.folder / "own.pack").read_bytes()
+    certificate = folder / "fleet.pem"
     assert certificate.stat().st_mode & 0o077 == 0
 
 

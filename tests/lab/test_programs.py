@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from kvmpy.guest import GuestProgram, cache, program
+from kvmpy.guest import GuestProgram, cache, packs, program
 from kvmpy.guest.errors import GuestBuildError
 from kvmpy.guest.symbols import LineTable
-from kvmpy.lab import bytecode, programs
+from kvmpy.lab import bytecode, kernels, places, programs, runs
+from kvmpy.lab.qemu import Options, prepare
 
 SOURCE = """
 #include <kvmpy/guest.h>
@@ -145,3 +146,20 @@ def test_fails(make_vm):
     assert "guest_main" in str(caught.value)
     print("IMPORTED", sorted(set(sys.modules) - before))
 """
+
+
+def test_a_pack_goes_into_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the session inside looks for it; without one nothing is named there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = Options(kernels.Kernel("k", "7.2.13", "test", "0" * 64, "", Path("nowhere"), False))
+    pack = tmp_path / "own.pack"
+    packs.Writer().write(pack, "a compiler")
+    for number, named in enumerate((str(pack), "")):
+        monkeypatch.setenv(packs.VARIABLE, named)
+        folder = tmp_path / str(number)
+        job = runs.job_of(options, ["true"], folder, [])
+        prepare(folder, job)
+        inside = folder / "job" / places.PACK
+        assert inside.exists() is bool(named)
+        assert job.environment.get(packs.VARIABLE) == (f"{places.INSIDE}/{places.PACK}" if named else None)
+    assert (tmp_path / "0" / "job" / places.PACK).read_bytes() == pack.read_bytes()

@@ -93,5 +93,6 @@ def test_each_side_of_the_lab_gets_its_own() -> None:
     assert host == ["--kvmpy-json", "x", "--ktap", "x", "--junitxml", "x", "--kvmpy-html", "x"]
     assert inside[:4] == ["-k", "x", "--protection", "x"]
     assert {"--deadline", "--strict-private", "--record", "--record-dir"} < set(inside)
-    # The seed goes to both: the host chooses it where none is given.
-    assert sorted(pytest_arguments(values)) == sorted([*inside, *host, "--kvmpy-seed", "0x10"])
+    # The seed goes to both: the host chooses it where none is given. A pack is copied into the VM.
+    apart = ["--kvmpy-seed", "0x10", "--kvmpy-pack", "x"]
+    assert sorted(pytest_arguments(values)) == sorted([*inside, *host, *apart])
