@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ STDOUT = "-"
 """In place of a report's file: standard output."""
 PYTEST_EPILOG = "Arguments after -- are passed to pytest."
 _EXTRA = "kvmpy.pytest_args"
+_COPY_SECONDS = 0.1
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -99,9 +101,9 @@ def options(command: str) -> Callable[[_Function], _Function]:
 
 @contextlib.contextmanager
 def report_on_stdout(values: dict[str, Any]) -> Iterator[None]:
-    """Within the block a report for ``-`` is one in a file of *values*; standard output gets it at the end.
+    """Within the block a report for ``-`` goes to a file in *values*, and from there to standard output.
 
-    Everything else that is printed goes to standard error then.
+    A report that grows is passed on as it does. Everything else that is printed goes to standard error then.
     """
     names = [name for name in option_table.REPORTS if values.get(name) == STDOUT]
     if not names:
@@ -114,15 +116,37 @@ def report_on_stdout(values: dict[str, Any]) -> Iterator[None]:
         values[names[0]] = str(path)
         sys.stdout.flush()
         output = os.dup(1)
+        over = threading.Event()
+        copier = threading.Thread(target=_copy, args=(path, output, over), daemon=True)
         try:
             os.dup2(2, 1)
+            copier.start()
             yield
         finally:
+            over.set()
+            copier.join()
             sys.stdout.flush()
             os.dup2(output, 1)
             os.close(output)
-            if path.is_file():
-                click.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+def _copy(path: Path, output: int, over: threading.Event) -> None:
+    """Write to *output* what is added to the file *path*, until *over* is set.
+
+    A session that goes on for a dead one writes the same once more: what is there already is passed over.
+    """
+    done, last = 0, False
+    # Nobody may listen any more.
+    with contextlib.suppress(OSError):
+        while not last:
+            last = over.wait(_COPY_SECONDS)
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+                stream.seek(done)
+                data = stream.read()
+                # A report that is written at once, by a rename, comes at its end.
+                while data:
+                    written = os.write(output, data)
+                    data, done = data[written:], done + written
 
 
 def take_pack(values: dict[str, Any]) -> None:

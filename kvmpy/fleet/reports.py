@@ -220,7 +220,7 @@ class Outcome:
         for title, column in self.columns.items():
             about = [f"kvmpy {__version__}: seed {self.seed}", *column.summary().lines()]
             about += [f"host {host.name}: {host.title}" for host in self.hosts]
-            texts[title] = ktap.render(column.verdicts(), about, len(column.results.not_run()))
+            texts[title] = ktap.render(column.verdicts(), about, column.results.selected)
         return texts[""] if "" in texts else merged_ktap(texts)
 
     def _page(self) -> str:

@@ -6,9 +6,9 @@ One nested test for each test file, one case for each test in it. Pure: no KVM, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
-from kvmpy.testing.verdicts import TestVerdict, Verdict, counted, flaky
+from kvmpy.testing.verdicts import TestVerdict, Verdict, counted, flaky, suite_id
 
 INDENT = "  "
 
@@ -52,40 +52,104 @@ def _diagnostics(entry: TestVerdict) -> Iterator[str]:
         yield f"# {label}"
 
 
-def _file(name: str, verdicts: Sequence[TestVerdict]) -> Iterator[str]:
-    yield "KTAP version 1"
-    yield f"# Subtest: {_description(name)}"
-    yield f"1..{len(verdicts)}"
-    for number, entry in enumerate(verdicts, 1):
-        yield from _diagnostics(entry)
-        yield _result(number, entry)
+def file_of(nodeid: str) -> str:
+    """Return the name of the nested test that the test *nodeid* belongs to."""
+    return suite_id(nodeid).partition("::")[0]
 
 
-def lines(verdicts: Iterable[TestVerdict], header: Sequence[str] = (), not_run: int = 0) -> Iterator[str]:
-    """Yield a KTAP document; *header* becomes diagnostic lines, *not_run* counts tests never started."""
-    files: dict[str, list[TestVerdict]] = {}
-    verdicts = list(verdicts)
-    for entry in verdicts:
-        files.setdefault(entry.file, []).append(entry)
-    yield "KTAP version 1"
-    for text in header:
-        yield f"# {_one_line(text)}"
-    yield f"1..{len(files)}"
-    for number, (name, entries) in enumerate(files.items(), 1):
-        for line in _file(name, entries):
+class Stream:
+    """A document that grows: :meth:`add` and :meth:`end` yield the lines that can be written by then.
+
+    Its plan is of *selected*, the node ids in the order of collection, and of the *files* that were not
+    collected. Results come in that order, whatever order verdicts come in: the same verdicts give the same
+    document, which is cut off somewhere if the run is. *header* becomes diagnostic lines.
+    """
+
+    def __init__(
+        self, selected: Iterable[str], files: Sequence[TestVerdict] = (), header: Sequence[str] = ()
+    ) -> None:
+        self._files: dict[str, list[str]] = {entry.file: [entry.nodeid] for entry in files}
+        for nodeid in dict.fromkeys(selected):
+            self._files.setdefault(file_of(nodeid), []).append(nodeid)
+        self._known = {entry.nodeid: entry for entry in files}
+        self._header = header
+        self._lines = self._document()
+        self._over = False
+
+    def add(self, entry: TestVerdict) -> Iterator[str]:
+        """Take a verdict, and yield what can be written now."""
+        self.take(entry)
+        yield from self._next()
+
+    def take(self, entry: TestVerdict) -> None:
+        """Take a verdict."""
+        self._known[entry.nodeid] = entry
+
+    def end(self) -> Iterator[str]:
+        """No verdict will come any more."""
+        self._over = True
+        yield from self._next()
+
+    def _next(self) -> Iterator[str]:
+        for line in self._lines:
+            if line is None:
+                return
+            yield line
+
+    def _document(self) -> Iterator[str | None]:
+        """Yield all lines, and None wherever a verdict has not come yet."""
+        yield "KTAP version 1"
+        for text in self._header:
+            yield f"# {_one_line(text)}"
+        yield f"1..{len(self._files)}"
+        for number, (name, nodeids) in enumerate(self._files.items(), 1):
+            # Nothing is said of a file before one of its tests has an end.
+            while not self._over and nodeids[0] not in self._known:
+                yield None
+            entries = yield from self._file(name, nodeids)
+            if any(entry is None or entry.verdict.bad for entry in entries):
+                yield f"not ok {number} {_description(name)}"
+            elif all(entry is not None and entry.verdict is Verdict.SKIP for entry in entries):
+                yield f"ok {number} {_description(name)} # SKIP all of its tests were skipped"
+            else:
+                yield f"ok {number} {_description(name)}"
+        while not self._over:
+            yield None
+        planned = {nodeid for nodeids in self._files.values() for nodeid in nodeids}
+        for entry in self._known.values():
+            if entry.nodeid not in planned:
+                yield f"# {_one_line(entry.id)}: {entry.verdict.value}, without having been selected"
+        for test, counts in flaky(self._known.values()).items():
+            yield f"# flaky: {_one_line(test)}: {counted(counts)}"
+        if missing := len(planned - set(self._known)):
+            yield f"# {missing} selected tests were not started"
+
+    def _file(
+        self, name: str, nodeids: Sequence[str]
+    ) -> Generator[str | None, None, list[TestVerdict | None]]:
+        for line in ("KTAP version 1", f"# Subtest: {_description(name)}", f"1..{len(nodeids)}"):
             yield INDENT + line
-        if any(entry.verdict.bad for entry in entries):
-            yield f"not ok {number} {_description(name)}"
-        elif all(entry.verdict is Verdict.SKIP for entry in entries):
-            yield f"ok {number} {_description(name)} # SKIP all of its tests were skipped"
-        else:
-            yield f"ok {number} {_description(name)}"
-    for test, counts in flaky(verdicts).items():
-        yield f"# flaky: {_one_line(test)}: {counted(counts)}"
-    if not_run:
-        yield f"# {not_run} selected tests were not started"
+        entries = []
+        for number, nodeid in enumerate(nodeids, 1):
+            while not self._over and nodeid not in self._known:
+                yield None
+            entry = self._known.get(nodeid)
+            entries.append(entry)
+            if entry is None:
+                test = suite_id(nodeid).partition("::")[2] or nodeid
+                yield f"{INDENT}not ok {number} {_description(test)} # ERROR not started"
+                continue
+            for line in (*_diagnostics(entry), _result(number, entry)):
+                yield INDENT + line
+        return entries
 
 
-def render(verdicts: Iterable[TestVerdict], header: Sequence[str] = (), not_run: int = 0) -> str:
-    """Return the KTAP document as text."""
-    return "\n".join(lines(verdicts, header, not_run)) + "\n"
+def render(verdicts: Iterable[TestVerdict], header: Sequence[str] = (), selected: Sequence[str] = ()) -> str:
+    """Return the document of a run that is over; *selected* are the node ids of all that was to run."""
+    known = list(verdicts)
+    files = [entry for entry in known if "::" not in entry.nodeid]
+    tests = [entry for entry in known if "::" in entry.nodeid]
+    stream = Stream([*selected, *(entry.nodeid for entry in tests)], files, header)
+    for entry in tests:
+        stream.take(entry)
+    return "\n".join(stream.end()) + "\n"

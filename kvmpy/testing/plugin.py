@@ -23,6 +23,7 @@ from kvmpy.testing import (
     configurations,
     gate,
     host,
+    ktap,
     naming,
     options,
     protections,
@@ -47,9 +48,9 @@ from kvmpy.testing.json_report import document, json_text
 from kvmpy.testing.leakcheck import LeakCheck, uses_kvmpy
 from kvmpy.testing.option_table import LOAD_SECONDS
 from kvmpy.testing.options import SETTINGS
-from kvmpy.testing.reportfiles import Junit, ReportFiles, SteadyStream
+from kvmpy.testing.reportfiles import Junit, KtapFile, ReportFiles, SteadyStream
 from kvmpy.testing.requirements import Requirements
-from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results
+from kvmpy.testing.results import GROWTH_FAILS, GROWTH_NOTED, Results, is_lost
 from kvmpy.testing.verdicts import NOTHING_RAN, Verdict
 
 __all__ = ["deadline", "kvm", "load_seconds", "make_load", "make_vm", "protection", "rng", "seed", "vm"]
@@ -205,8 +206,10 @@ class Session:
         self._started = time.monotonic()
         self._summary: host.HostSummary | None = None
         self._files = ReportFiles()
+        self._ktap = KtapFile(self._files, settings.ktap) if settings.ktap is not None else None
         self._junit = Junit(config)
         self._output: SteadyStream | None = None
+        self._streams = True
         self._concerned = (
             settings.suite or settings.table or bool(settings.json or settings.ktap or settings.html)
         )
@@ -223,6 +226,8 @@ class Session:
     def describe(self, summary: host.HostSummary) -> None:
         """Report *summary* in place of this host's: the tests run on another kernel."""
         self._summary = summary
+        # It may have other tests than those that are selected by now.
+        self._streams = False
 
     def header(self) -> list[str]:
         """Return what header and KTAP say about host and session."""
@@ -268,6 +273,15 @@ class Session:
             self._config.add_cleanup(self._output.finish)
         return (yield)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write a verdict into the KTAP report as soon as there is one."""
+        if self._ktap is not None and self._streams and (report.when == "teardown" or is_lost(report)):
+            self._ktap.add(self.results.verdict(report.nodeid), self._new_stream)
+
+    def _new_stream(self) -> ktap.Stream:
+        return ktap.Stream(self.results.selected, self.results.uncollected(), self.header())
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
         """Judge the session and write the report files, whatever becomes of the terminal's summary."""
@@ -295,16 +309,12 @@ class Session:
         settings, write = self._settings, self._files.write
         if settings.json is not None:
             write("json", settings.json, lambda: json_text(self._document(exit_status)))
-        if settings.ktap is not None:
-            write("ktap", settings.ktap, self._ktap)
+        if self._ktap is not None:
+            verdicts = self.results.verdicts()
+            self._ktap.end(verdicts, lambda: ktap.render(verdicts, self.header(), self.results.selected))
         if settings.html is not None:
             write("html", settings.html, lambda: self._html(exit_status))
         self._junit.write(self._files)
-
-    def _ktap(self) -> str:
-        from kvmpy.testing import ktap
-
-        return ktap.render(self.results.verdicts(), self.header(), len(self.results.not_run()))
 
     def _html(self, exit_status: int) -> str:
         from kvmpy.testing import html

@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from _pytest.junitxml import xml_key
 
 from kvmpy.owned import write_atomically
+from kvmpy.testing import ktap
+from kvmpy.testing.verdicts import TestVerdict
 
 UNWRITTEN = pytest.StashKey[list[str]]()
 """What could not be written while a test ran: a line for each file."""
@@ -36,6 +38,58 @@ class ReportFiles:
             write_atomically(path, make())
         except Exception as error:  # noqa: BLE001 - whatever it is, the other reports are written
             self.failures.append(f"{name}: {path} is not written: {why(error)}")
+
+
+class KtapFile:
+    """The KTAP report, which grows with the verdicts.
+
+    What comes of a run that is killed is cut off: its plan says so.
+    """
+
+    def __init__(self, files: ReportFiles, path: Path) -> None:
+        self._files = files
+        self._path = path
+        self._made: ktap.Stream | None = None
+        self._output: TextIO | None = None
+        self._failed = False
+
+    def add(self, entry: TestVerdict, make: Callable[[], ktap.Stream]) -> None:
+        """Write what can be written with one more verdict; *make* returns a document at its beginning."""
+        self._write(lambda: self._begun(make).add(entry))
+
+    def _begun(self, make: Callable[[], ktap.Stream]) -> ktap.Stream:
+        if self._made is None:
+            self._made = make()
+        return self._made
+
+    def end(self, verdicts: Iterable[TestVerdict], render: Callable[[], str]) -> None:
+        """Write the rest, where *verdicts* are all that there are; *render* returns the whole document."""
+        if self._made is None:
+            self._files.write("ktap", self._path, render)
+            return
+        for entry in verdicts:
+            self._made.take(entry)
+        self._write(self._made.end)
+        if self._output is not None:
+            self._output.close()
+
+    def _write(self, lines: Callable[[], Iterable[str]]) -> None:
+        if self._failed:
+            return
+        try:
+            text = "".join(f"{line}\n" for line in lines())
+            if self._output is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._output = self._path.open("w", encoding="utf-8", errors="backslashreplace")
+            self._output.write(text)
+            self._output.flush()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
+            self._failed = True
+            self._files.failures.append(f"ktap: {self._path} is not complete: {why(error)}")
+            with contextlib.suppress(OSError):
+                if self._output is not None:
+                    self._output.close()
+            self._output = None
 
 
 class Junit:

@@ -168,7 +168,16 @@ class Results:
         order = {nodeid: number for number, nodeid in enumerate(self._selected)}
         known = sorted(self._reports, key=lambda nodeid: order.get(nodeid, len(order)))
         tests = [judge(nodeid, self._reports[nodeid], self.platform) for nodeid in known]
-        return [judge_file(report, self.platform) for report in self._files.values()] + tests
+        return self.uncollected() + tests
+
+    @property
+    def selected(self) -> list[str]:
+        """The tests that were selected, in the order of collection."""
+        return self._selected
+
+    def uncollected(self) -> list[TestVerdict]:
+        """Return the verdicts of the files that were not collected."""
+        return [judge_file(report, self.platform) for report in self._files.values()]
 
     def verdict(self, nodeid: str) -> TestVerdict:
         """Return the verdict of a test that was started."""

@@ -267,7 +267,7 @@ def reports(path: Path, told: Mapping[str, Any]) -> dict[str, bytes]:
     about = [f"kvmpy {__version__}: seed {history.seed}, made from the journal of a run that died"]
     return {
         VERDICTS: json.dumps(values, indent=2).encode() + b"\n",
-        KTAP: ktap.render(results.verdicts(), about, 0).encode(),
+        KTAP: ktap.render(results.verdicts(), about).encode(),
         HTML: html.render([values]).encode(),
     }
 

@@ -79,9 +79,23 @@ def test_an_emulated_platform_is_named_at_every_result() -> None:
 
 
 def test_tests_that_were_not_started_are_counted() -> None:
-    assert ktap.render([], not_run=3).splitlines() == [
+    """Each has its place in the plan, which was made before anybody knew: it is not ok."""
+    selected = ["a.py::one", "a.py::two", "b.py::three", "b.py::four"]
+    assert ktap.render([entry("a.py::two", Verdict.PASS)], selected=selected).splitlines() == [
         "KTAP version 1",
-        "1..0",
+        "1..2",
+        "  KTAP version 1",
+        "  # Subtest: a.py",
+        "  1..2",
+        "  not ok 1 one # ERROR not started",
+        "  ok 2 two",
+        "not ok 1 a.py",
+        "  KTAP version 1",
+        "  # Subtest: b.py",
+        "  1..2",
+        "  not ok 1 three # ERROR not started",
+        "  not ok 2 four # ERROR not started",
+        "not ok 2 b.py",
         "# 3 selected tests were not started",
     ]
 
@@ -95,7 +109,11 @@ ENTRIES = st.builds(
 )
 
 
-@given(st.lists(ENTRIES, max_size=12))
+# A test has one verdict.
+UNIQUE = st.lists(ENTRIES, max_size=12, unique_by=lambda entry: entry.nodeid)
+
+
+@given(UNIQUE)
 def test_any_text_gives_a_valid_document_with_the_same_verdicts(entries: list[TestVerdict]) -> None:
     document = parse_ktap(ktap.render(entries))
     files: dict[str, list[TestVerdict]] = {}
@@ -116,3 +134,35 @@ def _directive(item: TestVerdict) -> str:
     return {Verdict.PASS: "", Verdict.SKIP: "SKIP", Verdict.XFAIL: "XFAIL", Verdict.LOST: "ERROR"}[
         item.verdict
     ]
+
+
+@given(UNIQUE, st.data())
+def test_a_stream_is_the_document_whatever_comes_first(
+    entries: list[TestVerdict], data: st.DataObject
+) -> None:
+    """In any order of verdicts, and cut off anywhere, it is the beginning of what is written at once."""
+    whole = ktap.render(entries, ["seed 1"]).splitlines()
+    stream = ktap.Stream([item.nodeid for item in entries], header=["seed 1"])
+    written: list[str] = []
+    for item in data.draw(st.permutations(entries)):
+        written += stream.add(item)
+        assert written == whole[: len(written)]
+    written += stream.end()
+    assert written == whole
+
+
+def test_a_stream_waits_for_the_test_before() -> None:
+    """What can be said is said at once, in the order of collection."""
+    stream = ktap.Stream(["a.py::1", "a.py::2", "b.py::1"])
+    assert list(stream.add(entry("a.py::2", Verdict.PASS))) == ["KTAP version 1", "1..2"]
+    begin = ["  KTAP version 1", "  # Subtest: a.py", "  1..2", "  ok 1 1", "  ok 2 2", "ok 1 a.py"]
+    assert list(stream.add(entry("a.py::1", Verdict.PASS))) == begin
+    more = list(stream.add(entry("b.py::1", Verdict.LOST, "killed")))
+    assert more[-2:] == ["  not ok 1 1 # ERROR lost: killed", "not ok 2 b.py"]
+
+
+def test_who_was_not_selected_is_told() -> None:
+    stream = ktap.Stream(["a.py::1"])
+    list(stream.add(entry("a.py::1", Verdict.PASS)))
+    list(stream.add(entry("a.py::7", Verdict.FAIL, "odd")))
+    assert list(stream.end()) == ["# a.py::7: fail, without having been selected"]

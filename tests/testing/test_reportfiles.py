@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from kvmpy.owned import write_atomically
-from kvmpy.testing.reportfiles import SteadyStream
-from kvmpy.testing.verdicts import printable
+from kvmpy.testing import ktap
+from kvmpy.testing.reportfiles import KtapFile, ReportFiles, SteadyStream
+from kvmpy.testing.verdicts import TestVerdict, Verdict, printable
 from tests.testing.support import Suite, parse_ktap
 
 # Test names, reasons, output and docstrings that a terminal, KTAP, XML, JSON or HTML could take for its own.
@@ -92,7 +93,7 @@ def test_a_report_that_cannot_be_written_costs_no_other(suite: Suite) -> None:
     assert result.ret == 3
     assert json.loads((suite.folder / "out.json").read_text())["summary"]["pass"] == 1
     text = result.stderr.str()
-    assert "kvmpy: ktap: /dev/full is not written: No space left on device" in text
+    assert "kvmpy: ktap: /dev/full is not complete: No space left on device" in text
     assert "kvmpy: junit: /dev/full is not written: No space left on device" in text
     assert re.search(r"kvmpy: html: \S*/test_a.py/x.html is not written: (Not a directory|File exists)", text)
 
@@ -189,3 +190,19 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert target.read_bytes() == b"new"
     assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_a_ktap_report_that_cannot_begin_costs_no_run(tmp_path: Path) -> None:
+    """What goes wrong with its header is told; at the end it is tried once more."""
+    files = ReportFiles()
+    report = KtapFile(files, tmp_path / "out.ktap")
+    entry = TestVerdict("a.py::t", "a.py::t", "a", Verdict.PASS, "host")
+
+    def broken() -> ktap.Stream:
+        raise RuntimeError("no header")
+
+    report.add(entry, broken)
+    report.add(entry, broken)
+    assert files.failures == [f"ktap: {tmp_path / 'out.ktap'} is not complete: RuntimeError: no header"]
+    report.end([entry], lambda: ktap.render([entry]))
+    assert (tmp_path / "out.ktap").read_text() == ktap.render([entry])
