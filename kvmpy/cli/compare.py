@@ -22,18 +22,13 @@ class _UnreadableError(click.ClickException):
 
 def _read(files: Sequence[Path]) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
     """Return the reports in *files*, and the kernels of matrices that left none."""
-    from kvmpy.parsing import MalformedError, parse_json
     from kvmpy.testing import html
 
     reports, without = [], []
     for file in files:
         try:
-            document = parse_json(file.read_bytes())
+            document = html.load(file)
             found = html.reports_in(document, str(file))
-        except OSError as error:
-            raise _UnreadableError(f"{file} cannot be read: {error.strerror}") from None
-        except MalformedError as error:
-            raise _UnreadableError(f"{file} is {error}") from None
         except html.ReportError as error:
             raise _UnreadableError(str(error)) from None
         if not any(report["tests"] for report in found):

@@ -26,7 +26,6 @@ def html(files: tuple[Path, ...], output: Path) -> None:
     that --json of `kvmpy compare` wrote.
     """
     from kvmpy.owned import write_atomically
-    from kvmpy.parsing import MalformedError, parse_json
     from kvmpy.testing import html as pages
     from kvmpy.testing.compare import SCHEMA as COMPARISON
     from kvmpy.testing.html import comparison
@@ -35,15 +34,11 @@ def html(files: tuple[Path, ...], output: Path) -> None:
     text = ""
     for file in files:
         try:
-            document = parse_json(file.read_bytes())
+            document = pages.load(file)
             if len(files) == 1 and isinstance(document, dict) and document.get("schema") == COMPARISON:
                 text = comparison.render(document, str(file))
             else:
                 reports += pages.reports_in(document, str(file))
-        except OSError as error:
-            raise click.ClickException(f"{file} cannot be read: {error.strerror}") from None
-        except MalformedError as error:
-            raise click.ClickException(f"{file} is {error}") from None
         except pages.ReportError as error:
             raise click.ClickException(str(error)) from None
     try:

@@ -20,6 +20,7 @@ COMMANDS = {
     "decode": "decode ioctls, structs, exits, error codes, MSRs, CPUID, and SEV values and pages",
     "doctor": "show which protections this host supports, and what the others need",
     "encode": "encode names and fields as numbers and bytes, for decode or a C program",
+    "export": "turn JSON reports into a submission to KCIDB, the kernel CI's database",
     "faults": "show page faults and conversions of a VM live, decoded",
     "fleet": "run tests on many hosts: serve, join, run, hosts, status, power",
     "hardware": "run everything on a machine with SEV and pack the results into one archive",

@@ -13,12 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from kvmpy import __version__
-from kvmpy.parsing import MalformedError
+from kvmpy.parsing import MalformedError, parse_json
 from kvmpy.testing.configurations import DEFAULT
 from kvmpy.testing.html import schema
 from kvmpy.testing.json_report import SCHEMA
@@ -63,6 +64,16 @@ def environment() -> Environment:
     )
     environment.globals["plural"] = lambda count, word: f"{count:,} {word}{'' if count == 1 else 's'}"
     return environment
+
+
+def load(file: Path) -> Any:
+    """Return what a JSON file holds; ReportError with the place where it cannot be read."""
+    try:
+        return parse_json(file.read_bytes())
+    except OSError as error:
+        raise ReportError(f"{file} cannot be read: {error.strerror}") from None
+    except MalformedError as error:
+        raise ReportError(f"{file} is {error}") from None
 
 
 def reports_in(document: Any, name: str) -> list[dict[str, Any]]:
