@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import kvmpy
+from kvmpy.cli.main import LazyGroup, main
 
 SUITE_INI = Path(kvmpy.__file__).parent / "testing" / "suite.ini"
 NO_KVM = "/nonexistent/kvm"
@@ -84,6 +86,20 @@ class Suite:
             (self.folder / "out.ktap").read_text(),
             ElementTree.parse(self.folder / "out.xml").getroot(),
         )
+
+
+def unknown_options(line: str) -> list[str]:
+    """Return what a command line of kvmpy names that does not exist: its command, or options of it."""
+    words = re.sub(r"^\W*(?:sudo )?kvmpy ", "", line).split(" -- ")[0].split()
+    command = LazyGroup().get_command(click.Context(main), words[0])
+    if command is None:
+        return words[:1]
+    if isinstance(command, click.Group):
+        inner = next((word for word in words[1:] if word in command.commands), None)
+        command = command.commands[inner] if inner is not None else command
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    given = re.findall(r"(?<=\s)--[a-z-]+", " ".join(words))
+    return [option for option in given if option not in known | {"--help"}]
 
 
 KTAP_RESULT = re.compile(
