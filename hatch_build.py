@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from packaging.version import Version
 
 # Folders of the checkout that lie inside the package once it is installed.
 SHIPPED = ("selftests", "guest_asm")
@@ -22,7 +23,12 @@ class NativeBuildHook(BuildHookInterface[Any]):
         """Build, tag the wheel ``cp310-abi3`` and add what git does not know or what lies elsewhere."""
         root = Path(self.root)
         sys.path.insert(0, self.root)
+        from kvmpy import __version__
         from kvmpy.build import build
+
+        given = self.metadata.version
+        if Version(given).base_version != __version__:
+            raise ValueError(f"the tag makes it version {given}, kvmpy/__init__.py says {__version__}")
 
         if version == "editable":
             build()
@@ -32,6 +38,9 @@ class NativeBuildHook(BuildHookInterface[Any]):
         build_data["pure_python"] = False
         build_data["tag"] = f"cp310-abi3-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
         build_data["artifacts"] += [f"/{path.relative_to(root)}" for path in generated]
+        exact = Path(self._scratch.name) / "_version.py"
+        exact.write_text(f'version = "{given}"\n', encoding="utf-8")
+        build_data["force_include"][str(exact)] = "kvmpy/_version.py"
         build_data["force_include"][str(extension)] = f"kvmpy/uapi/{extension.name}"
         for name in SHIPPED:
             build_data["force_include"][str(root / name)] = f"kvmpy/{name}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import kvmpy
+from kvmpy import version
 from kvmpy.testing import host
 from kvmpy.testing.fixes import FIXES
 
@@ -86,7 +86,7 @@ def examine() -> dict[str, Any]:
     amd = "kvm_amd" in host.vendor_modules()
     modules = ("kvm", *host.vendor_modules(), *(["ccp"] if amd else []))
     results: dict[str, Any] = {
-        "kvmpy": kvmpy.__version__,
+        "kvmpy": version.exact(),
         "platform": host.platform_name(),
         "cpu": {
             "model": host.cpu_model(),

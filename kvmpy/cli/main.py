@@ -7,7 +7,6 @@ import importlib
 
 import click
 
-import kvmpy
 from kvmpy.signals import end_by_exception
 
 # Command and its line in --help, so that help imports none of them.
@@ -72,8 +71,17 @@ class LazyGroup(click.Group):
             formatter.write_dl(sorted(COMMANDS.items()))
 
 
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from kvmpy.version import exact
+
+        click.echo(f"kvmpy {exact()}")
+        context.exit()
+
+
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(kvmpy.__version__, prog_name="kvmpy", message="%(prog)s %(version)s")
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version,
+              help="Show the version, to the commit, and exit.")  # fmt: skip
 @click.pass_context
 def main(context: click.Context) -> None:
     """Create and test KVM virtual machines from Python."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import kvmpy
+from kvmpy import version
 from kvmpy.fleet import wire
 from kvmpy.fleet.errors import FleetError
 from kvmpy.fleet.session import Here
@@ -47,7 +47,7 @@ def describe(name: str, options: Options | None = None, *, dangerous: bool) -> d
         "boot": _BOOT_ID.read_text(encoding="ascii").strip(),
         "pid": os.getpid(),
         "python": ".".join(str(part) for part in sys.version_info[:3]),
-        "kvmpy": kvmpy.__version__,
+        "kvmpy": version.exact(),
         "dangerous": dangerous,
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvmpy import __version__
+from kvmpy import version
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.matrix import SCHEMA, merge, merged_ktap, table
 from kvmpy.testing import json_report, ktap
@@ -218,7 +218,7 @@ class Outcome:
     def _ktap(self) -> str:
         texts = {}
         for title, column in self.columns.items():
-            about = [f"kvmpy {__version__}: seed {self.seed}", *column.summary().lines()]
+            about = [f"kvmpy {version.exact()}: seed {self.seed}", *column.summary().lines()]
             about += [f"host {host.name}: {host.title}" for host in self.hosts]
             texts[title] = ktap.render(column.verdicts(), about, column.results.selected)
         return texts[""] if "" in texts else merged_ktap(texts)

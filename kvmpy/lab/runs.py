@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import kvmpy
+from kvmpy import version
 from kvmpy.guest import cache as programs
 from kvmpy.guest import packs
 from kvmpy.lab import bugs, bytecode, events, places, readback, records, root, snapshots, softsev, tools
@@ -112,6 +113,7 @@ def _common(options: Options) -> dict[str, str]:
     # Emulated, the import of a plugin that no selftest needs takes as long as the kernel's boot.
     return {
         PLATFORM_VARIABLE: platform(options),
+        version.VARIABLE: version.exact(),
         CONFIGURATION_VARIABLE: options.configuration,
         _NO_PLUGINS: "1",
     }

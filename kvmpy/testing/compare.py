@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from kvmpy import __version__
+from kvmpy import version
 from kvmpy.testing.verdicts import Verdict, counted, once, suite_id
 
 SCHEMA = "kvmpy-comparison/1"
@@ -324,7 +324,7 @@ def document(
     )
     return {
         "schema": SCHEMA,
-        "kvmpy": __version__,
+        "kvmpy": version.exact(),
         "worse": {kind: worse[kind] for kind in KINDS if worse[kind]},
         "counts": {kind: counts[kind] for kind in KINDS if counts[kind]},
         "without": list(without),

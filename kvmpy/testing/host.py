@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvmpy import __version__
+from kvmpy import version
 from kvmpy.core.kernel import SYS_MODULE, ModuleParameters, cpu_info, kernel_config
 from kvmpy.testing.errata import HostFacts
 from kvmpy.testing.verdicts import Missing
@@ -136,7 +136,7 @@ class HostSummary:
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as JSON-ready values; a protection's text is empty when it is available."""
         return {
-            "kvmpy": __version__,
+            "kvmpy": version.exact(),
             "kernel": self.kernel,
             "cpu": self.cpu,
             "vendor_modules": list(self.vendor_modules),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvmpy import __version__
+from kvmpy import version
 from kvmpy.testing.host import HostSummary
 from kvmpy.testing.verdicts import TestVerdict, flaky, skips_by_reason, tally
 
@@ -31,7 +31,7 @@ def document(
         test["memory_maps"] = [_told_once(entry, maps) for entry in test["memory_maps"]]
     return {
         "schema": SCHEMA,
-        "kvmpy": __version__,
+        "kvmpy": version.exact(),
         "platform": host.platform,
         "host": host.as_dict(),
         "seed": seed,

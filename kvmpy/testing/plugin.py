@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kvmpy import __version__
+from kvmpy import version
 from kvmpy.guest import packs
 from kvmpy.testing import (
     brief,
@@ -232,7 +232,7 @@ class Session:
     def header(self) -> list[str]:
         """Return what header and KTAP say about host and session."""
         settings = self._settings
-        about = f"kvmpy {__version__}: seed {settings.seed}, deadline {settings.deadline:g} s"
+        about = f"kvmpy {version.exact()}: seed {settings.seed}, deadline {settings.deadline:g} s"
         if settings.load_seconds != LOAD_SECONDS:
             about += f", load {settings.load_seconds:g} s"
         if settings.fail_allocations:

@@ -253,7 +253,7 @@ def reports(path: Path, told: Mapping[str, Any]) -> dict[str, bytes]:
     *told* is what the run told of its host. The test that was running when all died is lost; what had not
     begun is not in them.
     """
-    from kvmpy import __version__
+    from kvmpy import version
     from kvmpy.testing import html, ktap
     from kvmpy.testing.results import Results
 
@@ -264,7 +264,7 @@ def reports(path: Path, told: Mapping[str, Any]) -> dict[str, bytes]:
     values = json_report.document(
         results.verdicts(), host.summary_of(told), seed=history.seed, duration=0.0, exit_status=3
     )
-    about = [f"kvmpy {__version__}: seed {history.seed}, made from the journal of a run that died"]
+    about = [f"kvmpy {version.exact()}: seed {history.seed}, made from the journal of a run that died"]
     return {
         VERDICTS: json.dumps(values, indent=2).encode() + b"\n",
         KTAP: ktap.render(results.verdicts(), about).encode(),

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import kvmpy
 from kvmpy import gen
@@ -91,9 +94,17 @@ def empty(tmp_path: Path) -> Path:
 
 
 def test_name_and_content(wheel: Path) -> None:
-    assert wheel.name == f"kvmpy-{kvmpy.__version__}-cp310-abi3-linux_x86_64.whl"
+    name, version, *tags = wheel.stem.split("-")
+    assert (name, tags) == ("kvmpy", ["cp310", "abi3", "linux_x86_64"])
+    # The release, and the commit that it was built from.
+    assert Version(version).base_version == kvmpy.__version__
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        assert archive.read("kvmpy/_version.py").decode() == f'version = "{version}"\n'
+        (about,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(archive.read(about).decode())
+    assert (metadata["Name"], metadata["Version"]) == ("kvmpy", version)
+    assert "Programming Language :: Python :: 3.14" in metadata.get_all("Classifier", [])
     assert "kvmpy/uapi/_native.abi3.so" in names
     assert "kvmpy/py.typed" in names
     assert "kvmpy/testing/suite.ini" in names
@@ -108,6 +119,16 @@ def test_name_and_content(wheel: Path) -> None:
     assert {name for name in shipped if name.endswith(".py")} == here
     assert not any(name.startswith(("tests/", "ci/", "kvmpy/tests/")) for name in names)
     assert not any(name.endswith(".pyc") for name in names)
+
+
+def test_it_needs_the_c_library_alone(wheel: Path, empty: Path) -> None:
+    """Built in the image of a C library, it is a wheel for all that have this one or a newer."""
+    pytest.importorskip("auditwheel", reason="auditwheel: pip install 'kvmpy[dev]'")
+    shown = run([sys.executable, "-m", "auditwheel", "show", wheel], empty)
+    text = " ".join(shown.stdout.split())
+    assert re.search(r'consistent with the following platform tag: "manylinux_2_\d+_x86_64"', text), text
+    needed = set(re.findall(r"\blib\w+\.so[.\d]*", text))
+    assert needed <= {"libc.so.6", "libpthread.so.0", "libdl.so.2"}, text
 
 
 def test_a_selftest_runs_in_an_empty_directory(installed: Installed, empty: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import kvmpy
+from kvmpy import version
 from kvmpy.cli.main import COMMANDS, main
 from kvmpy.testing.host import kvm_missing
 from kvmpy.testing.option_table import OF_PYTEST
@@ -50,7 +50,7 @@ def own(tmp_path: Path) -> Path:
 
 def test_version() -> None:
     result = CliRunner().invoke(main, ["--version"])
-    assert result.output == f"kvmpy {kvmpy.__version__}\n"
+    assert result.output == f"kvmpy {version.exact()}\n"
 
 
 def test_help_lists_every_command_and_imports_none() -> None:
