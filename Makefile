@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help build run hardware lab kernel test torture lint format wheel wheelhouse pex docs man clean check-host
+.PHONY: help build run hardware lab kernel test torture lint format wheel wheelhouse pex docs man site clean check-host
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ docs: $(VENV)/.kvmpy-docs $(NATIVE) ## build the API reference from the docstrin
 
 man: $(VENV)/.kvmpy-docs $(NATIVE) ## write a man page for each command into build/man/
 	@$(BIN)/python ci/man_pages.py build/man
+
+site: $(VENV)/.kvmpy-docs $(NATIVE) ## build the documentation and the public docstrings as a site in build/site/
+	@$(BIN)/sphinx-build -W --keep-going -q -c ci/site -d build/site-doctrees . build/site
+	@echo "build/site/ci/site/index.html"
 
 clean: ## remove everything that was built, including the virtual environment
 	-git clean -fdXq kvmpy guest_asm
