@@ -8,38 +8,33 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import msgspec
-import pytest
 from distributed.comm.core import CommClosedError
 
-from kvmpy.fleet.book import Book, columns
 from kvmpy.fleet.errors import FleetError
 from kvmpy.fleet.fleetfile import Entry
 from kvmpy.fleet.launch import Launcher
+from kvmpy.fleet.ledger import Ledger
 from kvmpy.fleet.members import Host, hint, nobody
-from kvmpy.fleet.reports import Column, HostFacts, Outcome
+from kvmpy.fleet.reports import HostFacts, Outcome
 from kvmpy.fleet.session import session
 from kvmpy.lab import events
 from kvmpy.lab.kernels import Say
 from kvmpy.lab.lane import Limits
 from kvmpy.lab.listing import Listing
 from kvmpy.signals import Interrupter, handled
-from kvmpy.testing import journal, labels
-from kvmpy.testing.dealer import Begun, Dealer, DealError, File, Needs, Queue
+from kvmpy.testing import labels
+from kvmpy.testing.dealer import Begun, DealError
 from kvmpy.testing.heartbeat import Heartbeat
 from kvmpy.testing.host import HostSummary
-from kvmpy.testing.journal import lost_report
 from kvmpy.testing.reportfiles import SteadyStream
-from kvmpy.testing.verdicts import Verdict
 
-# Tests that a host gets at once.
-MOST, LEAST = 16, 1
 INTERRUPTED, FAILED = 2, 3
 # Seconds until a host that died has to be back: its process, and a machine whose power was switched.
 _BOOT_SECONDS = 900.0
@@ -76,27 +71,21 @@ class FleetRun:
         self._client = client
         self._folder = folder
         self._tell = say
-        self._book = Book(request.book)
+        self._stream = SteadyStream(sys.stdout)
+        width = (lambda: shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+        self._heartbeat = Heartbeat(self._stream, width)
+        self._ledger = Ledger(request.book, self._heartbeat)
         self._hosts: dict[str, Host] = {}
         self._launchers = [
             Launcher(entry, client.scheduler.address, certificate, folder, self._say)
             for entry in request.entries
         ]
-        self._dealers: dict[str, Dealer] = {}
-        self.columns: dict[str, Column] = {}
-        self._needs: dict[str, list[str]] = {}
-        self._files: dict[str, list[str]] = {}
-        self._earlier: dict[str, journal.History] = {}
-        self._titles: dict[str, str] = {}
         self._acked = 0
         self._answers: list[tuple[str, Any]] = []
         self._over: list[str] = []
         self._has_fleet = False
         self._settled_at = 0.0
         self._started = time.monotonic()
-        self._stream = SteadyStream(sys.stdout)
-        width = (lambda: shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
-        self._heartbeat = Heartbeat(self._stream, width)
 
     def _say(self, text: str) -> None:
         self._heartbeat.clear()
@@ -130,7 +119,7 @@ class FleetRun:
         finally:
             self.close()
         return Outcome(
-            self.columns,
+            self._ledger.columns,
             [host.facts for host in self._hosts.values()],
             status,
             self._request.seed,
@@ -143,26 +132,19 @@ class FleetRun:
         self._stream.finish()
         for launcher in self._launchers:
             launcher.close()
-        self._book.close()
+        self._ledger.book.close()
 
     def _begin(self) -> None:
         request = self._request
         for launcher in self._launchers:
             launcher.start()
-        files = self._listed()
-        self._files = {name: list(tests) for name, tests in files.items()}
-        for tests in files.values():
-            self._needs.update(tests)
+        self._ledger.select(self._listed())
         if request.resumed:
-            self._resume()
-        self._book.write("session", pid=os.getpid(), seed=request.seed, workers=False)
-        self._book.write("selected", ids=list(self._needs))
-        self._book.sync()
-        if not request.matrix:
-            self._open("", None)
-        for title, earlier in self._earlier.items():
-            if title and title not in self.columns:
-                self._open(title, earlier.columns[title])
+            self._ledger.resume()
+        self._ledger.book.write("session", pid=os.getpid(), seed=request.seed, workers=False)
+        self._ledger.book.write("selected", ids=list(self._ledger.needs))
+        self._ledger.book.sync()
+        self._ledger.open_earlier(matrix=request.matrix)
         reply = self._call("begin", client=self._client.id)
         if "refused" in reply:
             raise FleetError(reply["refused"])
@@ -187,50 +169,9 @@ class FleetRun:
         finally:
             listing.close()
 
-    def _resume(self) -> None:
-        """Blame the tests in which an earlier run ended, and take what it knew."""
-        self._earlier = columns(self._request.book)
-        for title, history in self._earlier.items():
-            for host, nodeid in history.begun.items():
-                known = history.columns.get(title, {}).get("hosts", {}).get(host, {})
-                self._book.lost(
-                    nodeid,
-                    f"the run ended while it ran on {host}: the run, its scheduler or the machine died",
-                    title,
-                    {"host": host, **known},
-                )
-        self._book.sync()
-        self._earlier = columns(self._request.book)
-
-    def _open(self, title: str, known: Mapping[str, Any] | None) -> None:
-        """Begin a column, with what an earlier run left of it."""
-        history = self._earlier.get(title) or journal.History()
-        column = self.columns[title] = Column(title, list(self._needs))
-        if known is not None:
-            column.describe(known)
-            self._titles.setdefault(str(known.get("key", "")), title)
-        for report in journal.reports(history, ""):
-            column.take(report)
-        done = history.done.keys() | history.lost.keys()
-        files = []
-        for name, tests in self._files.items():
-            groups: dict[Needs, list[str]] = {}
-            for nodeid in tests:
-                if nodeid not in done:
-                    groups.setdefault(frozenset(self._needs[nodeid]), []).append(nodeid)
-            # A file that cannot be collected here is tried there.
-            if not tests:
-                groups[frozenset()] = []
-            files += [File([name], ids, needs, grows=False) for needs, ids in groups.items()]
-        self._dealers[title] = Dealer(Queue(files, most=MOST, least=LEAST), done)
-        self._count()
-
-    def _count(self) -> None:
-        self._heartbeat.selected(len(self._needs) * len(self.columns))
-
     def _done(self) -> bool:
         held = any(host.hand.shares for host in self._hosts.values())
-        return self._settled() and not held and not any(dealer.queue for dealer in self._dealers.values())
+        return self._settled() and not held and not self._ledger.waiting()
 
     def _settled(self) -> bool:
         """Whether every host that has joined has told what it is, and no other one is waited for."""
@@ -255,7 +196,7 @@ class FleetRun:
                 self._take(message)
                 self._acked = number
         self._look()
-        self._book.sync()
+        self._ledger.book.sync()
         self._deal()
         self._heartbeat.tick()
 
@@ -324,7 +265,7 @@ class FleetRun:
     def _lose(self, host: Host, reason: str, evidence: str = "") -> bool:
         """The session of a host is lost: give its test the verdict; return whether it is worth another."""
         self._close_lane(host)
-        dealer = self._dealers.get(host.column)
+        dealer = self._ledger.dealers.get(host.column)
         # One that had nothing to do costs nothing.
         victim = dealer.lose(host.hand) if dealer is not None and host.hand.shares else None
         if victim is None:
@@ -332,7 +273,7 @@ class FleetRun:
         else:
             why = victim.blame(reason)
             self._say(f"{why}, in {victim.test.nodeid}; that test is lost")
-            self._lost(host, victim.test, f"{why}\n{evidence}" if evidence else why)
+            self._ledger.lost(host, victim.test, f"{why}\n{evidence}" if evidence else why)
             host.facts.losses.append(victim.test.nodeid)
         worth = dealer is None or dealer.take_back(host.hand)
         if dealer is None:
@@ -340,14 +281,6 @@ class FleetRun:
             worth = host.hand.vain <= 1
         host.hand.anew()
         return worth
-
-    def _lost(self, host: Host, test: Begun, reason: str) -> None:
-        column = self.columns[host.column]
-        report = lost_report(test.nodeid, test.location, reason)
-        report.__dict__["kvmpy"] = host.facts.about()
-        column.take(report)
-        self._show(host, test.nodeid, told=True)
-        self._book.lost(test.nodeid, reason, host.column, host.facts.about())
 
     def _retire(self, host: Host, why: str) -> None:
         """Use a host no longer."""
@@ -426,37 +359,23 @@ class FleetRun:
         if not told:
             asked = f" that has {' and '.join(self._request.on)}" if self._request.on else ""
             raise FleetError(f"no host has joined{asked}")
-        for title, dealer in self._dealers.items():
+        for title, dealer in self._ledger.dealers.items():
             own = [host for host in told if not title or host.column == title]
             left = [host.hand.offers for host in own if not host.retired]
             for needs, ids in dealer.queue.withdraw(left):
                 if not title and not any(needs <= host.hand.offers for host in told):
                     what = nobody(needs, [host.hand.offers for host in told])
-                    self._skip_all(title, ids, what, hint(needs, told))
+                    self._ledger.skip(title, ids, what, hint(needs, told))
                 else:
                     words = title or ", ".join(sorted(map(labels.plain, needs))) or "anything"
-                    self.columns[title].give_up(ids, f"no host left with {words}")
-
-    def _skip_all(
-        self, title: str, ids: Iterable[str], what: str, how: str = "", host: Host | None = None
-    ) -> None:
-        column = self.columns[title]
-        for nodeid in ids:
-            for report in column.skip(nodeid, what, how, host.facts.about() if host is not None else {}):
-                data = report._to_json()
-                self._book.write(
-                    "report", nodeid=nodeid, data={**data, "$report_type": "TestReport"}, column=title
-                )
-            self._book.write("finish", nodeid=nodeid, column=title, verdict=Verdict.SKIP.value)
-            self._dealers[title].done.add(nodeid)
-            self._heartbeat.judged(f"{title} {nodeid}", Verdict.SKIP, "")
+                    self._ledger.columns[title].give_up(ids, f"no host left with {words}")
 
     def _deal(self) -> None:
         active = [host for host in self._hosts.values() if host.address and not host.retired]
         for host in active:
             if host.hand.wants is None or host.missing is None:
                 continue
-            dealer = self._dealers[host.column]
+            dealer = self._ledger.dealers[host.column]
             lanes = sum(other.column == host.column for other in active) if dealer.queue else 0
             share = dealer.deal(host.hand, lanes) if lanes else None
             if share is not None:
@@ -491,7 +410,7 @@ class FleetRun:
         host.hand.ask(event.number)
         if event.number == 1:
             host.hand.wants = None
-            asked = sorted({label for needs in self._needs.values() for label in needs})
+            asked = sorted({label for needs in self._ledger.needs.values() for label in needs})
             self._answers.append((host.lane, {"labels": asked}))
 
     def _on_host(self, host: Host, event: events.Host) -> None:
@@ -518,7 +437,7 @@ class FleetRun:
             self._retire(host, f"it has not {' and '.join(lacking)} (--on)")
             return
         key = facts.key()
-        facts.title = self._titles.setdefault(key, facts.title_among(self._titles.values()))
+        facts.title = self._ledger.title(key, facts)
         host.column = facts.title if self._request.matrix else ""
         known = [
             each.facts
@@ -530,81 +449,42 @@ class FleetRun:
             "summary": facts.summary_dict(),
             "hosts": {each.name: each.about() for each in known},
         }
-        if host.column not in self.columns:
-            self._open(host.column, about)
-        self.columns[host.column].describe(about)
-        self._book.write("column", column=host.column, data=about)
+        self._ledger.describe(host.column, about)
         if self._request.matrix:
-            for needs, ids in self._dealers[host.column].queue.withdraw([host.hand.offers]):
+            for needs, ids in self._ledger.dealers[host.column].queue.withdraw([host.hand.offers]):
                 lacks = [event.labels.get(label, "") for label in sorted(needs - host.hand.offers)]
-                self._skip_all(host.column, ids, "; ".join(lacks), host=host)
+                self._ledger.skip(host.column, ids, "; ".join(lacks), host=host)
 
     def _on_collected(self, host: Host, event: events.Collected) -> None:
         share = host.hand.share(event.number)
         if set(event.ids) - set(share.ids):
             raise DealError(f"share {event.number} has tests that are not in it")
-        dealer = self._dealers[host.column]
+        dealer = self._ledger.dealers[host.column]
         for nodeid in dealer.collected(host.hand, event.number, event.ids):
             file, _, name = nodeid.partition("::")
-            self._failed(host, nodeid, (file, None, name), f"{host.name} does not find this test")
+            self._ledger.failed(host, nodeid, (file, None, name), f"{host.name} does not find this test")
             dealer.done.add(nodeid)
-
-    def _failed(self, host: Host, nodeid: str, place: events.Location, reason: str) -> None:
-        for when, outcome in (("call", "failed"), ("teardown", "passed")):
-            longrepr = reason if outcome == "failed" else None
-            report = pytest.TestReport(nodeid, place, {}, outcome, longrepr, when)  # type: ignore[arg-type]
-            self._report(host, report)
-        self._finish(host, nodeid)
-
-    def _report(self, host: Host, report: pytest.TestReport) -> None:
-        # Where it ran is not for the session to say.
-        report.__dict__["kvmpy"] = {**getattr(report, "kvmpy", {}), **host.facts.about()}
-        data = {**report._to_json(), "$report_type": "TestReport"}
-        self._book.write("report", nodeid=report.nodeid, data=data, column=host.column, host=host.name)
-        self.columns[host.column].take(report)
-
-    def _finish(self, host: Host, nodeid: str) -> None:
-        known = self.columns[host.column].results.verdict(nodeid)
-        reason = known.reason if known.verdict.bad else ""
-        self._book.write(
-            "finish",
-            nodeid=nodeid,
-            column=host.column,
-            host=host.name,
-            verdict=known.verdict.value,
-            reason=reason,
-        )
-        self._show(host, nodeid)
-
-    def _show(self, host: Host, nodeid: str, *, told: bool = False) -> None:
-        known = self.columns[host.column].results.verdict(nodeid)
-        self._heartbeat.idle(host.name)
-        name = f"{host.column} {nodeid}" if host.column else nodeid
-        self._heartbeat.judged(name, known.verdict, known.reason, told=told)
 
     def _on_start(self, host: Host, event: events.Start) -> None:
         test = Begun(event.nodeid, event.place, event.limit)
-        self._dealers[host.column].begins(host.hand, test)
-        self._book.begins(test, host.column, host.name)
-        self._heartbeat.begins(host.name, event.nodeid)
+        self._ledger.begins(host, test)
 
     def _on_report(self, host: Host, event: events.Report) -> None:
         report = events.deserialize(event.data, "TestReport")
         if host.hand.running is None or report.nodeid != host.hand.running.nodeid:
             raise DealError(f"a report of {report.nodeid}, which does not run")
-        self._report(host, report)
+        self._ledger.report(host, report)
 
     def _on_finish(self, host: Host, event: events.Finish) -> None:
-        self._dealers[host.column].ends(host.hand, event.nodeid)
-        self._finish(host, event.nodeid)
+        self._ledger.dealers[host.column].ends(host.hand, event.nodeid)
+        self._ledger.finish(host, event.nodeid)
 
     def _on_done(self, host: Host, event: events.Done) -> None:
-        self._dealers[host.column].over(host.hand, event.number)
+        self._ledger.dealers[host.column].over(host.hand, event.number)
 
     def _on_uncollected(self, host: Host, event: events.Uncollected) -> None:
         report = events.deserialize(event.data, "CollectReport")
-        self._book.write("uncollected", data=event.data, column=host.column, host=host.name)
-        self.columns[host.column].results.pytest_collectreport(report)
+        self._ledger.uncollected(host, report, event.data)
 
     # ---- the end
 
@@ -616,15 +496,15 @@ class FleetRun:
                 test = host.hand.running
                 host.hand.running = None
                 try:
-                    self._lost(host, test, f"{why}, on {host.name}")
+                    self._ledger.lost(host, test, f"{why}, on {host.name}")
                 except OSError as error:
                     # The report has it all the same.
                     failed = error
         if failed is not None:
             raise failed
-        if not why and not any(column.not_run for column in self.columns.values()):
-            self._book.write("end")
-        self._book.sync()
+        if not why and not any(column.not_run for column in self._ledger.columns.values()):
+            self._ledger.book.write("end")
+        self._ledger.book.sync()
         over = [host.lane for host in self._hosts.values() if host.lane]
         for host in self._hosts.values():
             host.lane, host.task = "", None

@@ -7,7 +7,7 @@ import random
 import resource
 import time
 
-from kvmpy.fleet.run import LEAST, MOST
+from kvmpy.fleet.ledger import LEAST, MOST
 from kvmpy.testing.dealer import Begun, Dealer, File, Hand, Needs, Queue
 
 HOSTS, TESTS, DYING, FILES = 1000, 100_000, 50, 400
