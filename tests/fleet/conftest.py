@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,13 +27,14 @@ SECONDS = 110.0
 
 
 class Fleet:
-    """Starts the commands; all of their processes have a mark."""
+    """Starts the commands, *within* another one if there is one; all of their processes have a mark."""
 
     def __init__(self, folder: Path, bytecode: Path) -> None:
         self.folder = folder
         (folder / "cache" / "kvmpy").mkdir(parents=True)
         (folder / "cache" / "kvmpy" / "pycache").symlink_to(bytecode)
         self.journal = folder / "journal.jsonl"
+        self.within: Sequence[str] = ()
         self._mark = uuid4().hex
         self._processes: list[subprocess.Popen[str]] = []
 
@@ -45,7 +46,7 @@ class Fleet:
     def start(self, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Start `kvmpy fleet` with *words*."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvmpy", "fleet", *words],
+            [*self.within, sys.executable, "-m", "kvmpy", "fleet", *words],
             cwd=self.folder,
             env={
                 **os.environ,
@@ -106,9 +107,9 @@ class Fleet:
         psutil.wait_procs(self.processes(), timeout=15)
         return [" ".join(process.cmdline()) for process in self.processes()]
 
-    def serve(self) -> subprocess.Popen[str]:
+    def serve(self, listen: str = "127.0.0.1") -> subprocess.Popen[str]:
         """Serve a fleet, and return when it has an address."""
-        process = self.start("serve", "--listen", "127.0.0.1", "--port", "0")
+        process = self.start("serve", "--listen", listen, "--port", "0")
         self.wait_for(self.served / "address")
         return process
 
