@@ -25,6 +25,7 @@ def decode(full: bool, as_words: bool, what: str, args: tuple[str, ...]) -> None
     kvmpy decode sev-error 0x16            a status of the SEV firmware
     kvmpy decode policy [sev|snp] 0x30000  a guest policy
     kvmpy decode vmsa BYTES                a VM save area
+    kvmpy decode vmcb BYTES                the control block of an SVM guest
     kvmpy decode ghcb BYTES|VALUE          a GHCB, or a value of its MSR
 
     BYTES are hexadecimal digits, @FILE, or - for standard input.

@@ -26,7 +26,7 @@ from kvmpy.uapi.field_words import ARGUMENTS, argument_words, number_words, pars
 from kvmpy.uapi.ioctls import BY_NR, IOCTLS, SEV_COMMANDS, SEV_PLATFORM_COMMANDS, TDX_COMMANDS, Ioctl
 from kvmpy.uapi.struct_text import EXIT_MEMBERS
 from kvmpy.uapi.structs import STRUCTS
-from kvmpy.x86 import exceptions, ghcb, msrs, pferr
+from kvmpy.x86 import exceptions, ghcb, msrs, pferr, vmcb
 from kvmpy.x86.bits import bit_words, cr0_words, cr4_words, efer_words, rflags_words
 from kvmpy.x86.cpuid import REGISTERS, Cpuid, CpuidEntry
 from kvmpy.x86.cpuid_features import BITS
@@ -331,13 +331,42 @@ def _page_lines(layout: Layout, page: bytes, full: bool, words: dict[str, Callab
     return lines
 
 
+_ATTRIBUTE_WORDS: dict[str, Callable[[int], str]] = {
+    f"{segment}.attrib": lambda value: " ".join(bit_words(SegmentAttribute, value)) for segment in SEGMENTS
+}
+
+
 def _vmsa(args: Sequence[str], full: bool) -> list[str]:
     page = content(_one(args, "vmsa BYTES (hexadecimal digits, @FILE or -)"))
-    attributes = {
-        f"{segment}.attrib": lambda value: " ".join(bit_words(SegmentAttribute, value))
-        for segment in SEGMENTS
-    }
-    return ["VMSA, fields that are not 0:", *_page_lines(VMSA, page, full, _REGISTER_WORDS | attributes)]
+    lines = _page_lines(VMSA, page, full, _REGISTER_WORDS | _ATTRIBUTE_WORDS)
+    return ["VMSA, fields that are not 0:", *lines]
+
+
+def _tlb_words(value: int) -> str:
+    known = value in vmcb.TlbControl._value2member_map_
+    return f"flush {vmcb.TlbControl(value).name}" if known else "reserved"
+
+
+_VMCB_WORDS: dict[str, Callable[[int], str]] = {
+    "exit_code": vmcb.exit_name,
+    "tlb_ctl": _tlb_words,
+    "int_ctl": vmcb.int_ctl_words,
+    "int_state": lambda value: " ".join(bit_words(vmcb.IntState, value)),
+    "misc_ctl": lambda value: " ".join(bit_words(vmcb.MiscCtl, value)),
+    "misc_ctl2": lambda value: " ".join(bit_words(vmcb.MiscCtl2, value)),
+    "clean": lambda value: " ".join(bit_words(vmcb.Clean, value)),
+}
+
+
+def _vmcb(args: Sequence[str], full: bool) -> list[str]:
+    page = content(_one(args, "vmcb BYTES (hexadecimal digits, @FILE or -)"))
+    block = vmcb.Vmcb(page.ljust(vmcb.VMCB_SIZE, b"\0"))
+    lines = ["VMCB, fields that are not 0:"]
+    lines += _page_lines(vmcb.VMCB, page, full, _REGISTER_WORDS | _ATTRIBUTE_WORDS | _VMCB_WORDS)
+    lines.append("  intercepts: " + (", ".join(vmcb.intercept_names(block.page)) or "none"))
+    lines.append(f"  exit: {block.exit_text()}")
+    lines += [f"  injects: {block.injected}"] if block.injected else []
+    return lines
 
 
 def _ghcb(args: Sequence[str], full: bool) -> list[str]:
@@ -363,6 +392,7 @@ DOMAINS: dict[str, tuple[str, Callable[[Sequence[str], bool], list[str]]]] = {
     "sev-error": ("a status code of the SEV firmware", _sev_error),
     "policy": ("a guest policy of SEV or SNP", _policy),
     "vmsa": ("the save area of an SEV-ES or SNP vCPU", _vmsa),
+    "vmcb": ("the control block of an SVM guest", _vmcb),
     "ghcb": ("a GHCB page, or a value of the GHCB MSR", _ghcb),
 }
 

@@ -113,6 +113,12 @@ def _vmsa(args: Sequence[str]) -> Encoded:
     return _page(VMSA, args)
 
 
+def _vmcb(args: Sequence[str]) -> Encoded:
+    from kvmpy.x86.vmcb import VMCB
+
+    return _page(VMCB, args)
+
+
 def _ghcb(args: Sequence[str]) -> Encoded:
     from kvmpy.x86 import ghcb
 
@@ -133,6 +139,7 @@ _DOMAINS: dict[str, Callable[[Sequence[str]], Encoded]] = {
     "sev-error": _sev_error,
     "policy": _policy,
     "vmsa": _vmsa,
+    "vmcb": _vmcb,
     "ghcb": _ghcb,
 }
 
@@ -210,6 +217,7 @@ def encode(raw: bool, what: str, args: tuple[str, ...]) -> None:
     kvmpy encode sev-error INVALID_PARAM
     kvmpy encode policy snp smt debug abi_major=1
     kvmpy encode vmsa rip=0xfff0 cs.selector=0xf000
+    kvmpy encode vmcb exit_code=0x7c exit_info_1=1
     kvmpy encode ghcb sw_exit_code=0x72 rax=1
     """
     from kvmpy.cli.decoding import DecodeError

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from kvmpy.x86 import pferr
+from kvmpy.x86.svm_exits import event_words
 
 
 class Vector(IntEnum):
@@ -92,18 +93,6 @@ _CONTROL_PROTECTION = {
     4: "RSTORSSP",
     5: "SETSSBSY",
 }
-_VC_PLAIN = {
-    0x60: "INTR", 0x61: "NMI", 0x62: "SMI", 0x63: "INIT", 0x64: "VINTR", 0x65: "CR0 selective write",
-    0x66: "IDTR read", 0x67: "GDTR read", 0x68: "LDTR read", 0x69: "TR read", 0x6A: "IDTR write",
-    0x6B: "GDTR write", 0x6C: "LDTR write", 0x6D: "TR write", 0x6E: "RDTSC", 0x6F: "RDPMC", 0x70: "PUSHF",
-    0x71: "POPF", 0x72: "CPUID", 0x73: "RSM", 0x74: "IRET", 0x75: "INT n", 0x76: "INVD", 0x77: "PAUSE",
-    0x78: "HLT", 0x79: "INVLPG", 0x7A: "INVLPGA", 0x7B: "IOIO", 0x7C: "MSR", 0x7D: "task switch",
-    0x7E: "FERR freeze", 0x7F: "shutdown", 0x80: "VMRUN", 0x81: "VMMCALL", 0x82: "VMLOAD", 0x83: "VMSAVE",
-    0x84: "STGI", 0x85: "CLGI", 0x86: "SKINIT", 0x87: "RDTSCP", 0x88: "ICEBP", 0x89: "WBINVD",
-    0x8A: "MONITOR", 0x8B: "MWAIT", 0x8C: "MWAIT armed", 0x8D: "XSETBV", 0x8E: "RDPRU",
-    0x8F: "EFER write trap", 0xA2: "INVPCID", 0xA5: "bus lock", 0xA6: "idle HLT", 0x400: "NPF",
-    0x401: "AVIC incomplete IPI", 0x402: "AVIC unaccelerated access", 0x403: "VMGEXIT",
-}  # fmt: skip
 
 
 def name(vector: int) -> str:
@@ -119,17 +108,9 @@ def has_error_code(vector: int) -> bool:
 
 def vc_reason(error_code: int) -> str:
     """Return the name of the SVM exit code that a #VC carries as its error code."""
-    if error_code in _VC_PLAIN:
-        return _VC_PLAIN[error_code]
-    for base, end, label in (
-        (0x00, 0x10, "CR{} read"),
-        (0x10, 0x20, "CR{} write"),
-        (0x20, 0x30, "DR{} read"),
-        (0x30, 0x40, "DR{} write"),
-        (0x90, 0xA0, "CR{} write trap"),
-    ):
-        if base <= error_code < end:
-            return label.format(error_code - base)
+    known = event_words(error_code)
+    if known is not None:
+        return known
     if 0x40 <= error_code < 0x60:
         return f"exception {name(error_code - 0x40)}"
     return f"exit code {error_code:#x}"

@@ -243,6 +243,10 @@ def test_pages_both_ways(tmp_path: Path) -> None:
     assert "0x178 rip = 0xfff0" in shown
     assert "cs.attrib = 0x9b (A RW CODE S P)" in shown
     assert "fpreg_xmm = <0102" in shown
+    shown = words("vmcb", coded("vmcb", "exit_code=0x7c", "exit_info_1=1", "intercept_4=1", "tlb_ctl=3"))
+    assert "tlb_ctl = 0x3 (flush ASID)" in shown
+    assert "intercepts: VMRUN" in shown
+    assert shown.endswith("exit: MSR (0x7c): WRMSR")
     page = coded("ghcb", "sw_exit_code=0x72", "rax=1")
     shown = words("ghcb", page)
     assert "sw_exit_code = 0x72 (CPUID)" in shown

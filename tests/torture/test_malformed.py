@@ -314,6 +314,7 @@ COMMANDS = [
     ["decode", "sev-error", "0x16"],
     ["decode", "policy", "snp", "0x30000"],
     ["decode", "vmsa", "00" * 600],
+    ["decode", "vmcb", "ff" * 600],
     ["decode", "ghcb", "00" * 600],
     ["encode", "KVM_SET_MSRS", "index=TSC", "data=5"],
     ["encode", "kvm_sregs", "cs.base=0xf0000", "interrupt_bitmap[1]=2"],
@@ -321,6 +322,7 @@ COMMANDS = [
     ["encode", "cpuid", "avx2"],
     ["encode", "policy", "snp", "smt", "abi_major=1"],
     ["encode", "vmsa", "rip=0xfff0"],
+    ["encode", "vmcb", "exit_code=0x400"],
     ["encode", "ghcb", "sw_exit_code=0x72", "rax=1"],
 ]
 ODD = [

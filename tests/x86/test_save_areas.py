@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of the VMSA and the GHCB, and the GHCB MSR protocol as words."""
+"""Layouts of the VMSA, the VMCB and the GHCB, and the GHCB MSR protocol as words."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvmpy.x86 import ghcb
 from kvmpy.x86.ghcb import GHCB, event_name, is_valid, msr_words, set_valid, valid_bit, valid_fields
 from kvmpy.x86.save_area import Layout, Place, row
+from kvmpy.x86.vmcb import SAVE_OFFSET, VMCB
 from kvmpy.x86.vmsa import SAVE_AREA_END, VMSA
 
 HEADER = "arch/x86/include/asm/svm.h"
@@ -57,6 +58,38 @@ def test_the_fields_of_the_vmsa_end_where_the_save_area_does() -> None:
     assert last.offset + last.size == SAVE_AREA_END == 1648
 
 
+def test_offsets_of_the_vmcb() -> None:
+    """APM volume 2, tables B-1 and B-2."""
+    expected = {
+        "intercept_cr": 0x00,
+        "intercept_exceptions": 0x08,
+        "intercept_4": 0x10,
+        "pause_filter_count": 0x3E,
+        "msrpm_base_pa": 0x48,
+        "asid": 0x58,
+        "tlb_ctl": 0x5C,
+        "int_ctl": 0x60,
+        "int_state": 0x68,
+        "exit_info_2": 0x80,
+        "misc_ctl": 0x90,
+        "event_inj": 0xA8,
+        "nested_cr3": 0xB0,
+        "next_rip": 0xC8,
+        "insn_bytes": 0xD1,
+        "bus_lock_counter": 0x120,
+        "cs.attrib": 0x412,
+        "tr.base": 0x498,
+        "cpl": 0x4CB,
+        "efer": 0x4D0,
+        "rip": 0x578,
+        "rax": 0x5F8,
+        "g_pat": 0x668,
+        "spec_ctrl": 0x6E0,
+    }
+    assert {name: VMCB[name].offset for name in expected} == expected
+    assert "xss" not in VMCB.places
+
+
 def test_offsets_of_the_ghcb() -> None:
     """GHCB specification, table 3."""
     expected = {
@@ -89,27 +122,44 @@ def _struct(text: str, name: str) -> str:
     return re.search(rf"^struct {name} {{.*?^}} __packed;", text, re.MULTILINE | re.DOTALL)[0]  # type: ignore[index]
 
 
-@pytest.mark.parametrize(("layout", "struct"), [(VMSA, "sev_es_save_area"), (GHCB, "ghcb")])
+def _control_area(text: str) -> str:
+    return re.search(r"^struct .*vmcb_control_area {.*?^};", text, re.MULTILINE | re.DOTALL)[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("layout", "struct"), [(VMSA, "sev_es_save_area"), (GHCB, "ghcb"), (VMCB, "vmcb")])
 def test_layouts_are_those_of_the_kernel(layout: Layout, struct: str, tmp_path: Path) -> None:
     """Every field lies where the kernel's own header puts it, and has its size."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed (apt-get install gcc libc6-dev)")
     text = _kernel_header().read_text()
     # KVM knows this field of a VMSA as one of the VMCB, which has the same layout there.
-    structs = {"spec_ctrl": "vmcb_save_area"}
-    paths = {
-        name: name
-        if struct != "ghcb" or name in ("shared_buffer", "protocol_version", "ghcb_usage")
-        else f"save.{name}"
-        for name in layout.places
-    }
+    structs = {"spec_ctrl": "vmcb_save_area"} if struct == "sev_es_save_area" else {}
+    if struct == "vmcb":
+        words = {
+            f"intercept_{name}": f"control.intercepts[{number}]"
+            for number, name in enumerate(("cr", "dr", "exceptions", "3", "4", "5"))
+        }
+        paths = {
+            name: words.get(name, f"{'save' if place.offset >= SAVE_OFFSET else 'control'}.{name}")
+            for name, place in layout.places.items()
+        }
+    else:
+        paths = {
+            name: name
+            if struct != "ghcb" or name in ("shared_buffer", "protocol_version", "ghcb_usage")
+            else f"save.{name}"
+            for name in layout.places
+        }
     source = [
         "#include <stddef.h>\n#include <stdio.h>\n#include <stdint.h>",
         "#define __packed __attribute__((packed))",
         "typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64;",
-        "#define GHCB_SHARED_BUF_SIZE 2032",
+        "#define GHCB_SHARED_BUF_SIZE 2032\n#define MAX_INTERCEPT 6",
+        "struct hv_vmcb_enlightenments { u8 bytes[32]; };",
+        _control_area(text),
         *(_struct(text, name) for name in ("vmcb_seg", "vmcb_save_area")),
         *(_struct(text, name) for name in ("sev_es_save_area", "ghcb_save_area", "ghcb")),
+        "struct vmcb { struct vmcb_control_area control; struct vmcb_save_area save; } __packed;",
         "int main(void) {",
         *(
             f'printf("{name} %zu %zu\\n", offsetof(struct {structs.get(name, struct)}, {path}),'

@@ -4,22 +4,21 @@
 from __future__ import annotations
 
 import errno
-import struct
 
 import pytest
 
-from kvmpy import PAGE_SIZE, Agent, kvm_nested_state, refused
+from kvmpy import EFER, PAGE_SIZE, Agent, kvm_nested_state, refused
+from kvmpy.x86.nested_state import SvmNestedState
+from kvmpy.x86.svm_exits import SvmExit
+from kvmpy.x86.vmcb import VMCB_SIZE, Event, MiscCtl, Vmcb
+from kvmpy.x86.vmsa import SegmentAttribute
 
 pytestmark = pytest.mark.protections("none")
 
-EFER_SVME = 1 << 12
-GUEST_MODE, GIF = 1, 1 << 8
-SVM_FORMAT = 1
-STATE_SIZE, HEADER = 128, 0x400
-# Offsets in a VMCB: AMD APM, volume 2, appendix B.
-INTERCEPT_3, ASID, EVENT_INJECTION, NESTED_CONTROL, NESTED_CR3 = 0x10, 0x58, 0xA8, 0x90, 0xB0
-CS, EFER, CR4, CR3, CR0, DR7, DR6, RFLAGS, PAT = 0x410, 0x4D0, 0x548, 0x550, 0x558, 0x560, 0x568, 0x570, 0x668
-LONG, DEFAULT_32 = 1 << 9, 1 << 10
+CODE = int(
+    SegmentAttribute.A | SegmentAttribute.RW | SegmentAttribute.CODE | SegmentAttribute.S
+    | SegmentAttribute.P | SegmentAttribute.L
+)  # fmt: skip
 
 
 def state(agent: Agent, **changes: int) -> kvm_nested_state:
@@ -28,21 +27,18 @@ def state(agent: Agent, **changes: int) -> kvm_nested_state:
     page = agent.vm.alloc(PAGE_SIZE)
     agent.start()
     sregs = vcpu.regs.get_sregs()
-    sregs.efer |= EFER_SVME
+    sregs.efer |= EFER.SVME
     vcpu.regs.set_sregs(sregs)
-    attributes = LONG | 0x9B
+    vmcb = Vmcb(bytearray(VMCB_SIZE))
+    vmcb.intercept(SvmExit.VMRUN)
     fields = {
-        INTERCEPT_3: 1, ASID: 1, EFER: sregs.efer, CR4: sregs.cr4, CR3: sregs.cr3, CR0: sregs.cr0,
-        DR7: 0x400, DR6: 0xFFFF_0FF0, RFLAGS: 2, PAT: 0x0007_0406_0007_0406, CS: 8 | attributes << 16,
+        "asid": 1, "efer": sregs.efer, "cr4": sregs.cr4, "cr3": sregs.cr3, "cr0": sregs.cr0, "dr7": 0x400,
+        "dr6": 0xFFFF_0FF0, "rflags": 2, "g_pat": 0x0007_0406_0007_0406, "cs.selector": 8, "cs.attrib": CODE,
     }  # fmt: skip
-    fields |= {globals()[name]: value for name, value in changes.items()}
-    vmcb = bytearray(PAGE_SIZE)
-    for offset, value in fields.items():
-        struct.pack_into("<Q", vmcb, offset, value)
-    raw = bytearray(STATE_SIZE)
-    struct.pack_into("<HHI", raw, 0, GUEST_MODE | GIF, SVM_FORMAT, STATE_SIZE + PAGE_SIZE)
-    struct.pack_into("<Q", raw, 8, int(agent.vm.gva_to_gpa(page)))
-    return kvm_nested_state.from_bytes(bytes(raw + vmcb))
+    for name, value in (fields | changes).items():
+        vmcb[name] = value
+    gpa = int(agent.vm.gva_to_gpa(page))
+    return SvmNestedState(guest_mode=True, vmcb_pa=gpa, vmcb=vmcb).to_struct()
 
 
 def check(agent: Agent, **changes: int) -> None:
@@ -54,17 +50,17 @@ def check(agent: Agent, **changes: int) -> None:
 
 @pytest.mark.bug(170)
 def test_nested_cr3(agent: Agent) -> None:
-    check(agent, NESTED_CONTROL=1, NESTED_CR3=1 << 60)
+    check(agent, misc_ctl=MiscCtl.NP, nested_cr3=1 << 60)
 
 
 @pytest.mark.bug(171)
 def test_injection(agent: Agent) -> None:
-    check(agent, EVENT_INJECTION=1 << 31 | 1 << 8)
+    check(agent, event_inj=Event(1).word)
 
 
 @pytest.mark.bug(172)
 def test_code_segment(agent: Agent) -> None:
-    check(agent, CS=8 | (LONG | DEFAULT_32 | 0x9B) << 16)
+    check(agent, **{"cs.attrib": CODE | int(SegmentAttribute.DB)})
 
 
 @pytest.mark.bug(173)
