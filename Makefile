@@ -8,7 +8,7 @@ ARGS ?=
 
 NATIVE := kvmpy/uapi/_native.abi3.so
 NATIVE_SOURCES := kvmpy/build.py kvmpy/gen.py kvmpy/guest/layout.py kvmpy/x86/hyperv.py kvmpy/x86/xen.py \
-	kvmpy/x86/msr_numbers.py $(wildcard \
+	kvmpy/x86/msr_numbers.py kvmpy/x86/vmcb.py kvmpy/x86/vmsa.py kvmpy/x86/svm_exits.py $(wildcard \
 	kvmpy/uapi/*.py kvmpy/uapi/constants/*.py kvmpy/uapi/cdef/* kvmpy/uapi/native/* \
 	kvmpy/debug/record/layouts.py kvmpy/debug/preload/*.[cp]* kvmpy/debug/preload/rawcall.h kvmpy/debug/record/events.py kvmpy/debug/record/format.py)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check

@@ -32,6 +32,9 @@ from kvmpy.guest.agent import Agent as Agent
 from kvmpy.guest.agent import AgentFaultError as AgentFaultError
 from kvmpy.guest.agent import Fault as Fault
 from kvmpy.guest.agent import Registers as Registers
+from kvmpy.guest.l2 import L1 as L1
+from kvmpy.guest.l2 import L2 as L2
+from kvmpy.guest.l2 import VmExit as VmExit
 from kvmpy.guest.load import LOAD as LOAD
 from kvmpy.guest.load import Load as Load
 from kvmpy.guest.load import LoadError as LoadError
@@ -130,6 +133,11 @@ from kvmpy.x86.cpuid import CpuidEntry as CpuidEntry
 from kvmpy.x86.exceptions import Vector as Vector
 from kvmpy.x86.msr_numbers import Msr as Msr
 from kvmpy.x86.pferr import PfErr as PfErr
+from kvmpy.x86.nested_state import SvmNestedState as SvmNestedState
+from kvmpy.x86.svm_exits import SvmExit as SvmExit
+from kvmpy.x86.vmcb import Event as Event
+from kvmpy.x86.vmcb import EventType as EventType
+from kvmpy.x86.vmcb import Vmcb as Vmcb
 from kvmpy.x86.xsave import XsaveArea as XsaveArea
 from kvmpy.core.msr_filter import MsrFilter as MsrFilter
 from kvmpy.core.msr_filter import MsrRange as MsrRange

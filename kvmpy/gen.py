@@ -22,7 +22,7 @@ from kvmpy.uapi import constants, gen, ioctls, plan
 from kvmpy.uapi.buffers import field_place
 from kvmpy.uapi.links import LINKS, Link
 from kvmpy.uapi.structs import kvm_run
-from kvmpy.x86 import hyperv, xen
+from kvmpy.x86 import hyperv, svm_exits, vmcb, xen
 from kvmpy.x86.msr_numbers import Msr
 
 HERE = Path(__file__).resolve().parent
@@ -209,6 +209,46 @@ def _numbers(source: ModuleType, guard: str, msrs: str = "") -> str:
     return _HEAD.format(about=f"From {source.__name__}.", guard=guard, body=body)
 
 
+_C_TYPES = {1: "u8", 2: "u16", 4: "u32", 8: "u64"}
+
+
+def guest_vmcb() -> str:
+    """Return the content of the guest's kvmpy/vmcb.h: struct vmcb, the exits and the bits of fields."""
+    members, checks, end = [], [], 0
+    for place in vmcb.VMCB.places.values():
+        name, _, part = place.name.partition(".")
+        if part and part != "selector":
+            continue
+        if place.offset > end:
+            members.append(f"\tu8 reserved_{end:03x}[{place.offset - end}];")
+        size = 16 if part else place.size
+        kind = "struct vmcb_seg" if part else _C_TYPES.get(size, "u8")
+        members.append(f"\t{kind} {name}{'' if part or size in _C_TYPES else f'[{size}]'};")
+        checks.append(f'_Static_assert(offsetof(struct vmcb, {name}) == {place.offset:#x}, "{name}");')
+        end = place.offset + size
+    members.append(f"\tu8 reserved_{end:03x}[{vmcb.VMCB_SIZE - end}];")
+    body = "#include <kvmpy/types.h>\n\n/* The number of an exit is that of its intercept, too. */"
+    body += _enum(svm_exits.SvmExit, "SVM_EXIT_").replace("INVALID 18446744073709551615", "INVALID (~0ull)")
+    fields: dict[str, EnumMeta] = {
+        "INT_CTL": vmcb.IntCtl,
+        "INT_STATE": vmcb.IntState,
+        "MISC_CTL": vmcb.MiscCtl,
+        "MISC_CTL2": vmcb.MiscCtl2,
+        "CLEAN": vmcb.Clean,
+        "TLB": vmcb.TlbControl,
+        "EVENT": vmcb.EventType,
+        "IO": vmcb.IoInfo,
+    }
+    for name, words in fields.items():
+        body += _enum(words, f"SVM_{name}_")
+    body += "\nstruct vmcb_seg {\n\tu16 selector, attrib;\n\tu32 limit;\n\tu64 base;\n};\n"
+    body += "\nstruct vmcb {\n" + "\n".join(members) + "\n} __packed;\n\n" + "\n".join(checks) + "\n"
+    body += f'_Static_assert(sizeof(struct vmcb) == {vmcb.VMCB_SIZE}, "struct vmcb");\n'
+    return _HEAD.format(
+        about=f"From {vmcb.__name__} and {svm_exits.__name__}.", guard="KVMPY_VMCB_H", body=body
+    )
+
+
 def files() -> dict[Path, str]:
     """Return every generated file with its content."""
     headers = runtime_dir() / "include/kvmpy"
@@ -220,6 +260,7 @@ def files() -> dict[Path, str]:
         headers / "layout.h": guest_layout(),
         headers / "hyperv_numbers.h": _numbers(hyperv, "KVMPY_HYPERV_NUMBERS_H", "HV_X64_MSR_"),
         headers / "xen_numbers.h": _numbers(xen, "KVMPY_XEN_NUMBERS_H"),
+        headers / "vmcb.h": guest_vmcb(),
     }
 
 

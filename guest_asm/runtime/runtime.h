@@ -18,6 +18,12 @@ extern const char guest_user_return[];
 u64 guest_call_enter(u64 (*function)(u64 arg), u64 arg);
 __noreturn void guest_call_resume(void);
 
+struct guest_l2;
+
+/* l2.S: VMRUN; where L2's first function returns to. */
+void guest_l2_enter(struct guest_l2 *l2);
+extern const char guest_l2_end[];
+
 /* End guest_try_call() with the exception in @frame. */
 __noreturn void guest_call_leave(struct exception_frame *frame);
 

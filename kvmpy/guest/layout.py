@@ -73,6 +73,7 @@ CPU_GHCB_DEPTH = 164
 CPU_ENC_MASK = 168
 CPU_GHCB_MSR = 176
 CPU_CALL_RSP = 192
+CPU_L2 = 208
 CPU_SIZE = 256
 CPU_NR_ARGS = 6
 
@@ -106,6 +107,7 @@ ASSERT_EXPECTED_SIGNED = 0x200
 
 _CPU = struct.Struct("<QIIQQQ6Q")
 _CPU_SEV = struct.Struct("<QQIIQ")
+_CPU_L2_WORD = struct.Struct("<Q")
 _SLOT_HEAD = struct.Struct("<QI")
 _SLOT_NEXT = struct.Struct("<Q")
 
@@ -148,10 +150,11 @@ def pack_guest_cpu(
     ghcb_gpa: int = 0,
     sev: int = 0,
     encryption_mask: int = 0,
+    l2: int = 0,
 ) -> bytes:
     """Return the initial ``struct guest_cpu`` of vCPU *index*; addresses are GVAs, *args* at most six.
 
-    With a GHCB: its GVA and GPA, and ``SEV_*`` bits.
+    With a GHCB: its GVA and GPA, and ``SEV_*`` bits.  *l2* is where a ``struct guest_l2`` lies.
     """
     if len(args) > CPU_NR_ARGS:
         raise ValueError(f"a vCPU takes at most {CPU_NR_ARGS} arguments, not {len(args)}")
@@ -159,6 +162,7 @@ def pack_guest_cpu(
     page = bytearray(CPU_SIZE)
     _CPU.pack_into(page, 0, percpu, index, apic_id, ucall_slot, stack_top, entry, *values)
     _CPU_SEV.pack_into(page, CPU_GHCB, ghcb, ghcb_gpa, sev, 0, encryption_mask)
+    _CPU_L2_WORD.pack_into(page, CPU_L2, l2)
     return bytes(page)
 
 

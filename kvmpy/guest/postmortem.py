@@ -18,8 +18,10 @@ from kvmpy.guest.backtrace import Place, backtrace, code_bytes, describe, place_
 from kvmpy.guest.disasm import disassemble
 from kvmpy.guest.errors import printable
 from kvmpy.guest.postmortem_interrupts import interrupts
+from kvmpy.guest.postmortem_nested import nested
 from kvmpy.uapi.constants import ExitReason, MpState
 from kvmpy.x86 import registers
+from kvmpy.x86.bits import EFER
 from kvmpy.x86.paging_errors import TableAccessError
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ def _postmortem(
     section("vm", lambda: _about(vm))
     state: list[tuple[kvm_regs, kvm_sregs]] = []
     section("registers", lambda: _registers(vm, vcpu, state))
+    if state and state[0][1].efer & EFER.SVME:
+        section("nested guest", lambda: nested(vm, vcpu))
     section("interrupts", lambda: _unless_running(vcpu, lambda: interrupts(vcpu)))
     if vcpu.ghcb_gpa is not None:
         section("GHCB", lambda: list(vm.protection.about_vcpu(vm, vcpu)))

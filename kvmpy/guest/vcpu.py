@@ -63,6 +63,8 @@ class GuestVcpu(Vcpu):
         self.percpu = Gva(0)
         self.percpu_gpa = Gpa(0)
         self.ghcb_gpa: Gpa | None = None
+        # Its struct guest_l2, 0 without one: written to the guest by launch().
+        self.l2_gva = Gva(0)
         self.done = False
 
     # Before launch.

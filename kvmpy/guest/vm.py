@@ -279,6 +279,7 @@ class GuestVm(Vm):
                     ghcb_gpa=0 if vcpu.ghcb_gpa is None else int(vcpu.ghcb_gpa),
                     sev=self.protection.guest_sev,
                     encryption_mask=self.encryption.mask if self.encryption is not None else 0,
+                    l2=int(vcpu.l2_gva),
                 ),
             )
             initial_sregs(vcpu, self.pages)
@@ -402,13 +403,14 @@ class GuestVm(Vm):
         if private is None and not nx and self.policy == "data":
             private = False
         size = -(-size // page_size) * page_size
-        where = self._take_addresses(size, page_size) if gva is None else gva
+        where = self.reserve(size, page_size) if gva is None else gva
         gpa = self.allocator.alloc(size >> PAGE_SHIFT, private=private, align=page_size)
         self.pages.map(where, gpa, size, page_size=page_size, writable=writable, user=user, nx=nx)
         self._remember(where, gpa, size)
         return where
 
-    def _take_addresses(self, size: int, align: int) -> Gva:
+    def reserve(self, size: int, align: int = PAGE_SIZE) -> Gva:
+        """Return free guest-virtual addresses for *size* bytes, to be mapped; the page behind stays free."""
         with self._lock:
             where = -(-self._heap // align) * align
             self._heap = where + size + PAGE_SIZE

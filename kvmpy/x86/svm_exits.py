@@ -104,6 +104,7 @@ class SvmExit(IntEnum):
     AVIC_INCOMPLETE_IPI = 0x401
     AVIC_UNACCELERATED_ACCESS = 0x402
     VMGEXIT = 0x403
+    NOT_VALIDATED = 0x404
     INVALID = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -131,6 +132,7 @@ WORDS: dict[int, str] = {
     SvmExit.IDLE_HLT: "idle HLT",
     SvmExit.AVIC_INCOMPLETE_IPI: "AVIC incomplete IPI",
     SvmExit.AVIC_UNACCELERATED_ACCESS: "AVIC unaccelerated access",
+    SvmExit.NOT_VALIDATED: "page not validated",
     SvmExit.INVALID: "invalid state",
 }
 """Exit codes in words, where these are not the member's name."""

@@ -18,6 +18,7 @@ struct guest_fault {
 _Static_assert(offsetof(struct guest_fault, faulted) == offsetof(struct guest_fault, vector) + 1,
 	       "GUEST_TRY() resets both with one store");
 
+struct guest_l2;
 struct guest_ucall_slot;
 
 /* Written by the host before the first run. */
@@ -43,7 +44,8 @@ struct guest_cpu {
 	u64 dr7;		/* as written last, 0 before that: hypervisors of SEV-ES do not read it */
 	u64 call_rsp;		/* where guest_try_call() left its stack, or 0 */
 	u64 call_exit;		/* its struct guest_user_exit */
-	u64 unused[6];
+	struct guest_l2 *l2;	/* the nested guest that the host made for this vCPU, or NULL */
+	u64 unused[5];
 };
 
 #define KVMPY_CHECK_OFFSET(type, member, offset) \
@@ -66,6 +68,7 @@ KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb_depth, KVMPY_CPU_GHCB_DEPTH);
 KVMPY_CHECK_OFFSET(struct guest_cpu, encryption_mask, KVMPY_CPU_ENC_MASK);
 KVMPY_CHECK_OFFSET(struct guest_cpu, ghcb_msr, KVMPY_CPU_GHCB_MSR);
 KVMPY_CHECK_OFFSET(struct guest_cpu, call_rsp, KVMPY_CPU_CALL_RSP);
+KVMPY_CHECK_OFFSET(struct guest_cpu, l2, KVMPY_CPU_L2);
 _Static_assert(sizeof(struct guest_cpu) == KVMPY_CPU_SIZE, "struct guest_cpu");
 
 static __always_inline struct guest_cpu *guest_cpu(void)

@@ -20,6 +20,7 @@
 #include <kvmpy/sev.h>
 #include <kvmpy/spinlock.h>
 #include <kvmpy/string.h>
+#include <kvmpy/svm.h>
 #include <kvmpy/types.h>
 #include <kvmpy/ucall.h>
 #include <kvmpy/user.h>

@@ -11,6 +11,7 @@
 #define KVMPY_SEV_H
 
 #include <kvmpy/processor.h>
+#include <kvmpy/vmcb.h>
 
 #define MSR_SEV_ES_GHCB		0xc0010130
 #define MSR_SEV_STATUS		0xc0010131
@@ -40,23 +41,7 @@
 #define GHCB_PROTOCOL_VERSION	0xffa
 #define GHCB_USAGE		0xffc
 
-/* sw_exit_code: SVM's own numbers, then those that only software knows. */
-#define SVM_EXIT_READ_DR7	0x027
-#define SVM_EXIT_WRITE_DR7	0x037
-#define SVM_EXIT_RDTSC		0x06e
-#define SVM_EXIT_RDPMC		0x06f
-#define SVM_EXIT_CPUID		0x072
-#define SVM_EXIT_INVD		0x076
-#define SVM_EXIT_HLT		0x078
-#define SVM_EXIT_IOIO		0x07b
-#define SVM_EXIT_MSR		0x07c
-#define SVM_EXIT_VMMCALL	0x081
-#define SVM_EXIT_RDTSCP		0x087
-#define SVM_EXIT_WBINVD		0x089
-#define SVM_EXIT_MONITOR	0x08a
-#define SVM_EXIT_MWAIT		0x08b
-#define SVM_EXIT_NPF		0x400
-#define SVM_EXIT_NOT_VALIDATED	0x404
+/* sw_exit_code: SVM's own numbers (kvmpy/vmcb.h), and those that only software knows. */
 #define GHCB_EXIT_MMIO_READ	0x80000001
 #define GHCB_EXIT_MMIO_WRITE	0x80000002
 #define GHCB_EXIT_NMI_COMPLETE	0x80000003

@@ -40,7 +40,7 @@ AREAS: Mapping[str, tuple[str, ...]] = {
     "irq": ("irq", "apic"),
     "memory": ("memory", "guest_memfd", "private_memory"),
     "msr": ("msr", "machine_check", "time"),
-    "nested": ("cpuid", "regs", "msr"),
+    "nested": ("nested", "cpuid", "regs", "msr"),
     "sev": ("sev", "private_memory"),
     "time": ("time", "msr"),
     "vcpu": ("vcpu", "msr"),
