@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* VMRUN with every general register. */
-#include <kvmpy/layout.h>
 #include <kvmpy/svm.h>
 
 #include "saved.h"
@@ -14,11 +13,6 @@
 	.type	guest_l2_enter, @function
 guest_l2_enter:
 	push_saved
-	/* An exception in L2 must not go on where L1 waits for one. */
-	pushq	%gs:KVMPY_CPU_CALL_RSP
-	pushq	%gs:KVMPY_CPU_USER_RSP
-	movq	$0, %gs:KVMPY_CPU_CALL_RSP
-	movq	$0, %gs:KVMPY_CPU_USER_RSP
 	pushq	%rdi
 	clgi
 	movq	GUEST_L2_HOST_PA(%rdi), %rax
@@ -48,8 +42,6 @@ guest_l2_enter:
 	movq	GUEST_L2_HOST_PA(%rdi), %rax
 	vmload	%rax
 	popq	%rdi
-	popq	%gs:KVMPY_CPU_USER_RSP
-	popq	%gs:KVMPY_CPU_CALL_RSP
 	stgi
 	pop_saved
 	ret

@@ -40,6 +40,7 @@ void l2_reset(struct guest_l2 *l2, void (*entry)(void))
 	wrmsr(MSR_VM_HSAVE_PA, l2->hsave_pa);
 	memset(vmcb, 0, sizeof(*vmcb));
 	memset(&l2->regs, 0, sizeof(l2->regs));
+	l2->context = (struct guest_l2_context) { .ucall_slot = guest_cpu()->ucall_slot };
 	vmsave(l2->vmcb_pa);
 	vmcb->cs = (struct vmcb_seg) { KVMPY_KERNEL_CS, CODE_ATTRIB, 0xffffffff, 0 };
 	vmcb->ds = vmcb->es = vmcb->ss = data;
@@ -68,6 +69,28 @@ void l2_reset(struct guest_l2 *l2, void (*entry)(void))
 	vmcb_intercept(vmcb, SVM_EXIT_SHUTDOWN, true);
 }
 
+/* An exception of L2 must not go on where L1 waits for one, nor the other way round. */
+static void change_guest(struct guest_l2 *l2)
+{
+	struct guest_l2_context other = l2->context;
+	struct guest_cpu *cpu = guest_cpu();
+
+	l2->context = (struct guest_l2_context) {
+		.ucall_slot = cpu->ucall_slot,
+		.fault = cpu->fault,
+		.user_rsp = cpu->user_rsp,
+		.user_exit = cpu->user_exit,
+		.call_rsp = cpu->call_rsp,
+		.call_exit = cpu->call_exit,
+	};
+	cpu->ucall_slot = other.ucall_slot;
+	cpu->fault = other.fault;
+	cpu->user_rsp = other.user_rsp;
+	cpu->user_exit = other.user_exit;
+	cpu->call_rsp = other.call_rsp;
+	cpu->call_exit = other.call_exit;
+}
+
 /* L2's ucall, where L1 intercepts it: the slot is the vCPU's, whoever filled it. */
 static bool is_ucall(const struct vmcb *vmcb)
 {
@@ -80,7 +103,9 @@ u64 l2_run(struct guest_l2 *l2)
 	struct vmcb *vmcb = l2->vmcb;
 
 	for (;;) {
+		change_guest(l2);
 		guest_l2_enter(l2);
+		change_guest(l2);
 		if (!is_ucall(vmcb))
 			return vmcb->exit_code;
 		asm volatile("outl %0, %1" : : "a"((u32)vmcb->rax), "N"(KVMPY_UCALL_PORT) : "memory");

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvmpy.core.address import PAGE_SIZE, Gpa, Gva
 from kvmpy.guest.agent import Agent, AgentFaultError, Fault
 from kvmpy.guest.errors import LaunchError
+from kvmpy.guest.vm import APIC_DEFAULT_GPA
 from kvmpy.x86.paging import PageTables
 from kvmpy.x86.svm_exits import SvmExit
 from kvmpy.x86.vmcb import IOPM_SIZE, MSRPM_SIZE, VMCB_SIZE, Vmcb, exit_name, exit_words, msrpm_bit
@@ -44,7 +45,9 @@ _REGISTERS = ("rcx", "rdx", "rbx", "rbp", "rsi", "rdi", *(f"r{number}" for numbe
 _REGS = struct.Struct("<14Q")
 _STACK_TOP = _HEAD.size + _REGS.size
 _FUNCTION = struct.Struct("<2Q")
-_TRIED = struct.Struct("<2Q3Q2B")
+_TRIED = struct.Struct("<2Q3Q2B6x")
+_CONTEXT = _STACK_TOP + 8 + _FUNCTION.size + _TRIED.size
+_CONTEXT_SIZE = 9 * 8
 _UINT64 = (1 << 64) - 1
 
 
@@ -63,10 +66,10 @@ class VmExit(NamedTuple):
 class L2:
     """The nested guest of *vcpu*, made before launch: pages for its VMCB, permission maps, stack and code.
 
-    With *npt* it runs on nested page tables, :attr:`npt`, which give it all of L1's memory at the same
-    addresses, with and without the encryption bit; else it runs on L1's own tables.  *private* says whether
-    VMCB, permission maps and nested tables are private pages: by default where KVM can read those and
-    addresses carry an encryption bit.
+    With *npt* it runs on nested page tables, :attr:`npt`, which give it all of L1's memory and the local APIC
+    at the same addresses, with and without the encryption bit; else it runs on L1's own tables.  *private*
+    says whether VMCB, permission maps and nested tables are private pages: by default where KVM can read
+    those and addresses carry an encryption bit.
 
     The first order launches the VM and lets L1 prepare its VMCB.  :attr:`vmcb` is the page itself.
     """
@@ -94,7 +97,9 @@ class L2:
         )  # fmt: skip
         struct.pack_into("<Q", self._state, _STACK_TOP, int(self._stack) + STACK_SIZE)
         self.vmcb = Vmcb(vm.view(self.vmcb_gva, VMCB_SIZE))
-        self._fresh = b""
+        self._maps = vm.view(self.msrpm_gva, MSRPM_SIZE), vm.view(self.iopm_gva, IOPM_SIZE)
+        self._touched: set[tuple[int, int]] = set()
+        self._fresh = self._fresh_context = b""
         vcpu.l2_gva = self.gva
 
     def _alloc(self, size: int) -> Gva:
@@ -106,12 +111,14 @@ class L2:
         return gva
 
     def _tables(self) -> PageTables:
-        vm = self.vm
-        tables = PageTables(vm.memory, vm.allocator, encryption=vm.encryption, private_tables=self._private)
+        vm, bit = self.vm, self.vm.encryption
+        tables = PageTables(vm.memory, vm.allocator, encryption=bit, private_tables=self._private)
         for segment in vm.memory.segments():
-            for private in (False, True) if vm.encryption is not None else (None,):
+            for private in (False, True) if bit is not None else (None,):
                 where = Gva(int(vm.to_raw(segment.gpa, private)))
                 tables.map(where, segment.gpa, segment.size, user=True, private=private)
+        apic = Gva(int(APIC_DEFAULT_GPA))
+        tables.map(apic, APIC_DEFAULT_GPA, PAGE_SIZE, user=True, private=None if bit is None else False)
         return tables
 
     def pa(self, gva: Gva) -> int:
@@ -127,15 +134,17 @@ class L2:
     def intercept_msr(self, msr: int, *, read: bool = False, write: bool = False) -> None:
         """Set the two bits of an MSR in the permission map, and let L1 intercept by the map."""
         bit = msrpm_bit(msr)
-        view = self.vm.view(self.msrpm_gva + bit // 8, 1)
-        view[0] = view[0] & ~(3 << bit % 8) | (read | write << 1) << bit % 8
+        self._set(0, bit // 8, 3 << bit % 8, (read | write << 1) << bit % 8)
         self.intercept(SvmExit.MSR)
 
     def intercept_port(self, port: int, *, on: bool = True) -> None:
         """Set or clear the bit of a port in the permission map, and let L1 intercept by the map."""
-        view = self.vm.view(self.iopm_gva + port // 8, 1)
-        view[0] = view[0] & ~(1 << port % 8) | on << port % 8
+        self._set(1, port // 8, 1 << port % 8, on << port % 8)
         self.intercept(SvmExit.IOIO)
+
+    def _set(self, which: int, at: int, clear: int, put: int) -> None:
+        self._maps[which][at] = self._maps[which][at] & ~clear | put
+        self._touched.add((which, at))
 
     # Running.
 
@@ -144,10 +153,13 @@ class L2:
         if not self._fresh:
             self._order("l2_reset", int(self.vm.symbol("l2_try").gva))
             self._fresh = bytes(self.vmcb.page)
+            self._fresh_context = bytes(self._state[_CONTEXT : _CONTEXT + _CONTEXT_SIZE])
         self.vmcb.page[:] = self._fresh  # type: ignore[index]
+        self._state[_CONTEXT : _CONTEXT + _CONTEXT_SIZE] = self._fresh_context
         self.registers()
-        for gva, size in ((self.msrpm_gva, MSRPM_SIZE), (self.iopm_gva, IOPM_SIZE)):
-            self.vm.write(gva, bytes(size))
+        for which, at in self._touched:
+            self._maps[which][at] = 0
+        self._touched.clear()
 
     def _order(self, function: str, *arguments: int) -> None:
         result = self.agent.call(function, int(self.gva), *arguments)
@@ -218,10 +230,12 @@ class L2:
         """How many bytes L2 stands behind the beginning of its code."""
         return self.vmcb["rip"] - int(self.code)
 
-    def attempt(self, code: bytes | Gva, arg: int = 0) -> VmExit:
+    def attempt(
+        self, code: bytes | Gva, arg: int = 0, *, on_exit: Callable[[Exit], bool] | None = None
+    ) -> VmExit:
         """Let L2 call *code*, which goes on behind itself, with *arg* in RDI; an exception in it ends it.
 
-        VMMCALL is the exit at its end, and :attr:`fault` the exception then.
+        VMMCALL is the exit at its end, and :attr:`fault` the exception then.  *on_exit* as :meth:`resume`.
         """
         if not self._fresh:
             self.reset()
@@ -231,7 +245,7 @@ class L2:
         self._state[_STACK_TOP + 8 : _STACK_TOP + 24] = _FUNCTION.pack(int(where), arg & _UINT64)
         self.vmcb["rip"] = int(self.vm.symbol("l2_try").gva)
         self.vmcb["rsp"] = int(self._stack) + STACK_SIZE - 8
-        return self.resume()
+        return self.resume(on_exit)
 
     @property
     def fault(self) -> Fault | None:

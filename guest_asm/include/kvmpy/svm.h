@@ -42,6 +42,13 @@ struct guest_l2_regs {
 	u64 rcx, rdx, rbx, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15;
 };
 
+/* What of struct guest_cpu goes on in each of the two guests by itself. */
+struct guest_l2_context {
+	struct guest_ucall_slot *ucall_slot;
+	struct guest_fault fault;
+	u64 user_rsp, user_exit, call_rsp, call_exit;
+};
+
 /* Written by the host; addresses ending in _pa are as the processor takes them, with an encryption bit. */
 struct guest_l2 {
 	struct vmcb *vmcb;
@@ -56,6 +63,7 @@ struct guest_l2 {
 	u64 (*function)(u64 arg);	/* what l2_try() calls */
 	u64 arg;
 	struct guest_user_exit tried;	/* how that ended */
+	struct guest_l2_context context;	/* L2's while L1 runs, and L1's while L2 does */
 };
 
 _Static_assert(offsetof(struct guest_l2, vmcb_pa) == GUEST_L2_VMCB_PA, "vmcb_pa");
