@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -148,3 +149,42 @@ def accessor(make_vm: MakeVm, ring: int) -> Accessor:
 def open_tables(protection: str) -> None:
     """Skip under protections that keep code, page and descriptor tables from the host after launch."""
     _skip_without(protection, "host_sees_tables", "code and page tables")
+
+
+Move = Callable[[GuestVm], GuestVm]
+
+
+def _copy_memory(source: GuestVm, target: GuestVm) -> None:
+    for old, new in zip(source.memory.segments(), target.memory.segments(), strict=True):
+        target.memory.shared_view(new.gpa, new.size)[:] = source.memory.shared_view(old.gpa, old.size)
+        if new.private is not None and new.private is not new.shared:
+            target.memory.private_view(new.gpa, new.size)[:] = source.memory.private_view(old.gpa, old.size)
+
+
+@pytest.fixture
+def move(make_vm: MakeVm) -> Move:
+    """Return a function that brings a guest into a new VM, closes the old one, and returns the new one.
+
+    The vCPUs must have stopped. Tests are skipped where the host may not see what it would copy.
+    """
+
+    def moved(source: GuestVm) -> GuestVm:
+        traits = source.protection.traits
+        if not (traits.can_read_registers and traits.host_sees_private):
+            pytest.skip("needs a host that reads registers and private memory; this protection hides them")
+        target = make_vm(source.program, vcpu_ids=[vcpu.vcpu_id for vcpu in source.vcpus])
+        for old, new in zip(source.vcpus, target.vcpus, strict=True):
+            new.entry, new.args = old.entry, old.args
+        target.launch()
+        # What goes over the wire is a value, not an object of this process.
+        snapshots = pickle.dumps([vcpu.save() for vcpu in source.vcpus])
+        clock = source.clock.get()
+        _copy_memory(source, target)
+        source.close()
+        clock.flags = 0
+        target.clock.set(clock)
+        for vcpu, snapshot in zip(target.vcpus, pickle.loads(snapshots), strict=True):  # noqa: S301
+            vcpu.restore(snapshot)
+        return target
+
+    return moved

@@ -13,8 +13,6 @@ from kvmpy import PAGE_SIZE, Gpa, GuestProgram, GuestVm, Gva, MakeVm, VcpuSnapsh
 
 HOLE = Gva(0x6000_0000)
 
-Move = Callable[[GuestVm], GuestVm]
-
 
 class Mover:
     """Makes VMs with one guest program, and moves its run from one to the next."""
@@ -61,39 +59,3 @@ def mover(make_vm: MakeVm, open_registers: None, protection: str) -> Mover:
     if not ladder.get(protection).traits.host_sees_private:
         pytest.skip(f"protection {protection} keeps private memory from the host")
     return Mover(make_vm)
-
-
-def _copy_memory(source: GuestVm, target: GuestVm) -> None:
-    for old, new in zip(source.memory.segments(), target.memory.segments(), strict=True):
-        target.memory.shared_view(new.gpa, new.size)[:] = source.memory.shared_view(old.gpa, old.size)
-        if new.private is not None and new.private is not new.shared:
-            target.memory.private_view(new.gpa, new.size)[:] = source.memory.private_view(old.gpa, old.size)
-
-
-@pytest.fixture
-def move(make_vm: MakeVm) -> Move:
-    """Return a function that brings a guest into a new VM, closes the old one, and returns the new one.
-
-    The vCPUs must have stopped. Tests are skipped where the host may not see what it would copy.
-    """
-
-    def moved(source: GuestVm) -> GuestVm:
-        traits = source.protection.traits
-        if not (traits.can_read_registers and traits.host_sees_private):
-            pytest.skip("needs a host that reads registers and private memory; this protection hides them")
-        target = make_vm(source.program, vcpu_ids=[vcpu.vcpu_id for vcpu in source.vcpus])
-        for old, new in zip(source.vcpus, target.vcpus, strict=True):
-            new.entry, new.args = old.entry, old.args
-        target.launch()
-        # What goes over the wire is a value, not an object of this process.
-        snapshots = pickle.dumps([vcpu.save() for vcpu in source.vcpus])
-        clock = source.clock.get()
-        _copy_memory(source, target)
-        source.close()
-        clock.flags = 0
-        target.clock.set(clock)
-        for vcpu, snapshot in zip(target.vcpus, pickle.loads(snapshots), strict=True):  # noqa: S301
-            vcpu.restore(snapshot)
-        return target
-
-    return moved

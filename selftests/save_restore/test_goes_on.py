@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from kvmpy import KVM_MP_STATE_HALTED, GuestTimeoutError, GuestVm, IoExit, MakeVm, Msi, kvm_cpuid2
-from selftests.conftest import said
+from selftests.conftest import Move, said
 
 pytestmark = pytest.mark.requires("KVM_CAP_SPLIT_IRQCHIP")
 
-Move = Callable[[GuestVm], GuestVm]
 
 VECTOR = 0x51
 NMI = Msi.to(0, 0, delivery_mode=4)
