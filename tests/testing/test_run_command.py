@@ -220,8 +220,8 @@ thing = Thing()
 def callback(_): {taken}
 reference = weakref.ref(thing, callback)
 with handled(Interrupter(), signal.SIGTERM):
-    del thing
     try:
+        del thing
         threading.Event().wait(60)
     except KeyboardInterrupt as interrupt:
         print(type(interrupt).__name__)
