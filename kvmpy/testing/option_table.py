@@ -162,7 +162,7 @@ OPTIONS: tuple[Option, ...] = (
            kind="path", pytest="--kvmpy-select", side="inside", each=True),
     Option("pack", (*_RUNS, "fleet join"), "--pack",
            "Take guest programs from a pack (`kvmpy pack build`), where there is no compiler.", "FILE",
-           kind="path", pytest="--kvmpy-pack", variable="KVMPY_PACK", each=True),
+           kind="path", pytest="--kvmpy-pack", variable="KVMPY_PACK"),
     Option("dangerous", _RUN, "--dangerous", "Also run tests that can crash an unfixed host.", kind="flag",
            pytest="--run-dangerous"),
     # How they run.
