@@ -58,6 +58,9 @@ void priorities(void)
 """
 
 
+VCPUS = 3
+
+
 def report(vcpu: GuestVcpu, on: bool) -> None:
     """Switch the reports on or off."""
     vcpu.ioctl(ioctls.KVM_TPR_ACCESS_REPORTING, kvm_tpr_access_ctl(enabled=int(on)))
@@ -71,12 +74,7 @@ def test_accesses_are_reported(make_vm: MakeVm, on: bool) -> None:
     They are off for a new vCPU, and can be taken back.  Documentation/virt/kvm/api.rst, 5 The kvm_run
     structure, KVM_EXIT_TPR_ACCESS; arch/x86/kvm/lapic.c, __report_tpr_access().
     """
-    vm = make_vm.start(GUEST, "accesses")
-    vcpu = vm.vcpus[0]
-    vcpu.sync()
-    report(vcpu, True)
-    if not on:
-        report(vcpu, False)
+    vm = make_vm.start(GUEST, "accesses", vcpus=VCPUS)
     exits: list[bool] = []
     rips: list[int] = []
 
@@ -87,9 +85,14 @@ def test_accesses_are_reported(make_vm: MakeVm, on: bool) -> None:
         return True
 
     values: list[int] = []
-    vcpu.run_to_done(on_exit=see, on_sync=lambda call: values.append(call.args[0]))
-    assert values == [0x30, 0xFF]
-    assert exits == ([True, False] if on else [])
+    for vcpu in vm.vcpus:
+        vcpu.sync()
+        report(vcpu, True)
+        if not on:
+            report(vcpu, False)
+        vcpu.run_to_done(on_exit=see, on_sync=lambda call: values.append(call.args[0]))
+    assert values == [0x30, 0xFF] * VCPUS
+    assert exits == ([True, False] * VCPUS if on else [])
     code = vm.program.symbol("accesses")
     assert all(0 < rip - int(code.gva) < code.size for rip in rips)
 
