@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 import time
@@ -111,6 +112,14 @@ def hypercall_instruction(kvm: Kvm) -> bytes:
     """Return VMMCALL or VMCALL, whichever this processor has."""
     amd = Cpuid.from_struct(kvm.supported_cpuid).is_amd_compatible
     return b"\x0f\x01\xd9" if amd else b"\x0f\x01\xc1"
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 10.0) -> None:
+    """Wait for something that another thread, or the kernel, brings about; *what* is told if it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        os.sched_yield()
 
 
 def said(guest: GuestVm | GuestVcpu) -> tuple[str | int, ...]:

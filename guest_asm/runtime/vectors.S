@@ -1,47 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The 256 interrupt stubs, and the way into C and back. */
+#include <kvmpy/frame.h>
 #include <kvmpy/layout.h>
 
-#define FRAME_CS		(18 * 8)
 #define MSR_GS_BASE		0xc0000101
-
-	.macro	save_registers
-	pushq	%rax
-	pushq	%rcx
-	pushq	%rdx
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%rsi
-	pushq	%rdi
-	pushq	%r8
-	pushq	%r9
-	pushq	%r10
-	pushq	%r11
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
-	.endm
-
-	.macro	restore_registers
-	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%r11
-	popq	%r10
-	popq	%r9
-	popq	%r8
-	popq	%rdi
-	popq	%rsi
-	popq	%rbp
-	popq	%rbx
-	popq	%rdx
-	popq	%rcx
-	popq	%rax
-	/* The vector and the error code. */
-	addq	$16, %rsp
-	.endm
 
 	.text
 	.balign	KVMPY_VECTOR_STRIDE

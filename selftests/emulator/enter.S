@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Into a run with every register given, and out of it by an exception. */
+#include <kvmpy/frame.h>
 #include <kvmpy/layout.h>
 
 #include "pairs.h"
@@ -20,22 +21,7 @@ pairs_enter:
 	jz	1f
 	swapgs
 1:	movq	%rdi, %rsp
-	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%r11
-	popq	%r10
-	popq	%r9
-	popq	%r8
-	popq	%rdi
-	popq	%rsi
-	popq	%rbp
-	popq	%rbx
-	popq	%rdx
-	popq	%rcx
-	popq	%rax
-	addq	$16, %rsp
+	restore_registers
 	iretq
 	.size	pairs_enter, . - pairs_enter
 
@@ -57,21 +43,7 @@ pairs_stubs:
 
 	.type	taken, @function
 taken:
-	pushq	%rax
-	pushq	%rcx
-	pushq	%rdx
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%rsi
-	pushq	%rdi
-	pushq	%r8
-	pushq	%r9
-	pushq	%r10
-	pushq	%r11
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
+	save_registers
 	testb	$3, FRAME_CS(%rsp)
 	jz	1f
 	swapgs

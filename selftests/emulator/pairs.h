@@ -5,7 +5,6 @@
 
 /* Offsets in struct exception_frame, which is also what a run starts from. */
 #define FRAME_VECTOR	120
-#define FRAME_CS	144
 #define FRAME_SIZE	176
 
 /* CPU entry of TSS and IDT that the runs use. */

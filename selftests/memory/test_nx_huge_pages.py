@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +31,7 @@ from kvmpy import (
     Vm,
     refused,
 )
+from selftests.conftest import wait_until
 
 pytestmark = pytest.mark.requires("KVM_CAP_VM_DISABLE_NX_HUGE_PAGES")
 PARAMETERS = Path("/sys/module/kvm/parameters")
@@ -136,10 +136,7 @@ def test_execution_splits(region: Region) -> None:
 def test_they_are_joined(region: Region, recovery: None) -> None:
     """After a while split pages are zapped: a read maps 2 MiB again, and an execution splits it anew."""
     region.run(3)
-    end = time.monotonic() + WAIT
-    while region.change()[1]:
-        assert time.monotonic() < end, "the page is still split"
-        os.sched_yield()
+    wait_until(lambda: region.change()[1] == 0, "the page is still split", seconds=WAIT)
     region.read(4)
     assert region.change() == (0, 0)
     region.run(4)

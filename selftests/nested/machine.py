@@ -8,16 +8,13 @@ stands, these three values, what L1 intercepts, and which vectors L2's handlers 
 from __future__ import annotations
 
 from collections import Counter
-from unittest import mock
 
-import hypothesis
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.internal.conjecture.providers import HypothesisProvider
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from kvmpy import PAGE_SIZE, Event, EventType, Gva, IoExit, SvmExit, Vector
 from kvmpy.x86.vmcb import IntCtl
+from selftests import sequences
 from selftests.nested.conftest import Notes
 
 PORT = 0x42
@@ -209,15 +206,4 @@ class Sequences(RuleBasedStateMachine):
 def run(notes: Notes, pages: tuple[Gva, Gva], seed: int, *, examples: int, steps: int) -> None:
     """Run sequences; the shortest one that fails is told, and raised."""
     bound = type("Sequences", (Sequences,), {"notes": notes, "pages": pages})
-    chosen = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-    # hypothesis also draws constants of the modules loaded by then: the same seed would not do the same.
-    with mock.patch.object(HypothesisProvider, "_maybe_draw_constant", return_value=None):
-        run_state_machine_as_test(hypothesis.seed(seed)(bound), settings=chosen)
+    sequences.run(bound, seed, examples=examples, steps=steps)

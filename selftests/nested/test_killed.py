@@ -14,7 +14,7 @@ from kvmpy import L1, L2, GuestProgram, Kvm, SvmExit
 pytestmark = pytest.mark.requires("cpuid:svm")
 
 VICTIM = """
-import sys, time
+import signal, sys
 from kvmpy import L1, L2, GuestProgram, Kvm
 
 with Kvm() as kvm:
@@ -27,7 +27,8 @@ with Kvm() as kvm:
         assert l2.vcpu.nested.get().flags & 1
     print("in L2", flush=True)
     if sys.argv[2] == "exit":
-        time.sleep(60)
+        signal.alarm(60)
+        signal.pause()
     l2.vcpu.next(60)
 """
 

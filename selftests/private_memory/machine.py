@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
-from unittest import mock
 
-import hypothesis
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.internal.conjecture.providers import HypothesisProvider
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from selftests import sequences
 
 SLOTS = (7, 5)
 PAGES = sum(SLOTS)
@@ -156,21 +154,8 @@ def run(
     """Run sequences on *machine*, which is *made* in a test; a failure is told as a test, and raised."""
     noted: list[str] = []
     bound = type("Sequences", (Sequences,), {"machine": machine, "steps": noted})
-    chosen = settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-    # hypothesis also draws constants that it finds in the modules loaded by then: beside other tests,
-    # the same seed would give other sequences.
-    seeded_alone = mock.patch.object(HypothesisProvider, "_maybe_draw_constant", return_value=None)
     try:
-        with seeded_alone:
-            run_state_machine_as_test(hypothesis.seed(seed)(bound), settings=chosen)
+        sequences.run(bound, seed, examples=examples, steps=steps)
     except BaseException:
         # hypothesis has just run the shortest sequence once more.
         tell(f"seed {seed}; the shortest sequence that fails:\n\n{as_test(noted, made)}")

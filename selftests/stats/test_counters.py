@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
 
 import pytest
 
 from kvmpy import Exit, Gpa, GuestVm, Gva, Kvm, MakeVm, Msi, Stats, StatsFd, Ucall, VcpuThread
 from kvmpy.testing import host
+from selftests.conftest import wait_until
 
 pytestmark = pytest.mark.requires("KVM_CAP_BINARY_STATS_FD", "KVM_CAP_SPLIT_IRQCHIP")
 
@@ -123,14 +122,6 @@ def done(vm: GuestVm) -> tuple[Stats, Stats]:
     return before, vcpu.stats.get()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for something that another thread brings about."""
-    end = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < end
-        os.sched_yield()
-
-
 def test_fresh_vcpu(make_vm: MakeVm) -> None:
     """A vCPU that never ran has counted no exits, halts and injections.
 
@@ -225,7 +216,7 @@ def test_signal_exits(make_vm: MakeVm) -> None:
     for _ in range(3):
         seen = vm.symbol("progress").u64
         with VcpuThread(lambda: vcpu.run_until_kicked(TIMEOUT), vcpu=vcpu) as thread:
-            wait_until(lambda seen=seen: vm.symbol("progress").u64 > seen + 10)  # type: ignore[misc]
+            wait_until(lambda seen=seen: vm.symbol("progress").u64 > seen + 10, "the guest does not run")  # type: ignore[misc]
             vcpu.kick()
             thread.join(TIMEOUT)
     assert growth(before, vcpu.stats.get(), "signal_exits") >= 3
@@ -235,9 +226,9 @@ def halt_for(vm: GuestVm, stats: StatsFd, seconds: float) -> None:
     """Run the guest until it halts, leave it there for *seconds*, and wake it."""
     vcpu = vm.vcpus[0]
     with VcpuThread(vcpu.sync, vcpu=vcpu) as thread:
-        wait_until(lambda: stats.read()["blocking"].value == 1)
+        wait_until(lambda: stats.read()["blocking"].value == 1, "the vCPU does not block")
         end = time.monotonic() + seconds
-        wait_until(lambda: time.monotonic() > end)
+        wait_until(lambda: time.monotonic() > end, "the clock stands still")
         vm.irq.signal_msi(Msi.to(0, VECTOR))
         thread.join(TIMEOUT)
 

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
 import pytest
@@ -32,6 +31,7 @@ from kvmpy import (
     refused,
 )
 from kvmpy.core.vcpu import RUN_EINTR, VcpuTimeoutError
+from selftests.conftest import wait_until
 
 TIMEOUT = 10.0
 STORM = 40
@@ -84,14 +84,6 @@ void read_for_ever(void)
 	asm volatile("rep insb" : "+D"(at), "+c"(left) : "d"(0x10) : "memory");
 }
 """
-
-
-def wait_until(condition: Callable[[], bool], action: str) -> None:
-    """Wait for something that another thread brings about."""
-    end = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < end, action
-        os.sched_yield()
 
 
 def wait_for_progress(vm: GuestVm) -> None:

@@ -27,6 +27,7 @@ from kvmpy import (
     PAGE_SIZE,
     EventFd,
     Gpa,
+    Vcpu,
     Vm,
     kvm_xen_hvm_attr,
     kvm_xen_vcpu_attr,
@@ -75,6 +76,18 @@ def test_configuration_refused(vm: Vm) -> None:
     vm.xen.config(0, 0)
 
 
+def check(target: Vm | Vcpu, kind: int, first: int, good: list[int], bad: list[int], error: int) -> None:
+    """See that an attribute begins as *first*, keeps good values, and refuses bad ones with *error*."""
+    assert (kind, get(target, kind)) == (kind, first)
+    for value in good:
+        put(target, kind, value)
+        assert (kind, get(target, kind)) == (kind, value)
+    for value in bad:
+        with refused(error, about=f"{kind!r} {value:#x}"):
+            put(target, kind, value)
+        assert (kind, get(target, kind)) == (kind, good[-1])
+
+
 def test_of_the_vm(xen_vm: Vm) -> None:
     """Each attribute of the VM is read as it was set; a value that is refused leaves it.
 
@@ -88,15 +101,8 @@ def test_of_the_vm(xen_vm: Vm) -> None:
         KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG: (0, [1, 0, 1], [], 0),
         KVM_XEN_ATTR_TYPE_SHARED_INFO: (INVALID, [gfn, gfn + 255, INVALID, gfn], [], 0),
     }
-    for kind, (first, good, bad, error) in rows.items():
-        assert (kind, get(xen_vm, kind)) == (kind, first)
-        for value in good:
-            put(xen_vm, kind, value)
-            assert (kind, get(xen_vm, kind)) == (kind, value)
-        for value in bad:
-            with refused(error, about=f"{kind!r} {value:#x}"):
-                put(xen_vm, kind, value)
-            assert (kind, get(xen_vm, kind)) == (kind, good[-1])
+    for kind, row in rows.items():
+        check(xen_vm, kind, *row)
     # What is a flag keeps one bit.
     put(xen_vm, KVM_XEN_ATTR_TYPE_LONG_MODE, 0x80)
     assert get(xen_vm, KVM_XEN_ATTR_TYPE_LONG_MODE) == 1
@@ -116,16 +122,9 @@ def test_of_a_vcpu(xen_vm: Vm) -> None:
         KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID: (0, [5, limit - 1, 7], [limit, (1 << 32) - 1], errno.EINVAL),
         KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR: (0, [0x10, 0xFF, 0, 0x51], [1, 0xF], errno.EINVAL),
     }
-    for kind, (first, good, bad, error) in rows.items():
-        assert (kind, get(vcpu, kind)) == (kind, first)
+    for kind, row in rows.items():
         others = get(other, kind)
-        for value in good:
-            put(vcpu, kind, value)
-            assert (kind, get(vcpu, kind)) == (kind, value)
-        for value in bad:
-            with refused(error, about=f"{kind!r} {value:#x}"):
-                put(vcpu, kind, value)
-            assert (kind, get(vcpu, kind)) == (kind, good[-1])
+        check(vcpu, kind, *row)
         assert (kind, get(other, kind)) == (kind, others)
 
 
