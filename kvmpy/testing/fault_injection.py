@@ -98,11 +98,12 @@ class FaultInjection:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
-        if kind is None:
-            told = "\n".join(self.deviations)
-            assert not self.deviations, f"with a failed allocation:\n{told}"
-            if self._required:
-                assert self.failed or self.borne, "no allocation failed: nothing was tested"
+        if kind is not None:
+            return
+        if self.deviations:
+            raise AssertionError("\n".join(["with a failed allocation:", *self.deviations]))
+        if self._required and not self.failed and not self.borne:
+            raise AssertionError("no allocation failed: nothing was tested")
 
     def ioctl(
         self, fd: KvmFd, op: Ioctl, arg: Struct | int | None, issue: Callable[[], tuple[int, int]]
@@ -110,9 +111,10 @@ class FaultInjection:
         """Issue *op* until none of its allocations is left to fail."""
         if self._spare is not None and self._spare(op, arg):
             return issue()
-        before = arg.copy() if isinstance(arg, Struct) else None
+        given = (arg, arg.copy()) if isinstance(arg, Struct) else None
+        # It is open before descriptors are looked at.
+        self._counter()
         for nth in self._numbers(op.name):
-            self._arm(0)
             descriptors = os.listdir("/proc/self/fd") if op.makes else []
             self._arm(nth)
             result, number = issue()
@@ -123,15 +125,14 @@ class FaultInjection:
                 self._bear(op.name, nth)
                 if not _again(op, result):
                     return result, number
-                if isinstance(arg, Struct) and before is not None:
-                    arg.assign(before)
-                continue
-            self._fail(fd, op.name, nth, number)
-            if op.makes and os.listdir("/proc/self/fd") != descriptors:
-                self._deviate(fd, op.name, nth, "left a descriptor open")
-            if isinstance(arg, Struct) and before is not None and arg.to_bytes() != before.to_bytes():
-                self._deviate(fd, op.name, nth, "changed its argument")
-                arg.assign(before)
+            else:
+                self._fail(fd, op.name, nth, number)
+                if op.makes and os.listdir("/proc/self/fd") != descriptors:
+                    self._deviate(fd, op.name, nth, "left a descriptor open")
+                if given is not None and given[0].to_bytes() != given[1].to_bytes():
+                    self._deviate(fd, op.name, nth, "changed its argument")
+            if given is not None:
+                given[0].assign(given[1])
         raise AssertionError(f"{op.name} of {fd.name} makes more than {_MOST} allocations")
 
     def run(self, vcpu: Vcpu, issue: Callable[[], int]) -> int:
@@ -151,8 +152,8 @@ class FaultInjection:
             self._fail(vcpu, "KVM_RUN", nth, vcpu.run_errno)
         raise AssertionError(f"KVM_RUN of {vcpu.name} makes more than {_MOST} allocations")
 
-    def _numbers(self, name: str) -> Iterator[int]:
-        return iter(range(self._first.get(name, 1), _MOST))
+    def _numbers(self, name: str) -> range:
+        return range(self._first.get(name, 1), _MOST)
 
     def _bear(self, name: str, nth: int) -> None:
         self.borne[name] += 1

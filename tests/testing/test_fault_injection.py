@@ -30,6 +30,9 @@ class Kernel(FaultInjection):
         self.nth = 0
         self.attempts: list[int] = []
 
+    def _counter(self) -> int:
+        return -1
+
     def _arm(self, nth: int) -> None:
         self.nth = nth
 
