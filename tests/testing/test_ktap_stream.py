@@ -27,7 +27,7 @@ SECONDS = 90.0
 TESTS = {
     "test_a.py": "import pytest\ndef test_1(): pass\ndef test_2(): pytest.skip('no')\n",
     "test_b.py": """
-import os, time
+import os
 from pathlib import Path
 import pytest
 
@@ -35,9 +35,7 @@ def test_1():
     assert 1 == 2
 
 def test_2():
-    end = time.monotonic() + 60
-    while not Path("go").exists() and time.monotonic() < end:
-        time.sleep(0.02)
+    Path("go").read_bytes()
 
 @pytest.mark.skipif(Path("no_death").exists(), reason="it may not")
 def test_3():
@@ -69,7 +67,12 @@ class Run:
         self.folder = folder
         for name, text in TESTS.items():
             (folder / name).write_text(text)
+        os.mkfifo(folder / "go")
         self.processes: list[subprocess.Popen[bytes]] = []
+
+    def let_go(self) -> None:
+        """Let the test that waits go on."""
+        (self.folder / "go").write_bytes(b"")
 
     def start(self, *words: str, stdout: Any = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "kvmpy", *words]
@@ -91,7 +94,7 @@ class Run:
             if f"{line}\n" in text:
                 return plain(text)
             assert time.monotonic() < end, text
-            time.sleep(0.05)
+            os.sched_yield()
 
 
 def plain(text: str) -> list[str]:
@@ -149,7 +152,7 @@ def test_verdicts_are_there_as_they_come(run: Run, kunit: Any) -> None:
     # Who reads it now knows that it is not all.
     half = parsed(kunit, path.read_text())
     assert half.counts.errors > 0
-    (run.folder / "go").touch()
+    run.let_go()
     assert process.wait(SECONDS) == 1
     text = path.read_text()
     assert plain(text) == [
@@ -179,7 +182,6 @@ def test_a_killed_run_leaves_the_beginning_of_what_a_later_one_writes(run: Run, 
     process.wait(SECONDS)
     begun = path.read_text()
     assert plain(begun) == HALF
-    (run.folder / "go").touch()
     assert run.run("run", "--resume", "--journal", "j") == 1
     text = path.read_text()
     assert text.startswith(begun)
@@ -197,7 +199,7 @@ def test_standard_output_gets_them_as_they_come(run: Run) -> None:
         assert chunk, begun
         begun += chunk
     assert plain(begun.decode()) == HALF
-    (run.folder / "go").touch()
+    run.let_go()
     text = (begun + process.stdout.read()).decode()
     assert process.wait(SECONDS) == 1
     assert text.count("ok 1 test_a.py") == 1
@@ -205,9 +207,10 @@ def test_standard_output_gets_them_as_they_come(run: Run) -> None:
 
 
 def test_many_processes_write_one_document(run: Run, kunit: Any) -> None:
-    (run.folder / "go").touch()
     (run.folder / "no_death").touch()
-    assert run.run("run", "--lab", "never", "-n", "2", "--ktap", "out.ktap", "--journal", "j", ".") == 1
+    process = run.start("run", "--lab", "never", "-n", "2", "--ktap", "out.ktap", "--journal", "j", ".")
+    run.let_go()
+    assert process.wait(SECONDS) == 1
     text = (run.folder / "out.ktap").read_text()
     counts = parsed(kunit, text).counts
     assert (counts.passed, counts.failed, counts.skipped, counts.errors) == (4, 1, 2, 0)
