@@ -50,14 +50,16 @@ def build(paths: tuple[str, ...], output: Path | None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK):
         _fail(f"{target.parent} is no folder that can be written to")
-    command = [sys.executable, "-m", "pytest", *arguments, *pytest_arguments({"pack_to": target})]
+    # An older pack stays until there is a new one.
+    fresh = target.with_name(f"{target.name}.{os.getpid()}")
+    command = [sys.executable, "-m", "pytest", *arguments, *pytest_arguments({"pack_to": fresh})]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-q", "--tb=no", "--no-header", "--no-summary"]
     command += [f"--timeout={_SECONDS}"]
-    target.unlink(missing_ok=True)
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if not target.is_file():
+    if not fresh.is_file():
         click.echo(done.stdout[-2000:], err=True)
         _fail(f"the tests could not be collected (pytest's status {done.returncode})")
+    fresh.replace(target)
     click.echo(_about(packs.Pack(target)), err=True)
 
 

@@ -184,6 +184,8 @@ def test_what_cannot_be_built_is_told(tmp_path: Path) -> None:
         assert done.returncode == 3
         assert message in done.stderr
     assert not (tmp_path / "own.pack").exists()
+    assert (tmp_path / "old.pack").read_text() == "an old one"
+    assert [path.name for path in tmp_path.glob("*.pack*")] == ["old.pack"]
     shown = kvmpy_command(tmp_path, "pack", "show", "none.pack")
     assert (shown.returncode, shown.stdout) == (3, "")
     assert "none.pack: No such file" in shown.stderr
