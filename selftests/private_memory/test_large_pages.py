@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from kvmpy import PAGE_SIZE, SIZE_2M, GuestVm, MakeVm, MissingError
 from kvmpy.coco.sev_platform import large_guest_memfd
+from selftests import direct_map
 from selftests.private_memory.conftest import MakeRegion, Region
 
 HUGE = SIZE_2M // PAGE_SIZE
@@ -192,26 +191,6 @@ void guest_main(u64 address, u64 size)
 """
 
 
-def direct_map() -> dict[str, int]:
-    """Return KiB of the host's direct map by page size."""
-    words = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    sizes = {entry[0].rstrip(":"): int(entry[1]) for entry in words if entry[0].startswith("DirectMap")}
-    if not sizes:
-        raise MissingError("DirectMap lines in /proc/meminfo", "a kernel on x86 with /proc")
-    return sizes
-
-
-def splits() -> dict[str, int]:
-    """Return how often large pages of the direct map were split (and collapsed) since boot."""
-    words = (line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    result = {name: int(value) for name, value in words if name.startswith("direct_map_level")}
-    if not result:
-        raise MissingError(
-            "direct_map_level2_splits in /proc/vmstat", "Linux 5.12 on x86, CONFIG_VM_EVENT_COUNTERS"
-        )
-    return result
-
-
 def live(make_vm: MakeVm) -> None:
     vm: GuestVm = make_vm(TOUCH)
     size = 4 << 20
@@ -227,9 +206,9 @@ def test_the_direct_map_keeps_its_size(make_vm: MakeVm) -> None:
 
     /proc/meminfo, DirectMap4k, DirectMap2M and DirectMap1G (arch/x86/mm/pat/set_memory.c).
     """
-    before = sum(direct_map().values())
+    before = sum(direct_map.sizes().values())
     live(make_vm)
-    assert sum(direct_map().values()) == before
+    assert sum(direct_map.sizes().values()) == before
 
 
 def test_split_counters_do_not_go_back(make_vm: MakeVm) -> None:
@@ -237,9 +216,9 @@ def test_split_counters_do_not_go_back(make_vm: MakeVm) -> None:
 
     /proc/vmstat, direct_map_level2_splits and direct_map_level3_splits (Linux commit 575299ea18a8).
     """
-    before = splits()
+    before = direct_map.splits()
     live(make_vm)
-    after = splits()
+    after = direct_map.splits()
     assert after.keys() == before.keys()
     assert all(after[name] >= before[name] for name in before)
 
@@ -255,8 +234,8 @@ def test_only_encryption_splits_the_direct_map(make_vm: MakeVm, protection: str)
         pytest.skip(f"protection {protection} encrypts: its pages may be split")
     # Others on this host may split pages meanwhile, but hardly three times in a row.
     for _ in range(3):
-        before = splits()
+        before = direct_map.splits()
         live(make_vm)
-        if splits() == before:
+        if direct_map.splits() == before:
             return
-    assert splits() == before
+    assert direct_map.splits() == before

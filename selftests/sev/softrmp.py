@@ -31,3 +31,12 @@ def rmp() -> dict[int, Entry]:
             vmsa="vmsa" in flags,
         )
     return entries
+
+
+def host_writes(pfn: int) -> bool:
+    """Whether the kernel can write to a page by its direct map."""
+    try:
+        (FOLDER / "host_write").write_text(f"{pfn:#x}\n", encoding="ascii")
+    except OSError:
+        return False
+    return True

@@ -19,6 +19,7 @@ import pytest
 from kvmpy import KVM_MP_STATE_RUNNABLE, PAGE_SIZE, SIZE_2M, MakeVm, PfErr, VcpuThread
 from kvmpy.coco.rmp import Entry
 from kvmpy.testing.fault_injection import FaultInjection
+from selftests import direct_map
 from selftests.sev.folios import (
     FAIL_SIZEMISMATCH,
     GPA,
@@ -31,7 +32,7 @@ from selftests.sev.folios import (
     MakeFolios,
     Watch,
 )
-from selftests.sev.softrmp import FOLDER, needs_softsev, rmp
+from selftests.sev.softrmp import host_writes, needs_softsev, rmp
 
 pytestmark = [
     pytest.mark.protections("snp"),
@@ -148,10 +149,10 @@ def test_whole_2m_split_no_direct_map(folios: MakeFolios) -> None:
     adjust_direct_map(), arch/x86/virt/svm/sev.c; direct_map_level2_splits in /proc/vmstat.
     """
     range_ = folios("2M", blocks=4)
-    splits, size = level2_splits(), direct_map()
+    splits, size = direct_map.splits(), sum(direct_map.sizes().values())
     for block in range(0, range_.pages, HUGE):
         range_.touch(block)
-    assert level2_splits() == splits
+    assert direct_map.splits() == splits
     frames = range_.frames()
     assert len(frames) == range_.pages
     assert not any(host_writes(frames[page]) for page in range(0, range_.pages, 37))
@@ -159,20 +160,9 @@ def test_whole_2m_split_no_direct_map(folios: MakeFolios) -> None:
     range_.punch(HUGE + 5)
     assert host_writes(frames[HUGE + 5])
     assert not any(host_writes(frames[page]) for page in range(HUGE, 2 * HUGE) if page != HUGE + 5)
-    assert level2_splits() - splits in (0, 1)
-    assert direct_map() == size
-
-
-def level2_splits() -> int:
-    """Return how often 2 MiB of the direct map were split since boot."""
-    words = (line.split() for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines())
-    return next(int(value) for name, value in words if name == "direct_map_level2_splits")
-
-
-def direct_map() -> int:
-    """Return the size of the direct map in KiB."""
-    words = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    return sum(int(entry[1]) for entry in words if entry[0].startswith("DirectMap"))
+    level2 = "direct_map_level2_splits"
+    assert direct_map.splits()[level2] - splits[level2] in (0, 1)
+    assert sum(direct_map.sizes().values()) == size
 
 
 # PVALIDATE.
@@ -581,15 +571,6 @@ def test_holes(folios: MakeFolios, size: str, first: int, pages: int) -> None:
     range_.accept(first, pages)
     assert range_.touch(first) == 0
     assert range_.touch(first + pages - 1) == 0
-
-
-def host_writes(pfn: int) -> bool:
-    """Whether the kernel can write to a page."""
-    try:
-        (FOLDER / "host_write").write_text(f"{pfn:#x}\n", encoding="ascii")
-    except OSError:
-        return False
-    return True
 
 
 @both

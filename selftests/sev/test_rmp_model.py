@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import pytest
 
-from kvmpy import PAGE_SIZE, Agent, Gpa, GuestVm, MakeVm
+from kvmpy import PAGE_SIZE, SIZE_2M, Agent, Gpa, GuestVm, MakeVm
 from kvmpy.coco.rmp import Access, Entry, PageState, Result, Rmp
-from selftests.sev.softrmp import needs_softsev, rmp
+from selftests import direct_map
+from selftests.sev.softrmp import host_writes, needs_softsev, rmp
 
 pytestmark = [pytest.mark.protections("snp"), needs_softsev]
 
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.protections("snp"), needs_softsev]
 VMSA_GPA = 0xFFFF_FFFF_F000
 PAGES = 6
 STEPS = 60
+BLOCK = SIZE_2M // PAGE_SIZE
 
 GUEST = """
 #include <kvmpy/guest.h>
@@ -176,3 +178,38 @@ def test_conversions(make_vm: MakeVm, seed: int) -> None:
     assert len(done) == 7
     vm.close()
     assert rmp() == before
+
+
+def test_the_host_writes_to_all_but_assigned_pages(make_vm: MakeVm) -> None:
+    """Of each 2 MiB around a guest's pages, the host may write to exactly those that are not assigned.
+
+    A write by a mapping of 2 MiB faults if one of its pages is assigned, so the kernel splits the direct map
+    first: DirectMap4k grows by 2 MiB for each split that /proc/vmstat counts.  AMD APM volume 2, 15.36.10;
+    adjust_direct_map() in arch/x86/virt/svm/sev.c (Linux commit 661b1c6169e2).
+    """
+    before = rmp()
+    splits, sizes = direct_map.splits(), direct_map.sizes()
+    vm = make_vm.start(GUEST)
+
+    entries = rmp()
+    new = sorted(entries.keys() - before.keys())
+    blocks = sorted({pfn // BLOCK for pfn in new})
+    assert new
+    for block in [*blocks[:6], *blocks[6::8]]:
+        pages = range(block * BLOCK, (block + 1) * BLOCK)
+        large = entries.get(pages[0], Entry()).large
+        assigned = [pfn for pfn in pages if large or pfn in entries]
+        assert [pfn for pfn in pages if not host_writes(pfn)] == assigned
+    vm.close()
+    assert all(host_writes(pfn) for pfn in new)
+
+    after = direct_map.splits()
+    moved = {name: after[name] - splits[name] for name in after}
+    # Before 6.15 the kernel joins nothing again, and counts no collapses.
+    level2, level3 = (
+        moved[f"direct_map_level{level}_splits"] - moved.get(f"direct_map_level{level}_collapses", 0)
+        for level in (2, 3)
+    )
+    grown = {name: size - sizes[name] for name, size in direct_map.sizes().items()}
+    assert grown["DirectMap4k"] == level2 * 2048
+    assert grown["DirectMap2M"] == (level3 * 512 - level2) * 2048

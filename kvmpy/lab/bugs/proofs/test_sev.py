@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -31,6 +31,7 @@ from kvmpy import (
 )
 from kvmpy.coco.sev_launch import SevInitialised, SevLaunching
 from kvmpy.coco.snp_launch import SnpInitialised
+from kvmpy.testing.machine import KernelLog
 from kvmpy.uapi import ffi
 
 MEMORY, PAGES = Gpa(0x10_0000), 16
@@ -146,3 +147,12 @@ def test_length(kvm: Kvm, stack: ExitStack) -> None:
     )  # fmt: skip
     result = vm.sev.command_raw("SEND_UPDATE_DATA", arg)
     assert (result.errno, result.firmware) == (errno.EINVAL, 0)
+
+
+@pytest.mark.bug(163)
+@pytest.mark.protections("snp")
+def test_no_warning_at_a_launch(make_vm: MakeVm) -> None:
+    with closing(KernelLog(kernel_only=True)) as log:
+        log.skip()
+        make_vm.start(AGENT).close()
+        assert "large page" not in log.read()

@@ -12,7 +12,9 @@
 #include <linux/io.h>
 #include <linux/memblock.h>
 #include <linux/mm.h>
+#include <linux/panic.h>
 #include <linux/printk.h>
+#include <linux/ratelimit.h>
 #include <linux/vmalloc.h>
 #include <asm/asm.h>
 #include <asm/pgtable.h>
@@ -61,6 +63,8 @@ EXPORT_SYMBOL_GPL(softsev_mem);
  * @large: it is the first one of 2M
  * @may: whether the host may write to it from now on
  *
+ * A dying kernel, which gives back all pages with interrupts off, keeps its mappings.
+ *
  * Context: may sleep.
  * Return: 0, or an error.
  */
@@ -70,10 +74,10 @@ int softsev_host_may_write(u64 pfn, bool large, bool may)
 	int pages = large ? PTRS_PER_PMD : 1;
 	unsigned int level;
 
-	if (!second_mapping || !pfn_valid(pfn))
+	if (!second_mapping || !pfn_valid(pfn) || atomic_read(&panic_cpu) != PANIC_CPU_INVALID)
 		return 0;
-	if (!large && !may && lookup_address(address, &level) && level > PG_LEVEL_4K)
-		pr_err("PFN %#llx is assigned while the direct map has it in a large page: hardware would refuse writes to its neighbours\n",
+	WARN_RATELIMIT(!large && !may && lookup_address(address, &level) && level > PG_LEVEL_4K,
+		       "PFN %#llx is assigned while the direct map has it in a large page: hardware would refuse writes to its neighbours\n",
 		       pfn);
 	return may ? set_memory_rw(address, pages) : set_memory_ro(address, pages);
 }
