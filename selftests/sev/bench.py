@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The software AMD-SP's commands, below KVM and the ccp driver, on 2 MiB of memory of its own.
+"""The software AMD-SP's commands, below KVM and the ccp driver, on 4 MiB of memory of its own.
 
 debugfs, folder softsev: ``command`` runs one, ``memory`` is what it may work on, ``memory_pfn`` where that
 is, and ``rmpupdate`` changes the RMP's entries of its pages.  Structures: include/linux/psp-sev.h in Linux.
@@ -16,7 +16,8 @@ from pathlib import Path
 from kvmpy import PAGE_SIZE, SIZE_2M, SevRet
 
 FOLDER = Path("/sys/kernel/debug/softsev")
-PAGES = SIZE_2M // PAGE_SIZE
+# The second of two pages of 2 MiB; the first has what a command needs beside, page by page.
+LARGE = SIZE_2M // PAGE_SIZE
 # The highest ASID of each kind: KVM gives out the lowest ones first.
 SEV_ASID, ES_ASID = 64, 32
 OUTSIDE = 1 << 38
@@ -120,7 +121,7 @@ class Bench:
         self.base = int((FOLDER / "memory_pfn").read_text(encoding="ascii"), 16) * PAGE_SIZE
         self.guests: list[int] = []
         self._pages: dict[int, str] = {}
-        self._large = False
+        self._large: set[int] = set()
 
     def close(self) -> None:
         """Give back what was made, and close the memory."""
@@ -191,7 +192,7 @@ class Bench:
         immutable = int(state in _IMMUTABLE)
         self._rmpupdate(page, f"{where if owned else 0:x} {asid if owned else 0} 1 {int(large)} {immutable}")
         self._pages[page] = state
-        self._large |= large
+        self._large |= {page} if large else set()
         if state == "context":
             self.must("SNP_GCTX_CREATE", gctx=self.address(page))
 
@@ -202,19 +203,19 @@ class Bench:
             return
         if state == "context":
             self.must("SNP_DECOMMISSION", gctx=self.address(page))
-        large = self._large and page == 0
+        large = page in self._large
         self.must("SNP_PAGE_RECLAIM", address=self.address(page) | int(large))
         self._rmpupdate(page, f"0 0 0 {int(large)} 0")
-        self._large &= not large
+        self._large.discard(page)
 
     def changed(self, page: int, state: str) -> None:
         """Note that a command has changed the state of a page."""
         self._pages[page] = state
 
     def joined(self) -> None:
-        """Note that a command has made one 2M page of all."""
+        """Note that a command has made one page of the first 2 MiB."""
         self._pages = {0: "pre-guest"}
-        self._large = True
+        self._large = {0}
 
     # The platform.
 
@@ -238,7 +239,7 @@ class Bench:
         self.must("DF_FLUSH")
 
     def init(self, *, es: bool = True) -> None:
-        """Initialise SEV as the driver does; the whole bench is the TMR meanwhile."""
+        """Initialise SEV as the driver does; its first 2 MiB are the TMR meanwhile."""
         if es:
             self.page(0, "firmware", large=True)
         self.must("INIT", flags=int(es), tmr_address=self.base if es else 0, tmr_len=SIZE_2M if es else 0)

@@ -13,7 +13,7 @@ from kvmpy import PAGE_SIZE, SIZE_2M, IdBlock, Message, MessageType, SnpPolicy
 from kvmpy.coco import idblock
 from kvmpy.coco.guest_message import report_request
 from kvmpy.coco.sev_session import CERTIFICATE_SIZE, SESSION_SIZE
-from selftests.sev.bench import ES_ASID, OUTSIDE, SEV_ASID
+from selftests.sev.bench import ES_ASID, LARGE, OUTSIDE, SEV_ASID
 from selftests.sev.bench_scene import CHAIN_SIZE, PLACES, POLICY_BITS, Scene, oca_certificate, sign
 from selftests.sev.transport import HEADER_SIZE, Packet
 
@@ -284,9 +284,6 @@ def _snp_vlek_load(scene: Scene) -> Fields:
 
 
 def _snp_gctx_create(scene: Scene) -> Fields:
-    if scene.word("gctx", "firmware") == "large":
-        scene.bench.page(0, "firmware", large=True)
-        return {"gctx": scene.bench.address(PLACES["gctx"], scene.number("gctx_offset", 0))}
     return {"gctx": scene.memory("gctx", state="firmware")}
 
 
@@ -340,15 +337,16 @@ def _snp_launch_update(scene: Scene) -> Fields:
     bench = scene.bench
     gctx = scene.context("LAUNCH")
     kind = scene.number("type", 1)
-    size = int(scene.flag("size_2m", False))
+    large = scene.flag("large", False)
+    size = int(large ^ scene.flag("wrong_size", False))
     state = scene.word("page", "pre-guest")
-    place = PLACES["guest"]
+    place = LARGE if large else PLACES["guest"]
     address = bench.address(place, scene.number("page_offset", 0))
     if state == "outside":
         address = OUTSIDE
     elif state != "hypervisor":
         owner = ES_ASID - 1 if scene.word("owner", "guest") == "other" else ES_ASID
-        bench.page(place, state, asid=owner)
+        bench.page(place, state, asid=owner, large=large)
     cpuid = {
         "right": bytes(16),
         "reserved": b"\0\0\0\0\1".ljust(16, b"\0"),

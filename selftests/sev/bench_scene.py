@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from kvmpy import GuestOwner, Message, SnpPolicy
 from kvmpy.coco.sev_session import CERTIFICATE_SIZE, SESSION_SIZE, dh_certificate
-from selftests.sev.bench import ES_ASID, OUTSIDE, SEV_ASID, Bench
+from selftests.sev.bench import ES_ASID, LARGE, OUTSIDE, SEV_ASID, Bench
 
 CHAIN_SIZE = 3 * CERTIFICATE_SIZE
 OCA, PEK, PDH = 0x1001, 0x1002, 0x1003
@@ -82,6 +82,8 @@ class Scene:
     def memory(self, role: str, data: bytes = b"", *, state: str = "hypervisor", pages: int = 1) -> int:
         """Return the address of memory that holds *data*; its option is a page's state, or ``outside``.
 
+        With ``large`` it begins a firmware page of 2 MiB.
+
         ``<role>_offset`` moves the address within the page.
         """
         wanted = self.word(role, state)
@@ -89,8 +91,11 @@ class Scene:
         if wanted == "outside":
             return OUTSIDE + offset
         place = PLACES[role]
-        for page in range(place, place + pages):
-            if wanted != "as-is":
+        if wanted == "large":
+            place = LARGE
+            self.bench.page(place, "firmware", large=True)
+        elif wanted != "as-is":
+            for page in range(place, place + pages):
                 self.bench.page(page, wanted)
         self.bench.write(place, data)
         return self.bench.address(place, offset)

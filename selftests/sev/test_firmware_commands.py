@@ -11,13 +11,17 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import pytest
 
-from kvmpy import SevRet
+from kvmpy import PAGE_SIZE, SIZE_2M, IdBlock, SevRet
+from kvmpy.coco import idblock
+from kvmpy.coco.rmp import Entry
 from kvmpy.coco.sev_session import SESSION_SIZE
+from kvmpy.coco.snp_digest import PageType, SnpDigest
 from selftests.sev import firmware_table
-from selftests.sev.bench import FOLDER, Bench, fields_of
+from selftests.sev.bench import ES_ASID, FOLDER, LARGE, Bench, fields_of
 from selftests.sev.bench_commands import BUILDERS
 from selftests.sev.bench_scene import PLACES, Scene
 from selftests.sev.firmware_table import Check
+from selftests.sev.softrmp import host_writes, rmp
 
 pytestmark = [
     pytest.mark.requires("protection:snp"),
@@ -154,3 +158,67 @@ def test_lengths_that_are_told(bench: Bench) -> None:
         status, after = bench.run(command, **(fields | {field: 1}))
         assert (status, after[field]) == (SevRet.SEV_RET_INVALID_LEN, size), command
         bench.reset()
+
+
+@pytest.mark.parametrize(
+    "kind", [PageType.NORMAL, PageType.ZERO, PageType.UNMEASURED], ids=lambda kind: kind.name
+)
+@pytest.mark.parametrize("changed", [False, True], ids=["right", "one-byte-off"])
+def test_a_launch_page_of_2m(bench: Bench, kind: PageType, changed: bool) -> None:
+    """One SNP_LAUNCH_UPDATE of 2 MiB measures its 512 pages one by one, and its entry stays one of 2 MiB.
+
+    Firmware ABI 8.17 and 8.18, table 67: the digest is that of the ID block, or SNP_LAUNCH_FINISH fails.
+    """
+    count = SIZE_2M // PAGE_SIZE
+    text = b"".join((page * 0x1_0001 + 1).to_bytes(PAGE_SIZE, "little") for page in range(count))
+    digest = SnpDigest()
+    if kind is PageType.NORMAL:
+        digest.add(kind, LARGE * PAGE_SIZE, text)
+    else:
+        digest.add(kind, LARGE * PAGE_SIZE, pages=count)
+    expected = bytes([digest.value[0] ^ changed]) + digest.value[1:]
+    scene = Scene(bench, {})
+    gctx = scene.context("LAUNCH")
+    block = IdBlock(expected, scene.snp_policy(), bytes(16), bytes(16))
+    bench.page(LARGE, "pre-guest", asid=ES_ASID, large=True)
+    bench.write(LARGE, text)
+    head = bench.base // PAGE_SIZE + LARGE
+
+    bench.must("SNP_LAUNCH_UPDATE", gctx=gctx, address=bench.address(LARGE), bits=1 | int(kind) << 1)
+
+    entry = Entry(True, LARGE * PAGE_SIZE, ES_ASID, large=True, validated=True)
+    assert {pfn: each for pfn, each in rmp().items() if head <= pfn < head + count} == {head: entry}
+    content = bytes(SIZE_2M) if kind is PageType.ZERO else text
+    assert bench.read(LARGE, SIZE_2M) == content
+    status, _ = bench.run(
+        "SNP_LAUNCH_FINISH",
+        gctx=gctx,
+        bits=1,
+        id_block=scene.memory("id_block", block.to_bytes()),
+        id_auth=scene.memory("id_auth", block.sign(idblock.generate_key()).to_bytes()),
+    )
+    assert status == (SevRet.SEV_RET_BAD_MEASUREMENT if changed else SevRet.SEV_RET_SUCCESS)
+
+
+@pytest.mark.parametrize("state", ["guest-valid", "pre-guest", "firmware"])
+def test_a_page_of_2m_comes_back(bench: Bench, state: str) -> None:
+    """After SNP_PAGE_RECLAIM and RMPUPDATE of 2 MiB the host may write to all 512 pages.
+
+    Firmware ABI 8.30: a pre-guest page becomes the guest's, a firmware page is reclaimed.
+    """
+    scene = Scene(bench, {})
+    gctx = scene.context("LAUNCH")
+    head = bench.base // PAGE_SIZE + LARGE
+    pages = range(head, head + SIZE_2M // PAGE_SIZE)
+    bench.page(LARGE, "firmware" if state == "firmware" else "pre-guest", asid=ES_ASID, large=True)
+    if state == "guest-valid":
+        kind = int(PageType.UNMEASURED)
+        bench.must("SNP_LAUNCH_UPDATE", gctx=gctx, address=bench.address(LARGE), bits=1 | kind << 1)
+    assert not any(host_writes(pfn) for pfn in pages)
+    status, _ = bench.run("SNP_PAGE_RECLAIM", address=bench.address(LARGE))
+    assert status == SevRet.SEV_RET_INVALID_PAGE_SIZE
+
+    bench.release(LARGE)
+
+    assert not rmp().keys() & set(pages)
+    assert all(host_writes(pfn) for pfn in pages)

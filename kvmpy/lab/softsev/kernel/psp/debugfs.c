@@ -3,7 +3,7 @@
  * Software AMD-SP: what tests see and do in debugfs, folder softsev.
  *
  * "rmp" shows the RMP; a page frame number written to "host_write" makes the host write to that page. The rest is a bench
- * for the commands, below KVM and the driver: "command" runs one, on "memory", 2M of which "memory_pfn" is the first
+ * for the commands, below KVM and the driver: "command" runs one, on "memory", 4M of which "memory_pfn" is the first
  * page, and "rmpupdate" changes the RMP's entries of these pages.
  */
 #include <linux/debugfs.h>
@@ -13,6 +13,7 @@
 #include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <asm/set_memory.h>
 #include "psp.h"
 
 static int rmp_show(struct seq_file *m, void *v)
@@ -87,7 +88,8 @@ static const struct file_operations command_fops = {
 	.llseek = default_llseek,
 };
 
-#define BENCH_ORDER	9
+/* Two pages of 2M: one for what a command works on, one for all that it needs beside. */
+#define BENCH_ORDER	10
 #define BENCH_SIZE	(PAGE_SIZE << BENCH_ORDER)
 
 static struct page *bench;
@@ -157,6 +159,11 @@ void softsev_debugfs_init(void)
 	bench = alloc_pages(GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN, BENCH_ORDER);
 	if (!bench)
 		return;
+	/* The kernel's rmpupdate() would split the direct map; "rmpupdate" is below it. */
+	if (set_memory_4k((unsigned long)page_address(bench), 1 << BENCH_ORDER)) {
+		__free_pages(bench, BENCH_ORDER);
+		return;
+	}
 	debugfs_create_file("command", 0600, folder, NULL, &command_fops);
 	debugfs_create_file("memory", 0600, folder, NULL, &memory_fops);
 	debugfs_create_file("memory_pfn", 0400, folder, NULL, &memory_pfn_fops);
