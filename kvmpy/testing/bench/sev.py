@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from kvmpy.coco.kvm import Kvm
 from kvmpy.coco.policy import SevPolicy, SnpPolicy
 from kvmpy.coco.sev_launch import SevInitialised
+from kvmpy.coco.sev_platform import large_guest_memfd
 from kvmpy.coco.snp_launch import SnpInitialised
 from kvmpy.core.address import PAGE_SIZE, Gpa
 from kvmpy.core.backing import Anonymous
 from kvmpy.guest.program import GuestProgram
+from kvmpy.testing.bench import folios
 from kvmpy.testing.bench.bare import Bare
 from kvmpy.testing.bench.samples import Figure, Samples
 from kvmpy.uapi.constants import KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
@@ -120,3 +122,5 @@ def measure(kvm: Kvm, rounds: int, protections: tuple[str, ...]) -> Iterator[Fig
         yield from _rates(kvm, bare, rounds, protection)
         if protection != "sev":
             yield from _calls(kvm, rounds, protection)
+        if protection == "snp" and large_guest_memfd():
+            yield from folios.measure(kvm, rounds)
