@@ -13,6 +13,7 @@ from typing import TypeVar, overload
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 SIZE_2M = 1 << 21
+SIZE_4M = 1 << 22
 SIZE_1G = 1 << 30
 
 _A = TypeVar("_A", bound="_Address")

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page-table entries and what a walk of them says (Intel SDM volume 3, 4.5; AMD APM volume 2, 5.3)."""
+"""Page-table entries and what a walk of them says (Intel SDM volume 3, 4.3 to 4.5; AMD APM volume 2, 5.2 and
+5.3).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, EncryptionBit, Gpa, Gva, RawGpa
+from kvmpy.core.address import PAGE_SIZE, SIZE_1G, SIZE_2M, SIZE_4M, EncryptionBit, Gpa, Gva, RawGpa
 
 PRESENT = 1 << 0
 WRITABLE = 1 << 1
@@ -23,25 +26,65 @@ KEY_SHIFT = 59
 ADDRESS_MASK = 0x000F_FFFF_FFFF_F000
 
 LEVEL_NAMES = {1: "PTE", 2: "PDE", 3: "PDPTE", 4: "PML4E", 5: "PML5E"}
-PAGE_SIZES = {1: PAGE_SIZE, 2: SIZE_2M, 3: SIZE_1G}
-SIZE_NAMES = {PAGE_SIZE: "4 KiB", SIZE_2M: "2 MiB", SIZE_1G: "1 GiB"}
+SIZE_NAMES = {PAGE_SIZE: "4 KiB", SIZE_2M: "2 MiB", SIZE_4M: "4 MiB", SIZE_1G: "1 GiB"}
 
 
-def span(level: int) -> int:
-    """Return the bytes that one entry of *level* covers."""
-    return 1 << (12 + 9 * (level - 1))
+class Format(NamedTuple):
+    """A kind of page tables: how many levels, how many bits of an address index each, which have leaves.
+
+    Four and five levels are those of long mode; three are PAE's, whose top level is four entries without
+    rights; two have entries of 32 bits, and pages of 4 MiB where CR4.PSE is set.
+    """
+
+    levels: int
+    index_bits: int = 9
+    entry_size: int = 8
+    leaf_levels: int = 3
+
+    @property
+    def bits(self) -> int:
+        """The width of a linear address."""
+        return 32 if self.levels < 4 else 12 + self.index_bits * self.levels
+
+    @property
+    def page_sizes(self) -> dict[int, int]:
+        """The size of a leaf of each level that has some."""
+        return {level: self.span(level) for level in range(1, self.leaf_levels + 1)}
+
+    @property
+    def leaf_names(self) -> str:
+        """The page sizes in words."""
+        *first, last = (SIZE_NAMES[size] for size in self.page_sizes.values())
+        return f"{', '.join(first)} or {last}"
+
+    @property
+    def physical_bits(self) -> int:
+        """How wide an address in an entry can be."""
+        return 32 if self.levels == 2 else 52
+
+    def span(self, level: int) -> int:
+        """Return the bytes that one entry of *level* covers."""
+        return 1 << (12 + self.index_bits * (level - 1))
+
+    def is_leaf(self, entry: int, level: int) -> bool:
+        """Tell whether *entry* of *level* maps a page instead of pointing to a table."""
+        huge = 1 < level <= self.leaf_levels and bool(entry & PAGE_SIZE_BIT)
+        return bool(entry & PRESENT) and (level == 1 or huge)
 
 
-def is_leaf(entry: int, level: int) -> bool:
-    """Tell whether *entry* of *level* maps a page instead of pointing to a table."""
-    return bool(entry & PRESENT) and (level == 1 or (level <= 3 and bool(entry & PAGE_SIZE_BIT)))
+FORMATS = {
+    2: Format(2, index_bits=10, entry_size=4, leaf_levels=2),
+    3: Format(3, leaf_levels=2),
+    4: Format(4),
+    5: Format(5),
+}
+LONG = FORMATS[4]
 
 
-def raw_address(entry: int, level: int) -> RawGpa:
+def raw_address(entry: int, level: int, form: Format = LONG) -> RawGpa:
     """Return the address in *entry*, with the encryption bit and without the PAT bit of a huge leaf."""
-    return RawGpa(
-        entry & ADDRESS_MASK & ~(span(level) - 1) if is_leaf(entry, level) else entry & ADDRESS_MASK
-    )
+    address = entry & ADDRESS_MASK
+    return RawGpa(address & ~(form.span(level) - 1) if form.is_leaf(entry, level) else address)
 
 
 def split_raw(raw: RawGpa, encryption: EncryptionBit | None) -> tuple[Gpa, bool | None]:
@@ -63,13 +106,13 @@ def pat_index(entry: int, level: int) -> int:
     return (entry & WRITE_THROUGH) >> 3 | (entry & CACHE_DISABLE) >> 3 | (4 if entry & high else 0)
 
 
-def flag_words(entry: int, level: int) -> str:
+def flag_words(entry: int, level: int, form: Format = LONG) -> str:
     """Return the flags of *entry* as words, such as ``P RW US A D PS NX``."""
     if not entry & PRESENT:
         return "not present"
     words = ["P"]
     words += [name for bit, name in ((WRITABLE, "RW"), (USER, "US")) if entry & bit]
-    leaf = is_leaf(entry, level)
+    leaf = form.is_leaf(entry, level)
     if leaf and pat_index(entry, level):
         words.append(f"PAT{pat_index(entry, level)}")
     elif not leaf:
@@ -103,6 +146,7 @@ class WalkStep:
     index: int
     value: int
     encryption: EncryptionBit | None = None
+    form: Format = LONG
 
     @property
     def name(self) -> str:
@@ -117,12 +161,12 @@ class WalkStep:
     @property
     def leaf(self) -> bool:
         """Whether the entry maps a page."""
-        return is_leaf(self.value, self.level)
+        return self.form.is_leaf(self.value, self.level)
 
     @property
     def raw(self) -> RawGpa:
         """The address in the entry, as it stands there."""
-        return raw_address(self.value, self.level)
+        return raw_address(self.value, self.level, self.form)
 
     @property
     def gpa(self) -> Gpa:
@@ -137,13 +181,14 @@ class WalkStep:
     @property
     def flags(self) -> str:
         """The flags as words."""
-        return flag_words(self.value, self.level)
+        return flag_words(self.value, self.level, self.form)
 
     def __str__(self) -> str:
-        where = f"{self.name:<5} table {self.table} [{self.index:3d}] = {self.value:#018x}"
+        digits = 2 + 2 * self.form.entry_size
+        where = f"{self.name:<5} table {self.table} [{self.index:3d}] = {self.value:#0{digits}x}"
         if not self.present:
             return f"{where}  not present"
-        text = f"{SIZE_NAMES[PAGE_SIZES[self.level]]} page" if self.leaf else "table"
+        text = f"{SIZE_NAMES[self.form.span(self.level)]} page" if self.leaf else "table"
         words = (text, str(self.gpa), privacy_word(self.private), self.flags)
         return f"{where}  {' '.join(word for word in words if word)}"
 
@@ -179,7 +224,7 @@ class Walk:
     @property
     def page_size(self) -> int:
         """The size of the page in bytes, 0 when not mapped."""
-        return span(self.level) if self.present else 0
+        return self.steps[-1].form.span(self.level) if self.present else 0
 
     @property
     def raw(self) -> RawGpa | None:
@@ -206,7 +251,9 @@ class Walk:
         return tuple(self.encryption.from_raw(step.table)[1] for step in self.steps)
 
     def _all(self, bit: int) -> bool:
-        return self.present and all(step.value & bit for step in self.steps)
+        # The top level of PAE has no rights.
+        steps = [step for step in self.steps if (step.level, step.form.levels) != (3, 3)]
+        return self.present and all(step.value & bit for step in steps)
 
     @property
     def writable(self) -> bool:
@@ -260,16 +307,17 @@ class Mapped:
     page_size: int
     entry: int
     private: bool | None
+    form: Format = LONG
 
     @property
     def level(self) -> int:
         """The leaves' level (1 = PTE)."""
-        return {size: level for level, size in PAGE_SIZES.items()}[self.page_size]
+        return {size: level for level, size in self.form.page_sizes.items()}[self.page_size]
 
     @property
     def flags(self) -> str:
         """The flags as words."""
-        return flag_words(self.entry, self.level)
+        return flag_words(self.entry, self.level, self.form)
 
     def __str__(self) -> str:
         return (

@@ -25,22 +25,22 @@ from kvmpy.uapi.paging import Chunk, Leaves, NativeTables, Op, Survey, TableReac
 from kvmpy.x86.entry import (
     ACCESSED,
     DIRTY,
+    FORMATS,
     GLOBAL,
     KEY_SHIFT,
     NO_EXECUTE,
     PAGE_SIZE_BIT,
-    PAGE_SIZES,
     PRESENT,
     SIZE_NAMES,
     USER,
     WRITABLE,
+    Format,
     Mapped,
     Walk,
     WalkStep,
     pat_bits,
     privacy_word,
     raw_address,
-    span,
     split_raw,
 )
 from kvmpy.x86.paging_errors import (
@@ -55,17 +55,20 @@ from kvmpy.x86.paging_errors import (
     UnalignedError,
 )
 
-_LEVELS = {size: level for level, size in PAGE_SIZES.items()}
 _Plan = Callable[[], list[Chunk]]
 
 
 class PageTables:
     """The page tables of one address space.
 
-    *levels* is 4 or 5. *encryption* is put into leaves, into table pointers and into CR3; *private_tables*
-    says whether the tables themselves are private pages (without encryption bit: whatever the allocator's
-    default is). *physical_bits* is the guest's physical address width, *max_page_size* the largest page that
-    ``page_size=None`` picks: 1 GiB ones need the CPUID feature GBPAGES.
+    *levels* is 4 or 5, 3 for PAE, or 2 for tables of 32-bit entries. *encryption* is put into leaves, into
+    table pointers and into CR3; *private_tables* says whether the tables themselves are private pages
+    (without encryption bit: whatever the allocator's default is). *physical_bits* is the guest's physical
+    address width, *max_page_size* the largest page that ``page_size=None`` picks: 1 GiB ones need the CPUID
+    feature GBPAGES, 4 MiB ones CR4.PSE.
+
+    With PAE only leaves carry the encryption bit: CR3 has no room for it, so the tables are shared.  Entries
+    of 32 bits have none.
     """
 
     def __init__(
@@ -77,20 +80,28 @@ class PageTables:
         encryption: EncryptionBit | None = None,
         private_tables: bool = True,
         physical_bits: int = 52,
-        max_page_size: int = SIZE_2M,
+        max_page_size: int | None = None,
     ) -> None:
-        if levels not in (4, 5):
-            raise ValueError(f"levels={levels}: x86-64 page tables have 4 or 5")
+        if levels not in FORMATS:
+            raise ValueError(f"levels={levels}: x86 page tables have 2, 3 (PAE), 4 or 5")
+        self.form: Format = FORMATS[levels]
+        self._sizes = {size: level for level, size in self.form.page_sizes.items()}
         if not 32 <= physical_bits <= 52:
             raise ValueError(f"physical_bits={physical_bits}: x86-64 has 32 to 52")
-        if max_page_size not in _LEVELS:
-            raise ValueError(f"max_page_size={max_page_size:#x}: pages are 4 KiB, 2 MiB or 1 GiB")
+        if max_page_size is None:
+            max_page_size = self.form.span(2)
+        if max_page_size not in self._sizes:
+            raise ValueError(f"max_page_size={max_page_size:#x}: pages are {self.form.leaf_names}")
+        if encryption is not None and levels < 4:
+            if levels == 2 or not encryption.set_means_private:
+                raise ValueError(f"levels={levels}: such page tables have no room for the {encryption.name}")
+            private_tables = False
         self.memory = memory
         self.allocator = allocator
         self.levels = levels
         self.encryption = encryption
         self.private_tables = private_tables
-        self.physical_bits = physical_bits
+        self.physical_bits = min(physical_bits, self.form.physical_bits)
         self.max_page_size = max_page_size
         self._tables_private = private_tables if encryption is not None else None if private_tables else False
         self._lock = threading.RLock()
@@ -98,6 +109,8 @@ class PageTables:
         self._known: object = None
         self._freed = False
         self.root = self._alloc(1)
+        if levels < 4 and int(self.root) >> 32:
+            raise OutOfGuestMemoryError(f"no page below 4 GiB for a root of {levels} levels")
         private = memory.is_private(self.root)
         self.cr3 = RawGpa(int(self.root)) if encryption is None else encryption.to_raw(self.root, private)
         self._native = NativeTables(
@@ -135,25 +148,27 @@ class PageTables:
         OverlapError, MixedPrivacyError, OutOfGuestMemoryError.
         """
         unit = PAGE_SIZE if page_size is None else page_size
-        if unit not in _LEVELS:
-            raise UnalignedError(f"page_size={unit:#x}: pages are 4 KiB, 2 MiB or 1 GiB")
+        if unit not in self._sizes:
+            raise UnalignedError(f"page_size={unit:#x}: pages are {self.form.leaf_names}")
         linear = self._linear(gva, size, unit)
         start = self._physical(gpa, size, unit)
         if not 0 <= protection_key <= 15:
             raise ValueError(f"protection key {protection_key} is outside 0..15")
+        self._check_bits(nx, protection_key)
         flags = PRESENT | (WRITABLE if writable else 0) | (USER if user else 0) | (GLOBAL if global_ else 0)
         flags |= (NO_EXECUTE if nx else 0) | protection_key << KEY_SHIFT
         bits = {
-            level: flags | pat_bits(pat, level) | (PAGE_SIZE_BIT if level > 1 else 0) for level in PAGE_SIZES
+            level: flags | pat_bits(pat, level) | (PAGE_SIZE_BIT if level > 1 else 0)
+            for level in self.form.page_sizes
         }
 
         def plan() -> list[Chunk]:
             chunks = []
             for piece, end, encrypted in self._runs(start, size, private):
                 if page_size is None:
-                    pieces = list(_pieces(piece, end, linear - start, _LEVELS[self.max_page_size]))
+                    pieces = list(self._pieces(piece, end, linear - start, self._sizes[self.max_page_size]))
                 else:
-                    pieces = [(piece, end, _LEVELS[unit])]
+                    pieces = [(piece, end, self._sizes[unit])]
                     if (piece | end) & (unit - 1):
                         edge = piece if piece & (unit - 1) else end
                         raise MixedPrivacyError(
@@ -172,7 +187,12 @@ class PageTables:
             survey = self._survey(chunks, Op.FILL)
             if survey.mapped and not overwrite:
                 old = self._mapped(
-                    Leaves(survey.found_gva, span(survey.found_level), survey.found_entry, survey.found_level)
+                    Leaves(
+                        survey.found_gva,
+                        self.form.span(survey.found_level),
+                        survey.found_entry,
+                        survey.found_level,
+                    )
                 )
                 raise OverlapError(
                     f"gva {gva}, {size:#x} bytes: {survey.mapped:#x} bytes of it are mapped already "
@@ -211,6 +231,7 @@ class PageTables:
             raise PagingError(f"private={private}: these page tables have no encryption bit")
         if protection_key is not None and not 0 <= protection_key <= 15:
             raise ValueError(f"protection key {protection_key} is outside 0..15")
+        self._check_bits(bool(nx), protection_key or 0)
         set_bits = clear = 0
         for bit, value in (
             (WRITABLE, writable),
@@ -279,15 +300,19 @@ class PageTables:
 
         The new leaves map the same with the same flags. NotMappedError when a page is not mapped.
         """
-        if page_size not in (PAGE_SIZE, SIZE_2M):
-            raise UnalignedError(f"page_size={page_size:#x}: a split makes 4 KiB or 2 MiB pages")
+        level = self._sizes.get(page_size)
+        if level is None or level == self.form.leaf_levels:
+            *_, largest = self._sizes
+            raise UnalignedError(
+                f"page_size={page_size:#x}: a split makes pages smaller than {SIZE_NAMES[largest]}"
+            )
         if size is None:
             entry = self.walk(gva)
             if entry.leaf is None:
                 raise NotMappedError(f"gva {gva} is not mapped, so there is nothing to split")
             gva, size = gva.align_down(entry.page_size), entry.page_size
         length = size
-        self._edit(gva, length, Op.SPLIT, lambda linear: [Chunk(linear, length, level=_LEVELS[page_size])])
+        self._edit(gva, length, Op.SPLIT, lambda linear: [Chunk(linear, length, level=level)])
 
     def free(self) -> None:
         """Give all tables back to the allocator; the tables and ``cr3`` are not to be used afterwards."""
@@ -314,7 +339,7 @@ class PageTables:
         encryption = self.encryption
         return Walk(
             Gva(int(gva)),
-            tuple(WalkStep(s.level, RawGpa(s.table), s.slot, s.entry, encryption) for s in steps),
+            tuple(WalkStep(s.level, RawGpa(s.table), s.slot, s.entry, encryption, self.form) for s in steps),
             encryption,
         )
 
@@ -379,11 +404,19 @@ class PageTables:
 
     # Inner parts.
 
+    def _check_bits(self, nx: bool, protection_key: int) -> None:
+        if nx and self.levels == 2:
+            raise PagingError("nx=True: entries of 32 bits have no NX")
+        if protection_key and self.levels < 4:
+            raise PagingError(f"protection_key={protection_key}: protection keys are of long mode")
+
     @property
     def _bits(self) -> int:
-        return 12 + 9 * self.levels
+        return self.form.bits
 
     def _canonical(self, linear: int) -> int:
+        if self.levels < 4:
+            return linear
         return linear | (1 << 64) - (1 << self._bits) if linear >> (self._bits - 1) else linear
 
     def _linear(self, gva: Gva, size: int, unit: int) -> int:
@@ -392,6 +425,10 @@ class PageTables:
             raise UnalignedError(f"size {size:#x} at gva {start:#x} is not positive")
         if (start | size) & (unit - 1):
             raise UnalignedError(f"gva {start:#x}, size {size:#x}: not a multiple of {unit:#x}")
+        if self.levels < 4:
+            if start + size > 1 << self._bits:
+                raise NonCanonicalError(f"gva {start:#x}, {size:#x} bytes is not below 4 GiB")
+            return start
         low = start < half and start + size <= half
         high = start >= (1 << 64) - half and start + size <= 1 << 64
         if not low and not high:
@@ -441,9 +478,15 @@ class PageTables:
             yield max(position, limit), start + size, shared
 
     def _mapped(self, item: Leaves) -> Mapped:
-        gpa, private = split_raw(raw_address(item.entry, item.level), self.encryption)
+        gpa, private = split_raw(raw_address(item.entry, item.level, self.form), self.encryption)
         return Mapped(
-            Gva(self._canonical(item.gva)), item.size, gpa, PAGE_SIZES[item.level], item.entry, private
+            Gva(self._canonical(item.gva)),
+            item.size,
+            gpa,
+            self.form.span(item.level),
+            item.entry,
+            private,
+            self.form,
         )
 
     def _edit(
@@ -550,16 +593,15 @@ class PageTables:
             self._native.set_segments(now)
             self._known = now
 
-
-def _pieces(start: int, end: int, delta: int, level: int) -> Iterator[tuple[int, int, int]]:
-    """Cut physical [start, end) into the largest leaves that fit; *delta* is gva - gpa."""
-    unit = span(level)
-    first, last = -(-start // unit) * unit, end // unit * unit
-    if level > 1 and (delta % unit or first >= last):
-        yield from _pieces(start, end, delta, level - 1)
-        return
-    if start < first:
-        yield from _pieces(start, first, delta, level - 1)
-    yield first, last, level
-    if last < end:
-        yield from _pieces(last, end, delta, level - 1)
+    def _pieces(self, start: int, end: int, delta: int, level: int) -> Iterator[tuple[int, int, int]]:
+        """Cut physical [start, end) into the largest leaves that fit; *delta* is gva - gpa."""
+        unit = self.form.span(level)
+        first, last = -(-start // unit) * unit, end // unit * unit
+        if level > 1 and (delta % unit or first >= last):
+            yield from self._pieces(start, end, delta, level - 1)
+            return
+        if start < first:
+            yield from self._pieces(start, first, delta, level - 1)
+        yield first, last, level
+        if last < end:
+            yield from self._pieces(last, end, delta, level - 1)

@@ -63,6 +63,7 @@ class SpaceMaker:
         private_tables: bool = True,
         size: int = 8 << 20,
         poison: bool = False,
+        at: int = TABLES_AT,
         **more: int,
     ) -> Space:
         memory = GuestMemory()
@@ -73,7 +74,7 @@ class SpaceMaker:
             other = shared if private_tables else private
             for offset in range(0, size, 4096):
                 other.view(offset, 4096)[:] = POISON
-        memory.add(Segment(Gpa(TABLES_AT), size, shared, private))
+        memory.add(Segment(Gpa(at), size, shared, private))
         allocator = PageAllocator(memory, private=encryption is not None)
         tables = PageTables(
             memory, allocator, levels=levels, encryption=encryption, private_tables=private_tables, **more

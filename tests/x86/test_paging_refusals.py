@@ -175,7 +175,7 @@ def test_a_pointer_outside_memory_ends_the_walk(make_space: SpaceMaker) -> None:
         space.tables.unmap(BASE, PAGE_SIZE)
 
 
-@pytest.mark.parametrize("how", [{"levels": 3}, {"physical_bits": 53}, {"max_page_size": 0x8000}])
+@pytest.mark.parametrize("how", [{"levels": 6}, {"physical_bits": 53}, {"max_page_size": 0x8000}])
 def test_bad_tables(make_space: SpaceMaker, how: dict[str, int]) -> None:
     space = make_space()
     with pytest.raises(ValueError, match=next(iter(how))):
