@@ -35,6 +35,9 @@ from kvmpy.guest.agent import Registers as Registers
 from kvmpy.guest.l2 import L1 as L1
 from kvmpy.guest.l2 import L2 as L2
 from kvmpy.guest.l2 import VmExit as VmExit
+from kvmpy.guest.legacy import Ended as Ended
+from kvmpy.guest.legacy import Legacy as Legacy
+from kvmpy.guest.legacy import LegacyMode as LegacyMode
 from kvmpy.guest.load import LOAD as LOAD
 from kvmpy.guest.load import Load as Load
 from kvmpy.guest.load import LoadError as LoadError

@@ -43,6 +43,7 @@ TSS_RSP0 = 0x1004
 # Program header flags (within PF_MASKOS) that the linker script sets.
 PF_SHARED = 0x0010_0000
 PF_USER = 0x0020_0000
+PF_LOW = 0x0040_0000
 
 # Selectors of the GDT that the host writes.
 KERNEL_CS = 0x08

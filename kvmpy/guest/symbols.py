@@ -83,6 +83,11 @@ class Segment:
         """Whether ring 3 may reach the segment."""
         return bool(self.flags & layout.PF_USER)
 
+    @property
+    def low(self) -> bool:
+        """Whether the segment lies at the same guest-physical address, where real mode reaches it."""
+        return bool(self.flags & layout.PF_LOW)
+
 
 @dataclass(frozen=True)
 class Image:

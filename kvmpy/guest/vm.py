@@ -189,7 +189,10 @@ class GuestVm(Vm):
             skip = segment.gva - first
             pages = (skip + segment.memsize + PAGE_SIZE - 1) >> PAGE_SHIFT
             code = segment.executable and self.policy == "data"
-            gpa = self.allocator.alloc(pages, private=False if segment.shared or code else None)
+            if segment.low:
+                gpa = Gpa(int(first))
+            else:
+                gpa = self.allocator.alloc(pages, private=False if segment.shared or code else None)
             if segment.data:
                 self.memory.write(gpa + skip, segment.data)
             self._place(

@@ -34,8 +34,10 @@ STAR = (USER_CS32 << 16 | KERNEL_CS) << 32
 
 CODE, DATA = 0xB, 0x3  # execute/read and read/write, accessed
 TSS_AVAILABLE, TSS_BUSY = 0x9, 0xB
-TSS16_BUSY = 0x3
+TSS16_AVAILABLE, TSS16_BUSY = 0x1, 0x3
 INTERRUPT_GATE, TRAP_GATE = 0xE, 0xF
+CALL_GATE16, TASK_GATE, INTERRUPT_GATE16 = 0x4, 0x5, 0x6
+CALL_GATE32 = 0xC
 TSS_SIZE = 104
 GDT_LIMIT = 0x57
 IDT_SIZE = 4096
@@ -137,13 +139,49 @@ def tss(*, rsp0: int = 0, rsp1: int = 0, rsp2: int = 0, ist: Mapping[int, int] |
     return struct.pack("<I3QQ7QQHH", 0, rsp0, rsp1, rsp2, 0, *stacks, 0, 0, TSS_SIZE)
 
 
-def tss32(*, esp0: int = 0, ss0: int = KERNEL_DS, cr3: int = 0) -> bytes:
-    """Return a 32-bit TSS (104 bytes, no I/O bitmap) with the stack of ring 0."""
+TSS32_FIELDS = {
+    name: 4 * number
+    for number, name in enumerate(
+        "link esp0 ss0 esp1 ss1 esp2 ss2 cr3 eip eflags eax ecx edx ebx esp ebp esi edi"
+        " es cs ss ds fs gs ldt trap".split()
+    )
+}
+"""Where the fields of a 32-bit TSS are; *trap* is its T bit, and the offset of the I/O bitmap in the upper half
+(AMD APM volume 2, figure 12-6)."""
+TSS16_FIELDS = {
+    name: 2 * number
+    for number, name in enumerate(
+        "link sp0 ss0 sp1 ss1 sp2 ss2 ip flags ax cx dx bx sp bp si di es cs ss ds ldt".split()
+    )
+}
+"""The same of a 16-bit TSS."""
+TSS16_SIZE = 44
+
+
+def tss32(
+    *, esp0: int = 0, ss0: int = KERNEL_DS, cr3: int = 0, trap: int = TSS_SIZE << 16, **fields: int
+) -> bytes:
+    """Return a 32-bit TSS (104 bytes, no I/O bitmap) with the stack of ring 0, and other :data:`TSS32_FIELDS`
+    of a task that is switched to.
+    """
     data = bytearray(TSS_SIZE)
-    struct.pack_into("<IIH", data, 0, 0, esp0, ss0)
-    struct.pack_into("<I", data, 28, cr3)
-    struct.pack_into("<H", data, 102, TSS_SIZE)
+    for name, value in {"esp0": esp0, "ss0": ss0, "cr3": cr3, "trap": trap, **fields}.items():
+        struct.pack_into("<I", data, TSS32_FIELDS[name], value)
     return bytes(data)
+
+
+def tss16(**fields: int) -> bytes:
+    """Return a 16-bit TSS (44 bytes) with :data:`TSS16_FIELDS`."""
+    data = bytearray(TSS16_SIZE)
+    for name, value in fields.items():
+        struct.pack_into("<H", data, TSS16_FIELDS[name], value)
+    return bytes(data)
+
+
+def gate32(target: int, selector: int, kind: int = INTERRUPT_GATE, dpl: int = 0, count: int = 0) -> int:
+    """Return the eight bytes of a legacy gate as a number; *count* of parameters is a call gate's."""
+    access = kind | dpl << 5 | 0x80
+    return target & 0xFFFF | selector << 16 | count << 32 | access << 40 | (target >> 16) << 48
 
 
 def gate(
@@ -186,12 +224,10 @@ def idt(
 def idt32(stub_base: int, stride: int = 16, dpl3: Iterable[int] = (3,)) -> bytes:
     """Return a 32-bit IDT of 256 interrupt gates into :data:`KERNEL_CS32` (2048 bytes)."""
     open_to_users = frozenset(dpl3)
-    entries = []
-    for vector in range(256):
-        target = stub_base + vector * stride
-        access = INTERRUPT_GATE | (3 if vector in open_to_users else 0) << 5 | 0x80
-        entries.append(struct.pack("<HHBBH", target & 0xFFFF, KERNEL_CS32, 0, access, target >> 16))
-    return b"".join(entries)
+    return b"".join(
+        gate32(stub_base + v * stride, KERNEL_CS32, dpl=3 if v in open_to_users else 0).to_bytes(8, "little")
+        for v in range(256)
+    )
 
 
 def load(segment: kvm_segment, selector: int, table: bytes, *, base: int | None = None) -> None:
