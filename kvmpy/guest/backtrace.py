@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from kvmpy.core.address import Gva
 from kvmpy.core.errors import PrivateMemoryError
 from kvmpy.guest import layout, ucall
+from kvmpy.guest.space import linear
 from kvmpy.x86 import exceptions
 from kvmpy.x86.paging_errors import TableAccessError
 
 if TYPE_CHECKING:
+    from kvmpy.guest.space import AddressSpace
     from kvmpy.guest.ucall import Ucall
     from kvmpy.guest.vm import GuestVm
     from kvmpy.uapi.structs import kvm_regs, kvm_sregs
@@ -44,7 +46,7 @@ _RFLAGS_ONE, _RFLAGS_END = 1 << 1, 1 << 22
 
 @dataclass(frozen=True)
 class Place:
-    """Where the guest stood: at the fault or assertion when there was one, else at the registers.
+    """Where the guest stood, by linear addresses: at the fault or assertion, else at the registers.
 
     *called* says that *rip* is a return address: what matters is the call before it, and the frames of the
     runtime up to it are left out.
@@ -76,9 +78,10 @@ def place_of(state: list[tuple[kvm_regs, kvm_sregs]], call: Ucall | None) -> Pla
         return Place(args[_EXCEPTION_RIP], args[_EXCEPTION_RSP], args[_EXCEPTION_RBP], args[_EXCEPTION_CR2])
     if state:
         regs, sregs = state[0]
+        rsp, rbp = (linear(sregs, sregs.ss, value) for value in (regs.rsp, regs.rbp))
         if call is not None and call.rip is not None:
-            return Place(call.rip, regs.rsp, regs.rbp, sregs.cr2, called=True)
-        return Place(regs.rip, regs.rsp, regs.rbp, sregs.cr2)
+            return Place(call.rip, rsp, rbp, sregs.cr2, called=True)
+        return Place(linear(sregs, sregs.cs, regs.rip), rsp, rbp, sregs.cr2)
     return None
 
 
@@ -103,8 +106,10 @@ def _at(line: tuple[str, int] | None) -> str:
     return f" at {line[0]}:{line[1]}" if line else ""
 
 
-def code_bytes(vm: GuestVm, start: int, end: int) -> bytes:
-    """Return guest code; ValueError where nothing is mapped."""
+def code_bytes(vm: GuestVm, start: int, end: int, space: AddressSpace | None = None) -> bytes:
+    """Return guest code, by default in the program's address space; ValueError where nothing is mapped."""
+    if space is not None and not space.own:
+        return space.read(start, end - start)
     # The image is the program's own: it needs no look into guest memory, which may be hidden.
     for segment in vm.program.segments:
         base = int(segment.gva)

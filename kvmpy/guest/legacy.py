@@ -102,14 +102,21 @@ class Legacy:
     """A vCPU of a VM that runs code in *mode*, from a fresh state each time.
 
     *levels* of page tables: 0 for no paging, 2, or 3 for PAE; the first MiB lies at its own addresses,
-    :attr:`tables` maps more.  *ring* is 0 or 3 in protected mode.
+    :attr:`tables` maps more.  *ring* is 0 or 3 in protected mode.  *tr_type* is the type that TR begins with:
+    QEMU without KVM ends at an exception of ring 3 if that is a busy TSS, as it is on processors.
 
     The first one launches the VM.  Code is the name of a label in the program's section ``.low``, which
     returns with a near RET, or bytes, which end behind themselves.
     """
 
     def __init__(
-        self, vcpu: GuestVcpu, mode: LegacyMode = LegacyMode.REAL, *, levels: int = 0, ring: int = 0
+        self,
+        vcpu: GuestVcpu,
+        mode: LegacyMode = LegacyMode.REAL,
+        *,
+        levels: int = 0,
+        ring: int = 0,
+        tr_type: int = segments.TSS_BUSY,
     ) -> None:
         if levels not in (0, 2, 3):
             raise ValueError(f"levels={levels}: 0 (no paging), 2 or 3 (PAE)")
@@ -117,7 +124,7 @@ class Legacy:
             raise ValueError("real mode has neither paging nor rings")
         if ring not in (0, 3):
             raise ValueError(f"ring={ring}: 0 or 3")
-        self.vcpu, self.mode = vcpu, mode
+        self.vcpu, self.mode, self._tr_type = vcpu, mode, tr_type
         self.ring = 3 if mode is LegacyMode.VM86 else ring
         self.vm: GuestVm = vcpu.vm
         self.tables: PageTables | None = None
@@ -183,7 +190,7 @@ class Legacy:
         pae = self.tables is not None and self.tables.levels == 3
         cr4 = int(CR4.PAE if pae else CR4.PSE)
         segments.protected_mode_sregs(sregs, GDT, IDT, TSS, cr3=self._cr3, cr4=cr4)
-        sregs.gdt.limit, sregs.tr.limit = PAGE_SIZE - 1, len(self.tss) - 1
+        sregs.gdt.limit, sregs.tr.limit, sregs.tr.type = PAGE_SIZE - 1, len(self.tss) - 1, self._tr_type
         if self.mode is LegacyMode.VM86:
             for segment in _all_segments(sregs):
                 vm86_segment(segment, 0)
@@ -279,7 +286,7 @@ class Legacy:
                 raise self.vcpu.unexpected(got, "the end of the code")
 
     def moved_to(self, vcpu: GuestVcpu) -> Legacy:
-        """Return the same on *vcpu* of another VM, which it launches; a test brings memory and state there."""
+        """Return the same on *vcpu* of another VM, which it launches; the test moves the state."""
         other = copy(self)
         other.vcpu, other.vm = vcpu, vcpu.vm
         other._launch()

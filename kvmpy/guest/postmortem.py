@@ -19,6 +19,7 @@ from kvmpy.guest.disasm import disassemble
 from kvmpy.guest.errors import printable
 from kvmpy.guest.postmortem_interrupts import interrupts
 from kvmpy.guest.postmortem_nested import nested
+from kvmpy.guest.space import AddressSpace
 from kvmpy.uapi.constants import ExitReason, MpState
 from kvmpy.x86 import registers
 from kvmpy.x86.bits import EFER
@@ -73,11 +74,14 @@ def _postmortem(
         section("GHCB", lambda: list(vm.protection.about_vcpu(vm, vcpu)))
     place = place_of(state, call)
     if place is not None:
-        section("code", lambda: _code(vm, place))
-        section("backtrace", lambda: backtrace(vm, place))
+        space = AddressSpace(vm, state[0][1] if state else None)
+        section("code", lambda: _code(vm, place, space))
+        if space.own:
+            section("backtrace", lambda: backtrace(vm, place))
         for name, address in (("RIP", place.rip), ("RSP", place.rsp), ("CR2", place.cr2)):
             if name != "CR2" or address:
-                section(f"page-table walk of {name} {address:#x}", lambda address=address: _walk(vm, address))  # type: ignore[misc]
+                title = f"page-table walk of {name} {address:#x}"
+                section(title, lambda address=address: space.walk_lines(address))  # type: ignore[misc]
     if len(vm.vcpus) > 1:
         section("other vCPUs", lambda: _others(vm, vcpu))
     for other in [vcpu, *(peer for peer in vm.vcpus if peer is not vcpu)][:TRAIL_OF_OTHERS]:
@@ -125,7 +129,7 @@ def _state(vcpu: GuestVcpu, state: list[tuple[kvm_regs, kvm_sregs]]) -> Iterator
     regs, sregs = vcpu.regs.get(), vcpu.regs.get_sregs()
     state.append((regs, sregs))
     yield from registers.format_regs(regs).splitlines()
-    yield from registers.format_sregs(sregs).splitlines()
+    yield from registers.format_sregs(sregs, regs.rflags).splitlines()
     yield from _mp_state(vcpu, regs)
 
 
@@ -141,7 +145,7 @@ def _mp_state(vcpu: GuestVcpu, regs: kvm_regs) -> Iterator[str]:
     yield f"mp state {name}{', interrupts off: no interrupt wakes it' if masked else ''}"
 
 
-def _code(vm: GuestVm, place: Place) -> Iterator[str]:
+def _code(vm: GuestVm, place: Place, space: AddressSpace) -> Iterator[str]:
     rip = place.instruction
     yield f"{place.rip:#x}  {describe(vm, rip)}"
     function = vm.program.function(Gva(rip))
@@ -150,14 +154,14 @@ def _code(vm: GuestVm, place: Place) -> Iterator[str]:
     raw: bytes | None = None
     for end in (rip + CODE_BYTES_AFTER, (rip | PAGE_SIZE - 1) + 1, rip + 1):
         try:
-            raw = code_bytes(vm, start, end)
+            raw = code_bytes(vm, start, end, space)
             break
         except ValueError:
             continue
     if raw is None:
         yield "no code is mapped here"
         return
-    listing = list(disassemble(raw, start))
+    listing = list(disassemble(raw, start, bits=space.bits))
     here = max((number for number, (address, _) in enumerate(listing) if address <= rip), default=0)
     begin = listing[here][0] - start if listing else 0
     before, after = (
@@ -199,10 +203,6 @@ def where(vm: GuestVm, vcpu: GuestVcpu, call: Ucall | None = None) -> str:
             return standing(vm, place) + waits
         except Exception as error:  # noqa: BLE001 - the failure that brought us here must not be lost behind this one
             return f"not available: {type(error).__name__}: {error}"
-
-
-def _walk(vm: GuestVm, address: int) -> Iterator[str]:
-    yield from str(vm.pages.walk(Gva(address))).splitlines()
 
 
 def _trail(vcpu: GuestVcpu) -> Iterator[str]:

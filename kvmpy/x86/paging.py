@@ -583,12 +583,7 @@ class PageTables:
         """Tell the editor where memory is now: ranges come and go, and a launch seals what is private."""
         if self._freed:
             raise PagingError("these page tables were freed")
-        sealed = self.memory.seal is not None
-        now = []
-        for segment in self.memory.segments():
-            shared = 0 if segment.shared.closed else segment.shared_hva
-            gone = sealed or segment.private is None or segment.private.closed
-            now.append((int(segment.gpa), segment.size, shared, 0 if gone else segment.private_hva))
+        now = _views_of(self.memory)
         if now != self._known:
             self._native.set_segments(now)
             self._known = now
@@ -605,3 +600,36 @@ class PageTables:
         yield first, last, level
         if last < end:
             yield from self._pieces(last, end, delta, level - 1)
+
+
+def _views_of(memory: GuestMemory) -> list[tuple[int, int, int, int]]:
+    sealed = memory.seal is not None
+    views = []
+    for segment in memory.segments():
+        shared = 0 if segment.shared.closed else segment.shared_hva
+        gone = sealed or segment.private is None or segment.private.closed
+        views.append((int(segment.gpa), segment.size, shared, 0 if gone else segment.private_hva))
+    return views
+
+
+def walk_from(
+    memory: GuestMemory, cr3: int, levels: int, gva: Gva, *, encryption: EncryptionBit | None = None
+) -> Walk:
+    """Walk tables that somebody else has made, from *cr3* (raw) on; *levels* as for :class:`PageTables`.
+
+    *gva* is taken modulo the width of a linear address.  TableAccessError where the root is out of reach.
+    """
+    form = FORMATS[levels]
+    private = encryption is not None and encryption.from_raw(RawGpa(cr3))[1]
+    mask = 0 if encryption is None else encryption.mask
+    native = NativeTables(cr3, levels, mask, encryption is None or encryption.set_means_private, private)
+    native.set_segments(_views_of(memory))
+    try:
+        steps = native.walk(int(gva) & (1 << form.bits) - 1)
+    except TableReachError as fault:
+        raise TableAccessError(f"the root of the page tables, {cr3:#x}, is out of reach") from fault
+    return Walk(
+        gva,
+        tuple(WalkStep(s.level, RawGpa(s.table), s.slot, s.entry, encryption, form) for s in steps),
+        encryption,
+    )

@@ -89,9 +89,9 @@ def format_regs(regs: kvm_regs) -> str:
     return "\n".join(lines)
 
 
-def format_sregs(sregs: Sregs) -> str:
+def format_sregs(sregs: Sregs, rflags: int = 0) -> str:
     """Return control registers, segments and descriptor tables as lines of text."""
-    mode = cpu_mode(sregs.cr0, sregs.efer, sregs.cs.l, sregs.cs.db)
+    mode = cpu_mode(sregs.cr0, sregs.efer, sregs.cs.l, sregs.cs.db, rflags)
     lines = [
         f"mode {mode}, cpl {sregs.ss.dpl}, paging {paging_mode(sregs.cr0, sregs.cr4, sregs.efer)}",
         f"cr0 {sregs.cr0:016x} [{cr0_words(sregs.cr0)}]",

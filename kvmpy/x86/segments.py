@@ -139,21 +139,18 @@ def tss(*, rsp0: int = 0, rsp1: int = 0, rsp2: int = 0, ist: Mapping[int, int] |
     return struct.pack("<I3QQ7QQHH", 0, rsp0, rsp1, rsp2, 0, *stacks, 0, 0, TSS_SIZE)
 
 
-TSS32_FIELDS = {
-    name: 4 * number
-    for number, name in enumerate(
-        "link esp0 ss0 esp1 ss1 esp2 ss2 cr3 eip eflags eax ecx edx ebx esp ebp esi edi"
-        " es cs ss ds fs gs ldt trap".split()
-    )
-}
-"""Where the fields of a 32-bit TSS are; *trap* is its T bit, and the offset of the I/O bitmap in the upper half
-(AMD APM volume 2, figure 12-6)."""
-TSS16_FIELDS = {
-    name: 2 * number
-    for number, name in enumerate(
-        "link sp0 ss0 sp1 ss1 sp2 ss2 ip flags ax cx dx bx sp bp si di es cs ss ds ldt".split()
-    )
-}
+_TSS32 = (
+    "link", "esp0", "ss0", "esp1", "ss1", "esp2", "ss2", "cr3", "eip", "eflags", "eax", "ecx", "edx", "ebx",
+    "esp", "ebp", "esi", "edi", "es", "cs", "ss", "ds", "fs", "gs", "ldt", "trap",
+)  # fmt: skip
+TSS32_FIELDS = {name: 4 * number for number, name in enumerate(_TSS32)}
+"""Where the fields of a 32-bit TSS are; *trap* has its T bit, and in the upper half the offset of the I/O
+bitmap (AMD APM volume 2, 12.2.5)."""
+_TSS16 = (
+    "link", "sp0", "ss0", "sp1", "ss1", "sp2", "ss2", "ip", "flags", "ax", "cx", "dx", "bx", "sp", "bp", "si",
+    "di", "es", "cs", "ss", "ds", "ldt",
+)  # fmt: skip
+TSS16_FIELDS = {name: 2 * number for number, name in enumerate(_TSS16)}
 """The same of a 16-bit TSS."""
 TSS16_SIZE = 44
 

@@ -9,6 +9,7 @@ import pytest
 
 from kvmpy import GuestProgram, Legacy, LegacyMode, MakeVm
 from kvmpy.testing import host
+from kvmpy.x86 import segments
 
 LegacyMaker = Callable[..., Legacy]
 
@@ -31,6 +32,8 @@ def legacy(make_vm: MakeVm) -> LegacyMaker:
         mode: LegacyMode, program: GuestProgram | None = None, *, levels: int = 0, ring: int = 0
     ) -> Legacy:
         vm = make_vm(program if program is not None else GuestProgram.from_asm("\t.text\n"))
-        return Legacy(vm.vcpus[0], mode, levels=levels, ring=ring)
+        # Whoever emulates the lab's CPU wants TR as LTR has read it.
+        tr_type = segments.TSS_BUSY if host.platform_name() == "host" else segments.TSS_AVAILABLE
+        return Legacy(vm.vcpus[0], mode, levels=levels, ring=ring, tr_type=tr_type)
 
     return make

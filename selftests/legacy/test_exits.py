@@ -42,7 +42,7 @@ def prepare(cpu: Legacy) -> None:
     if cpu.ring:
         cpu.allow_ports(PORT, 4)
     if cpu.tables is not None:
-        cpu.tables.map(Gva(hole(cpu)), NOWHERE, PAGE_SIZE, user=True)
+        cpu.tables.map(Gva(hole(cpu)), NOWHERE, PAGE_SIZE, user=True, overwrite=True)
     elif cpu.mode in (LegacyMode.REAL, LegacyMode.PROTECTED16):
         cpu.sregs.ds.limit, cpu.sregs.ds.g = 0xFFFF_FFFF, 1
 

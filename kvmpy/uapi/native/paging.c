@@ -456,6 +456,9 @@ int kvmpy_pt_walk(struct kvmpy_pt *pt, uint64_t gva, struct kvmpy_pt_step *steps
 
 		if (ret)
 			return count ? count : ret;
+		/* The four entries of PAE's root may lie anywhere in a page. */
+		if (level == 3 && pt->levels == 3)
+			index += (pt->root & 0xfe0) / 8;
 		steps[count] = (struct kvmpy_pt_step){pointer & PT_ADDRESS, index, pt_get(pt, table, index), level};
 		pointer = steps[count++].entry;
 		if (!(pointer & PT_P) || pt_is_leaf(pt, pointer, level))
