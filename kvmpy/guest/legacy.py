@@ -306,7 +306,9 @@ class Legacy:
         return result
 
     def _at_end(self, result: Ended) -> bool:
-        return bool(result.cs & 3 or result.regs.rflags & RFLAGS.VM) and result["eip"] in (self._end, END)
+        user = result.cs & 3 or result.regs.rflags & RFLAGS.VM
+        refused = result.fault is not None and not result.fault.error_code
+        return bool(user and refused) and result["eip"] in (self._end, END)
 
     def _interrupted(self, vector: int, regs: kvm_regs, sregs: kvm_sregs) -> Ended:
         mask = 0xFFFF_FFFF if sregs.ss.db else 0xFFFF

@@ -245,7 +245,7 @@ EXPECTED = {
     "idiv": Case({"ax": 0xFFF9, "dx": 0xFFFF, "bx": 2}, {"ax": 0xFFFD, "dx": 0xFFFF}),
     "div_by_zero": Case({"ax": 1}, {"ax": 1}, vector=Vector.DE),
     "div_overflow": Case({"ax": 0x200, "bx": 2}, {"ax": 0x200}, vector=Vector.DE),
-    "idiv_overflow": Case({"ax": 0, "dx": 0x8000, "bx": 0xFFFF}, {"dx": 0x8000}, vector=Vector.DE),
+    "idiv_overflow": Case({"ax": 0, "dx": 0x4000, "bx": 0x8001}, {"dx": 0x4000}, vector=Vector.DE),
     "cbw": Case({"eax": 0xFFFF0080}, {"eax": 0xFFFFFF80}),
     "cwd": Case({"ax": 0x8000, "edx": 0x10000}, {"edx": 0x1FFFF}),
     "cwde": Case({"eax": 0x8000}, {"eax": 0xFFFF8000}),

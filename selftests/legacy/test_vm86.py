@@ -113,7 +113,7 @@ def test_interrupt_at_iopl_3(cpu: Legacy) -> None:
     """INT goes through the protected-mode IDT to ring 0, whose stack gets all segment registers."""
     for name, value in (("ds", 0x1111), ("es", 0x2222), ("fs", 0x3333), ("gs", 0x4444)):
         places.vm86_segment(getattr(cpu.sregs, name), value)
-    cpu.set_gate(0x60, segments.gate32(places.STUBS + 0x60 * 4, segments.KERNEL_CS32))
+    cpu.set_gate(0x60, segments.gate32(places.STUBS + 0x60 * 4, segments.KERNEL_CS32, dpl=3))
     ended = cpu.run(b"\xcd\x60", flags=IOPL3 | 1)
     assert ended.fault == Fault(0x60, 0)
     assert (ended["eip"], ended.cs, ended.ss) == (places.CODE + 2, 0, 0)
@@ -125,7 +125,7 @@ def test_interrupt_at_iopl_3(cpu: Legacy) -> None:
 
 def test_interrupt_to_ring_3_is_refused(cpu: Legacy) -> None:
     """A gate to a code segment that is not of ring 0 is #GP with its selector."""
-    cpu.set_gate(0x60, segments.gate32(places.STUBS, segments.USER_CS32))
+    cpu.set_gate(0x60, segments.gate32(places.STUBS, segments.USER_CS32, dpl=3))
     assert cpu.run(b"\xcd\x60", flags=IOPL3).fault == Fault(Vector.GP, segments.USER_CS32 & ~3)
 
 
@@ -140,6 +140,7 @@ def test_ports(legacy: LegacyMaker, size: int, code: bytes) -> None:
         cpu.begin(code, eax=0x12345678, flags=flags)
         got = cpu.vcpu.expect(IoExit)
         assert (got.port, got.size, got.value) == (PORT, size, 0x12345678 & (1 << 8 * size) - 1)
+        cpu.vcpu.complete_io()
         for bit in range(size):
             cpu.reset()
             cpu.allow_ports(PORT, size)

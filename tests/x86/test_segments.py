@@ -114,6 +114,29 @@ def test_tss32_fields() -> None:
     assert struct.unpack_from("<I", raw, 28) == (0x5000,)
 
 
+def test_task_state_fields() -> None:
+    """Offsets of AMD APM volume 2, figures 12-6 and 12-5."""
+    raw = segments.tss32(eip=1, eflags=2, eax=3, esp=4, edi=5, es=6, cs=7, gs=8, trap=0x68_0001, link=10)
+    assert struct.unpack_from("<III", raw, 32) == (1, 2, 3)
+    assert struct.unpack_from("<I", raw, 56) == (4,)
+    assert struct.unpack_from("<III", raw, 68) == (5, 6, 7)
+    assert struct.unpack_from("<IIHH", raw, 92) == (8, 0, 1, 0x68)
+    assert struct.unpack_from("<I", raw) == (10,)
+    small = segments.tss16(link=1, ip=2, flags=3, ax=4, di=5, es=6, ds=7, ldt=8)
+    assert (len(small), struct.unpack_from("<3H", small, 14)) == (44, (2, 3, 4))
+    assert struct.unpack_from("<2H", small, 32) == (5, 6)
+    assert struct.unpack_from("<2H", small, 40) == (7, 8)
+
+
+def test_gate32() -> None:
+    """AMD APM volume 2, figure 4-18 and 4-22."""
+    gate = segments.gate32(0x1234_5678, 0x40, segments.CALL_GATE32, dpl=3, count=5)
+    assert gate.to_bytes(8, "little") == bytes.fromhex("7856 4000 05 ec 3412")
+    assert segments.gate32(0, 0x68, segments.TASK_GATE).to_bytes(8, "little") == bytes.fromhex(
+        "0000 6800 00 85 0000"
+    )
+
+
 @pytest.mark.parametrize("index", [0, 8, -1])
 def test_ist_index_is_checked(index: int) -> None:
     with pytest.raises(ValueError, match="IST index"):
