@@ -33,7 +33,7 @@ static __noreturn void abort_from(void *caller, u32 kind, u64 got, u64 expected,
 	slot->args[1] = expected;
 	slot->args[2] = line;
 	slot->args[3] = kind;
-	slot->args[4] = (u64)caller;
+	slot->args[4] = (uintptr_t)caller;
 	slot->cmd = KVMPY_UCALL_CMD_ABORT | 5 << KVMPY_UCALL_NARGS_SHIFT | KVMPY_UCALL_HAS_TEXT;
 	for (;;)
 		guest_ucall_send(slot);

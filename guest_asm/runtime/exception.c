@@ -65,9 +65,16 @@ static bool fix_up(struct exception_frame *frame)
 
 __noreturn void guest_exception_unexpected(struct exception_frame *frame)
 {
+#ifdef __i386__
+	/* In ring 0 the CPU has pushed no stack pointer: it was behind the flags. */
+	uintptr_t rsp = exception_from_user(frame) ? frame->rsp : (uintptr_t)&frame->rsp;
+#else
+	uintptr_t rsp = frame->rsp;
+#endif
+
 	for (;;)
 		GUEST_UCALL(KVMPY_UCALL_CMD_EXCEPTION, frame->vector, frame->error_code, frame->rip,
-			    frame->rsp, read_cr2(), frame->rflags, frame, frame->rbp);
+			    rsp, read_cr2(), frame->rflags, frame, frame->rbp);
 }
 
 static void leave_idle(struct exception_frame *frame)
@@ -102,10 +109,12 @@ void guest_exception(struct exception_frame *frame)
 
 	if (handler)
 		run_handler(handler, frame);
+#ifdef __x86_64__
 	else if (exception_from_user(frame) && guest_cpu()->user_rsp)
 		guest_user_leave(frame);
 	else if (!exception_from_user(frame) && guest_cpu()->call_rsp && frame->vector < 32)
 		guest_call_leave(frame);
+#endif
 	else
 		guest_exception_unexpected(frame);
 }

@@ -12,11 +12,15 @@ void *memset(void *to, int c, size_t size)
 
 void *memcpy(void *to, const void *from, size_t size)
 {
-	size_t words = size / 8;
+	size_t words = size / sizeof(long);
 	void *p = to;
 
+#ifdef __x86_64__
 	asm volatile("rep movsq" : "+D"(p), "+S"(from), "+c"(words) : : "memory");
-	size %= 8;
+#else
+	asm volatile("rep movsl" : "+D"(p), "+S"(from), "+c"(words) : : "memory");
+#endif
+	size %= sizeof(long);
 	asm volatile("rep movsb" : "+D"(p), "+S"(from), "+c"(size) : : "memory");
 	return to;
 }

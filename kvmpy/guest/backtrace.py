@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmpy.core.address import Gva
 from kvmpy.core.errors import PrivateMemoryError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 MAX_FRAMES = 4096
 MAX_STACK = 1 << 20
 _MOST_SHOWN = 4
-_PROLOGUE = b"\x55\x48\x89\xe5"  # push rbp; mov rbp, rsp
 _RET = b"\xc3"
 _STUBS = ("guest_vectors", "entry_common", "entry_vc", "entry_paranoid", "entry_nmi")
 _U64 = (1 << 64) - 1
@@ -36,11 +35,39 @@ _U64 = (1 << 64) - 1
 # Where a GuestExceptionError's ucall keeps what the handler saved: see ucall EXCEPTION.
 _EXCEPTION_RIP, _EXCEPTION_RSP, _EXCEPTION_CR2, _EXCEPTION_RBP = 2, 3, 4, 7
 
-# struct exception_frame, in words; from RIP on the CPU pushed it.
-_FRAME = struct.Struct("<22Q")
-_RBP, _VECTOR, _ERROR, _RIP = 10, 15, 16, 17
-_PUSHED = 5
-_SELECTORS = (layout.KERNEL_CS, layout.USER_CS)
+
+class _Abi(NamedTuple):
+    """What the two kinds of programs have differently.
+
+    *frame* is struct exception_frame, in words, of which *rbp* to *rip* are numbers; from RIP on the CPU
+    pushed it, without RSP and SS where *pushed* is 3.  *argument* is the word between the stub's return
+    address and the frame.
+    """
+
+    word: int
+    frame: struct.Struct
+    rbp: int
+    vector: int
+    error: int
+    rip: int
+    pushed: int
+    prologue: bytes
+    selectors: tuple[int, ...]
+    argument: int
+
+    def words(self, data: bytes) -> tuple[int, ...]:
+        """Split *data* into words."""
+        return struct.unpack(f"<{len(data) // self.word}{'Q' if self.word == 8 else 'I'}", data)
+
+
+# push rbp; mov rbp, rsp
+_ABIS = {
+    64: _Abi(
+        8, struct.Struct("<22Q"), 10, 15, 16, 17, 5, b"\x55\x48\x89\xe5",
+        (layout.KERNEL_CS, layout.USER_CS), 0,
+    ),
+    32: _Abi(4, struct.Struct("<15I"), 2, 8, 9, 10, 3, b"\x55\x89\xe5", (layout.KERNEL_CS32,), 4),
+}  # fmt: skip
 _RFLAGS_ONE, _RFLAGS_END = 1 << 1, 1 << 22
 
 
@@ -189,51 +216,59 @@ def _outer(vm: GuestVm, frame: Frame) -> Frame | None:
 
 def _interrupted(vm: GuestVm, frame: Frame, function: tuple[str, int]) -> Frame | None:
     """Return what an exception interrupted, whose vector stub *frame* is in."""
+    abi = _ABIS[vm.program.bits]
     if frame.called:
-        words = _FRAME.unpack(vm.read(Gva(frame.rsp), _FRAME.size))
-        return _exception(words[_RIP:], words[_RBP], words[_VECTOR], words[_ERROR])
+        start = frame.rsp + abi.argument
+        words = abi.frame.unpack(vm.read(Gva(start), abi.frame.size))
+        stack = start + abi.word * (abi.rip + abi.pushed)
+        return _exception(abi, words[abi.rip :], words[abi.rbp], words[abi.vector], words[abi.error], stack)
     # Somewhere among its pushes and pops: what the CPU pushed is not far.
-    for offset in range(frame.rsp, frame.rsp + 8 * (_RIP + 1), 8):
-        pushed = struct.unpack("<5Q", vm.read(Gva(offset), 8 * _PUSHED))
-        if pushed[1] in _SELECTORS and pushed[2] & _RFLAGS_ONE and pushed[2] < _RFLAGS_END:
+    for offset in range(frame.rsp, frame.rsp + abi.word * (abi.rip + 1), abi.word):
+        pushed = abi.words(vm.read(Gva(offset), abi.word * abi.pushed))
+        if pushed[1] in abi.selectors and pushed[2] & _RFLAGS_ONE and pushed[2] < _RFLAGS_END:
             if function[0] == _STUBS[0]:
                 vector, error = function[1] // layout.VECTOR_STRIDE, 0
             else:
-                vector, error = struct.unpack("<QQ", vm.read(Gva(offset - 16), 16))
-            return _exception(pushed, frame.rbp, vector, error)
+                vector, error = abi.words(vm.read(Gva(offset - 2 * abi.word), 2 * abi.word))
+            stack = offset + abi.word * abi.pushed
+            return _exception(abi, pushed, frame.rbp, vector, error, stack)
     return None
 
 
-def _exception(pushed: tuple[int, ...], rbp: int, vector: int, error: int) -> Frame | None:
-    rip, selector, _, rsp, _ = pushed
-    if selector not in _SELECTORS or vector > 0xFF:
+def _exception(
+    abi: _Abi, pushed: tuple[int, ...], rbp: int, vector: int, error: int, stack: int
+) -> Frame | None:
+    rip, selector = pushed[:2]
+    if selector not in abi.selectors or vector > 0xFF:
         return None
     name = exceptions.describe(vector, error) if vector < 32 else f"interrupt {vector:#x}"
-    return Frame(rip, rsp, rbp, exception=name)
+    return Frame(rip, pushed[3] if abi.pushed > 3 else stack, rbp, exception=name)
 
 
 def _frameless_caller(vm: GuestVm, frame: Frame, function: tuple[str, int] | None) -> Frame | None:
     # gcc gives a small leaf function no frame; before its prologue and at its RET no function has one.
     if frame.called or function is None or function[0].endswith(".cold"):
         return None
+    abi = _ABIS[vm.program.bits]
     head = code_bytes(vm, frame.rip - function[1], frame.rip)
     returns = code_bytes(vm, frame.rip, frame.rip + 1) == _RET
-    if _PROLOGUE in head and not returns:
+    if abi.prologue in head and not returns:
         return None
-    address = frame.rsp + (8 if head.endswith(_PROLOGUE[:1]) and not returns else 0)
+    address = frame.rsp + (abi.word if head.endswith(abi.prologue[:1]) and not returns else 0)
     try:
-        back = int.from_bytes(vm.read(Gva(address), 8), "little")
+        back = int.from_bytes(vm.read(Gva(address), abi.word), "little")
     except ValueError:
         return None
-    return _returning(vm, back, address + 8, frame.rbp)
+    return _returning(vm, back, address + abi.word, frame.rbp)
 
 
 def _caller(vm: GuestVm, frame: Frame) -> Frame | None:
     # A frame pointer that does not move up the stack, or leaves it, ends the chain.
-    if frame.rbp < frame.rsp or frame.rbp % 8 or frame.rbp - frame.rsp > MAX_STACK:
+    abi = _ABIS[vm.program.bits]
+    if frame.rbp < frame.rsp or frame.rbp % abi.word or frame.rbp - frame.rsp > MAX_STACK:
         return None
-    rbp, back = struct.unpack("<QQ", vm.read(Gva(frame.rbp), 16))
-    return _returning(vm, back, frame.rbp + 16, rbp)
+    rbp, back = abi.words(vm.read(Gva(frame.rbp), 2 * abi.word))
+    return _returning(vm, back, frame.rbp + 2 * abi.word, rbp)
 
 
 def _returning(vm: GuestVm, back: int, rsp: int, rbp: int) -> Frame | None:

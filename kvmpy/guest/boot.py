@@ -13,6 +13,7 @@ from kvmpy.uapi import ioctls
 from kvmpy.uapi.constants import KVM_MP_STATE_RUNNABLE
 from kvmpy.uapi.structs import kvm_cpuid2, kvm_mp_state, kvm_regs
 from kvmpy.x86 import segments
+from kvmpy.x86.bits import CR4, EFER
 
 if TYPE_CHECKING:
     from kvmpy.core.kvm import Kvm
@@ -26,10 +27,13 @@ NMI_VECTOR = 2
 IST_DOUBLE_FAULT = 1
 IST_NMI = 2
 RFLAGS_RESERVED = 0x2
+_LONG_MODE_LEVELS = 4
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(stubs: int, nested_nmis: bool) -> tuple[bytes, bytes]:
+def _tables(stubs: int, nested_nmis: bool, bits: int) -> tuple[bytes, bytes]:
+    if bits == 32:
+        return segments.gdt(), segments.idt32(stubs, stride=layout.VECTOR_STRIDE)
     ist = {DOUBLE_FAULT_VECTOR: IST_DOUBLE_FAULT}
     if not nested_nmis:
         ist[NMI_VECTOR] = IST_NMI
@@ -41,7 +45,7 @@ def system_tables(program: GuestProgram, *, nested_nmis: bool = False) -> tuple[
 
     With *nested_nmis* an NMI has no stack of its own: the next may come before it has returned.
     """
-    return _tables(int(program.symbol(layout.VECTORS_SYMBOL).gva), nested_nmis)
+    return _tables(int(program.symbol(layout.VECTORS_SYMBOL).gva), nested_nmis, program.bits)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -83,10 +87,24 @@ def guest_cpuid(kvm: Kvm, apic_id: int) -> kvm_cpuid2:
 
 
 def initial_sregs(vcpu: GuestVcpu, pages: PageTables) -> None:
-    """Put *vcpu* into 64-bit mode with the page tables, descriptor tables, TSS and GS base of the guest
-    program.
+    """Put *vcpu* into 64-bit mode, or 32-bit mode where the page tables are legacy mode's, with the tables,
+    TSS and GS base of the guest program.
     """
     sregs = vcpu.regs.get_sregs()
+    if pages.levels < _LONG_MODE_LEVELS:
+        paging = pages.levels > 0
+        segments.protected_mode_sregs(
+            sregs,
+            gdt=layout.GDT_GVA,
+            idt=layout.IDT_GVA,
+            tss=int(vcpu.percpu) + layout.PERCPU_TSS,
+            cr3=int(pages.cr3) if paging else None,
+            cr4=int(CR4.PAE if pages.levels == 3 else CR4.PSE if paging else CR4(0)),
+        )
+        sregs.efer = int(EFER.NXE) if pages.levels == 3 else 0
+        sregs.gs.base = int(vcpu.percpu)
+        vcpu.regs.set_sregs(sregs)
+        return
     segments.long_mode_sregs(
         sregs,
         cr3=pages.cr3,

@@ -48,6 +48,7 @@ PF_LOW = 0x0040_0000
 # Selectors of the GDT that the host writes.
 KERNEL_CS = 0x08
 KERNEL_DS = 0x10
+KERNEL_CS32 = 0x40
 USER_DS = 0x23
 USER_CS = 0x2B
 

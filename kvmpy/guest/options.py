@@ -38,7 +38,10 @@ class VmOptions(TypedDict, total=False):
     backing: Backing | None
     """How the host memory behind it is made, by default anonymous."""
     levels: int
-    """Levels of the guest's page tables, 4 (the default) or 5."""
+    """Levels of the guest's page tables: 4 (the default) or 5; in legacy mode 3 (PAE), 2, or 0 (no paging).
+
+    The program of a guest in legacy mode is a 32-bit one; a source is compiled as such.
+    """
     irqchip: str | None
     """In the kernel: ``"split"`` (the default: local APICs only), ``"full"`` (with PICs, IOAPIC and their I/O
     bus) or None.

@@ -27,6 +27,7 @@ from kvmpy.guest.symbols import Image, InlineTable, LineTable, Segment, Symbol, 
 
 # Part of every key: raise it when the format of cache entries changes.
 _FORMAT = 1
+_ELFCLASS64 = 2
 _IMAGE = "program.elf"
 _INDEX = "index.json"
 _LINES = "lines.json"
@@ -130,6 +131,11 @@ class GuestProgram:
     @cached_property
     def _inlined(self) -> InlineTable:
         return InlineTable(self.elf)
+
+    @cached_property
+    def bits(self) -> int:
+        """The size of its code: 64, or 32 where it was compiled with ``-m32``."""
+        return 64 if self.elf[4] == _ELFCLASS64 else 32
 
     @property
     def symbols(self) -> Mapping[str, Symbol]:
@@ -451,7 +457,8 @@ def _build(
     files: list[Path],
     cflags: tuple[str, ...],
 ) -> None:
-    runtime = _runtime(tools)
+    bits = _bits(cflags)
+    runtime = _runtime(tools, bits)
     sources = list(files)
     include: list[str] = []
     if inline is not None:
@@ -461,9 +468,9 @@ def _build(
     target = workdir / _IMAGE
     try:
         objects, headers, said = toolchain.compile_objects(
-            tools, sources, workdir, cflags=[*include, *cflags], name=name
+            tools, sources, workdir, cflags=[*include, *cflags], name=name, bits=bits
         )
-        said += toolchain.link(tools, objects, runtime, target, name=name)
+        said += toolchain.link(tools, objects, runtime, target, name=name, bits=bits)
     except GuestBuildError as error:
         if inline is None:
             raise
@@ -483,17 +490,22 @@ def _build(
     (workdir / _INDEX).write_text(json.dumps(index))
 
 
-def _runtime(tools: toolchain.Toolchain) -> Path:
+def _bits(cflags: Sequence[str]) -> int:
+    return 32 if "-m32" in cflags else 64
+
+
+def _runtime(tools: toolchain.Toolchain, bits: int) -> Path:
     """Return the archive of the runtime, which is compiled when these tools have not done so before."""
     toolchain.check_target(tools)
-    text = f"{_FORMAT} {toolchain.runtime_hash()} {tools.identity}"
+    text = f"{_FORMAT} {toolchain.runtime_hash()} {tools.identity}" + (" 32" if bits == 32 else "")
     key = "runtime-" + hashlib.sha256(text.encode()).hexdigest()[:40]
     archive = cache.entry(key) / _ARCHIVE
     if not archive.is_file():
 
         def build(workdir: Path) -> None:
             name = "the guest runtime"
-            objects, _, _ = toolchain.compile_objects(tools, toolchain.runtime_sources(), workdir, name=name)
+            sources = toolchain.runtime_sources(bits)
+            objects, _, _ = toolchain.compile_objects(tools, sources, workdir, name=name, bits=bits)
             toolchain.archive(tools, objects, workdir / _ARCHIVE)
             for leftover in workdir.glob("*.[od]"):
                 leftover.unlink()

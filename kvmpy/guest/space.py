@@ -31,31 +31,32 @@ def linear(sregs: kvm_sregs, segment: kvm_segment, offset: int) -> int:
     return offset if code_bits(sregs) == 64 else (segment.base + offset) & 0xFFFF_FFFF
 
 
+def _levels(sregs: kvm_sregs) -> int:
+    if not sregs.cr0 & CR0.PG:
+        return 0
+    if sregs.efer & EFER.LMA:
+        return _LEVELS_LONG + bool(sregs.cr4 & CR4.LA57)
+    return 3 if sregs.cr4 & CR4.PAE else 2
+
+
 class AddressSpace:
     """What linear addresses mean for a vCPU with *sregs*; None, or the program's own CR3: the program's."""
 
     def __init__(self, vm: GuestVm, sregs: kvm_sregs | None) -> None:
         self.vm = vm
         self.sregs = sregs
-        long = sregs is None or sregs.efer & EFER.LMA
-        self.own = sregs is None or bool(long and sregs.cr3 == int(vm.pages.cr3))
-        self.bits = 64 if sregs is None else code_bits(sregs)
+        self.bits = vm.program.bits if sregs is None else code_bits(sregs)
         # 0: linear addresses are guest-physical ones.
-        self.levels = vm.pages.levels
-        if sregs is not None and not self.own:
-            if not sregs.cr0 & CR0.PG:
-                self.levels = 0
-            elif long:
-                self.levels = _LEVELS_LONG + bool(sregs.cr4 & CR4.LA57)
-            else:
-                self.levels = 3 if sregs.cr4 & CR4.PAE else 2
+        self.levels = vm.pages.levels if sregs is None else _levels(sregs)
+        same = sregs is None or not self.levels or sregs.cr3 == int(vm.pages.cr3)
+        self.own = same and self.levels == vm.pages.levels
 
     def walk(self, address: int) -> Walk | None:
         """Walk the tables for *address*; None where paging is off."""
-        if self.sregs is None or self.own:
-            return self.vm.pages.walk(Gva(address))
         if not self.levels:
             return None
+        if self.sregs is None or self.own:
+            return self.vm.pages.walk(Gva(address))
         encryption = self.vm.encryption if self.levels > 2 else None
         return walk_from(
             self.vm.memory, int(self.sregs.cr3), self.levels, Gva(address), encryption=encryption

@@ -131,9 +131,10 @@ def read_image(data: bytes, name: str) -> Image:
 
 def _check(elf: ELFFile, name: str) -> None:
     machine = elf.header["e_machine"]
-    if elf.elfclass != 64 or machine != "EM_X86_64":
+    if (elf.elfclass, machine) not in ((64, "EM_X86_64"), (32, "EM_386")):
         shown = str(machine).removeprefix("EM_")
-        raise GuestImageError(f"{name} is an ELF for {elf.elfclass}-bit {shown}, guests need 64-bit X86_64")
+        wanted = "64-bit X86_64 or 32-bit 386"
+        raise GuestImageError(f"{name} is an ELF for {elf.elfclass}-bit {shown}, guests need {wanted}")
     if not elf.little_endian:
         raise GuestImageError(f"{name} is a big-endian ELF")
     kind = elf.header["e_type"]

@@ -48,6 +48,9 @@ FLAGS = (
     "-Werror=int-conversion",
     "-Werror=return-type",
 )
+# What a 32-bit program is compiled with besides: structures are laid out as the host knows them.
+FLAGS_32 = ("-m32", "-malign-double", "-Wno-pointer-to-int-cast", "-Wno-int-to-pointer-cast")
+_LONG_MODE_ONLY = frozenset({"-mcmodel=small", "-mno-red-zone"})
 LINK_FLAGS = (
     "-static",
     "-nostdlib",
@@ -124,7 +127,7 @@ def runtime_files() -> tuple[Path, ...]:
 @functools.cache
 def runtime_hash() -> str:
     """Return a digest of all that goes into the runtime except the compiler."""
-    digest = hashlib.sha256(repr((FLAGS, LINK_FLAGS)).encode())
+    digest = hashlib.sha256(repr((FLAGS, FLAGS_32, LINK_FLAGS)).encode())
     for path in runtime_files():
         digest.update(str(path.relative_to(runtime_dir())).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -190,7 +193,13 @@ def _target(tools: Toolchain) -> str:
 
 
 def compile_objects(
-    tools: Toolchain, sources: Sequence[Path], workdir: Path, *, cflags: Sequence[str] = (), name: str
+    tools: Toolchain,
+    sources: Sequence[Path],
+    workdir: Path,
+    *,
+    cflags: Sequence[str] = (),
+    name: str,
+    bits: int = 64,
 ) -> tuple[list[Path], list[Path], str]:
     """Compile *sources* into *workdir*; return the objects, the headers they include and the warnings.
 
@@ -205,7 +214,7 @@ def compile_objects(
     for number, source in enumerate(sources):
         target = workdir / f"{number}-{source.stem}.o"
         depfile = target.with_suffix(".d")
-        command = [tools.cc, *FLAGS, *maps, f"-I{include}"]
+        command = [tools.cc, *flags_of(bits), *maps, f"-I{include}"]
         command += [*cflags, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]
         said += run(command, cwd=workdir, name=name)
         objects.append(target)
@@ -215,6 +224,11 @@ def compile_objects(
                 if path != source.resolve() and runtime_dir() not in path.parents:
                     headers[path] = None
     return objects, list(headers), said
+
+
+def flags_of(bits: int) -> tuple[str, ...]:
+    """Return the compiler's flags for a program of 64 or 32 bits."""
+    return FLAGS if bits == 64 else (*(f for f in FLAGS if f not in _LONG_MODE_ONLY), *FLAGS_32)
 
 
 def _dependencies(text: str) -> list[str]:
@@ -237,14 +251,22 @@ def link(
     *,
     name: str,
     flags: Sequence[str] = (),
+    bits: int = 64,
 ) -> str:
     """Link *objects* with the runtime archive into the static image *target*; return the warnings."""
     script = runtime_dir() / "guest.lds"
-    command = [tools.cc, *LINK_FLAGS, f"-Wl,-T,{script}", *flags, "-o", str(target)]
+    size = ("-m32",) if bits == 32 else ()
+    command = [tools.cc, *size, *LINK_FLAGS, f"-Wl,-T,{script}", *flags, "-o", str(target)]
     command += [*map(str, objects), str(runtime)]
     return run(command, cwd=target.parent, name=name)
 
 
-def runtime_sources() -> list[Path]:
-    """Return the files that make the runtime archive."""
-    return [path for path in runtime_files() if path.parent.name == "runtime" and path.suffix in {".c", ".S"}]
+_SHARED = frozenset({"assert.c", "exception.c", "printf.c", "string.c"})
+
+
+def runtime_sources(bits: int = 64) -> list[Path]:
+    """Return the files that make the runtime archive; 32-bit programs share some with the others."""
+    sources = [path for path in runtime_files() if path.suffix in {".c", ".S"}]
+    if bits == 64:
+        return [path for path in sources if path.parent.name == "runtime"]
+    return [path for path in sources if path.parent.name == "runtime32" or path.name in _SHARED]

@@ -34,6 +34,8 @@ from kvmpy.guest.variable import GuestVariable
 from kvmpy.guest.vcpu import GuestVcpu
 from kvmpy.uapi.constants import KVM_CAP_SPLIT_IRQCHIP
 from kvmpy.uapi.structs import kvm_cpuid2
+from kvmpy.x86 import segments
+from kvmpy.x86.nopaging import NoPaging
 from kvmpy.x86.paging import PageTables
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 # A post-mortem is made within this time, too.
 CALLBACK_GRACE = 30.0
 HALT_SECONDS = 1.0
+_LONG_MODE_LEVELS = 4
 # Below 1 MiB nothing is placed: tests that want real mode find it free.
 ALLOCATION_START = 1 << 20
 # Guest memory leaves the gigabyte below 4 GiB to the APICs and to what KVM keeps there.
@@ -111,10 +114,13 @@ class GuestVm(Vm):
             self.allocator = PageAllocator(
                 self.memory, private=protection.traits.has_private_memory, start=ALLOCATION_START
             )
-            self.pages = PageTables(
+            levels = options.get("levels", 4)
+            self._check_levels(levels)
+            tables = PageTables if levels else NoPaging
+            self.pages = tables(
                 self.memory,
                 self.allocator,
-                levels=options.get("levels", 4),
+                levels=levels,
                 encryption=self.encryption,
                 private_tables=policy != "data",
             )
@@ -136,6 +142,27 @@ class GuestVm(Vm):
             self.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
         elif kind is not None:
             raise ValueError(f"irqchip={kind!r}: expected 'full', 'split' or None")
+
+    def _check_levels(self, levels: int) -> None:
+        bits = 32 if levels < _LONG_MODE_LEVELS else 64
+        if self.program.bits != bits:
+            raise ValueError(
+                f"levels={levels} runs {bits}-bit programs, {self.program.name} is one of "
+                f"{self.program.bits} bits (cflags=['-m32'] makes 32)"
+            )
+        if levels < 3 and self.encryption is not None:
+            raise ValueError(f"levels={levels}: nothing there has room for the {self.encryption.name}")
+
+    def _room(self, gva: Gva, pages: int, *, private: bool | None = None) -> Gpa:
+        """Return guest-physical memory for what has its place at *gva*: without paging, the same address."""
+        if self.pages.levels:
+            return self.allocator.alloc(pages, private=private)
+        gpa, size = Gpa(int(gva)), pages << PAGE_SHIFT
+        if any(int(s.gpa) <= int(gpa) < int(s.gpa) + s.size for s in self.memory.segments()):
+            self.allocator.reserve(gpa, size)
+        else:
+            self.add_memory(gpa, size)
+        return gpa
 
     def _add_ram(self, size: int, backing: Backing | None) -> None:
         if size % PAGE_SIZE or size < 4 << 20:
@@ -174,6 +201,7 @@ class GuestVm(Vm):
     def _place(
         self, gva: Gva, gpa: Gpa, size: int, *, writable: bool = True, nx: bool = True, user: bool = False
     ) -> None:
+        nx = nx and self.pages.levels > 2  # others have no such bit
         self.pages.map(gva, gpa, size, page_size=PAGE_SIZE, writable=writable, nx=nx, user=user)
         self._remember(gva, gpa, size)
 
@@ -192,7 +220,7 @@ class GuestVm(Vm):
             if segment.low:
                 gpa = Gpa(int(first))
             else:
-                gpa = self.allocator.alloc(pages, private=False if segment.shared or code else None)
+                gpa = self._room(first, pages, private=False if segment.shared or code else None)
             if segment.data:
                 self.memory.write(gpa + skip, segment.data)
             self._place(
@@ -203,13 +231,20 @@ class GuestVm(Vm):
                 nx=not segment.executable,
                 user=segment.user,
             )
-        gpa = self.allocator.alloc(2, private=False if self.policy == "data" else None)
+        gpa = self._room(Gva(layout.GDT_GVA), 2, private=False if self.policy == "data" else None)
         gdt, idt = system_tables(self.program, nested_nmis=self.protection.traits.has_ghcb)
         self.memory.write(gpa, gdt)
         self.memory.write(gpa + PAGE_SIZE, idt)
         self._place(Gva(layout.GDT_GVA), gpa, 2 * PAGE_SIZE)
+        if not self.pages.levels:
+            return
         self.pages.map(
-            Gva(layout.XAPIC_GVA), APIC_DEFAULT_GPA, PAGE_SIZE, page_size=PAGE_SIZE, nx=True, private=False
+            Gva(layout.XAPIC_GVA),
+            APIC_DEFAULT_GPA,
+            PAGE_SIZE,
+            page_size=PAGE_SIZE,
+            nx=self.pages.levels > 2,
+            private=False,
         )
 
     def _add_vcpus(self, ids: Sequence[int], cpuid: Callable[[kvm_cpuid2], kvm_cpuid2] | None) -> None:
@@ -221,16 +256,21 @@ class GuestVm(Vm):
         # Many vCPUs share the default memory only with small stacks.
         stack = layout.STACK_SIZE - layout.STACK_GUARD if count <= 64 else 4 * PAGE_SIZE
         percpu = layout.PERCPU_SIZE
-        areas = self.allocator.alloc(count * (percpu + stack) >> PAGE_SHIFT)
-        ucalls = self.allocator.alloc(count, private=False)
+        if self.pages.levels:
+            areas = self.allocator.alloc(count * (percpu + stack) >> PAGE_SHIFT)
+            stacks = areas + count * percpu
+        else:
+            areas = self._room(Gva(layout.PERCPU_BASE), count * percpu >> PAGE_SHIFT)
+            stacks = self._room(Gva(layout.STACK_BASE), count * layout.STACK_SIZE >> PAGE_SHIFT)
+        ucalls = self._room(Gva(layout.UCALL_BASE), count, private=False)
         self._place(Gva(layout.PERCPU_BASE), areas, count * percpu)
         self._place(Gva(layout.UCALL_BASE), ucalls, count * PAGE_SIZE)
-        stacks = areas + count * percpu
         ghcbs = self._add_ghcbs(count) if self.protection.traits.has_ghcb else None
         for index, vcpu_id in enumerate(ids):
             vcpu = cast(GuestVcpu, self.create_vcpu(vcpu_id))
             vcpu.stack_top = Gva(layout.STACK_BASE + (index + 1) * layout.STACK_SIZE)
-            self._place(vcpu.stack_top - stack, stacks + index * stack, stack)
+            bottom = vcpu.stack_top - stack
+            self._place(bottom, stacks + index * stack if self.pages.levels else Gpa(int(bottom)), stack)
             vcpu.percpu = Gva(layout.PERCPU_BASE + index * percpu)
             vcpu.percpu_gpa = areas + index * percpu
             ucall_gpa = ucalls + index * PAGE_SIZE
@@ -243,7 +283,8 @@ class GuestVm(Vm):
                 vcpu.ghcb_gpa = ghcbs + index * PAGE_SIZE
             table = guest_cpuid(self.kvm, vcpu_id)
             vcpu.cpuid.set(cpuid(table.copy()) if cpuid is not None else table)
-            self.memory.write(vcpu.percpu_gpa + layout.PERCPU_TSS, tss_page(vcpu.percpu))
+            tss = tss_page(vcpu.percpu) if self.program.bits == 64 else segments.tss32()
+            self.memory.write(vcpu.percpu_gpa + layout.PERCPU_TSS, tss)
 
     def _add_ghcbs(self, count: int) -> Gpa:
         ghcbs = self.allocator.alloc(count, private=False)
@@ -406,8 +447,12 @@ class GuestVm(Vm):
         if private is None and not nx and self.policy == "data":
             private = False
         size = -(-size // page_size) * page_size
-        where = self.reserve(size, page_size) if gva is None else gva
         gpa = self.allocator.alloc(size >> PAGE_SHIFT, private=private, align=page_size)
+        if gva is None:
+            where = self.reserve(size, page_size) if self.pages.levels else Gva(int(gpa))
+        else:
+            where = gva
+        nx = nx and self.pages.levels > 2
         self.pages.map(where, gpa, size, page_size=page_size, writable=writable, user=user, nx=nx)
         self._remember(where, gpa, size)
         return where

@@ -62,7 +62,12 @@ class MakeVm:
         """
         from kvmpy.guest.program import GuestProgram
 
-        guest = GuestProgram.from_c(program) if isinstance(program, str) else program
+        if isinstance(program, str):
+            # Page tables of legacy mode are for 32-bit programs.
+            cflags = ("-m32",) if options.get("levels", 4) < 4 else ()
+            guest = GuestProgram.from_c(program, cflags=cflags)
+        else:
+            guest = program
         options["protection"] = options.get("protection") or self.protection
         options.setdefault("deadline", self._deadline)
         options.setdefault("strict_private", self._strict)

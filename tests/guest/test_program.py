@@ -203,13 +203,14 @@ def test_a_warning_comes_each_time_the_program_is_asked_for(fresh_cache: Path) -
         GuestProgram.from_c(noisy)
 
 
-def test_the_runtime_and_its_headers_compile_without_warnings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [64, 32])
+def test_the_runtime_and_its_headers_compile_without_warnings(tmp_path: Path, bits: int) -> None:
     source = tmp_path / "all.c"
     source.write_text("#include <kvmpy/guest.h>\nvoid guest_main(void) { }\n")
     flags = ["-Wextra", "-Werror", "-Wundef", "-Wshadow"]
-    sources = [*toolchain.runtime_sources(), source]
+    sources = [*toolchain.runtime_sources(bits), source]
     objects, _, said = toolchain.compile_objects(
-        toolchain.find(), sources, tmp_path, cflags=flags, name="all"
+        toolchain.find(), sources, tmp_path, cflags=flags, name="all", bits=bits
     )
     assert said == ""
     assert len(objects) == len(sources)
@@ -227,6 +228,14 @@ def test_a_ucall_with_one_value_takes_five_instructions() -> None:
         line.split()[0] for _, line in disassemble(bytes(text.data[place : place + one.size]), int(one.gva))
     ]
     assert code == ["mov", "mov", "mov", "mov", "out", "ret"]
+
+
+def test_a_32_bit_program_lays_structures_out_as_the_host_knows_them() -> None:
+    source = "#include <kvmpy/guest.h>\nstruct { u8 a; u64 b; } pair;\nvoid guest_main(void) { }\n"
+    small = GuestProgram.from_c(source, cflags=["-m32"])
+    assert (small.bits, GuestProgram.from_c(source).bits) == (32, 64)
+    assert small.symbol("pair").size == 16
+    assert small.symbol("guest_vectors").size > 255 * 16
 
 
 def test_assembly() -> None:

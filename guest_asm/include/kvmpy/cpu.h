@@ -23,10 +23,10 @@ struct guest_ucall_slot;
 
 /* Written by the host before the first run. */
 struct guest_cpu {
-	struct guest_cpu *self;
+	GUEST_POINTER(struct guest_cpu, self);
 	u32 index;
 	u32 apic_id;
-	struct guest_ucall_slot *ucall_slot;	/* the current one */
+	GUEST_POINTER(struct guest_ucall_slot, ucall_slot);	/* the current one */
 	u64 stack_top;
 	u64 entry;
 	u64 args[KVMPY_CPU_NR_ARGS];
@@ -35,7 +35,7 @@ struct guest_cpu {
 	u64 user_exit;		/* its struct guest_user_exit */
 	u32 x2apic;
 	u32 reserved;
-	void *ghcb;		/* this vCPU's GHCB, or NULL where there are none */
+	GUEST_POINTER(void, ghcb);	/* this vCPU's GHCB, or NULL where there are none */
 	u64 ghcb_gpa;
 	u32 sev;		/* KVMPY_SEV_* */
 	u32 ghcb_depth;		/* uses of the GHCB and its MSR that go on */
@@ -44,7 +44,7 @@ struct guest_cpu {
 	u64 dr7;		/* as written last, 0 before that: hypervisors of SEV-ES do not read it */
 	u64 call_rsp;		/* where guest_try_call() left its stack, or 0 */
 	u64 call_exit;		/* its struct guest_user_exit */
-	struct guest_l2 *l2;	/* the nested guest that the host made for this vCPU, or NULL */
+	GUEST_POINTER(struct guest_l2, l2);	/* the nested guest that the host made for this vCPU, or NULL */
 	u64 unused[5];
 };
 
@@ -75,7 +75,7 @@ static __always_inline struct guest_cpu *guest_cpu(void)
 {
 	struct guest_cpu *cpu;
 
-	asm volatile("movq %%gs:%c1, %0" : "=r"(cpu) : "i"(KVMPY_CPU_SELF));
+	asm volatile("mov %%gs:%c1, %0" : "=r"(cpu) : "i"(KVMPY_CPU_SELF));
 	return cpu;
 }
 

@@ -37,6 +37,15 @@
 #define NO_VECTOR	0xff
 
 /* What the vector stubs leave on the stack. A handler may change it. */
+#ifdef __i386__
+/* The CPU pushes rsp and ss at an exception of ring 3 only. */
+struct exception_frame {
+	u32 rdi, rsi, rbp, pusha_rsp, rbx, rdx, rcx, rax;
+	u32 vector;
+	u32 error_code;
+	u32 rip, cs, rflags, rsp, ss;
+};
+#else
 struct exception_frame {
 	u64 r15, r14, r13, r12, r11, r10, r9, r8;
 	u64 rdi, rsi, rbp, rbx, rdx, rcx, rax;
@@ -44,6 +53,7 @@ struct exception_frame {
 	u64 error_code;
 	u64 rip, cs, rflags, rsp, ss;
 };
+#endif
 
 typedef void (*guest_handler)(struct exception_frame *frame);
 

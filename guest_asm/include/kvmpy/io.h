@@ -20,13 +20,13 @@ static __always_inline void out##size(u16 port, type value)			\
 }										\
 										\
 /* REP string forms; @count is in elements. */					\
-static __always_inline void ins##size(u16 port, void *to, u64 count)		\
+static __always_inline void ins##size(u16 port, void *to, unsigned long count)		\
 {										\
 	asm volatile("rep ins" #size						\
 		     : "+D"(to), "+c"(count) : "d"(port) : "memory");		\
 }										\
 										\
-static __always_inline void outs##size(u16 port, const void *from, u64 count)	\
+static __always_inline void outs##size(u16 port, const void *from, unsigned long count)	\
 {										\
 	asm volatile("rep outs" #size						\
 		     : "+S"(from), "+c"(count) : "d"(port) : "memory");		\
@@ -58,7 +58,9 @@ static __always_inline void mmio_write##bits(volatile void *address, u##bits val
 __KVMPY_MMIO(8, b, "q")
 __KVMPY_MMIO(16, w, "r")
 __KVMPY_MMIO(32, l, "r")
+#ifdef __x86_64__
 __KVMPY_MMIO(64, q, "r")
+#endif
 #undef __KVMPY_MMIO
 
 #endif /* KVMPY_IO_H */

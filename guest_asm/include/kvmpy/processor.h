@@ -67,27 +67,29 @@ static __always_inline u64 rdtscp(u32 *aux)
 #define __KVMPY_REG(reg)							\
 static __always_inline u64 read_##reg(void)					\
 {										\
-	u64 value;								\
+	unsigned long value;							\
 										\
-	asm volatile("movq %%" #reg ", %0" : "=r"(value) : : "memory");		\
+	asm volatile("mov %%" #reg ", %0" : "=r"(value) : : "memory");		\
 	return value;								\
 }										\
 										\
 static __always_inline void write_##reg(u64 value)				\
 {										\
-	asm volatile("movq %0, %%" #reg : : "r"(value) : "memory");		\
+	asm volatile("mov %0, %%" #reg : : "r"((unsigned long)value) : "memory"); \
 }										\
 										\
 static __always_inline struct guest_fault write_##reg##_safe(u64 value)	\
 {										\
-	return GUEST_TRY("movq %0, %%" #reg, : : "r"(value) : "memory");	\
+	return GUEST_TRY("mov %0, %%" #reg, : : "r"((unsigned long)value) : "memory"); \
 }
 
 __KVMPY_REG(cr0)
 __KVMPY_REG(cr2)
 __KVMPY_REG(cr3)
 __KVMPY_REG(cr4)
+#ifdef __x86_64__
 __KVMPY_REG(cr8)
+#endif
 __KVMPY_REG(dr0)
 __KVMPY_REG(dr1)
 __KVMPY_REG(dr2)
@@ -113,15 +115,15 @@ static __always_inline struct guest_fault xsetbv_safe(u32 index, u64 value)
 
 static __always_inline u64 read_rflags(void)
 {
-	u64 flags;
+	unsigned long flags;
 
-	asm volatile("pushfq; popq %0" : "=r"(flags) : : "memory");
+	asm volatile("pushf; pop %0" : "=r"(flags) : : "memory");
 	return flags;
 }
 
 static __always_inline void write_rflags(u64 flags)
 {
-	asm volatile("pushq %0; popfq" : : "r"(flags) : "memory", "cc");
+	asm volatile("push %0; popf" : : "r"((unsigned long)flags) : "memory", "cc");
 }
 
 static __always_inline void invlpg(const volatile void *address)

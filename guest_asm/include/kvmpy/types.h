@@ -40,6 +40,9 @@ typedef long long s64;
 #define READ_ONCE(x)		(*(const volatile __typeof__(x) *)&(x))
 #define WRITE_ONCE(x, v)	(*(volatile __typeof__(x) *)&(x) = (v))
 
+/* A pointer in a structure that the host knows: 8 bytes, also in 32-bit programs. */
+#define GUEST_POINTER(type, name)	union { type *name; u64 __##name; }
+
 #define BIT(n)			(1ull << (n))
 #define GENMASK(high, low)	((~0ull >> (63 - (high))) & (~0ull << (low)))
 #define ARRAY_SIZE(a)		(sizeof(a) / sizeof((a)[0]))

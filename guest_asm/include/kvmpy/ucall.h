@@ -21,7 +21,7 @@ struct guest_ucall_slot {
 	u32 id;
 	u32 cmd;
 	u64 args[KVMPY_UCALL_NR_ARGS];
-	struct guest_ucall_slot *next;
+	GUEST_POINTER(struct guest_ucall_slot, next);
 	u64 reserved;
 	char text[KVMPY_UCALL_TEXT_SIZE];
 };
@@ -37,7 +37,7 @@ static __always_inline struct guest_ucall_slot *guest_ucall_current(void)
 {
 	struct guest_ucall_slot *slot;
 
-	asm volatile("movq %%gs:%c1, %0" : "=r"(slot) : "i"(KVMPY_CPU_UCALL_SLOT));
+	asm volatile("mov %%gs:%c1, %0" : "=r"(slot) : "i"(KVMPY_CPU_UCALL_SLOT));
 	return slot;
 }
 
