@@ -32,6 +32,8 @@ class LeakCheck:
         self._mode = mode
         self._allowed = leaks.Allowed()
         self._collected = 0
+        # What the last test left, if it was checked and left nothing behind.
+        self._after: leaks.Snapshot | None = None
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -44,9 +46,10 @@ class LeakCheck:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Take the first look."""
+        """Take the first look; the mappings are known from the end of the test before."""
+        after, self._after = self._after, None
         if self._mode == "all" or (self._mode == "kvm" and uses_kvmpy(item)):
-            item.stash[_BEFORE] = leaks.snapshot()
+            item.stash[_BEFORE] = leaks.renewed(after) if after else leaks.snapshot()
         return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -71,6 +74,8 @@ class LeakCheck:
         # The frames of a failed test's traceback hold its VMs, and these KVM's threads: they do not go.
         leaks_found, now = leaks.leaks_since(before, self._allowed, 0.1 if failed else leaks.GRACE)
         item.stash[RSS] = now.rss - self._collected
+        if not leaks_found:
+            self._after = now
         if leaks_found:
             text = "left behind by the test:\n" + "\n".join(f"  {entry}" for entry in leaks_found)
             if not failed:

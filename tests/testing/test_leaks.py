@@ -99,6 +99,27 @@ def test_everything_that_is_left_behind(suite: Suite) -> None:
     assert outcome.test("test_thread")["duration"] >= leaks.GRACE
 
 
+def test_the_look_at_the_end_of_a_test_serves_the_next(suite: Suite) -> None:
+    """What came in between, such as a report's file or pytest's watchdog, is nobody's leak."""
+    suite.add(
+        "test_a.py",
+        "import os\n"
+        "def test_first(): pass\n"
+        "def test_second(): pass\n"
+        "def test_leaks(): os.open('/dev/null', os.O_RDONLY)\n"
+        "def test_leaks_again(): os.open('/dev/null', os.O_RDONLY)\n"
+        "def test_last(): pass\n",
+    )
+    outcome = suite.run("-o", "faulthandler_timeout=60")
+    assert outcome.verdicts() == {
+        "test_first": "pass",
+        "test_second": "pass",
+        "test_leaks": "fail",
+        "test_leaks_again": "fail",
+        "test_last": "pass",
+    }
+
+
 def test_a_listing_that_the_kernel_cut_short_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = os.listdir
     cut: list[str] = []
