@@ -19,7 +19,7 @@ from selftests.emulator.conftest import LOSE_FLAGS, WAYS, MakePairs, Pairs, Way,
 pytestmark = pytest.mark.protections("none")
 
 # As many instructions at a time, each with as many operands.
-AT_A_TIME, OPERANDS = 64, 8
+AT_A_TIME, OPERANDS = 32, 8
 LOCKLESS = ("arithmetic", "shifts", "products", "bits", "moves", "conditions", "flags", "strings", "stack")
 
 
