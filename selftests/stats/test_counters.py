@@ -7,14 +7,27 @@ import time
 
 import pytest
 
-from kvmpy import Exit, Gpa, GuestVm, Gva, Kvm, MakeVm, Msi, Stats, StatsFd, Ucall, VcpuThread
+from kvmpy import (
+    KVM_CAP_HALT_POLL,
+    Exit,
+    Gpa,
+    GuestVm,
+    Gva,
+    Kvm,
+    MakeVm,
+    Msi,
+    Stats,
+    StatsFd,
+    Ucall,
+    VcpuThread,
+)
 from kvmpy.testing import host
 from selftests.conftest import wait_until
 
 pytestmark = pytest.mark.requires("KVM_CAP_BINARY_STATS_FD", "KVM_CAP_SPLIT_IRQCHIP")
 
 TIMEOUT = 10.0
-CUMULATIVE, PEAK = 0, 2
+CUMULATIVE, INSTANT, PEAK, LINEAR, LOGARITHMIC = range(5)
 VECTOR = 0x51
 MMIO_GPA = Gpa(0xD000_0000)
 MMIO_GVA = Gva(0x7000_0000)
@@ -26,6 +39,7 @@ GUEST = """
 #define VECTOR	0x51
 #define MMIO	((void *)0x70000000)
 #define PAGES	64
+#define KVM_HC_SCHED_YIELD	11
 
 GUEST_SHARED volatile u64 progress;
 static volatile u64 nmis;
@@ -68,6 +82,10 @@ static void one(u64 what, u64 i)
 	case 'c':
 		/* There is no such call. */
 		GUEST_ASSERT_EQ(guest_hypercall(0x7fff, 0, 0, 0, 0), -1000ull);
+		break;
+	case 'y':
+		/* To itself: nobody else is asked to run. */
+		GUEST_ASSERT_EQ(guest_hypercall(KVM_HC_SCHED_YIELD, 0, 0, 0, 0), 0ull);
 		break;
 	case 't':
 		guest_user_run(touch, i, stack + sizeof(stack));
@@ -144,7 +162,7 @@ def test_vcpus_count_for_themselves(make_vm: MakeVm) -> None:
 
 
 def test_cumulative_never_shrinks(make_vm: MakeVm) -> None:
-    """Cumulative and peak statistics never get smaller, whatever the guest does, for VM and vCPU.
+    """Counts, peaks and the buckets of histograms never get smaller, whatever the guest does.
 
     Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD: the value of data can only be increased.
     """
@@ -152,10 +170,97 @@ def test_cumulative_never_shrinks(make_vm: MakeVm) -> None:
     vm_before = vm.stats.get()
     before, after = done(vm)
     for old, new in ((before, after), (vm_before, vm.stats.get())):
-        rising = [one for one in old.values() if int(one.type) in (CUMULATIVE, PEAK)]
+        rising = [one for one in old.values() if int(one.type) != INSTANT]
         assert rising
         for one in rising:
-            assert new[one.name].value >= one.value, one.name
+            pairs = zip(one.values, new[one.name].values, strict=True)
+            assert all(now >= then for then, now in pairs), one.name
+
+
+# Of each pair the first counts some of what the second counts.
+PARTS = (
+    ("halt_successful_poll", "halt_attempted_poll"),
+    ("halt_poll_invalid", "halt_successful_poll"),
+    ("halt_poll_success_ns", "halt_poll_success_hist"),
+    ("halt_poll_fail_ns", "halt_poll_fail_hist"),
+    ("halt_wait_ns", "halt_wait_hist"),
+    ("directed_yield_successful", "directed_yield_attempted"),
+    ("remote_tlb_flush", "remote_tlb_flush_requests"),
+    ("nx_lpage_splits", "pages_4k"),
+)
+
+
+def check_laws(stats: Stats) -> None:
+    """Check what holds between the statistics of one object whenever it rests."""
+    for part, whole in PARTS:
+        if part not in stats or whole not in stats:
+            continue
+        if not stats[whole].is_histogram:
+            assert stats[part].value <= stats[whole].value, f"{stats[part]}, {stats[whole]}"
+            continue
+        # Samples, each within its bucket, are the time beside the histogram.
+        buckets, total = stats[whole].buckets(), stats[part].value
+        assert sum(bucket.low * bucket.count for bucket in buckets) <= total, f"{stats[part]}, {stats[whole]}"
+        if not buckets[-1].count:
+            most = sum(((bucket.high or 0) - 1) * bucket.count for bucket in buckets)
+            assert total <= most, f"{stats[part]}, {stats[whole]}"
+    if "halt_attempted_poll" in stats and "halt_poll_fail_hist" in stats:
+        attempted, successful = stats["halt_attempted_poll"].value, stats["halt_successful_poll"].value
+        assert stats["halt_poll_success_hist"].total == successful
+        assert stats["halt_poll_fail_hist"].total == attempted - successful
+
+
+@pytest.mark.parametrize("what", "pmhnt")
+def test_they_agree(make_vm: MakeVm, what: str) -> None:
+    """What is a part of another count is never more, and the samples of a histogram are the time beside it.
+
+    Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD (histograms); virt/kvm/kvm_main.c
+    (update_halt_poll_stats(), kvm_vcpu_block(), kvm_flush_remote_tlbs()).
+    """
+    vm = start(make_vm, what, 10)
+    _, after = done(vm)
+    check_laws(after)
+    check_laws(vm.stats.get())
+
+
+def halted(vm: GuestVm, stats: StatsFd, number: int) -> None:
+    """Let the guest halt *number* times, and wake it once it blocks."""
+    first = stats.read()["halt_exits"].value
+    with VcpuThread(vm.vcpus[0].sync, vcpu=vm.vcpus[0]) as thread:
+        for count in range(1, number + 1):
+
+            def blocks(count: int = count) -> bool:
+                now = stats.read()
+                return now["halt_exits"].value >= first + count and now["blocking"].value == 1
+
+            wait_until(blocks, "the vCPU does not block")
+            vm.irq.signal_msi(Msi.to(0, VECTOR))
+        thread.join(TIMEOUT)
+
+
+@pytest.mark.requires("KVM_CAP_HALT_POLL")
+@pytest.mark.parametrize("limit", [0, 1_000_000_000], ids=["never", "up to a second"])
+def test_polls_of_a_halt(make_vm: MakeVm, limit: int) -> None:
+    """KVM polls before it blocks a halted vCPU, as long as the VM's limit allows, and never with 0.
+
+    Documentation/virt/kvm/api.rst, KVM_CAP_HALT_POLL; Documentation/virt/kvm/halt-polling.rst (a vCPU begins
+    to poll after its first short halt); virt/kvm/kvm_main.c, update_halt_poll_stats().
+    """
+    vm = start(make_vm, "w", 6)
+    vm.enable_cap(KVM_CAP_HALT_POLL, limit)
+    with vm.vcpus[0].stats.get_fd() as stats:
+        before = stats.read()
+        if "blocking" not in before:
+            pytest.skip("needs the statistic blocking: this KVM has none")
+        halted(vm, stats, 6)
+        after = stats.read()
+    # Nobody woke it before it blocked: each poll failed.
+    polls = growth(before, after, "halt_attempted_poll")
+    assert growth(before, after, "halt_successful_poll") == 0
+    assert (polls > 0) == (limit > 0)
+    assert (growth(before, after, "halt_poll_fail_ns") > 0) == (limit > 0)
+    assert after["halt_wait_hist"].total - before["halt_wait_hist"].total >= 6
+    check_laws(after)
 
 
 def kvm_delivers_interrupts(_kvm: Kvm) -> str | None:
@@ -179,6 +284,8 @@ injected_by_kvm = pytest.mark.requires("kvm", kvm_delivers_interrupts)
         ("nmi_injections", "n", 8, 79),
         pytest.param("irq_injections", "h", 10, 99, marks=injected_by_kvm),
         ("hypercalls", "c", 7, 7),
+        ("hypercalls", "y", 7, 7),
+        ("directed_yield_attempted", "y", 7, 7),
     ],
 )
 def test_each_is_counted(make_vm: MakeVm, name: str, what: str, number: int, most: int | None) -> None:
