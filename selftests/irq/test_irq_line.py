@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from kvmpy import GuestVcpu, GuestVm, MakeVm, RedirectionEntry, Vm, refused
+from kvmpy import GuestVcpu, GuestVm, MakeVm, RedirectionEntry, Vm, apic, refused
 from selftests.conftest import said
 
 pytestmark = pytest.mark.requires("KVM_CAP_IRQCHIP", "KVM_CAP_IRQ_INJECT_STATUS")
@@ -111,6 +111,104 @@ def test_level_lowered_in_handler(make_vm: MakeVm) -> None:
     vm.irq.line(PIN, 0)
     assert said(vcpu) == ("i", 1, 0)
     assert said(vcpu) == ("i", 1, 0)
+
+
+def pin_and_apic(vm: GuestVm) -> tuple[bool, bool, bool]:
+    """Return the pin's remote IRR, and the vector's bits in TMR and ISR of the first vCPU's APIC."""
+    entry = RedirectionEntry.from_bits(vm.irq.get_ioapic().redirtbl[PIN].bits)
+    tmr, isr = (vm.vcpus[0].lapic.get_reg(base + 16 * (VECTOR // 32)) for base in (apic.TMR, apic.ISR))
+    return entry.remote_irr, *(bool(word >> VECTOR % 32 & 1) for word in (tmr, isr))  # type: ignore[return-value]
+
+
+def test_trigger_mode(make_vm: MakeVm) -> None:
+    """A level-triggered interrupt sets remote IRR and the vector's TMR bit, an edge clears the bit again.
+
+    AMD APM volume 2, 16.6.3 (the TMR is written when the interrupt is accepted); 82093AA data sheet, 3.2.4:
+    remote IRR is cleared by the EOI.
+    """
+    vm = start(make_vm, level=True)
+    vm.irq.line(PIN, 1)
+    assert handled(vm.vcpus[0])
+    assert pin_and_apic(vm) == (True, True, True)
+    vm.irq.line(PIN, 0)
+    assert pin_and_apic(vm) == (True, True, True)
+    assert said(vm) == ("i", 1, 0)
+    assert pin_and_apic(vm) == (False, True, False)
+    program(vm)
+    assert pin_and_apic(vm) == (False, True, False)
+    vm.irq.line(PIN, 1)
+    assert handled(vm.vcpus[0])
+    assert pin_and_apic(vm) == (False, False, True)
+    vm.irq.line(PIN, 0)
+    assert said(vm) == ("i", 2, 0)
+
+
+def test_level_is_sent_again_at_the_eoi(make_vm: MakeVm) -> None:
+    """While a level-triggered interrupt is in service another edge of its line is no second interrupt; a line
+    that is high at the EOI is sent again, with remote IRR set anew.
+
+    82093AA data sheet, 3.2.4: remote IRR.
+    """
+    vm = start(make_vm, level=True)
+    vm.irq.line(PIN, 1)
+    assert handled(vm.vcpus[0])
+    for _ in range(3):
+        vm.irq.line(PIN, 0)
+        vm.irq.line(PIN, 1)
+    assert pin_and_apic(vm)[0]
+    assert handled(vm.vcpus[0])
+    assert pin_and_apic(vm) == (True, True, True)
+    vm.irq.line(PIN, 0)
+    assert said(vm) == ("i", 2, 0)
+    assert said(vm) == ("i", 2, 0)
+    assert pin_and_apic(vm) == (False, True, False)
+
+
+def test_an_edge_while_in_service(make_vm: MakeVm) -> None:
+    """Edges that come while their vector is in service are one more interrupt, however many there were.
+
+    AMD APM volume 2, 16.6.3: one interrupt of a vector may wait in the IRR while another is in service.
+    """
+    vm = start(make_vm)
+    for level in (1, 0):
+        vm.irq.line(PIN, level)
+    assert handled(vm.vcpus[0])
+    for _ in range(3):
+        vm.irq.line(PIN, 1)
+        vm.irq.line(PIN, 0)
+    assert handled(vm.vcpus[0])
+    assert said(vm) == ("i", 2, 0)
+    assert said(vm) == ("i", 2, 0)
+
+
+def test_state_while_in_service(make_vm: MakeVm) -> None:
+    """An IOAPIC and a local APIC that are read and written while a level is in service lose nothing of it.
+
+    Documentation/virt/kvm/api.rst, KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, KVM_GET_LAPIC, KVM_SET_LAPIC.
+    """
+    vm = start(make_vm, level=True)
+    vm.irq.line(PIN, 1)
+    assert handled(vm.vcpus[0])
+    vm.irq.set_ioapic(vm.irq.get_ioapic())
+    lapic = vm.vcpus[0].lapic
+    lapic.set(lapic.get())
+    assert pin_and_apic(vm) == (True, True, True)
+    # The EOI reaches the IOAPIC: the level that is still there comes again.
+    assert handled(vm.vcpus[0])
+    vm.irq.line(PIN, 0)
+    assert said(vm) == ("i", 2, 0)
+    assert pin_and_apic(vm) == (False, True, False)
+
+
+def test_a_masked_pin_touches_no_apic(make_vm: MakeVm) -> None:
+    """A level at a masked pin sets neither remote IRR nor TMR.
+
+    82093AA data sheet, 3.2.4 (interrupt mask).
+    """
+    vm = start(make_vm, level=True, masked=True)
+    vm.irq.line(PIN, 1)
+    assert said(vm) == ("i", 0, 0)
+    assert pin_and_apic(vm) == (False, False, False)
 
 
 def test_polarity_is_ignored(make_vm: MakeVm) -> None:
