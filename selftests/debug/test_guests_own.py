@@ -20,6 +20,7 @@ from kvmpy import (
     DebugPoint,
     GuestVcpu,
     GuestVm,
+    Gva,
     MakeVm,
     Vcpu,
     Vector,
@@ -197,10 +198,12 @@ def test_general_detect_from_outside(make_vm: MakeVm) -> None:
 
     Documentation/virt/kvm/api.rst, 4.87 KVM_SET_GUEST_DEBUG; Intel SDM volume 3, 18.3.1.3.
     """
-    _, vcpu = start(make_vm, "general_detect")
+    vm, vcpu = start(make_vm, "general_detect")
     vcpu.debug.set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, {7: 0x400 | DR7_GD})
     got = vcpu.expect(DebugExit)
     assert (got.exception, got.dr6) == (Vector.DB, DR6_ACTIVE_LOW | 1 << 13)
+    # At the MOV to DR7, not behind it.
+    assert bytes(vm.read(Gva(got.pc), 2)) == b"\x0f\x23"
 
 
 def test_inject_db(make_vm: MakeVm) -> None:

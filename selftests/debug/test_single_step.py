@@ -234,3 +234,142 @@ def test_over_an_exception(make_vm: MakeVm) -> None:
     assert seen.count(address("fault_at")) == 1
     assert seen.index(address("fault_at")) == seen.index(address("fault_before")) + 1
     assert address("fault_end") in seen
+
+
+SHADOWS = """
+#include <kvmpy/guest.h>
+
+#define VECTOR		0x51
+#define DEADLINE_MSR	0x6e0
+
+static volatile u64 interrupts;
+
+static void handler(struct exception_frame *frame)
+{
+	interrupts++;
+	apic_eoi();
+}
+
+/* With an interrupt pending: POPF that lets it in, CPUID, a WRMSR that KVM serves on its fast path. */
+void pending(void)
+{
+	guest_exception_install(VECTOR, handler);
+	x2apic_enable();
+	apic_write(APIC_LVTT, APIC_LVT_MASKED | APIC_TIMER_DEADLINE | VECTOR);
+	apic_send_self(VECTOR);
+	GUEST_SYNC(0);
+	asm volatile("nop\\n"
+		     "pushfq; orq $0x200, (%%rsp)\\n"
+		     ".globl line_0, line_1, line_2, line_3, line_4, line_5, line_6, line_7, line_8\\n"
+		     "line_0: nop\\n"
+		     "line_1: popfq\\n"
+		     "line_2: xorl %%eax, %%eax\\n"
+		     "line_3: cpuid\\n"
+		     "line_4: movl $0x6e0, %%ecx\\n"
+		     "line_5: wrmsr\\n"
+		     "line_6: nop\\n"
+		     "line_7: cli\\n"
+		     "line_8: nop" : : : "rax", "rbx", "rcx", "rdx", "memory");
+	GUEST_SYNC(interrupts);
+	irq_window();
+	GUEST_SYNC(interrupts);
+}
+
+void interrupts_on(void)
+{
+	GUEST_SYNC(0);
+	asm volatile("nop\\n"
+		     ".globl line_p, line_q, line_r, line_s, line_t\\n"
+		     "line_p: nop\\n"
+		     "line_q: sti\\n"
+		     "line_r: nop\\n"
+		     "line_s: cli\\n"
+		     "line_t: nop" : : : "memory");
+	GUEST_SYNC(1);
+}
+
+void stack_segment(void)
+{
+	GUEST_SYNC(0);
+	asm volatile("nop\\n"
+		     ".globl line_a, line_b, line_c, line_d, line_e\\n"
+		     "line_a: movl %%ss, %%eax\\n"
+		     "line_b: movl %%eax, %%ss\\n"
+		     "line_c: nop\\n"
+		     "line_d: nop\\n"
+		     "line_e: nop" : : : "rax", "memory");
+	GUEST_SYNC(1);
+}
+"""
+
+
+def start_shadows(make_vm: MakeVm, entry: str) -> tuple[GuestVm, GuestVcpu]:
+    """Return a VM that stands before the instructions of *entry*."""
+    vm = make_vm.start(SHADOWS, entry)
+    vcpu = vm.vcpus[0]
+    vcpu.sync()
+    vcpu.complete_io()
+    return vm, vcpu
+
+
+@pytest.mark.requires(f"KVM_CAP_SET_GUEST_DEBUG2&{int(KVM_GUESTDBG_BLOCKIRQ):#x}", "cpuid:x2apic")
+def test_with_an_interrupt_pending(make_vm: MakeVm) -> None:
+    """With KVM_GUESTDBG_BLOCKIRQ steps lead over POPF, CPUID and a write of the TSC deadline, served
+    on KVM's fast path, one by one, while an interrupt is pending; it comes when stepping is over.
+
+    Documentation/virt/kvm/api.rst, 4.87 KVM_SET_GUEST_DEBUG, KVM_GUESTDBG_BLOCKIRQ; arch/x86/kvm/x86.c,
+    handle_fastpath_wrmsr().
+    """
+    vm, vcpu = start_shadows(make_vm, "pending")
+    places = [vm.program.address_of(f"line_{number}") for number in range(9)]
+    control = STEP | KVM_GUESTDBG_BLOCKIRQ
+    seen: list[int] = []
+    while places[-1] not in seen:
+        vcpu.debug.set(control)
+        seen.append(vcpu.expect(DebugExit).pc)
+        assert len(seen) < 1000
+    assert seen[seen.index(places[0]) :] == places
+    vcpu.debug.set(0)
+    assert vcpu.sync().args == (0,)
+    assert vcpu.sync().args == (1,)
+
+
+def test_without_blocking_the_interrupt_comes(make_vm: MakeVm) -> None:
+    """Without KVM_GUESTDBG_BLOCKIRQ the pending interrupt is taken on the way, once, and steps lead through.
+
+    Documentation/virt/kvm/api.rst, 4.87 KVM_SET_GUEST_DEBUG, KVM_GUESTDBG_SINGLESTEP.
+    """
+    vm, vcpu = start_shadows(make_vm, "pending")
+    places = [vm.program.address_of(f"line_{number}") for number in range(9)]
+    seen: list[int] = []
+    while not isinstance(got := step(vcpu), Ucall):
+        assert isinstance(got, DebugExit)
+        seen.append(got.pc)
+        assert len(seen) < 4000
+    assert got.args == (1,)
+    assert [pc for pc in seen if pc in places] == places
+
+
+def test_over_sti(make_vm: MakeVm) -> None:
+    """STI holds back interrupts, but no step: the instruction behind it is one of its own.
+
+    Intel SDM volume 3, 6.8.1 (STI delays maskable interrupts); AMD APM volume 2, 13.1.4 Single Stepping.
+    """
+    vm, vcpu = start_shadows(make_vm, "interrupts_on")
+    places = [vm.program.address_of(f"line_{letter}") for letter in "pqrst"]
+    seen, end = steps(vcpu)
+    assert seen[seen.index(places[0]) : seen.index(places[-1]) + 1] == places
+    assert end.args == (1,)
+
+
+def test_over_a_load_of_ss(make_vm: MakeVm) -> None:
+    """Steps lead over MOV SS; the one behind it may come together with it, as the processor holds it back.
+
+    AMD APM volume 2, 13.1.4 Single Stepping; Intel SDM volume 3, 6.8.3 (MOV SS inhibits debug exceptions).
+    """
+    vm, vcpu = start_shadows(make_vm, "stack_segment")
+    places = [vm.program.address_of(f"line_{letter}") for letter in "abcde"]
+    seen, end = steps(vcpu)
+    line = seen[seen.index(places[0]) : seen.index(places[-1]) + 1]
+    assert line in (places, [place for place in places if place != places[2]])
+    assert end.args == (1,)
