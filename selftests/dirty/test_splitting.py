@@ -5,7 +5,22 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import KVM_MEM_LOG_DIRTY_PAGES, PAGE_SIZE, SIZE_2M, Anonymous, MissingError
+from kvmpy import (
+    AGENT,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    PAGE_SIZE,
+    SIZE_2M,
+    Agent,
+    Anonymous,
+    Gpa,
+    GuestVm,
+    Gva,
+    MakeVm,
+    MissingError,
+)
 
 from .conftest import REGION_GPA, MakeWriters, Writers
 
@@ -103,3 +118,70 @@ def test_content_stays(writers: Writers, large: tuple[int, int]) -> None:
     writers.write([2, 512])
     assert bytes(view[8 : 2 * SIZE_2M : PAGE_SIZE]) == expected
     view.release()
+
+
+# Two slots of two large pages each.
+SLOTS = [(Gpa(0x1000_0000), Gva(0x6000_0000)), (Gpa(0x2000_0000), Gva(0x6800_0000))]
+SLOT_PAGES = 2 * HUGE
+
+
+@pytest.mark.requires(
+    "param:kvm.tdp_mmu=Y", "param:kvm.eager_page_split=Y", "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"
+)
+@pytest.mark.parametrize("manual", [False, True], ids=["at once", "at the first clear"])
+def test_pages_are_split_before_anybody_writes(make_vm: MakeVm, ring: int, manual: bool) -> None:
+    """With kvm.eager_page_split no large page is left once logging is on, or, set beforehand, once the
+    log was cleared, in all slots and for all vCPUs; afterwards the mappings are as they were.
+
+    Documentation/admin-guide/kernel-parameters.txt, kvm.eager_page_split; Documentation/virt/kvm/api.rst,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
+    """
+
+    def protect(vm: GuestVm) -> None:
+        mode = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET if manual else 0
+        vm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, mode)
+
+    vm = make_vm(AGENT, vcpus=2, before_vcpus=protect)
+    size = SLOT_PAGES * PAGE_SIZE
+    slots = [vm.add_memory(gpa, size, backing=Anonymous("thp"), private=False) for gpa, _ in SLOTS]
+    for (gpa, gva), slot in zip(SLOTS, slots, strict=True):
+        vm.map(gva, gpa, size, page_size=SIZE_2M, user=True, nx=True, private=False)
+        for start in range(0, size, SIZE_2M):
+            slot.mapping.view(start, 1)[0] = 1
+    agents = [Agent(vcpu, ring=ring) for vcpu in vm.vcpus]
+
+    def touch() -> None:
+        for agent in agents:
+            for _, gva in SLOTS:
+                for start in range(0, size, SIZE_2M):
+                    agent.write(gva + start, 1)
+
+    def counts() -> tuple[int, int]:
+        stats = vm.stats.get()
+        return stats["pages_4k"].value, stats["pages_2m"].value
+
+    for agent in agents:
+        agent.start()
+    # What else the guest needs is in use by then.
+    touch()
+    before = counts()
+    if before[1] < 4:
+        raise MissingError(
+            "transparent huge pages for guest memory",
+            "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, and free memory in pieces of 2 MiB",
+        )
+    rest = before[1] - 4
+    split = (before[0] + 4 * HUGE, rest)
+    for slot in slots:
+        slot.set_flags(KVM_MEM_LOG_DIRTY_PAGES)
+    if manual:
+        assert counts() == before
+        for slot in slots:
+            vm.dirty.clear_log(slot.slot, vm.dirty.get_log(slot.slot))
+    assert counts() == split
+    touch()
+    assert counts() == split
+    for slot in slots:
+        slot.set_flags(0)
+    touch()
+    assert counts() == before
