@@ -7,7 +7,20 @@ import errno
 
 import pytest
 
-from kvmpy import AGENT, KVM_CAP_XSAVE2, PAGE_SIZE, Agent, Gva, MakeVm, Vcpu, kvm_fpu, kvm_xsave, refused
+from kvmpy import (
+    AGENT,
+    KVM_CAP_XSAVE2,
+    PAGE_SIZE,
+    Agent,
+    Gva,
+    MakeVm,
+    Vcpu,
+    Vm,
+    kvm_cpuid2,
+    kvm_fpu,
+    kvm_xsave,
+    refused,
+)
 
 # The legacy area and the header of the XSAVE format (Intel SDM volume 1, 13.4).
 FCW, MXCSR, XMM0, HEADER = 0, 24, 160, 512
@@ -100,6 +113,58 @@ def test_xsave_round_trip(vcpu: Vcpu) -> None:
     image = with_words(vcpu.fpu.get_xsave2(), {MXCSR: (FXSAVE | 0x6000).to_bytes(4, "little")})
     vcpu.fpu.set_xsave(image)
     assert vcpu.fpu.get_xsave2() == image
+
+
+# Component of XSAVE, the feature that has it, and a value that all of it may have.
+COMPONENTS = [
+    pytest.param(number, value, id=name, marks=pytest.mark.requires("KVM_CAP_XSAVE", f"cpuid:{feature}"))
+    for number, name, feature, value in (
+        (2, "upper halves of YMM", "avx", bytes(range(16))),
+        (5, "opmasks", "avx512f", bytes(range(16))),
+        (6, "upper halves of ZMM", "avx512f", bytes(range(16))),
+        (7, "ZMM16 to ZMM31", "avx512f", bytes(range(16))),
+        (9, "PKRU", "pku", b"\x54\x55\x55\x55" + bytes(4)),
+    )
+]
+
+
+@pytest.mark.parametrize(("number", "value"), COMPONENTS)
+def test_extended_state(vcpu: Vcpu, number: int, value: bytes) -> None:
+    """KVM_GET_XSAVE2 returns what KVM_SET_XSAVE put into each extended component, at the place of CPUID.
+
+    Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE; Intel SDM volume 1, 13.4.3 Extended Region.
+    """
+    leaf = next(
+        entry
+        for entry in vcpu.vm.kvm.supported_cpuid.entries
+        if (entry.function, entry.index) == (0xD, number)
+    )
+    size, offset = leaf.eax, leaf.ebx
+    given = (value * (size // len(value) + 1))[:size]
+    image = with_words(
+        vcpu.fpu.get_xsave2(), {offset: given, XSTATE_BV: (3 | 1 << number).to_bytes(8, "little")}
+    )
+    vcpu.fpu.set_xsave(image)
+    raw = vcpu.fpu.get_xsave2().to_bytes()
+    assert int.from_bytes(raw[XSTATE_BV : XSTATE_BV + 8], "little") >> number & 1
+    assert raw[offset : offset + size] == given
+
+
+@needs_xsave
+@pytest.mark.parametrize("empty", [False, True], ids=["none", "empty"])
+def test_state_before_cpuid(vm: Vm, empty: bool) -> None:
+    """A vCPU without CPUID, or with an empty one, takes the image of a vCPU that has one.
+
+    Documentation/virt/kvm/api.rst, 4.43 KVM_SET_XSAVE: no order with KVM_SET_CPUID2 is asked for.
+    """
+    source, target = vm.create_vcpu(0), vm.create_vcpu(1)
+    source.cpuid.set(vm.kvm.supported_cpuid)
+    take_into_use(source)
+    source.fpu.set(some_fpu())
+    if empty:
+        target.cpuid.set(kvm_cpuid2(nent=0, entries=[]))
+    target.fpu.set_xsave(source.fpu.get_xsave2())
+    assert target.fpu.get() == source.fpu.get()
 
 
 @needs_xsave
