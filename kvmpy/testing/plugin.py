@@ -21,6 +21,7 @@ from kvmpy.guest import packs
 from kvmpy.testing import (
     brief,
     configurations,
+    differences,
     gate,
     host,
     ktap,
@@ -80,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
             configurations.load(settings.configurations)
     except (ErrataError, configurations.ConfigurationError) as error:
         raise pytest.UsageError(str(error)) from error
+    config.pluginmanager.register(differences, "kvmpy-differences")
     config.pluginmanager.register(LeakCheck(settings.leaks), "kvmpy-leaks")
     config.pluginmanager.register(Needs(settings), "kvmpy-needs")
     if settings.suite and host.platform_name() == "host":

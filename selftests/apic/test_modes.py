@@ -102,7 +102,8 @@ def no_read(agent: Agent, *registers: int) -> None:
 
 def no_write(agent: Agent, register: int, value: int) -> None:
     """Expect that writing this to an x2APIC MSR is #GP."""
-    assert agent.wrmsr(msr_of(register), value) == GP, f"{register:#x}"
+    got = agent.wrmsr(msr_of(register), value)
+    assert got == GP, f"WRMSR of {value:#x} to x2APIC register {register:#x}: {got or 'taken'}, expected {GP}"
 
 
 def test_legal_transitions(agent: Agent) -> None:

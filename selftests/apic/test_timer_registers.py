@@ -53,7 +53,9 @@ def test_user_space_sees_the_count(timer: Agent, divider: int) -> None:
     before = current(timer)
     shown = timer.vcpu.lapic.get_reg(apic.TIMER_CURRENT)
     after = current(timer)
-    assert LONG >= before >= shown >= after > 0
+    assert LONG >= before >= shown >= after > 0, (
+        f"KVM_GET_LAPIC shows a count of {shown}, the guest read {before} before and {after} afterwards"
+    )
 
 
 @pytest.mark.parametrize("divider", [divider for divider in DIVIDERS if divider > 1])
@@ -65,6 +67,6 @@ def test_a_change_of_the_divider_keeps_the_count(timer: Agent, divider: int) -> 
     before = current(timer)
     write(timer, TDCR=DIVIDERS[divider])
     after = current(timer)
-    assert before >= after > before - before // 4
+    assert before >= after > before - before // 4, f"the new divider makes {after} of a count of {before}"
     write(timer, TDCR=DIVIDERS[1])
     assert after >= current(timer) > after - after // 4

@@ -39,7 +39,7 @@ def test_two_are_kept(event_guest: EventGuestMaker) -> None:
     for _ in range(2):
         guest.vcpu.events.nmi()
     events = guest.vcpu.events.get()
-    assert events.nmi.pending == 2
+    assert events.nmi.pending == 2, f"two NMIs were sent, KVM_GET_VCPU_EVENTS tells of {events.nmi.pending}"
     taken = guest.vcpu.events.get()
     taken.nmi.pending = 0
     guest.vcpu.events.set(taken)

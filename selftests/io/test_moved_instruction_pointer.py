@@ -33,4 +33,5 @@ def test_goes_on_there(make_vm: MakeVm, access: str, moved: bool) -> None:
         regs = agent.vcpu.regs.get()
         regs.rip = regs.rbx
         agent.vcpu.regs.set(regs)
-    assert agent.value() == (2 if moved else 1)
+    ran = agent.value()
+    assert ran == (2 if moved else 1), f"RIP was {'moved' if moved else 'left'}: what ran returned {ran}"

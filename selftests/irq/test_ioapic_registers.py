@@ -68,7 +68,9 @@ def test_bits_that_cannot_be_written(writer: Agent, trigger: int) -> None:
     """
     program(writer.vm, VECTOR | LEVEL | REMOTE_IRR)
     write(writer, OTHER | trigger | MASKED)
-    assert entry(writer.vm).remote_irr == bool(trigger)
+    assert entry(writer.vm).remote_irr == bool(trigger), (
+        f"the guest wrote {'a level' if trigger else 'an edge'}-triggered entry: remote IRR is wrong for it"
+    )
     program(writer.vm, VECTOR | LEVEL)
     write(writer, OTHER | trigger | MASKED | REMOTE_IRR | STATUS)
     assert not entry(writer.vm).remote_irr
@@ -88,7 +90,7 @@ def test_unmasked_line(writer: Agent, again: bool) -> None:
         trigger.signal()
         wait(lambda: bool(vm.irq.get_ioapic().irr & 1 << PIN))
         write(writer, VECTOR | LEVEL)
-        assert not entry(vm).remote_irr
+        assert not entry(vm).remote_irr, "unmasking delivered an interrupt that the device had taken back"
         assert resample.read() == 1
         if again:
             trigger.signal()

@@ -31,5 +31,7 @@ def test_poll(make_vm: MakeVm, port: int, first: int, level: int) -> None:
     agent.start()
     assert not poll(agent, port) & PENDING
     vm.irq.pulse(first + level)
-    assert poll(agent, port) == PENDING | level
-    assert not poll(agent, port) & PENDING
+    answer = poll(agent, port)
+    assert answer == PENDING | level, f"IRQ {level} is pending: poll answers {answer:#x}"
+    answer = poll(agent, port)
+    assert not answer & PENDING, f"IRQ {level} was acknowledged: poll answers {answer:#x}"

@@ -42,5 +42,5 @@ def test_another_place(make_vm: MakeVm, msr: int, offset: int, distance: int) ->
         assert agent.wrmsr(msr, int(vm.gva_to_gpa(place)) | ENABLED) is None
         left = version(agent, other, offset)
         agent.flush_tlb()
-        assert version(agent, place, offset) > before, f"place {number}"
-        assert version(agent, other, offset) == left, f"place {number}"
+        assert version(agent, place, offset) > before, f"move {number}: KVM does not write to the new place"
+        assert version(agent, other, offset) == left, f"move {number}: KVM goes on to write to the old place"
