@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import pytest
 
-from kvmpy import GuestVcpu, GuestVm, MakeVm
+from kvmpy import KVM_CAP_MULTI_ADDRESS_SPACE, Gpa, GuestVcpu, GuestVm, MakeVm, MissingError
+
+# SMM has its own address space, and starts 0x8000 above SMBASE in a kind of real mode.
+SMM_ADDRESS_SPACE = 1
+SMM_BASE, SMM_SIZE = Gpa(0x3_0000), 0x1_0000
+SMM_ENTRY = SMM_BASE + 0x8000
+SMM_PORT, SMM_VALUE = 0x43, 0x5A
+SMM_CODE = bytes([0xB0, SMM_VALUE, 0xE6, SMM_PORT, 0x0F, 0xAA])  # mov al; out port, al; rsm
 
 # Ring 0 only.  The host may change "interrupts" between two SYNCs.
 GUEST = """
@@ -135,3 +142,18 @@ def event_guest(make_vm: MakeVm) -> EventGuestMaker:
         return EventGuest(vm, interrupts=interrupts, with_iret=with_iret)
 
     return make
+
+
+def with_smm_handler(event_guest: EventGuestMaker, **options: bool) -> EventGuest:
+    """Return a guest whose SMM handler writes to a port and resumes."""
+    guest = event_guest(**options)
+    vm = guest.vm
+    if vm.check_extension(KVM_CAP_MULTI_ADDRESS_SPACE) < 2:
+        # kvm_arch_nr_memslot_as_ids(): one for VMs with private memory, which have no SMM.
+        raise MissingError("an address space of its own for SMM", "a VM type without private memory in KVM")
+    vm.memory.shared_view(SMM_ENTRY, len(SMM_CODE))[:] = SMM_CODE
+    # lifetime: the slot shows guest memory, which the VM keeps.
+    vm.set_user_memory_region(
+        SMM_ADDRESS_SPACE << 16, SMM_BASE, SMM_SIZE, vm.memory.hva(SMM_BASE, private=False)
+    )
+    return guest

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import KVM_VCPUEVENT_VALID_SHADOW, GuestTimeoutError, IrqWindowOpenExit, MakeVm, ShadowInt
+from kvmpy import (
+    KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_SINGLESTEP,
+    KVM_VCPUEVENT_VALID_SHADOW,
+    DebugExit,
+    GuestTimeoutError,
+    IoExit,
+    IrqWindowOpenExit,
+    MakeVm,
+    ShadowInt,
+)
 from kvmpy.testing.host import platform_name
-from selftests.events.conftest import EventGuest, EventGuestMaker
+from selftests.events.conftest import SMM_PORT, EventGuest, EventGuestMaker, with_smm_handler
 
 VECTOR = 0x45
 # QEMU without KVM forgets the shadow at VMRUN: there it is lost where the host's timer comes between the two
@@ -72,6 +82,32 @@ def test_interrupt_waits(event_guest: EventGuestMaker, kind: str) -> None:
     guest.go_on()
     assert guest.counts() == {VECTOR: 1}
     assert guest.seen(VECTOR).rip != where
+
+
+@pytest.mark.usefixtures("open_registers")
+@pytest.mark.requires("KVM_CAP_X86_SMM", "KVM_CAP_MULTI_ADDRESS_SPACE>=2")
+@pytest.mark.parametrize("kind", [None, *SHADOWS], ids=["none", *SHADOWS])
+def test_kept_over_an_smi(event_guest: EventGuestMaker, kind: str | None) -> None:
+    """An SMI within a shadow leaves it as it was: the handler has none, and RSM brings it back.
+
+    AMD APM volume 2, 10.3.3 (SMM_Intr_Shadow in the SMRAM image): SMM is not seen by the program below it.
+    """
+    guest = with_smm_handler(event_guest, interrupts=True)
+    where = guest.rip if kind is None else shadowed(guest, kind)
+    vcpu = guest.vcpu
+    vcpu.events.smi()
+    assert vcpu.expect(IoExit).port == SMM_PORT
+    vcpu.complete_io()
+    inside = vcpu.events.get()
+    assert (inside.smi.smm, inside.interrupt.shadow) == (1, 0), "the handler stands in a shadow itself"
+    vcpu.debug.set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
+    vcpu.expect(DebugExit)
+    vcpu.debug.set(0)
+    outside = vcpu.events.get()
+    assert (outside.smi.smm, guest.rip) == (0, where)
+    assert bool(outside.interrupt.shadow) == (kind is not None), (
+        f"the shadow before the SMI was {kind}, after RSM it is {outside.interrupt.shadow}"
+    )
 
 
 @pytest.mark.usefixtures("open_registers")

@@ -9,48 +9,23 @@ import pytest
 
 from kvmpy import (
     AGENT,
-    KVM_CAP_MULTI_ADDRESS_SPACE,
     KVM_CAP_X86_SMM,
     KVM_CAP_X86_TRIPLE_FAULT_EVENT,
     KVM_RUN_X86_SMM,
     KVM_VCPUEVENT_VALID_SMM,
     PAGE_SIZE,
     Agent,
-    Gpa,
     IoExit,
     MakeVm,
-    MissingError,
     ShutdownExit,
     Vm,
     refused,
 )
-from selftests.events.conftest import EventGuest, EventGuestMaker
+from selftests.events.conftest import SMM_PORT, SMM_VALUE, EventGuestMaker, with_smm_handler
 
 registers = pytest.mark.usefixtures("open_registers")
 smm = pytest.mark.requires("KVM_CAP_X86_SMM", "KVM_CAP_MULTI_ADDRESS_SPACE>=2")
 triple = pytest.mark.requires("KVM_CAP_X86_TRIPLE_FAULT_EVENT")
-
-# SMM has its own address space, and starts 0x8000 above SMBASE in a kind of real mode.
-SMM_ADDRESS_SPACE = 1
-SMM_BASE, SMM_SIZE = Gpa(0x3_0000), 0x1_0000
-SMM_ENTRY = SMM_BASE + 0x8000
-SMM_PORT, SMM_VALUE = 0x43, 0x5A
-SMM_CODE = bytes([0xB0, SMM_VALUE, 0xE6, SMM_PORT, 0x0F, 0xAA])  # mov al; out port, al; rsm
-
-
-def with_smm_handler(event_guest: EventGuestMaker) -> EventGuest:
-    """Return a guest whose SMM handler writes to a port and resumes."""
-    guest = event_guest()
-    vm = guest.vm
-    if vm.check_extension(KVM_CAP_MULTI_ADDRESS_SPACE) < 2:
-        # kvm_arch_nr_memslot_as_ids(): one for VMs with private memory, which have no SMM.
-        raise MissingError("an address space of its own for SMM", "a VM type without private memory in KVM")
-    vm.memory.shared_view(SMM_ENTRY, len(SMM_CODE))[:] = SMM_CODE
-    # lifetime: the slot shows guest memory, which the VM keeps.
-    vm.set_user_memory_region(
-        SMM_ADDRESS_SPACE << 16, SMM_BASE, SMM_SIZE, vm.memory.hva(SMM_BASE, private=False)
-    )
-    return guest
 
 
 @registers

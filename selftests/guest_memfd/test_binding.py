@@ -91,6 +91,17 @@ def test_a_page_is_bound_once(bind: Bind, first: int, pages: int) -> None:
         bind(1, first, pages, gpa=GPA + 64 * PAGE_SIZE)
 
 
+def test_a_range_that_is_taken_exists(bind: Bind) -> None:
+    """The error tells a range that is taken, EEXIST, from one that cannot be, EINVAL.
+
+    KVM_SET_USER_MEMORY_REGION2; Documentation/virt/kvm/api.rst 4.35 has it so for addresses that overlap.
+    """
+    bind(0, 2, 4)
+    for first, pages, error in ((2, 4, errno.EEXIST), (5, 1, errno.EEXIST), (0, PAGES + 1, errno.EINVAL)):
+        with refused(error):
+            bind(1, first, pages, gpa=GPA + 64 * PAGE_SIZE)
+
+
 def test_a_range_is_free_again_when_its_slot_is_gone(gmem_vm: Vm, bind: Bind) -> None:
     """Deleting a slot gives its range of the file back, to be bound somewhere else.
 
