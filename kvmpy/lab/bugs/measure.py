@@ -38,15 +38,17 @@ AREAS: Mapping[str, tuple[str, ...]] = {
     "hyperv": ("hyperv", "msr", "cpuid"),
     "io": ("io",),
     "irq": ("irq", "apic"),
-    "memory": ("memory", "guest_memfd", "private_memory"),
+    "memory": ("memory", "guest_memfd", "private_memory", "sev", "nested"),
     "msr": ("msr", "machine_check", "time"),
     "nested": ("nested", "cpuid", "regs", "msr"),
     "sev": ("sev", "private_memory"),
-    "time": ("time", "msr"),
-    "vcpu": ("vcpu", "msr"),
+    "stats": ("stats", "nested", "vcpu"),
+    "time": ("time", "xen", "nested", "msr"),
+    "vcpu": ("vcpu", "regs", "msr"),
     "xen": ("xen", "msr", "time"),
 }
 _UNKNOWN_SECONDS = 1.0
+_LOAD = "/test_load"
 # A machine that hangs ends by its own limits; this one is for a run that does not end at all.
 _SPARE_SECONDS = 240.0
 _RETRIES = 3
@@ -78,28 +80,34 @@ class Result:
 def order(bug: Bug, known: Map | None, files: Iterable[str]) -> list[tuple[str, float]]:
     """Return the tests that may notice *bug*, or whole files of tests, with their seconds: the best first.
 
-    First those that enter a function that changes, by *known*; those of the bug's own area lead, and the fast
-    ones.  Then all other tests of the area, by *files*.
+    First the tests of the bug's own area that enter a function that changes, by *known*, the fast ones first,
+    and then all files of that area: a test that is newer than the map is in none of it.  Then the tests of
+    other areas that enter one, and the files of the areas beside.  Files of tests under load come last.
     """
     areas = AREAS.get(bug.area, (bug.area,))
     near = {area: place for place, area in enumerate(areas)}
-    found: dict[str, float] = {}
+    ranked: list[tuple[bool, bool, int, float, str]] = []
+    seconds: dict[str, float] = {}
     if known is not None:
         numbers: set[int] = set()
         for file, function in bug.functions:
             for place, tests in zip(known.functions, known.function_tests, strict=True):
                 if (place.file, place.name) == (file, function):
                     numbers |= set(tests)
-        entering = [known.tests[number] for number in numbers if known.tests[number].suite == OWN_SUITE]
-        entering.sort(key=lambda test: (near.get(area_of(test.id), len(near)), test.seconds, test.id))
-        found = {test.id: test.seconds for test in entering}
-        others = [test for test in known.tests if test.suite == OWN_SUITE and area_of(test.id) in near]
-        others.sort(key=lambda test: (near[area_of(test.id)], test.id))
-        found |= {test.id: test.seconds for test in others if test.id not in found}
-    for file in sorted(files, key=lambda name: (near.get(area_of(name), len(near)), name)):
-        if area_of(file) in near and not any(test.partition("::")[0] == file for test in found):
-            found[file] = _UNKNOWN_SECONDS
-    return list(found.items())
+        for test in known.tests:
+            if test.suite == OWN_SUITE:
+                name = test.id.partition("::")[0]
+                seconds[name] = seconds.get(name, 0.0) + test.seconds
+        for test in (known.tests[number] for number in numbers):
+            if test.suite == OWN_SUITE:
+                place_of_area = near.get(area_of(test.id), len(near))
+                ranked.append((place_of_area > 0, False, place_of_area, test.seconds, test.id))
+                seconds[test.id] = test.seconds
+    for name in files:
+        if area_of(name) in near:
+            place_of_area = near[area_of(name)]
+            ranked.append((place_of_area > 0, True, place_of_area, float(_LOAD in name), name))
+    return [(test, seconds.get(test, _UNKNOWN_SECONDS)) for *_, test in sorted(ranked)]
 
 
 def within(tests: Sequence[tuple[str, float]], budget: float) -> list[str]:
