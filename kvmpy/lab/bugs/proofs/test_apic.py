@@ -53,3 +53,12 @@ def test_id(x2apic: Agent) -> None:
 @pytest.mark.bug(6)
 def test_icr(x2apic: Agent) -> None:
     assert x2apic.wrmsr(0x830, 1 << 20 | 1 << 18 | 0x51) is not None
+
+
+@pytest.mark.bug(7)
+def test_mode(x2apic: Agent) -> None:
+    start_timer(x2apic)
+    assert x2apic.wrmsr(0x832, 0x30051) is None
+    count = x2apic.rdmsr(0x839)
+    assert not isinstance(count, Fault)
+    assert count > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpy import Agent
+from kvmpy import Agent, ioctls, kvm_cpuid2, kvm_cpuid_entry2
 
 pytestmark = pytest.mark.protections("none")
 
@@ -20,3 +20,11 @@ def test_same_table(agent: Agent) -> None:
     assert isinstance(value, int)
     assert agent.write_cr(4, value ^ OSXSAVE) is None
     agent.vcpu.cpuid.set(table)
+
+
+@pytest.mark.bug(101)
+def test_number(agent: Agent) -> None:
+    agent.start()
+    arg = kvm_cpuid2.of([kvm_cpuid_entry2() for _ in range(200)])
+    assert agent.vcpu.ioctl_raw(ioctls.KVM_GET_CPUID2, arg) == (0, 0)
+    assert arg.nent < 200

@@ -37,3 +37,12 @@ def test_shadow_in_smram(make_vm: MakeVm) -> None:
     vcpu.events.smi()
     vcpu.expect(IoExit)
     assert vm.memory.read(SMBASE + INT_SHADOW, 1) != b"\0"
+
+
+@pytest.mark.bug(92)
+def test_both_nmis(agent: Agent) -> None:
+    agent.start()
+    for _ in range(2):
+        agent.vcpu.events.nmi()
+    agent.vcpu.events.get()
+    assert agent.vcpu.events.get().nmi.pending == 2

@@ -25,6 +25,8 @@ SCONTROL, STIMER0_CONFIG, STIMER0_COUNT = 0x4000_0080, 0x4000_00B0, 0x4000_00B1
 AUTO_ENABLE, ENABLE = 1 << 3, 1
 GUEST_OS_ID, SEND_IPI_EX, VECTOR, IRR = 0x4000_0000, 0x15, 0x51, 0x200
 
+SPIN_WAIT, INVALID_INPUT = 8, 3
+
 
 def taken(vcpu: Vcpu, index: int, value: int) -> bool:
     return vcpu.ioctl(ioctls.KVM_SET_MSRS, kvm_msrs.of([kvm_msr_entry(index=index, data=value)])) == 1
@@ -72,3 +74,25 @@ def test_ipi_to_all(make_vm: MakeVm) -> None:
     gpa = int(vm.gva_to_gpa(page))
     assert agent.must(b"\x0f\x01\xd9", rcx=SEND_IPI_EX, rdx=gpa, r8=gpa + 64).rax & 0xFFFF == 0
     assert agent.vcpu.lapic.get_reg(IRR + 0x10 * (VECTOR >> 5)) & 1 << (VECTOR & 31)
+
+
+def hypercall(make_vm: MakeVm, control: int, *words: int) -> int:
+    """Let a guest make a hypercall, and return its status."""
+    vm = make_vm(AGENT, cpuid=as_hyperv)
+    page = vm.alloc(PAGE_SIZE)
+    agent = Agent(vm.vcpus[0])
+    assert agent.wrmsr(GUEST_OS_ID, 1) is None
+    for index, word in enumerate(words):
+        assert agent.write(page + 8 * index, word) is None
+    gpa = int(vm.gva_to_gpa(page))
+    return int(agent.must(b"\x0f\x01\xd9", rcx=control, rdx=gpa, r8=gpa + 512).rax & 0xFFFF)
+
+
+@pytest.mark.bug(83)
+def test_variable_header(make_vm: MakeVm) -> None:
+    assert hypercall(make_vm, SPIN_WAIT | 1 << 17) == INVALID_INPUT
+
+
+@pytest.mark.bug(84)
+def test_banks(make_vm: MakeVm) -> None:
+    assert hypercall(make_vm, SEND_IPI_EX, VECTOR, 0, 1, 1) == INVALID_INPUT

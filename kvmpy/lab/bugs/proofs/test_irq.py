@@ -104,3 +104,11 @@ def test_poll(writer: Agent) -> None:
     writer.vm.irq.line(3, 1)
     # mov al, 0x0c; out 0x20, al; in al, 0x20
     assert writer.must(b"\xb0\x0c\xe6\x20\xe4\x20").rax & 0xFF == 0x83
+
+
+@pytest.mark.bug(24)
+def test_any_length(writer: Agent) -> None:
+    with EventFd() as event:
+        writer.vm.io.ioeventfd(event, IOAPIC_GPA + 0x800, 0)
+        assert writer.write(IOAPIC + 0x800, 1, 4) is None
+        assert event.read() == 1

@@ -8,9 +8,31 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpy import KVM_MEM_GUEST_MEMFD, KVM_MEM_READONLY, PAGE_SIZE, Kvm, Vm, VmType, refused
+from kvmpy import (
+    AGENT,
+    KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_READONLY,
+    L1,
+    L2,
+    PAGE_SIZE,
+    SIZE_2M,
+    Agent,
+    Anonymous,
+    Gpa,
+    Gva,
+    Kvm,
+    MakeVm,
+    SnpPolicy,
+    SvmExit,
+    Vm,
+    VmType,
+    kvm_sev_snp_launch_update,
+    refused,
+)
+from kvmpy.coco.snp_launch import SnpInitialised
 
 HOST = 0x1000_0000
+NORMAL_PAGE = 1
 
 
 @pytest.fixture
@@ -33,3 +55,72 @@ def test_overlap(protected: Vm) -> None:
     protected.set_user_memory_region2(0, 0x10_0000, PAGE_SIZE, HOST, KVM_MEM_GUEST_MEMFD, gmem=gmem)
     with refused(errno.EEXIST):
         protected.set_user_memory_region2(1, 0x20_0000, 2 * PAGE_SIZE, HOST, KVM_MEM_GUEST_MEMFD, gmem=gmem)
+
+
+@pytest.mark.bug(122)
+@pytest.mark.protections("none")
+def test_moved(make_vm: MakeVm) -> None:
+    # No whole number of large pages, so that the tracking has as many at both places.
+    where, size = Gpa(0x4000_0000), 2 * SIZE_2M - 16 * PAGE_SIZE
+    vm = make_vm(AGENT)
+    slot = vm.add_slot(where, size, backing=Anonymous(huge="thp"))
+    for page in range(size // PAGE_SIZE):
+        slot.mapping.view(page * PAGE_SIZE, 1)[0] = page & 0xFF
+    moved = where + PAGE_SIZE
+    vm.set_user_memory_region(slot.slot, moved, size, slot.hva)
+    window = Gva(0x6000_0000)
+    vm.map(window, moved, 8 * PAGE_SIZE, page_size=PAGE_SIZE, private=False)
+    agent = Agent(vm.vcpus[0])
+    assert [agent.read(window + page * PAGE_SIZE, 1) for page in range(8)] == list(range(8))
+
+
+@pytest.mark.bug(123)
+@pytest.mark.protections("none")
+def test_two_paths(make_vm: MakeVm) -> None:
+    vm = make_vm(L1)
+    l2 = L2(vm.vcpus[0], npt=True)
+    assert l2.npt is not None
+    low, high = 0x20_0000_0000, 0x20_4000_0000
+    window = Gva(0x7000_0000_0000)
+    for index, far in enumerate((0, SIZE_2M)):
+        page = vm.alloc(PAGE_SIZE)
+        l2.npt.map(Gva(low + far), vm.gva_to_gpa(page), PAGE_SIZE, user=True)
+        for path, start in enumerate((low, high)):
+            place = window + (2 * index + path) * PAGE_SIZE
+            vm.map(place, Gpa(start + far), PAGE_SIZE, page_size=PAGE_SIZE)
+    steps = {step.level: step for step in l2.npt.walk(Gva(low)).steps}
+    words = {}
+    for level in (2, 3):
+        gpa, _ = vm.from_raw(steps[level].table)
+        words[level] = vm.memory.view(gpa, PAGE_SIZE).cast("Q")
+    # One table behind two entries, of which the second allows no writes; no writes to its first pages.
+    words[3][steps[3].index + 1] = words[3][steps[3].index] & ~2
+    words[2][steps[2].index] &= ~2
+    read, write = b"\x48\x8b\x07", b"\x48\x89\x07"
+    got = [
+        l2.attempt(code, int(window) + page * PAGE_SIZE).code
+        for code, page in ((read, 0), (read, 1), (write, 2), (write, 3))
+    ]
+    assert got == [SvmExit.VMMCALL, SvmExit.VMMCALL, SvmExit.VMMCALL, SvmExit.NPF]
+
+
+@pytest.mark.bug(124)
+@pytest.mark.requires("protection:snp")
+def test_shared(kvm: Kvm) -> None:
+    with kvm.create_vm(int(VmType.KVM_X86_SNP_VM)) as vm:
+        state = SnpInitialised.init2(vm)
+        vm.add_slot(Gpa(0x10_0000), PAGE_SIZE, gmem=vm.create_guest_memfd(PAGE_SIZE))
+        state.start(SnpPolicy())
+        hva = vm.memory.hva(Gpa(0x10_0000), private=False)
+        arg = kvm_sev_snp_launch_update(gfn_start=0x100, uaddr=hva, len=PAGE_SIZE, type=NORMAL_PAGE)
+        assert vm.sev.command_raw("SNP_LAUNCH_UPDATE", arg).errno == errno.EIO
+
+
+@pytest.mark.bug(125)
+def test_offset(protected: Vm) -> None:
+    gmem = protected.create_guest_memfd(2 * PAGE_SIZE)
+    with refused(errno.EINVAL):
+        protected.set_user_memory_region2(
+            0, 0x10_0000, 2 * PAGE_SIZE, HOST, KVM_MEM_GUEST_MEMFD, gmem=gmem,
+            gmem_offset=(1 << 63) - PAGE_SIZE,
+        )  # fmt: skip

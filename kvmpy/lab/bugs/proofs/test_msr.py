@@ -14,6 +14,7 @@ HWCR, TW_CFG, MC0_CTL = 0xC001_0015, 0xC001_1023, 0x400
 MCG_CTL_P, MCST_WR_EN = 1 << 8, 1 << 18
 NO_MEMORY, BY_INTERRUPT = 1 << 45, 1 << 3
 VERSION = 8
+VM_HSAVE_PA = 0xC001_0117
 
 
 def taken(vcpu: Vcpu, index: int, value: int) -> bool:
@@ -56,3 +57,8 @@ def test_hwcr(agent: Agent) -> None:
     assert agent.wrmsr(HWCR, MCST_WR_EN) is None
     assert agent.wrmsr(HWCR, 0) is None
     assert agent.rdmsr(HWCR) == 0
+
+
+@pytest.mark.bug(46)
+def test_host_save_area(agent: Agent) -> None:
+    assert agent.wrmsr(VM_HSAVE_PA, 0x1008) is not None

@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from kvmpy import EFER, PAGE_SIZE, Agent, kvm_nested_state, refused
+from kvmpy import EFER, L1, L2, PAGE_SIZE, Agent, IoExit, MakeVm, kvm_nested_state, refused
 from kvmpy.x86.nested_state import SvmNestedState
 from kvmpy.x86.svm_exits import SvmExit
 from kvmpy.x86.vmcb import VMCB_SIZE, Event, MiscCtl, Vmcb
@@ -67,3 +67,42 @@ def test_code_segment(agent: Agent) -> None:
 def test_invlpga(agent: Agent) -> None:
     assert agent.execute(b"\x0f\x01\xdf") is not None
     assert not hasattr(agent.execute(b"\x0f\x01\xdf"), "rbx")
+
+
+@pytest.mark.bug(174)
+def test_shadow(make_vm: MakeVm) -> None:
+    l2 = L2(make_vm(L1).vcpus[0])
+    # sti; out %al, $0x42
+    l2.load(b"\xfb\xe6\x42")
+    l2.begin()
+    l2.vcpu.expect(IoExit)
+    saved = SvmNestedState.of(l2.vcpu.nested.get()).vmcb
+    assert saved is not None
+    assert saved["int_state"] & 1
+
+
+def failed_vmrun(make_vm: MakeVm) -> L2:
+    """Return what stands behind a VMRUN whose address space identifier is wrong."""
+    l2 = L2(make_vm(L1).vcpus[0])
+    l2.reset()
+    l2.vmcb["asid"] = 0
+    l2.agent.must(b"\x0f\x01\xd8", rax=l2.pa(l2.vmcb_gva))
+    return l2
+
+
+@pytest.mark.bug(175)
+def test_gif(make_vm: MakeVm) -> None:
+    assert not SvmNestedState.of(failed_vmrun(make_vm).vcpu.nested.get()).gif
+
+
+@pytest.mark.bug(176)
+def test_pending(agent: Agent) -> None:
+    wanted = SvmNestedState.of(state(agent))
+    wanted.run_pending = True
+    agent.vcpu.nested.set(wanted.to_struct())
+    assert SvmNestedState.of(agent.vcpu.nested.get()).run_pending
+
+
+@pytest.mark.bug(177)
+def test_exit_code(make_vm: MakeVm) -> None:
+    assert failed_vmrun(make_vm).vmcb["exit_code"] == (1 << 64) - 1

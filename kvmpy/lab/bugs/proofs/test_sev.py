@@ -23,9 +23,11 @@ from kvmpy import (
     MakeVm,
     SevPolicy,
     SnpPolicy,
+    SystemEventExit,
     Vm,
     VmType,
     kvm_sev_dbg,
+    kvm_sev_init,
     kvm_sev_send_update_data,
     kvm_sev_snp_launch_update,
 )
@@ -147,6 +149,111 @@ def test_length(kvm: Kvm, stack: ExitStack) -> None:
     )  # fmt: skip
     result = vm.sev.command_raw("SEND_UPDATE_DATA", arg)
     assert (result.errno, result.firmware) == (errno.EINVAL, 0)
+
+
+@pytest.mark.bug(156)
+@pytest.mark.requires("protection:sev")
+def test_late(kvm: Kvm, stack: ExitStack) -> None:
+    vm = stack.enter_context(kvm.create_vm(int(VmType.KVM_X86_SEV_VM)))
+    vm.create_vcpu()
+    assert vm.sev.command_raw("INIT2", kvm_sev_init()).errno == errno.EINVAL
+
+
+@pytest.mark.bug(157)
+@pytest.mark.requires("protection:snp")
+def test_first_ghcb(kvm: Kvm, stack: ExitStack) -> None:
+    vm = stack.enter_context(kvm.create_vm(int(VmType.KVM_X86_SNP_VM)))
+    assert vm.sev.command_raw("INIT2", kvm_sev_init(ghcb_version=1)).errno == errno.EINVAL
+
+
+TALKER = """
+#include <kvmpy/guest.h>
+
+GUEST_SHARED u64 outcome;
+
+/* An event with one field beside its words, or none. */
+void ask(u64 code, u64 info_1, u64 info_2, u64 rax, u64 with_rax)
+{
+	struct ghcb_use use;
+
+	ghcb_begin(&use);
+	if (with_rax)
+		ghcb_put(use.ghcb, GHCB_RAX, rax);
+	ghcb_put(use.ghcb, GHCB_SW_EXIT_CODE, code);
+	ghcb_put(use.ghcb, GHCB_SW_EXIT_INFO_1, info_1);
+	ghcb_put(use.ghcb, GHCB_SW_EXIT_INFO_2, info_2);
+	vmgexit();
+	outcome = ghcb_get(use.ghcb, GHCB_SW_EXIT_INFO_1) << 32 | ghcb_get(use.ghcb, GHCB_SW_EXIT_INFO_2);
+	ghcb_end(&use);
+}
+
+/* Ask for the end with interrupts on. */
+void end(void)
+{
+	wrmsr(MSR_SEV_ES_GHCB, 0x100);
+	asm volatile("sti; nop; rep; vmmcall");
+}
+
+void guest_main(void)
+{
+	guest_agent();
+}
+"""
+MALFORMED = 2 << 32
+CPUID, AP_CREATION = 0x72, 0x8000_0013
+
+
+def asked(make_vm: MakeVm, *words: int) -> int:
+    """Return what the hypervisor answers, in two words."""
+    vm = make_vm(TALKER)
+    agent = Agent(vm.vcpus[0])
+    agent.begin_call("ask", *words)
+    agent.value()
+    return int(vm.symbol("outcome").u64)
+
+
+@pytest.mark.bug(158)
+@pytest.mark.protections("sev-es")
+def test_incomplete(make_vm: MakeVm) -> None:
+    assert asked(make_vm, CPUID, 0, 0, 0, 0) == MALFORMED | 4
+
+
+def ending(make_vm: MakeVm) -> Agent:
+    """Return a guest that is about to ask for its end."""
+    agent = Agent(make_vm(TALKER).vcpus[0])
+    agent.begin_call("end")
+    return agent
+
+
+@pytest.mark.bug(159)
+@pytest.mark.protections("sev-es")
+def test_end(make_vm: MakeVm) -> None:
+    ending(make_vm).vcpu.expect(SystemEventExit)
+
+
+@pytest.mark.bug(161)
+@pytest.mark.protections("sev-es")
+def test_interrupt_flag(make_vm: MakeVm) -> None:
+    agent = ending(make_vm)
+    agent.vcpu.expect(SystemEventExit)
+    assert agent.vcpu.run_area.if_flag == 1
+
+
+@pytest.mark.bug(160)
+@pytest.mark.protections("snp")
+def test_features(make_vm: MakeVm) -> None:
+    assert asked(make_vm, AP_CREATION, 1, 0x5000, 0x8001, 1) == MALFORMED | 5
+
+
+@pytest.mark.bug(162)
+@pytest.mark.protections("snp")
+def test_refused_creation(make_vm: MakeVm) -> None:
+    vm = make_vm(TALKER)
+    agent = Agent(vm.vcpus[0])
+    agent.start()
+    # Of the vCPU itself, from an address that is no page's.
+    agent.begin_call("ask", AP_CREATION, 1, 0x5008, 1, 1)
+    agent.vcpu.next(5.0)
 
 
 @pytest.mark.bug(163)

@@ -7,11 +7,23 @@ import errno
 
 import pytest
 
-from kvmpy import PAGE_SIZE, Agent, Vm, ioctls, kvm_xen_hvm_config, kvm_xen_vcpu_attr
+from kvmpy import (
+    L1,
+    L2,
+    PAGE_SIZE,
+    Agent,
+    IoExit,
+    MakeVm,
+    Vm,
+    ioctls,
+    kvm_xen_hvm_config,
+    kvm_xen_vcpu_attr,
+)
 
 SYSTEM_TIME_NEW = 0x4B56_4D01
 VCPU_TIME_INFO, STOPPED = 1, 2
 FLAGS = 29
+TSC = 0x10
 
 
 @pytest.mark.protections("none")
@@ -35,3 +47,18 @@ def test_two_clocks(agent: Agent) -> None:
 def test_frequency(vm: Vm) -> None:
     vm.create_vcpu()
     assert vm.ioctl_raw(ioctls.KVM_SET_TSC_KHZ, 1_000_000)[1] == errno.EINVAL
+
+
+@pytest.mark.bug(63)
+@pytest.mark.protections("none")
+def test_nested_counter(make_vm: MakeVm) -> None:
+    vcpu = make_vm(L1).vcpus[0]
+    l2 = L2(vcpu)
+    l2.reset()
+    before = vcpu.msrs.get(TSC)
+    l2.vmcb["tsc_offset"] = 1 << 50
+    # out %al, $0x42
+    l2.load(b"\xe6\x42")
+    l2.begin()
+    vcpu.expect(IoExit)
+    assert 0 < vcpu.msrs.get(TSC) - before < 1 << 49
