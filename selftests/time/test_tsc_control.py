@@ -16,6 +16,7 @@ from kvmpy import (
     Agent,
     MakeVm,
     Vm,
+    ioctls,
     refused,
 )
 
@@ -216,3 +217,21 @@ def test_default_of_vm(vm: Vm) -> None:
     assert vm.create_vcpu().clock.get_tsc_khz() == native // 2
     with refused(errno.EINVAL):
         vm.clock.set_tsc_khz(native)
+
+
+def test_frequency_of_a_vm_is_chosen_before_its_vcpus(vm: Vm) -> None:
+    """A VM's frequency is for vCPUs to come: with a vCPU it is refused with EINVAL, and no vCPU's changes.
+
+    Documentation/virt/kvm/api.rst, 4.55 KVM_SET_TSC_KHZ: "used before creating any vCPU".
+    """
+    own, number = vm.ioctl_raw(ioctls.KVM_GET_TSC_KHZ)
+    if number == errno.ENOTTY:
+        pytest.skip("needs KVM_GET_TSC_KHZ of a VM: this KVM has it of vCPUs alone")
+    vm.ioctl(ioctls.KVM_SET_TSC_KHZ, own)
+    first = vm.create_vcpu(0)
+    for khz in (own, own // 2, 0):
+        _, number = vm.ioctl_raw(ioctls.KVM_SET_TSC_KHZ, khz)
+        assert number == errno.EINVAL, f"{khz} kHz with a vCPU: errno {number}, expected EINVAL"
+    second = vm.create_vcpu(1)
+    got = [vm.ioctl(ioctls.KVM_GET_TSC_KHZ), first.clock.get_tsc_khz(), second.clock.get_tsc_khz()]
+    assert got == [own] * 3
