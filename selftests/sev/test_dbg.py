@@ -79,6 +79,9 @@ class Buffer:
 def running(bare: BareMaker, kind: str) -> tuple[Bare, SevRunning]:
     """Return a guest that may be debugged, with TEXT at the begin of its memory."""
     guest_vm = bare(kind)
+    # From the last page on: in one piece of the host's memory a step over a border would do no harm.
+    for page in reversed(range(-(-len(TEXT) // PAGE_SIZE))):
+        guest_vm.vm.memory.write(MEMORY + page * PAGE_SIZE, b"\0")
     guest_vm.vm.memory.write(MEMORY, TEXT)
     return guest_vm, start_sev(guest_vm).update_data(MEMORY, len(TEXT)).measure().finish()
 

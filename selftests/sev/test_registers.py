@@ -21,6 +21,8 @@ from kvmpy import (
     kvm_debugregs,
     kvm_fpu,
     kvm_guest_debug,
+    kvm_msr_entry,
+    kvm_msrs,
     kvm_regs,
     kvm_sregs,
     kvm_sregs2,
@@ -53,6 +55,15 @@ REFUSED: tuple[tuple[ioctls.Ioctl, type[Struct]], ...] = (
     (ioctls.KVM_SET_GUEST_DEBUG, kvm_guest_debug),
 )
 
+# Those that pass through to the guest.
+OWN_MSRS = {
+    "STAR": 0xC000_0081,
+    "LSTAR": 0xC000_0082,
+    "CSTAR": 0xC000_0083,
+    "SFMASK": 0xC000_0084,
+    "KERNEL_GS_BASE": 0xC000_0102,
+}
+
 
 @hidden
 @pytest.mark.parametrize(("op", "make"), REFUSED, ids=[op.name for op, _ in REFUSED])
@@ -63,6 +74,31 @@ def test_registers_are_refused(make_vm: MakeVm, op: ioctls.Ioctl, make: type[Str
     assert vcpu.regs.get().rflags == 2
     vm.launch()
     assert vcpu.ioctl_raw(op, make()) == (-1, errno.EINVAL)
+    vcpu.sync()
+
+
+@hidden
+def test_msrs_are_refused(make_vm: MakeVm) -> None:
+    """After the launch KVM neither returns nor takes MSRs that the guest has to itself; before it does both.
+
+    Documentation/virt/kvm/api.rst, 4.18 KVM_GET_MSRS and 4.19 KVM_SET_MSRS; sev_es_prevent_msr_access().
+    """
+    vm = make_vm(GUEST)
+    vcpu = vm.vcpus[0]
+
+    def taken() -> dict[str, tuple[int, int]]:
+        return {
+            name: (
+                vcpu.ioctl_raw(ioctls.KVM_GET_MSRS, kvm_msrs.of([kvm_msr_entry(index=msr)]))[0],
+                vcpu.ioctl_raw(ioctls.KVM_SET_MSRS, kvm_msrs.of([kvm_msr_entry(index=msr, data=0x1000)]))[0],
+            )
+            for name, msr in OWN_MSRS.items()
+        }
+
+    assert taken() == dict.fromkeys(OWN_MSRS, (1, 1))
+    vm.launch()
+    after = taken()
+    assert all(got < 1 and put < 1 for got, put in after.values()), f"read and written after launch: {after}"
     vcpu.sync()
 
 
