@@ -178,7 +178,8 @@ def test_update_from_a_read_only_page(bare: BareMaker, kind: SnpPageType) -> Non
     page = cpuid_page(guest.vm) if kind == CPUID else b"\x5a" * PAGE_SIZE
     with read_only(page) as uaddr:
         answer = guest.raw("SNP_LAUNCH_UPDATE", update(guest, uaddr=uaddr, type=int(kind)))
-        assert answer == ((errno.EIO, 0) if kind == CPUID else (0, 0))
+        expected = (errno.EIO, 0) if kind == CPUID else (0, 0)
+        assert answer == expected, f"{kind.name}: errno and status {answer}, expected {expected}"
 
 
 def test_update_stops_at_the_end_of_the_slot(bare: BareMaker) -> None:

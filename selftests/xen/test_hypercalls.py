@@ -117,7 +117,7 @@ def test_bad_pages(make_vm: MakeVm) -> None:
     for bad in (gpa | 1, gpa | 4095, 1 << 38):
         assert (hex(bad), agent.wrmsr(MSR, bad)) == (hex(bad), Fault(Vector.GP, 0))
     vm.vcpus[0].msrs.takes(MSR, gpa)
-    assert vm.read(page, PAGE_SIZE) == bytes(PAGE_SIZE)
+    assert vm.read(page, PAGE_SIZE) == bytes(PAGE_SIZE), "the host's write of the MSR wrote the guest's page"
 
 
 def test_pages_of_user_space(make_vm: MakeVm) -> None:
