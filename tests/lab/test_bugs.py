@@ -227,7 +227,9 @@ def test_tests_of_the_area_come_file_by_file_without_a_map() -> None:
     assert [name for name, _ in measure.order(bug(), None, files)] == files[:2]
 
 
-def test_own_area_first_whatever_enters_the_function() -> None:
+@pytest.mark.parametrize("many", [True, False])
+def test_own_area_first_where_many_enter_the_function(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    monkeypatch.setattr(measure, "_FEW", 2 if many else 3)
     file, function = bug().functions[0]
     tests = [
         ("memory/test_a.py::one", 0.1, True), ("apic/test_b.py::slow", 9.0, True),
@@ -239,10 +241,10 @@ def test_own_area_first_whatever_enters_the_function() -> None:
         [Place(file, 1, 2, function)], [], [BitMap(i for i, test in enumerate(tests) if test[2])], BitMap(),
     )  # fmt: skip
     files = ["apic/test_a.py", "apic/test_b.py", "irq/test_c.py", "msr/test_d.py"]
-    assert measure.order(bug(), known, files) == [
-        ("apic/test_b.py::fast", 1.0), ("apic/test_b.py::slow", 9.0), ("apic/test_a.py", 1.0),
-        ("apic/test_b.py", 12.0), ("memory/test_a.py::one", 0.1), ("irq/test_c.py", 0.5),
-    ]  # fmt: skip
+    own = [("apic/test_b.py::fast", 1.0), ("apic/test_b.py::slow", 9.0)]
+    rest = [("apic/test_a.py", 1.0), ("apic/test_b.py", 12.0)]
+    rest.insert(2 if many else 0, ("memory/test_a.py::one", 0.1))
+    assert measure.order(bug(), known, files) == [*own, *rest, ("irq/test_c.py", 0.5)]
 
 
 def test_a_budget_has_room_for_one_test_at_least() -> None:

@@ -49,6 +49,7 @@ AREAS: Mapping[str, tuple[str, ...]] = {
 }
 _UNKNOWN_SECONDS = 1.0
 _LOAD = "/test_load"
+_FEW = 100
 # A machine that hangs ends by its own limits; this one is for a run that does not end at all.
 _SPARE_SECONDS = 240.0
 _RETRIES = 3
@@ -83,6 +84,7 @@ def order(bug: Bug, known: Map | None, files: Iterable[str]) -> list[tuple[str, 
     First the tests of the bug's own area that enter a function that changes, by *known*, the fast ones first,
     and then all files of that area: a test that is newer than the map is in none of it.  Then the tests of
     other areas that enter one, and the files of the areas beside.  Files of tests under load come last.
+    Where few tests enter a function, they all come first.
     """
     areas = AREAS.get(bug.area, (bug.area,))
     near = {area: place for place, area in enumerate(areas)}
@@ -98,11 +100,12 @@ def order(bug: Bug, known: Map | None, files: Iterable[str]) -> list[tuple[str, 
             if test.suite == OWN_SUITE:
                 name = test.id.partition("::")[0]
                 seconds[name] = seconds.get(name, 0.0) + test.seconds
-        for test in (known.tests[number] for number in numbers):
-            if test.suite == OWN_SUITE:
-                place_of_area = near.get(area_of(test.id), len(near))
-                ranked.append((place_of_area > 0, False, place_of_area, test.seconds, test.id))
-                seconds[test.id] = test.seconds
+        entering = [test for number in numbers if (test := known.tests[number]).suite == OWN_SUITE]
+        for test in entering:
+            place_of_area = near.get(area_of(test.id), len(near))
+            later = place_of_area > 0 and len(entering) > _FEW
+            ranked.append((later, False, place_of_area, test.seconds, test.id))
+            seconds[test.id] = test.seconds
     for name in files:
         if area_of(name) in near:
             place_of_area = near[area_of(name)]
