@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -48,6 +49,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     give_time(items)
 
 
+class Answer(tuple[int, int]):  # noqa: SLOT001 - a tuple has no slots of its own
+    """Errno and firmware status of a command; a failed comparison names the command and both."""
+
+    command: str
+
+    @classmethod
+    def of(cls, command: str | int, result: SevResult) -> Answer:
+        """Make one of what a command returned."""
+        answer = cls((result.errno, result.firmware))
+        answer.command = str(command)
+        return answer
+
+    def __repr__(self) -> str:
+        number, status = self
+        told = f"({number}, {status}), {errno.errorcode.get(number, number)}" if number else "(0, 0), taken"
+        return f"<{self.command}: {told}>"
+
+
 @dataclass
 class Bare:
     """A VM of one SEV type with PAGES pages at MEMORY; *state* is where its launch stands."""
@@ -61,7 +80,7 @@ class Bare:
         # lifetime: what an argument of the owner's points to lives as long as the argument.
         plain = arg.arg if isinstance(arg, Argument) else arg
         result: SevResult = self.vm.sev.command_raw(command, plain)
-        return result.errno, result.firmware
+        return Answer.of(command, result)
 
     @property
     def hva(self) -> int:

@@ -141,6 +141,31 @@ def test_a_packet_of_two_pages(bare: BareMaker, kind: str, offset: int, size: in
     assert guest.raw("SEND_UPDATE_DATA", SendUpdate(guest.hva + offset, size)) == EINVAL
 
 
+# Where offset and length are added in 32 bits, the sum of these is within a page again.
+WIDE = [(16, (1 << 32) - 16), (64, (1 << 32) - 48), (PAGE_SIZE - 16, (1 << 32) - 16), (0, 1 << 31)]
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize("way", ["guest_len", "both"])
+def test_lengths_of_gibibytes(bare: BareMaker, kind: str, way: str) -> None:
+    """However long a packet is said to be, beyond a page it is EINVAL, and the firmware does not see it."""
+    sender, receiver = running(bare, kind), receiving(bare, kind)
+    guest, owner = receiver
+    assert sender.raw("SEND_START", SendStart(GuestOwner())) == (0, 0)
+    wrong = []
+    for offset, size in WIDE:
+        send = SendUpdate(sender.hva + offset, 16).arg
+        receive = ReceiveUpdate(guest.hva + offset, Packet.seal(owner, TEXT[:16])).arg
+        for name, arg, target in (("SEND", send, sender), ("RECEIVE", receive, guest)):
+            arg.guest_len = size
+            if way == "both":
+                arg.trans_len = size
+            answer = target.raw(f"{name}_UPDATE_DATA", arg)
+            if answer != EINVAL:
+                wrong.append(f"{name} of {size:#x} bytes at {offset:#x}: {answer}, expected {EINVAL}")
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("kind", IN_PLACE)
 @pytest.mark.parametrize(
     ("offset", "size", "status"),
