@@ -8,12 +8,15 @@ import itertools
 import pytest
 
 from kvmpy import L2, IoExit, SvmNestedState
+from kvmpy.testing.host import platform_name
 
 pytestmark = [pytest.mark.protections("none", "cbit"), pytest.mark.requires("cpuid:svm")]
 
 OUT = b"\xe6\x42"
 TSC = 0x10
 AHEAD = 1 << 50
+# QEMU without KVM loses the shadow where the host's timer comes between the two instructions: seldom.
+TRIES = 4 if platform_name().startswith("lab") else 1
 
 
 def stand(l2: L2, before: bytes) -> SvmNestedState:
@@ -39,10 +42,14 @@ def test_interrupt_shadow(l2: L2, shadow: tuple[bytes, int]) -> None:
     Documentation/virt/kvm/api.rst, 4.113 KVM_GET_NESTED_STATE; AMD APM volume 2, 15.21.5.
     """
     before, expected = shadow
-    saved = stand(l2, before)
-    assert saved.vmcb is not None
-    assert saved.vmcb["int_state"] & 1 == expected
-    assert bool(l2.vcpu.events.get().interrupt.shadow) == bool(expected)
+    for _ in range(TRIES):
+        saved = stand(l2, before)
+        assert saved.vmcb is not None
+        told = saved.vmcb["int_state"] & 1, int(l2.vcpu.events.get().interrupt.shadow != 0)
+        l2.end()
+        if told == (expected, expected):
+            return
+    pytest.fail(f"L2's shadow is {expected}: the saved VMCB has {told[0]}, the vCPU's events {told[1]}")
 
 
 def test_flags_are_kept(l2: L2) -> None:

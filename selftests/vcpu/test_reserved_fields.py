@@ -55,7 +55,8 @@ def test_of_a_vcpu(make_vm: MakeVm, name: str) -> None:
     for when in ("before it ran", "after it ran"):
         value = getattr(structs, kind).from_bytes(b"\xaa" * getattr(structs, kind).SIZE)
         agent.vcpu.ioctl(getattr(ioctls, name), value)
-        assert leftovers(value, fields) == {}, f"{name} {when}"
+        found = leftovers(value, fields)
+        assert not found, f"{name} {when} returns {found}"
         agent.start()
 
 
@@ -68,4 +69,5 @@ def test_of_a_vm(make_vm: MakeVm, name: str) -> None:
     kind, fields = OF_THE_VM[name]
     value = getattr(structs, kind).from_bytes(b"\xaa" * getattr(structs, kind).SIZE)
     vm.ioctl(getattr(ioctls, name), value)
-    assert leftovers(value, fields) == {}, name
+    found = leftovers(value, fields)
+    assert not found, f"{name} returns {found}"

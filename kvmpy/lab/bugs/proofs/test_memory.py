@@ -12,8 +12,6 @@ from kvmpy import (
     AGENT,
     KVM_MEM_GUEST_MEMFD,
     KVM_MEM_READONLY,
-    L1,
-    L2,
     PAGE_SIZE,
     SIZE_2M,
     Agent,
@@ -23,7 +21,6 @@ from kvmpy import (
     Kvm,
     MakeVm,
     SnpPolicy,
-    SvmExit,
     Vm,
     VmType,
     kvm_sev_snp_launch_update,
@@ -72,36 +69,6 @@ def test_moved(make_vm: MakeVm) -> None:
     vm.map(window, moved, 8 * PAGE_SIZE, page_size=PAGE_SIZE, private=False)
     agent = Agent(vm.vcpus[0])
     assert [agent.read(window + page * PAGE_SIZE, 1) for page in range(8)] == list(range(8))
-
-
-@pytest.mark.bug(123)
-@pytest.mark.protections("none")
-def test_two_paths(make_vm: MakeVm) -> None:
-    vm = make_vm(L1)
-    l2 = L2(vm.vcpus[0], npt=True)
-    assert l2.npt is not None
-    low, high = 0x20_0000_0000, 0x20_4000_0000
-    window = Gva(0x7000_0000_0000)
-    for index, far in enumerate((0, SIZE_2M)):
-        page = vm.alloc(PAGE_SIZE)
-        l2.npt.map(Gva(low + far), vm.gva_to_gpa(page), PAGE_SIZE, user=True)
-        for path, start in enumerate((low, high)):
-            place = window + (2 * index + path) * PAGE_SIZE
-            vm.map(place, Gpa(start + far), PAGE_SIZE, page_size=PAGE_SIZE)
-    steps = {step.level: step for step in l2.npt.walk(Gva(low)).steps}
-    words = {}
-    for level in (2, 3):
-        gpa, _ = vm.from_raw(steps[level].table)
-        words[level] = vm.memory.view(gpa, PAGE_SIZE).cast("Q")
-    # One table behind two entries, of which the second allows no writes; no writes to its first pages.
-    words[3][steps[3].index + 1] = words[3][steps[3].index] & ~2
-    words[2][steps[2].index] &= ~2
-    read, write = b"\x48\x8b\x07", b"\x48\x89\x07"
-    got = [
-        l2.attempt(code, int(window) + page * PAGE_SIZE).code
-        for code, page in ((read, 0), (read, 1), (write, 2), (write, 3))
-    ]
-    assert got == [SvmExit.VMMCALL, SvmExit.VMMCALL, SvmExit.VMMCALL, SvmExit.NPF]
 
 
 @pytest.mark.bug(124)
