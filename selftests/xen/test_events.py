@@ -211,6 +211,23 @@ def test_eventfd(make_xen: MakeXen) -> None:
     assert xen.bits(PENDING) == set()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_the_apic_is_enabled_later(make_xen: MakeXen, way: str) -> None:
+    """An event that came while the local APIC was disabled by software is one upcall once it is enabled.
+
+    api.rst, 4.128 KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR: the vector is sent to the local APIC, which takes
+    none while it is disabled (AMD APM volume 2, 16.3.2); the event is level-triggered by its pending flag.
+    """
+    xen = make_xen()
+    for count, port in enumerate(PORTS, 1):
+        xen.do("xen_apic", 0)
+        WAYS[way](xen, port)
+        assert xen.do("xen_upcalls") == count - 1, "an upcall by an APIC that is disabled"
+        xen.do("xen_apic", 1)
+        assert xen.do("xen_upcalls") == count, "no upcall after the APIC was enabled"
+        assert xen.events().get(port) == 1
+
+
 def test_vcpu_info_comes_later(make_xen: MakeXen) -> None:
     """An event for a vCPU without a vcpu_info is there, with its upcall, once that has one.
 

@@ -53,6 +53,15 @@ void xen_handler(u64 vector)
 	guest_exception_install(vector, take_events);
 }
 
+/* Disable or enable the local APIC by software. */
+u64 xen_apic(u64 on)
+{
+	u32 spiv = apic_read(APIC_SPIV);
+
+	apic_write(APIC_SPIV, on ? spiv | APIC_SPIV_ENABLE : spiv & ~APIC_SPIV_ENABLE);
+	return 0;
+}
+
 u64 xen_upcalls(void)
 {
 	irq_window();
