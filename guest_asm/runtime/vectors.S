@@ -13,8 +13,7 @@ guest_vectors:
 	.set	vector, 0
 	.rept	256
 	.balign	KVMPY_VECTOR_STRIDE, 0xcc
-	/* Vectors 8, 10 to 14, 17, 21, 29 and 30 come with an error code. */
-	.if	vector >= 32 || !((0x60227d00 >> (vector & 31)) & 1)
+	.if	vector >= 32 || !((ERROR_CODE_VECTORS >> (vector & 31)) & 1)
 	pushq	$0
 	.endif
 	pushq	$vector

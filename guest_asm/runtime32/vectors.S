@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The 256 interrupt stubs of 32-bit programs, and the way into C and back. */
+#include <kvmpy/frame.h>
 #include <kvmpy/layout.h>
 
 	.text
@@ -10,8 +11,7 @@ guest_vectors:
 	.set	vector, 0
 	.rept	256
 	.balign	KVMPY_VECTOR_STRIDE, 0xcc
-	/* Vectors 8, 10 to 14, 17, 21, 29 and 30 come with an error code. */
-	.if	vector >= 32 || !((0x60227d00 >> (vector & 31)) & 1)
+	.if	vector >= 32 || !((ERROR_CODE_VECTORS >> (vector & 31)) & 1)
 	pushl	$0
 	.endif
 	pushl	$vector

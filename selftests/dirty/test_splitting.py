@@ -43,8 +43,8 @@ def writers(make_writers: MakeWriters) -> Writers:
     return new_writers
 
 
-def mapped(writers: Writers) -> tuple[int, int]:
-    stats = writers.vm.stats.get()
+def mapped(vm: GuestVm) -> tuple[int, int]:
+    stats = vm.stats.get()
     return stats["pages_4k"].value, stats["pages_2m"].value
 
 
@@ -56,14 +56,14 @@ def large(writers: Writers) -> tuple[int, int]:
     """
     # Whatever else the guest needs is in use by then.
     writers.write([0])
-    small, huge = mapped(writers)
+    small, huge = mapped(writers.vm)
     if not huge:
         raise MissingError(
             "transparent huge pages for guest memory",
             "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, and free memory in pieces of 2 MiB",
         )
     writers.write([HUGE])
-    assert mapped(writers) == (small, huge + 1)
+    assert mapped(writers.vm) == (small, huge + 1)
     return small, huge - 1
 
 
@@ -74,8 +74,8 @@ def test_written_pages_are_small(writers: Writers, large: tuple[int, int]) -> No
     """
     writers.region.set_flags(KVM_MEM_LOG_DIRTY_PAGES)
     writers.write([3, 300, HUGE + 5, HUGE - 1])
-    assert mapped(writers)[1] == large[1]
-    assert mapped(writers)[0] >= large[0] + 4
+    assert mapped(writers.vm)[1] == large[1]
+    assert mapped(writers.vm)[0] >= large[0] + 4
     assert writers.log() == [3, 300, HUGE - 1, HUGE + 5]
 
 
@@ -87,7 +87,7 @@ def test_every_page_of_it(writers: Writers, large: tuple[int, int]) -> None:
     writers.region.set_flags(KVM_MEM_LOG_DIRTY_PAGES)
     writers.write(range(HUGE))
     # The other large page is not written: it is whole, or was split beforehand (kvm.eager_page_split).
-    assert mapped(writers) in ((large[0] + HUGE, large[1] + 1), (large[0] + 2 * HUGE, large[1]))
+    assert mapped(writers.vm) in ((large[0] + HUGE, large[1] + 1), (large[0] + 2 * HUGE, large[1]))
     assert writers.log() == list(range(HUGE))
 
 
@@ -100,7 +100,7 @@ def test_they_are_joined_when_logging_ends(writers: Writers, large: tuple[int, i
     writers.write([3, 300, HUGE + 5])
     writers.region.set_flags(0)
     writers.write([4, HUGE + 6])
-    assert mapped(writers) == (large[0], large[1] + 2)
+    assert mapped(writers.vm) == (large[0], large[1] + 2)
 
 
 def test_content_stays(writers: Writers, large: tuple[int, int]) -> None:
@@ -156,15 +156,11 @@ def test_pages_are_split_before_anybody_writes(make_vm: MakeVm, ring: int, manua
                 for start in range(0, size, SIZE_2M):
                     agent.write(gva + start, 1)
 
-    def counts() -> tuple[int, int]:
-        stats = vm.stats.get()
-        return stats["pages_4k"].value, stats["pages_2m"].value
-
     for agent in agents:
         agent.start()
     # What else the guest needs is in use by then.
     touch()
-    before = counts()
+    before = mapped(vm)
     if before[1] < 4:
         raise MissingError(
             "transparent huge pages for guest memory",
@@ -175,13 +171,13 @@ def test_pages_are_split_before_anybody_writes(make_vm: MakeVm, ring: int, manua
     for slot in slots:
         slot.set_flags(KVM_MEM_LOG_DIRTY_PAGES)
     if manual:
-        assert counts() == before
+        assert mapped(vm) == before
         for slot in slots:
             vm.dirty.clear_log(slot.slot, vm.dirty.get_log(slot.slot))
-    assert counts() == split
+    assert mapped(vm) == split
     touch()
-    assert counts() == split
+    assert mapped(vm) == split
     for slot in slots:
         slot.set_flags(0)
     touch()
-    assert counts() == before
+    assert mapped(vm) == before

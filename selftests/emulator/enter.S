@@ -32,7 +32,7 @@ pairs_stubs:
 	.set	vector, 0
 	.rept	32
 	.balign	16, 0xcc
-	.if	!((0x60227d00 >> vector) & 1)
+	.if	!((ERROR_CODE_VECTORS >> vector) & 1)
 	pushq	$0
 	.endif
 	pushq	$vector

@@ -192,7 +192,8 @@ class Bench:
         immutable = int(state in _IMMUTABLE)
         self._rmpupdate(page, f"{where if owned else 0:x} {asid if owned else 0} 1 {int(large)} {immutable}")
         self._pages[page] = state
-        self._large |= {page} if large else set()
+        if large:
+            self._large.add(page)
         if state == "context":
             self.must("SNP_GCTX_CREATE", gctx=self.address(page))
 

@@ -6,6 +6,8 @@
 #ifdef __ASSEMBLER__
 
 #define FRAME_CS		(18 * 8)
+/* A bit for each vector that comes with an error code: 8, 10 to 14, 17, 21, 29 and 30. */
+#define ERROR_CODE_VECTORS	0x60227d00
 
 	.macro	save_registers
 	pushq	%rax

@@ -7,17 +7,15 @@ import time
 from collections.abc import Iterator
 
 from kvmpy.coco.kvm import Kvm
-from kvmpy.coco.policy import SevPolicy, SnpPolicy
+from kvmpy.coco.policy import SevPolicy
 from kvmpy.coco.sev_launch import SevInitialised
 from kvmpy.coco.sev_platform import large_guest_memfd
-from kvmpy.coco.snp_launch import SnpInitialised
 from kvmpy.core.address import PAGE_SIZE, Gpa
-from kvmpy.core.backing import Anonymous
 from kvmpy.guest.program import GuestProgram
 from kvmpy.testing.bench import folios
 from kvmpy.testing.bench.bare import Bare
 from kvmpy.testing.bench.samples import Figure, Samples
-from kvmpy.uapi.constants import KVM_MEMORY_ATTRIBUTE_PRIVATE, VmType
+from kvmpy.uapi.constants import VmType
 
 SIZE = 2 << 20
 _MEMORY = Gpa(0x100_0000)
@@ -40,21 +38,6 @@ void guest_main(void)
 """
 
 
-def _bare_snp(kvm: Kvm, bare: Bare) -> float:
-    with kvm.create_vm(int(VmType.KVM_X86_SNP_VM)) as vm:
-        state = SnpInitialised.init2(vm)
-        vm.add_slot(_MEMORY, SIZE, gmem=vm.create_guest_memfd(SIZE))
-        state.start(SnpPolicy())
-        vm.set_memory_attributes(int(_MEMORY), SIZE, KVM_MEMORY_ATTRIBUTE_PRIVATE)
-        source = Anonymous().map(SIZE)
-        view = source.view(0, SIZE)
-        view[:] = b"\x5a" * SIZE
-        taken = bare.snp_update(vm.fd, vm.sev.device.fd, _MEMORY.gfn, view)
-        view.release()
-        source.close()
-    return taken / 1e9
-
-
 def _bare_sev(kvm: Kvm, bare: Bare, es: bool) -> float:
     with kvm.create_vm(int(VmType.KVM_X86_SEV_ES_VM if es else VmType.KVM_X86_SEV_VM)) as vm:
         state = SevInitialised.init2(vm, es=es)
@@ -63,7 +46,7 @@ def _bare_sev(kvm: Kvm, bare: Bare, es: bool) -> float:
         vm.sev.reg_region(slot.hva, SIZE)
         state.start(SevPolicy(es=es))
         taken = bare.sev_update(vm.fd, vm.sev.device.fd, vm.memory.view(_MEMORY, SIZE))
-    return taken / 1e9
+    return (SIZE >> 20) / taken * 1e9
 
 
 def _launch(kvm: Kvm, program: GuestProgram, protection: str) -> float:
@@ -79,8 +62,11 @@ def _rates(kvm: Kvm, bare: Bare, rounds: int, protection: str) -> Iterator[Figur
     program, samples = GuestProgram.from_c(_NOTHING), Samples()
     mib = SIZE >> 20
     for _ in range(rounds):
-        alone = _bare_snp(kvm, bare) if protection == "snp" else _bare_sev(kvm, bare, protection == "sev-es")
-        samples.add(mib / _launch(kvm, program, protection), mib / alone)
+        if protection == "snp":
+            alone = folios.bare_launch(kvm, bare, SIZE)
+        else:
+            alone = _bare_sev(kvm, bare, protection == "sev-es")
+        samples.add(mib / _launch(kvm, program, protection), alone)
     yield samples.figure(
         f"launch-rate/{protection}",
         f"vm.launch() of {SIZE // PAGE_SIZE} pages, prediction and all, beside the bare ioctl in C",
